@@ -1,0 +1,36 @@
+"""Fused kernels that choose, prune and merge the tokens of a CLIP ViT, patched into any CLIP tower with one call."""
+
+from pathlib import Path as _Path
+
+from clipkernels import backend, ops
+from clipkernels.adapters import UnsupportedTower
+from clipkernels.data import bundled
+from clipkernels.methods import Dense, EViT, Method, ToMe
+from clipkernels.patch import Encoded, encode_image, method_of, patch, patched, tower_of, unpatch
+from clipkernels.plan import Merge, Plan, Prune
+
+__version__ = "0.1.0"
+__all__ = [
+    "Dense",
+    "EViT",
+    "Encoded",
+    "Merge",
+    "Method",
+    "Plan",
+    "Prune",
+    "ToMe",
+    "UnsupportedTower",
+    "backend",
+    "bundled",
+    "encode_image",
+    "method_of",
+    "ops",
+    "patch",
+    "patched",
+    "tower_of",
+    "unpatch",
+]
+
+# In a checkout the kernels lie beside the package, not in it.
+if not (_Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))

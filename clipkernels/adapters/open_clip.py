@@ -1,0 +1,205 @@
+"""open_clip's VisionTransformer, with `nn.MultiheadAttention` or its own `Attention`.
+
+Parts are read by attribute, never by version. The tower pools CLS, the average of the patches, or by learned queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from open_clip.utils import feature_take_indices
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from clipkernels.adapters import UnsupportedTower
+
+
+def find(model: nn.Module) -> OpenCLIPTower:
+    """The tower of an open_clip model, or of its `visual` itself.
+
+    Raises:
+        UnsupportedTower: naming what was found instead.
+    """
+    visual = getattr(model, "visual", model)
+    name = type(visual).__name__
+    trunk = getattr(visual, "trunk", None)
+    if trunk is not None:
+        raise UnsupportedTower(f"expected an open_clip VisionTransformer, got {name} around timm's {type(trunk).__name__}")
+    needs = ("transformer", "_embeds", "_pool", "ln_post", "class_embedding", "positional_embedding")
+    if not all(hasattr(visual, attribute) for attribute in needs) or not hasattr(visual.transformer, "resblocks"):
+        raise UnsupportedTower(f"expected an open_clip VisionTransformer, got {name}")
+    if isinstance(visual, torch.jit.ScriptModule) or isinstance(visual.transformer, torch.jit.ScriptModule):
+        raise UnsupportedTower(f"expected a VisionTransformer in Python, got {name} as a ScriptModule")
+    return OpenCLIPTower(visual)
+
+
+class OpenCLIPTower:
+    """The parts of an open_clip VisionTransformer."""
+
+    prefix = 1
+
+    def __init__(self, visual: nn.Module, owner: nn.Module | None = None) -> None:
+        self.visual = visual
+        self.owner = visual.transformer if owner is None else owner
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.owner.resblocks
+
+    @property
+    def tokens(self) -> int:
+        return self.visual.positional_embedding.shape[0]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.visual.image_size
+
+    @property
+    def width(self) -> int:
+        return self.visual.positional_embedding.shape[1]
+
+    @property
+    def patch(self) -> int:
+        return self.visual.patch_size[0]
+
+    @property
+    def out(self) -> int:
+        return self.visual.output_dim
+
+    @property
+    def mlp_ratio(self) -> float:
+        return self.blocks[0].mlp.c_fc.out_features / self.width
+
+    @property
+    def like(self) -> Tensor:
+        return self.visual.conv1.weight
+
+    @property
+    def cls_only(self) -> bool:
+        visual = self.visual
+        return visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.owner.grad_checkpointing
+
+    def of(self, owner: nn.Module) -> OpenCLIPTower:
+        return OpenCLIPTower(self.visual, owner)
+
+    def parts(self, host: nn.Module) -> OpenCLIPBlock:
+        return OpenCLIPBlock(host)
+
+    def run_block(self, host: nn.Module, x: Tensor) -> Tensor:
+        if getattr(self.owner, "batch_first", True):
+            return host(x)
+        return host(x.transpose(0, 1)).transpose(0, 1)
+
+    def refusal(self, host: nn.Module) -> str | None:
+        attn = getattr(host, "attn", None)
+        if not all(hasattr(host, part) for part in ("ln_1", "ln_2", "mlp")) or attn is None:
+            return f"expected ln_1, attn, ln_2 and mlp, got {type(host).__name__}"
+        for module in (host, attn):
+            if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
+                return f"the forward of its {type(module).__name__} was replaced: patch before that"
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+                return f"its {type(module).__name__} carries a hook, which would be skipped: remove it first"
+        weight = getattr(attn, "in_proj_weight", None)
+        if weight is None or not hasattr(attn, "num_heads") or hasattr(attn, "base_layer"):
+            return f"expected attention with in_proj_weight and num_heads, got {type(attn).__name__}"
+        if hasattr(weight, "device_mesh"):
+            return f"its {type(attn).__name__} has sharded parameters: patch before sharding"
+        if isinstance(attn, nn.MultiheadAttention):
+            if type(attn).forward is not nn.MultiheadAttention.forward:
+                return f"expected torch's own nn.MultiheadAttention, got the subclass {type(attn).__name__}"
+            if attn.bias_k is not None or attn.add_zero_attn or attn.dropout:
+                return "expected attention without bias_k, add_zero_attn and dropout"
+        elif getattr(attn, "logit_scale", None) is not None:
+            return "expected dot-product attention, got scaled cosine attention"
+        elif attn.attn_drop.p:
+            return f"expected attention without dropout, got p = {attn.attn_drop.p}"
+        return None
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.visual._embeds(images)
+
+    def pool(self, x: Tensor) -> Tensor:
+        pooled, _ = self.visual._pool(x)
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    def project(self, x: Tensor) -> Tensor:
+        # CoCa's queries stand for the tokens: its norm and projection have their width, not the tower's.
+        x = self.visual.ln_post(x if self.visual.attn_pool is None else self.visual.attn_pool(x))
+        return x if self.visual.proj is None else x @ self.visual.proj
+
+    @staticmethod
+    def overrides(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        def forward(self: nn.Module, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+            _no_mask(attn_mask)
+            return run(self, x)[0]
+
+        def forward_intermediates(
+            self: nn.Module,
+            x: Tensor,
+            attn_mask: Tensor | None = None,
+            indices: int | list[int] | None = None,
+            stop_early: bool = False,
+        ) -> tuple[Tensor, list[Tensor]]:
+            _no_mask(attn_mask)
+            take, _ = feature_take_indices(len(self.resblocks), indices)
+            x, states = run(self, x, states=True)
+            return x, [state for index, state in enumerate(states) if index in take]
+
+        return {"forward": forward, "forward_intermediates": forward_intermediates}
+
+
+def _no_mask(attn_mask: Tensor | None) -> None:
+    if attn_mask is not None:
+        raise ValueError(f"a patched tower takes no attn_mask, got one of shape {tuple(attn_mask.shape)}")
+
+
+class OpenCLIPBlock:
+    """The parts of one residual block."""
+
+    def __init__(self, host: nn.Module) -> None:
+        self.host = host
+
+    def qkv(self, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self.host.attn
+        x = self.host.ln_1(x)
+        weight, bias, width = attn.in_proj_weight, attn.in_proj_bias, x.shape[-1]
+        if rows is None:
+            q, k, v = _heads(linear(x, weight, bias), 3, attn.num_heads)
+        else:
+            (q,) = _heads(linear(x[:, :rows], weight[:width], None if bias is None else bias[:width]), 1, attn.num_heads)
+            k, v = _heads(linear(x, weight[width:], None if bias is None else bias[width:]), 2, attn.num_heads)
+        if hasattr(attn, "ln_q"):
+            # v's dtype: the norms of open_clip's own Attention may be wider than its projections.
+            q, k = attn.ln_q(q).to(v.dtype), attn.ln_k(k).to(v.dtype)
+        return q, k, v
+
+    def project(self, out: Tensor) -> Tensor:
+        host, attn = self.host, self.host.attn
+        if getattr(attn, "head_scale", None) is not None:
+            out = out * attn.head_scale
+        x = out.transpose(1, 2).flatten(2)
+        if isinstance(attn, nn.MultiheadAttention):
+            x = linear(x, attn.out_proj.weight, attn.out_proj.bias)
+        else:
+            x = attn.out_drop(attn.out_proj(attn.ln_inner(x)))
+        return _optional(host, "ls_1", _optional(host, "ln_attn", x))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        host = self.host
+        return _optional(host, "ls_2", host.mlp(host.ln_2(x)))
+
+
+def _heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
+    """`parts` views (B,H,N,D) of a packed projection (B,N,parts·C)."""
+    return packed.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _optional(host: nn.Module, name: str, x: Tensor) -> Tensor:
+    module = getattr(host, name, None)
+    return x if module is None else module(x)

@@ -1,0 +1,90 @@
+"""Which backend runs an op: the only place that knows about devices and the environment."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "triton", "reference"]
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kernel: bool) -> str:
+    """The backend, "triton" or "reference", that serves an op on tensors of this device and dtype.
+
+    Args:
+        backend: "auto", "triton" or "reference"; CLIPKERNELS_BACKEND replaces "auto" alone.
+        device: of the tensors.
+        dtype: of the tensors.
+        op: name of the op, for messages.
+        kernel: whether the op has a Triton kernel.
+    Raises:
+        ValueError: an unknown backend, or fp64 asked of triton.
+        RuntimeError: triton was asked for and cannot run here; the message says why.
+    """
+    asked = os.environ.get("CLIPKERNELS_BACKEND", "auto") if backend == "auto" else backend
+    if asked not in ("auto", "triton", "reference"):
+        raise ValueError(f'backend must be "auto", "triton" or "reference", got {asked!r}')
+    if asked == "reference":
+        return asked
+    if asked == "auto":
+        if device.type == "cpu" or not kernel or dtype == torch.float64:
+            return "reference"
+        obstacle = _obstacle(device.type)
+        if obstacle is not None and device.type == "cuda":
+            _warn_once(obstacle)
+        return "triton" if obstacle is None else "reference"
+    if not kernel:
+        raise RuntimeError(f'{op} has no Triton kernel in this version, use backend="auto" or "reference"')
+    obstacle = _obstacle(device.type)
+    if obstacle is not None:
+        raise RuntimeError(f'backend="triton" was asked for, but {obstacle}')
+    if dtype == torch.float64:
+        raise ValueError(f'the triton backend of {op} takes float32, float16 or bfloat16, got float64: use "reference"')
+    return asked
+
+
+def explain(device: torch.device) -> tuple[str, str]:
+    """The backend that `auto` takes for tensors on a device, and the reason in one sentence."""
+    override = os.environ.get("CLIPKERNELS_BACKEND", "auto")
+    if override != "auto":
+        return override, f"CLIPKERNELS_BACKEND={override} is set"
+    if device.type == "cpu":
+        return "reference", "on the CPU the PyTorch reference is the fast path"
+    obstacle = _obstacle(device.type)
+    if obstacle is not None:
+        return "reference", obstacle
+    return "triton", "triton is installed and serves this device; ops without a kernel take the reference"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _obstacle(device_type: str) -> str | None:
+    """Why triton cannot run on a device type, or None."""
+    if not _has_triton():
+        return "triton is not installed: pip install triton (Linux)"
+    if device_type == "cpu" and not interpreting():
+        return "the tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 before the first import"
+    if device_type not in ("cpu", "cuda"):
+        return f"triton kernels run on cuda (NVIDIA, AMD) tensors, got {device_type}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _warn_once(obstacle: str) -> None:
+    warnings.warn(f"{obstacle}; CUDA tensors take the slower PyTorch reference until then", stacklevel=4)

@@ -1,0 +1,107 @@
+"""One pre-norm transformer block with a step between its attention and its MLP, whatever library it comes from.
+
+    x = x + attention(norm1(x));  x = step(x, signal);  x = x + mlp(norm2(x))
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from clipkernels import ops
+from clipkernels.plan import Merge, Prune, Step
+
+
+class Parts(Protocol):
+    """What an adapter says of a host's block. Every method reads the host's current weights."""
+
+    def qkv(self, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """norm1 and the projections: q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C)."""
+
+    def project(self, out: Tensor) -> Tensor:
+        """The attention branch (B,M,C) of attention's out (B,H,M,D): output projection and layer scale."""
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The MLP branch (B,M,C) of x (B,M,C): norm2, MLP, layer scale."""
+
+
+class Moved(NamedTuple):
+    """What a block leaves: x (B,M,C), size (B,M) or None, and to (B,N), the row each row went to (-1: gone) or None."""
+
+    x: Tensor
+    size: Tensor | None
+    to: Tensor | None
+
+
+def forward(
+    parts: Parts,
+    x: Tensor,
+    step: Step | None,
+    size: Tensor | None,
+    prefix: int,
+    proportional: bool = False,
+    rows: int | None = None,
+    track: bool = False,
+) -> Moved:
+    """One block.
+
+    Args:
+        parts: the host's block.
+        x: (B,N,C).
+        step: what happens to the tokens, or None.
+        size: (B,N) patches behind each token, None before any merge.
+        prefix: leading tokens that no step touches.
+        proportional: weigh keys by size.
+        rows: compute these leading rows alone (then step is ignored: it moves no prefix token), or None for all.
+        track: also return where each row went.
+    """
+    q, k, v = parts.qkv(x, rows)
+    step = step if rows is None else None
+    out, signal = ops.attention(q, k, v, size if proportional else None, step.signal if step else None, prefix)
+    x = (x if rows is None else x[:, :rows]) + parts.project(out)
+    to = None
+    if isinstance(step, Prune):
+        if signal is None:
+            signal = _random_scores(x.shape[1] - prefix, step.seed, x.device).expand(x.shape[0], -1)
+        pruned = ops.prune_tokens(x, signal, step.keep, step.fuse, prefix=prefix)
+        to = _pruned_to(pruned.index, step, x.shape[1], prefix) if track else None
+        x = pruned.tokens
+    elif isinstance(step, Merge):
+        assert signal is not None
+        match = ops.match_tokens(signal, step.r, prefix)
+        to = _merged_to(match, x.shape[1]) if track else None
+        x, size, _ = ops.merge_tokens(x, match, size)
+    return Moved(x + parts.mlp(x), size, to)
+
+
+def _pruned_to(index: Tensor, step: Prune, tokens: int, prefix: int) -> Tensor:
+    """Row after pruning (B,N) of each row: the fused one, or -1, for those not kept."""
+    to = index.new_full((index.shape[0], tokens), prefix + step.keep if step.fuse else -1)
+    to[:, :prefix] = torch.arange(prefix, device=index.device)
+    rows = torch.arange(prefix, prefix + step.keep, device=index.device).expand_as(index)
+    return to.scatter(1, index + prefix, rows)
+
+
+def _merged_to(match: ops.Match, tokens: int) -> Tensor:
+    """Row after merging (B,N) of each row: a merged one shares its target's."""
+    batch, survivors = match.kept.shape
+    even = match.kept.new_empty(batch, (tokens + 1) // 2)
+    even = even.scatter(1, match.kept, torch.arange(survivors, device=even.device).expand_as(match.kept))
+    even = even.scatter(1, match.source, survivors + match.target)
+    to = match.kept.new_empty(batch, tokens)
+    to[:, ::2] = even
+    to[:, 1::2] = torch.arange(survivors, survivors + tokens // 2, device=even.device)
+    return to
+
+
+def _random_scores(patches: int, seed: int, device: torch.device) -> Tensor:
+    """Scores (1,P) fp32 of a random order that only P and the seed decide, adding up to one like attention."""
+    mask, odd = 0xFFFFFFFF, 0x45D9F3B
+    # An integer hash made on the device: torch's generators would need state, and a table a copy in every forward.
+    bits = (torch.arange(patches, device=device) + (seed * 0x9E3779B9 + odd)) & mask
+    for _ in range(3):
+        bits = ((bits ^ (bits >> 16)) * odd) & mask
+    scores = ((bits ^ (bits >> 16)) >> 8).float() + 1
+    return (scores / scores.sum())[None]

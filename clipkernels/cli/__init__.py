@@ -1,0 +1,49 @@
+"""The command line, one file per verb."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from clipkernels import __version__
+from clipkernels.cli.classify import classify
+from clipkernels.cli.demo import demo
+from clipkernels.cli.info import info
+
+
+class OneLine(click.Group):
+    """A group whose errors are one line on stderr and an exit status, 2 for what the user can mend."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            status = super().main(*args, standalone_mode=False, **kwargs)
+        except click.ClickException as error:
+            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            status = error.exit_code
+        except click.Abort:
+            click.echo("error: interrupted", err=True)
+            status = 130
+        sys.exit(status)
+
+
+@click.group(cls=OneLine, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="clipkernels", message="%(prog)s %(version)s")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Choose, prune and merge a CLIP tower's tokens.
+
+    \b
+    Example:
+      clipkernels info
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+main.add_command(demo)
+main.add_command(classify)
+main.add_command(info)

@@ -1,0 +1,312 @@
+"""`clipkernels classify`: the class of every image in some files and folders."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import click
+import open_clip
+import torch
+from click.core import ParameterSource
+from PIL import Image
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from clipkernels.classifier import Classifier
+from clipkernels.cli.images import Pictures, collate, find, first_line
+from clipkernels.cli.output import opened, progress, quietly, schedule, write_table
+from clipkernels.data import bundled
+from clipkernels.methods import Dense, EViT, Method, ToMe
+from clipkernels.patch import method_of, tower_of
+from clipkernels.timing import plan_for
+from clipkernels.tower import UnsupportedTower
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MANY = 256
+
+
+class Guess(NamedTuple):
+    """The likeliest classes of one image, best first, with their probabilities."""
+
+    path: str
+    best: list[tuple[str, float]]
+    label: str | None
+
+    def record(self) -> dict[str, Any]:
+        """The guess as one flat row: path, class, probability, and the second of each where there are two classes."""
+        row: dict[str, Any] = {"path": self.path}
+        for prefix, (name, probability) in zip(("", "second_"), self.best, strict=False):
+            row |= {prefix + "class": name, prefix + "probability": round(probability, 6)}
+        return row if self.label is None else {**row, "label": self.label}
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True)
+@click.option("--classes", help="Class names, separated by commas.")
+@click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
+@click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
+@click.option("--model", "name", help="open_clip model  [default: the small one that ships with the package]")
+@click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
+@click.option(
+    "--method",
+    type=click.Choice(["dense", "evit", "tome", "none"]),
+    help="none is the host library's own forward  [default: dense, none where the tower cannot be served]",
+)
+@click.option("--keep", type=float, default=0.7, show_default=True, help="evit: share of patches kept per step.")
+@click.option("--r", type=int, default=8, show_default=True, help="tome: tokens merged per block.")
+@click.option("--blocks", help="evit: zero-based blocks that prune, such as 3,6,9.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--workers", type=click.IntRange(min=0), help="Loader processes  [default: up to 4, 0 for few images]")
+@click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
+@click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+@click.option("--folder-labels", is_flag=True, help="A file's folder is its true class: report the accuracy.")
+@click.option("--format", "form", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True)
+@click.option("--output", type=click.Path(), help="Write here instead of to stdout; appears when complete.")
+@click.pass_context
+def classify(
+    context: click.Context,
+    images: tuple[str, ...],
+    classes: str | None,
+    classes_file: str | None,
+    templates: tuple[str, ...],
+    name: str | None,
+    pretrained: str | None,
+    method: str | None,
+    keep: float,
+    r: int,
+    blocks: str | None,
+    batch_size: int,
+    workers: int | None,
+    device: str | None,
+    precision: str,
+    folder_labels: bool,
+    form: str,
+    output: str | None,
+) -> None:
+    """Name the class of every image: the path, then the likeliest class and its probability, then the next.
+
+    IMAGES are files, folders or quoted globs. A folder is searched through for files whose names end like an image's
+    (.jpg, .png, .webp, …); a file that is named, or matched by a glob, is always tried. A file that is no image is
+    named on stderr, the others still run, and the exit status is then 1.
+
+    \b
+    Example:
+      clipkernels demo --quick --model none --save-images pictures
+      clipkernels classify pictures/digits --folder-labels --method evit --keep 0.7 \\
+        --classes zero,one,two,three,four,five,six,seven,eight,nine
+    """
+    try:
+        names = read_classes(classes, classes_file)
+        paths = list(find(images))
+        labels = read_labels(paths, names) if folder_labels else None
+        chosen = choose_method(context, method, keep, r, blocks)
+        where = choose_device(device)
+        model, preprocess, tokenizer = load(name, pretrained)
+        model = model.to(where, DTYPES[precision]).eval()
+        if method is None and not servable(model):
+            chosen = None
+        classifier = Classifier(model, tokenizer, names, templates or ("a photo of a {}.",), chosen)
+        if workers is None:
+            workers = min(4, os.cpu_count() or 1) if len(paths) >= MANY else 0
+        loader = DataLoader(
+            Pictures(paths, preprocess),
+            batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=where.type == "cuda",
+        )
+        with opened(output) as stream:
+            failures = run(classifier, loader, paths, labels, DTYPES[precision], where, form, stream)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if failures:
+        context.exit(1)
+
+
+def read_classes(classes: str | None, file: str | None) -> list[str]:
+    """The class names, from the command line or from a file."""
+    if (classes is None) == (file is None):
+        raise click.UsageError(f"expected --classes or --classes-file, got {'neither' if file is None else 'both'}")
+    parts = Path(file).read_text(encoding="utf-8").splitlines() if file else (classes or "").split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def read_labels(paths: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The name of each file's folder.
+
+    Raises:
+        click.UsageError: a folder whose name is none of the classes.
+    """
+    labels = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
+    for path, label in zip(paths, labels, strict=True):
+        if label not in classes:
+            raise click.UsageError(f"expected folders named like the classes, got {label!r} for {path!r}")
+    return labels
+
+
+def choose_method(context: click.Context, method: str | None, keep: float, r: int, blocks: str | None) -> Method | None:
+    """The method that the options describe; an option that it would not read is an error."""
+    for option, owner in (("keep", "evit"), ("blocks", "evit"), ("r", "tome")):
+        given = context.get_parameter_source(option) is ParameterSource.COMMANDLINE
+        if given and method != owner:
+            raise click.UsageError(f"expected --method {owner} with --{option}, got {method or 'no --method'}")
+    if method == "evit":
+        try:
+            named = tuple(int(block) for block in blocks.split(",")) if blocks is not None else None
+        except ValueError:
+            raise click.UsageError(f"expected --blocks such as 3,6,9, got {blocks!r}") from None
+        return EViT(keep, named)
+    if method == "tome":
+        return ToMe(r)
+    return None if method == "none" else Dense()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises:
+        click.UsageError: no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError by kind of device
+        raise click.UsageError(f"expected a device of this machine, got {name!r}: {first_line(error)}") from error
+    return torch.device(name)
+
+
+def load(name: str | None, pretrained: str | None) -> tuple[nn.Module, Callable[[Image.Image], Tensor], Any]:
+    """Model, preprocessing and tokenizer: the bundled ones, or open_clip's.
+
+    Only a `pretrained` tag, or a name with open_clip's hf-hub: prefix, makes it download weights.
+
+    Raises:
+        click.UsageError: an unknown model or tag, a checkpoint that is not there or cannot be loaded.
+    """
+    if name is None:
+        if pretrained is not None:
+            raise click.UsageError(f"expected --model with --pretrained {pretrained}, got no --model")
+        return bundled()
+    if ":" not in name:
+        known = open_clip.list_models()
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, 3)) or f"{known[0]}, …"
+            raise click.UsageError(f"expected one of open_clip's models ({near}), got {name!r}")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained is None:
+            click.echo(f"warning: {name} has random weights without --pretrained: its answers mean nothing", err=True)
+            torch.manual_seed(0)
+        elif pretrained not in tags and not os.path.isfile(pretrained):
+            raise click.UsageError(
+                f"expected --pretrained to be a file or one of {name}'s tags ({', '.join(tags) or 'none'}), got {pretrained!r}"
+            )
+    try:
+        with quietly():
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained, pretrained_text=False
+            )
+            return model, preprocess, open_clip.get_tokenizer(name)
+    except Exception as error:  # whatever a download, a broken checkpoint or a wrong state dict raises
+        source = "" if pretrained is None else f" with {pretrained}"
+        raise click.UsageError(f"expected a model that loads, got {name}{source}: {first_line(error)}") from error
+
+
+def servable(model: nn.Module) -> bool:
+    """Whether the model's tower can be patched."""
+    try:
+        tower_of(model)
+    except UnsupportedTower:
+        return False
+    return True
+
+
+@torch.inference_mode()
+def run(
+    classifier: Classifier,
+    loader: DataLoader[Any],
+    paths: Sequence[str],
+    labels: Sequence[str] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    form: str,
+    stream: TextIO,
+) -> int:
+    """Every image's guess to the stream as it comes, a summary to stderr; how many files were no images."""
+    write = writer(form, stream)
+    done, right, failures, inside = 0, 0, 0, 0.0
+    start = time.perf_counter()
+    with progress(quiet=form != "table" and stream.isatty()) as bar:
+        task = bar.add_task("classifying", total=len(paths))
+        for batch in loader:
+            for index, reason in batch.failed:
+                failures += 1
+                bar.console.print(Text(f"no image: {paths[index]}: {reason}"), soft_wrap=True)
+            if batch.images is not None:
+                entered = time.perf_counter()
+                probabilities = classifier(batch.images.to(device, dtype)).softmax(1).cpu()
+                inside += time.perf_counter() - entered
+                top = probabilities.topk(min(2, len(classifier.classes)))
+                for index, values, ranked in zip(batch.index, top.values.tolist(), top.indices.tolist(), strict=True):
+                    names = [classifier.classes[k] for k in ranked]
+                    label = labels[index] if labels else None
+                    right += label == names[0]
+                    write(Guess(paths[index], list(zip(names, values, strict=True)), label))
+                done += len(batch.index)
+            bar.advance(task, len(batch.index) + len(batch.failed))
+    write(None)
+    seconds = time.perf_counter() - start
+    summary = [f"{done} images in {seconds:.2f} s: {done / seconds:.1f} images/s end to end"]
+    if done:
+        summary[0] += f", {done / inside:.1f} in the model"
+        if labels:
+            summary.append(f"accuracy {100 * right / done:.2f} % ({right} of {done})")
+    if failures:
+        summary.append(f"{failures} files that are no image")
+    click.echo("; ".join([*summary[:1], describe(classifier.model), *summary[1:]]), err=True)
+    return failures
+
+
+def writer(form: str, stream: TextIO) -> Callable[[Guess | None], None]:
+    """What takes the guesses one by one, then None at the end: rows are written at once, a table when it is whole."""
+    rows = csv.writer(stream)
+    table: list[dict[str, Any]] = []
+
+    def write(guess: Guess | None) -> None:
+        if guess is None:
+            if form == "table" and table:
+                whole = Table(*(column.replace("_", " ") for column in table[0]))
+                for record in table:
+                    cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in record.values()]
+                    whole.add_row(*map(Text, cells))
+                write_table(whole, stream)
+            return
+        record = guess.record()
+        if form == "table":
+            table.append(record)
+        elif form == "csv":
+            if not table:
+                table.append(record)
+                rows.writerow(record)
+            rows.writerow(record.values())
+        else:
+            stream.write(json.dumps(record) + "\n")
+        stream.flush()
+
+    return write
+
+
+def describe(model: nn.Module) -> str:
+    """The method a model runs and its token counts."""
+    if not servable(model):
+        return f"the host's own {type(model.visual).__name__}"
+    method, tower = method_of(model), tower_of(model)
+    return f"{method or 'the host library, dense'}, tokens {schedule(plan_for(tower, method or Dense()).tokens)}"

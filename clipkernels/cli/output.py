@@ -1,0 +1,91 @@
+"""Where results go: stdout or a file that appears whole, as a table, CSV or JSON; progress goes to stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+@contextmanager
+def opened(path: str | None) -> Iterator[TextIO]:
+    """A UTF-8 text stream: stdout for None or "-", else a temporary file that is renamed to `path` when all went well.
+
+    Raises:
+        click.UsageError: a path that cannot be written.
+    """
+    if path is None or path == "-":
+        stream = click.get_text_stream("stdout", encoding="utf-8", errors="surrogateescape")
+        yield stream
+        stream.flush()
+        return
+    target = Path(path)
+    if target.exists() and not target.is_file():  # a device or a pipe must not be renamed over
+        if target.is_dir():
+            raise click.UsageError(f"expected a file for --output, got the folder {path}")
+        with target.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            yield stream
+        return
+    try:
+        number, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise click.UsageError(
+            f"expected a file that can be written for --output, got {path}: {error.strerror}"
+        ) from error
+    try:
+        with open(number, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            yield stream
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_table(table: Table, stream: TextIO) -> None:
+    """The table on a stream, as wide as the terminal, or as wide as it needs where there is none."""
+    Console(file=stream, width=None if stream.isatty() else 200, highlight=False).print(table)
+
+
+def schedule(tokens: Sequence[int]) -> str:
+    """Token counts for people: every count that differs from the one before, first and last where there are many."""
+    counts = [count for index, count in enumerate(tokens) if index == 0 or count != tokens[index - 1]]
+    return "→".join(map(str, counts if len(counts) <= 4 else (counts[0], counts[-1])))
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the log messages and warnings of host libraries, which would break the one-line rule."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def progress(quiet: bool = False) -> Progress:
+    """A progress bar on stderr that leaves no trace, and none at all where stderr is no terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )

@@ -1,0 +1,23 @@
+"""Heads turn features into logits: `head(features) -> (B,K)`, features (B,E) or an `Encoded`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from clipkernels.heads.zero_shot import ZeroShot
+
+if TYPE_CHECKING:
+    from clipkernels.patch import Encoded
+
+__all__ = ["Head", "ZeroShot"]
+
+
+class Head(Protocol):
+    """What a classifier calls; `needs` names the extras of `ck.encode_image` ("tokens", "cls_path") that it reads."""
+
+    needs: tuple[str, ...]
+
+    def __call__(self, features: Tensor | Encoded) -> Tensor:
+        """Logits (B,K)."""

@@ -1,0 +1,46 @@
+"""CLIP's own head: logits = scale · cos(image, class). Reads B·E + K·E, writes B·K."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+if TYPE_CHECKING:
+    from clipkernels.patch import Encoded
+
+
+class ZeroShot:
+    """Logits from class embeddings alone.
+
+    Args:
+        text: class embeddings (K,E), any floating dtype; need not be normalised.
+        scale: what the cosines are multiplied by.
+    Raises:
+        ValueError: text that is not (K,E) with K ≥ 1.
+    Source: CLIP, arXiv 2103.00020, section 3.1.
+    """
+
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, text: Tensor, scale: float = 100.0) -> None:
+        if text.ndim != 2 or not len(text):
+            raise ValueError(f"text must be class embeddings (K,E) with K ≥ 1, got {tuple(text.shape)}")
+        self.text = normalize(text.to(torch.promote_types(text.dtype, torch.float32)), dim=-1)
+        self.scale = scale
+
+    def __call__(self, features: Tensor | Encoded) -> Tensor:
+        """Logits (B,K) of image embeddings (B,E), or of the embedding of an `Encoded`.
+
+        Computed in fp32 (fp64 stays fp64), whatever the dtype of the features; differentiable in them.
+
+        Raises:
+            ValueError: features that are not (B,E) with the E of the text.
+        """
+        image = features if isinstance(features, Tensor) else features.embedding
+        if image.ndim != 2 or image.shape[1] != self.text.shape[1]:
+            raise ValueError(f"features must be (B,E) with E = {self.text.shape[1]}, got {tuple(image.shape)}")
+        dtype = torch.promote_types(image.dtype, self.text.dtype)
+        return self.scale * normalize(image.to(dtype), dim=-1) @ self.text.to(image.device, dtype).T

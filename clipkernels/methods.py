@@ -1,0 +1,146 @@
+"""The methods: frozen configurations whose only act is to turn (tokens, blocks) into a plan.
+
+Ratios become counts here, with the expressions of the published code; the ops take counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from clipkernels.plan import Merge, Plan, Prune, Step
+
+
+class Method(Protocol):
+    """Anything hashable with a `plan`: a new method needs nothing else."""
+
+    def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        """The plan for a tower of `blocks` blocks that `tokens` tokens enter, the first `prefix` of them untouchable."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every token kept: the tower's own result, computed without its waste.
+
+    Exact up to rounding: packed query, key and value projection, and the last block's query, projection and MLP for
+    the CLS row alone where only CLS is pooled.
+    """
+
+    def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        return Plan((None,) * blocks, tokens, prefix)
+
+
+@dataclass(frozen=True)
+class EViT:
+    """Keep the patches CLS attends to most; the others become one token, weighted by that attention.
+
+    Args:
+        keep: share of the patches kept in each named block, in (0, 1].
+        blocks: zero-based blocks that prune; None is (3, 6, 9) on towers of ten blocks or more, and a quarter, half
+            and three quarters of the depth on shallower ones.
+        fuse: add the token Σ aᵢxᵢ of the patches not kept, a the head-mean CLS attention, not renormalised.
+        score: "cls", or "random": one fixed subset per block and seed for all images, for comparison. Its fused
+            token weighs the patches by the random scores, which add up to one over all patches.
+        seed: of the random subsets.
+    Raises:
+        ValueError: keep outside (0, 1], an unknown score, or, from `plan`, a block the tower does not have.
+    Source: EViT, arXiv 2202.07800, section 3.2.
+    """
+
+    keep: float
+    blocks: tuple[int, ...] | None = None
+    fuse: bool = True
+    score: Literal["cls", "random"] = "cls"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be a number in (0, 1], got {self.keep!r}")
+        if self.score not in ("cls", "random"):
+            raise ValueError(f'score must be "cls" or "random", got {self.score!r}')
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a non-negative int, got {self.seed!r}")
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+
+    def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        entry, steps = tokens, [None] * blocks  # type: tuple[int, list[Step | None]]
+        for block in named_blocks(self.blocks, blocks):
+            patches = tokens - prefix
+            keep = math.ceil(self.keep * patches)
+            if keep == patches:
+                continue
+            random = self.score == "random"
+            step = Prune(keep, self.fuse, None, self.seed * blocks + block) if random else Prune(keep, self.fuse)
+            steps[block], tokens = step, step.leaves(tokens, prefix)
+        return Plan(tuple(steps), entry, prefix)
+
+
+@dataclass(frozen=True)
+class ToMe:
+    """Merge r tokens per block, each into its most similar neighbour.
+
+    Args:
+        r: an int for every block; a list with one int per block, padded with 0; or a tuple (r, inflection), from -1
+            (many at first, none at the end) over 0 (constant) to 1. Clamped per block to half of the tokens after
+            the prefix.
+        proportional: weigh keys by the size of their token in the attention of later blocks.
+    Raises:
+        ValueError: a negative r, an r that is no int, an inflection outside [-1, 1], or, from `plan`, a list longer
+            than the tower.
+    Source: ToMe, arXiv 2210.09461, section 3; the inflected schedule is that of its released code.
+    """
+
+    r: int | Sequence[int] | tuple[int, float]
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        inflected = isinstance(self.r, tuple) and len(self.r) == 2
+        counts = self.r if isinstance(self.r, (list, tuple)) else [self.r]
+        for r in counts[:1] if inflected else counts:
+            if isinstance(r, bool) or not isinstance(r, int) or r < 0:
+                raise ValueError(f"r must be a non-negative int, one per block, or (r, inflection), got {self.r!r}")
+        if inflected:
+            inflection = counts[1]
+            if isinstance(inflection, bool) or not isinstance(inflection, (int, float)) or not -1 <= inflection <= 1:
+                raise ValueError(f"inflection must be a number in [-1, 1], got {inflection!r}")
+            # A float in second place is what tells (r, inflection) from a list of two blocks once both are tuples.
+            object.__setattr__(self, "r", (counts[0], float(inflection)))
+        elif isinstance(self.r, (list, tuple)):
+            object.__setattr__(self, "r", tuple(self.r))
+
+    def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        entry, steps = tokens, []  # type: tuple[int, list[Step | None]]
+        for r in self._schedule(blocks):
+            r = min(r, (tokens - prefix) // 2)
+            steps.append(Merge(r, self.proportional) if r else None)
+            tokens -= r
+        return Plan(tuple(steps), entry, prefix)
+
+    def _schedule(self, blocks: int) -> list[int]:
+        if isinstance(self.r, int):
+            return [self.r] * blocks
+        if len(self.r) == 2 and isinstance(self.r[1], float):
+            first = int(self.r[0])
+            low = int(first * (1 - self.r[1]))
+            high = 2 * first - low
+            return [int(low + block * (high - low) / max(1, blocks - 1)) for block in range(blocks)]
+        if len(self.r) > blocks:
+            raise ValueError(f"r must have at most one entry per block, {blocks} here, got {len(self.r)}")
+        return [int(r) for r in self.r] + [0] * (blocks - len(self.r))
+
+
+def named_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+    """The zero-based blocks meant by `blocks` on a tower of `depth` blocks, ascending; None is the default schedule.
+
+    Raises:
+        ValueError: a block the tower does not have.
+    """
+    if blocks is None:
+        return (3, 6, 9) if depth >= 10 else tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+    for block in blocks:
+        if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < depth:
+            raise ValueError(f"blocks must be ints in [0, {depth - 1}] on a tower of {depth} blocks, got {block!r}")
+    return tuple(sorted(set(blocks)))

@@ -1,0 +1,232 @@
+"""patch, unpatch, patched: give a tower a method and take it back, and read everything a forward can hand back.
+
+Patching swaps the class of the one module that runs the blocks for a subclass of its own type whose loop keeps all
+token state in locals. The method sits in the instance's `__dict__`, outside `state_dict` and `parameters()`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from clipkernels import adapters, block
+from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.methods import Dense, Method
+from clipkernels.plan import Plan
+from clipkernels.tower import Ran, refuse, run, unmerge
+
+Model = TypeVar("Model", bound=nn.Module)
+_SLOT = "_clipkernels"
+
+
+class _Patch(NamedTuple):
+    """What a patched instance carries: the method, its plan for the tower's own token count, and the tower."""
+
+    method: Method
+    plan: Plan
+    tower: Tower
+
+
+class Encoded(NamedTuple):
+    """What one forward of an image tower hands back.
+
+    embedding (B,E): what the host's own encode_image returns, not normalised.
+    tokens (B,N',E): all tokens after the final norm and projection, prefix first; CoCa's queries where it pools by them.
+    cls_path (B,L,C): the CLS token after every block.
+    source (B,S,P) int32: after each of the S steps the row that holds each patch, -1 where it is gone.
+    """
+
+    embedding: Tensor
+    tokens: Tensor | None = None
+    cls_path: Tensor | None = None
+    source: Tensor | None = None
+
+
+def patch(model: Model, method: Method) -> Model:
+    """The model, its image tower now running `method`, in place; patching again replaces the method.
+
+    While patched, a tower whose pool reads the CLS row alone computes no other row in its last block: read all of
+    them with `encode_image(tokens=True)`.
+
+    Args:
+        model: an open_clip model, or its `visual`.
+        method: `Dense`, `EViT`, `ToMe` or anything with their `plan`.
+    Raises:
+        UnsupportedTower: the tower cannot be served, or its block computes something else than expected.
+        ValueError: the method does not fit the tower.
+        TypeError: the model is no torch module, or the method has no `plan`.
+        Whatever is raised, the model is as it was.
+    """
+    if isinstance(method, type) or not callable(getattr(method, "plan", None)):
+        raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
+    tower = adapters.find(model)
+    plan = _plan(method, tower, tower.tokens)
+    owner = tower.owner
+    if _SLOT not in owner.__dict__:
+        _check(tower)
+        owner.__class__ = _subclass(type(owner), type(tower))
+    owner.__dict__[_SLOT] = _Patch(method, plan, tower)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """The model as it was before `patch`, bit for bit; nothing happens to an unpatched one.
+
+    Raises:
+        UnsupportedTower: the model has no tower that could have been patched, or its class was swapped since.
+    """
+    owner = adapters.find(model).owner
+    if _SLOT in owner.__dict__:
+        if "_unpatched" not in type(owner).__dict__:
+            raise UnsupportedTower(f"the class of the tower was changed after patching, to {type(owner).__name__}")
+        owner.__class__ = type(owner)._unpatched
+        del owner.__dict__[_SLOT]
+    return model
+
+
+@contextmanager
+def patched(model: Model, method: Method) -> Iterator[Model]:
+    """The model patched for the length of a `with` block; then whatever was there before, another method included."""
+    before = method_of(model)
+    patch(model, method)
+    try:
+        yield model
+    finally:
+        unpatch(model) if before is None else patch(model, before)
+
+
+def method_of(model: nn.Module) -> Method | None:
+    """The method a model is patched with, or None."""
+    slot = adapters.find(model).owner.__dict__.get(_SLOT)
+    return None if slot is None else slot.method
+
+
+def tower_of(model: nn.Module) -> Tower:
+    """The image tower of a model, patched or not: its sizes, blocks and parts.
+
+    Raises:
+        UnsupportedTower: the tower is none that can be served; the message names what was found.
+    """
+    return adapters.find(model)
+
+
+def encode_image(
+    model: nn.Module, images: Tensor, tokens: bool = False, cls_path: bool = False, source: bool = False
+) -> Encoded:
+    """The embedding of images and, where asked for, what led to it; on patched and unpatched towers.
+
+    Args:
+        model: an open_clip model or its `visual`.
+        images: (B,3,S,S) preprocessed, in the tower's dtype and on its device.
+        tokens: also return all tokens after final norm and projection.
+        cls_path: also return the CLS token after every block.
+        source: also return where each patch went.
+    Returns:
+        Encoded.
+    Raises:
+        ValueError: images of another size than the tower's.
+        UnsupportedTower: as in `patch`.
+    """
+    tower = adapters.find(model)
+    height, width = tower.image_size
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
+        came = ",".join(str(n) for n in images.shape)
+        raise ValueError(f"images must be (B,3,{height},{width}), got ({came})")
+    x = tower.embed(images)
+    slot = tower.owner.__dict__.get(_SLOT)
+    plan = _plan(Dense() if slot is None else slot.method, tower, x.shape[1])
+    rows = tower.prefix if tower.cls_only and not (tokens or source) else None
+    track = source or plan.merges and not tower.cls_only
+    ran = run(tower, x, plan, rows=rows, track=track, states="cls" if cls_path else None)
+    return Encoded(
+        embedding=tower.pool(_for_pool(tower, plan, ran)),
+        tokens=tower.project(ran.x) if tokens else None,
+        cls_path=torch.stack(ran.states, 1) if cls_path else None,
+        source=_stacked(ran.sources, x, plan) if source else None,
+    )
+
+
+def _stacked(sources: list[Tensor], x: Tensor, plan: Plan) -> Tensor:
+    empty = torch.empty(x.shape[0], 0, plan.entry - plan.prefix, dtype=torch.int32, device=x.device)
+    return torch.stack(sources, 1).int() if sources else empty
+
+
+def _for_pool(tower: Tower, plan: Plan, ran: Ran) -> Tensor:
+    """What the host's pool is given: merged tokens back at their places, unless it reads CLS alone."""
+    return unmerge(ran.x, ran.sources, plan.prefix) if plan.merges and not tower.cls_only else ran.x
+
+
+def _plan(method: Method, tower: Tower, tokens: int) -> Plan:
+    plan = method.plan(tokens=tokens, blocks=len(tower.blocks), prefix=tower.prefix)
+    if plan.tokens[0] != tokens or len(plan.steps) != len(tower.blocks):
+        raise ValueError(
+            f"the plan of {method!r} must start at {tokens} tokens and have {len(tower.blocks)} steps, "
+            f"got {plan.entry} and {len(plan.steps)}"
+        )
+    return plan
+
+
+def _check(tower: Tower) -> None:
+    """Raises UnsupportedTower unless a block gives the same through its parts as through its own forward."""
+    for module in (tower.owner, *tower.owner.modules()):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedTower(f"expected modules in Python, got the ScriptModule {type(module).__name__}")
+    if "forward" in tower.owner.__dict__ or hasattr(tower.owner, "_hf_hook"):
+        raise UnsupportedTower(f"the forward of {type(tower.owner).__name__} was replaced: patch before that")
+    for index, host in enumerate(tower.blocks):
+        refuse(tower, host, index)
+    like = tower.like
+    if like.is_meta:
+        warnings.warn("the model is on the meta device, its blocks could not be verified", stacklevel=3)
+        return
+    # A copy without hooks, so that the probe leaves no trace in the model, its hooks or its mode.
+    probe = copy.deepcopy(tower.blocks[0]).eval()
+    for module in probe.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, min(tower.tokens, 17), tower.width, generator=generator).to(like)
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        expected = tower.run_block(probe, x).float()
+        came = block.forward(tower.parts(probe), x, None, None, tower.prefix).x.float()
+    error = (came - expected).abs().max() / expected.abs().max()
+    if not error <= max(2e-3, 8 * torch.finfo(like.dtype).eps):
+        raise UnsupportedTower(
+            f"expected a pre-norm attention block, got {type(probe).__name__} whose own result differs by {error:.1e}"
+        )
+
+
+def _run_patched(owner: nn.Module, x: Tensor, states: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """The loop of a patched owner: what its host's pool is given and, on request, what leaves every block."""
+    slot = owner.__dict__[_SLOT]
+    tower = slot.tower.of(owner)
+    plan = slot.plan if x.shape[1] == slot.plan.entry else _plan(slot.method, tower, x.shape[1])
+    # Whoever asks for states or hooks the owner may read any row.
+    rows = tower.prefix if tower.cls_only and not states and not owner._forward_hooks else None
+    track = states or plan.merges and not tower.cls_only
+    ran = run(tower, x, plan, rows=rows, track=track, states="all" if states else None)
+    return _for_pool(tower, plan, ran), ran.states
+
+
+@lru_cache(maxsize=None)
+def _subclass(base: type[nn.Module], tower: type[Tower]) -> type[nn.Module]:
+    """A subclass of a host's class that runs the patched loop, and pickles and copies as one."""
+
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _rebuild, (base, tower), self.__dict__
+
+    namespace = {"__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), {**namespace, "_unpatched": base, **tower.overrides(_run_patched)})
+
+
+def _rebuild(base: type[nn.Module], tower: type[Tower]) -> nn.Module:
+    """An empty instance of a patched class, whose state the pickle restores."""
+    cls = _subclass(base, tower)
+    return cls.__new__(cls)

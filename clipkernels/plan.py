@@ -1,0 +1,105 @@
+"""The plan: what happens to the tokens of every block, in integers only.
+
+A method turns (tokens, blocks) into a plan, one `Step | None` per block; execution, FLOPs and the ideal speed-up all
+read the same plan. Steps act between a block's attention and its MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Signal = Literal["cls", "received", "keys"]
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Keep the `keep` best patches; the others become one fused token, or go.
+
+    Args:
+        keep: patches kept.
+        fuse: append Σ score·patch over the patches not kept.
+        signal: what ranks the patches; None ranks them at random, the same way for all images.
+        seed: of the random ranking.
+    """
+
+    keep: int
+    fuse: bool = True
+    signal: Literal["cls", "received"] | None = "cls"
+    seed: int = 0
+
+    def leaves(self, tokens: int, prefix: int) -> int:
+        return prefix + self.keep + self.fuse
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge r tokens into their most similar neighbours; `proportional` attention weighs keys by size afterwards."""
+
+    r: int
+    proportional: bool = True
+    signal: Literal["keys"] = "keys"
+
+    def leaves(self, tokens: int, prefix: int) -> int:
+        return tokens - self.r
+
+
+Step = Prune | Merge
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step or None per block of a tower.
+
+    Args:
+        steps: one entry per block.
+        entry: tokens entering the first block, the prefix included.
+        prefix: leading tokens (CLS, registers) that no step touches.
+    """
+
+    steps: tuple[Step | None, ...]
+    entry: int
+    prefix: int = 1
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """L+1 counts: the tokens entering each block, and those leaving the last."""
+        counts = [self.entry]
+        for step in self.steps:
+            counts.append(step.leaves(counts[-1], self.prefix) if step else counts[-1])
+        return tuple(counts)
+
+    @property
+    def merges(self) -> bool:
+        """Whether a step merges tokens, so that a row may stand for several places."""
+        return any(isinstance(step, Merge) for step in self.steps)
+
+    def gmacs(
+        self, width: int, patch: int = 16, out: int = 512, exact: bool = False, mlp_ratio: float = 4.0
+    ) -> float:
+        """Multiply-accumulates of one image in 10⁹, counted as fvcore does (the "GFLOPs" of the papers).
+
+        Args:
+            width: C.
+            patch: side of a patch in pixels.
+            out: width E of the joint embedding.
+            exact: count the last block as it runs where only CLS is pooled: keys and values for every token, the
+                query, projection and MLP for the CLS row alone.
+            mlp_ratio: hidden width of the MLP over C.
+        Source: TCA, arXiv 2410.14729, whose tables this reproduces.
+        """
+        counts = self.tokens
+        total = 3 * patch**2 * width * (self.entry - self.prefix) + 5 * self.entry * width + 5 * width + width * out
+        for block, (attended, passed) in enumerate(zip(counts[:-1], counts[1:], strict=True)):
+            last = exact and block == len(self.steps) - 1
+            queries, passed = (1, 1) if last else (attended, passed)
+            total += (2 * attended + 2 * queries) * width**2 + 2 * queries * attended * width
+            total += round(2 * mlp_ratio * width) * passed * width + 5 * (attended + passed) * width
+        return total / 1e9
+
+    def ideal_speedup(
+        self, width: int, patch: int = 16, out: int = 512, exact: bool = False, mlp_ratio: float = 4.0
+    ) -> float:
+        """GMACs of the dense tower over this plan's: the speed-up if every saved operation were saved time."""
+        dense = Plan((None,) * len(self.steps), self.entry, self.prefix)
+        return dense.gmacs(width, patch, out, exact, mlp_ratio) / self.gmacs(width, patch, out, exact, mlp_ratio)

@@ -1,0 +1,160 @@
+"""Every operation in plain PyTorch: the definition of correct.
+
+B batch, N tokens, P = N - prefix patches, H heads, C width, D head width. Scores and statistics are fp32 (fp64 for
+fp64 inputs), ties go to the lower index, NaN counts as -inf. Arguments are validated by `clipkernels.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, normalize, scaled_dot_product_attention
+
+Norm = tuple[Tensor, Tensor, float]
+Heads = Literal["mean", "rank"]
+
+# Rows of attention that `received` holds at once, and the most tokens at which bf16 SDPA loses to bmm + softmax on CPUs.
+ROWS, SMALL = 128, 600
+
+
+class Pruned(NamedTuple):
+    """tokens (B,prefix+keep[+1],C), index (B,keep) int64 into the patches, ascending, normed like tokens or None."""
+
+    tokens: Tensor
+    index: Tensor
+    normed: Tensor | None = None
+
+
+class Match(NamedTuple):
+    """kept (B,A-r) and source (B,r) int64 into the even tokens, ascending; target (B,r) int64 into the odd ones."""
+
+    kept: Tensor
+    source: Tensor
+    target: Tensor
+
+
+class Merged(NamedTuple):
+    """tokens (B,N-r,C), size (B,N-r) fp32, normed like tokens or None."""
+
+    tokens: Tensor
+    size: Tensor
+    normed: Tensor | None = None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int
+) -> tuple[Tensor, Tensor | None]:
+    bias = None if size is None else _wide(size).log()[:, None, None, :]
+    explicit = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= SMALL
+    if explicit:
+        logits = q @ k.mT * q.shape[-1] ** -0.5
+        out = torch.softmax(logits if bias is None else logits + bias.to(q.dtype), -1) @ v
+    else:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    if signal == "cls":
+        return out, _probabilities(q[:, :, :1], k, bias)[:, :, 0, prefix:].detach()
+    if signal == "received":
+        return out, _received(q, k, bias)[:, prefix:].detach()
+    return out, k.mean(1).detach() if signal == "keys" else None
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention (B,H,M,N) of some query rows (B,H,M,D), in fp32."""
+    logits = _wide(q) @ _wide(k).mT * q.shape[-1] ** -0.5
+    return torch.softmax(logits if bias is None else logits + bias, -1)
+
+
+def _received(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Column means (B,N) of the attention over heads and queries, a block of rows at a time."""
+    total = q.new_zeros(k.shape[0], k.shape[2], dtype=_wide(q).dtype)
+    for start in range(0, q.shape[2], ROWS):
+        total = total + _probabilities(q[:, :, start : start + ROWS], k, bias).sum((1, 2))
+    return total / (q.shape[1] * q.shape[2])
+
+
+def rank_tokens(q: Tensor, k: Tensor, heads: Heads, query: str, size: Tensor | None, prefix: int) -> Tensor:
+    bias = None if size is None else _wide(size).log()[:, None, None, :]
+    if query == "all":
+        return _received(q, k, bias)[:, prefix:].detach()
+    return reduce_heads(_probabilities(q[:, :, :1], k, bias)[:, :, 0, prefix:], heads).detach()
+
+
+def reduce_heads(scores: Tensor, heads: Heads) -> Tensor:
+    """Scores (B,P) of per-head scores (B,H,P): their mean, or the mean of each head's ranks (0 weakest)."""
+    if heads == "mean":
+        return _wide(scores).mean(1)
+    # The place in a stable descending order counts those that beat a patch; integer ranks are summed exactly.
+    place = strongest_first(scores).argsort(-1)
+    return (scores.shape[-1] - 1 - place).sum(1).to(_wide(scores).dtype) / scores.shape[1]
+
+
+def strongest_first(scores: Tensor) -> Tensor:
+    """Indices int64 in descending order of scores, equal ones by position, NaN as -inf."""
+    scores = scores.detach().nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def prune_tokens(
+    x: Tensor, scores: Tensor, keep: int, fuse: bool, heads: Heads, prefix: int, norm: Norm | None
+) -> Pruned:
+    if scores.ndim == 3:
+        scores = reduce_heads(scores, heads)
+    order = strongest_first(scores)
+    index = order[:, :keep].sort(-1).values
+    rows = [x[:, :prefix], _rows(x, index + prefix)]
+    if fuse:
+        gone = order[:, keep:]
+        weights = _wide(scores.gather(1, gone))
+        # A patch that is not there (NaN, -inf) weighs nothing.
+        weights = weights.masked_fill(weights.isnan() | weights.isneginf(), 0)
+        rows.append((weights[:, None] @ _wide(_rows(x, gone + prefix))).to(x.dtype))
+    tokens = torch.cat(rows, 1)
+    return Pruned(tokens, index, _norm(tokens, norm))
+
+
+def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
+    unit = normalize(_wide(metric.detach()), dim=-1)
+    similarity = unit[:, ::2] @ unit[:, 1::2].mT
+    similarity = similarity.nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    # The prefix never merges: neither as a source (even positions) nor as a target (odd ones).
+    similarity[:, : (prefix + 1) // 2] = float("-inf")
+    similarity[:, :, : prefix // 2] = float("-inf")
+    if r == 0:
+        every = torch.arange(unit.shape[1] - unit.shape[1] // 2, device=unit.device).expand(unit.shape[0], -1)
+        return Match(every.contiguous(), every[:, :0], every[:, :0])
+    strength, nearest = similarity.max(-1)
+    order = strongest_first(strength)
+    source = order[:, :r].sort(-1).values
+    return Match(order[:, r:].sort(-1).values, source, nearest.gather(1, source))
+
+
+def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None) -> Merged:
+    even, odd = x[:, ::2], x[:, 1::2]
+    wide = _wide(odd)
+    weight = wide.new_ones(x.shape[:2]) if size is None else size.to(wide.dtype)
+    gain = _rows(weight[:, ::2], match.source)
+    total = weight[:, 1::2].scatter_add(1, match.target, gain)
+    # As a correction to the target, so that equal tokens merge to themselves and untouched ones stay bit-equal.
+    pull = gain[..., None] * (_wide(_rows(even, match.source)) - _rows(wide, match.target))
+    into = match.target[..., None].expand_as(pull)
+    merged = wide + torch.zeros_like(wide).scatter_add(1, into, pull) / total[..., None]
+    tokens = torch.cat([_rows(even, match.kept), merged.to(x.dtype)], 1)
+    return Merged(tokens, torch.cat([_rows(weight[:, ::2], match.kept), total], 1), _norm(tokens, norm))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows (B,n,...) of x (B,N,...) at index (B,n)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+def _norm(x: Tensor, norm: Norm | None) -> Tensor | None:
+    if norm is None:
+        return None
+    weight, bias, eps = norm
+    return layer_norm(_wide(x), x.shape[-1:], weight.to(_wide(x)), bias.to(_wide(x)), eps).to(x.dtype)

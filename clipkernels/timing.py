@@ -1,0 +1,229 @@
+"""Paired timing: every variant runs once per round, in random order, and ratios are taken inside rounds.
+
+Whatever slows a machine down for a second then slows all variants of that round, and cancels. The one figure is the
+reduction efficiency η = (t_dense / t_reduced) ÷ (GMACs_dense / GMACs_reduced): 1 when every saved operation became
+saved time.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipkernels.methods import Dense, Method
+from clipkernels.patch import patch, tower_of
+from clipkernels.plan import Plan
+from clipkernels.tower import Tower
+
+Clock = Literal["wall", "process"]
+
+
+class Band(NamedTuple):
+    """A median and the quantiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every variant in every round."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def of(self, name: str) -> Band:
+        """Median seconds with the 20 % and 80 % quantiles."""
+        return _band(self.seconds[name], 0.2)
+
+    def ratio(self, name: str, against: str) -> Band:
+        """How many times faster `name` was than `against`: the median over rounds, with its 10-90 % band."""
+        pairs = zip(self.seconds[against], self.seconds[name], strict=True)
+        return _band([slow / fast for slow, fast in pairs], 0.1)
+
+    def fastest(self, names: Iterable[str]) -> str:
+        """The name with the smallest median, the first of equals."""
+        return min(names, key=lambda name: self.of(name).median)
+
+
+class Speed(NamedTuple):
+    """One variant of a tower: what it costs on paper and what it took.
+
+    `gmacs` and `ideal` count the published schedule, `gmacs_run` what ran (the last block for the CLS row alone, where
+    that was enough); seconds are per batch; `speedup` and `efficiency` are against `baseline`, the fastest dense.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    gmacs: float
+    gmacs_run: float
+    ideal: float
+    seconds: Band
+    images_per_second: float
+    speedup: Band
+    efficiency: Band
+    baseline: str
+
+
+def measure(
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    seed: int = 0,
+    clock: Clock = "wall",
+    progress: Callable[[], object] | None = None,
+) -> Times:
+    """Seconds per variant and round, all variants interleaved in a random order that changes every round.
+
+    Args:
+        variants: what to time, by name; work left on a GPU is waited for.
+        rounds: timed runs of every variant.
+        warmup: untimed rounds before them.
+        seed: of the orders.
+        clock: "wall", or "process": CPU time, which stays honest on shared machines, of one thread.
+        progress: called after every run, (warmup + rounds) · variants times.
+    Raises:
+        ValueError: no variants, fewer than one round, an unknown clock, or the process clock with several threads,
+            whose CPU times add up.
+    """
+    if not variants or rounds < 1:
+        raise ValueError(f"expected at least one variant and one round, got {len(variants)} and {rounds}")
+    if clock not in ("wall", "process"):
+        raise ValueError(f'clock must be "wall" or "process", got {clock!r}')
+    if clock == "process" and torch.get_num_threads() != 1:
+        raise ValueError(f'clock="process" needs torch.set_num_threads(1), got {torch.get_num_threads()} threads')
+    now = time.perf_counter if clock == "wall" else time.process_time
+    order, names = random.Random(seed), list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for done in range(warmup + rounds):
+        order.shuffle(names)
+        for name in names:
+            _synchronize()
+            start = now()
+            variants[name]()
+            _synchronize()
+            if done >= warmup:
+                seconds[name].append(now() - start)
+            if progress is not None:
+                progress()
+    return Times(seconds)
+
+
+def efficiency(speedup: float, gmacs_dense: float, gmacs_reduced: float) -> float:
+    """η of a speed-up, the GMACs being those that each side ran."""
+    return speedup * gmacs_reduced / gmacs_dense
+
+
+class Variant(NamedTuple):
+    """One way to encode images: what to call, the method whose plan it follows, and whether its last block runs for
+    the CLS row alone."""
+
+    encode: Callable[[Tensor], object]
+    method: Method
+    exact: bool
+
+
+def vary(model: nn.Module, methods: Mapping[str, Method | None]) -> dict[str, Variant]:
+    """One copy of the model per method, patched, or left as the host library has it for None; all share its weights."""
+    made = {}
+    for name, method in methods.items():
+        memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+        twin = copy.deepcopy(model, memo)
+        if method is not None:
+            patch(twin, method)
+        made[name] = Variant(twin.encode_image, method or Dense(), method is not None and tower_of(twin).cls_only)
+    return made
+
+
+def compare(
+    variants: Mapping[str, Variant],
+    tower: Tower,
+    batches: Sequence[Tensor],
+    rounds: int,
+    warmup: int = 1,
+    seed: int = 0,
+    clock: Clock = "wall",
+    progress: Callable[[], object] | None = None,
+) -> list[Speed]:
+    """Images per second and η of the variants of one tower, paired.
+
+    Args:
+        variants: at least one with the method Dense().
+        tower: the geometry they share, from `tower_of`.
+        batches: images (B,3,S,S) of one size, used in turn so that they do not sit in cache.
+        rounds, warmup, seed, clock, progress: as in `measure`.
+    Returns:
+        One row per variant, in order.
+    Raises:
+        ValueError: no dense variant, and what `measure` raises.
+    """
+    dense = [name for name, variant in variants.items() if isinstance(variant.method, Dense)]
+    if not dense:
+        raise ValueError(f"expected a dense variant among {', '.join(variants)}, got none")
+
+    def runner(encode: Callable[[Tensor], object]) -> Callable[[], object]:
+        turn = cycle(batches)
+        return lambda: encode(next(turn))
+
+    with torch.inference_mode():
+        calls = {name: runner(variant.encode) for name, variant in variants.items()}
+        times = measure(calls, rounds, warmup, seed, clock, progress)
+    baseline = times.fastest(dense)
+    plans = {name: plan_for(tower, variant.method) for name, variant in variants.items()}
+    ran = {name: gmacs_for(tower, plan, variants[name].exact) for name, plan in plans.items()}
+    dense_gmacs = gmacs_for(tower, plan_for(tower, Dense()))
+    table = []
+    for name, plan in plans.items():
+        seconds, ratio = times.of(name), times.ratio(name, baseline)
+        table.append(
+            Speed(
+                name=name,
+                tokens=plan.tokens,
+                gmacs=gmacs_for(tower, plan),
+                gmacs_run=ran[name],
+                ideal=dense_gmacs / gmacs_for(tower, plan),
+                seconds=seconds,
+                images_per_second=len(batches[0]) / seconds.median,
+                speedup=ratio,
+                efficiency=Band(*(efficiency(value, ran[baseline], ran[name]) for value in ratio)),
+                baseline=baseline,
+            )
+        )
+    return table
+
+
+def plan_for(tower: Tower, method: Method) -> Plan:
+    """The method's plan for a tower."""
+    return method.plan(tokens=tower.tokens, blocks=len(tower.blocks), prefix=tower.prefix)
+
+
+def gmacs_for(tower: Tower, plan: Plan, exact: bool = False) -> float:
+    """The plan's GMACs on a tower."""
+    return plan.gmacs(tower.width, tower.patch, tower.out, exact, tower.mlp_ratio)
+
+
+def _band(values: Sequence[float], tail: float) -> Band:
+    """The median with the `tail` and 1 - `tail` quantiles, interpolated linearly."""
+    ordered = sorted(values)
+
+    def quantile(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        below = int(place)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+    return Band(statistics.median(ordered), quantile(tail), quantile(1 - tail))
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -1,0 +1,79 @@
+"""Runs a tower's blocks under a plan, and what one forward can hand back. All state is local to the forward."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clipkernels import block
+from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.plan import Merge, Plan
+
+
+class Ran(NamedTuple):
+    """x (B,N',C) after the last block, sources one (B,P) int64 per step, states one (B,N,C) per block on request."""
+
+    x: Tensor
+    sources: list[Tensor]
+    states: list[Tensor]
+
+
+def run(
+    tower: Tower,
+    x: Tensor,
+    plan: Plan,
+    *,
+    rows: int | None = None,
+    track: bool = False,
+    states: Literal["cls", "all"] | None = None,
+) -> Ran:
+    """The blocks of a tower on embedded tokens.
+
+    Args:
+        tower: whose blocks run.
+        x: (B,N,C) entering the first block.
+        plan: one step or None per block, for N tokens.
+        rows: where only these leading rows of the result are read, compute no others in the last block.
+        track: also return, after each step, the row that holds each patch, or -1.
+        states: also return what leaves every block: "cls" (B,C), or "all" (B,N,C) with each patch at its place (the
+            row that holds it, zeros where it is gone; needs `track`).
+    """
+    proportional = any(isinstance(step, Merge) and step.proportional for step in plan.steps)
+    prefix, last = plan.prefix, len(plan.steps) - 1
+    size: Tensor | None = None
+    sources: list[Tensor] = []
+    seen: list[Tensor] = []
+    source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if track else None
+    for index, (host, step) in enumerate(zip(tower.blocks, plan.steps, strict=True)):
+        refuse(tower, host, index)
+        arguments = (tower.parts(host), x, step, size, prefix, proportional, rows if index == last else None, track)
+        if tower.checkpointing and torch.is_grad_enabled():
+            x, size, to = checkpoint(block.forward, *arguments, use_reentrant=False)
+        else:
+            x, size, to = block.forward(*arguments)
+        if source is not None and to is not None:
+            source = torch.where(source < 0, source, to.gather(1, source.clamp_min(0)))
+            sources.append(source[:, prefix:])
+        if states is not None:
+            seen.append(x[:, 0] if states == "cls" else unmerge(x, sources, prefix))
+    return Ran(x, sources, seen)
+
+
+def unmerge(x: Tensor, sources: list[Tensor], prefix: int) -> Tensor:
+    """Tokens (B,N,C) with every patch back at its place: the row that holds it now, zeros where it is gone."""
+    if not sources:
+        return x
+    source = sources[-1]
+    patches = x[torch.arange(x.shape[0], device=x.device)[:, None], source.clamp_min(0)]
+    patches = patches.masked_fill((source < 0)[..., None], 0)
+    return torch.cat([x[:, :prefix], patches], 1)
+
+
+def refuse(tower: Tower, host: nn.Module, index: int) -> None:
+    """Raises UnsupportedTower where running a block's parts would skip something its own forward does."""
+    why = tower.refusal(host)
+    if why is not None:
+        raise UnsupportedTower(f"block {index}: {why}")
