@@ -98,8 +98,10 @@ def main() -> None:
                 log.write(json.dumps(line) + "\n")
     with torch.no_grad():
         model.logit_scale.fill_(math.log(100))
-    write({name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if name != "attn_mask"},
-          arguments.out / "tiny_clip.safetensors")
+    write(
+        {name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if name != "attn_mask"},
+        arguments.out / "tiny_clip.safetensors",
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -160,11 +162,13 @@ def batch(photos: scenes.Images, classes: Sequence[str], step: int, seed: int) -
     scene = scenes.draw(SHARE["scene"], step)
     images = np.concatenate([photos.images[pick], digit.images, scene.images])
     shapes = len(scenes.SHAPES)
-    facts = np.concatenate([
-        np.stack([np.full(len(pick), 0), photos.labels[pick], np.zeros_like(pick)], 1),
-        np.stack([np.full(len(digit.labels), 1), digit.labels, np.zeros_like(digit.labels)], 1),
-        np.stack([np.full(len(scene.labels), 2), scene.labels // shapes, scene.labels % shapes], 1),
-    ])
+    facts = np.concatenate(
+        [
+            np.stack([np.full(len(pick), 0), photos.labels[pick], np.zeros_like(pick)], 1),
+            np.stack([np.full(len(digit.labels), 1), digit.labels, np.zeros_like(digit.labels)], 1),
+            np.stack([np.full(len(scene.labels), 2), scene.labels // shapes, scene.labels % shapes], 1),
+        ]
+    )
     # Two templates per kind and step keep the text tower cheap; over the run every template meets every class.
     said = {kind: rng.integers(len(t), size=2) for kind, t in enumerate(ALL_TEMPLATES)}
     captions = {caption(tuple(fact), said[fact[0]], rng, classes) for fact in facts.tolist()}
@@ -259,7 +263,9 @@ def schedule(step: int, steps: int, warmup: int = 300) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: open_clip.CLIP, tokenizer: ByteTokenizer, photos: scenes.Images, classes: Sequence[str]) -> dict[str, float]:
+def evaluate(
+    model: open_clip.CLIP, tokenizer: ByteTokenizer, photos: scenes.Images, classes: Sequence[str]
+) -> dict[str, float]:
     """Zero-shot accuracy in percent per data set, template ensembles against the data set's own captions."""
     model.eval()
     sets = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
 Backend = Literal["auto", "triton", "reference"]
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kernel: bool) -> str:
@@ -35,7 +37,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
             return "reference"
         obstacle = _obstacle(device.type)
         if obstacle is not None and device.type == "cuda":
-            _warn_once(obstacle)
+            warnings.warn(f"{obstacle}; CUDA tensors take the slower reference until then", stacklevel=3)
         return "triton" if obstacle is None else "reference"
     if not kernel:
         raise RuntimeError(f'{op} has no Triton kernel in this version, use backend="auto" or "reference"')
@@ -67,24 +69,10 @@ def interpreting() -> bool:
 
 def _obstacle(device_type: str) -> str | None:
     """Why triton cannot run on a device type, or None."""
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "triton is not installed: pip install triton (Linux)"
     if device_type == "cpu" and not interpreting():
         return "the tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 before the first import"
     if device_type not in ("cpu", "cuda"):
         return f"triton kernels run on cuda (NVIDIA, AMD) tensors, got {device_type}"
     return None
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-@lru_cache(maxsize=1)
-def _warn_once(obstacle: str) -> None:
-    warnings.warn(f"{obstacle}; CUDA tensors take the slower PyTorch reference until then", stacklevel=4)

@@ -1,6 +1,6 @@
 """One pre-norm transformer block with a step between its attention and its MLP, whatever library it comes from.
 
-    x = x + attention(norm1(x));  x = step(x, signal);  x = x + mlp(norm2(x))
+x = x + attention(norm1(x));  x = step(x, signal);  x = x + mlp(norm2(x))
 """
 
 from __future__ import annotations

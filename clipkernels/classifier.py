@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +52,11 @@ class Classifier:
         if missing:
             raise ValueError(f"model must be a CLIP, got {type(model).__name__} without {', '.join(missing)}")
         if hasattr(head, "needs") and not isinstance(head, type):
-            self.head: Head = head
+            self.head = cast(Head, head)
         else:
-            self.head = head(class_embeddings(model, tokenizer, self.classes, templates))
-        self.model = model if method is None else patch(model, method)
+            make = cast(Callable[[Tensor], Head], head)
+            self.head = make(class_embeddings(model, tokenizer, self.classes, templates))
+        self.model: Any = model if method is None else patch(model, method)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B,K) of preprocessed images (B,3,S,S), on the model's device and in its dtype.
@@ -72,7 +74,7 @@ class Classifier:
 
 @torch.no_grad()
 def class_embeddings(
-    model: nn.Module, tokenizer: Callable[[list[str]], Tensor], classes: Sequence[str], templates: Sequence[str]
+    model: Any, tokenizer: Callable[[list[str]], Tensor], classes: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
     """Class embeddings (K,E) fp32, L2-normalised means of the normalised embeddings of a class's prompts.
 

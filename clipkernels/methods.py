@@ -66,7 +66,8 @@ class EViT:
             object.__setattr__(self, "blocks", tuple(self.blocks))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
-        entry, steps = tokens, [None] * blocks  # type: tuple[int, list[Step | None]]
+        entry = tokens
+        steps: list[Step | None] = [None] * blocks
         for block in named_blocks(self.blocks, blocks):
             patches = tokens - prefix
             keep = math.ceil(self.keep * patches)
@@ -112,7 +113,8 @@ class ToMe:
             object.__setattr__(self, "r", tuple(self.r))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
-        entry, steps = tokens, []  # type: tuple[int, list[Step | None]]
+        entry = tokens
+        steps: list[Step | None] = []
         for r in self._schedule(blocks):
             r = min(r, (tokens - prefix) // 2)
             steps.append(Merge(r, self.proportional) if r else None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clipkernels import backend as _backend
-from clipkernels import reference
+from clipkernels import custom_ops, reference
 from clipkernels.backend import Backend
 from clipkernels.plan import Signal
 from clipkernels.reference import Heads, Match, Merged, Norm, Pruned
@@ -135,9 +135,7 @@ def prune_tokens(
     chosen = _backend.choose(backend, x.device, x.dtype, "prune_tokens", kernel=True)
     if chosen == "reference":
         return reference.prune_tokens(x, scores, keep, fuse, heads, prefix, norm)
-    from clipkernels.kernels.prune import prune_tokens as launch
-
-    return Pruned(*launch(x, scores, keep, fuse, heads, prefix, norm))
+    return custom_ops.prune_tokens(x, scores, keep, fuse, heads, prefix, norm)
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = "auto") -> Match:
@@ -283,7 +281,9 @@ def _check_norm(norm: Norm | None, x: Tensor) -> None:
         return
     weight, bias, _ = norm
     if tuple(weight.shape) != x.shape[-1:] or tuple(bias.shape) != x.shape[-1:]:
-        raise ValueError(f"norm must hold weight and bias (C,) = ({x.shape[-1]},), got {_shape(weight)}, {_shape(bias)}")
+        raise ValueError(
+            f"norm must hold weight and bias (C,) = ({x.shape[-1]},), got {_shape(weight)}, {_shape(bias)}"
+        )
 
 
 def _floating(**named: Tensor) -> None:

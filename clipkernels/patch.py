@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -82,7 +82,7 @@ def unpatch(model: Model) -> Model:
     Raises:
         UnsupportedTower: the model has no tower that could have been patched, or its class was swapped since.
     """
-    owner = adapters.find(model).owner
+    owner: Any = adapters.find(model).owner
     if _SLOT in owner.__dict__:
         if "_unpatched" not in type(owner).__dict__:
             raise UnsupportedTower(f"the class of the tower was changed after patching, to {type(owner).__name__}")
@@ -143,7 +143,7 @@ def encode_image(
     slot = tower.owner.__dict__.get(_SLOT)
     plan = _plan(Dense() if slot is None else slot.method, tower, x.shape[1])
     rows = tower.prefix if tower.cls_only and not (tokens or source) else None
-    track = source or plan.merges and not tower.cls_only
+    track = source or (plan.merges and not tower.cls_only)
     ran = run(tower, x, plan, rows=rows, track=track, states="cls" if cls_path else None)
     return Encoded(
         embedding=tower.pool(_for_pool(tower, plan, ran)),
@@ -210,13 +210,13 @@ def _run_patched(owner: nn.Module, x: Tensor, states: bool = False) -> tuple[Ten
     plan = slot.plan if x.shape[1] == slot.plan.entry else _plan(slot.method, tower, x.shape[1])
     # Whoever asks for states or hooks the owner may read any row.
     rows = tower.prefix if tower.cls_only and not states and not owner._forward_hooks else None
-    track = states or plan.merges and not tower.cls_only
+    track = states or (plan.merges and not tower.cls_only)
     ran = run(tower, x, plan, rows=rows, track=track, states="all" if states else None)
     return _for_pool(tower, plan, ran), ran.states
 
 
-@lru_cache(maxsize=None)
-def _subclass(base: type[nn.Module], tower: type[Tower]) -> type[nn.Module]:
+@cache
+def _subclass(base: Any, tower: Any) -> Any:
     """A subclass of a host's class that runs the patched loop, and pickles and copies as one."""
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -229,4 +229,5 @@ def _subclass(base: type[nn.Module], tower: type[Tower]) -> type[nn.Module]:
 def _rebuild(base: type[nn.Module], tower: type[Tower]) -> nn.Module:
     """An empty instance of a patched class, whose state the pickle restores."""
     cls = _subclass(base, tower)
-    return cls.__new__(cls)
+    instance: nn.Module = cls.__new__(cls)
+    return instance

@@ -7,6 +7,7 @@ read the same plan. Steps act between a block's attention and its MLP.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 Signal = Literal["cls", "received", "keys"]
@@ -74,9 +75,7 @@ class Plan:
         """Whether a step merges tokens, so that a row may stand for several places."""
         return any(isinstance(step, Merge) for step in self.steps)
 
-    def gmacs(
-        self, width: int, patch: int = 16, out: int = 512, exact: bool = False, mlp_ratio: float = 4.0
-    ) -> float:
+    def gmacs(self, width: int, patch: int = 16, out: int = 512, exact: bool = False, mlp_ratio: float = 4.0) -> float:
         """Multiply-accumulates of one image in 10⁹, counted as fvcore does (the "GFLOPs" of the papers).
 
         Args:
@@ -90,7 +89,7 @@ class Plan:
         """
         counts = self.tokens
         total = 3 * patch**2 * width * (self.entry - self.prefix) + 5 * self.entry * width + 5 * width + width * out
-        for block, (attended, passed) in enumerate(zip(counts[:-1], counts[1:], strict=True)):
+        for block, (attended, passed) in enumerate(pairwise(counts)):
             last = exact and block == len(self.steps) - 1
             queries, passed = (1, 1) if last else (attended, passed)
             total += (2 * attended + 2 * queries) * width**2 + 2 * queries * attended * width

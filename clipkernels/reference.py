@@ -15,15 +15,17 @@ from torch.nn.functional import layer_norm, normalize, scaled_dot_product_attent
 Norm = tuple[Tensor, Tensor, float]
 Heads = Literal["mean", "rank"]
 
-# Rows of attention that `received` holds at once, and the most tokens at which bf16 SDPA loses to bmm + softmax on CPUs.
-ROWS, SMALL = 128, 600
+# Rows of attention that `received` holds at once.
+ROWS = 128
+# Up to so many keys CPUs run half-precision attention faster as bmm + softmax than as SDPA.
+EXPLICIT = 600
 
 
 class Pruned(NamedTuple):
     """tokens (B,prefix+keep[+1],C), index (B,keep) int64 into the patches, ascending, normed like tokens or None."""
 
     tokens: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is not missed here
     normed: Tensor | None = None
 
 
@@ -47,7 +49,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int
 ) -> tuple[Tensor, Tensor | None]:
     bias = None if size is None else _wide(size).log()[:, None, None, :]
-    explicit = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= SMALL
+    explicit = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= EXPLICIT
     if explicit:
         logits = q @ k.mT * q.shape[-1] ** -0.5
         out = torch.softmax(logits if bias is None else logits + bias.to(q.dtype), -1) @ v

@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from clipkernels.adapters import Tower
 from clipkernels.methods import Dense, Method
 from clipkernels.patch import patch, tower_of
 from clipkernels.plan import Plan
-from clipkernels.tower import Tower
 
 Clock = Literal["wall", "process"]
 
@@ -137,38 +137,29 @@ def vary(model: nn.Module, methods: Mapping[str, Method | None]) -> dict[str, Va
     made = {}
     for name, method in methods.items():
         memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        twin = copy.deepcopy(model, memo)
+        twin: Any = copy.deepcopy(model, memo)
         if method is not None:
             patch(twin, method)
         made[name] = Variant(twin.encode_image, method or Dense(), method is not None and tower_of(twin).cls_only)
     return made
 
 
-def compare(
+def time_variants(
     variants: Mapping[str, Variant],
-    tower: Tower,
     batches: Sequence[Tensor],
     rounds: int,
     warmup: int = 1,
     seed: int = 0,
     clock: Clock = "wall",
     progress: Callable[[], object] | None = None,
-) -> list[Speed]:
-    """Images per second and η of the variants of one tower, paired.
+) -> Times:
+    """Seconds that each variant takes for a batch, paired.
 
     Args:
-        variants: at least one with the method Dense().
-        tower: the geometry they share, from `tower_of`.
+        variants: what encodes, by name.
         batches: images (B,3,S,S) of one size, used in turn so that they do not sit in cache.
         rounds, warmup, seed, clock, progress: as in `measure`.
-    Returns:
-        One row per variant, in order.
-    Raises:
-        ValueError: no dense variant, and what `measure` raises.
     """
-    dense = [name for name, variant in variants.items() if isinstance(variant.method, Dense)]
-    if not dense:
-        raise ValueError(f"expected a dense variant among {', '.join(variants)}, got none")
 
     def runner(encode: Callable[[Tensor], object]) -> Callable[[], object]:
         turn = cycle(batches)
@@ -176,25 +167,45 @@ def compare(
 
     with torch.inference_mode():
         calls = {name: runner(variant.encode) for name, variant in variants.items()}
-        times = measure(calls, rounds, warmup, seed, clock, progress)
-    baseline = times.fastest(dense)
+        return measure(calls, rounds, warmup, seed, clock, progress)
+
+
+def tabulate(
+    times: Times, variants: Mapping[str, Variant], tower: Tower, batch: int, baseline: str | None = None
+) -> list[Speed]:
+    """One row per variant, in order.
+
+    Args:
+        times: of every variant.
+        variants: at least one with the method Dense(), or a baseline.
+        tower: the geometry they share, from `tower_of`.
+        batch: images per batch.
+        baseline: what speed-ups are against; None is the fastest of the variants whose method is Dense().
+    Raises:
+        ValueError: no dense variant to choose.
+    """
+    dense = [name for name, variant in variants.items() if isinstance(variant.method, Dense)]
+    if baseline is None and not dense:
+        raise ValueError(f"expected a dense variant among {', '.join(variants)}, got none")
+    baseline = baseline or times.fastest(dense)
     plans = {name: plan_for(tower, variant.method) for name, variant in variants.items()}
     ran = {name: gmacs_for(tower, plan, variants[name].exact) for name, plan in plans.items()}
-    dense_gmacs = gmacs_for(tower, plan_for(tower, Dense()))
+    full = gmacs_for(tower, plan_for(tower, Dense()))
     table = []
     for name, plan in plans.items():
         seconds, ratio = times.of(name), times.ratio(name, baseline)
+        gains = (efficiency(value, ran[baseline], ran[name]) for value in ratio)
         table.append(
             Speed(
                 name=name,
                 tokens=plan.tokens,
                 gmacs=gmacs_for(tower, plan),
                 gmacs_run=ran[name],
-                ideal=dense_gmacs / gmacs_for(tower, plan),
+                ideal=full / gmacs_for(tower, plan),
                 seconds=seconds,
-                images_per_second=len(batches[0]) / seconds.median,
+                images_per_second=batch / seconds.median,
                 speedup=ratio,
-                efficiency=Band(*(efficiency(value, ran[baseline], ran[name]) for value in ratio)),
+                efficiency=Band(*gains),
                 baseline=baseline,
             )
         )

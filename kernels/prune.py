@@ -102,9 +102,7 @@ def _prune_kernel(
         source = tl.where(row < prefix, row, prefix + tl.sum(tl.where(mine, offs_p[None, :], 0), 1)).to(tl.int64)
         mask = (row < prefix + keep)[:, None] & (offs_c < C)[None, :]
         x = tl.load(x_ptr + source[:, None] * stride_xn + offs_c[None, :] * stride_xc, mask=mask, other=0.0)
-        _finish(
-            x, row, prefix + keep, offs_c, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM
-        )
+        _finish(x, row, prefix + keep, offs_c, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM)
     elif FUSE:
         score = _score(scores_ptr, offs_p, P)
         gone = (place >= keep) & (offs_p < P)
@@ -116,19 +114,19 @@ def _prune_kernel(
             w = tl.sum(tl.where(here, weight[None, :], 0.0), 1)
             load = tl.sum((here & gone[None, :]).to(tl.int32), 1) > 0
             offs = (prefix + chunk).to(tl.int64)[:, None] * stride_xn + offs_c[None, :] * stride_xc
-            x = tl.load(x_ptr + offs, mask=load[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
-            acc += tl.sum(w[:, None] * x, 0)
-        row = prefix + keep + tl.arange(0, 1)
-        _finish(acc[None, :], row, rows, offs_c, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM)
+            piece = tl.load(x_ptr + offs, mask=load[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
+            acc += tl.sum(w[:, None] * piece, 0)
+        fused = prefix + keep + tl.arange(0, 1)
+        _finish(acc[None, :], fused, rows, offs_c, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM)
 
 
 def config(patches: int, width: int) -> dict[str, int]:
     """Block sizes and warps for P patches of width C."""
     block_p, block_c = max(16, triton.next_power_of_2(patches)), triton.next_power_of_2(width)
-    block_r = max(1, min(8, 8192 // block_c))
+    block_r = max(1, min(64, 8192 // block_c, 32768 // block_p))
     return {
         "BLOCK_P": block_p,
-        "BLOCK_J": max(8, min(32, 8192 // block_p)),
+        "BLOCK_J": max(4, min(32, 4096 // block_p)),
         "BLOCK_R": block_r,
         "BLOCK_C": block_c,
         "num_warps": 4 if block_p <= 512 else 8,

@@ -22,11 +22,13 @@ def find(model: nn.Module) -> OpenCLIPTower:
     Raises:
         UnsupportedTower: naming what was found instead.
     """
-    visual = getattr(model, "visual", model)
+    visual: Any = getattr(model, "visual", model)
     name = type(visual).__name__
     trunk = getattr(visual, "trunk", None)
     if trunk is not None:
-        raise UnsupportedTower(f"expected an open_clip VisionTransformer, got {name} around timm's {type(trunk).__name__}")
+        raise UnsupportedTower(
+            f"expected an open_clip VisionTransformer, got {name} around timm's {type(trunk).__name__}"
+        )
     needs = ("transformer", "_embeds", "_pool", "ln_post", "class_embedding", "positional_embedding")
     if not all(hasattr(visual, attribute) for attribute in needs) or not hasattr(visual.transformer, "resblocks"):
         raise UnsupportedTower(f"expected an open_clip VisionTransformer, got {name}")
@@ -40,7 +42,7 @@ class OpenCLIPTower:
 
     prefix = 1
 
-    def __init__(self, visual: nn.Module, owner: nn.Module | None = None) -> None:
+    def __init__(self, visual: Any, owner: Any = None) -> None:
         self.visual = visual
         self.owner = visual.transformer if owner is None else owner
 
@@ -70,7 +72,8 @@ class OpenCLIPTower:
 
     @property
     def mlp_ratio(self) -> float:
-        return self.blocks[0].mlp.c_fc.out_features / self.width
+        mlp: Any = self.blocks[0].mlp
+        return mlp.c_fc.out_features / self.width
 
     @property
     def like(self) -> Tensor:
@@ -91,19 +94,24 @@ class OpenCLIPTower:
     def parts(self, host: nn.Module) -> OpenCLIPBlock:
         return OpenCLIPBlock(host)
 
-    def run_block(self, host: nn.Module, x: Tensor) -> Tensor:
+    def run_block(self, host: Any, x: Tensor) -> Tensor:
         if getattr(self.owner, "batch_first", True):
             return host(x)
         return host(x.transpose(0, 1)).transpose(0, 1)
 
-    def refusal(self, host: nn.Module) -> str | None:
-        attn = getattr(host, "attn", None)
+    def refusal(self, host: Any) -> str | None:
+        attn: Any = getattr(host, "attn", None)
         if not all(hasattr(host, part) for part in ("ln_1", "ln_2", "mlp")) or attn is None:
             return f"expected ln_1, attn, ln_2 and mlp, got {type(host).__name__}"
         for module in (host, attn):
             if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
                 return f"the forward of its {type(module).__name__} was replaced: patch before that"
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
                 return f"its {type(module).__name__} carries a hook, which would be skipped: remove it first"
         weight = getattr(attn, "in_proj_weight", None)
         if weight is None or not hasattr(attn, "num_heads") or hasattr(attn, "base_layer"):
@@ -135,12 +143,12 @@ class OpenCLIPTower:
 
     @staticmethod
     def overrides(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        def forward(self: nn.Module, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
             _no_mask(attn_mask)
             return run(self, x)[0]
 
         def forward_intermediates(
-            self: nn.Module,
+            self: Any,
             x: Tensor,
             attn_mask: Tensor | None = None,
             indices: int | list[int] | None = None,
@@ -162,7 +170,7 @@ def _no_mask(attn_mask: Tensor | None) -> None:
 class OpenCLIPBlock:
     """The parts of one residual block."""
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: Any) -> None:
         self.host = host
 
     def qkv(self, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,7 +180,9 @@ class OpenCLIPBlock:
         if rows is None:
             q, k, v = _heads(linear(x, weight, bias), 3, attn.num_heads)
         else:
-            (q,) = _heads(linear(x[:, :rows], weight[:width], None if bias is None else bias[:width]), 1, attn.num_heads)
+            (q,) = _heads(
+                linear(x[:, :rows], weight[:width], None if bias is None else bias[:width]), 1, attn.num_heads
+            )
             k, v = _heads(linear(x, weight[width:], None if bias is None else bias[width:]), 2, attn.num_heads)
         if hasattr(attn, "ln_q"):
             # v's dtype: the norms of open_clip's own Attention may be wider than its projections.
@@ -200,6 +210,6 @@ def _heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
     return packed.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _optional(host: nn.Module, name: str, x: Tensor) -> Tensor:
+def _optional(host: Any, name: str, x: Tensor) -> Tensor:
     module = getattr(host, name, None)
     return x if module is None else module(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -16,11 +17,18 @@ from clipkernels.cli.info import info
 class OneLine(click.Group):
     """A group whose errors are one line on stderr and an exit status, 2 for what the user can mend."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
-            status = super().main(*args, standalone_mode=False, **kwargs)
+            status = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.ClickException as error:
             click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
             status = error.exit_code
@@ -30,16 +38,16 @@ class OneLine(click.Group):
         sys.exit(status)
 
 
-@click.group(cls=OneLine, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=OneLine,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\b\nExample:\n  clipkernels info",
+)
 @click.version_option(__version__, prog_name="clipkernels", message="%(prog)s %(version)s")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Choose, prune and merge a CLIP tower's tokens.
-
-    \b
-    Example:
-      clipkernels info
-    """
+    """Choose, prune and merge a CLIP tower's tokens."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
 from clipkernels.cli.images import Pictures, collate, find, first_line
 from clipkernels.cli.output import opened, progress, quietly, schedule, write_table
@@ -28,7 +29,6 @@ from clipkernels.data import bundled
 from clipkernels.methods import Dense, EViT, Method, ToMe
 from clipkernels.patch import method_of, tower_of
 from clipkernels.timing import plan_for
-from clipkernels.tower import UnsupportedTower
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MANY = 256
@@ -49,7 +49,15 @@ class Guess(NamedTuple):
         return row if self.label is None else {**row, "label": self.label}
 
 
-@click.command()
+EXAMPLE = """\b
+Example:
+  clipkernels demo --quick --model none --save-images pictures
+  clipkernels classify pictures/digits --folder-labels --method evit --keep 0.7 \\
+    --classes zero,one,two,three,four,five,six,seven,eight,nine
+"""
+
+
+@click.command(epilog=EXAMPLE)
 @click.argument("images", nargs=-1, required=True)
 @click.option("--classes", help="Class names, separated by commas.")
 @click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
@@ -92,17 +100,13 @@ def classify(
     form: str,
     output: str | None,
 ) -> None:
-    """Name the class of every image: the path, then the likeliest class and its probability, then the next.
+    """Name the class of every image.
+
+    Per image: the path, then the likeliest class and its probability, then the next.
 
     IMAGES are files, folders or quoted globs. A folder is searched through for files whose names end like an image's
     (.jpg, .png, .webp, …); a file that is named, or matched by a glob, is always tried. A file that is no image is
     named on stderr, the others still run, and the exit status is then 1.
-
-    \b
-    Example:
-      clipkernels demo --quick --model none --save-images pictures
-      clipkernels classify pictures/digits --folder-labels --method evit --keep 0.7 \\
-        --classes zero,one,two,three,four,five,six,seven,eight,nine
     """
     try:
         names = read_classes(classes, classes_file)
@@ -206,9 +210,8 @@ def load(name: str | None, pretrained: str | None) -> tuple[nn.Module, Callable[
             click.echo(f"warning: {name} has random weights without --pretrained: its answers mean nothing", err=True)
             torch.manual_seed(0)
         elif pretrained not in tags and not os.path.isfile(pretrained):
-            raise click.UsageError(
-                f"expected --pretrained to be a file or one of {name}'s tags ({', '.join(tags) or 'none'}), got {pretrained!r}"
-            )
+            listed = ", ".join(tags) or "none"
+            raise click.UsageError(f"expected a checkpoint file or one of {name}'s tags ({listed}), got {pretrained!r}")
     try:
         with quietly():
             model, _, preprocess = open_clip.create_model_and_transforms(
@@ -255,13 +258,13 @@ def run(
                 probabilities = classifier(batch.images.to(device, dtype)).softmax(1).cpu()
                 inside += time.perf_counter() - entered
                 top = probabilities.topk(min(2, len(classifier.classes)))
-                for index, values, ranked in zip(batch.index, top.values.tolist(), top.indices.tolist(), strict=True):
+                for index, values, ranked in zip(batch.indices, top.values.tolist(), top.indices.tolist(), strict=True):
                     names = [classifier.classes[k] for k in ranked]
                     label = labels[index] if labels else None
                     right += label == names[0]
                     write(Guess(paths[index], list(zip(names, values, strict=True)), label))
-                done += len(batch.index)
-            bar.advance(task, len(batch.index) + len(batch.failed))
+                done += len(batch.indices)
+            bar.advance(task, len(batch.indices) + len(batch.failed))
     write(None)
     seconds = time.perf_counter() - start
     summary = [f"{done} images in {seconds:.2f} s: {done / seconds:.1f} images/s end to end"]
@@ -270,14 +273,14 @@ def run(
         if labels:
             summary.append(f"accuracy {100 * right / done:.2f} % ({right} of {done})")
     if failures:
-        summary.append(f"{failures} files that are no image")
+        summary.append(f"{failures} no image")
     click.echo("; ".join([*summary[:1], describe(classifier.model), *summary[1:]]), err=True)
     return failures
 
 
 def writer(form: str, stream: TextIO) -> Callable[[Guess | None], None]:
     """What takes the guesses one by one, then None at the end: rows are written at once, a table when it is whole."""
-    rows = csv.writer(stream)
+    rows = csv.writer(stream, lineterminator="\n")
     table: list[dict[str, Any]] = []
 
     def write(guess: Guess | None) -> None:

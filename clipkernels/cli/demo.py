@@ -19,14 +19,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from clipkernels.adapters import Tower
 from clipkernels.classifier import Classifier
-from clipkernels.cli.info import cpu_name, versions
+from clipkernels.cli.info import environment
 from clipkernels.cli.output import opened, progress, quietly, schedule, write_table
 from clipkernels.data import bundled, digits, scenes
 from clipkernels.methods import Dense, EViT, Method, ToMe
 from clipkernels.patch import patched, tower_of
-from clipkernels.timing import Speed, compare, gmacs_for, plan_for, vary
-from clipkernels.tower import Tower
+from clipkernels.timing import Speed, gmacs_for, plan_for, tabulate, time_variants, vary
 
 HELD_OUT_SEED = 1_000_000
 HOST = "dense (host)"
@@ -37,9 +37,9 @@ KINDS = ("digits", "scenes_seen", "scenes_unseen")
 NOTES = (
     "dense (host) is open_clip's own forward. Speed-ups and η are against the faster of the two dense rows, paired "
     "within rounds of all rows in random order; images/s are medians.",
-    "GMACs and ideal count the published schedule. η = speed-up ÷ (GMACs run by the dense baseline ÷ GMACs run by the "
-    "row): wherever the last block ran for the CLS row alone (every row but dense (host), where only CLS is pooled), "
-    "both sides count it so.",
+    "GMACs and ideal count the published schedule; η = speed-up ÷ (GMACs that the dense baseline ran ÷ GMACs that the "
+    "row ran). Where only CLS is pooled every row but dense (host) runs the last block for CLS alone, and η counts it "
+    "so for each side that did.",
     "Accuracy is zero-shot, choosing among 10 captions for digits and 64 for scenes; unseen are colour-shape pairs "
     "never trained on. same: images that get the class that dense (host) gives.",
 )
@@ -97,7 +97,13 @@ class Pictures(NamedTuple):
     templates: tuple[str, ...]
 
 
-@click.command()
+EXAMPLE = """\b
+Example:
+  clipkernels demo --quick --format csv --output demo.csv
+"""
+
+
+@click.command(epilog=EXAMPLE)
 @click.option("--model", default="ViT-B-16", show_default=True, help="Full-size open_clip tower, or none.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: torch's choice]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of images, weights and order.")
@@ -118,10 +124,6 @@ def demo(
 
     The small CLIP that ships with the package names held-out digits and scenes; one full-size tower with random
     weights shows the speed, since the small one has too few tokens to.
-
-    \b
-    Example:
-      clipkernels demo --quick --format csv --output demo.csv
     """
     if model != "none" and model not in open_clip.list_models():
         raise click.UsageError(f"expected --model to be none or one of open_clip's models, got {model!r}")
@@ -192,12 +194,14 @@ def bundled_rows(pictures: Mapping[str, Pictures], size: Size, seed: int, step: 
     }
     everything = torch.cat(list(images.values())).split(size.batch)
     batches = [batch for batch in everything if len(batch) == size.batch][:4]
-    speeds = compare(vary(model, methods), tower, batches, size.rounds, seed=seed, progress=step)
+    variants = vary(model, methods)
+    times = time_variants(variants, batches, size.rounds, seed=seed, progress=step)
     classifiers = {
         kind: Classifier(model, tokenizer, drawn.classes, drawn.templates) for kind, drawn in pictures.items()
     }
-    rows, reference = [], {}
-    for speed in speeds:
+    rows: list[Row] = []
+    reference: dict[str, np.ndarray] = {}
+    for speed in tabulate(times, variants, tower, size.batch):
         method = methods[speed.name]
         with patched(model, method) if method else nullcontext():
             predicted = {kind: predict(classifiers[kind], images[kind], step) for kind in KINDS}
@@ -216,10 +220,8 @@ def full_rows(name: str, size: Size, seed: int, step: Callable[[], object]) -> l
     tower = tower_of(model)
     batches = torch.randn(2, size.full_batch, 3, *tower.image_size).unbind()
     variants = vary(model, choose_methods(tower))
-    return [
-        Row(name, speed, {}, None)
-        for speed in compare(variants, tower, batches, size.full_rounds, seed=seed, progress=step)
-    ]
+    times = time_variants(variants, batches, size.full_rounds, seed=seed, progress=step)
+    return [Row(name, speed, {}, None) for speed in tabulate(times, variants, tower, size.full_batch)]
 
 
 @torch.inference_mode()
@@ -236,12 +238,11 @@ def write(tables: Mapping[str, Sequence[Row]], form: str, stream: TextIO) -> Non
     """All rows: as tables with their notes, as JSON with the environment, or as CSV."""
     records = [row.record() for table in tables.values() for row in table]
     if form == "csv":
-        writer = csv.DictWriter(stream, records[0])
+        writer = csv.DictWriter(stream, records[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**record, "tokens": " ".join(map(str, record["tokens"]))} for record in records)
     elif form == "json":
-        environment = {**versions(), "device": cpu_name(), "threads": torch.get_num_threads()}
-        json.dump({"environment": environment, "rows": records, "notes": NOTES}, stream, indent=2)
+        json.dump({"environment": environment(), "rows": records, "notes": NOTES}, stream, indent=2)
         stream.write("\n")
     else:
         for name, rows in tables.items():

@@ -19,7 +19,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 class Loaded(NamedTuple):
     """A batch: indices and images (B,3,S,S) of the readable files, index and reason of the others."""
 
-    index: list[int]
+    indices: list[int]
     images: Tensor | None
     failed: list[tuple[int, str]]
 

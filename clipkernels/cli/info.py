@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,18 @@ from clipkernels.cli.output import opened, write_table
 
 DISTRIBUTIONS = {"torch": "torch", "triton": "triton", "open_clip": "open_clip_torch", "numpy": "numpy"}
 
+EXAMPLE = """\b
+Example:
+  clipkernels info --format json
+"""
 
-@click.command()
+
+@click.command(epilog=EXAMPLE)
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def info(form: str) -> None:
-    """Versions, devices, and which backend `auto` takes on each device and why.
+    """Versions, devices and backends.
 
-    \b
-    Example:
-      clipkernels info --format json
+    On each device: which backend `auto` takes, and why.
     """
     found, machines = versions(), devices()
     with opened(None) as stream:
@@ -58,6 +63,20 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def environment() -> dict[str, Any]:
+    """What a measurement should be kept with: versions, device, driver, threads, commit of the checkout, and date."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        **versions(),
+        "device": gpu or cpu_name(),
+        "cpu": cpu_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "threads": torch.get_num_threads(),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
 def devices() -> list[dict[str, Any]]:
     """The CPU and every CUDA or ROCm device: name, memory in GiB, capability, and `auto`'s backend with its reason."""
     capability = torch.backends.cpu.get_cpu_capability()
@@ -79,6 +98,14 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, run where this file lies; None where it fails or does not exist."""
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu_memory() -> int | None:

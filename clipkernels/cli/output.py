@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,9 +27,10 @@ def opened(path: str | None) -> Iterator[TextIO]:
         click.UsageError: a path that cannot be written.
     """
     if path is None or path == "-":
-        stream = click.get_text_stream("stdout", encoding="utf-8", errors="surrogateescape")
-        yield stream
-        stream.flush()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold any bytes, a Windows pipe may be cp1252
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        yield sys.stdout
+        sys.stdout.flush()
         return
     target = Path(path)
     if target.exists() and not target.is_file():  # a device or a pipe must not be renamed over

@@ -98,7 +98,7 @@ def draw(n: int, seed: int, pairs: tuple[int, ...] = SEEN) -> Images:
 
 def texture(rng: np.random.Generator, n: int) -> np.ndarray:
     """n muted backgrounds (n,32,32,3) float32 in [0,1]: smooth colour, coarse patches and grain."""
-    canvas = rng.uniform(0.25, 0.75, (n, 1, 1, 1)).astype(np.float32)
+    canvas: np.ndarray = rng.uniform(0.25, 0.75, (n, 1, 1, 1)).astype(np.float32)
     for cells, channels, strength in ((2, 3, 0.16), (5, 3, 0.1), (11, 1, 0.12)):
         noise = torch.from_numpy(rng.uniform(-1, 1, (n, channels, cells, cells)).astype(np.float32))
         smooth = interpolate(noise, size=(SIDE, SIDE), mode="bilinear", align_corners=True)

@@ -1,0 +1,270 @@
+"""Images per second and reduction efficiency η of random-weight CLIP towers, every variant interleaved with dense.
+
+    python bench/towers.py --models ViT-B-16 --batch 1 8 32 --threads 1 --clock process --out towers.csv
+    python bench/towers.py --models ViT-B-16 --peer tome=../ToMe
+    pytest bench/towers.py -k "B-32 and b8" --benchmark-json=towers.json
+
+η = (t_dense / t_reduced) ÷ (GMACs_dense / GMACs_reduced), dense being the fastest dense variant of the run and the
+GMACs those that each side ran. Under pytest each round of a benchmark first times both dense variants, so that its
+`extra_info` holds a paired speed-up and η too. A tower whose result is wrong stops the run before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+import clipkernels as ck
+from clipkernels.cli.info import environment
+from clipkernels.testing import open_clip_tower
+from clipkernels.timing import Speed, Times, Variant, plan_for, tabulate, time_variants, vary
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+R = {"ViT-B-32": 4, "ViT-B-16": 13, "ViT-L-14": 7}
+ON_CPU = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
+BATCHES = dict.fromkeys(R, (1, 32, 256)) if CUDA else ON_CPU
+ROUNDS = 20 if CUDA else 5
+BANDS = {"milliseconds": ("_p20", "_p80"), "speedup": ("_p10", "_p90"), "efficiency": ("_p10", "_p90")}
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    records = []
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for name in arguments.models:
+        for dtype in arguments.dtype:
+            for batch in arguments.batch:
+                rows = paired(name, DTYPES[dtype], batch, arguments)
+                console.print(draw(f"{name} {dtype}, batch {batch}, {arguments.threads} threads", rows))
+                records += [{"model": name, "dtype": dtype, "batch": batch, **record(row)} for row in rows]
+                if arguments.out:  # a long run that is cut short keeps what it has
+                    write(records, arguments)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(R), metavar="NAME", help="open_clip models")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32], metavar="B")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: CPU time, one thread")
+    parser.add_argument("--compile", nargs="+", default=[], metavar="MODE", help="dense under torch.compile as well")
+    parser.add_argument(
+        "--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe, run on timm's ViT-B/16"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.models) - set(open_clip.list_models()))
+    if unknown:
+        parser.error(f"expected open_clip models, got {', '.join(unknown)}")
+    if arguments.clock == "process" and arguments.threads != 1:
+        parser.error(f"expected --threads 1 with --clock process, got {arguments.threads}")
+    if arguments.peer:
+        peer, _, path = arguments.peer.partition("=")
+        if peer != "tome" or not (Path(path) / "tome" / "patch" / "timm.py").is_file():
+            parser.error(f"expected --peer tome=PATH with PATH/tome/patch/timm.py, got {arguments.peer}")
+        if set(arguments.models) != {"ViT-B-16"}:
+            parser.error(f"expected --models ViT-B-16 with --peer, got {' '.join(arguments.models)}")
+        arguments.peer = Path(path).resolve()
+    return arguments
+
+
+def paired(name: str, dtype: torch.dtype, batch: int, arguments: argparse.Namespace) -> list[Speed]:
+    """The rows of one model, dtype and batch size, all variants interleaved."""
+    peers: dict[str, Variant] = {}
+    if arguments.peer:
+        from peer_tome import peer_tome
+
+        model, peers = peer_tome(arguments.peer, dtype, DEVICE, R[name])
+    else:
+        model = build(name, dtype)
+    tower = ck.tower_of(model)
+    batches = images(tower, batch, dtype)
+    variants = vary(model, methods(name))
+    check(model, methods(name), batches[0])
+    for mode in arguments.compile:
+        for dense in ("dense (host)", "Dense()"):
+            compiled = torch.compile(variants[dense].encode, mode=mode)
+            variants[f"{dense}, compiled {mode}"] = variants[dense]._replace(encode=compiled)
+    variants = {**variants, "dense (host) again": variants["dense (host)"], **peers}
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{name} {dtype} b{batch}", total=(arguments.rounds + 1) * len(variants))
+        times = time_variants(
+            variants,
+            batches,
+            arguments.rounds,
+            seed=arguments.seed,
+            clock=arguments.clock,
+            progress=lambda: bar.advance(task),
+        )
+    rows = tabulate(times, variants, tower, batch)
+    if peers:
+        rows += tabulate(times, peers, tower, batch, baseline="timm (host)")
+    return rows
+
+
+@lru_cache(maxsize=2)
+def build(name: str, dtype: torch.dtype) -> nn.Module:
+    """The model with random weights, its image tower whole, its text tower a stub."""
+    torch.manual_seed(0)
+    layers = open_clip.get_model_config(name)["vision_cfg"]["layers"]
+    return open_clip_tower(name, layers).to(DEVICE, dtype)
+
+
+def methods(name: str) -> dict[str, ck.Method | None]:
+    """What runs on a model, by name; None is the host library's own forward."""
+    r = R.get(name, 8)
+    return {
+        "dense (host)": None,
+        "Dense()": ck.Dense(),
+        "EViT(keep=0.7)": ck.EViT(0.7),
+        "EViT(keep=0.5)": ck.EViT(0.5),
+        f"ToMe(r={r})": ck.ToMe(r),
+    }
+
+
+def images(tower: Any, batch: int, dtype: torch.dtype, sets: int = 3) -> tuple[Tensor, ...]:
+    """Random image batches (B,3,S,S)."""
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    size = (sets, batch, 3, *tower.image_size)
+    return torch.randn(size, generator=generator, device=DEVICE).to(dtype).unbind()
+
+
+@torch.inference_mode()
+def check(model: nn.Module, methods: Mapping[str, ck.Method | None], images: Tensor) -> None:
+    """Fails unless dense gives the host's embedding and every method as many tokens as its plan says."""
+    images = images[:2]
+    host = model.encode_image(images).double()
+    tower = ck.tower_of(model)
+    for name, method in methods.items():
+        if method is None:
+            continue
+        with ck.patched(model, method):
+            embedding = model.encode_image(images).double()
+            tokens = ck.encode_image(model, images, tokens=True).tokens
+        assert tokens is not None and embedding.isfinite().all(), f"{name}: the embedding is not finite"
+        came, planned = tokens.shape[1], plan_for(tower, method).tokens[-1]
+        assert came == planned, f"{name}: expected {planned} tokens, got {came}"
+        if isinstance(method, ck.Dense):
+            error = ((embedding - host).norm() / host.norm()).item()
+            allowed = 32 * torch.finfo(images.dtype).eps
+            assert error <= allowed, f"{name}: relative error {error:.1e} against the host is above {allowed:.1e}"
+
+
+def record(row: Speed) -> dict[str, Any]:
+    """One row as plain numbers."""
+    bands = {
+        "milliseconds": [1e3 * value for value in row.seconds],
+        "speedup": row.speedup,
+        "efficiency": row.efficiency,
+    }
+    return {
+        "variant": row.name,
+        "tokens": " ".join(map(str, row.tokens)),
+        "gmacs": round(row.gmacs, 3),
+        "gmacs_run": round(row.gmacs_run, 3),
+        "ideal_speedup": round(row.ideal, 3),
+        "images_per_second": round(row.images_per_second, 3),
+        "baseline": row.baseline,
+        **{
+            name + suffix: round(value, 4)
+            for name, band in bands.items()
+            for suffix, value in zip(("", *BANDS[name]), band, strict=True)
+        },
+    }
+
+
+def draw(title: str, rows: Sequence[Speed]) -> Table:
+    """The rows for people."""
+    table = Table("variant", "ms", "images/s", "speed-up", "η [p10-p90]", "against", title=title, title_justify="left")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{1e3 * row.seconds.median:.1f}",
+            f"{row.images_per_second:.2f}",
+            f"×{row.speedup.median:.2f}",
+            f"{row.efficiency.median:.2f} [{row.efficiency.low:.2f}-{row.efficiency.high:.2f}]",
+            row.baseline,
+        )
+    return table
+
+
+def write(records: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> None:
+    """The CSV, and beside it a JSON of the same rows with the environment and how they were taken."""
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    taken = {"rounds": arguments.rounds, "clock": arguments.clock, "seed": arguments.seed}
+    for suffix in (".csv", ".json"):
+        target = arguments.out.with_suffix(suffix)
+        partial = target.with_suffix(f"{suffix}.partial")
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            if suffix == ".csv":
+                writer = csv.DictWriter(file, records[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(records)
+            else:
+                json.dump({"environment": environment(), **taken, "rows": records}, file, indent=1)
+        partial.replace(target)
+
+
+@pytest.mark.parametrize("variant", ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "batch"), [(name, batch) for name, batches in BATCHES.items() for batch in batches])
+def test_tower(benchmark: Any, name: str, batch: int, dtype: str, variant: str) -> None:
+    """Time of one batch; every round times both dense variants first."""
+    model = build(name, DTYPES[dtype])
+    tower = ck.tower_of(model)
+    chosen = {label: method for label, method in methods(name).items() if label.startswith(variant)}
+    variant = next(iter(chosen))
+    batches = images(tower, batch, DTYPES[dtype])
+    check(model, chosen, batches[0])
+    variants = vary(model, {"dense (host)": None, "Dense()": ck.Dense(), **chosen})
+    seconds: dict[str, list[float]] = {"dense (host)": [], "Dense()": []}
+
+    def run() -> None:
+        variants[variant].encode(next(turn))
+        if CUDA:
+            torch.cuda.synchronize()
+
+    def dense_first() -> None:
+        for label, times in seconds.items():
+            start = time.perf_counter()
+            variants[label].encode(next(turn))
+            if CUDA:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+
+    turn = cycle(batches)
+    benchmark.group = f"{name} b{batch} {dtype}"
+    with torch.inference_mode():
+        benchmark.pedantic(run, setup=dense_first, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info |= {"model": name, "batch": batch, "dtype": dtype} | environment()
+    if benchmark.stats is not None:
+        paired = {label: times[-ROUNDS:] for label, times in seconds.items()}
+        times = Times({**paired, variant: paired.get(variant, benchmark.stats.stats.data)})
+        row = next(row for row in tabulate(times, variants, tower, batch) if row.name == variant)
+        benchmark.extra_info |= record(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Error budgets and input factories, shared by the tests, the benchmarks and whoever writes an op of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipkernels.backend import interpreting
+
+
+def assert_within_budget(came: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """Fails unless ‖came - exact‖∞ ≤ 2‖eager - exact‖∞ + eps·‖exact‖∞.
+
+    Args:
+        came: what is tested, in its own dtype.
+        exact: the same in fp64.
+        eager: what plain PyTorch makes of the same inputs in the tested dtype.
+    Raises:
+        AssertionError: with the error and the budget.
+    """
+    assert came.shape == exact.shape, f"expected shape {tuple(exact.shape)}, got {tuple(came.shape)}"
+    if not came.numel():
+        return
+    # The interpreter's bf16 store truncates instead of rounding.
+    steps = 2 if came.dtype == torch.bfloat16 and interpreting() else 1
+    allowed = 2 * (eager.double() - exact).abs().max() + steps * torch.finfo(came.dtype).eps * exact.abs().max()
+    error = (came.double() - exact).abs().max()
+    assert error <= allowed, f"error {error:.3e} is above the budget {allowed:.3e}"
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised tensor filled with NaN, so that a row left unwritten shows."""
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values as x with gaps of NaN between the rows of its last two axes: a non-contiguous view."""
+    wide = poisoned(*x.shape[:-2], 2 * x.shape[-2], x.shape[-1] + 3, dtype=x.dtype)
+    view = wide[..., ::2, 1:-2]
+    view.copy_(x)
+    return view
+
+
+def open_clip_tower(name: str, layers: int = 2, **vision: Any) -> nn.Module:
+    """An open_clip model named `name` with random weights, its image tower at real width but few blocks.
+
+    Beside it stands a text tower of one layer: some named ones load their configuration over a network.
+    """
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    text = {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
+    vision_cfg = {**config["vision_cfg"], "layers": layers, **vision}
+    quick = config.get("quick_gelu", False)
+    if "multimodal_cfg" in config:
+        text |= {"embed_cls": True, "output_tokens": True}
+        multimodal = {"width": 64, "heads": 1, "layers": 1, "context_length": 16}
+        return open_clip.CoCa(config["embed_dim"], multimodal, text, vision_cfg, quick_gelu=quick).eval()
+    return open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick).eval()
+
+
+def vision_transformers() -> list[str]:
+    """The names of open_clip's models whose image tower is its own VisionTransformer."""
+    import open_clip
+
+    configs = {name: open_clip.get_model_config(name)["vision_cfg"] for name in open_clip.list_models()}
+    return [name for name, cfg in configs.items() if "timm_model_name" not in cfg and isinstance(cfg["layers"], int)]

@@ -1,0 +1,68 @@
+"""Compile the kernels ahead of time, with no GPU, and print the targets that came through without spilled bytes."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from clipkernels.kernels import prune
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import clipkernels  # noqa: F401  (finds kernels/ in a checkout)
+
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+PATCHES, WIDTH, HEADS = 196, 768, 12
+
+
+def main() -> None:
+    blocks = prune.config(PATCHES, WIDTH)
+    warps = blocks.pop("num_warps")
+    shape = {"BLOCK_P": blocks["BLOCK_P"], "BLOCK_J": blocks["BLOCK_J"]}
+    for name, target in TARGETS.items():
+        for dtype in ("fp32", "bf16"):
+            floats = {"x_ptr": dtype, "tokens_ptr": dtype, "normed_ptr": dtype}
+            for fuse in (False, True):
+                constants = {"C": WIDTH, "FUSE": fuse, "NORM": True, "stride_xc": 1, **blocks}
+                build(prune._prune_kernel, floats, constants, target, warps)
+        for rank in (False, True):
+            build(prune._heads_kernel, {}, {"H": HEADS, "RANK": rank, **shape}, target, warps)
+        print(name)
+
+
+def build(
+    kernel: triton.JITFunction, floats: dict[str, str], constants: dict[str, object], target: GPUTarget, warps: int
+) -> None:
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else _type(n, floats) for n in names}
+    # What the launcher adds for aligned pointers.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
+    values = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    spilled = _spilled(compiled.asm)
+    assert spilled == 0, f"{kernel.__name__} spills {spilled} bytes on {target}"
+
+
+def _type(name: str, floats: dict[str, str]) -> str:
+    if name.endswith("_ptr"):
+        return "*i64" if name == "index_ptr" else f"*{floats.get(name, 'fp32')}"
+    return "fp32" if name == "eps" else "i32"
+
+
+def _spilled(asm: dict[str, object]) -> int:
+    """Bytes of stack, or spilled vector registers on AMD."""
+    if "amdgcn" in asm:
+        return sum(
+            int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", asm["amdgcn"])
+        )
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return sum(int(n) for n in re.findall(r"STACK:(\d+)", usage))
+
+
+if __name__ == "__main__":
+    main()

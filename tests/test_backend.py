@@ -1,0 +1,82 @@
+"""Which backend is taken, and what is said when it cannot be."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clipkernels import backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def choose(asked, device=CPU, dtype=torch.float32, kernel=True):
+    return backend.choose(asked, device, dtype, "prune_tokens", kernel)
+
+
+def test_auto_is_the_reference_on_the_cpu_even_under_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("auto") == "reference"
+
+
+def test_auto_is_triton_on_cuda_where_a_kernel_exists(monkeypatch):
+    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    assert choose("auto", CUDA) == "triton"
+    assert choose("auto", CUDA, kernel=False) == "reference"
+    assert choose("auto", CUDA, torch.float64) == "reference"
+
+
+def test_auto_on_cuda_without_triton_warns_and_takes_the_reference(monkeypatch):
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    with pytest.warns(UserWarning, match="triton is not installed.*slower reference"):
+        assert choose("auto", CUDA) == "reference"
+
+
+def test_an_explicit_triton_never_falls_back(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="the tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1"):
+        choose("triton")
+    with pytest.raises(RuntimeError, match="prune_tokens has no Triton kernel"):
+        choose("triton", CUDA, kernel=False)
+    with pytest.raises(RuntimeError, match="triton kernels run on cuda"):
+        choose("triton", torch.device("mps"))
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        choose("triton", CUDA)
+
+
+def test_the_triton_backend_refuses_fp64(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="takes float32, float16 or bfloat16, got float64"):
+        choose("triton", CPU, torch.float64)
+
+
+def test_the_environment_replaces_auto_alone(monkeypatch):
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "reference")
+    assert choose("auto", CUDA) == "reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("triton") == "triton"
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="got 'fast'"):
+        choose("auto")
+
+
+def test_explain_gives_the_backend_and_a_reason(monkeypatch):
+    assert backend.explain(CPU) == ("reference", "on the CPU the PyTorch reference is the fast path")
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    assert backend.explain(CUDA) == ("reference", "triton is not installed: pip install triton (Linux)")
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "reference")
+    assert backend.explain(CUDA) == ("reference", "CLIPKERNELS_BACKEND=reference is set")
+
+
+def test_everything_works_on_the_reference_where_triton_cannot_be_imported():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, clipkernels as ck\n"
+        "model, _, _ = ck.bundled()\n"
+        "with torch.no_grad(), ck.patched(model, ck.EViT(0.5)):\n"
+        "    print(tuple(ck.encode_image(model, torch.zeros(2, 3, 32, 32), tokens=True).tokens.shape))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "(2, 11, 128)", done.stderr

@@ -1,0 +1,357 @@
+"""Patching: undo, replacement, refusal, and everything that must go on working meanwhile."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import clipkernels as ck
+
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.EViT(0.5, score="random"), ck.ToMe(8)]
+pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_unpatching_gives_the_bits_back(tiny, images, method):
+    before, keys, cls = tiny.encode_image(images), list(tiny.state_dict()), type(tiny.visual.transformer)
+    assert ck.patch(tiny, method) is tiny
+    assert ck.method_of(tiny) == method
+    assert list(tiny.state_dict()) == keys
+    assert ck.unpatch(tiny) is tiny
+    assert ck.method_of(tiny) is None
+    assert type(tiny.visual.transformer) is cls
+    assert "_clipkernels" not in vars(tiny.visual.transformer)
+    assert torch.equal(tiny.encode_image(images), before)
+
+
+@torch.no_grad()
+def test_dense_is_the_tower_itself_up_to_rounding(tiny, images):
+    expected = tiny.encode_image(images)
+    with ck.patched(tiny, ck.Dense()):
+        torch.testing.assert_close(tiny.encode_image(images), expected, atol=5e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_unpatching_an_unpatched_model_does_nothing(tiny, images):
+    before = tiny.encode_image(images)
+    assert torch.equal(ck.unpatch(tiny).encode_image(images), before)
+
+
+@torch.no_grad()
+def test_patching_again_replaces_the_method(tiny, images):
+    ck.patch(tiny, ck.EViT(0.5))
+    ck.patch(tiny, ck.ToMe(8))
+    once = ck.patch(ck.bundled()[0], ck.ToMe(8))
+    assert torch.equal(tiny.encode_image(images), once.encode_image(images))
+    ck.unpatch(tiny)
+    assert ck.method_of(tiny) is None
+
+
+def test_patched_restores_what_was_there_even_after_an_error(tiny):
+    ck.patch(tiny, ck.EViT(0.5))
+    with pytest.raises(KeyError), ck.patched(tiny, ck.ToMe(8)) as inside:
+        assert inside is tiny and ck.method_of(tiny) == ck.ToMe(8)
+        raise KeyError
+    assert ck.method_of(tiny) == ck.EViT(0.5)
+    ck.unpatch(tiny)
+    with ck.patched(tiny, ck.Dense()):
+        pass
+    assert ck.method_of(tiny) is None
+
+
+@torch.no_grad()
+def test_the_visual_tower_alone_can_be_patched(tiny, images):
+    ck.patch(tiny.visual, ck.EViT(0.5))
+    assert ck.method_of(tiny) == ck.EViT(0.5)
+    assert torch.equal(tiny.visual(images), tiny.encode_image(images))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_copy_is_patched_and_independent(tiny, images, method, copier):
+    before = tiny.encode_image(images)
+    expected = ck.patch(tiny, method).encode_image(images)
+    other = copier(tiny)
+    assert torch.equal(other.encode_image(images), expected)
+    for parameter in other.parameters():
+        parameter.zero_()
+    assert torch.equal(tiny.encode_image(images), expected)
+    ck.unpatch(other)
+    assert ck.method_of(tiny) == method
+    assert torch.equal(ck.unpatch(tiny).encode_image(images), before)
+
+
+@torch.no_grad()
+def test_torch_save_and_load_keep_the_patch(tiny, images, tmp_path):
+    expected = ck.patch(tiny, ck.EViT(0.5)).encode_image(images)
+    torch.save(tiny, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert ck.method_of(loaded) == ck.EViT(0.5)
+    assert torch.equal(loaded.encode_image(images), expected)
+
+
+@torch.no_grad()
+def test_new_weights_and_dtypes_are_seen_after_patching(tiny, images):
+    ck.patch(tiny, ck.EViT(0.5))
+    other = {name: tensor + 0.01 for name, tensor in tiny.state_dict().items()}
+    tiny.load_state_dict(other)
+    fresh = ck.bundled()[0]
+    fresh.load_state_dict(other)
+    assert torch.equal(tiny.encode_image(images), ck.patch(fresh, ck.EViT(0.5)).encode_image(images))
+    assert tiny.half().encode_image(images.half()).dtype == torch.float16
+    assert tiny.double().encode_image(images.double()).dtype == torch.float64
+    assert tiny.to(torch.bfloat16).encode_image(images.bfloat16()).dtype == torch.bfloat16
+    assert tiny.to("meta").encode_image(images.bfloat16().to("meta")).shape == (3, 128)
+
+
+def test_an_optimiser_step_is_seen_after_patching(tiny, images):
+    ck.patch(tiny, ck.EViT(0.5))
+    optimiser = torch.optim.SGD(tiny.visual.parameters(), lr=0.1)
+    before = tiny.encode_image(images)
+    before.pow(2).sum().backward()
+    optimiser.step()
+    fresh = ck.bundled()[0]
+    fresh.load_state_dict(tiny.state_dict())
+    after = tiny.encode_image(images)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, ck.patch(fresh, ck.EViT(0.5)).encode_image(images))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_gives_the_same_result_and_gradients(tiny, images, method):
+    ck.patch(tiny.train(), method)
+    grads = []
+    for checkpointing in (False, True):
+        tiny.zero_grad()
+        tiny.visual.set_grad_checkpointing(checkpointing)
+        tiny.encode_image(images).pow(2).sum().backward()
+        grads.append([p.grad.clone() for p in tiny.visual.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_gradients_reach_every_weight_of_a_reduced_tower(tiny, images):
+    for method in METHODS:
+        tiny.zero_grad()
+        ck.patch(tiny.train(), method).encode_image(images).pow(2).sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in tiny.visual.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_threads_with_different_batches_share_one_model(tiny, method):
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 3, 32, 32, generator=generator) for n in (1, 2, 3, 5, 8, 1, 4, 7)]
+    ck.patch(tiny, method)
+
+    def encode(batch):
+        with torch.no_grad():
+            return [tiny.encode_image(batch) for _ in range(3)]
+
+    alone = [encode(batch)[0] for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        for expected, came in zip(alone, pool.map(encode, batches), strict=True):
+            assert all(torch.equal(one, expected) for one in came)
+
+
+@torch.no_grad()
+def test_nothing_is_written_to_a_module_while_it_runs(tiny, images):
+    ck.patch(tiny, ck.ToMe(8))
+    before = {name: dict(vars(module)) for name, module in tiny.named_modules()}
+    tiny.encode_image(images)
+    ck.encode_image(tiny, images, tokens=True, cls_path=True, source=True)
+    for name, module in tiny.named_modules():
+        assert vars(module).keys() == before[name].keys()
+        assert all(vars(module)[key] is value for key, value in before[name].items())
+
+
+@torch.no_grad()
+def test_hooks_on_the_tower_and_its_norms_and_mlps_fire(tiny, images):
+    fired, visual = [], tiny.visual
+    block = visual.transformer.resblocks[0]
+    watched = {"visual": visual, "transformer": visual.transformer, "norm": block.ln_1, "mlp": block.mlp}
+    ck.patch(tiny, ck.EViT(0.5))
+    for name, module in watched.items():
+        module.register_forward_hook(lambda *_, name=name: fired.append(name))
+    tiny.encode_image(images)
+    assert sorted(fired) == sorted(watched)
+
+
+@torch.no_grad()
+def test_a_hook_on_the_transformer_sees_every_row(tiny, images):
+    ck.patch(tiny, ck.Dense())
+    seen = []
+    tiny.visual.transformer.register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    tiny.encode_image(images)
+    assert seen == [(3, 65, 128)]
+
+
+@pytest.mark.parametrize("where", ["block", "attn"])
+@torch.no_grad()
+def test_a_hook_that_would_be_skipped_is_refused_at_patch_time_and_later(tiny, images, where):
+    block = tiny.visual.transformer.resblocks[2]
+    module = block if where == "block" else block.attn
+    handle = module.register_forward_hook(lambda *_: None)
+    with pytest.raises(ck.UnsupportedTower, match=f"block 2: its {type(module).__name__} carries a hook"):
+        ck.patch(tiny, ck.EViT(0.5))
+    assert ck.method_of(tiny) is None
+    handle.remove()
+    ck.patch(tiny, ck.EViT(0.5))
+    module.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ck.UnsupportedTower, match="carries a hook"):
+        tiny.encode_image(images)
+
+
+def test_a_replaced_forward_is_refused(tiny):
+    tiny.visual.transformer.forward = lambda x: x
+    with pytest.raises(ck.UnsupportedTower, match="the forward of Transformer was replaced"):
+        ck.patch(tiny, ck.Dense())
+
+
+def test_a_block_that_computes_something_else_is_refused(tiny):
+    class Doubled(type(tiny.visual.transformer.resblocks[0])):
+        def forward(self, q_x, *args, **kwargs):
+            return 2 * super().forward(q_x, *args, **kwargs)
+
+    tiny.visual.transformer.resblocks[0].__class__ = Doubled
+    with pytest.raises(ck.UnsupportedTower, match="got Doubled whose own result differs by"):
+        ck.patch(tiny, ck.EViT(0.5))
+    assert ck.method_of(tiny) is None
+
+
+def test_attention_that_is_more_than_torchs_own_is_refused(tiny):
+    class Wrapped(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    tiny.visual.transformer.resblocks[0].attn.__class__ = Wrapped
+    with pytest.raises(
+        ck.UnsupportedTower, match=r"block 0: expected torch's own nn\.MultiheadAttention, got the subclass"
+    ):
+        ck.patch(tiny, ck.Dense())
+    tiny.visual.transformer.resblocks[0].attn = nn.Identity()
+    with pytest.raises(ck.UnsupportedTower, match="expected attention with in_proj_weight"):
+        ck.patch(tiny, ck.Dense())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_tower_is_refused(tiny):
+    class Model(nn.Module):
+        pass
+
+    model = Model()
+    model.visual = torch.jit.trace(tiny.visual, torch.zeros(1, 3, 32, 32), check_trace=False)
+    with pytest.raises(ck.UnsupportedTower, match="expected an open_clip VisionTransformer, got TopLevelTracedModule"):
+        ck.patch(model, ck.Dense())
+    tiny.visual.transformer.resblocks[1].mlp = torch.jit.script(nn.Linear(128, 128))
+    with pytest.raises(ck.UnsupportedTower, match="expected modules in Python, got the ScriptModule"):
+        ck.patch(tiny, ck.Dense())
+
+
+def test_patching_leaves_no_trace_in_the_model_or_the_generator(tiny):
+    fired = []
+    tiny.visual.transformer.resblocks[0].mlp.register_forward_hook(lambda *_: fired.append(1))
+    tiny.train()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    ck.patch(tiny, ck.EViT(0.5))
+    assert torch.equal(torch.rand(1), expected)
+    assert fired == []
+    assert all(module.training for module in tiny.modules())
+
+
+def test_a_model_on_the_meta_device_is_patched_with_a_warning(tiny):
+    with pytest.warns(UserWarning, match="meta device, its blocks could not be verified"):
+        ck.patch(tiny.to("meta"), ck.EViT(0.5))
+    assert tiny.encode_image(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 128)
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        (ck.EViT(0.5, blocks=(6,)), ValueError, r"blocks must be ints in \[0, 5\] on a tower of 6 blocks, got 6"),
+        (ck.ToMe([1] * 7), ValueError, "at most one entry per block, 6 here, got 7"),
+        (ck.EViT, TypeError, r"method must be a method such as ck.EViT\(keep=0.7\)"),
+        (0.7, TypeError, "method must be a method such as"),
+    ],
+)
+@torch.no_grad()
+def test_a_method_that_does_not_fit_leaves_the_model_as_it_was(tiny, images, method, error, message):
+    before = tiny.encode_image(images)
+    with pytest.raises(error, match=message):
+        ck.patch(tiny, method)
+    assert torch.equal(tiny.encode_image(images), before)
+    ck.patch(tiny, ck.ToMe(4))
+    with pytest.raises(error, match=message):
+        ck.patch(tiny, method)
+    assert ck.method_of(tiny) == ck.ToMe(4)
+
+
+@pytest.mark.parametrize(("model", "error"), [(nn.Linear(2, 2), ck.UnsupportedTower), ("ViT-B-16", TypeError)])
+def test_what_is_no_clip_is_refused(model, error):
+    with pytest.raises(
+        error, match=r"expected an open_clip VisionTransformer, got Linear|model must be a torch\.nn\.Module"
+    ):
+        ck.patch(model, ck.EViT(0.5))
+
+
+@torch.no_grad()
+def test_a_mask_is_refused_rather_than_ignored(tiny):
+    ck.patch(tiny, ck.Dense())
+    with pytest.raises(ValueError, match=r"a patched tower takes no attn_mask, got one of shape \(65, 65\)"):
+        tiny.visual.transformer(torch.zeros(1, 65, 128), attn_mask=torch.zeros(65, 65))
+
+
+def test_patch_dropout_while_training_keeps_the_ratio(tiny, images):
+    from open_clip.transformer import PatchDropout
+
+    tiny.visual.patch_dropout = PatchDropout(0.5)
+    ck.patch(tiny.train(), ck.EViT(0.5))
+    encoded = ck.encode_image(tiny, images, tokens=True)
+    assert encoded.tokens.shape[1] == ck.EViT(0.5).plan(tokens=33, blocks=6).tokens[-1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_data_parallel_replicas_run_their_own_weights(tiny, images, method):
+    ck.patch(tiny, method)
+    expected = tiny.encode_image(images)
+    owner = tiny.visual.transformer
+    replica = owner._replicate_for_data_parallel()
+    x = tiny.visual._embeds(images)
+    replica.resblocks = copy.deepcopy(owner.resblocks)
+    for parameter in owner.resblocks.parameters():
+        parameter.add_(1)
+    pooled = tiny.visual._pool(replica(x))[0] @ tiny.visual.proj
+    assert torch.equal(pooled, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_tower_compiles_into_one_graph_for_every_batch(tiny, method):
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(n, 3, 32, 32, generator=generator) for n in (1, 2, 3, 5)]
+    ck.patch(tiny, method)
+    expected = [tiny.encode_image(batch) for batch in batches]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(tiny.encode_image, fullgraph=True, backend=counter)
+    for batch, alone in zip(batches, expected, strict=True):
+        torch.testing.assert_close(compiled(batch), alone, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count <= 3  # batch 1, batch 2, any batch
+    assert torch._dynamo.explain(tiny.encode_image)(batches[1]).graph_break_count == 0
+
+
+@pytest.mark.parametrize("method", [ck.EViT(0.5), ck.ToMe(8)])
+@torch.no_grad()
+def test_the_tower_exports_with_a_dynamic_batch(tiny, images, method):
+    ck.patch(tiny, method)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(tiny.visual, (images,), dynamic_shapes=({0: batch},), strict=False)
+    five = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(program.module()(five), tiny.visual(five), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,231 @@
+"""prune_tokens: both backends against a literal reading in fp64."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import clipkernels as ck
+from clipkernels.backend import interpreting
+from clipkernels.testing import assert_within_budget, strided
+
+BACKENDS = ["reference", "triton"]
+KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def literal(x, scores, keep, fuse, prefix):
+    """One image at a time, one token at a time, in fp64: tokens and kept indices."""
+    rows, kept_rows = [], []
+    for image, row in zip(x.double(), scores.double(), strict=True):
+        strength = [float("-inf") if value != value else value for value in row.tolist()]
+        order = sorted(range(len(strength)), key=lambda i: (-strength[i], i))
+        kept, gone = sorted(order[:keep]), order[keep:]
+        parts = [image[:prefix], image[prefix:][kept]]
+        if fuse:
+            fused = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
+            for i in gone:
+                fused += (strength[i] if strength[i] > float("-inf") else 0) * image[prefix + i]
+            parts.append(fused[None])
+        rows.append(torch.cat(parts))
+        kept_rows.append(kept)
+    return torch.stack(rows), torch.tensor(kept_rows, dtype=torch.int64, device=x.device).view(len(x), keep)
+
+
+def inputs(device, batch=2, tokens=17, width=24, prefix=1, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, tokens, width, generator=generator).to(dtype).to(device)
+    return x, torch.rand(batch, tokens - prefix, generator=generator).to(device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "keep"),
+    [(2, 1, 1), (2, 1, 0), (1, 1, 0), (1, 0, 1), (63, 0, 31), (65, 1, 64), (65, 5, 17), (257, 1, 128), (577, 1, 404)],
+)
+def test_kept_rows_are_bit_equal_and_the_fused_one_within_budget(device, backend, dtype, tokens, prefix, keep):
+    x, scores = inputs(device, tokens=tokens, prefix=prefix, dtype=dtype)
+    came = ck.ops.prune_tokens(x, scores, keep, fuse=True, prefix=prefix, backend=backend)
+    exact, index = literal(x, scores, keep, True, prefix)
+    assert torch.equal(came.index, index)
+    assert torch.equal(came.tokens[:, :-1].double(), exact[:, :-1])
+    gone = torch.ones_like(scores).scatter(1, index, 0)
+    eager = ((scores * gone)[:, None].to(dtype) @ x[:, prefix:])[:, 0]
+    assert_within_budget(came.tokens[:, -1], exact[:, -1], eager)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_go_to_the_lower_index(device, backend):
+    x, _ = inputs(device, batch=1, tokens=9)
+    scores = torch.tensor([[1.0, 2, 1, 2, 1, 2, 1, 1]], device=device)
+    assert ck.ops.prune_tokens(x, scores, 5, backend=backend).index.tolist() == [[0, 1, 2, 3, 5]]
+    assert ck.ops.prune_tokens(x, torch.zeros_like(scores), 3, backend=backend).index.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", range(9))
+def test_nan_and_infinite_scores_still_write_exactly_keep_rows(device, backend, keep):
+    x, _ = inputs(device, batch=2, tokens=9)
+    inf, nan = float("inf"), float("nan")
+    scores = torch.tensor([[nan, 1, -inf, inf, nan, 0, -inf, -1], [nan] * 8], device=device)
+    came = ck.ops.prune_tokens(x, scores, keep, fuse=keep > 0, backend=backend)
+    exact, index = literal(x, scores, keep, keep > 0, 1)
+    assert torch.equal(came.index, index)
+    torch.testing.assert_close(came.tokens.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keeping_everything_appends_a_row_of_zeros(device, backend):
+    x, scores = inputs(device)
+    came = ck.ops.prune_tokens(x, scores, 16, fuse=True, backend=backend)
+    assert torch.equal(came.tokens[:, :-1], x)
+    assert torch.equal(came.tokens[:, -1], torch.zeros_like(x[:, 0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", ["mean", "rank"])
+def test_per_head_scores_are_reduced_first(device, backend, heads):
+    x, _ = inputs(device)
+    # Multiples of 1/8 with four heads: exact sums, so that both backends see the same ties.
+    scores = (torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(2)) * 8).round().div(8).to(device)
+    if heads == "mean":
+        reduced = scores.mean(1)
+    else:
+        later = torch.arange(16, device=device)
+        higher = scores[..., :, None] > scores[..., None, :]
+        tied = (scores[..., :, None] == scores[..., None, :]) & (later[:, None] < later)
+        reduced = (higher | tied).sum(-1).sum(1) / 4
+    came = ck.ops.prune_tokens(x, scores, 7, True, heads, backend=backend)
+    exact, index = literal(x, reduced, 7, True, 1)
+    assert torch.equal(came.index, index)
+    torch.testing.assert_close(came.tokens.double(), exact, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_norm_is_the_layer_norm_of_the_result(device, backend, dtype):
+    x, scores = inputs(device, width=40, dtype=dtype)
+    weight, bias = torch.randn(2, 40, generator=torch.Generator().manual_seed(3)).to(device)
+    came = ck.ops.prune_tokens(x, scores, 9, True, norm=(weight, bias, 1e-5), backend=backend)
+    stored = came.tokens.double()
+    exact = torch.nn.functional.layer_norm(stored, (40,), weight.double(), bias.double(), 1e-5)
+    eager = torch.nn.functional.layer_norm(came.tokens, (40,), weight.to(dtype), bias.to(dtype), 1e-5)
+    assert_within_budget(came.normed, exact, eager)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides_give_the_same_result(device, backend):
+    x, scores = inputs(device)
+    expected = ck.ops.prune_tokens(x, scores, 6, True, backend=backend)
+    gaps = ck.ops.prune_tokens(strided(x), strided(scores), 6, True, backend=backend)
+    shared = ck.ops.prune_tokens(x[:1].expand(3, -1, -1), scores[:1].expand(3, -1), 6, True, backend=backend)
+    assert torch.equal(gaps.tokens, expected.tokens) and torch.equal(gaps.index, expected.index)
+    assert all(torch.equal(shared.tokens[i], expected.tokens[0]) for i in range(3))
+
+
+def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path):
+    # A sparse file: 4 GiB of addresses, three pages of disk.
+    stride = 2**30 + 8
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + 8, dtype=torch.float16)
+    x = memory.as_strided((1, 3, 8), (3 * stride, stride, 1))
+    values = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(4)).half()
+    x.copy_(values)
+    scores = torch.tensor([[0.25, 0.5]])
+    if not interpreting():
+        pytest.skip("the sparse file is CPU memory, which kernels read under the interpreter alone")
+    came = ck.ops.prune_tokens(x, scores, 1, fuse=True, backend="triton")
+    assert torch.equal(came.tokens, torch.stack([values[:, 0], values[:, 2], values[:, 1] / 4], 1))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, batch):
+    x, scores = inputs(device, batch=3, tokens=65, width=48)
+    norm = (torch.ones(48, device=device), torch.zeros(48, device=device), 1e-5)
+    whole = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend="triton")
+    part = ck.ops.prune_tokens(x[:batch], scores[:batch], 20, True, norm=norm, backend="triton")
+    again = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend="triton")
+    for all_rows, some, rerun in zip(whole, part, again, strict=True):
+        assert torch.equal(all_rows[:batch], some) and torch.equal(all_rows, rerun)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("heads", "per_head"), [("mean", 0), ("mean", 3), ("rank", 3)])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_kernel_has_the_gradients_of_the_reference(device, fuse, heads, per_head, norm):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 17, 24, generator=generator).to(device).requires_grad_()
+    scores = torch.rand(2, *([per_head] if per_head else []), 16, generator=generator).to(device).requires_grad_()
+    weight, bias = (w.to(device).requires_grad_() for w in torch.randn(2, 24, generator=generator))
+    grads = []
+    for backend in BACKENDS:
+        came = ck.ops.prune_tokens(
+            x, scores, 7, fuse, heads, 1, (weight, bias, 1e-5) if norm else None, backend=backend
+        )
+        loss = (came.tokens * torch.linspace(-1, 1, 24, device=device)).sum()
+        if norm:
+            loss = loss + (came.normed * torch.linspace(2, -1, 24, device=device)).sum()
+        grads.append(torch.autograd.grad(loss, (x, scores, weight, bias), allow_unused=True, materialize_grads=True))
+    for reference, kernel in zip(*grads, strict=True):
+        torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-4)
+
+
+def test_the_reference_passes_gradcheck_in_double():
+    x, scores = inputs("cpu", tokens=6, width=3, dtype=torch.float64)
+    scores = scores.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, s: ck.ops.prune_tokens(x, s, 2, fuse=True).tokens, (x.requires_grad_(), scores)
+    )
+
+
+@pytest.mark.parametrize(("fuse", "per_head", "normed"), list(itertools.product([False, True], [0, 2], [False, True])))
+def test_the_operator_passes_opcheck(device, fuse, per_head, normed):
+    x, scores = inputs(device, tokens=9, width=16)
+    scores = scores[:, None].repeat(1, per_head, 1) if per_head else scores
+    weight = torch.ones(16, device=device) if normed else None
+    arguments = (x.requires_grad_(), scores.requires_grad_(), 3, fuse, "mean", 1, weight, weight, 1e-5)
+    torch.library.opcheck(torch.ops.clipkernels.prune_tokens.default, arguments)
+
+
+def test_the_operator_compiles_into_one_graph(device):
+    x, scores = inputs(device)
+    pruned = torch.compile(
+        lambda x, s: ck.ops.prune_tokens(x, s, 5, backend="triton").tokens * 2, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(pruned(x, scores), ck.ops.prune_tokens(x, scores, 5).tokens * 2)
+
+
+def test_every_kernel_compiles_ahead_of_time_for_nvidia_and_amd():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["sm_90", "gfx942"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(2, 17)}, r"x must be \(B,N,C\), got \(2,17\)"),
+        ({"scores": torch.rand(2, 15)}, r"scores must be \(B,P\) = \(2,16\) or \(B,H,P\), got \(2,15\)"),
+        ({"scores": torch.rand(2, 0, 16)}, r"got \(2,0,16\)"),
+        ({"scores": torch.ones(2, 16, dtype=torch.int64)}, "scores must be float32"),
+        ({"keep": 17}, "keep must be an int from 0 to P = 16, got 17"),
+        ({"keep": -1}, "got -1"),
+        ({"keep": 0.5}, "got 0.5"),
+        ({"prefix": 18}, "prefix must be an int from 0 to N = 17"),
+        ({"heads": "max"}, 'heads must be "mean" or "rank", got \'max\''),
+        (
+            {"norm": (torch.ones(23), torch.ones(24), 1e-5)},
+            r"norm must hold weight and bias \(C,\) = \(24,\), got \(23\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_arguments_are_named_on_every_backend(backend, change, message):
+    x, scores = inputs("cpu")
+    with pytest.raises(ValueError, match=message):
+        ck.ops.prune_tokens(**{"x": x, "scores": scores, "keep": 4, **change}, backend=backend)
