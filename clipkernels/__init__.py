@@ -4,13 +4,16 @@ from pathlib import Path as _Path
 
 from clipkernels import backend, ops
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.classifier import Classifier
 from clipkernels.data import bundled
+from clipkernels.heads import ZeroShot
 from clipkernels.methods import Dense, EViT, Method, ToMe
 from clipkernels.patch import Encoded, encode_image, method_of, patch, patched, tower_of, unpatch
 from clipkernels.plan import Merge, Plan, Prune
 
 __version__ = "0.1.0"
 __all__ = [
+    "Classifier",
     "Dense",
     "EViT",
     "Encoded",
@@ -20,6 +23,7 @@ __all__ = [
     "Prune",
     "ToMe",
     "UnsupportedTower",
+    "ZeroShot",
     "backend",
     "bundled",
     "encode_image",

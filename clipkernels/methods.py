@@ -17,7 +17,7 @@ class Method(Protocol):
     """Anything hashable with a `plan`: a new method needs nothing else."""
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
-        """The plan for a tower of `blocks` blocks that `tokens` tokens enter, the first `prefix` of them untouchable."""
+        """The plan for `blocks` blocks that `tokens` tokens enter, the first `prefix` of which no step may touch."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
     """What one forward of an image tower hands back.
 
     embedding (B,E): what the host's own encode_image returns, not normalised.
-    tokens (B,N',E): all tokens after the final norm and projection, prefix first; CoCa's queries where it pools by them.
+    tokens (B,N',E): all tokens after the final norm and projection, prefix first; CoCa's queries where those pool.
     cls_path (B,L,C): the CLS token after every block.
     source (B,S,P) int32: after each of the S steps the row that holds each patch, -1 where it is gone.
     """
@@ -68,10 +68,11 @@ def patch(model: Model, method: Method) -> Model:
         raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
     tower = adapters.find(model)
     plan = _plan(method, tower, tower.tokens)
-    owner = tower.owner
+    owner: Any = tower.owner
     if _SLOT not in owner.__dict__:
         _check(tower)
-        owner.__class__ = _subclass(type(owner), type(tower))
+        adapter: Any = type(tower)
+        owner.__class__ = _subclass(owner.__class__, adapter)
     owner.__dict__[_SLOT] = _Patch(method, plan, tower)
     return model
 
@@ -122,6 +123,9 @@ def encode_image(
 ) -> Encoded:
     """The embedding of images and, where asked for, what led to it; on patched and unpatched towers.
 
+    On open_clip's ResNets, which have no CLS path and no steps, every position of the last feature map asks the
+    attention pool, and the mean position, row 0 of the tokens, gives the embedding.
+
     Args:
         model: an open_clip model or its `visual`.
         images: (B,3,S,S) preprocessed, in the tower's dtype and on its device.
@@ -132,13 +136,17 @@ def encode_image(
         Encoded.
     Raises:
         ValueError: images of another size than the tower's.
-        UnsupportedTower: as in `patch`.
+        UnsupportedTower: as in `patch`; or a ResNet asked for `cls_path` or `source`.
     """
+    resnet = adapters.find_resnet(model)
+    if resnet is not None:
+        if cls_path or source:
+            raise UnsupportedTower("expected a ViT for cls_path and source, got a ResNet")
+        _check_images(images, resnet.image_size)
+        asked = resnet.tokens(images)
+        return Encoded(asked[:, 0], asked if tokens else None)
     tower = adapters.find(model)
-    height, width = tower.image_size
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
-        came = ",".join(str(n) for n in images.shape)
-        raise ValueError(f"images must be (B,3,{height},{width}), got ({came})")
+    _check_images(images, tower.image_size)
     x = tower.embed(images)
     slot = tower.owner.__dict__.get(_SLOT)
     plan = _plan(Dense() if slot is None else slot.method, tower, x.shape[1])
@@ -151,6 +159,12 @@ def encode_image(
         cls_path=torch.stack(ran.states, 1) if cls_path else None,
         source=_stacked(ran.sources, x, plan) if source else None,
     )
+
+
+def _check_images(images: Tensor, size: tuple[int, int]) -> None:
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size):
+        came = ",".join(str(n) for n in images.shape)
+        raise ValueError(f"images must be (B,3,{size[0]},{size[1]}), got ({came})")
 
 
 def _stacked(sources: list[Tensor], x: Tensor, plan: Plan) -> Tensor:
@@ -226,7 +240,7 @@ def _subclass(base: Any, tower: Any) -> Any:
     return type(base.__name__, (base,), {**namespace, "_unpatched": base, **tower.overrides(_run_patched)})
 
 
-def _rebuild(base: type[nn.Module], tower: type[Tower]) -> nn.Module:
+def _rebuild(base: Any, tower: Any) -> nn.Module:
     """An empty instance of a patched class, whose state the pickle restores."""
     cls = _subclass(base, tower)
     instance: nn.Module = cls.__new__(cls)

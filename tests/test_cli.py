@@ -36,6 +36,15 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -178,10 +187,10 @@ def test_the_demo_writes_csv_with_both_towers(tmp_path: Path) -> None:
 
 
 def test_the_demos_table_shows_every_method(tmp_path: Path) -> None:
-    result = run("demo", "--quick", "--model", "none", "--threads", 1)
+    result = run("demo", "--quick", "--model", "none", "--threads", 2)
     assert result.exit_code == 0
     assert all(name in result.stdout for name in choose_methods(ck.tower_of(ck.bundled()[0])))
-    assert "1 threads" in result.stdout and "65→47→35→26" in result.stdout
+    assert "2 threads" in result.stdout and "65→47→35→26" in result.stdout
 
 
 def test_the_demo_leaves_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,11 +327,11 @@ def test_the_summary_names_images_speed_and_token_counts(pictures: Path) -> None
 
 
 def test_the_table_shows_paths_as_they_are(tmp_path: Path) -> None:
-    path = tmp_path / "[red] :smile: [/].png"
+    path = tmp_path / "[red] :smile: [b].png"
     Image.new("RGB", (8, 8)).save(path)
     result = run("classify", path, "--classes", DIGITS)
     assert result.exit_code == 0
-    assert "[red] :smile: [/].png" in result.stdout
+    assert "[red] :smile: [b].png" in result.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not take arbitrary bytes as a file name")

@@ -100,3 +100,21 @@ def find(model: nn.Module) -> Tower:
     from clipkernels.adapters import open_clip
 
     return open_clip.find(model)
+
+
+class ResNet(Protocol):
+    """A tower without tokens whose attention pool can be asked at every position."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """What the pool gives for the mean position, the embedding, and every other: (B,1+P,E)."""
+
+
+def find_resnet(model: nn.Module) -> ResNet | None:
+    """The image tower of a model if it is one of open_clip's ResNets, else None."""
+    from clipkernels.adapters import open_clip
+
+    return open_clip.find_resnet(model)

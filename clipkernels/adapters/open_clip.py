@@ -13,6 +13,7 @@ from open_clip.utils import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from clipkernels import ops
 from clipkernels.adapters import UnsupportedTower
 
 
@@ -35,6 +36,13 @@ def find(model: nn.Module) -> OpenCLIPTower:
     if isinstance(visual, torch.jit.ScriptModule) or isinstance(visual.transformer, torch.jit.ScriptModule):
         raise UnsupportedTower(f"expected a VisionTransformer in Python, got {name} as a ScriptModule")
     return OpenCLIPTower(visual)
+
+
+def find_resnet(model: nn.Module) -> OpenCLIPResNet | None:
+    """The tower of an open_clip model, or of its `visual` itself, if it is a ModifiedResNet with an attention pool."""
+    visual: Any = getattr(model, "visual", model)
+    pool = getattr(visual, "attnpool", None)
+    return OpenCLIPResNet(visual) if hasattr(visual, "layer4") and hasattr(pool, "c_proj") else None
 
 
 class OpenCLIPTower:
@@ -213,3 +221,24 @@ def _heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
 def _optional(host: Any, name: str, x: Tensor) -> Tensor:
     module = getattr(host, name, None)
     return x if module is None else module(x)
+
+
+class OpenCLIPResNet:
+    """A ModifiedResNet, whose attention pool asks with the mean position alone."""
+
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        size: int = self.visual.image_size
+        return size, size
+
+    def tokens(self, images: Tensor) -> Tensor:
+        visual, pool = self.visual, self.visual.attnpool
+        x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
+        x = x.flatten(2).mT
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + pool.positional_embedding.to(x.dtype)
+        q, k, v = (_heads(project(x), 1, pool.num_heads)[0] for project in (pool.q_proj, pool.k_proj, pool.v_proj))
+        out, _ = ops.attention(q, k, v)
+        return pool.c_proj(out.transpose(1, 2).flatten(2))
