@@ -2,6 +2,7 @@
 
     pytest bench/ops.py -k "prune and B-16 and float32" --benchmark-json=ops.json
     pytest bench/ops.py --benchmark-autosave --benchmark-compare
+    OMP_NUM_THREADS=1 pytest bench/ops.py --benchmark-timer=time.process_time    # on a shared machine
 
 A case is first checked against the fp64 reference and fails without a time if it is wrong. Inputs are several sets
 used in turn; on CUDA one run is a CUDA graph over all of them. `extra_info` holds shape, dtype and environment, the

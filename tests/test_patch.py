@@ -271,6 +271,12 @@ def test_a_model_on_the_meta_device_is_patched_with_a_warning(tiny):
     assert tiny.encode_image(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 128)
 
 
+def test_a_model_whose_weights_are_not_loaded_yet_is_patched_with_a_warning(tiny):
+    torch.nn.init.constant_(tiny.visual.transformer.resblocks[0].ln_1.weight, float("nan"))
+    with pytest.warns(UserWarning, match="weights are not finite, its blocks could not be verified"):
+        ck.patch(tiny, ck.EViT(0.5))
+
+
 @pytest.mark.parametrize(
     ("method", "error", "message"),
     [

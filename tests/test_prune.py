@@ -1,5 +1,6 @@
 """prune_tokens: both backends against a literal reading in fp64."""
 
+import inspect
 import itertools
 import os
 import subprocess
@@ -45,16 +46,24 @@ def inputs(device, batch=2, tokens=17, width=24, prefix=1, dtype=torch.float32, 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "prefix", "keep"),
-    [(2, 1, 1), (2, 1, 0), (1, 1, 0), (1, 0, 1), (63, 0, 31), (65, 1, 64), (65, 5, 17), (257, 1, 128), (577, 1, 404)],
+    [(2, 1, 1), (2, 1, 0), (1, 1, 0), (1, 0, 1), (63, 0, 31), (65, 1, 64), (65, 5, 17), (257, 1, 128)],
 )
 def test_kept_rows_are_bit_equal_and_the_fused_one_within_budget(device, backend, dtype, tokens, prefix, keep):
-    x, scores = inputs(device, tokens=tokens, prefix=prefix, dtype=dtype)
+    _check(backend, *inputs(device, tokens=tokens, prefix=prefix, dtype=dtype), keep, prefix)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_577_tokens_of_a_336_pixel_tower_are_served(device, backend):
+    _check(backend, *inputs(device, batch=1, tokens=577), 404, 1)
+
+
+def _check(backend, x, scores, keep, prefix):
     came = ck.ops.prune_tokens(x, scores, keep, fuse=True, prefix=prefix, backend=backend)
     exact, index = literal(x, scores, keep, True, prefix)
     assert torch.equal(came.index, index)
     assert torch.equal(came.tokens[:, :-1].double(), exact[:, :-1])
     gone = torch.ones_like(scores).scatter(1, index, 0)
-    eager = ((scores * gone)[:, None].to(dtype) @ x[:, prefix:])[:, 0]
+    eager = ((scores * gone)[:, None].to(x.dtype) @ x[:, prefix:])[:, 0]
     assert_within_budget(came.tokens[:, -1], exact[:, -1], eager)
 
 
@@ -198,6 +207,10 @@ def test_the_operator_compiles_into_one_graph(device):
     assert torch.equal(pruned(x, scores), ck.ops.prune_tokens(x, scores, 5).tokens * 2)
 
 
+@pytest.mark.skipif(
+    "constexprs" not in inspect.signature(pytest.importorskip("triton.compiler").ASTSource).parameters,
+    reason="compiling without a GPU is written against the ASTSource of triton 3.3 and newer",
+)
 def test_every_kernel_compiles_ahead_of_time_for_nvidia_and_amd():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")

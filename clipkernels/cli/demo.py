@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipkernels.adapters import Tower
 from clipkernels.classifier import Classifier
@@ -57,7 +57,7 @@ class Size(NamedTuple):
     full_rounds: int
 
 
-FULL = Size(digits=899, scenes=960, unseen=480, batch=64, rounds=25, full_batch=8, full_rounds=5)
+FULL = Size(digits=899, scenes=640, unseen=320, batch=64, rounds=15, full_batch=8, full_rounds=5)
 QUICK = Size(digits=60, scenes=40, unseen=20, batch=8, rounds=2, full_batch=1, full_rounds=1)
 
 
@@ -131,17 +131,18 @@ def demo(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
+        full = None if model == "none" else load_full(model, seed)
         with opened(output) as stream, progress() as bar:
             pictures = draw(size, seed)
             if save_images:
                 save(pictures, Path(save_images))
             batches = sum(-(-len(kind.labels) // BATCH) for kind in pictures.values())
-            rounds = (size.rounds + 1) + (size.full_rounds + 1 if model != "none" else 0)
+            rounds = (size.rounds + 1) + (size.full_rounds + 1 if full is not None else 0)
             task = bar.add_task("measuring", total=METHODS * (batches + rounds))
             step = partial(bar.advance, task)
             tables = {"bundled": bundled_rows(pictures, size, seed, step)}
-            if model != "none":
-                tables[model] = full_rows(model, size, seed, step)
+            if full is not None:
+                tables[model] = full_rows(model, full, size, seed, step)
             write(tables, form, stream)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -212,11 +213,21 @@ def bundled_rows(pictures: Mapping[str, Pictures], size: Size, seed: int, step: 
     return rows
 
 
-def full_rows(name: str, size: Size, seed: int, step: Callable[[], object]) -> list[Row]:
-    """Speed of a full-size tower with random weights on random images, one row per method."""
+def load_full(name: str, seed: int) -> nn.Module:
+    """An open_clip model with random weights.
+
+    Raises:
+        UnsupportedTower: its tower cannot be patched.
+    """
     torch.manual_seed(seed)
     with quietly():
         model = open_clip.create_model(name, pretrained_text=False).eval()
+    tower_of(model)
+    return model
+
+
+def full_rows(name: str, model: nn.Module, size: Size, seed: int, step: Callable[[], object]) -> list[Row]:
+    """Speed of a full-size tower on random images, one row per method."""
     tower = tower_of(model)
     batches = torch.randn(2, size.full_batch, 3, *tower.image_size).unbind()
     variants = vary(model, choose_methods(tower))
@@ -254,8 +265,9 @@ def draw_table(name: str, rows: Sequence[Row]) -> Table:
     """One model's rows for people."""
     scored = rows[0].agreement is not None
     title = "the bundled CLIP, 32×32" if scored else f"{name}, random weights"
+    threads = torch.get_num_threads()
     header = ["method", "tokens", "GMACs", "ideal", "images/s", "speed-up", "η"]
-    table = Table(title=f"{title}, fp32, {torch.get_num_threads()} threads", title_justify="left")
+    table = Table(title=f"{title}, fp32, {threads} thread{'s' * (threads > 1)}", title_justify="left")
     for column in header + (["digits", "seen", "unseen", "same"] if scored else []):
         table.add_column(column, justify="left" if column in ("method", "tokens") else "right")
     for row in rows:

@@ -19,7 +19,7 @@ from rich.text import Text
 from clipkernels import __version__, backend
 from clipkernels.cli.output import opened, write_table
 
-DISTRIBUTIONS = {"torch": "torch", "triton": "triton", "open_clip": "open_clip_torch", "numpy": "numpy"}
+DISTRIBUTIONS = {"triton": "triton", "open_clip": "open_clip_torch", "numpy": "numpy"}
 
 EXAMPLE = """\b
 Example:
@@ -54,7 +54,11 @@ def info(form: str) -> None:
 
 def versions() -> dict[str, str | None]:
     """Version of clipkernels, Python and the packages it stands on, None for one that is not installed."""
-    found: dict[str, str | None] = {"clipkernels": __version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "clipkernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for name, distribution in DISTRIBUTIONS.items():
         try:
             found[name] = importlib.metadata.version(distribution)

@@ -1,0 +1,179 @@
+"""The benchmarks run, refuse to time what is wrong, and write what they say they write."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import clipkernels as ck
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ops, towers = load("ops"), load("towers")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled model in place of a full-size one."""
+    monkeypatch.setattr(towers, "build", lambda name, dtype: ck.bundled()[0].to(dtype))
+
+
+def source() -> Any:
+    return ops.Source(ops.Shape(tokens=21, width=64, heads=2, r=4), batch=2, dtype=torch.float32, seed=0)
+
+
+def towers_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["towers.py", *map(str, arguments)])
+    try:
+        towers.main()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", ops.CASES)
+def test_every_operation_is_right_by_its_own_check(op: str) -> None:
+    case, some = ops.CASES[op], source()
+    inputs = case.inputs(some)
+    ops.check(case, some, "reference", inputs, ops.flat(case.call(some, "reference", *inputs)))
+
+
+@pytest.mark.parametrize("op", ["attention", "prune_tokens", "merge_tokens", "rank_tokens"])
+def test_a_wrong_result_is_never_timed(op: str) -> None:
+    case, some = ops.CASES[op], source()
+    inputs = case.inputs(some)
+    came = ops.flat(case.call(some, "reference", *inputs))
+    came[0] = came[0] * 1.001
+    with pytest.raises(AssertionError):
+        ops.check(case, some, "reference", inputs, came)
+
+
+def test_a_wrong_choice_is_never_timed() -> None:
+    case, some = ops.CASES["match_tokens"], source()
+    inputs = case.inputs(some)
+    came = ops.flat(case.call(some, "reference", *inputs))
+    came[2] = came[2].roll(1, 1)
+    with pytest.raises(AssertionError):
+        ops.check(case, some, "reference", inputs, came)
+
+
+def test_pruning_counts_only_the_rows_that_it_keeps() -> None:
+    case, some = ops.CASES["prune_tokens"], source()
+    inputs = case.inputs(some)
+    came = ops.flat(case.call(some, "reference", *inputs))
+    moved = sum(tensor.nbytes for tensor in (*inputs, *came)) - case.unread(some)
+    rows, scores, index = 2 * 15 * 64 * 4, 2 * 20 * 4, 2 * 14 * 8
+    assert moved == 2 * rows + scores + index
+
+
+def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
+    chosen = "prune_tokens-reference-B-32-b1-float32"
+    options = ["-q", "-k", chosen, "--benchmark-json", tmp_path / "ops.json", "--benchmark-max-time=0.01"]
+    command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options, "--benchmark-min-rounds=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads((tmp_path / "ops.json").read_text())["benchmarks"]
+    info = result["extra_info"]
+    assert (info["op"], info["tokens"], info["batch"], info["torch"]) == ("prune_tokens", 50, 1, torch.__version__)
+    assert info["gb_per_s"] == pytest.approx(info["bytes"] / result["stats"]["median"] / 1e9)
+
+
+class Benchmark:
+    """What a bench needs of pytest-benchmark's fixture; every timed round takes two seconds."""
+
+    def __init__(self) -> None:
+        self.group, self.extra_info = "", {}
+        self.stats: Any = None
+
+    def pedantic(self, run: Callable[[], object], setup: Callable[[], object], rounds: int, warmup_rounds: int) -> None:
+        for _ in range(warmup_rounds + rounds):
+            setup()
+            run()
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[2.0] * rounds, median=2.0))
+
+
+def test_a_tower_benchmark_pairs_every_round_with_dense(monkeypatch: pytest.MonkeyPatch, small: None) -> None:
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(towers.time, "perf_counter", lambda: next(clock))
+    benchmark = Benchmark()
+    towers.test_tower(benchmark, "ViT-B-32", 2, "float32", "EViT(keep=0.5)")
+    info = benchmark.extra_info
+    assert (info["variant"], info["batch"], info["images_per_second"]) == ("EViT(keep=0.5)", 2, 1.0)
+    assert (info["speedup"], info["baseline"]) == (1.5, "dense (host)")
+
+
+def test_the_paired_run_writes_rows_and_environment(
+    monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path
+) -> None:
+    file = tmp_path / "cpu" / "towers.csv"
+    towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, 2, "--rounds", 1, "--threads", 1, "--out", file)
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
+    variants = ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe(r=4)", "dense (host) again"]
+    assert [(row["batch"], row["variant"]) for row in rows] == [(batch, name) for batch in "12" for name in variants]
+    report = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    assert report["environment"]["threads"] == 1
+    assert [row["variant"] for row in report["rows"]] == 2 * variants
+    for row in report["rows"]:
+        dense = next(other for other in report["rows"] if other["variant"] == row["baseline"])
+        assert row["efficiency"] == pytest.approx(row["speedup"] * row["gmacs_run"] / dense["gmacs_run"], rel=0.02)
+
+
+def test_a_tower_that_differs_from_the_host_is_never_timed(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    some = torch.randn(2, 3, 32, 32)
+    honest = tiny.encode_image
+
+    def wrong(images: torch.Tensor) -> torch.Tensor:
+        return honest(images) * (1.0 if ck.method_of(tiny) is None else 1.01)
+
+    monkeypatch.setattr(tiny, "encode_image", wrong)
+    with pytest.raises(AssertionError, match=r"Dense\(\): relative error"):
+        towers.check(tiny, {"Dense()": ck.Dense()}, some)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "ViT-X"], "expected open_clip models, got ViT-X"),
+        (["--clock", "process", "--threads", 2], "expected --threads 1 with --clock process, got 2"),
+        (["--models", "ViT-B-16", "--peer", "tome=nowhere"], "expected --peer tome=PATH with PATH/tome/patch/timm.py"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[object], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        towers_main(monkeypatch, *arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_timms_weights_compute_the_same_in_an_open_clip_tower() -> None:
+    timm = pytest.importorskip("timm")
+    peer = load("peer_tome")
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(peer.from_timm(theirs).encode_image(images), theirs(images), rtol=1e-4, atol=1e-4)
