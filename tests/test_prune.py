@@ -54,7 +54,8 @@ def test_kept_rows_are_bit_equal_and_the_fused_one_within_budget(device, backend
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_577_tokens_of_a_336_pixel_tower_are_served(device, backend):
-    _check(backend, *inputs(device, batch=1, tokens=577), 404, 1)
+    # Few kept rows: under the interpreter every tile of them costs seconds at this length.
+    _check(backend, *inputs(device, batch=1, tokens=577), 31, 1)
 
 
 def _check(backend, x, scores, keep, prefix):
