@@ -311,6 +311,7 @@ def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path.with_suffix(".partial"))
+    path.with_suffix(".partial").chmod(0o644)
     os.replace(path.with_suffix(".partial"), path)
 
 

@@ -229,7 +229,10 @@ def write(records: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -
 
 @pytest.mark.parametrize("variant", ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "batch"), [(name, batch) for name, batches in BATCHES.items() for batch in batches])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [pytest.param(name, batch, id=f"{name}-b{batch}") for name, batches in BATCHES.items() for batch in batches],
+)
 def test_tower(benchmark: Any, name: str, batch: int, dtype: str, variant: str) -> None:
     """Time of one batch; every round times both dense variants first."""
     model = build(name, DTYPES[dtype])
