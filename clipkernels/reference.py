@@ -51,7 +51,7 @@ def attention(
     bias = None if size is None else _wide(size).log()[:, None, None, :]
     explicit = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= EXPLICIT
     if explicit:
-        logits = q @ k.mT * q.shape[-1] ** -0.5
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT
         out = torch.softmax(logits if bias is None else logits + bias.to(q.dtype), -1) @ v
     else:
         out = scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))

@@ -126,10 +126,10 @@ def config(patches: int, width: int) -> dict[str, int]:
     block_r = max(1, min(64, 8192 // block_c, 32768 // block_p))
     return {
         "BLOCK_P": block_p,
-        "BLOCK_J": max(4, min(32, 4096 // block_p)),
+        "BLOCK_J": 16 if block_p < 256 else 8,
         "BLOCK_R": block_r,
         "BLOCK_C": block_c,
-        "num_warps": 4 if block_p <= 512 else 8,
+        "num_warps": 4 if block_p < 256 else 8,
     }
 
 

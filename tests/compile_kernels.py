@@ -2,7 +2,10 @@
 
 import re
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import triton
@@ -13,22 +16,33 @@ from triton.compiler import ASTSource
 import clipkernels  # noqa: F401  (finds kernels/ in a checkout)
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
-PATCHES, WIDTH, HEADS = 196, 768, 12
+ONE = ((196, 768),)
+ALL = ((49, 768), (196, 768), (256, 1024), (576, 1024), (1023, 1792))
+HEADS = 12
 
 
 def main() -> None:
-    blocks = prune.config(PATCHES, WIDTH)
-    warps = blocks.pop("num_warps")
-    shape = {"BLOCK_P": blocks["BLOCK_P"], "BLOCK_J": blocks["BLOCK_J"]}
-    for name, target in TARGETS.items():
+    shapes = ALL if "--all" in sys.argv else ONE
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for name in pool.map(compile_for, TARGETS, [shapes] * len(TARGETS)):
+            print(name)
+
+
+def compile_for(name: str, shapes: tuple[tuple[int, int], ...]) -> str:
+    """The target's name once every kernel came through for it."""
+    target = TARGETS[name]
+    for patches, width in shapes:
+        blocks = prune.config(patches, width)
+        warps = blocks.pop("num_warps")
+        shape = {"BLOCK_P": blocks["BLOCK_P"], "BLOCK_J": blocks["BLOCK_J"]}
         for dtype in ("fp32", "bf16"):
             floats = {"x_ptr": dtype, "tokens_ptr": dtype, "normed_ptr": dtype}
             for fuse in (False, True):
-                constants = {"C": WIDTH, "FUSE": fuse, "NORM": True, "stride_xc": 1, **blocks}
+                constants = {"C": width, "FUSE": fuse, "NORM": True, "stride_xc": 1, **blocks}
                 build(prune._prune_kernel, floats, constants, target, warps)
         for rank in (False, True):
             build(prune._heads_kernel, {}, {"H": HEADS, "RANK": rank, **shape}, target, warps)
-        print(name)
+    return name
 
 
 def build(
