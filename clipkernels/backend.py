@@ -39,11 +39,14 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
         if obstacle is not None and device.type == "cuda":
             warnings.warn(f"{obstacle}; CUDA tensors take the slower reference until then", stacklevel=3)
         return "triton" if obstacle is None else "reference"
+    said = 'backend="triton"' if backend == "triton" else "CLIPKERNELS_BACKEND=triton"
     if not kernel:
-        raise RuntimeError(f'{op} has no Triton kernel in this version, use backend="auto" or "reference"')
+        raise RuntimeError(
+            f"{said} was asked for, but {op} has no Triton kernel in this version: expected auto or reference"
+        )
     obstacle = _obstacle(device.type)
     if obstacle is not None:
-        raise RuntimeError(f'backend="triton" was asked for, but {obstacle}')
+        raise RuntimeError(f"{said} was asked for, but {obstacle}")
     if dtype == torch.float64:
         raise ValueError(f'the triton backend of {op} takes float32, float16 or bfloat16, got float64: use "reference"')
     return asked
@@ -53,7 +56,12 @@ def explain(device: torch.device) -> tuple[str, str]:
     """The backend that `auto` takes for tensors on a device, and the reason in one sentence."""
     override = os.environ.get("CLIPKERNELS_BACKEND", "auto")
     if override != "auto":
-        return override, f"CLIPKERNELS_BACKEND={override} is set"
+        try:
+            return choose(
+                "auto", device, torch.float32, "any op", kernel=True
+            ), f"CLIPKERNELS_BACKEND={override} is set"
+        except (RuntimeError, ValueError) as error:
+            return "none", str(error)
     if device.type == "cpu":
         return "reference", "on the CPU the PyTorch reference is the fast path"
     obstacle = _obstacle(device.type)

@@ -68,6 +68,10 @@ def forward(
         pruned = ops.prune_tokens(x, signal, step.keep, step.fuse, prefix=prefix)
         to = _pruned_to(pruned.index, step, x.shape[1], prefix) if track else None
         x = pruned.tokens
+        if size is not None:
+            # A fused token is an ordinary patch from here on.
+            rows_left = (size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(len(x), step.fuse))
+            size = torch.cat(rows_left, 1)
     elif isinstance(step, Merge):
         assert signal is not None
         match = ops.match_tokens(signal, step.r, prefix)
@@ -100,7 +104,7 @@ def _random_scores(patches: int, seed: int, device: torch.device) -> Tensor:
     """Scores (1,P) fp32 of a random order that only P and the seed decide, adding up to one like attention."""
     mask, odd = 0xFFFFFFFF, 0x45D9F3B
     # An integer hash made on the device: torch's generators would need state, and a table a copy in every forward.
-    bits = (torch.arange(patches, device=device) + (seed * 0x9E3779B9 + odd)) & mask
+    bits = (torch.arange(patches, device=device) + ((seed * 0x9E3779B9 + odd) & mask)) & mask
     for _ in range(3):
         bits = ((bits ^ (bits >> 16)) * odd) & mask
     scores = ((bits ^ (bits >> 16)) >> 8).float() + 1

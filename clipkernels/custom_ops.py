@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from clipkernels.backend import interpreting
@@ -22,6 +23,8 @@ _KEYS = ("CUDA", "CPU") if interpreting() else ("CUDA",)
 def plain(*tensors: Tensor) -> bool:
     """Whether eager may call a launcher directly: real tensors, no gradient, nobody watching."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False

@@ -62,6 +62,8 @@ class EViT:
             raise ValueError(f'score must be "cls" or "random", got {self.score!r}')
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a non-negative int, got {self.seed!r}")
+        if isinstance(self.blocks, int):
+            raise ValueError(f"blocks must be a tuple of ints such as (3, 6, 9), got {self.blocks!r}")
         if self.blocks is not None:
             object.__setattr__(self, "blocks", tuple(self.blocks))
 
@@ -98,19 +100,18 @@ class ToMe:
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        inflected = isinstance(self.r, tuple) and len(self.r) == 2
-        counts = self.r if isinstance(self.r, (list, tuple)) else [self.r]
-        for r in counts[:1] if inflected else counts:
-            if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-                raise ValueError(f"r must be a non-negative int, one per block, or (r, inflection), got {self.r!r}")
+        r = self.r
+        inflected = isinstance(r, tuple) and len(r) == 2 and not isinstance(r, PerBlock)
+        counts = [r] if isinstance(r, int) or not isinstance(r, Sequence) else list(r)
+        for count in counts[:1] if inflected else counts:
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(f"r must be a non-negative int, one per block, or (r, inflection), got {r!r}")
         if inflected:
             inflection = counts[1]
             if isinstance(inflection, bool) or not isinstance(inflection, (int, float)) or not -1 <= inflection <= 1:
                 raise ValueError(f"inflection must be a number in [-1, 1], got {inflection!r}")
-            # A float in second place is what tells (r, inflection) from a list of two blocks once both are tuples.
-            object.__setattr__(self, "r", (counts[0], float(inflection)))
-        elif isinstance(self.r, (list, tuple)):
-            object.__setattr__(self, "r", tuple(self.r))
+        elif not isinstance(r, int):
+            object.__setattr__(self, "r", PerBlock(int(count) for count in counts))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         entry = tokens
@@ -124,14 +125,29 @@ class ToMe:
     def _schedule(self, blocks: int) -> list[int]:
         if isinstance(self.r, int):
             return [self.r] * blocks
-        if len(self.r) == 2 and isinstance(self.r[1], float):
-            first = int(self.r[0])
-            low = int(first * (1 - self.r[1]))
+        if not isinstance(self.r, PerBlock):
+            first, inflection = int(self.r[0]), self.r[1]
+            low = int(first * (1 - inflection))
             high = 2 * first - low
             return [int(low + block * (high - low) / max(1, blocks - 1)) for block in range(blocks)]
         if len(self.r) > blocks:
             raise ValueError(f"r must have at most one entry per block, {blocks} here, got {len(self.r)}")
-        return [int(r) for r in self.r] + [0] * (blocks - len(self.r))
+        return [*self.r, *[0] * (blocks - len(self.r))]
+
+
+class PerBlock(tuple[int, ...]):
+    """One int per block, hashable; shown as, and never equal to anything but, such a list: [8, 1] is not (8, 1)."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PerBlock) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash((PerBlock, tuple(self)))
 
 
 def named_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:

@@ -132,7 +132,8 @@ def prune_tokens(
     Source: EViT, arXiv 2202.07800, section 3.2.
     """
     _check_prune(x, scores, keep, heads, prefix, norm)
-    chosen = _backend.choose(backend, x.device, x.dtype, "prune_tokens", kernel=True)
+    dtype = torch.promote_types(x.dtype, scores.dtype)
+    chosen = _backend.choose(backend, x.device, dtype, "prune_tokens", kernel=True)
     if chosen == "reference":
         return reference.prune_tokens(x, scores, keep, fuse, heads, prefix, norm)
     return custom_ops.prune_tokens(x, scores, keep, fuse, heads, prefix, norm)
@@ -193,7 +194,7 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signa
         raise ValueError(f'signal must be "cls", "received", "keys" or None, got {signal!r}')
     if signal == "received" and q.shape[2] != k.shape[2]:
         raise ValueError(f'signal="received" needs one query per key, {k.shape[2]}, got {q.shape[2]}')
-    _check_size(size, k.shape[0], k.shape[2])
+    _check_size(size, k, k.shape[0], k.shape[2])
 
 
 def _check_rank(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | None, prefix: int) -> None:
@@ -206,7 +207,7 @@ def _check_rank(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | Non
         raise ValueError('query="all" is a mean over heads, got heads="rank"')
     if query == "all" and q.shape[2] != k.shape[2]:
         raise ValueError(f'query="all" needs one query per key, {k.shape[2]}, got {q.shape[2]}')
-    _check_size(size, k.shape[0], k.shape[2])
+    _check_size(size, k, k.shape[0], k.shape[2])
 
 
 def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
@@ -256,7 +257,7 @@ def _check_merge(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
         raise ValueError(f"match must hold kept, source, target of shapes {expected} for x {_shape(x)}, got {came}")
     if any(index.dtype != torch.int64 or index.device != x.device for index in match):
         raise ValueError(f"match must be int64 on {x.device}, got {[(i.dtype, str(i.device)) for i in match]}")
-    _check_size(size, batch, tokens)
+    _check_size(size, x, batch, tokens)
     _check_norm(norm, x)
 
 
@@ -271,19 +272,17 @@ def _check_prefix(prefix: int, tokens: int) -> None:
         raise ValueError(f"prefix must be an int from 0 to N = {tokens}, got {prefix!r}")
 
 
-def _check_size(size: Tensor | None, batch: int, tokens: int) -> None:
-    if size is not None and tuple(size.shape) != (batch, tokens):
-        raise ValueError(f"size must be (B,N) = ({batch},{tokens}), got {_shape(size)}")
+def _check_size(size: Tensor | None, like: Tensor, batch: int, tokens: int) -> None:
+    if size is not None and (tuple(size.shape) != (batch, tokens) or size.device != like.device):
+        came = f"{_shape(size)} on {size.device}"
+        raise ValueError(f"size must be (B,N) = ({batch},{tokens}) on {like.device}, got {came}")
 
 
 def _check_norm(norm: Norm | None, x: Tensor) -> None:
-    if norm is None:
-        return
-    weight, bias, _ = norm
-    if tuple(weight.shape) != x.shape[-1:] or tuple(bias.shape) != x.shape[-1:]:
-        raise ValueError(
-            f"norm must hold weight and bias (C,) = ({x.shape[-1]},), got {_shape(weight)}, {_shape(bias)}"
-        )
+    for name, tensor in zip(("weight", "bias"), norm[:2] if norm else (), strict=False):
+        if tuple(tensor.shape) != x.shape[-1:] or tensor.device != x.device:
+            came = f"{_shape(tensor)} on {tensor.device}"
+            raise ValueError(f"norm must hold a {name} (C,) = ({x.shape[-1]}) on {x.device}, got {came}")
 
 
 def _floating(**named: Tensor) -> None:

@@ -56,11 +56,25 @@ class Plan:
         steps: one entry per block.
         entry: tokens entering the first block, the prefix included.
         prefix: leading tokens (CLS, registers) that no step touches.
+    Raises:
+        ValueError: a step that keeps or merges more than its block has.
     """
 
     steps: tuple[Step | None, ...]
     entry: int
     prefix: int = 1
+
+    def __post_init__(self) -> None:
+        for block, (step, tokens) in enumerate(zip(self.steps, self.tokens, strict=False)):
+            patches = tokens - self.prefix
+            if isinstance(step, Prune) and not 0 <= step.keep <= patches:
+                raise ValueError(f"block {block} must keep 0 to {patches} patches, got {step.keep}")
+            if isinstance(step, Merge) and not 0 <= step.r <= patches // 2:
+                raise ValueError(f"block {block} must merge 0 to {patches // 2} tokens, got {step.r}")
+            if isinstance(step, Merge) and self.prefix > 1:
+                raise ValueError(
+                    f"merging would move prefix tokens apart: expected a prefix of 0 or 1, got {self.prefix}"
+                )
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -74,6 +88,11 @@ class Plan:
     def merges(self) -> bool:
         """Whether a step merges tokens, so that a row may stand for several places."""
         return any(isinstance(step, Merge) for step in self.steps)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a step lets patches go without a token that holds them."""
+        return any(isinstance(step, Prune) and not step.fuse for step in self.steps)
 
     def gmacs(self, width: int, patch: int = 16, out: int = 512, exact: bool = False, mlp_ratio: float = 4.0) -> float:
         """Multiply-accumulates of one image in 10⁹, counted as fvcore does (the "GFLOPs" of the papers).

@@ -64,7 +64,8 @@ def attention(
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Attention (B,H,M,N) of some query rows (B,H,M,D), in fp32."""
-    logits = _wide(q) @ _wide(k).mT * q.shape[-1] ** -0.5
+    with _exactly(q):
+        logits = _wide(q) @ _wide(k).mT * q.shape[-1] ** -0.5
     return torch.softmax(logits if bias is None else logits + bias, -1)
 
 
@@ -111,25 +112,29 @@ def prune_tokens(
         weights = _wide(scores.gather(1, gone))
         # A patch that is not there (NaN, -inf) weighs nothing.
         weights = weights.masked_fill(weights.isnan() | weights.isneginf(), 0)
-        rows.append((weights[:, None] @ _wide(_rows(x, gone + prefix))).to(x.dtype))
+        dtype = torch.promote_types(weights.dtype, _wide(x).dtype)
+        with _exactly(x):
+            rows.append((weights[:, None].to(dtype) @ _rows(x, gone + prefix).to(dtype)).to(x.dtype))
     tokens = torch.cat(rows, 1)
     return Pruned(tokens, index, _norm(tokens, norm))
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
-    unit = normalize(_wide(metric.detach()), dim=-1)
-    similarity = unit[:, ::2] @ unit[:, 1::2].mT
-    similarity = similarity.nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    batch, tokens = metric.shape[:2]
     # The prefix never merges: neither as a source (even positions) nor as a target (odd ones).
-    similarity[:, : (prefix + 1) // 2] = float("-inf")
-    similarity[:, :, : prefix // 2] = float("-inf")
+    even, odd = (prefix + 1) // 2, prefix // 2
+    first = torch.arange(even if r else (tokens + 1) // 2, device=metric.device).expand(batch, -1)
     if r == 0:
-        every = torch.arange(unit.shape[1] - unit.shape[1] // 2, device=unit.device).expand(unit.shape[0], -1)
-        return Match(every.contiguous(), every[:, :0], every[:, :0])
+        return Match(first.contiguous(), first[:, :0], first[:, :0])
+    with _exactly(metric):
+        unit = normalize(_wide(metric.detach()), dim=-1)
+        similarity = unit[:, ::2][:, even:] @ unit[:, 1::2][:, odd:].mT
+    similarity = similarity.nan_to_num(float("-inf"), float("inf"), float("-inf"))
     strength, nearest = similarity.max(-1)
     order = strongest_first(strength)
     source = order[:, :r].sort(-1).values
-    return Match(order[:, r:].sort(-1).values, source, nearest.gather(1, source))
+    kept = torch.cat([first, order[:, r:].sort(-1).values + even], 1)
+    return Match(kept, source + even, nearest.gather(1, source) + odd)
 
 
 def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None) -> Merged:
@@ -148,6 +153,11 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _exactly(x: Tensor) -> torch.autocast:
+    """Where scores and sums stay as wide as they are, autocast or not."""
+    return torch.autocast("cuda" if x.device.type == "cuda" else "cpu", enabled=False)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

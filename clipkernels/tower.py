@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,12 @@ from clipkernels.plan import Merge, Plan
 
 
 class Ran(NamedTuple):
-    """x (B,N',C) after the last block, sources one (B,P) int64 per step, states one (B,N,C) per block on request."""
+    """x (B,N',C) after the last block, sources one (B,P) int64 per step, path (B,C) per block, taken (B,N,C) each."""
 
     x: Tensor
     sources: list[Tensor]
-    states: list[Tensor]
+    path: list[Tensor]
+    taken: list[Tensor]
 
 
 def run(
@@ -28,7 +30,9 @@ def run(
     *,
     rows: int | None = None,
     track: bool = False,
-    states: Literal["cls", "all"] | None = None,
+    path: bool = False,
+    take: Collection[int] = (),
+    blocks: int | None = None,
 ) -> Ran:
     """The blocks of a tower on embedded tokens.
 
@@ -38,16 +42,18 @@ def run(
         plan: one step or None per block, for N tokens.
         rows: where only these leading rows of the result are read, compute no others in the last block.
         track: also return, after each step, the row that holds each patch, or -1.
-        states: also return what leaves every block: "cls" (B,C), or "all" (B,N,C) with each patch at its place (the
-            row that holds it, zeros where it is gone; needs `track`).
+        path: also return the CLS row that leaves every block.
+        take: also return what leaves these blocks, with each patch at its place (needs `track`).
+        blocks: stop after so many.
     """
     proportional = any(isinstance(step, Merge) and step.proportional for step in plan.steps)
     prefix, last = plan.prefix, len(plan.steps) - 1
     size: Tensor | None = None
     sources: list[Tensor] = []
     seen: list[Tensor] = []
+    taken: list[Tensor] = []
     source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if track else None
-    for index, (host, step) in enumerate(zip(tower.blocks, plan.steps, strict=True)):
+    for index, (host, step) in enumerate(zip(list(tower.blocks)[:blocks], plan.steps[:blocks], strict=True)):
         refuse(tower, host, index)
         arguments = (tower.parts(host), x, step, size, prefix, proportional, rows if index == last else None, track)
         if tower.checkpointing and torch.is_grad_enabled():
@@ -57,9 +63,11 @@ def run(
         if source is not None and to is not None:
             source = torch.where(source < 0, source, to.gather(1, source.clamp_min(0)))
             sources.append(source[:, prefix:])
-        if states is not None:
-            seen.append(x[:, 0] if states == "cls" else unmerge(x, sources, prefix))
-    return Ran(x, sources, seen)
+        if path:
+            seen.append(x[:, 0])
+        if index in take:
+            taken.append(unmerge(x, sources, prefix))
+    return Ran(x, sources, seen, taken)
 
 
 def unmerge(x: Tensor, sources: list[Tensor], prefix: int) -> Tensor:

@@ -80,7 +80,7 @@ def _finish(
 def _prune_kernel(
     x_ptr, scores_ptr, tokens_ptr, index_ptr, normed_ptr, weight_ptr, bias_ptr,
     P, keep, prefix, eps,
-    stride_xb, stride_xn, stride_xc,
+    stride_xb, stride_xn,
     C: tl.constexpr, FUSE: tl.constexpr, NORM: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +101,7 @@ def _prune_kernel(
         mine = kept[None, :] & (to[None, :] == row[:, None] - prefix)  # [BLOCK_R, BLOCK_P]
         source = tl.where(row < prefix, row, prefix + tl.sum(tl.where(mine, offs_p[None, :], 0), 1)).to(tl.int64)
         mask = (row < prefix + keep)[:, None] & (offs_c < C)[None, :]
-        x = tl.load(x_ptr + source[:, None] * stride_xn + offs_c[None, :] * stride_xc, mask=mask, other=0.0)
+        x = tl.load(x_ptr + source[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0)
         _finish(x, row, prefix + keep, offs_c, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM)
     elif FUSE:
         score = _score(scores_ptr, offs_p, P)
@@ -113,7 +113,7 @@ def _prune_kernel(
             here = chunk[:, None] == offs_p[None, :]  # [BLOCK_R, BLOCK_P]
             w = tl.sum(tl.where(here, weight[None, :], 0.0), 1)
             load = tl.sum((here & gone[None, :]).to(tl.int32), 1) > 0
-            offs = (prefix + chunk).to(tl.int64)[:, None] * stride_xn + offs_c[None, :] * stride_xc
+            offs = (prefix + chunk).to(tl.int64)[:, None] * stride_xn + offs_c[None, :]
             piece = tl.load(x_ptr + offs, mask=load[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
             acc += tl.sum(w[:, None] * piece, 0)
         fused = prefix + keep + tl.arange(0, 1)
@@ -144,6 +144,7 @@ def prune_tokens(
     normed = torch.empty_like(out) if norm is not None else None
     if batch == 0 or rows == 0:
         return out, index, normed
+    x = x if x.stride(2) == 1 else x.contiguous()
     blocks = config(patches, width)
     with torch.cuda.device_of(x):
         if scores.ndim == 3:
@@ -154,12 +155,12 @@ def prune_tokens(
                 H=per_head.shape[1], RANK=heads == "rank", BLOCK_P=blocks["BLOCK_P"], BLOCK_J=blocks["BLOCK_J"],
                 num_warps=blocks["num_warps"], enable_fp_fusion=True,
             )  # fmt: skip
-        weight, bias, eps = norm if norm is not None else (x, x, 0.0)
+        weight, bias, eps = (norm[0].contiguous(), norm[1].contiguous(), norm[2]) if norm is not None else (x, x, 0.0)
         tiles = triton.cdiv(prefix + keep, blocks["BLOCK_R"])
         _prune_kernel[(batch, tiles + fuse)](
             x, scores.contiguous(), out, index, out if normed is None else normed, weight, bias,
             patches, keep, prefix, eps,
-            *x.stride(),
+            x.stride(0), x.stride(1),
             C=width, FUSE=fuse, NORM=norm is not None, enable_fp_fusion=True, **blocks,
         )  # fmt: skip
     return out, index, normed

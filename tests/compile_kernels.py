@@ -13,8 +13,6 @@ from clipkernels.kernels import prune
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import clipkernels  # noqa: F401  (finds kernels/ in a checkout)
-
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 ONE = ((196, 768),)
 ALL = ((49, 768), (196, 768), (256, 1024), (576, 1024), (1023, 1792))
@@ -38,7 +36,7 @@ def compile_for(name: str, shapes: tuple[tuple[int, int], ...]) -> str:
         for dtype in ("fp32", "bf16"):
             floats = {"x_ptr": dtype, "tokens_ptr": dtype, "normed_ptr": dtype}
             for fuse in (False, True):
-                constants = {"C": width, "FUSE": fuse, "NORM": True, "stride_xc": 1, **blocks}
+                constants = {"C": width, "FUSE": fuse, "NORM": True, **blocks}
                 build(prune._prune_kernel, floats, constants, target, warps)
         for rank in (False, True):
             build(prune._heads_kernel, {}, {"H": HEADS, "RANK": rank, **shape}, target, warps)

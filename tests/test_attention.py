@@ -138,7 +138,7 @@ def test_of_two_equal_scores_the_lower_index_ranks_higher():
         ({"v": torch.randn(2, 3, 7, 64)}, r"v must be \(B,H,N,D\) = \(2,3,8,64\) like k, got \(2,3,7,64\)"),
         ({"v": torch.randn(2, 3, 8, 64).half()}, "v must be torch.float32 on cpu, got torch.float16 on cpu"),
         ({"q": torch.ones(2, 3, 8, 64, dtype=torch.int64)}, "q must be float32, float16, bfloat16 or float64"),
-        ({"size": torch.ones(2, 7)}, r"size must be \(B,N\) = \(2,8\), got \(2,7\)"),
+        ({"size": torch.ones(2, 7)}, r"size must be \(B,N\) = \(2,8\) on cpu, got \(2,7\) on cpu"),
         ({"signal": "all"}, 'signal must be "cls", "received", "keys" or None'),
         ({"q": torch.randn(2, 3, 1, 64), "signal": "received"}, "needs one query per key, 8, got 1"),
         ({"prefix": 9}, "prefix must be an int from 0 to N = 8, got 9"),
@@ -155,3 +155,23 @@ def test_rank_over_all_queries_has_no_per_head_ranks():
     q, k, _ = qkv(1, 1, 4, 64)
     with pytest.raises(ValueError, match='query="all" is a mean over heads'):
         ck.ops.rank_tokens(q, k, heads="rank", query="all")
+
+
+def test_received_and_ranks_take_size_and_prefix_into_account():
+    q, k, v = qkv(2, 3, 21, 64)
+    size = torch.rand(2, 21, generator=torch.Generator().manual_seed(1)) * 5 + 1
+    exact = whole(q, k, size)
+    _, received = ck.ops.attention(q, k, v, size, "received", prefix=3)
+    torch.testing.assert_close(received.double(), exact.mean((1, 2))[:, 3:], atol=1e-6, rtol=1e-5)
+    every = ck.ops.rank_tokens(q, k, query="all", size=size, prefix=3)
+    torch.testing.assert_close(every.double(), exact.mean((1, 2))[:, 3:], atol=1e-6, rtol=1e-5)
+    first = ck.ops.rank_tokens(q, k, size=size, prefix=3)
+    torch.testing.assert_close(first.double(), exact[:, :, 0, 3:].mean(1), atol=1e-6, rtol=1e-5)
+
+
+def test_autocast_does_not_narrow_the_scores():
+    q, k, v = qkv(2, 4, 65, 64)
+    expected = ck.ops.attention(q, k, v, signal="cls")[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        came = ck.ops.attention(q, k, v, signal="cls")[1]
+    assert torch.equal(came, expected)

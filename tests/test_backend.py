@@ -68,6 +68,14 @@ def test_explain_gives_the_backend_and_a_reason(monkeypatch):
     assert backend.explain(CUDA) == ("reference", "triton is not installed: pip install triton (Linux)")
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "reference")
     assert backend.explain(CUDA) == ("reference", "CLIPKERNELS_BACKEND=reference is set")
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "fast")
+    assert backend.explain(CPU) == ("none", 'backend must be "auto", "triton" or "reference", got \'fast\'')
+
+
+def test_an_environment_that_asks_too_much_is_named_in_the_error(monkeypatch):
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="CLIPKERNELS_BACKEND=triton was asked for, but prune_tokens has no Triton"):
+        choose("auto", CUDA, kernel=False)
 
 
 def test_everything_works_on_the_reference_where_triton_cannot_be_imported():

@@ -192,5 +192,22 @@ def test_a_match_of_other_tokens_is_refused():
         ck.ops.merge_tokens(x, match)
     with pytest.raises(ValueError, match="match must be int64"):
         ck.ops.merge_tokens(x, ck.ops.Match(*(i.int() for i in ck.ops.match_tokens(x, 2))))
-    with pytest.raises(ValueError, match=r"size must be \(B,N\) = \(2,9\), got \(2,8\)"):
+    with pytest.raises(ValueError, match=r"size must be \(B,N\) = \(2,9\) on cpu, got \(2,8\) on cpu"):
         ck.ops.merge_tokens(x, ck.ops.match_tokens(x, 2), size=torch.ones(2, 8))
+
+
+def test_the_prefix_stays_even_when_everything_else_is_nan():
+    metric = torch.full((1, 9, 4), float("nan"))
+    metric[0, :3] = 1
+    for prefix in (1, 2, 3):
+        match = ck.ops.match_tokens(metric, 3, prefix=prefix)
+        assert match.source.min() * 2 >= prefix
+        assert match.target.min() * 2 + 1 >= prefix
+
+
+def test_autocast_does_not_narrow_the_similarities():
+    metric = torch.randn(2, 65, 64, generator=torch.Generator().manual_seed(13))
+    expected = ck.ops.match_tokens(metric, 26)
+    with torch.autocast("cpu", torch.bfloat16):
+        came = ck.ops.match_tokens(metric, 26)
+    assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))

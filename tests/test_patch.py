@@ -1,7 +1,10 @@
 """Patching: undo, replacement, refusal, and everything that must go on working meanwhile."""
 
 import copy
+import gc
 import pickle
+import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -217,10 +220,130 @@ def test_a_block_that_computes_something_else_is_refused(tiny):
         def forward(self, q_x, *args, **kwargs):
             return 2 * super().forward(q_x, *args, **kwargs)
 
-    tiny.visual.transformer.resblocks[0].__class__ = Doubled
-    with pytest.raises(ck.UnsupportedTower, match="got Doubled whose own result differs by"):
+    tiny.visual.transformer.resblocks[3].__class__ = Doubled
+    with pytest.raises(ck.UnsupportedTower, match="block 3: expected a pre-norm attention block, got Doubled"):
         ck.patch(tiny, ck.EViT(0.5))
     assert ck.method_of(tiny) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_branch_beside_a_large_input_is_verified_too(tiny, dtype):
+    class More(type(tiny.visual.transformer.resblocks[0])):
+        def forward(self, q_x, *args, **kwargs):
+            return q_x + 1.1 * (super().forward(q_x, *args, **kwargs) - q_x)
+
+    for block in tiny.visual.transformer.resblocks:
+        torch.nn.init.constant_(block.mlp.c_proj.weight, 1e-5)
+        torch.nn.init.constant_(block.attn.out_proj.weight, 1e-5)
+        torch.nn.init.constant_(block.mlp.c_proj.bias, 1e-4)
+        torch.nn.init.constant_(block.attn.out_proj.bias, 1e-4)
+    ck.unpatch(ck.patch(tiny.to(dtype), ck.Dense()))
+    for block in tiny.visual.transformer.resblocks:
+        block.__class__ = More
+    with pytest.raises(ck.UnsupportedTower, match="got More, which adds something that differs"):
+        ck.patch(tiny, ck.Dense())
+
+
+def test_a_wrapped_or_separately_compiled_block_is_refused(tiny):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    blocks = tiny.visual.transformer.resblocks
+    plain = blocks[2]
+    blocks[2] = checkpoint_wrapper(plain)
+    with pytest.raises(ck.UnsupportedTower, match="block 2: expected ln_1, attn, ln_2 and mlp, got CheckpointWrapper"):
+        ck.patch(tiny, ck.Dense())
+    blocks[2] = plain
+    plain.compile()
+    with pytest.raises(ck.UnsupportedTower, match="block 2: its ResidualAttentionBlock is compiled by itself"):
+        ck.patch(tiny, ck.Dense())
+
+
+def test_attention_with_what_the_parts_do_not_know_is_refused(tiny):
+    attn = tiny.visual.transformer.resblocks[1].attn
+    for name, value in (("dropout", 0.1), ("add_zero_attn", True), ("bias_k", nn.Parameter(torch.zeros(1, 1, 128)))):
+        before = getattr(attn, name)
+        setattr(attn, name, value)
+        with pytest.raises(ck.UnsupportedTower, match="block 1: expected attention without bias_k, add_zero_attn"):
+            ck.patch(tiny, ck.Dense())
+        setattr(attn, name, before)
+    attn.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ck.UnsupportedTower, match="carries a hook"):
+        ck.patch(tiny, ck.Dense())
+
+
+def test_a_block_that_cannot_be_copied_is_patched_with_a_warning(tiny, images):
+    import threading
+
+    tiny.visual.transformer.resblocks[0].mlp.lock = threading.Lock()
+    with pytest.warns(UserWarning, match="block 0 could not be verified: cannot pickle"):
+        ck.patch(tiny, ck.EViT(0.5))
+    assert tiny.encode_image(images).shape == (3, 128)
+
+
+def test_a_hook_that_cannot_be_copied_does_not_stop_the_check(tiny):
+    import threading
+
+    lock = threading.Lock()
+    tiny.visual.transformer.resblocks[0].mlp.register_forward_hook(lambda *_, lock=lock: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ck.patch(tiny, ck.EViT(0.5))
+
+
+def test_patching_under_autocast_verifies_in_full_precision(tiny):
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ck.patch(tiny, ck.Dense())
+
+
+def test_checkpointing_runs_every_block_again_for_the_backward(tiny, images):
+    ck.patch(tiny.train(), ck.EViT(0.5))
+    calls = []
+    for block in tiny.visual.transformer.resblocks:
+        block.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    tiny.visual.set_grad_checkpointing(True)
+    tiny.encode_image(images).sum().backward()
+    assert len(calls) == 12
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_last_block_runs_for_the_cls_row_alone(tiny, images, method):
+    ck.patch(tiny, method)
+    rows = []
+    tiny.visual.transformer.resblocks[5].mlp.register_forward_hook(lambda _, args, out: rows.append(out.shape[1]))
+    tiny.encode_image(images)
+    ck.encode_image(tiny, images)
+    ck.encode_image(tiny, images, tokens=True)
+    assert rows == [1, 1, method.plan(tokens=65, blocks=6).tokens[-1]]
+
+
+@torch.no_grad()
+def test_output_tokens_switched_on_after_patching_returns_them(tiny, images):
+    ck.patch(tiny, ck.ToMe(8))
+    tiny.visual.output_tokens = True
+    assert tiny.visual(images)[1].shape == (3, 64, 128)
+
+
+@torch.no_grad()
+def test_dropping_the_last_blocks_after_patching_plans_anew(tiny, images):
+    ck.patch(tiny, ck.ToMe(8))
+    tiny.visual.prune_intermediate_layers([2])
+    fresh = ck.bundled()[0]
+    fresh.visual.prune_intermediate_layers([2])
+    assert torch.equal(tiny.visual(images), ck.patch(fresh, ck.ToMe(8)).visual(images))
+
+
+@torch.no_grad()
+def test_a_patched_model_is_freed_when_its_last_name_goes(tiny):
+    model = ck.patch(copy.deepcopy(tiny), ck.EViT(0.5))
+    watch = weakref.ref(model.visual)
+    gc.disable()
+    try:
+        del model
+        assert watch() is None
+    finally:
+        gc.enable()
 
 
 def test_attention_that_is_more_than_torchs_own_is_refused(tiny):

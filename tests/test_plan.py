@@ -1,5 +1,7 @@
 """Plans against the published schedules and GMACs (TCA's tables, ToMe's released schedule)."""
 
+import dataclasses
+
 import pytest
 
 import clipkernels as ck
@@ -106,6 +108,7 @@ def test_random_subsets_differ_by_block_and_by_seed():
         (lambda: ck.EViT("half"), "keep must be a number"),
         (lambda: ck.EViT(float("nan")), "keep must be a number"),
         (lambda: ck.EViT(0.5, score="best"), 'score must be "cls" or "random", got \'best\''),
+        (lambda: ck.EViT(0.5, blocks=3), r"blocks must be a tuple of ints such as \(3, 6, 9\), got 3"),
         (lambda: ck.EViT(0.5, seed=-1), "seed must be a non-negative int, got -1"),
         (lambda: ck.EViT(0.5, blocks=(12,)).plan(197, 12), r"blocks must be ints in \[0, 11\].*got 12"),
         (lambda: ck.EViT(0.5, blocks=(-1,)).plan(197, 12), "got -1"),
@@ -124,3 +127,30 @@ def test_bad_settings_are_refused_with_what_was_expected(make, message):
 
 def test_methods_are_hashable_values():
     assert len({ck.EViT(0.7), ck.EViT(0.7), ck.ToMe([8, 8]), ck.ToMe([8, 8]), ck.ToMe((8, 0)), ck.Dense()}) == 4
+
+
+def test_a_list_of_two_is_not_a_pair_of_r_and_inflection():
+    assert ck.ToMe([8, 1]) != ck.ToMe((8, 1))
+    assert _merged(dataclasses.replace(ck.ToMe([8, 1]), proportional=False), blocks=2) == [8, 1]
+    assert _merged(eval(repr(ck.ToMe([8, 1])), {"ToMe": ck.ToMe}), blocks=2) == [8, 1]
+    assert _merged(eval(repr(ck.ToMe((8, 1))), {"ToMe": ck.ToMe}), blocks=3) == [0, 8, 16]
+    assert _merged(ck.ToMe(range(3)), blocks=4) == [0, 1, 2, 0]
+
+
+def test_gmacs_follow_the_width_of_the_mlp():
+    narrow, wide = (ck.Dense().plan(197, 12).gmacs(768, mlp_ratio=ratio) for ratio in (2.0, 4.0))
+    assert (wide - narrow) * 1e9 == pytest.approx(12 * 197 * 4 * 768**2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "prefix", "message"),
+    [
+        ((Prune(80),), 1, "block 0 must keep 0 to 64 patches, got 80"),
+        ((Prune(10), Prune(12)), 1, "block 1 must keep 0 to 11 patches, got 12"),
+        ((Merge(33),), 1, "block 0 must merge 0 to 32 tokens, got 33"),
+        ((Merge(2),), 5, "expected a prefix of 0 or 1, got 5"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused(steps, prefix, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(steps, 65, prefix)

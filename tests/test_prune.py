@@ -253,3 +253,47 @@ def test_bad_arguments_are_named_on_every_backend(backend, change, message):
     x, scores = inputs("cpu")
     with pytest.raises(ValueError, match=message):
         ck.ops.prune_tokens(**{"x": x, "scores": scores, "keep": 4, **change}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_strided_norm_is_read_as_it_is(device, backend):
+    x, scores = inputs(device)
+    pair = torch.randn(24, 2, generator=torch.Generator().manual_seed(6)).to(device)
+    came = ck.ops.prune_tokens(x, scores, 4, norm=(pair[:, 0], pair[:, 1], 1e-5), backend=backend).normed
+    exact = torch.nn.functional.layer_norm(x[:, :1], (24,), pair[:, 0], pair[:, 1])
+    torch.testing.assert_close(came[:, :1], exact)
+
+
+@needs_triton
+def test_a_row_the_kernel_did_not_write_would_show(device, monkeypatch):
+    x, scores = inputs(device, tokens=65, width=40)
+    expected = ck.ops.prune_tokens(x, scores, 20, True, norm=(x[0, 0], x[0, 1], 1e-5))
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        came = ck.ops.prune_tokens(x, scores, 20, True, norm=(x[0, 0], x[0, 1], 1e-5), backend="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(came.index, expected.index)
+    torch.testing.assert_close(came.tokens, expected.tokens)
+    torch.testing.assert_close(came.normed, expected.normed, atol=1e-5, rtol=1e-4)
+
+
+def test_scores_may_be_wider_or_narrower_than_the_tokens():
+    x, scores = inputs("cpu")
+    for x_dtype, dtype in (
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float16, torch.float32),
+    ):
+        came = ck.ops.prune_tokens(x.to(x_dtype), scores.to(dtype), 5, fuse=True)
+        exact, index = literal(x.to(x_dtype), scores, 5, True, 1)
+        assert torch.equal(came.index, index) and came.tokens.dtype == x_dtype
+        torch.testing.assert_close(
+            came.tokens.double(), exact, atol=2e-3 if x_dtype == torch.float16 else 1e-6, rtol=1e-3
+        )
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"got float64|triton is not installed|the tensors are on the CPU"
+    ):
+        ck.ops.prune_tokens(x, scores.double(), 5, backend="triton")

@@ -84,7 +84,7 @@ def test_evit_is_its_definition(tiny, images, fuse):
     ck.patch(tiny, ck.EViT(0.6, fuse=fuse))
     encoded = ck.encode_image(tiny, images, tokens=True, source=True)
     torch.testing.assert_close(encoded.tokens, tokens, atol=1e-5, rtol=1e-4)
-    assert torch.equal(encoded.source, source.int())
+    assert encoded.source.dtype == torch.int32 and torch.equal(encoded.source, source.int())
 
 
 def literal_tome(model, images, r, proportional):
@@ -163,13 +163,61 @@ def test_a_plan_may_prune_in_one_block_and_merge_in_the_next(tiny, images):
         assert (fused == fused[0]).all()
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+@torch.no_grad()
+def test_a_plan_may_merge_and_then_prune_and_merge_again(tiny, images, fuse):
+    class Three:
+        def plan(self, tokens, blocks, prefix=1):
+            return Plan((Merge(12), Prune(20, fuse), Merge(4), *(None,) * (blocks - 3)), tokens, prefix)
+
+    encoded = ck.encode_image(ck.patch(tiny, Three()), images, tokens=True, source=True)
+    assert encoded.tokens.shape == (3, 17 + fuse, 128) and encoded.tokens.isfinite().all()
+    assert ((encoded.source[:, 1] < 0).any(-1) != fuse).all()
+
+
+@torch.no_grad()
+def test_a_plan_that_merges_and_drops_is_refused_where_all_tokens_are_pooled():
+    class Both:
+        def plan(self, tokens, blocks, prefix=1):
+            return Plan((Prune(40, fuse=False), Merge(1)), tokens, prefix)
+
+    model = open_clip_tower("ViT-L-14-CLIPA", width=64, head_width=64, patch_size=32)
+    with pytest.raises(ValueError, match="needs a tower that pools CLS"):
+        ck.patch(model, Both())
+
+
+@torch.no_grad()
+def test_the_queries_of_a_pooler_see_merged_tokens_at_their_size():
+    model = open_clip_tower("coca_ViT-B-32")
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    encoded = ck.encode_image(ck.patch(model, ck.ToMe(6)), images, tokens=True)
+    torch.testing.assert_close(encoded.tokens[:, 0], encoded.embedding, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("indices", [None, 2, [1], [0, 4]])
+@pytest.mark.parametrize("stop_early", [False, True])
+@torch.no_grad()
+def test_intermediates_of_a_dense_tower_are_the_hosts(tiny, images, indices, stop_early):
+    expected = tiny.visual.forward_intermediates(images, indices=indices, stop_early=stop_early)
+    came = ck.patch(tiny, ck.Dense()).visual.forward_intermediates(images, indices=indices, stop_early=stop_early)
+    torch.testing.assert_close(came, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_random_ranking_follows_the_dtype_of_the_tower_and_any_seed(tiny, images):
+    ck.patch(tiny.double(), ck.EViT(0.5, score="random", seed=2**40))
+    assert tiny.encode_image(images.double()).dtype == torch.float64
+
+
 @torch.no_grad()
 def test_a_plan_for_other_tokens_is_refused(tiny):
     class Wrong:
         def plan(self, tokens, blocks, prefix=1):
             return Plan((None,) * blocks, tokens + 1, prefix)
 
-    with pytest.raises(ValueError, match="must start at 65 tokens and have 6 steps, got 66 and 6"):
+    with pytest.raises(
+        ValueError, match="must start at 65 tokens, 1 of them prefix, and have 6 steps, got 66, 1 and 6"
+    ):
         ck.patch(tiny, Wrong())
 
 

@@ -19,6 +19,10 @@ class Tower(Protocol):
     """Leading tokens that are no patches."""
 
     @property
+    def root(self) -> nn.Module:
+        """The whole image tower, which embeds and pools."""
+
+    @property
     def owner(self) -> nn.Module:
         """The module that holds and runs the blocks: its class is swapped."""
 
@@ -59,11 +63,12 @@ class Tower(Protocol):
         """Whether the pool reads the CLS row alone."""
 
     @property
+    def pools_by_query(self) -> bool:
+        """Whether the pool asks with learned queries, whose answers then stand for the tokens."""
+
+    @property
     def checkpointing(self) -> bool:
         """Whether the host was asked to recompute activations."""
-
-    def of(self, owner: nn.Module) -> Tower:
-        """The same tower around another instance of its owner, as DataParallel's replicas are."""
 
     def parts(self, host: nn.Module) -> Any:
         """A block's parts, a `block.Parts`."""
@@ -81,11 +86,11 @@ class Tower(Protocol):
         """The embedding (B,E) the host makes of what leaves the last block (B,N,C)."""
 
     def project(self, x: Tensor) -> Tensor:
-        """Every token after the host's final norm and projection, (B,N',E)."""
+        """Every token, or every query's answer, after the host's final norm and projection, (B,N',E)."""
 
     @staticmethod
     def overrides(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        """The owner's methods while patched; `run(owner, x, states=False)` is the patched loop."""
+        """The owner's methods while patched; `run(owner, x, take=(), blocks=None)` is the patched loop."""
 
 
 def find(model: nn.Module) -> Tower:

@@ -33,8 +33,8 @@ def find(model: nn.Module) -> OpenCLIPTower:
     needs = ("transformer", "_embeds", "_pool", "ln_post", "class_embedding", "positional_embedding")
     if not all(hasattr(visual, attribute) for attribute in needs) or not hasattr(visual.transformer, "resblocks"):
         raise UnsupportedTower(f"expected an open_clip VisionTransformer, got {name}")
-    if isinstance(visual, torch.jit.ScriptModule) or isinstance(visual.transformer, torch.jit.ScriptModule):
-        raise UnsupportedTower(f"expected a VisionTransformer in Python, got {name} as a ScriptModule")
+    if getattr(visual, "attn_pool_contrastive", None) is not None:
+        raise UnsupportedTower(f"expected one attentional pooler, got {name} with a {visual.attn_pool_type} pair")
     return OpenCLIPTower(visual)
 
 
@@ -46,12 +46,17 @@ def find_resnet(model: nn.Module) -> OpenCLIPResNet | None:
 
 
 class OpenCLIPTower:
-    """The parts of an open_clip VisionTransformer."""
+    """The parts of an open_clip VisionTransformer.
+
+    Args:
+        visual: the VisionTransformer.
+        owner: the instance of its transformer that runs, if not its own: DataParallel runs replicas.
+    """
 
     prefix = 1
 
     def __init__(self, visual: Any, owner: Any = None) -> None:
-        self.visual = visual
+        self.root = self.visual = visual
         self.owner = visual.transformer if owner is None else owner
 
     @property
@@ -90,14 +95,13 @@ class OpenCLIPTower:
     @property
     def cls_only(self) -> bool:
         visual = self.visual
+        if visual is None:  # a transformer unpickled without its tower: who knows what will read it
+            return False
         return visual.attn_pool is None and visual.pool_type == "tok" and not visual.output_tokens
 
     @property
     def checkpointing(self) -> bool:
         return self.owner.grad_checkpointing
-
-    def of(self, owner: nn.Module) -> OpenCLIPTower:
-        return OpenCLIPTower(self.visual, owner)
 
     def parts(self, host: nn.Module) -> OpenCLIPBlock:
         return OpenCLIPBlock(host)
@@ -108,10 +112,13 @@ class OpenCLIPTower:
         return host(x.transpose(0, 1)).transpose(0, 1)
 
     def refusal(self, host: Any) -> str | None:
-        attn: Any = getattr(host, "attn", None)
-        if not all(hasattr(host, part) for part in ("ln_1", "ln_2", "mlp")) or attn is None:
+        # A wrapper may pass on what it lacks, so a part counts only where the module itself holds it.
+        if not {"ln_1", "attn", "ln_2", "mlp"} <= host._modules.keys():
             return f"expected ln_1, attn, ln_2 and mlp, got {type(host).__name__}"
+        attn: Any = host.attn
         for module in (host, attn):
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                return f"its {type(module).__name__} is compiled by itself: compile the whole tower instead"
             if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
                 return f"the forward of its {type(module).__name__} was replaced: patch before that"
             if (
@@ -144,8 +151,11 @@ class OpenCLIPTower:
         pooled, _ = self.visual._pool(x)
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
+    @property
+    def pools_by_query(self) -> bool:
+        return self.visual.attn_pool is not None
+
     def project(self, x: Tensor) -> Tensor:
-        # CoCa's queries stand for the tokens: its norm and projection have their width, not the tower's.
         x = self.visual.ln_post(x if self.visual.attn_pool is None else self.visual.attn_pool(x))
         return x if self.visual.proj is None else x @ self.visual.proj
 
@@ -163,9 +173,8 @@ class OpenCLIPTower:
             stop_early: bool = False,
         ) -> tuple[Tensor, list[Tensor]]:
             _no_mask(attn_mask)
-            take, _ = feature_take_indices(len(self.resblocks), indices)
-            x, states = run(self, x, states=True)
-            return x, [state for index, state in enumerate(states) if index in take]
+            take, last = feature_take_indices(len(self.resblocks), indices)
+            return run(self, x, take, last + 1 if stop_early else None)
 
         return {"forward": forward, "forward_intermediates": forward_intermediates}
 
