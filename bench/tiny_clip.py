@@ -1,6 +1,6 @@
 """Train the small CLIP that ships with clipkernels: contrastively, on captions of photographs, digits and scenes.
 
-    python bench/tiny_clip.py --photos cifar10-train.tar.gz --val cifar10-val.tar.gz --out tiny_clip
+    python bench/tiny_clip.py --photos cifar10-train.tar.gz --val cifar10-val.tar.gz --compile --out tiny_clip
     python bench/tiny_clip.py --photos train_folder --val val_folder --resume --out tiny_clip
 
 Photographs come as a folder (or .tar.gz) with one sub-folder per class, or from torchvision with --cifar10 DIR.
@@ -45,7 +45,7 @@ PHOTO_TEMPLATES = (
     "{}.",
 )
 SHARE = {"photo": 168, "digit": 40, "scene": 48}
-SCENE_SEED, DIGIT_SEED = 1_000_000, 1_000_000
+HELD_OUT_SEED = 1_000_000
 ANY = -1
 
 
@@ -62,7 +62,11 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     photos, classes = read_photos(arguments, train=True)
-    held_out, _ = read_photos(arguments, train=False)
+    held_out, same = read_photos(arguments, train=False)
+    if same != classes:
+        raise SystemExit(
+            f"error: expected --val with the classes of --photos ({', '.join(classes)}), got {', '.join(same)}"
+        )
     config = json.loads(files("clipkernels.data").joinpath("tiny_clip.json").read_text())
     torch.manual_seed(arguments.seed)
     model = open_clip.CLIP(**config["model_cfg"]).to(arguments.device)
@@ -121,6 +125,10 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.cifar10 is None and (arguments.photos is None or arguments.val is None):
         parser.error("expected --photos and --val, or --cifar10")
+    if arguments.steps >= HELD_OUT_SEED:
+        parser.error(
+            f"expected --steps below {HELD_OUT_SEED}, from where on scenes are held out, got {arguments.steps}"
+        )
     return arguments
 
 
@@ -158,8 +166,9 @@ def batch(photos: scenes.Images, classes: Sequence[str], step: int, seed: int) -
     per_epoch = len(photos.labels) // SHARE["photo"]
     order = np.random.default_rng([seed, 7, step // per_epoch]).permutation(len(photos.labels))
     pick = order[step % per_epoch * SHARE["photo"] :][: SHARE["photo"]]
-    digit = digits.draw(SHARE["digit"], step, held_out=False)
-    scene = scenes.draw(SHARE["scene"], step)
+    drawn = seed * 10 * HELD_OUT_SEED + step
+    digit = digits.draw(SHARE["digit"], drawn, held_out=False)
+    scene = scenes.draw(SHARE["scene"], drawn)
     images = np.concatenate([photos.images[pick], digit.images, scene.images])
     shapes = len(scenes.SHAPES)
     facts = np.concatenate(
@@ -270,9 +279,9 @@ def evaluate(
     model.eval()
     sets = {
         "photographs": (photos, classes, PHOTO_TEMPLATES),
-        "digits": (digits.draw(1798, DIGIT_SEED), digits.CLASSES, digits.TEMPLATES),
-        "scenes seen": (scenes.draw(1000, SCENE_SEED), scenes.CLASSES, scenes.TEMPLATES),
-        "scenes unseen": (scenes.draw(1000, SCENE_SEED, tuple(scenes.UNSEEN)), scenes.CLASSES, scenes.TEMPLATES),
+        "digits": (digits.draw(1798, HELD_OUT_SEED), digits.CLASSES, digits.TEMPLATES),
+        "scenes seen": (scenes.draw(1000, HELD_OUT_SEED), scenes.CLASSES, scenes.TEMPLATES),
+        "scenes unseen": (scenes.draw(1000, HELD_OUT_SEED, tuple(scenes.UNSEEN)), scenes.CLASSES, scenes.TEMPLATES),
     }
     device = next(model.parameters()).device
     figures = {}

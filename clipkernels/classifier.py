@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from clipkernels.heads import Head, ZeroShot
 from clipkernels.methods import Method
-from clipkernels.patch import encode_image, patch
+from clipkernels.patch import check_images, encode_image, patch
 
 PROMPTS_PER_BATCH = 256
 
@@ -68,7 +68,9 @@ class Classifier:
         """
         if self.head.needs:
             return self.head(encode_image(self.model, images, **dict.fromkeys(self.head.needs, True)))
-        _check_images(self.model.visual, images)
+        size = getattr(self.model.visual, "image_size", None)
+        if size is not None and not hasattr(self.model.visual, "trunk"):  # timm's towers say themselves what they take
+            check_images(images, (size, size) if isinstance(size, int) else size)
         return self.head(self.model.encode_image(images))
 
 
@@ -123,12 +125,3 @@ def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(template, str) or "{}" not in template:
             raise ValueError(f"templates must hold {{}} where the class name goes, got {template!r}")
     return templates
-
-
-def _check_images(visual: nn.Module, images: Tensor) -> None:
-    size = getattr(visual, "image_size", None)
-    if size is None or hasattr(visual, "trunk"):  # timm's towers say themselves which sizes they take
-        return
-    height, width = (size, size) if isinstance(size, int) else size
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
-        raise ValueError(f"images must be (B,3,{height},{width}), got ({','.join(map(str, images.shape))})")

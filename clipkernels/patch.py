@@ -160,11 +160,11 @@ def encode_image(
     if resnet is not None:
         if cls_path or source:
             raise UnsupportedTower("expected a ViT for cls_path and source, got a ResNet")
-        _check_images(images, resnet.image_size)
+        check_images(images, resnet.image_size)
         asked = resnet.tokens(images)
         return Encoded(asked[:, 0], asked if tokens else None)
     tower = adapters.find(model)
-    _check_images(images, tower.image_size)
+    check_images(images, tower.image_size)
     _refuse_replaced(tower)
     x = tower.embed(images)
     slot = tower.owner.__dict__.get(_SLOT)
@@ -181,7 +181,8 @@ def encode_image(
     )
 
 
-def _check_images(images: Tensor, size: tuple[int, int]) -> None:
+def check_images(images: Tensor, size: tuple[int, int]) -> None:
+    """Raises ValueError unless images are (B,3,*size)."""
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size):
         came = ",".join(str(n) for n in images.shape)
         raise ValueError(f"images must be (B,3,{size[0]},{size[1]}), got ({came})")

@@ -178,6 +178,24 @@ def test_open_clips_own_attention_is_served(options):
     assert ck.encode_image(model, images, tokens=True).tokens.shape[1] == 42
 
 
+def test_attention_that_is_no_plain_dot_product_is_refused():
+    model = _model("ViT-S-32", scaled_cosine_attn=True)
+    with pytest.raises(ck.UnsupportedTower, match="block 0: expected dot-product attention, got scaled cosine"):
+        ck.patch(model, ck.Dense())
+    model = _model("ViT-S-32", block_type="custom")
+    model.visual.transformer.resblocks[1].attn.attn_drop.p = 0.1
+    with pytest.raises(ck.UnsupportedTower, match=r"block 1: expected attention without dropout, got p = 0\.1"):
+        ck.patch(model, ck.Dense())
+
+
+def test_a_pair_of_poolers_is_refused():
+    model = _model("coca_ViT-B-32", attentional_pool="cascade")
+    with pytest.raises(
+        ck.UnsupportedTower, match="expected one attentional pooler, got VisionTransformer with a cascade"
+    ):
+        ck.patch(model, ck.Dense())
+
+
 @torch.no_grad()
 def test_blocks_that_run_sequence_first_are_served():
     model = _model("ViT-S-32")
