@@ -113,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, help="training photographs: folder or .tar.gz, one folder per class")
     parser.add_argument("--val", type=Path, help="validation photographs, likewise")
     parser.add_argument("--cifar10", type=Path, help="use torchvision's CIFAR-10, downloaded to this folder")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between checkpoints and evaluations")
