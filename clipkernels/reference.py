@@ -144,9 +144,9 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     gain = _rows(weight[:, ::2], match.source)
     total = weight[:, 1::2].scatter_add(1, match.target, gain)
     # As a correction to the target, so that equal tokens merge to themselves and untouched ones stay bit-equal.
-    pull = gain[..., None] * (_wide(_rows(even, match.source)) - _rows(wide, match.target))
-    into = match.target[..., None].expand_as(pull)
-    merged = wide + torch.zeros_like(wide).scatter_add(1, into, pull) / total[..., None]
+    share = gain / total.gather(1, match.target)
+    pull = share[..., None] * (_wide(_rows(even, match.source)) - _rows(wide, match.target))
+    merged = wide.scatter_add(1, match.target[..., None].expand_as(pull), pull)
     tokens = torch.cat([_rows(even, match.kept), merged.to(x.dtype)], 1)
     return Merged(tokens, torch.cat([_rows(weight[:, ::2], match.kept), total], 1), _norm(tokens, norm))
 

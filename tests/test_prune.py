@@ -244,7 +244,7 @@ def test_every_kernel_compiles_ahead_of_time_for_nvidia_and_amd(shapes):
         ({"heads": "max"}, 'heads must be "mean" or "rank", got \'max\''),
         (
             {"norm": (torch.ones(23), torch.ones(24), 1e-5)},
-            r"norm must hold weight and bias \(C,\) = \(24,\), got \(23\)",
+            r"norm must hold a weight \(C,\) = \(24\) on cpu, got \(23\)",
         ),
     ],
 )
