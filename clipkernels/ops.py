@@ -279,7 +279,9 @@ def _check_size(size: Tensor | None, like: Tensor, batch: int, tokens: int) -> N
 
 
 def _check_norm(norm: Norm | None, x: Tensor) -> None:
-    for name, tensor in zip(("weight", "bias"), norm[:2] if norm else (), strict=False):
+    if norm is None:
+        return
+    for name, tensor in (("weight", norm[0]), ("bias", norm[1])):
         if tuple(tensor.shape) != x.shape[-1:] or tensor.device != x.device:
             came = f"{_shape(tensor)} on {tensor.device}"
             raise ValueError(f"norm must hold a {name} (C,) = ({x.shape[-1]}) on {x.device}, got {came}")

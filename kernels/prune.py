@@ -123,7 +123,9 @@ def _prune_kernel(
 def config(patches: int, width: int) -> dict[str, int]:
     """Block sizes and warps for P patches of width C."""
     block_p, block_c = max(16, triton.next_power_of_2(patches)), triton.next_power_of_2(width)
-    block_r = max(1, min(64, 8192 // block_c, 32768 // block_p))
+    # Elements of a tile of rows: as many as sm_90 holds without spilling.
+    tile = 8192 if block_p < 1024 else 4096
+    block_r = max(1, min(64, tile // block_c, 32768 // block_p))
     return {
         "BLOCK_P": block_p,
         "BLOCK_J": 16 if block_p < 256 else 8,
