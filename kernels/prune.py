@@ -124,7 +124,7 @@ def config(patches: int, width: int) -> dict[str, int]:
     """Block sizes and warps for P patches of width C."""
     block_p, block_c = max(16, triton.next_power_of_2(patches)), triton.next_power_of_2(width)
     # Elements of a tile of rows: as many as sm_90 holds without spilling.
-    tile = 8192 if block_p < 1024 else 4096
+    tile = 8192 if block_p < 1024 else 2048
     block_r = max(1, min(64, tile // block_c, 32768 // block_p))
     return {
         "BLOCK_P": block_p,

@@ -54,7 +54,7 @@ def build(
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
     spilled = _spilled(compiled.asm)
-    assert spilled == 0, f"{kernel.__name__} spills {spilled} bytes on {target}"
+    assert spilled == 0, f"{kernel.__name__} spills {spilled} bytes on {target} with {constants}"
 
 
 def _type(name: str, floats: dict[str, str]) -> str:
