@@ -90,6 +90,11 @@ class Plan:
         return any(isinstance(step, Merge) for step in self.steps)
 
     @property
+    def proportional(self) -> bool:
+        """Whether attention weighs keys by the size of their token."""
+        return any(isinstance(step, Merge) and step.proportional for step in self.steps)
+
+    @property
     def drops(self) -> bool:
         """Whether a step lets patches go without a token that holds them."""
         return any(isinstance(step, Prune) and not step.fuse for step in self.steps)

@@ -48,7 +48,7 @@ class Merged(NamedTuple):
 def attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int
 ) -> tuple[Tensor, Tensor | None]:
-    bias = None if size is None else _wide(size).log()[:, None, None, :]
+    bias = _bias(size)
     explicit = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= EXPLICIT
     if explicit:
         logits = (q * q.shape[-1] ** -0.5) @ k.mT
@@ -60,6 +60,11 @@ def attention(
     if signal == "received":
         return out, _received(q, k, bias)[:, prefix:].detach()
     return out, k.mean(1).detach() if signal == "keys" else None
+
+
+def _bias(size: Tensor | None) -> Tensor | None:
+    """What proportional attention adds to the logits of each key, (B,1,1,N), or None."""
+    return None if size is None else _wide(size).log()[:, None, None, :]
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,7 +83,7 @@ def _received(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def rank_tokens(q: Tensor, k: Tensor, heads: Heads, query: str, size: Tensor | None, prefix: int) -> Tensor:
-    bias = None if size is None else _wide(size).log()[:, None, None, :]
+    bias = _bias(size)
     if query == "all":
         return _received(q, k, bias)[:, prefix:].detach()
     return reduce_heads(_probabilities(q[:, :, :1], k, bias)[:, :, 0, prefix:], heads).detach()

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipkernels import block
 from clipkernels.adapters import Tower, UnsupportedTower
-from clipkernels.plan import Merge, Plan
+from clipkernels.plan import Plan
 
 
 class Ran(NamedTuple):
@@ -46,8 +46,7 @@ def run(
         take: also return what leaves these blocks, with each patch at its place (needs `track`).
         blocks: stop after so many.
     """
-    proportional = any(isinstance(step, Merge) and step.proportional for step in plan.steps)
-    prefix, last = plan.prefix, len(plan.steps) - 1
+    prefix, proportional, last = plan.prefix, plan.proportional, len(plan.steps) - 1
     size: Tensor | None = None
     sources: list[Tensor] = []
     seen: list[Tensor] = []
