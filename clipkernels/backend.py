@@ -8,13 +8,14 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Backend = Literal["auto", "triton", "reference"]
 
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kernel: bool) -> str:
+def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kernel: bool = True) -> str:
     """The backend, "triton" or "reference", that serves an op on tensors of this device and dtype.
 
     Args:
@@ -22,17 +23,17 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
         device: of the tensors.
         dtype: of the tensors.
         op: name of the op, for messages.
-        kernel: whether the op has a Triton kernel.
+        kernel: whether the op has a Triton kernel for what it was given.
     Raises:
         ValueError: an unknown backend, or fp64 asked of triton.
         RuntimeError: triton was asked for and cannot run here; the message says why.
     """
-    asked = os.environ.get("CLIPKERNELS_BACKEND", "auto") if backend == "auto" else backend
-    if asked not in ("auto", "triton", "reference"):
-        raise ValueError(f'backend must be "auto", "triton" or "reference", got {asked!r}')
-    if asked == "reference":
-        return asked
-    if asked == "auto":
+    wanted = asked(backend)
+    if wanted not in ("auto", "triton", "reference"):
+        raise ValueError(f'backend must be "auto", "triton" or "reference", got {wanted!r}')
+    if wanted == "reference":
+        return wanted
+    if wanted == "auto":
         if device.type == "cpu" or not kernel or dtype == torch.float64:
             return "reference"
         obstacle = _obstacle(device.type)
@@ -41,15 +42,25 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
         return "triton" if obstacle is None else "reference"
     said = 'backend="triton"' if backend == "triton" else "CLIPKERNELS_BACKEND=triton"
     if not kernel:
-        raise RuntimeError(
-            f"{said} was asked for, but {op} has no Triton kernel in this version: expected auto or reference"
-        )
+        raise RuntimeError(f"{said} was asked for, but {op} has no Triton kernel: expected auto or reference")
     obstacle = _obstacle(device.type)
     if obstacle is not None:
         raise RuntimeError(f"{said} was asked for, but {obstacle}")
     if dtype == torch.float64:
         raise ValueError(f'the triton backend of {op} takes float32, float16 or bfloat16, got float64: use "reference"')
-    return asked
+    return wanted
+
+
+def asked(backend: str) -> str:
+    """What was asked for: an argument, or CLIPKERNELS_BACKEND in place of "auto"."""
+    return os.environ.get("CLIPKERNELS_BACKEND", "auto") if backend == "auto" else backend
+
+
+def epilogues(x: Tensor) -> bool:
+    """Whether the sums, norms and activations of a tower on x run as kernels: not where a compiler would fuse them."""
+    if choose("auto", x.device, x.dtype, "add_norm") == "reference":
+        return False
+    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
 
 
 def explain(device: torch.device) -> tuple[str, str]:

@@ -12,25 +12,47 @@ from torch import Tensor
 
 from clipkernels import ops
 from clipkernels.plan import Merge, Prune, Step
+from clipkernels.reference import Norm
+
+
+class Branch(NamedTuple):
+    """What joins the residual: scale·(y + bias), y (B,M,C), bias and scale (C,) or None where y has them already."""
+
+    y: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
 
 
 class Parts(Protocol):
-    """What an adapter says of a host's block. Every method reads the host's current weights."""
+    """What an adapter says of a host's block. Every method reads the host's current weights.
 
-    def qkv(self, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """norm1 and the projections: q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C)."""
+    `fused` asks for branches whose bias and layer scale are left to the sum that follows, as far as the host allows.
+    """
 
-    def project(self, out: Tensor) -> Tensor:
-        """The attention branch (B,M,C) of attention's out (B,H,M,D): output projection and layer scale."""
+    @property
+    def norm1(self) -> Norm | None:
+        """(weight, bias, eps) of the norm before attention; None where its module must be called."""
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """The MLP branch (B,M,C) of x (B,M,C): norm2, MLP, layer scale."""
+    @property
+    def norm2(self) -> Norm | None:
+        """Likewise of the norm before the MLP."""
+
+    def qkv(self, x: Tensor, normed: Tensor | None, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """norm1, unless x comes `normed`, and projections: q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C)."""
+
+    def project(self, out: Tensor, fused: bool) -> Branch:
+        """The attention branch of attention's out (B,H,M,D): output projection and layer scale."""
+
+    def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
+        """The MLP branch of x (B,M,C): norm2, unless x comes `normed`, MLP, layer scale."""
 
 
 class Moved(NamedTuple):
-    """What a block leaves: x (B,M,C), size (B,M) or None, and to (B,N), the row each row went to (-1: gone) or None."""
+    """What a block leaves: x (B,M,C), the next block's norm1 of it or None, size (B,M) or None, and to (B,N), the row
+    each row went to (-1: gone), or None."""
 
     x: Tensor
+    normed: Tensor | None
     size: Tensor | None
     to: Tensor | None
 
@@ -44,6 +66,9 @@ def forward(
     proportional: bool = False,
     rows: int | None = None,
     track: bool = False,
+    normed: Tensor | None = None,
+    after: Norm | None = None,
+    fused: bool = False,
 ) -> Moved:
     """One block.
 
@@ -56,28 +81,35 @@ def forward(
         proportional: weigh keys by size.
         rows: compute these leading rows alone (then step is ignored: it moves no prefix token), or None for all.
         track: also return where each row went.
+        normed: norm1 of x, where the block before has computed it.
+        after: norm1 of the block that follows, to be computed with the last sum.
+        fused: sums, norms and activations run as kernels.
     """
-    q, k, v = parts.qkv(x, rows)
+    q, k, v = parts.qkv(x, normed, rows)
     step = step if rows is None else None
-    out, signal = ops.attention(q, k, v, size if proportional else None, step.signal if step else None, prefix)
-    x = (x if rows is None else x[:, :rows]) + parts.project(out)
+    # Merging compares the keys themselves: their mean over heads is part of matching.
+    signal = step.signal if isinstance(step, Prune) else None
+    out, scores = ops.attention(q, k, v, size if proportional else None, signal, prefix)
+    norm2 = parts.norm2 if fused else None
+    branch = parts.project(out, fused)
+    x, normed = ops.add_norm(x if rows is None else x[:, :rows], *branch, None if step else norm2)
     to = None
     if isinstance(step, Prune):
-        if signal is None:
-            signal = _random_scores(x.shape[1] - prefix, step.seed, x.device).expand(x.shape[0], -1)
-        pruned = ops.prune_tokens(x, signal, step.keep, step.fuse, prefix=prefix)
+        if scores is None:
+            scores = _random_scores(x.shape[1] - prefix, step.seed, x.device).expand(x.shape[0], -1)
+        pruned = ops.prune_tokens(x, scores, step.keep, step.fuse, prefix=prefix, norm=norm2)
         to = _pruned_to(pruned.index, step, x.shape[1], prefix) if track else None
-        x = pruned.tokens
+        x, normed = pruned.tokens, pruned.normed
         if size is not None:
             # A fused token is an ordinary patch from here on.
             rows_left = (size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(len(x), step.fuse))
             size = torch.cat(rows_left, 1)
     elif isinstance(step, Merge):
-        assert signal is not None
-        match = ops.match_tokens(signal, step.r, prefix)
+        match = ops.match_tokens(k, step.r, prefix)
         to = _merged_to(match, x.shape[1]) if track else None
-        x, size, _ = ops.merge_tokens(x, match, size)
-    return Moved(x + parts.mlp(x), size, to)
+        x, size, normed = ops.merge_tokens(x, match, size, norm2)
+    x, normed = ops.add_norm(x, *parts.mlp(x, normed, fused), after)
+    return Moved(x, normed, size, to)
 
 
 def _pruned_to(index: Tensor, step: Prune, tokens: int, prefix: int) -> Tensor:

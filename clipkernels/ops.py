@@ -13,23 +13,31 @@ import torch
 from torch import Tensor
 
 from clipkernels import backend as _backend
-from clipkernels import custom_ops, reference
+from clipkernels import checks, reference
 from clipkernels.backend import Backend
+from clipkernels.custom_ops import attention as _attention
+from clipkernels.custom_ops import epilogue as _epilogue
+from clipkernels.custom_ops import merge as _merge
+from clipkernels.custom_ops import prune as _prune
 from clipkernels.plan import Signal
-from clipkernels.reference import Heads, Match, Merged, Norm, Pruned
+from clipkernels.reference import Act, Added, Heads, Match, Merged, Norm, Pruned
 
 __all__ = [
+    "Added",
     "Match",
     "Merged",
     "Pruned",
+    "add_norm",
     "attention",
+    "bias_act",
     "match_tokens",
     "merge_tokens",
     "prune_tokens",
     "rank_tokens",
 ]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Head widths past this would spill: they take SDPA.
+_HEAD_WIDTH = 128
 
 
 def attention(
@@ -63,9 +71,15 @@ def attention(
     Guarantees: the N×N attention is never whole in memory for a signal; signals accumulate in fp32.
     Source: the size bias is ToMe's proportional attention, arXiv 2210.09461, section 3.
     """
-    _check_attention(q, k, v, size, signal, prefix)
-    _backend.choose(backend, q.device, q.dtype, "attention", kernel=False)
-    return reference.attention(q, k, v, size, signal, prefix)
+    checks.check_attention(q, k, v, size, signal, prefix)
+    chosen = _backend.choose(
+        backend, q.device, q.dtype, f"attention at head width {q.shape[-1]}", q.shape[-1] <= _HEAD_WIDTH
+    )
+    if chosen == "reference":
+        return reference.attention(q, k, v, size, signal, prefix)
+    # SDPA is the faster one until a bias by size sends it to a slower kernel; see bench/NOTES.md.
+    fused = size is not None or _backend.asked(backend) == "triton"
+    return _attention.attention(q, k, v, size, signal, prefix, fused)
 
 
 def rank_tokens(
@@ -95,9 +109,12 @@ def rank_tokens(
         ValueError: shapes or choices that do not fit.
     Source: "mean" EViT, arXiv 2202.07800, section 3.2; "rank" TCA, arXiv 2410.14729.
     """
-    _check_rank(q, k, heads, query, size, prefix)
-    _backend.choose(backend, q.device, q.dtype, "rank_tokens", kernel=False)
-    return reference.rank_tokens(q, k, heads, query, size, prefix)
+    checks.check_rank(q, k, heads, query, size, prefix)
+    chosen = _backend.choose(
+        backend, q.device, q.dtype, f"rank_tokens at head width {q.shape[-1]}", q.shape[-1] <= _HEAD_WIDTH
+    )
+    run = reference.rank_tokens if chosen == "reference" else _attention.rank_tokens
+    return run(q, k, heads, query, size, prefix)
 
 
 def prune_tokens(
@@ -131,12 +148,11 @@ def prune_tokens(
         in x and, where they weigh the fused token, in scores (B,P).
     Source: EViT, arXiv 2202.07800, section 3.2.
     """
-    _check_prune(x, scores, keep, heads, prefix, norm)
+    checks.check_prune(x, scores, keep, heads, prefix, norm)
     dtype = torch.promote_types(x.dtype, scores.dtype)
-    chosen = _backend.choose(backend, x.device, dtype, "prune_tokens", kernel=True)
-    if chosen == "reference":
-        return reference.prune_tokens(x, scores, keep, fuse, heads, prefix, norm)
-    return custom_ops.prune_tokens(x, scores, keep, fuse, heads, prefix, norm)
+    chosen = _backend.choose(backend, x.device, dtype, "prune_tokens")
+    run = reference.prune_tokens if chosen == "reference" else _prune.prune_tokens
+    return run(x, scores, keep, fuse, heads, prefix, norm)
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = "auto") -> Match:
@@ -146,7 +162,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = 
     similarity in fp32; the r strongest edges merge. Prefix tokens neither merge nor are merged into.
 
     Args:
-        metric: (B,N,D), the head mean of the keys as a rule; normalised here.
+        metric: (B,N,D), normalised here; or the keys (B,H,N,D) themselves, whose mean over heads it then is.
         r: edges, 0 to (N - prefix)//2.
         prefix: leading tokens left alone.
         backend: "auto", "triton" or "reference".
@@ -156,9 +172,9 @@ def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = 
         ValueError: shapes or an r that do not fit.
     Source: ToMe, arXiv 2210.09461, section 3.
     """
-    _check_match(metric, r, prefix)
-    _backend.choose(backend, metric.device, metric.dtype, "match_tokens", kernel=False)
-    return reference.match_tokens(metric, r, prefix)
+    checks.check_match(metric, r, prefix)
+    chosen = _backend.choose(backend, metric.device, metric.dtype, "match_tokens")
+    return (reference.match_tokens if chosen == "reference" else _merge.match_tokens)(metric, r, prefix)
 
 
 def merge_tokens(
@@ -180,128 +196,58 @@ def merge_tokens(
         accumulation; differentiable in x.
     Source: ToMe, arXiv 2210.09461, section 3.
     """
-    _check_merge(x, match, size, norm)
-    _backend.choose(backend, x.device, x.dtype, "merge_tokens", kernel=False)
-    return reference.merge_tokens(x, match, size, norm)
+    checks.check_merge(x, match, size, norm)
+    chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens")
+    return (reference.merge_tokens if chosen == "reference" else _merge.merge_tokens)(x, match, size, norm)
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int) -> None:
-    _check_queries(q, k, prefix)
-    if v.shape != k.shape:
-        raise ValueError(f"v must be (B,H,N,D) = {_shape(k)} like k, got {_shape(v)}")
-    _same(q, v=v)
-    if signal not in ("cls", "received", "keys", None):
-        raise ValueError(f'signal must be "cls", "received", "keys" or None, got {signal!r}')
-    if signal == "received" and q.shape[2] != k.shape[2]:
-        raise ValueError(f'signal="received" needs one query per key, {k.shape[2]}, got {q.shape[2]}')
-    _check_size(size, k, k.shape[0], k.shape[2])
+def bias_act(x: Tensor, bias: Tensor | None, act: Act, *, backend: Backend = "auto") -> Tensor:
+    """act(x + bias), in one pass.
+
+        gelu(x + bias)  # or z * sigmoid(1.702 * z), or gelu(z, approximate="tanh")
+
+    Args:
+        x: (…,C), a product that lacks its bias yet.
+        bias: (C,) or None.
+        act: "quick_gelu", "gelu" or "gelu_tanh".
+        backend: "auto", "triton" or "reference".
+    Returns:
+        like x.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or an unknown activation.
+    Guarantees: computed in fp32 on triton; deterministic; differentiable.
+    Source: GELU, arXiv 1606.08415; quick_gelu is its sigmoid approximation, OpenAI CLIP's activation.
+    """
+    checks.check_bias_act(x, bias, act)
+    chosen = _backend.choose(backend, x.device, x.dtype, "bias_act")
+    return (reference.bias_act if chosen == "reference" else _epilogue.bias_act)(x, bias, act)
 
 
-def _check_rank(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | None, prefix: int) -> None:
-    _check_queries(q, k, prefix)
-    if heads not in ("mean", "rank"):
-        raise ValueError(f'heads must be "mean" or "rank", got {heads!r}')
-    if query not in ("cls", "all"):
-        raise ValueError(f'query must be "cls" or "all", got {query!r}')
-    if query == "all" and heads == "rank":
-        raise ValueError('query="all" is a mean over heads, got heads="rank"')
-    if query == "all" and q.shape[2] != k.shape[2]:
-        raise ValueError(f'query="all" needs one query per key, {k.shape[2]}, got {q.shape[2]}')
-    _check_size(size, k, k.shape[0], k.shape[2])
+def add_norm(
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    norm: Norm | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Added:
+    """The residual sum x + scale·(y + bias), and the LayerNorm that follows, in one pass.
 
-
-def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
-    if q.ndim != 4 or not q.shape[2]:
-        raise ValueError(f"q must be (B,H,M,D) with at least one query, got {_shape(q)}")
-    _floating(q=q)
-    if k.ndim != 4 or (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]) or k.shape[2] < q.shape[2]:
-        expected = (*q.shape[:2], "N", q.shape[3])
-        raise ValueError(f"k must be (B,H,N,D) = ({_join(expected)}) with N ≥ {q.shape[2]}, got {_shape(k)}")
-    _same(q, k=k)
-    _check_prefix(prefix, k.shape[2])
-
-
-def _check_prune(x: Tensor, scores: Tensor, keep: int, heads: str, prefix: int, norm: Norm | None) -> None:
-    _check_tokens(x)
-    _check_prefix(prefix, x.shape[1])
-    batch, patches = x.shape[0], x.shape[1] - prefix
-    if scores.ndim not in (2, 3) or (scores.shape[0], scores.shape[-1]) != (batch, patches) or 0 in scores.shape[1:-1]:
-        raise ValueError(f"scores must be (B,P) = ({batch},{patches}) or (B,H,P), got {_shape(scores)}")
-    _floating(scores=scores)
-    if scores.device != x.device:
-        raise ValueError(f"scores must be on {x.device} like x, got {scores.device}")
-    if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= patches:
-        raise ValueError(f"keep must be an int from 0 to P = {patches}, got {keep!r}")
-    if heads not in ("mean", "rank"):
-        raise ValueError(f'heads must be "mean" or "rank", got {heads!r}')
-    _check_norm(norm, x)
-
-
-def _check_match(metric: Tensor, r: int, prefix: int) -> None:
-    if metric.ndim != 3:
-        raise ValueError(f"metric must be (B,N,D), got {_shape(metric)}")
-    _floating(metric=metric)
-    _check_prefix(prefix, metric.shape[1])
-    limit = (metric.shape[1] - prefix) // 2
-    if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r <= limit:
-        raise ValueError(f"r must be an int from 0 to (N - prefix)//2 = {limit}, got {r!r}")
-
-
-def _check_merge(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None) -> None:
-    _check_tokens(x)
-    batch, tokens = x.shape[:2]
-    r = match.source.shape[-1]
-    expected = ((batch, (tokens + 1) // 2 - r), (batch, r), (batch, r))
-    came = tuple(tuple(index.shape) for index in match)
-    if came != expected:
-        raise ValueError(f"match must hold kept, source, target of shapes {expected} for x {_shape(x)}, got {came}")
-    if any(index.dtype != torch.int64 or index.device != x.device for index in match):
-        raise ValueError(f"match must be int64 on {x.device}, got {[(i.dtype, str(i.device)) for i in match]}")
-    _check_size(size, x, batch, tokens)
-    _check_norm(norm, x)
-
-
-def _check_tokens(x: Tensor) -> None:
-    if x.ndim != 3:
-        raise ValueError(f"x must be (B,N,C), got {_shape(x)}")
-    _floating(x=x)
-
-
-def _check_prefix(prefix: int, tokens: int) -> None:
-    if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= tokens:
-        raise ValueError(f"prefix must be an int from 0 to N = {tokens}, got {prefix!r}")
-
-
-def _check_size(size: Tensor | None, like: Tensor, batch: int, tokens: int) -> None:
-    if size is not None and (tuple(size.shape) != (batch, tokens) or size.device != like.device):
-        came = f"{_shape(size)} on {size.device}"
-        raise ValueError(f"size must be (B,N) = ({batch},{tokens}) on {like.device}, got {came}")
-
-
-def _check_norm(norm: Norm | None, x: Tensor) -> None:
-    if norm is None:
-        return
-    for name, tensor in (("weight", norm[0]), ("bias", norm[1])):
-        if tuple(tensor.shape) != x.shape[-1:] or tensor.device != x.device:
-            came = f"{_shape(tensor)} on {tensor.device}"
-            raise ValueError(f"norm must hold a {name} (C,) = ({x.shape[-1]}) on {x.device}, got {came}")
-
-
-def _floating(**named: Tensor) -> None:
-    for name, tensor in named.items():
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-
-
-def _same(like: Tensor, **named: Tensor) -> None:
-    for name, tensor in named.items():
-        if tensor.dtype != like.dtype or tensor.device != like.device:
-            raise ValueError(f"{name} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}")
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"({_join(tuple(tensor.shape))})"
-
-
-def _join(sizes: tuple[object, ...]) -> str:
-    return ",".join(str(size) for size in sizes)
+    Args:
+        x: (…,C) residual stream.
+        y: (…,C) branch, a product that lacks its bias and layer scale yet.
+        bias: (C,) or None.
+        scale: (C,) layer scale or None.
+        norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the sum.
+        backend: "auto", "triton" or "reference".
+    Returns:
+        Added(tokens (…,C), normed like tokens or None).
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    Guarantees: statistics in fp32, of the sum as it is stored; deterministic; differentiable.
+    Source: the pre-norm transformer block; LayerScale, arXiv 2103.17239.
+    """
+    checks.check_add_norm(x, y, bias, scale, norm)
+    chosen = _backend.choose(backend, x.device, x.dtype, "add_norm")
+    return (reference.add_norm if chosen == "reference" else _epilogue.add_norm)(x, y, bias, scale, norm)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clipkernels import adapters, block
 from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.backend import epilogues
 from clipkernels.methods import Dense, Method
 from clipkernels.plan import Plan
 from clipkernels.tower import Ran, refuse, run, unmerge
@@ -247,7 +248,8 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
         probe = copy.deepcopy(host, memo).float().eval()
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             expected = tower.run_block(probe, x) - x
-            came = block.forward(tower.parts(probe), x, None, None, tower.prefix).x - x
+            fused = epilogues(x)
+            came = block.forward(tower.parts(probe), x, None, None, tower.prefix, fused=fused).x - x
     except Exception as error:  # whatever a module that cannot be copied or run in fp32 raises
         warnings.warn(f"block {index} could not be verified: {error}", stacklevel=4)
         return

@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, normalize, scaled_dot_product_attention
+from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention
 
 Norm = tuple[Tensor, Tensor, float]
 Heads = Literal["mean", "rank"]
+Act = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 # Rows of attention that `received` holds at once.
 ROWS = 128
@@ -42,6 +43,13 @@ class Merged(NamedTuple):
 
     tokens: Tensor
     size: Tensor
+    normed: Tensor | None = None
+
+
+class Added(NamedTuple):
+    """tokens (…,C), normed like tokens or None."""
+
+    tokens: Tensor
     normed: Tensor | None = None
 
 
@@ -125,6 +133,8 @@ def prune_tokens(
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
+    if metric.ndim == 4:
+        metric = metric.detach().mean(1)
     batch, tokens = metric.shape[:2]
     # The prefix never merges: neither as a source (even positions) nor as a target (odd ones).
     even, odd = (prefix + 1) // 2, prefix // 2
@@ -154,6 +164,19 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     merged = wide.scatter_add(1, match.target[..., None].expand_as(pull), pull)
     tokens = torch.cat([_rows(even, match.kept), merged.to(x.dtype)], 1)
     return Merged(tokens, torch.cat([_rows(weight[:, ::2], match.kept), total], 1), _norm(tokens, norm))
+
+
+def bias_act(x: Tensor, bias: Tensor | None, act: Act) -> Tensor:
+    x = x if bias is None else x + bias
+    if act == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> Added:
+    y = y if bias is None else y + bias
+    tokens = x + (y if scale is None else y * scale)
+    return Added(tokens, _norm(tokens, norm))
 
 
 def _wide(x: Tensor) -> Tensor:

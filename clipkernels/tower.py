@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipkernels import block
 from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.backend import epilogues
 from clipkernels.plan import Plan
 
 
@@ -52,13 +53,18 @@ def run(
     seen: list[Tensor] = []
     taken: list[Tensor] = []
     source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if track else None
-    for index, (host, step) in enumerate(zip(list(tower.blocks)[:blocks], plan.steps[:blocks], strict=True)):
+    hosts = list(tower.blocks)[:blocks]
+    parts = [tower.parts(host) for host in hosts]
+    fused, normed = epilogues(x), None
+    for index, (host, step) in enumerate(zip(hosts, plan.steps[:blocks], strict=True)):
         refuse(tower, host, index)
-        arguments = (tower.parts(host), x, step, size, prefix, proportional, rows if index == last else None, track)
+        after = parts[index + 1].norm1 if fused and index + 1 < len(hosts) else None
+        arguments = (parts[index], x, step, size, prefix, proportional, rows if index == last else None, track)
         if tower.checkpointing and torch.is_grad_enabled():
-            x, size, to = checkpoint(block.forward, *arguments, use_reentrant=False)
+            moved = checkpoint(block.forward, *arguments, normed, after, fused, use_reentrant=False)
         else:
-            x, size, to = block.forward(*arguments)
+            moved = block.forward(*arguments, normed, after, fused)
+        x, normed, size, to = moved
         if source is not None and to is not None:
             source = torch.where(source < 0, source, to.gather(1, source.clamp_min(0)))
             sources.append(source[:, prefix:])

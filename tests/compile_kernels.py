@@ -1,79 +1,258 @@
-"""Compile the kernels ahead of time, with no GPU, and print the targets that came through without spilled bytes."""
+"""Compile the kernels ahead of time, with no GPU, exactly as the launchers launch them.
 
+    python tests/compile_kernels.py                                   # one tower, sm_90 and gfx942
+    python tests/compile_kernels.py --all --write bench/results/compiled.csv
+    python tests/compile_kernels.py --towers H-14 --targets sm_80 --kernels attention
+
+Every launcher is called on meta tensors at the shapes of CLIP towers with the launch itself replaced by a recorder; what
+was recorded is compiled for each target. Exit status 1 if a kernel spills more than its budget, needs more shared
+memory than the target has, or lacks the wide loads and matrix instructions it is designed for.
+"""
+
+import argparse
+import csv
+import hashlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import triton
-from clipkernels.kernels import prune
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
-ONE = ((196, 768),)
-ALL = ((49, 768), (196, 768), (256, 1024), (576, 1024), (1023, 1792))
-HEADS = 12
+from clipkernels.kernels import attention, epilogue, merge, prune, rank
+
+KERNELS = Path(prune.__file__).parent
+# Target, bytes that may spill, bytes of shared memory that one program may take.
+TARGETS = {
+    "sm_90": (GPUTarget("cuda", 90, 32), 0, 232448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 0, 65536),
+    "sm_80": (GPUTarget("cuda", 80, 32), 32, 166912),
+    "sm_89": (GPUTarget("cuda", 89, 32), 32, 101376),
+    "sm_100": (GPUTarget("cuda", 100, 32), 32, 232448),
+}
+# Tokens, width, heads, prefix: every head width of CLIP towers, and every length that makes another number of tiles.
+TOWERS = {
+    "B-16": (197, 768, 12, 1),
+    "B-32": (50, 768, 12, 1),
+    "L-14": (257, 1024, 16, 1),
+    "L-14-336": (577, 1024, 16, 1),
+    "SO400M-14-384": (729, 1152, 16, 0),
+    "H-14": (257, 1280, 16, 1),
+    "g-14": (257, 1408, 16, 1),
+    "PE-bigG-14-448": (1024, 1536, 16, 0),
+    "bigG-14": (257, 1664, 16, 1),
+    "e-14": (257, 1792, 16, 1),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+SIZES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+# What the PTX must hold where inputs are half precision: loads of 16 bytes, and matrix instructions.
+WIDE_LOADS = {"_gather_kernel", "_merge_kernel", "_bias_act_kernel", "_add_norm_kernel", "_cls_kernel"}
+MATRIX = {"_attention_kernel"}
 
 
 def main() -> None:
-    shapes = ALL if "--all" in sys.argv else ONE
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for name in pool.map(compile_for, TARGETS, [shapes] * len(TARGETS)):
-            print(name)
+    arguments = parse()
+    jobs = [
+        (target, tower, dtype, arguments.kernels)
+        for target in arguments.targets
+        for tower in arguments.towers
+        for dtype in arguments.dtypes
+    ]
+    rows, start = {}, time.monotonic()
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        for done, found in enumerate(pool.map(compile_for, *zip(*jobs, strict=True)), 1):
+            rows |= {tuple(row[name] for name in ("kernel", "target", "configuration")): row for row in found}
+            target, tower, dtype, _ = jobs[done - 1]
+            spent = time.monotonic() - start
+            print(f"[{done}/{len(jobs)}] {spent:4.0f} s  {target} {tower} {dtype}", file=sys.stderr, flush=True)
+    wrong = [complaint for row in rows.values() if (complaint := complain(row))]
+    if arguments.write:
+        write(list(rows.values()), arguments.write)
+    print(f"{len(rows)} kernels compiled for {' '.join(arguments.targets)}")
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
-def compile_for(name: str, shapes: tuple[tuple[int, int], ...]) -> str:
-    """The target's name once every kernel came through for it."""
-    target = TARGETS[name]
-    for patches, width in shapes:
-        blocks = prune.config(patches, width)
-        warps = blocks.pop("num_warps")
-        shape = {"BLOCK_P": blocks["BLOCK_P"], "BLOCK_J": blocks["BLOCK_J"]}
-        for dtype in ("fp32", "bf16"):
-            floats = {"x_ptr": dtype, "tokens_ptr": dtype, "normed_ptr": dtype}
-            for fuse in (False, True):
-                constants = {"C": width, "FUSE": fuse, "NORM": True, **blocks}
-                build(prune._prune_kernel, floats, constants, target, warps)
-        for rank in (False, True):
-            build(prune._heads_kernel, {}, {"H": HEADS, "RANK": rank, **shape}, target, warps)
-    return name
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["sm_90", "gfx942"])
+    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=["B-16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--kernels", nargs="+", default=[], metavar="STEM", help="files of kernels/; default all")
+    parser.add_argument("--all", action="store_true", help="every target, tower and dtype")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--write", type=Path, metavar="FILE.csv", help="table of registers and shared memory")
+    arguments = parser.parse_args()
+    if arguments.all:
+        arguments.targets, arguments.towers, arguments.dtypes = list(TARGETS), list(TOWERS), list(DTYPES)
+    return arguments
+
+
+def launches(tower: str, dtype: torch.dtype) -> None:
+    """Calls every launcher at a tower's shapes, with everything it can be asked for and with nothing."""
+    n, width, h, prefix = TOWERS[tower]
+    b, d = 8, width // h
+    patches, keep, r = n - prefix, (n - prefix) * 7 // 10, n // 15
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, wide = empty(b, n, width), empty(b, n, 4 * width)
+    q, k, v = empty(b, n, 3 * width).unflatten(-1, (3, h, d)).permute(2, 0, 3, 1, 4)
+    norm, vector, size = (empty(width), empty(width), 1e-5), empty(width), empty(b, n, dtype=torch.float32)
+    scores, per_head = empty(b, patches, dtype=torch.float32), empty(b, h, patches, dtype=torch.float32)
+    index = [empty(b, count, dtype=torch.int64) for count in ((n + 1) // 2 - r, r, r)]
+    for sized in (None, size):
+        for signal in (None, "cls", "received"):
+            attention.attention(q, k, v, sized, signal, prefix)
+        attention.attention(q, k, None, sized, "received", prefix)
+        rank.cls_scores(q, k, sized, prefix)
+    for by_rank in (False, True):
+        rank.reduce_scores(per_head, by_rank, h)
+    for fuse in (False, True):
+        prune.prune_tokens(x, scores, keep, fuse, "mean", prefix, None)
+        prune.prune_tokens(x, per_head, keep, fuse, "mean", prefix, norm)
+        prune.prune_tokens(x, per_head, keep, fuse, "rank", prefix, norm)
+    merge.match_tokens(k, r, prefix)
+    merge.match_tokens(empty(b, n, d), r, prefix)
+    for sized in (None, size):
+        merge.merge_tokens(x, *index, sized, None)
+        merge.merge_tokens(x, *index, sized, norm)
+    for act in ("quick_gelu", "gelu", "gelu_tanh"):
+        epilogue.bias_act(wide, empty(4 * width), act)
+    epilogue.bias_act(wide, None, "quick_gelu")
+    epilogue.add_norm(x, x, None, None, None)
+    epilogue.add_norm(x, x, vector, None, norm)
+    epilogue.add_norm(x, x, vector, vector, norm)
+
+
+def compile_for(target: str, tower: str, dtype: str, stems: list[str]) -> list[dict[str, object]]:
+    """One row of the table for each kernel that a tower launches in a dtype."""
+    recorded: dict[str, tuple[triton.JITFunction, dict[str, object], dict[str, object]]] = {}
+
+    def record(kernel: triton.JITFunction, *arguments: object, **named: object) -> None:
+        names = kernel.arg_names
+        values = {**dict(zip(names, arguments, strict=False)), **{n: v for n, v in named.items() if n in names}}
+        options = {n: named[n] for n in ("num_warps", "num_stages", "enable_fp_fusion") if n in named}
+        recorded.setdefault(
+            f"{kernel.__name__} {[describe(v) for v in values.values()]} {options}", (kernel, values, options)
+        )
+
+    triton.JITFunction.run = record
+    launches(tower, DTYPES[dtype])
+    found = []
+    for kernel, values, options in recorded.values():
+        stem = Path(kernel.fn.__code__.co_filename).stem
+        if stems and stem not in stems:
+            continue
+        found.append(build(kernel, values, options, target) | {"tower": tower, "dtype": dtype, "file": stem})
+    return found
+
+
+def describe(value: object) -> object:
+    """What of an argument decides the code."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    return value if isinstance(value, (str, bool)) or value is None else (type(value), value)
 
 
 def build(
-    kernel: triton.JITFunction, floats: dict[str, str], constants: dict[str, object], target: GPUTarget, warps: int
-) -> None:
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else _type(n, floats) for n in names}
-    # What the launcher adds for aligned pointers.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
-    values = {(names.index(n),): value for n, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    spilled = _spilled(compiled.asm)
-    assert spilled == 0, f"{kernel.__name__} spills {spilled} bytes on {target} with {constants}"
-
-
-def _type(name: str, floats: dict[str, str]) -> str:
-    if name.endswith("_ptr"):
-        return "*i64" if name == "index_ptr" else f"*{floats.get(name, 'fp32')}"
-    return "fp32" if name == "eps" else "i32"
-
-
-def _spilled(asm: dict[str, object]) -> int:
-    """Bytes of stack, or spilled vector registers on AMD."""
+    kernel: triton.JITFunction, values: dict[str, object], options: dict[str, object], name: str
+) -> dict[str, object]:
+    """Compiles one launch as triton's own launcher would specialise it, and reads what came out."""
+    target, _, _ = TARGETS[name]
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value, key = values[parameter.name], (place,)
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[key] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[key] = f"*{SIZES[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[key] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=target, options=options)
+    asm = compiled.asm
     if "amdgcn" in asm:
-        return sum(
-            int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", asm["amdgcn"])
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm["amdgcn"])[1])
+        spills = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", asm["amdgcn"])
+        spilled = sum(map(int, spills))
+        wide, matrix = "dwordx4" in asm["amdgcn"] or "_b128" in asm["amdgcn"], "v_mfma" in asm["amdgcn"]
+    else:
+        usage = resources(asm["cubin"])
+        registers, spilled = int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+        wide = bool(
+            re.search(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.c[ag][.\w]* \[[^]]*\], \[[^]]*\], 0x10", asm["ptx"])
         )
+        matrix = bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", asm["ptx"]))
+    constants = {kernel.arg_names[place]: value for (place,), value in constants.items()}
+    floats = {text for text in signature.values() if text in ("*bf16", "*fp16")}
+    return {
+        "kernel": kernel.__name__,
+        "target": name,
+        "configuration": " ".join(
+            [*sorted(floats), *(f"{n}={v}" for n, v in constants.items()), *(f"{n}={v}" for n, v in options.items())]
+        ),
+        "registers": registers,
+        "shared": compiled.metadata.shared,
+        "spilled": spilled,
+        "wide_loads": wide,
+        "matrix": matrix,
+    }
+
+
+def resources(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return sum(int(n) for n in re.findall(r"STACK:(\d+)", usage))
+        Path(file.name).write_bytes(cubin)
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def complain(row: dict[str, object]) -> str | None:
+    """What is wrong with a compiled kernel, or None."""
+    _, spill, shared = TARGETS[row["target"]]
+    half = "*" in row["configuration"]
+    wrong = []
+    if row["spilled"] > spill:
+        wrong.append(f"spills {row['spilled']} bytes, {spill} allowed")
+    if row["shared"] > shared:
+        wrong.append(f"needs {row['shared']} bytes of shared memory, there are {shared}")
+    if half and row["kernel"] in WIDE_LOADS and not row["wide_loads"]:
+        wrong.append("has no loads of 16 bytes")
+    if half and row["kernel"] in MATRIX and not row["matrix"]:
+        wrong.append("has no matrix instructions")
+    return f"{row['kernel']} on {row['target']} {'; '.join(wrong)}: {row['configuration']}" if wrong else None
+
+
+def hashes() -> dict[str, str]:
+    """A hash of each kernel file's source."""
+    return {file.stem: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(KERNELS.glob("*.py"))}
+
+
+def write(rows: list[dict[str, object]], target: Path) -> None:
+    """The table, and in its first lines what it was made from."""
+    partial = target.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(f"# triton {triton.__version__}\n")
+        file.writelines(f"# {stem} {digest}\n" for stem, digest in hashes().items())
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            sorted(rows, key=lambda row: (row["file"], row["kernel"], row["target"], row["configuration"]))
+        )
+    partial.replace(target)
 
 
 if __name__ == "__main__":

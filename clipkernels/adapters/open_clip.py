@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from open_clip.transformer import LayerNorm, LayerNormFp32, LayerScale, QuickGELU
 from open_clip.utils import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from clipkernels import ops
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.block import Branch
+from clipkernels.reference import Act, Norm
 
 
 def find(model: nn.Module) -> OpenCLIPTower:
@@ -190,9 +193,17 @@ class OpenCLIPBlock:
     def __init__(self, host: Any) -> None:
         self.host = host
 
-    def qkv(self, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def norm1(self) -> Norm | None:
+        return _norm(self.host.ln_1)
+
+    @property
+    def norm2(self) -> Norm | None:
+        return _norm(self.host.ln_2)
+
+    def qkv(self, x: Tensor, normed: Tensor | None, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.host.attn
-        x = self.host.ln_1(x)
+        x = self.host.ln_1(x) if normed is None else normed
         weight, bias, width = attn.in_proj_weight, attn.in_proj_bias, x.shape[-1]
         if rows is None:
             q, k, v = _heads(linear(x, weight, bias), 3, attn.num_heads)
@@ -206,20 +217,65 @@ class OpenCLIPBlock:
             q, k = attn.ln_q(q).to(v.dtype), attn.ln_k(k).to(v.dtype)
         return q, k, v
 
-    def project(self, out: Tensor) -> Tensor:
+    def project(self, out: Tensor, fused: bool) -> Branch:
         host, attn = self.host, self.host.attn
         if getattr(attn, "head_scale", None) is not None:
             out = out * attn.head_scale
         x = out.transpose(1, 2).flatten(2)
-        if isinstance(attn, nn.MultiheadAttention):
-            x = linear(x, attn.out_proj.weight, attn.out_proj.bias)
-        else:
+        if not isinstance(attn, nn.MultiheadAttention):
             x = attn.out_drop(attn.out_proj(attn.ln_inner(x)))
-        return _optional(host, "ls_1", _optional(host, "ln_attn", x))
+            return Branch(_optional(host, "ls_1", _optional(host, "ln_attn", x)))
+        weight, bias = attn.out_proj.weight, attn.out_proj.bias
+        if fused and _scalable(host.ls_1):
+            return Branch(linear(x, weight), bias, _scale(host.ls_1))
+        return Branch(host.ls_1(linear(x, weight, bias)))
 
-    def mlp(self, x: Tensor) -> Tensor:
+    def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
         host = self.host
-        return _optional(host, "ls_2", host.mlp(host.ln_2(x)))
+        x = host.ln_2(x) if normed is None else normed
+        act = _activation(host.mlp) if fused and _scalable(host.ls_2) else None
+        if act is None:
+            return Branch(_optional(host, "ls_2", host.mlp(x)))
+        expand, _, contract = host.mlp
+        hidden = ops.bias_act(linear(x, expand.weight), expand.bias, act)
+        return Branch(linear(hidden, contract.weight), contract.bias, _scale(host.ls_2))
+
+
+def _norm(module: nn.Module) -> Norm | None:
+    """(weight, bias, eps) of a LayerNorm that is nothing else, or None."""
+    if type(module) not in (nn.LayerNorm, LayerNorm, LayerNormFp32) or _watched(module):
+        return None
+    norm: Any = module
+    return None if norm.weight is None or norm.bias is None else (norm.weight, norm.bias, norm.eps)
+
+
+def _activation(mlp: nn.Module) -> Act | None:
+    """The activation between two plain projections, or None where the modules must be called."""
+    modules = list(mlp.children())
+    if type(mlp) is not nn.Sequential or len(modules) != 3 or any(map(_watched, (mlp, *modules))):
+        return None
+    expand, act, contract = modules
+    if type(expand) is not nn.Linear or type(contract) is not nn.Linear:
+        return None
+    if type(act) is nn.GELU:
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    return "quick_gelu" if type(act) is QuickGELU else None
+
+
+def _scalable(module: nn.Module) -> bool:
+    """Whether a layer scale is one that `_scale` can stand for."""
+    return type(module) in (nn.Identity, LayerScale) and not _watched(module)
+
+
+def _scale(module: Any) -> Tensor | None:
+    return module.gamma if type(module) is LayerScale else None
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    everywhere = torch.nn.modules.module._has_any_global_hook()
+    return bool(hooks) or everywhere or "forward" in module.__dict__ or hasattr(module, "_hf_hook")
 
 
 def _heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:

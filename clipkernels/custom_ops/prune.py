@@ -1,8 +1,4 @@
-"""The Triton launchers as opaque torch operators: for torch.compile and export, for fake tensors, for gradients.
-
-`Library.define` costs half the call overhead of `torch.library.custom_op`. Each operator has a schema, an
-implementation (the launcher), a fake with the real strides, and a backward where there is one.
-"""
+"""`prune_tokens` on the Triton backend."""
 
 from __future__ import annotations
 
@@ -10,45 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from clipkernels.backend import interpreting
+from clipkernels.custom_ops import norm_backward, plain, register
 from clipkernels.reference import Norm, Pruned, reduce_heads
-
-_LIBRARY = torch.library.Library("clipkernels", "DEF")
-_KEYS = ("CUDA", "CPU") if interpreting() else ("CUDA",)
-
-
-def plain(*tensors: Tensor) -> bool:
-    """Whether eager may call a launcher directly: real tensors, no gradient, nobody watching."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return False
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def prune_tokens(
     x: Tensor, scores: Tensor, keep: int, fuse: bool, heads: str, prefix: int, norm: Norm | None
 ) -> Pruned:
-    """`ops.prune_tokens` on the Triton backend."""
     from clipkernels.kernels.prune import prune_tokens as launch
 
-    if plain(x, scores, *(norm[:2] if norm else ())):
-        return Pruned(*launch(x, scores, keep, fuse, heads, prefix, norm))
     weight, bias, eps = norm if norm is not None else (None, None, 0.0)
+    if plain(x, scores, weight, bias):
+        return Pruned(*launch(x, scores, keep, fuse, heads, prefix, norm))
     operator = torch.ops.clipkernels.prune_tokens
     tokens, index, normed = operator(x, scores, keep, fuse, heads, prefix, weight, bias, eps)
     return Pruned(tokens, index, normed if norm is not None else None)
-
-
-_LIBRARY.define(
-    "prune_tokens(Tensor x, Tensor scores, int keep, bool fuse, str heads, int prefix, "
-    "Tensor? weight, Tensor? bias, float eps) -> (Tensor tokens, Tensor index, Tensor normed)"
-)
 
 
 def _prune(
@@ -69,7 +42,7 @@ def _prune(
     return tokens, index, x.new_empty(0) if normed is None else normed
 
 
-def _prune_fake(
+def _fake(
     x: Tensor, scores: Tensor, keep: int, fuse: bool, heads: str, prefix: int, weight: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens = x.new_empty(x.shape[0], prefix + keep + fuse, x.shape[2])
@@ -77,26 +50,22 @@ def _prune_fake(
     return tokens, index, x.new_empty(0) if weight is None else torch.empty_like(tokens)
 
 
-def _prune_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, scores, ctx.keep, ctx.fuse, ctx.heads, ctx.prefix, weight, bias, ctx.eps = inputs
     tokens, index, _ = output
     ctx.mark_non_differentiable(index)
     ctx.save_for_backward(x, scores, index, tokens if weight is not None else None, weight, bias)
 
 
-def _prune_backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed: Tensor | None) -> tuple[Any, ...]:
     x, scores, index, tokens, weight, bias = ctx.saved_tensors
     rows = ctx.prefix + ctx.keep + ctx.fuse
     total = x.new_zeros(x.shape[0], rows, x.shape[2], dtype=torch.float32)
     total = total if grad is None else total + grad
     grad_weight = grad_bias = grad_scores = None
     if weight is not None and grad_normed is not None:
-        wide, shape = tokens.float(), tokens.shape[-1:]
-        _, mean, rstd = torch.native_layer_norm(wide, shape, weight.float(), bias.float(), ctx.eps)
-        through, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_normed.float(), wide, shape, mean, rstd, weight.float(), bias.float(), [True, True, True]
-        )
-        total, grad_weight, grad_bias = total + through, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+        through, grad_weight, grad_bias = norm_backward(grad_normed, tokens, weight, bias, ctx.eps)
+        total = total + through
     kept = total[:, ctx.prefix : ctx.prefix + ctx.keep]
     patches = torch.zeros_like(x[:, ctx.prefix :], dtype=torch.float32)
     patches = patches.scatter(1, index[..., None].expand_as(kept), kept)
@@ -115,7 +84,11 @@ def _prune_backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed
     return grad_x, grad_scores, None, None, None, None, grad_weight, grad_bias, None
 
 
-for _key in _KEYS:
-    _LIBRARY.impl("prune_tokens", _prune, _key)
-torch.library.register_fake("clipkernels::prune_tokens", _prune_fake, lib=_LIBRARY)
-torch.library.register_autograd("clipkernels::prune_tokens", _prune_backward, setup_context=_prune_setup, lib=_LIBRARY)
+register(
+    "prune_tokens(Tensor x, Tensor scores, int keep, bool fuse, str heads, int prefix, "
+    "Tensor? weight, Tensor? bias, float eps) -> (Tensor tokens, Tensor index, Tensor normed)",
+    _prune,
+    _fake,
+    _backward,
+    _setup,
+)

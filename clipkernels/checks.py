@@ -1,0 +1,161 @@
+"""What every operation demands of its arguments, before dispatch and the same for every backend.
+
+A ValueError names what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipkernels.reference import Match, Norm
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int) -> None:
+    _check_queries(q, k, prefix)
+    if v.shape != k.shape:
+        raise ValueError(f"v must be (B,H,N,D) = {_shape(k)} like k, got {_shape(v)}")
+    _same(q, v=v)
+    if signal not in ("cls", "received", "keys", None):
+        raise ValueError(f'signal must be "cls", "received", "keys" or None, got {signal!r}')
+    if signal == "received" and q.shape[2] != k.shape[2]:
+        raise ValueError(f'signal="received" needs one query per key, {k.shape[2]}, got {q.shape[2]}')
+    _check_size(size, k, k.shape[0], k.shape[2])
+
+
+def check_rank(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | None, prefix: int) -> None:
+    _check_queries(q, k, prefix)
+    if heads not in ("mean", "rank"):
+        raise ValueError(f'heads must be "mean" or "rank", got {heads!r}')
+    if query not in ("cls", "all"):
+        raise ValueError(f'query must be "cls" or "all", got {query!r}')
+    if query == "all" and heads == "rank":
+        raise ValueError('query="all" is a mean over heads, got heads="rank"')
+    if query == "all" and q.shape[2] != k.shape[2]:
+        raise ValueError(f'query="all" needs one query per key, {k.shape[2]}, got {q.shape[2]}')
+    _check_size(size, k, k.shape[0], k.shape[2])
+
+
+def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
+    if q.ndim != 4 or not q.shape[2]:
+        raise ValueError(f"q must be (B,H,M,D) with at least one query, got {_shape(q)}")
+    _floating(q=q)
+    if k.ndim != 4 or (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]) or k.shape[2] < q.shape[2]:
+        expected = (*q.shape[:2], "N", q.shape[3])
+        raise ValueError(f"k must be (B,H,N,D) = ({_join(expected)}) with N ≥ {q.shape[2]}, got {_shape(k)}")
+    _same(q, k=k)
+    _check_prefix(prefix, k.shape[2])
+
+
+def check_prune(x: Tensor, scores: Tensor, keep: int, heads: str, prefix: int, norm: Norm | None) -> None:
+    _check_tokens(x)
+    _check_prefix(prefix, x.shape[1])
+    batch, patches = x.shape[0], x.shape[1] - prefix
+    if scores.ndim not in (2, 3) or (scores.shape[0], scores.shape[-1]) != (batch, patches) or 0 in scores.shape[1:-1]:
+        raise ValueError(f"scores must be (B,P) = ({batch},{patches}) or (B,H,P), got {_shape(scores)}")
+    _floating(scores=scores)
+    if scores.device != x.device:
+        raise ValueError(f"scores must be on {x.device} like x, got {scores.device}")
+    if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= patches:
+        raise ValueError(f"keep must be an int from 0 to P = {patches}, got {keep!r}")
+    if heads not in ("mean", "rank"):
+        raise ValueError(f'heads must be "mean" or "rank", got {heads!r}')
+    _check_norm(norm, x)
+
+
+def check_match(metric: Tensor, r: int, prefix: int) -> None:
+    if metric.ndim not in (3, 4) or (metric.ndim == 4 and not metric.shape[1]):
+        raise ValueError(f"metric must be (B,N,D) or (B,H,N,D), got {_shape(metric)}")
+    _floating(metric=metric)
+    _check_prefix(prefix, metric.shape[-2])
+    limit = (metric.shape[-2] - prefix) // 2
+    if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r <= limit:
+        raise ValueError(f"r must be an int from 0 to (N - prefix)//2 = {limit}, got {r!r}")
+
+
+def check_merge(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None) -> None:
+    _check_tokens(x)
+    batch, tokens = x.shape[:2]
+    r = match.source.shape[-1]
+    expected = ((batch, (tokens + 1) // 2 - r), (batch, r), (batch, r))
+    came = tuple(tuple(index.shape) for index in match)
+    if came != expected:
+        raise ValueError(f"match must hold kept, source, target of shapes {expected} for x {_shape(x)}, got {came}")
+    if any(index.dtype != torch.int64 or index.device != x.device for index in match):
+        raise ValueError(f"match must be int64 on {x.device}, got {[(i.dtype, str(i.device)) for i in match]}")
+    _check_size(size, x, batch, tokens)
+    _check_norm(norm, x)
+
+
+def check_bias_act(x: Tensor, bias: Tensor | None, act: str) -> None:
+    if x.ndim == 0:
+        raise ValueError(f"x must be (…,C), got {_shape(x)}")
+    _floating(x=x)
+    if act not in ("quick_gelu", "gelu", "gelu_tanh"):
+        raise ValueError(f'act must be "quick_gelu", "gelu" or "gelu_tanh", got {act!r}')
+    _check_vectors(x, bias=bias)
+
+
+def check_add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> None:
+    if x.ndim == 0:
+        raise ValueError(f"x must be (…,C), got {_shape(x)}")
+    _floating(x=x)
+    if y.shape != x.shape:
+        raise ValueError(f"y must be {_shape(x)} like x, got {_shape(y)}")
+    _same(x, y=y)
+    _check_vectors(x, bias=bias, scale=scale)
+    _check_norm(norm, x)
+
+
+def _check_tokens(x: Tensor) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x must be (B,N,C), got {_shape(x)}")
+    _floating(x=x)
+
+
+def _check_prefix(prefix: int, tokens: int) -> None:
+    if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= tokens:
+        raise ValueError(f"prefix must be an int from 0 to N = {tokens}, got {prefix!r}")
+
+
+def _check_size(size: Tensor | None, like: Tensor, batch: int, tokens: int) -> None:
+    if size is not None and (tuple(size.shape) != (batch, tokens) or size.device != like.device):
+        came = f"{_shape(size)} on {size.device}"
+        raise ValueError(f"size must be (B,N) = ({batch},{tokens}) on {like.device}, got {came}")
+
+
+def _check_norm(norm: Norm | None, x: Tensor) -> None:
+    if norm is not None:
+        _check_vectors(x, **{"norm's weight": norm[0], "norm's bias": norm[1]})
+
+
+def _check_vectors(x: Tensor, **named: Tensor | None) -> None:
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != x.shape[-1:] or tensor.device != x.device:
+            came = f"{_shape(tensor)} on {tensor.device}"
+            raise ValueError(f"{name} must be (C,) = ({x.shape[-1]}) on {x.device}, got {came}")
+        _floating(**{name: tensor})
+
+
+def _floating(**named: Tensor) -> None:
+    for name, tensor in named.items():
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def _same(like: Tensor, **named: Tensor) -> None:
+    for name, tensor in named.items():
+        if tensor.dtype != like.dtype or tensor.device != like.device:
+            raise ValueError(f"{name} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"({_join(tuple(tensor.shape))})"
+
+
+def _join(sizes: tuple[object, ...]) -> str:
+    return ",".join(str(size) for size in sizes)

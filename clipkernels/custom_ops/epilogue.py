@@ -1,0 +1,117 @@
+"""`bias_act` and `add_norm` on the Triton backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipkernels.custom_ops import norm_backward, plain, register
+from clipkernels.reference import Added, Norm
+
+
+def bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    return _bias_act(x, bias, act) if plain(x, bias) else torch.ops.clipkernels.bias_act(x, bias, act)
+
+
+def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> Added:
+    from clipkernels.kernels.epilogue import add_norm as launch
+
+    weight, shift, eps = norm if norm is not None else (None, None, 0.0)
+    if plain(x, y, bias, scale, weight, shift):
+        return Added(*launch(x, y, bias, scale, norm))
+    tokens, normed = torch.ops.clipkernels.add_norm(x, y, bias, scale, weight, shift, eps)
+    return Added(tokens, normed if norm is not None else None)
+
+
+def _bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    from clipkernels.kernels.epilogue import bias_act as launch
+
+    return launch(x, bias, act)
+
+
+def _bias_act_fake(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _bias_act_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.act = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _bias_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, bias = ctx.saved_tensors
+    wide = x.float() if bias is None else x.float() + bias.float()
+    if ctx.act == "quick_gelu":
+        gate = torch.sigmoid(1.702 * wide)
+        through = grad.float() * gate * (1 + 1.702 * wide * (1 - gate))
+    else:
+        approximate = "tanh" if ctx.act == "gelu_tanh" else "none"
+        through = torch.ops.aten.gelu_backward(grad.float(), wide, approximate=approximate)
+    return through.to(x.dtype), None if bias is None else _over_rows(through).to(bias.dtype), None
+
+
+def _add_norm(
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    from clipkernels.kernels.epilogue import add_norm as launch
+
+    norm = None if weight is None or shift is None else (weight, shift, eps)
+    tokens, normed = launch(x, y, bias, scale, norm)
+    return tokens, x.new_empty(0) if normed is None else normed
+
+
+def _add_norm_fake(
+    x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, weight: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor]:
+    tokens = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return tokens, x.new_empty(0) if weight is None else torch.empty_like(tokens)
+
+
+def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, y, bias, scale, weight, shift, ctx.eps = inputs
+    ctx.save_for_backward(y, bias, scale, output[0] if weight is not None else None, weight, shift)
+
+
+def _add_norm_backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Any, ...]:
+    y, bias, scale, tokens, weight, shift = ctx.saved_tensors
+    total = torch.zeros_like(y, dtype=torch.float32) if grad is None else grad.float()
+    grad_bias = grad_scale = grad_weight = grad_shift = None
+    if weight is not None and grad_normed is not None:
+        through, grad_weight, grad_shift = norm_backward(grad_normed, tokens, weight, shift, ctx.eps)
+        total = total + through
+    branch = total if scale is None else total * scale.float()
+    if scale is not None:
+        wide = y.float() if bias is None else y.float() + bias.float()
+        grad_scale = _over_rows(total * wide).to(scale.dtype)
+    if bias is not None:
+        grad_bias = _over_rows(branch).to(bias.dtype)
+    return total.to(y.dtype), branch.to(y.dtype), grad_bias, grad_scale, grad_weight, grad_shift, None
+
+
+def _over_rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2).sum(0)
+
+
+register(
+    "bias_act(Tensor x, Tensor? bias, str act) -> Tensor",
+    _bias_act,
+    _bias_act_fake,
+    _bias_act_backward,
+    _bias_act_setup,
+)
+register(
+    "add_norm(Tensor x, Tensor y, Tensor? bias, Tensor? scale, Tensor? weight, Tensor? shift, float eps) "
+    "-> (Tensor tokens, Tensor normed)",
+    _add_norm,
+    _add_norm_fake,
+    _add_norm_backward,
+    _add_norm_setup,
+)

@@ -1,0 +1,160 @@
+"""Attention that also says who matters: non-causal, over at most a thousand tokens, from the packed projection.
+
+    p = softmax(q k^T / D**0.5 + log size);  out = p v;  cls_h = p_h0;  received = mean over heads and queries of p
+
+Reads Q, K, V once (3·B·N·C) and writes B·N·C; the CLS row adds B·H·P fp32 and no read of K, because the programs that
+hold query 0 keep its logits as they pass. What each patch receives needs the final sums: each program goes over its
+keys again (QK^T a second time, K from cache; at up to BLOCK_N keys from registers instead), stores its column sums, and
+a second launch adds them in a fixed order. 4·B·N²·C operations, 6 with `received`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from clipkernels.kernels.rank import LOG2E, normalize_row, reduce_scores
+
+
+@triton.jit
+def _logits(
+    q, k_ptr, size_ptr, offs_n, offs_d, N, scale, stride_kn,
+    D: tl.constexpr, SIZED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Logits [BLOCK_M, BLOCK_N] in units of log2; -inf beyond N."""
+    mask = (offs_d < D)[:, None] & (offs_n < N)[None, :]
+    k = tl.load(k_ptr + offs_n.to(tl.int64)[None, :] * stride_kn + offs_d[:, None], mask=mask, other=0.0)
+    if WIDE:
+        k = k.to(tl.float32)
+    s = tl.dot(q, k, input_precision="ieee") * scale
+    if SIZED:
+        s += tl.log2(tl.load(size_ptr + offs_n, mask=offs_n < N, other=1.0).to(tl.float32))[None, :]
+    return tl.where((offs_n < N)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _attend(
+    q, k_ptr, v_ptr, size_ptr, row_ptr, offs_m, N, prefix, scale, stride_kn, stride_vn,
+    D: tl.constexpr, SIZED: tl.constexpr, ROW: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Σ exp(s - max) v [BLOCK_M, BLOCK_D], the sums and maxima [BLOCK_M], and the last tile's exp(s - max)."""
+    offs_d = tl.arange(0, BLOCK_D)
+    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for tile in range(TILES):
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        s = _logits(q, k_ptr, size_ptr, offs_n, offs_d, N, scale, stride_kn, D, SIZED, WIDE)
+        if ROW:
+            first = tl.sum(tl.where((offs_m == 0)[:, None], s, 0.0), 0)
+            tl.store(row_ptr + offs_n - prefix, first, mask=(offs_n >= prefix) & (offs_n < N))
+        higher = tl.maximum(most, tl.max(s, 1))
+        base = tl.where(higher > float("-inf"), higher, 0.0)  # nothing but keys of size 0 so far
+        p = tl.exp2(s - base[:, None])
+        shrink = tl.exp2(most - base)
+        total = total * shrink + tl.sum(p, 1)
+        most = higher
+        if OUT:
+            mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+            v = tl.load(v_ptr + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :], mask=mask, other=0.0)
+            if WIDE:
+                v = v.to(tl.float32)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total, most, p
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, size_ptr, out_ptr, signal_ptr,
+    H, M, N, prefix, scale,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    D: tl.constexpr, SIZED: tl.constexpr, SIGNAL: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    offs_m, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    here = (offs_m < M)[:, None] & (offs_d < D)[None, :]
+    q_ptr += batch * stride_qb + head * stride_qh
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
+    size_ptr += batch * N
+    P = N - prefix
+    q = tl.load(q_ptr + offs_m.to(tl.int64)[:, None] * stride_qm + offs_d[None, :], mask=here, other=0.0)
+    if WIDE:
+        q = q.to(tl.float32)
+    row_ptr = signal_ptr
+    if SIGNAL == "cls":
+        row_ptr += (batch * H + head) * P
+        if tile == 0:
+            acc, total, most, p = _attend(
+                q, k_ptr, v_ptr, size_ptr, row_ptr, offs_m, N, prefix, scale, stride_kn, stride_vn,
+                D, SIZED, True, OUT, WIDE, TILES, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            first_most = tl.sum(tl.where(offs_m == 0, most, 0.0), 0)
+            first_total = tl.sum(tl.where(offs_m == 0, total, 0.0), 0)
+            normalize_row(row_ptr, first_most, first_total, N, prefix, TILES, BLOCK_N)
+        else:
+            acc, total, most, p = _attend(
+                q, k_ptr, v_ptr, size_ptr, row_ptr, offs_m, N, prefix, scale, stride_kn, stride_vn,
+                D, SIZED, False, OUT, WIDE, TILES, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+    else:
+        acc, total, most, p = _attend(
+            q, k_ptr, v_ptr, size_ptr, row_ptr, offs_m, N, prefix, scale, stride_kn, stride_vn,
+            D, SIZED, False, OUT, WIDE, TILES, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if OUT:
+        to = ((batch * M + offs_m)[:, None] * H + head) * D + offs_d[None, :]
+        tl.store(out_ptr + to, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=here)
+    if SIGNAL == "received":
+        row_ptr += ((batch * H + head) * tl.num_programs(0) + tile) * P
+        for again in range(TILES):
+            offs_n = again * BLOCK_N + tl.arange(0, BLOCK_N)
+            if TILES > 1:
+                s = _logits(q, k_ptr, size_ptr, offs_n, offs_d, N, scale, stride_kn, D, SIZED, WIDE)
+                p = tl.exp2(s - most[:, None])
+            share = tl.where((offs_m < M)[:, None], p / total[:, None], 0.0)
+            tl.store(row_ptr + offs_n - prefix, tl.sum(share, 0), mask=(offs_n >= prefix) & (offs_n < N))
+
+
+def config(keys: int, width: int, dtype: torch.dtype, signal: str | None) -> dict[str, int]:
+    """Block sizes, warps and stages for N keys and heads of width D."""
+    block_d = max(16, triton.next_power_of_2(width))
+    if dtype == torch.float32:  # multiplied without tensor cores, so that choices match
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor | None, size: Tensor | None, signal: str | None, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernels: out (B,H,M,D), stored as (B,M,H,D), and the signal, (B,H,P) or (B,P) fp32.
+
+    Without v, or without a signal, that result is empty. The interpreter, which has no bf16 arithmetic, multiplies in
+    fp32.
+    """
+    batch, heads, rows, width = q.shape
+    tokens = k.shape[2]
+    patches = tokens - prefix
+    out = q.new_empty((batch, rows, heads, width) if v is not None else (0, 0, 0, 0)).transpose(1, 2)
+    blocks = config(tokens, width, q.dtype, signal)
+    tiles = triton.cdiv(rows, blocks["BLOCK_M"])
+    shape = {None: (0,), "cls": (batch, heads, patches), "received": (batch, heads * tiles, patches)}[signal]
+    scores = torch.empty(shape, dtype=torch.float32, device=q.device)
+    if batch and heads:
+        q, k, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, k if v is None else v))
+        with torch.cuda.device_of(q):
+            _attention_kernel[(tiles, heads, batch)](
+                q, k, value, q if size is None else size.contiguous(), out, scores,
+                heads, rows, tokens, prefix, LOG2E * width**-0.5,
+                *q.stride()[:3], *k.stride()[:3], *value.stride()[:3],
+                D=width, SIZED=size is not None, SIGNAL=signal, OUT=v is not None, WIDE=q.device.type == "cpu",
+                TILES=triton.cdiv(tokens, blocks["BLOCK_N"]), enable_fp_fusion=True, **blocks,
+            )  # fmt: skip
+    if signal == "received":
+        return out, reduce_scores(scores, rank=False, divisor=heads * rows)
+    return out, scores

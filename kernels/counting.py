@@ -1,0 +1,55 @@
+"""Order without sorting: how many beat me is where I stand.
+
+    place_i = #{j : s_j > s_i or (s_j = s_i and j < i)}
+
+For the scores of one image, up to a few thousand; NaN counts as -inf and ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_scores(ptr, offs, size):
+    """Scores as fp32, NaN and what lies beyond `size` as -inf."""
+    s = tl.load(ptr + offs, mask=offs < size, other=float("-inf")).to(tl.float32)
+    return tl.where(s == s, s, float("-inf"))
+
+
+@triton.jit
+def place(ptr, offs, size, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr):
+    """How many of `size` scores beat each of those at `offs`."""
+    own = load_scores(ptr, offs, size)
+    count = tl.zeros_like(offs)
+    for start in range(0, BLOCK_P, BLOCK_J):
+        offs_j = start + tl.arange(0, BLOCK_J)
+        other = load_scores(ptr, offs_j, size)
+        earlier = offs_j[None, :] < offs[:, None]  # [BLOCK_P, BLOCK_J]
+        beats = (other[None, :] > own[:, None]) | ((other[None, :] == own[:, None]) & earlier)
+        count += tl.sum((beats & (offs_j < size)[None, :]).to(tl.int32), 1)
+    return count
+
+
+@triton.jit
+def reduce_heads(
+    ptr, offs, size, divisor,
+    H: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The sum of H rows of scores, or of each row's ranks (0 weakest), over `divisor`."""
+    total = tl.zeros([BLOCK_P], dtype=tl.int32 if RANK else tl.float32)
+    for head in range(H):
+        row_ptr = ptr + tl.cast(head, tl.int64) * size
+        if RANK:
+            total += size - 1 - place(row_ptr, offs, size, BLOCK_P, BLOCK_J)
+        else:
+            total += tl.load(row_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+    return total.to(tl.float32) / divisor
+
+
+def blocks(size: int) -> dict[str, int]:
+    """Block sizes and warps to place `size` scores."""
+    block_p = max(16, triton.next_power_of_2(size))
+    wide = block_p >= 256
+    return {"BLOCK_P": block_p, "BLOCK_J": 8 if wide else 16, "num_warps": 8 if wide else 4}

@@ -1,0 +1,110 @@
+"""Exact epilogues: what follows a matrix product, in one pass instead of three.
+
+    bias_act: act(x + bias);  add_norm: out = x + scale·(y + bias), normed = LayerNorm(out)
+
+The first reads and writes its tensor once. The second reads x and y and writes out and its norm: 4·B·N·C, where a sum
+and a LayerNorm of their own take 5, and 9 with a bias and a LayerScale.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from clipkernels.kernels import layer_norm
+from clipkernels.kernels.layer_norm import store_rows
+
+
+@triton.jit
+def _bias_act_kernel(
+    x_ptr, bias_ptr, out_ptr,
+    rows, C,
+    ACT: tl.constexpr, BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (offs_r < rows)[:, None] & (offs_c < C)[None, :]
+    offs = offs_r[:, None] * C + offs_c[None, :]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        x += tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    if ACT == "quick_gelu":
+        x *= tl.sigmoid(1.702 * x)
+    elif ACT == "gelu":
+        x *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:  # 0.5 (1 + tanh u) = sigmoid(2 u), u = √(2/π) (x + 0.044715 x³)
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    tl.store(out_ptr + offs, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_norm_kernel(
+    x_ptr, y_ptr, bias_ptr, scale_ptr, out_ptr, normed_ptr, weight_ptr, shift_ptr,
+    rows, eps,
+    C: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = (offs_r < rows)[:, None] & (offs_c < C)[None, :]
+    offs = offs_r[:, None] * C + offs_c[None, :]
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    if SCALE:
+        y *= tl.load(scale_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    y += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    store_rows(y, offs_r, rows, out_ptr, normed_ptr, weight_ptr, shift_ptr, eps, C, NORM, BLOCK_C)
+
+
+def config(op: str, rows: int, width: int) -> dict[str, int]:
+    """Block sizes and warps of either kernel, for rows of width C."""
+    if op == "bias_act":
+        return {"BLOCK_R": 4, "BLOCK_C": min(1024, triton.next_power_of_2(width)), "num_warps": 4}
+    return {**layer_norm.blocks(4, width, 4096), "num_warps": 4}
+
+
+def bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    """Launches the kernel: like x (…,C), contiguous."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        return out
+    width = x.shape[-1]
+    rows = x.numel() // width
+    blocks = config("bias_act", rows, width)
+    with torch.cuda.device_of(x):
+        _bias_act_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(width, blocks["BLOCK_C"]))](
+            x, x if bias is None else bias.contiguous(), out, rows, width,
+            ACT=act, BIAS=bias is not None, enable_fp_fusion=True, **blocks,
+        )  # fmt: skip
+    return out
+
+
+def add_norm(
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    norm: tuple[Tensor, Tensor, float] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launches the kernel: out and normed, like x (…,C), contiguous, or None."""
+    x, y = x.contiguous(), y.contiguous()
+    out = torch.empty_like(x)
+    normed = torch.empty_like(out) if norm is not None else None
+    if out.numel() == 0:
+        return out, normed
+    width = x.shape[-1]
+    rows = x.numel() // width
+    weight, shift, eps = (norm[0].contiguous(), norm[1].contiguous(), norm[2]) if norm is not None else (x, x, 0.0)
+    blocks = config("add_norm", rows, width)
+    with torch.cuda.device_of(x):
+        _add_norm_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]),)](
+            x, y, x if bias is None else bias.contiguous(), x if scale is None else scale.contiguous(),
+            out, out if normed is None else normed, weight, shift, rows, eps,
+            C=width, BIAS=bias is not None, SCALE=scale is not None, NORM=norm is not None,
+            enable_fp_fusion=True, **blocks,
+        )  # fmt: skip
+    return out, normed

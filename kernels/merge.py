@@ -1,0 +1,208 @@
+"""Match and merge: each even token finds its most similar odd one, the r strongest pairs become one token each.
+
+    unit = mean over heads of k, normalised;  strength_a, nearest_a = max, argmax over b of unit_a · unit_b
+    merged_b = x_b + Σ share_a·(x_a - x_b),  share_a = size_a / (size_b + Σ size_a)
+
+Matching reads the keys once (B·N·C, or B·N·D as a metric) and keeps 4·B·N·D bytes of unit vectors between its three
+launches; the similarities, N²/4·D multiplications an image, stay in registers. Merging reads N·C and writes (N-r)·C in
+one launch: every row gathers its own sources, so nothing is scattered and there are no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from clipkernels.kernels import counting, layer_norm
+from clipkernels.kernels.counting import place
+from clipkernels.kernels.layer_norm import store_rows
+
+
+@triton.jit(do_not_specialize=["N"])
+def _unit_kernel(
+    metric_ptr, unit_ptr,
+    N,
+    stride_mb, stride_mh, stride_mn,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The mean over heads, rounded to the dtype of the metric, at length one."""
+    batch, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offs_n, offs_d = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), tl.arange(0, BLOCK_D)
+    mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+    metric_ptr += batch * stride_mb + offs_n[:, None] * stride_mn + offs_d[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for head in range(H):
+        total += tl.load(metric_ptr + tl.cast(head, tl.int64) * stride_mh, mask=mask, other=0.0).to(tl.float32)
+    mean = (total / H).to(metric_ptr.dtype.element_ty).to(tl.float32)
+    length = tl.sqrt(tl.sum(mean * mean, 1))
+    unit = mean / tl.maximum(length, 1e-12)[:, None]
+    tl.store(unit_ptr + (batch * N + offs_n)[:, None] * D + offs_d[None, :], unit, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "A", "even", "odd"])
+def _nearest_kernel(
+    unit_ptr, strength_ptr, nearest_ptr,
+    N, A, even, odd,
+    D: tl.constexpr, TILES: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """For each of A even tokens from `even` on: the largest similarity to an odd one from `odd` on, and which."""
+    batch, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    unit_ptr += batch * N * D
+    offs_a, offs_d = tile * BLOCK_A + tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_D)
+    mask_a, mask_d = offs_a < A, offs_d < D
+    a_ptr = unit_ptr + (2 * (even + offs_a) * D)[:, None] + offs_d[None, :]
+    a = tl.load(a_ptr, mask=mask_a[:, None] & mask_d[None, :], other=0.0)
+    best = tl.full([BLOCK_A], float("-inf"), tl.float32)
+    nearest = tl.zeros([BLOCK_A], tl.int32)
+    for other in range(TILES):
+        offs_b = other * BLOCK_B + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < N // 2 - odd
+        b_ptr = unit_ptr + ((2 * (odd + offs_b) + 1) * D)[None, :] + offs_d[:, None]
+        b = tl.load(b_ptr, mask=mask_d[:, None] & mask_b[None, :], other=0.0)
+        s = tl.dot(a, b, input_precision="ieee")  # [BLOCK_A, BLOCK_B]
+        s = tl.where((s == s) & mask_b[None, :], s, float("-inf"))
+        most, which = tl.max(s, 1, return_indices=True)
+        better = most > best
+        best = tl.where(better, most, best)
+        nearest = tl.where(better, other * BLOCK_B + which, nearest)
+    tl.store(strength_ptr + batch * A + offs_a, best, mask=mask_a)
+    tl.store(nearest_ptr + batch * A + offs_a, nearest, mask=mask_a)
+
+
+@triton.jit(do_not_specialize=["A", "r", "even", "odd"])
+def _strongest_kernel(
+    strength_ptr, nearest_ptr, kept_ptr, source_ptr, target_ptr,
+    A, r, even, odd,
+    BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The r strongest pairs of an image, and the even tokens that stay, both ascending."""
+    batch = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_P)
+    kept_ptr += batch * (even + A - r)
+    source = (place(strength_ptr + batch * A, offs, A, BLOCK_P, BLOCK_J) < r) & (offs < A)
+    before = tl.cumsum(source.to(tl.int32), 0)
+    nearest = tl.load(nearest_ptr + batch * A + offs, mask=source, other=0)
+    tl.store(source_ptr + batch * r + before - 1, (even + offs).to(tl.int64), mask=source)
+    tl.store(target_ptr + batch * r + before - 1, (odd + nearest).to(tl.int64), mask=source)
+    tl.store(kept_ptr + even + offs - before, (even + offs).to(tl.int64), mask=(offs < A) & (source == 0))
+    tl.store(kept_ptr + offs, offs.to(tl.int64), mask=offs < even)
+
+
+@triton.jit(do_not_specialize=["N", "r"])
+def _merge_kernel(
+    x_ptr, kept_ptr, source_ptr, target_ptr, size_ptr, tokens_ptr, merged_ptr, normed_ptr, weight_ptr, bias_ptr,
+    N, r, eps,
+    stride_xb, stride_xn,
+    C: tl.constexpr, SIZED: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    batch, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    kept, rows = (N + 1) // 2 - r, N - r
+    x_ptr += batch * stride_xb
+    size_ptr += batch * N
+    source_ptr += batch * r
+    target_ptr += batch * r
+    row, offs_c, offs_s = tile * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
+    here, target = row < rows, row - kept  # target [BLOCK_R], negative in rows of kept tokens
+    even = tl.load(kept_ptr + batch * kept + row, mask=row < kept, other=0)
+    own = tl.where(row < kept, 2 * even, 2 * target + 1)
+    mask = here[:, None] & (offs_c < C)[None, :]
+    stored = tl.load(x_ptr + own[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0)
+    x = stored.to(tl.float32)
+    offs_t = tl.load(target_ptr + offs_s, mask=offs_s < r, other=-1)
+    offs_a = 2 * tl.load(source_ptr + offs_s, mask=offs_s < r, other=0)
+    joins = (offs_t[None, :] == target[:, None]) & (offs_s < r)[None, :] & here[:, None]  # [BLOCK_R, BLOCK_S]
+    if SIZED:
+        size = tl.load(size_ptr + own, mask=here, other=1.0).to(tl.float32)
+        gain = tl.load(size_ptr + offs_a, mask=offs_s < r, other=0.0).to(tl.float32)
+    else:
+        size = tl.full([BLOCK_R], 1.0, tl.float32)
+        gain = tl.full([BLOCK_S], 1.0, tl.float32)
+    total = size + tl.sum(tl.where(joins, gain[None, :], 0.0), 1)
+    tl.store(merged_ptr + batch * rows + row, total, mask=here)
+    mine = tl.sum(joins.to(tl.int32), 0) > 0
+    acc = x
+    pair = tl.min(tl.where(mine, offs_s, BLOCK_S), 0)
+    while pair < BLOCK_S:  # the pairs of this tile's rows, in order
+        chosen = offs_s == pair
+        a = tl.sum(tl.where(chosen, offs_a, 0), 0)
+        share = tl.sum(tl.where(joins & chosen[None, :], gain[None, :], 0.0), 1) / total  # [BLOCK_R]
+        other = tl.load(x_ptr + a * stride_xn + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+        pull = share[:, None] * (other[None, :] - x)
+        acc += tl.where(share[:, None] > 0, pull, 0.0)
+        pair = tl.min(tl.where(mine & (offs_s > pair), offs_s, BLOCK_S), 0)
+    tokens_ptr += batch * rows * C
+    normed_ptr += batch * rows * C
+    store_rows(acc, row, rows, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
+
+
+def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the kernels: kept (B,A-r), source (B,r), target (B,r) int64, for a metric (B,N,D) or (B,H,N,D)."""
+    per_head = metric if metric.ndim == 4 else metric[:, None]
+    batch, heads, tokens, width = per_head.shape
+    # The prefix never merges: neither as a source (even positions) nor as a target (odd ones).
+    even, odd = (prefix + 1) // 2, prefix // 2
+    a, b = (tokens + 1) // 2 - even, tokens // 2 - odd
+    kept, source, target = (
+        torch.empty(batch, n, dtype=torch.int64, device=metric.device) for n in (even + a - r, r, r)
+    )
+    if r == 0:
+        kept.copy_(torch.arange(kept.shape[1], device=metric.device).expand_as(kept))
+    if r == 0 or batch == 0:
+        return kept, source, target
+    per_head = per_head if per_head.stride(3) == 1 else per_head.contiguous()
+    unit = torch.empty(batch, tokens, width, dtype=torch.float32, device=metric.device)
+    strength = torch.empty(batch, a, dtype=torch.float32, device=metric.device)
+    nearest = torch.empty(batch, a, dtype=torch.int32, device=metric.device)
+    block_d = max(16, triton.next_power_of_2(width))
+    with torch.cuda.device_of(metric):
+        _unit_kernel[(batch, triton.cdiv(tokens, 16))](
+            per_head, unit, tokens, *per_head.stride()[:3],
+            H=heads, D=width, BLOCK_N=16, BLOCK_D=block_d, enable_fp_fusion=True, num_warps=4,
+        )  # fmt: skip
+        _nearest_kernel[(batch, triton.cdiv(a, 32))](
+            unit, strength, nearest, tokens, a, even, odd,
+            D=width, TILES=triton.cdiv(b, 32), BLOCK_A=32, BLOCK_B=32, BLOCK_D=block_d,
+            enable_fp_fusion=True, num_warps=4,
+        )  # fmt: skip
+        _strongest_kernel[(batch,)](
+            strength, nearest, kept, source, target, a, r, even, odd, enable_fp_fusion=True, **counting.blocks(a)
+        )
+    return kept, source, target
+
+
+def config(r: int, width: int) -> dict[str, int]:
+    """Block sizes and warps of the merge, for r pairs of tokens of width C."""
+    return {"BLOCK_S": max(16, triton.next_power_of_2(r)), **layer_norm.blocks(8, width, 4096), "num_warps": 4}
+
+
+def merge_tokens(
+    x: Tensor,
+    kept: Tensor,
+    source: Tensor,
+    target: Tensor,
+    size: Tensor | None,
+    norm: tuple[Tensor, Tensor, float] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launches the kernel: tokens (B,N-r,C), size (B,N-r) fp32, normed like tokens or None."""
+    batch, tokens, width = x.shape
+    r = source.shape[1]
+    out = x.new_empty(batch, tokens - r, width)
+    merged = torch.empty(batch, tokens - r, dtype=torch.float32, device=x.device)
+    normed = torch.empty_like(out) if norm is not None else None
+    if out.numel() == 0:
+        return out, merged, normed
+    x = x if x.stride(2) == 1 else x.contiguous()
+    weight, bias, eps = (norm[0].contiguous(), norm[1].contiguous(), norm[2]) if norm is not None else (x, x, 0.0)
+    blocks = config(r, width)
+    with torch.cuda.device_of(x):
+        _merge_kernel[(batch, triton.cdiv(tokens - r, blocks["BLOCK_R"]))](
+            x, kept.contiguous(), source.contiguous(), target.contiguous(),
+            merged if size is None else size.contiguous(), out, merged, out if normed is None else normed, weight, bias,
+            tokens, r, eps,
+            x.stride(0), x.stride(1),
+            C=width, SIZED=size is not None, NORM=norm is not None, enable_fp_fusion=True, **blocks,
+        )  # fmt: skip
+    return out, merged, normed

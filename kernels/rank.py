@@ -1,0 +1,111 @@
+"""Rank: the CLS row of each head's attention without the rest of it, and the mean or the ranks over heads.
+
+    cls_hj = softmax_j(q_h0 · k_hj / D**0.5 + log size_j);  score_j = mean_h cls_hj, or mean_h #{i : cls_hi beaten by j}
+
+Reads K once (B·N·C) and writes B·H·P scores; reducing reads those and writes B·P. One launch each.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from clipkernels.kernels import counting
+from clipkernels.kernels.counting import reduce_heads
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def normalize_row(
+    row_ptr, most, total, N, prefix,
+    TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Turns logits in units of log2, stored without the prefix, into a softmax of known maximum and sum, in place."""
+    tl.debug_barrier()  # other threads of this program stored them
+    for tile in range(TILES):
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mine = (offs_n >= prefix) & (offs_n < N)
+        logit = tl.load(row_ptr + offs_n - prefix, mask=mine, other=0.0)
+        tl.store(row_ptr + offs_n - prefix, tl.exp2(logit - most) / total, mask=mine)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _cls_kernel(
+    q_ptr, k_ptr, size_ptr, out_ptr,
+    H, N, prefix, scale,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_kn,
+    D: tl.constexpr, SIZED: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    k_ptr += batch * stride_kb + head * stride_kh
+    row_ptr = out_ptr + (batch * H + head) * (N - prefix)
+    most, total = float("-inf"), 0.0
+    for tile in range(TILES):
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+        k = tl.load(k_ptr + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :], mask=mask, other=0.0)
+        logit = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale  # [BLOCK_N]
+        if SIZED:
+            logit += tl.log2(tl.load(size_ptr + batch * N + offs_n, mask=offs_n < N, other=1.0).to(tl.float32))
+        logit = tl.where(offs_n < N, logit, float("-inf"))
+        tl.store(row_ptr + offs_n - prefix, logit, mask=(offs_n >= prefix) & (offs_n < N))
+        higher = tl.maximum(most, tl.max(logit, 0))
+        base = tl.where(higher > float("-inf"), higher, 0.0)  # nothing but keys of size 0 so far
+        total = total * tl.exp2(most - base) + tl.sum(tl.exp2(logit - base), 0)
+        most = higher
+    normalize_row(row_ptr, most, total, N, prefix, TILES, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _heads_kernel(
+    scores_ptr, out_ptr,
+    P, divisor,
+    H: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_P)
+    reduced = reduce_heads(scores_ptr + batch * H * P, offs, P, divisor, H, RANK, BLOCK_P, BLOCK_J)
+    tl.store(out_ptr + batch * P + offs, reduced, mask=offs < P)
+
+
+def config(width: int) -> dict[str, int]:
+    """Block sizes and warps of the CLS row, for heads of width D."""
+    return {"BLOCK_N": 64, "BLOCK_D": max(16, triton.next_power_of_2(width)), "num_warps": 4}
+
+
+def cls_scores(q: Tensor, k: Tensor, size: Tensor | None, prefix: int) -> Tensor:
+    """Launches the kernel: the CLS row of every head's attention, (B,H,P) fp32."""
+    batch, heads, tokens, width = k.shape
+    out = torch.empty(batch, heads, tokens - prefix, dtype=torch.float32, device=k.device)
+    if out.numel() == 0:
+        return out
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    blocks = config(width)
+    with torch.cuda.device_of(k):
+        _cls_kernel[(heads, batch)](
+            q, k, out if size is None else size.contiguous(), out,
+            heads, tokens, prefix, LOG2E * width**-0.5,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
+            D=width, SIZED=size is not None, TILES=triton.cdiv(tokens, blocks["BLOCK_N"]),
+            enable_fp_fusion=True, **blocks,
+        )  # fmt: skip
+    return out
+
+
+def reduce_scores(scores: Tensor, rank: bool, divisor: int) -> Tensor:
+    """Launches the kernel: rows (B,R,P) fp32 summed over R and divided, (B,P) fp32; or the rows' ranks."""
+    batch, rows, patches = scores.shape
+    out = torch.empty(batch, patches, dtype=torch.float32, device=scores.device)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(scores):
+        _heads_kernel[(batch,)](
+            scores, out, patches, float(divisor), H=rows, RANK=rank, enable_fp_fusion=True, **counting.blocks(patches)
+        )
+    return out
