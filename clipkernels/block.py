@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clipkernels import ops
+from clipkernels.backend import Backend
 from clipkernels.plan import Merge, Prune, Step
 from clipkernels.reference import Norm
 
@@ -91,8 +92,9 @@ def forward(
     signal = step.signal if isinstance(step, Prune) else None
     out, scores = ops.attention(q, k, v, size if proportional else None, signal, prefix)
     norm2 = parts.norm2 if fused else None
+    backend: Backend = "auto" if fused else "reference"
     branch = parts.project(out, fused)
-    x, normed = ops.add_norm(x if rows is None else x[:, :rows], *branch, None if step else norm2)
+    x, normed = ops.add_norm(x if rows is None else x[:, :rows], *branch, None if step else norm2, backend=backend)
     to = None
     if isinstance(step, Prune):
         if scores is None:
@@ -108,7 +110,7 @@ def forward(
         match = ops.match_tokens(k, step.r, prefix)
         to = _merged_to(match, x.shape[1]) if track else None
         x, size, normed = ops.merge_tokens(x, match, size, norm2)
-    x, normed = ops.add_norm(x, *parts.mlp(x, normed, fused), after)
+    x, normed = ops.add_norm(x, *parts.mlp(x, normed, fused), after, backend=backend)
     return Moved(x, normed, size, to)
 
 

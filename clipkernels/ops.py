@@ -72,9 +72,7 @@ def attention(
     Source: the size bias is ToMe's proportional attention, arXiv 2210.09461, section 3.
     """
     checks.check_attention(q, k, v, size, signal, prefix)
-    chosen = _backend.choose(
-        backend, q.device, q.dtype, f"attention at head width {q.shape[-1]}", q.shape[-1] <= _HEAD_WIDTH
-    )
+    chosen = _heads_backend(backend, q, "attention")
     if chosen == "reference":
         return reference.attention(q, k, v, size, signal, prefix)
     # SDPA is the faster one until a bias by size sends it to a slower kernel; see bench/NOTES.md.
@@ -110,9 +108,7 @@ def rank_tokens(
     Source: "mean" EViT, arXiv 2202.07800, section 3.2; "rank" TCA, arXiv 2410.14729.
     """
     checks.check_rank(q, k, heads, query, size, prefix)
-    chosen = _backend.choose(
-        backend, q.device, q.dtype, f"rank_tokens at head width {q.shape[-1]}", q.shape[-1] <= _HEAD_WIDTH
-    )
+    chosen = _heads_backend(backend, q, "rank_tokens")
     run = reference.rank_tokens if chosen == "reference" else _attention.rank_tokens
     return run(q, k, heads, query, size, prefix)
 
@@ -251,3 +247,9 @@ def add_norm(
     checks.check_add_norm(x, y, bias, scale, norm)
     chosen = _backend.choose(backend, x.device, x.dtype, "add_norm")
     return (reference.add_norm if chosen == "reference" else _epilogue.add_norm)(x, y, bias, scale, norm)
+
+
+def _heads_backend(backend: Backend, q: Tensor, op: str) -> str:
+    """The backend for queries (B,H,M,D)."""
+    width = q.shape[-1]
+    return _backend.choose(backend, q.device, q.dtype, f"{op} at head width {width}", width <= _HEAD_WIDTH)

@@ -167,15 +167,16 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
 
 
 def bias_act(x: Tensor, bias: Tensor | None, act: Act) -> Tensor:
-    x = x if bias is None else x + bias
+    z = x if bias is None else x + bias
     if act == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+        return (z * torch.sigmoid(1.702 * z)).to(x.dtype)
+    return gelu(z, approximate="tanh" if act == "gelu_tanh" else "none").to(x.dtype)
 
 
 def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> Added:
     y = y if bias is None else y + bias
     tokens = x + (y if scale is None else y * scale)
+    tokens = tokens.to(x.dtype)  # vectors may be wider
     return Added(tokens, _norm(tokens, norm))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clipkernels.backend import interpreting
 
@@ -30,14 +31,45 @@ def assert_within_budget(came: Tensor, exact: Tensor, eager: Tensor) -> None:
     assert error <= allowed, f"error {error:.3e} is above the budget {allowed:.3e}"
 
 
-def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An uninitialised tensor filled with NaN, so that a row left unwritten shows."""
-    return torch.full(shape, float("nan"), dtype=dtype)
+class guarded(TorchFunctionMode):
+    """Inside this context new uninitialised tensors hold NaN (or a large integer), between guards.
+
+    Leaving it checks the guards, so that a row left unwritten shows as NaN and a store out of bounds as an error.
+
+    Raises:
+        AssertionError: something was stored outside of its tensor.
+    """
+
+    GUARD = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func not in (torch.empty, torch.empty_like, Tensor.new_empty) or not made.is_contiguous():
+            return made
+        size = made.numel()
+        poison = float("nan") if made.is_floating_point() else torch.iinfo(made.dtype).max
+        buffer = torch.full((size + 2 * self.GUARD,), poison, dtype=made.dtype, device=made.device)
+        self.buffers.append((buffer, size))
+        return buffer[self.GUARD : self.GUARD + size].view(made.shape)
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for buffer, size in self.buffers:
+            around = torch.cat([buffer[: self.GUARD], buffer[self.GUARD + size :]])
+            whole = around.isnan() if around.is_floating_point() else around == torch.iinfo(around.dtype).max
+            assert whole.all(), f"a kernel stored outside of its output of {size} {buffer.dtype}"
 
 
 def strided(x: Tensor) -> Tensor:
     """The same values as x with gaps of NaN between the rows of its last two axes: a non-contiguous view."""
-    wide = poisoned(*x.shape[:-2], 2 * x.shape[-2], x.shape[-1] + 3, dtype=x.dtype)
+    shape = (*x.shape[:-2], 2 * x.shape[-2], x.shape[-1] + 3)
+    wide = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
     view = wide[..., ::2, 1:-2]
     view.copy_(x)
     return view

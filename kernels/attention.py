@@ -1,6 +1,6 @@
 """Attention that also says who matters: non-causal, over at most a thousand tokens, from the packed projection.
 
-    p = softmax(q k^T / D**0.5 + log size);  out = p v;  cls_h = p_h0;  received = mean over heads and queries of p
+    p_ij ∝ size_j · exp(q_i·k_j / D**0.5);  out = p v;  cls_h = p_h0;  received = mean over heads and queries of p
 
 Reads Q, K, V once (3·B·N·C) and writes B·N·C; the CLS row adds B·H·P fp32 and no read of K, because the programs that
 hold query 0 keep its logits as they pass. What each patch receives needs the final sums: each program goes over its
@@ -20,8 +20,8 @@ from clipkernels.kernels.rank import LOG2E, normalize_row, reduce_scores
 
 @triton.jit
 def _logits(
-    q, k_ptr, size_ptr, offs_n, offs_d, N, scale, stride_kn,
-    D: tl.constexpr, SIZED: tl.constexpr, WIDE: tl.constexpr,
+    q, k_ptr, offs_n, offs_d, N, scale, stride_kn,
+    D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Logits [BLOCK_M, BLOCK_N] in units of log2; -inf beyond N."""
     mask = (offs_d < D)[:, None] & (offs_n < N)[None, :]
@@ -29,8 +29,6 @@ def _logits(
     if WIDE:
         k = k.to(tl.float32)
     s = tl.dot(q, k, input_precision="ieee") * scale
-    if SIZED:
-        s += tl.log2(tl.load(size_ptr + offs_n, mask=offs_n < N, other=1.0).to(tl.float32))[None, :]
     return tl.where((offs_n < N)[None, :], s, float("-inf"))
 
 
@@ -48,14 +46,15 @@ def _attend(
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(TILES):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        s = _logits(q, k_ptr, size_ptr, offs_n, offs_d, N, scale, stride_kn, D, SIZED, WIDE)
+        s = _logits(q, k_ptr, offs_n, offs_d, N, scale, stride_kn, D, WIDE)
         if ROW:
             first = tl.sum(tl.where((offs_m == 0)[:, None], s, 0.0), 0)
             tl.store(row_ptr + offs_n - prefix, first, mask=(offs_n >= prefix) & (offs_n < N))
         higher = tl.maximum(most, tl.max(s, 1))
-        base = tl.where(higher > float("-inf"), higher, 0.0)  # nothing but keys of size 0 so far
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(most - base)
+        p = tl.exp2(s - higher[:, None])
+        if SIZED:  # exp(s + log size) = size·exp(s)
+            p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        shrink = tl.exp2(most - higher)
         total = total * shrink + tl.sum(p, 1)
         most = higher
         if OUT:
@@ -96,7 +95,7 @@ def _attention_kernel(
             )  # fmt: skip
             first_most = tl.sum(tl.where(offs_m == 0, most, 0.0), 0)
             first_total = tl.sum(tl.where(offs_m == 0, total, 0.0), 0)
-            normalize_row(row_ptr, first_most, first_total, N, prefix, TILES, BLOCK_N)
+            normalize_row(row_ptr, size_ptr, first_most, first_total, N, prefix, SIZED, TILES, BLOCK_N)
         else:
             acc, total, most, p = _attend(
                 q, k_ptr, v_ptr, size_ptr, row_ptr, offs_m, N, prefix, scale, stride_kn, stride_vn,
@@ -115,8 +114,9 @@ def _attention_kernel(
         for again in range(TILES):
             offs_n = again * BLOCK_N + tl.arange(0, BLOCK_N)
             if TILES > 1:
-                s = _logits(q, k_ptr, size_ptr, offs_n, offs_d, N, scale, stride_kn, D, SIZED, WIDE)
-                p = tl.exp2(s - most[:, None])
+                p = tl.exp2(_logits(q, k_ptr, offs_n, offs_d, N, scale, stride_kn, D, WIDE) - most[:, None])
+                if SIZED:
+                    p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
             share = tl.where((offs_m < M)[:, None], p / total[:, None], 0.0)
             tl.store(row_ptr + offs_n - prefix, tl.sum(share, 0), mask=(offs_n >= prefix) & (offs_n < N))
 

@@ -20,16 +20,18 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def normalize_row(
-    row_ptr, most, total, N, prefix,
-    TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+    row_ptr, size_ptr, most, total, N, prefix,
+    SIZED: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Turns logits in units of log2, stored without the prefix, into a softmax of known maximum and sum, in place."""
     tl.debug_barrier()  # other threads of this program stored them
     for tile in range(TILES):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mine = (offs_n >= prefix) & (offs_n < N)
-        logit = tl.load(row_ptr + offs_n - prefix, mask=mine, other=0.0)
-        tl.store(row_ptr + offs_n - prefix, tl.exp2(logit - most) / total, mask=mine)
+        p = tl.exp2(tl.load(row_ptr + offs_n - prefix, mask=mine, other=0.0) - most)
+        if SIZED:
+            p *= tl.load(size_ptr + offs_n, mask=mine, other=0.0).to(tl.float32)
+        tl.store(row_ptr + offs_n - prefix, p / total, mask=mine)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -44,6 +46,7 @@ def _cls_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
     k_ptr += batch * stride_kb + head * stride_kh
+    size_ptr += batch * N
     row_ptr = out_ptr + (batch * H + head) * (N - prefix)
     most, total = float("-inf"), 0.0
     for tile in range(TILES):
@@ -51,15 +54,15 @@ def _cls_kernel(
         mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
         k = tl.load(k_ptr + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :], mask=mask, other=0.0)
         logit = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale  # [BLOCK_N]
-        if SIZED:
-            logit += tl.log2(tl.load(size_ptr + batch * N + offs_n, mask=offs_n < N, other=1.0).to(tl.float32))
         logit = tl.where(offs_n < N, logit, float("-inf"))
         tl.store(row_ptr + offs_n - prefix, logit, mask=(offs_n >= prefix) & (offs_n < N))
         higher = tl.maximum(most, tl.max(logit, 0))
-        base = tl.where(higher > float("-inf"), higher, 0.0)  # nothing but keys of size 0 so far
-        total = total * tl.exp2(most - base) + tl.sum(tl.exp2(logit - base), 0)
+        p = tl.exp2(logit - higher)
+        if SIZED:  # exp(s + log size) = size·exp(s)
+            p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        total = total * tl.exp2(most - higher) + tl.sum(p, 0)
         most = higher
-    normalize_row(row_ptr, most, total, N, prefix, TILES, BLOCK_N)
+    normalize_row(row_ptr, size_ptr, most, total, N, prefix, SIZED, TILES, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["P"])

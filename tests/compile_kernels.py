@@ -4,8 +4,8 @@
     python tests/compile_kernels.py --all --write bench/results/compiled.csv
     python tests/compile_kernels.py --towers H-14 --targets sm_80 --kernels attention
 
-Every launcher is called on meta tensors at the shapes of CLIP towers with the launch itself replaced by a recorder; what
-was recorded is compiled for each target. Exit status 1 if a kernel spills more than its budget, needs more shared
+Every launcher is called on meta tensors at the shapes of CLIP towers with the launch itself replaced by a recorder, and
+what was recorded is compiled for each target. Exit status 1 if a kernel spills more than its budget, needs more shared
 memory than the target has, or lacks the wide loads and matrix instructions it is designed for.
 """
 
@@ -189,14 +189,13 @@ def build(
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm["amdgcn"])[1])
         spills = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", asm["amdgcn"])
         spilled = sum(map(int, spills))
-        wide, matrix = "dwordx4" in asm["amdgcn"] or "_b128" in asm["amdgcn"], "v_mfma" in asm["amdgcn"]
+        wide, matrix = "dwordx4" in asm["amdgcn"] or "_b128" in asm["amdgcn"], "mfma" * ("v_mfma" in asm["amdgcn"])
     else:
+        ptx = asm["ptx"]
         usage = resources(asm["cubin"])
         registers, spilled = int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
-        wide = bool(
-            re.search(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.c[ag][.\w]* \[[^]]*\], \[[^]]*\], 0x10", asm["ptx"])
-        )
-        matrix = bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", asm["ptx"]))
+        wide = bool(re.search(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.c[ag][.\w]* \[[^]]*\], \[[^]]*\], 0x10", ptx))
+        matrix = " ".join(sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))))
     constants = {kernel.arg_names[place]: value for (place,), value in constants.items()}
     floats = {text for text in signature.values() if text in ("*bf16", "*fp16")}
     return {

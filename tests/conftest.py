@@ -1,6 +1,7 @@
 """Runs Triton kernels in Triton's interpreter where there is no GPU: that must be decided before triton is imported."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 GPU = any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/kfd"))
@@ -11,12 +12,27 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import clipkernels as ck  # noqa: E402
+from clipkernels.testing import guarded  # noqa: E402
 
 
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels run here: a GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Either backend; what the kernels allocate is poisoned and guarded."""
+    return request.getfixturevalue("triton") if request.param == "triton" else request.param
+
+
+@pytest.fixture
+def triton() -> Iterator[str]:
+    """The Triton backend's name; what its kernels allocate is poisoned and guarded."""
+    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    with guarded():
+        yield "triton"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import clipkernels as ck
+from clipkernels.backend import interpreting
 from clipkernels.testing import assert_within_budget, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,12 +37,16 @@ def literal_merge(x, kept, source, target, size):
     return torch.stack(tokens), torch.stack(sizes)
 
 
-def duplicates(batch=3, tokens=16, width=8):
+def normal(device, *shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def duplicates(device, batch=3, tokens=16, width=8):
     """Tokens drawn from four vectors: every similarity is tied many times over."""
     generator = torch.Generator().manual_seed(0)
     # Signed unit axes: similarities are exactly -1, 0 or 1 in every precision.
     pool = torch.cat([torch.eye(width)[:2], -torch.eye(width)[:2]])
-    return pool[torch.randint(4, (batch, tokens), generator=generator)]
+    return pool[torch.randint(4, (batch, tokens), generator=generator)].to(device)
 
 
 @pytest.mark.parametrize(
@@ -58,45 +63,47 @@ def test_matching_is_the_definition_on_random_tokens(tokens, prefix, r):
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 @pytest.mark.parametrize("r", [0, 1, 4, 7])
-def test_matching_is_the_definition_on_tied_and_duplicate_tokens(prefix, r):
-    metric = duplicates()
-    match = ck.ops.match_tokens(metric, r, prefix)
+def test_matching_is_the_definition_on_tied_and_duplicate_tokens(device, backend, prefix, r):
+    metric = duplicates(device)
+    match = ck.ops.match_tokens(metric, r, prefix, backend=backend)
     for image in range(len(metric)):
         assert [index[image].tolist() for index in match] == list(literal_match(metric[image], r, prefix))
 
 
-def test_the_prefix_neither_merges_nor_is_merged_into():
-    metric = torch.ones(1, 9, 4)
-    match = ck.ops.match_tokens(metric, 3, prefix=3)
+def test_the_prefix_neither_merges_nor_is_merged_into(device, backend):
+    metric = torch.ones(1, 9, 4, device=device)
+    match = ck.ops.match_tokens(metric, 3, prefix=3, backend=backend)
     assert match.source.tolist() == [[2, 3, 4]]
     assert match.target.tolist() == [[1, 1, 1]]
 
 
-def test_nan_similarity_counts_as_the_smallest():
-    metric = torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(2))
+def test_nan_similarity_counts_as_the_smallest(device, backend):
+    metric = normal(device, 1, 8, 4, seed=2)
     metric[0, 2] = float("nan")
-    match = ck.ops.match_tokens(metric, 2, prefix=0)
+    match = ck.ops.match_tokens(metric, 2, prefix=0, backend=backend)
     assert [index[0].tolist() for index in match] == list(literal_match(metric[0], 2, 0))
     assert 1 in match.kept[0].tolist()
 
 
-def test_matching_looks_at_directions_only():
-    metric = torch.randn(2, 33, 16, generator=torch.Generator().manual_seed(3))
-    scaled = metric * torch.logspace(-3, 3, 33)[None, :, None]
-    for one, other in zip(ck.ops.match_tokens(metric, 9), ck.ops.match_tokens(scaled, 9), strict=True):
+def test_matching_looks_at_directions_only(device, backend):
+    metric = normal(device, 2, 33, 16, seed=3)
+    scaled = metric * torch.logspace(-3, 3, 33, device=device)[None, :, None]
+    for one, other in zip(
+        ck.ops.match_tokens(metric, 9, backend=backend), ck.ops.match_tokens(scaled, 9, backend=backend), strict=True
+    ):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize(("tokens", "r"), [(1, 0), (2, 0), (3, 1), (63, 20), (65, 32), (257, 13)])
-def test_merging_is_the_size_weighted_mean(tokens, r, sized, dtype):
+def test_merging_is_the_size_weighted_mean(device, backend, tokens, r, sized, dtype):
+    x = normal(device, 2, tokens, 24, seed=4, dtype=dtype)
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn(2, tokens, 24, generator=generator).to(dtype)
-    size = torch.randint(1, 9, (2, tokens), generator=generator).float() if sized else None
-    match = ck.ops.match_tokens(torch.randn(2, tokens, 8, generator=generator), r)
-    merged = ck.ops.merge_tokens(x, match, size)
-    ones = torch.ones(2, tokens)
+    size = torch.randint(1, 9, (2, tokens), generator=generator).float().to(device) if sized else None
+    match = ck.ops.match_tokens(normal(device, 2, tokens, 8, seed=5), r, backend=backend)
+    merged = ck.ops.merge_tokens(x, match, size, backend=backend)
+    ones = torch.ones(2, tokens, device=device)
     for image in range(2):
         indices = [index[image].tolist() for index in match]
         exact, sizes = literal_merge(x[image], *indices, (ones if size is None else size)[image])
@@ -104,13 +111,13 @@ def test_merging_is_the_size_weighted_mean(tokens, r, sized, dtype):
         assert torch.equal(merged.size[image].double(), sizes)
 
 
-def test_sizes_add_up_to_the_tokens_at_the_start():
-    x = torch.randn(3, 65, 16, generator=torch.Generator().manual_seed(5))
+def test_sizes_add_up_to_the_tokens_at_the_start(device, backend):
+    x = normal(device, 3, 65, 16, seed=5)
     size = None
     for r in (32, 16, 8, 4):
-        match = ck.ops.match_tokens(x, r)
-        x, size, _ = ck.ops.merge_tokens(x, match, size)
-        assert torch.equal(size.sum(1), torch.full((3,), 65.0))
+        match = ck.ops.match_tokens(x, r, backend=backend)
+        x, size, _ = ck.ops.merge_tokens(x, match, size, backend=backend)
+        assert torch.equal(size.sum(1), torch.full((3,), 65.0, device=device))
     assert x.shape[1] == 5
 
 
@@ -129,29 +136,37 @@ def test_the_order_of_the_sources_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_tokens_merge_to_themselves_and_untouched_ones_are_bit_equal(dtype):
+def test_equal_tokens_merge_to_themselves_and_untouched_ones_are_bit_equal(device, backend, dtype):
     generator = torch.Generator().manual_seed(7)
-    x = torch.randn(1, 64, 24, generator=generator).to(dtype)
+    x = normal(device, 1, 64, 24, seed=7, dtype=dtype)
     x[:, ::2] = x[:, 1::2]
-    size = torch.randint(1, 9, (1, 64), generator=generator).float()
-    match = ck.ops.Match(torch.arange(16, 32)[None], torch.arange(16)[None], torch.arange(16)[None])
-    merged = ck.ops.merge_tokens(x, match, size)
+    size = torch.randint(1, 9, (1, 64), generator=generator).float().to(device)
+    half = torch.arange(32, device=device)[None]
+    match = ck.ops.Match(half[:, 16:], half[:, :16], half[:, :16])
+    merged = ck.ops.merge_tokens(x, match, size, backend=backend)
     assert torch.equal(merged.tokens, torch.cat([x[:, 32::2], x[:, 1::2]], 1))
 
 
-def test_any_strides_give_the_same_result():
-    x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(8))
-    match = ck.ops.match_tokens(x, 5)
-    gaps = ck.ops.match_tokens(strided(x), 5)
+def test_any_strides_give_the_same_result(device, backend):
+    x = normal(device, 2, 17, 24, seed=8)
+    match = ck.ops.match_tokens(x, 5, backend=backend)
+    gaps = ck.ops.match_tokens(strided(x), 5, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(match, gaps, strict=True))
-    assert torch.equal(ck.ops.merge_tokens(x, match).tokens, ck.ops.merge_tokens(strided(x), match).tokens)
+    assert torch.equal(
+        ck.ops.merge_tokens(x, match, backend=backend).tokens,
+        ck.ops.merge_tokens(strided(x), match, backend=backend).tokens,
+    )
 
 
-def test_norm_is_the_layer_norm_of_the_result():
-    x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(9))
-    weight, bias = torch.randn(2, 24, generator=torch.Generator().manual_seed(10))
-    merged = ck.ops.merge_tokens(x, ck.ops.match_tokens(x, 5), norm=(weight, bias, 1e-5))
-    torch.testing.assert_close(merged.normed, torch.nn.functional.layer_norm(merged.tokens, (24,), weight, bias, 1e-5))
+def test_norm_is_the_layer_norm_of_the_result(device, backend):
+    x = normal(device, 2, 17, 24, seed=9)
+    weight, bias = normal(device, 2, 24, seed=10)
+    merged = ck.ops.merge_tokens(
+        x, ck.ops.match_tokens(x, 5, backend=backend), norm=(weight, bias, 1e-5), backend=backend
+    )
+    exact = torch.nn.functional.layer_norm(merged.tokens.double(), (24,), weight.double(), bias.double(), 1e-5)
+    eager = torch.nn.functional.layer_norm(merged.tokens, (24,), weight, bias, 1e-5)
+    assert_within_budget(merged.normed, exact, eager)
 
 
 def test_merging_passes_gradcheck_in_double_and_matching_carries_no_gradient():
@@ -163,16 +178,16 @@ def test_merging_passes_gradcheck_in_double_and_matching_carries_no_gradient():
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_every_batch_size_works(batch):
-    x = torch.randn(3, 17, 8, generator=torch.Generator().manual_seed(12))[:batch]
-    merged = ck.ops.merge_tokens(x, ck.ops.match_tokens(x, 4))
+def test_every_batch_size_works(device, backend, batch):
+    x = normal(device, 3, 17, 8, seed=12)[:batch]
+    merged = ck.ops.merge_tokens(x, ck.ops.match_tokens(x, 4, backend=backend), backend=backend)
     assert merged.tokens.shape == (batch, 13, 8) and merged.size.shape == (batch, 13)
 
 
 @pytest.mark.parametrize(
     ("metric", "r", "prefix", "message"),
     [
-        (torch.randn(2, 9), 1, 1, r"metric must be \(B,N,D\), got \(2,9\)"),
+        (torch.randn(2, 9), 1, 1, r"metric must be \(B,N,D\) or \(B,H,N,D\), got \(2,9\)"),
         (torch.randn(2, 9, 4), 5, 1, r"r must be an int from 0 to \(N - prefix\)//2 = 4, got 5"),
         (torch.randn(2, 9, 4), -1, 1, "got -1"),
         (torch.randn(2, 9, 4), 1.0, 1, "got 1.0"),
@@ -196,11 +211,11 @@ def test_a_match_of_other_tokens_is_refused():
         ck.ops.merge_tokens(x, ck.ops.match_tokens(x, 2), size=torch.ones(2, 8))
 
 
-def test_the_prefix_stays_even_when_everything_else_is_nan():
-    metric = torch.full((1, 9, 4), float("nan"))
+def test_the_prefix_stays_even_when_everything_else_is_nan(device, backend):
+    metric = torch.full((1, 9, 4), float("nan"), device=device)
     metric[0, :3] = 1
     for prefix in (1, 2, 3):
-        match = ck.ops.match_tokens(metric, 3, prefix=prefix)
+        match = ck.ops.match_tokens(metric, 3, prefix=prefix, backend=backend)
         assert match.source.min() * 2 >= prefix
         assert match.target.min() * 2 + 1 >= prefix
 
@@ -211,3 +226,100 @@ def test_autocast_does_not_narrow_the_similarities():
     with torch.autocast("cpu", torch.bfloat16):
         came = ck.ops.match_tokens(metric, 26)
     assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+
+
+def test_per_head_keys_are_averaged_in_their_dtype_first(device, backend):
+    keys = (normal(device, 2, 3, 33, 16, seed=14) * 8).round() / 8  # every mean is exact up to its last rounding
+    for dtype in (torch.float32, torch.float16):
+        came = ck.ops.match_tokens(keys.to(dtype), 9, backend=backend)
+        expected = ck.ops.match_tokens(keys.to(dtype).mean(1), 9, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "r"), [(3, 1, 1), (64, 0, 32), (65, 1, 13), (65, 5, 30), (257, 1, 16)])
+def test_the_kernel_matches_as_the_reference_does(device, triton, tokens, prefix, r):
+    metric = normal(device, 2, tokens, 64, seed=15)
+    came = ck.ops.match_tokens(metric, r, prefix, backend=triton)
+    expected = ck.ops.match_tokens(metric, r, prefix, backend="reference")
+    assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+
+
+def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, triton):
+    x, keys = normal(device, 3, 65, 48, seed=16), normal(device, 3, 2, 65, 16, seed=17)
+    size = torch.arange(1.0, 66, device=device).expand(3, -1)
+    norm = (x[0, 0], x[0, 1], 1e-5)
+
+    def run(batch):
+        match = ck.ops.match_tokens(keys[:batch], 20, backend=triton)
+        return *match, *ck.ops.merge_tokens(x[:batch], match, size[:batch], norm, backend=triton)
+
+    for whole, one, again in zip(run(3), run(1), run(3), strict=True):
+        assert torch.equal(whole[:1], one) and torch.equal(whole, again)
+
+
+def test_a_source_without_bounds_spoils_its_own_target_alone(device, backend):
+    x = normal(device, 1, 9, 8, seed=18)
+    x[0, 0], x[0, 2] = float("nan"), float("inf")
+    pairs = torch.arange(2, device=device)[None]
+    match = ck.ops.Match(torch.tensor([[2, 3, 4]], device=device), pairs, pairs)
+    merged = ck.ops.merge_tokens(x, match, backend=backend).tokens
+    assert merged[0, 3].isnan().all() and (merged[0, 4] == float("inf")).all()
+    assert torch.equal(merged[:, [0, 1, 2, 5, 6]], x[:, [4, 6, 8, 5, 7]])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+def test_the_kernel_has_the_gradients_of_the_reference(device, triton, sized, normed):
+    x = normal(device, 2, 17, 24, seed=19).requires_grad_()
+    weight, bias = (w.requires_grad_() for w in normal(device, 2, 24, seed=20).unbind())
+    size = torch.arange(1.0, 18, device=device).expand(2, -1) if sized else None
+    match = ck.ops.match_tokens(x, 7)
+    grads = []
+    for backend in ("reference", triton):
+        merged = ck.ops.merge_tokens(x, match, size, (weight, bias, 1e-5) if normed else None, backend=backend)
+        loss = (merged.tokens * torch.linspace(-1, 1, 24, device=device)).sum()
+        if normed:
+            loss = loss + (merged.normed * torch.linspace(2, -1, 24, device=device)).sum()
+        grads.append(torch.autograd.grad(loss, (x, weight, bias), allow_unused=True, materialize_grads=True))
+    for reference, kernel in zip(*grads, strict=True):
+        torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+def test_the_operators_pass_opcheck(device, sized, normed):
+    pytest.importorskip("triton")
+    x = normal(device, 2, 9, 16, seed=21)
+    match = ck.ops.match_tokens(x, 3)
+    weight = torch.ones(16, device=device) if normed else None
+    size = torch.ones(2, 9, device=device) if sized else None
+    arguments = (x.requires_grad_(), *match, size, weight, weight, 1e-5)
+    torch.library.opcheck(torch.ops.clipkernels.merge_tokens.default, arguments)
+    torch.library.opcheck(torch.ops.clipkernels.match_tokens.default, (x.detach(), 3, 1))
+
+
+def test_matching_and_merging_compile_into_one_graph(device):
+    pytest.importorskip("triton")
+    x = normal(device, 2, 17, 24, seed=22)
+
+    def reduce(x, backend="triton"):
+        match = ck.ops.match_tokens(x, 5, backend=backend)
+        return ck.ops.merge_tokens(x, match, backend=backend).tokens * 2
+
+    came = torch.compile(reduce, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(came, reduce(x, "reference"))
+
+
+def test_the_kernels_read_through_strides_beyond_32_bits(tmp_path, triton):
+    if not interpreting():
+        pytest.skip("the sparse file is CPU memory, which kernels read under the interpreter alone")
+    # A sparse file: 4 GiB of addresses, a few pages of disk.
+    stride = 2**30 + 8
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + 8, dtype=torch.float16)
+    x = memory.as_strided((1, 3, 8), (3 * stride, stride, 1))
+    x.copy_(normal("cpu", 1, 3, 8, seed=23))
+    match = ck.ops.match_tokens(x, 1, prefix=0, backend=triton)
+    near = x.clone()
+    assert all(torch.equal(a, b) for a, b in zip(match, ck.ops.match_tokens(near, 1, prefix=0), strict=True))
+    far, expected = ck.ops.merge_tokens(x, match, backend=triton), ck.ops.merge_tokens(near, match, backend=triton)
+    assert torch.equal(far.tokens, expected.tokens)

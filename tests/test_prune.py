@@ -1,21 +1,14 @@
 """prune_tokens: both backends against a literal reading in fp64."""
 
-import inspect
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import clipkernels as ck
-from clipkernels.backend import _HAS_TRITON, interpreting
+from clipkernels.backend import interpreting
 from clipkernels.testing import assert_within_budget, strided
 
-needs_triton = pytest.mark.skipif(not _HAS_TRITON, reason="triton is not installed: it is on Linux alone")
-BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -43,7 +36,6 @@ def inputs(device, batch=2, tokens=17, width=24, prefix=1, dtype=torch.float32, 
     return x, torch.rand(batch, tokens - prefix, generator=generator).to(device)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "prefix", "keep"),
@@ -53,7 +45,6 @@ def test_kept_rows_are_bit_equal_and_the_fused_one_within_budget(device, backend
     _check(backend, *inputs(device, tokens=tokens, prefix=prefix, dtype=dtype), keep, prefix)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_577_tokens_of_a_336_pixel_tower_are_served(device, backend):
     # Few kept rows: under the interpreter every tile of them costs seconds at this length.
     _check(backend, *inputs(device, batch=1, tokens=577), 31, 1)
@@ -69,7 +60,6 @@ def _check(backend, x, scores, keep, prefix):
     assert_within_budget(came.tokens[:, -1], exact[:, -1], eager)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_go_to_the_lower_index(device, backend):
     x, _ = inputs(device, batch=1, tokens=9)
     scores = torch.tensor([[1.0, 2, 1, 2, 1, 2, 1, 1]], device=device)
@@ -77,7 +67,6 @@ def test_ties_go_to_the_lower_index(device, backend):
     assert ck.ops.prune_tokens(x, torch.zeros_like(scores), 3, backend=backend).index.tolist() == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", range(9))
 def test_nan_and_infinite_scores_still_write_exactly_keep_rows(device, backend, keep):
     x, _ = inputs(device, batch=2, tokens=9)
@@ -89,7 +78,6 @@ def test_nan_and_infinite_scores_still_write_exactly_keep_rows(device, backend, 
     torch.testing.assert_close(came.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_keeping_everything_appends_a_row_of_zeros(device, backend):
     x, scores = inputs(device)
     came = ck.ops.prune_tokens(x, scores, 16, fuse=True, backend=backend)
@@ -97,7 +85,6 @@ def test_keeping_everything_appends_a_row_of_zeros(device, backend):
     assert torch.equal(came.tokens[:, -1], torch.zeros_like(x[:, 0]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("heads", ["mean", "rank"])
 def test_per_head_scores_are_reduced_first(device, backend, heads):
     x, _ = inputs(device)
@@ -116,7 +103,6 @@ def test_per_head_scores_are_reduced_first(device, backend, heads):
     torch.testing.assert_close(came.tokens.double(), exact, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_norm_is_the_layer_norm_of_the_result(device, backend, dtype):
     x, scores = inputs(device, width=40, dtype=dtype)
@@ -128,7 +114,6 @@ def test_norm_is_the_layer_norm_of_the_result(device, backend, dtype):
     assert_within_budget(came.normed, exact, eager)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides_give_the_same_result(device, backend):
     x, scores = inputs(device)
     expected = ck.ops.prune_tokens(x, scores, 6, True, backend=backend)
@@ -138,8 +123,7 @@ def test_any_strides_give_the_same_result(device, backend):
     assert all(torch.equal(shared.tokens[i], expected.tokens[0]) for i in range(3))
 
 
-@needs_triton
-def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path):
+def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
     # A sparse file: 4 GiB of addresses, three pages of disk.
     stride = 2**30 + 8
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + 8, dtype=torch.float16)
@@ -153,9 +137,8 @@ def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path):
     assert torch.equal(came.tokens, torch.stack([values[:, 0], values[:, 2], values[:, 1] / 4], 1))
 
 
-@needs_triton
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, batch):
+def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, batch, triton):
     x, scores = inputs(device, batch=3, tokens=65, width=48)
     norm = (torch.ones(48, device=device), torch.zeros(48, device=device), 1e-5)
     whole = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend="triton")
@@ -165,11 +148,10 @@ def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, batch):
         assert torch.equal(all_rows[:batch], some) and torch.equal(all_rows, rerun)
 
 
-@needs_triton
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("heads", "per_head"), [("mean", 0), ("mean", 3), ("rank", 3)])
 @pytest.mark.parametrize("fuse", [False, True])
-def test_the_kernel_has_the_gradients_of_the_reference(device, fuse, heads, per_head, norm):
+def test_the_kernel_has_the_gradients_of_the_reference(device, fuse, heads, per_head, norm, triton):
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 17, 24, generator=generator).to(device).requires_grad_()
     scores = torch.rand(2, *([per_head] if per_head else []), 16, generator=generator).to(device).requires_grad_()
@@ -195,9 +177,9 @@ def test_the_reference_passes_gradcheck_in_double():
     )
 
 
-@needs_triton
 @pytest.mark.parametrize(("fuse", "per_head", "normed"), list(itertools.product([False, True], [0, 2], [False, True])))
 def test_the_operator_passes_opcheck(device, fuse, per_head, normed):
+    pytest.importorskip("triton")
     x, scores = inputs(device, tokens=9, width=16)
     scores = scores[:, None].repeat(1, per_head, 1) if per_head else scores
     weight = torch.ones(16, device=device) if normed else None
@@ -205,29 +187,13 @@ def test_the_operator_passes_opcheck(device, fuse, per_head, normed):
     torch.library.opcheck(torch.ops.clipkernels.prune_tokens.default, arguments)
 
 
-@needs_triton
 def test_the_operator_compiles_into_one_graph(device):
+    pytest.importorskip("triton")
     x, scores = inputs(device)
     pruned = torch.compile(
         lambda x, s: ck.ops.prune_tokens(x, s, 5, backend="triton").tokens * 2, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(pruned(x, scores), ck.ops.prune_tokens(x, scores, 5).tokens * 2)
-
-
-@needs_triton
-@pytest.mark.parametrize("shapes", [[], pytest.param(["--all"], marks=pytest.mark.slow)], ids=["one shape", "all"])
-def test_every_kernel_compiles_ahead_of_time_for_nvidia_and_amd(shapes):
-    from triton.compiler import ASTSource
-
-    if "constexprs" not in inspect.signature(ASTSource).parameters:
-        pytest.skip("compiling without a GPU is written against the ASTSource of triton 3.3 and newer")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *shapes], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["sm_90", "gfx942"]
 
 
 @pytest.mark.parametrize(
@@ -244,40 +210,22 @@ def test_every_kernel_compiles_ahead_of_time_for_nvidia_and_amd(shapes):
         ({"heads": "max"}, 'heads must be "mean" or "rank", got \'max\''),
         (
             {"norm": (torch.ones(23), torch.ones(24), 1e-5)},
-            r"norm must hold a weight \(C,\) = \(24\) on cpu, got \(23\)",
+            r"norm's weight must be \(C,\) = \(24\) on cpu, got \(23\)",
         ),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_arguments_are_named_on_every_backend(backend, change, message):
     x, scores = inputs("cpu")
     with pytest.raises(ValueError, match=message):
         ck.ops.prune_tokens(**{"x": x, "scores": scores, "keep": 4, **change}, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_strided_norm_is_read_as_it_is(device, backend):
     x, scores = inputs(device)
     pair = torch.randn(24, 2, generator=torch.Generator().manual_seed(6)).to(device)
     came = ck.ops.prune_tokens(x, scores, 4, norm=(pair[:, 0], pair[:, 1], 1e-5), backend=backend).normed
     exact = torch.nn.functional.layer_norm(x[:, :1], (24,), pair[:, 0], pair[:, 1])
     torch.testing.assert_close(came[:, :1], exact)
-
-
-@needs_triton
-def test_a_row_the_kernel_did_not_write_would_show(device, monkeypatch):
-    x, scores = inputs(device, tokens=65, width=40)
-    expected = ck.ops.prune_tokens(x, scores, 20, True, norm=(x[0, 0], x[0, 1], 1e-5))
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(1).isnan()
-        came = ck.ops.prune_tokens(x, scores, 20, True, norm=(x[0, 0], x[0, 1], 1e-5), backend="triton")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert torch.equal(came.index, expected.index)
-    torch.testing.assert_close(came.tokens, expected.tokens)
-    torch.testing.assert_close(came.normed, expected.normed, atol=1e-5, rtol=1e-4)
 
 
 def test_scores_may_be_wider_or_narrower_than_the_tokens():

@@ -1,0 +1,163 @@
+"""Whole towers on the Triton backend: the kernels where a GPU runs them, against the same tower on the reference."""
+
+import pytest
+import torch
+from torch import nn
+
+import clipkernels as ck
+from clipkernels.testing import open_clip_tower
+
+RANDOM = ck.EViT(0.5, fuse=False, score="random")
+METHODS = [ck.Dense(), ck.EViT(0.5), RANDOM, ck.ToMe(3), ck.ToMe(2, proportional=False)]
+SMALL = {"width": 128, "image_size": 64, "patch_size": 16}
+
+
+def tower(name="ViT-B-32", **vision):
+    torch.manual_seed(0)
+    return open_clip_tower(name, 3, **{**SMALL, **vision})
+
+
+def images(device, batch=2):
+    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@pytest.fixture
+def on(monkeypatch, triton):
+    """Sets the backend of everything from here on."""
+    return lambda name: monkeypatch.setenv("CLIPKERNELS_BACKEND", name)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "vision"),
+    [("ViT-B-32", {}), ("ViT-B-32-quickgelu", {}), ("ViT-M-16-alt", {"ls_init_value": 0.5}), ("ViT-L-14-CLIPA", {})],
+)
+@torch.no_grad()
+def test_a_tower_gives_the_embedding_of_the_reference(device, on, name, vision, method):
+    model = ck.patch(tower(name, **vision), method).to(device)
+    on("reference")
+    expected = model.encode_image(images(device))
+    on("triton")
+    torch.testing.assert_close(model.encode_image(images(device)), expected, atol=2e-5, rtol=1e-4)
+    encoded = ck.encode_image(model, images(device), tokens=True, source=True)
+    torch.testing.assert_close(encoded.embedding, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_with_wide_norms_stays_near_fp32(device, on, dtype):
+    from open_clip.transformer import LayerNormFp32
+
+    model = tower().to(device)
+    on("reference")
+    exact = model.encode_image(images(device))
+    for module in model.visual.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = LayerNormFp32
+        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+            module.to(dtype)
+    model.visual.proj.data = model.visual.proj.data.to(dtype)
+    ck.patch(model, ck.Dense())
+    plain = model.encode_image(images(device).to(dtype)).float()
+    on("triton")
+    fused = model.encode_image(images(device).to(dtype)).float()
+    cosine = nn.functional.cosine_similarity
+    assert cosine(fused, exact).min() > 0.999
+    assert (fused - exact).norm() <= 2 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("method", [ck.Dense(), ck.EViT(0.5), ck.ToMe(3)], ids=str)
+def test_gradients_are_those_of_the_reference(device, on, method):
+    model = ck.patch(tower("ViT-B-32-quickgelu"), method).to(device)
+    weights = dict(model.visual.named_parameters())
+    gradients = []
+    for backend in ("reference", "triton"):
+        on(backend)
+        loss = model.encode_image(images(device)).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(weights.values())))
+    for reference, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, reference, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_every_sum_norm_and_activation_of_a_block_is_one_of_three_launches(device, on, monkeypatch):
+    model = ck.patch(tower("ViT-B-32-quickgelu"), ck.Dense()).to(device)
+    called, normed = [], []
+    for name in ("add_norm", "bias_act", "attention"):
+        run = getattr(ck.ops, name)
+        monkeypatch.setattr(ck.ops, name, lambda *a, name=name, run=run, **k: called.append(name) or run(*a, **k))
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda *a: normed.append(1) or torch.layer_norm(*a))
+    on("triton")
+    model.encode_image(images(device))
+    assert called == ["attention", "add_norm", "bias_act", "add_norm"] * 3
+    assert len(normed) == 3  # before the blocks, in the first, after the last: those that follow no sum
+
+
+@pytest.mark.parametrize("where", ["ln_1", "ln_2", "mlp", "mlp.gelu", "mlp.c_proj", "ls_2"])
+@torch.no_grad()
+def test_a_hook_on_what_would_be_fused_fires_and_changes_nothing(device, on, where):
+    model = ck.patch(tower(ls_init_value=0.5), ck.EViT(0.5)).to(device)
+    on("triton")
+    expected = model.encode_image(images(device))
+    fired = []
+    for block in model.visual.transformer.resblocks:
+        block.get_submodule(where).register_forward_hook(lambda *_: fired.append(1))
+    torch.testing.assert_close(model.encode_image(images(device)), expected, atol=1e-5, rtol=1e-4)
+    assert len(fired) == 3
+
+
+@torch.no_grad()
+def test_a_hook_on_every_module_fires(device, on):
+    model = ck.patch(tower(), ck.Dense()).to(device)
+    on("triton")
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(id(module)))
+    try:
+        model.encode_image(images(device))
+    finally:
+        handle.remove()
+    block = model.visual.transformer.resblocks[1]
+    assert {id(module) for module in (block.ln_1, block.ln_2, block.mlp, *block.mlp)} <= seen
+
+
+@torch.no_grad()
+def test_a_projection_of_another_class_is_called(device, on):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = tower().to(device)
+    block = model.visual.transformer.resblocks[1]
+    block.mlp.c_proj.__class__ = Adapted
+    expected = model.encode_image(images(device))
+    ck.patch(model, ck.Dense())
+    on("triton")
+    torch.testing.assert_close(model.encode_image(images(device)), expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_compiled_tower_leaves_sums_and_norms_to_the_compiler(device, monkeypatch):
+    pytest.importorskip("triton")
+    model = ck.patch(tower(), ck.EViT(0.5)).to(device)
+    expected = model.encode_image(images(device))
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
+    targets = set()
+
+    def look(graph, _):
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    came = torch.compile(model.encode_image, fullgraph=True, backend=look)(images(device))
+    torch.testing.assert_close(came, expected, atol=2e-5, rtol=1e-4)
+    ours = {target.split(".")[1] for target in targets if target.startswith("clipkernels.")}
+    assert ours == {"attention", "prune_tokens"}
+
+
+@torch.no_grad()
+def test_autocast_leaves_the_norms_to_the_host(device, on):
+    model = ck.patch(tower(), ck.Dense()).to(device)
+    expected = model.encode_image(images(device))
+    on("triton")
+    with torch.autocast(device.type, torch.bfloat16):
+        came = model.encode_image(images(device)).float()
+    assert nn.functional.cosine_similarity(came, expected).min() > 0.999
