@@ -11,22 +11,31 @@ from torch.overrides import TorchFunctionMode
 from clipkernels.backend import interpreting
 
 
-def assert_within_budget(came: Tensor, exact: Tensor, eager: Tensor) -> None:
-    """Fails unless ‖came - exact‖∞ ≤ 2‖eager - exact‖∞ + eps·‖exact‖∞.
+def budget(came: Tensor, exact: Tensor, eager: Tensor) -> float:
+    """The error that a result may have: 2‖eager - exact‖∞ + eps·‖exact‖∞.
 
     Args:
         came: what is tested, in its own dtype.
         exact: the same in fp64.
         eager: what plain PyTorch makes of the same inputs in the tested dtype.
+    """
+    # The interpreter's bf16 store truncates instead of rounding.
+    steps = 2 if came.dtype == torch.bfloat16 and interpreting() else 1
+    if not exact.numel():
+        return 0.0
+    return float(2 * (eager.double() - exact).abs().max() + steps * torch.finfo(came.dtype).eps * exact.abs().max())
+
+
+def assert_within_budget(came: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """Fails unless ‖came - exact‖∞ is within the `budget` of the same arguments.
+
     Raises:
         AssertionError: with the error and the budget.
     """
     assert came.shape == exact.shape, f"expected shape {tuple(exact.shape)}, got {tuple(came.shape)}"
     if not came.numel():
         return
-    # The interpreter's bf16 store truncates instead of rounding.
-    steps = 2 if came.dtype == torch.bfloat16 and interpreting() else 1
-    allowed = 2 * (eager.double() - exact).abs().max() + steps * torch.finfo(came.dtype).eps * exact.abs().max()
+    allowed = budget(came, exact, eager)
     error = (came.double() - exact).abs().max()
     assert error <= allowed, f"error {error:.3e} is above the budget {allowed:.3e}"
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import clipkernels as ck
+from clipkernels.cases import Shape
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -40,7 +41,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source() -> Any:
-    return ops.Source(ops.Shape(tokens=21, width=64, heads=2, r=4), batch=2, dtype=torch.float32, seed=0)
+    shape = Shape(tokens=21, width=128, heads=2, prefix=1, r=4)
+    return ops.Source(shape, batch=2, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def towers_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -56,7 +58,7 @@ def towers_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_every_operation_is_right_by_its_own_check(op: str) -> None:
     case, some = ops.CASES[op], source()
     inputs = case.inputs(some)
-    ops.check(case, some, "reference", inputs, ops.flat(case.call(some, "reference", *inputs)))
+    ops.check(op, "reference", some, inputs, ops.flat(case.call(some, "reference", *inputs)))
 
 
 @pytest.mark.parametrize("op", ["attention", "prune_tokens", "merge_tokens", "rank_tokens"])
@@ -66,7 +68,7 @@ def test_a_wrong_result_is_never_timed(op: str) -> None:
     came = ops.flat(case.call(some, "reference", *inputs))
     came[0] = came[0] * 1.001
     with pytest.raises(AssertionError):
-        ops.check(case, some, "reference", inputs, came)
+        ops.check(op, "reference", some, inputs, came)
 
 
 def test_a_wrong_choice_is_never_timed() -> None:
@@ -75,7 +77,32 @@ def test_a_wrong_choice_is_never_timed() -> None:
     came = ops.flat(case.call(some, "reference", *inputs))
     came[2] = came[2].roll(1, 1)
     with pytest.raises(AssertionError):
-        ops.check(case, some, "reference", inputs, came)
+        ops.check("match_tokens", "reference", some, inputs, came)
+
+
+@pytest.mark.parametrize("op", ["attention_cls_sized", "attention_received"])
+def test_sdpa_is_judged_by_its_output_alone(op: str) -> None:
+    some = source()
+    inputs = ops.CASES[op].inputs(some)
+    came = ops.flat(ops.build(op, "sdpa", some)(*inputs))
+    ops.check(op, "sdpa", some, inputs, came)
+    with pytest.raises(AssertionError):
+        ops.check(op, "sdpa", some, inputs, [came[0] * 1.001])
+
+
+@pytest.mark.parametrize("op", ["prune_tokens", "prune_tokens_heads_fuse_norm"])
+def test_pruning_with_topk_keeps_the_same_patches_in_another_order(op: str) -> None:
+    some = source()
+    inputs = ops.CASES[op].inputs(some)
+    tokens, index, *normed = ops.build(op, "topk", some)(*inputs)
+    right = ops.CASES[op].call(some, "reference", *inputs)
+    order = index.argsort(1)
+    assert torch.equal(index.gather(1, order), right.index)
+    kept = tokens[:, 1 : 1 + some.keep].gather(1, order[..., None].expand(-1, -1, 128))
+    assert torch.equal(kept, right.tokens[:, 1 : 1 + some.keep])
+    if normed:
+        torch.testing.assert_close(tokens[:, -1], right.tokens[:, -1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(normed[0][:, -1], right.normed[:, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_pruning_counts_only_the_rows_that_it_keeps() -> None:
@@ -83,7 +110,7 @@ def test_pruning_counts_only_the_rows_that_it_keeps() -> None:
     inputs = case.inputs(some)
     came = ops.flat(case.call(some, "reference", *inputs))
     moved = sum(tensor.nbytes for tensor in (*inputs, *came)) - case.unread(some)
-    rows, scores, index = 2 * 15 * 64 * 4, 2 * 20 * 4, 2 * 14 * 8
+    rows, scores, index = 2 * 15 * 128 * 4, 2 * 20 * 4, 2 * 14 * 8
     assert moved == 2 * rows + scores + index
 
 

@@ -1,0 +1,171 @@
+"""`clipkernels check`: every operation on this machine against fp64."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from clipkernels import backend
+from clipkernels.cases import CASES, SHAPES, Case, Shape, Source, flat, judge
+from clipkernels.cli.info import environment
+from clipkernels.cli.output import opened, progress, write_table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# For CPUs, where the interpreter takes a tenth of a second for what a GPU does in microseconds.
+SMALL = {"small": Shape(65, 128, 2, 1, 13), "small, no prefix": Shape(50, 192, 3, 0, 25)}
+
+EXAMPLE = """\b
+Examples:
+  clipkernels check
+  clipkernels check --interpret --dtype float32
+  clipkernels check --ops prune_tokens,merge_tokens --format json
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.option("--device", "device_name", metavar="NAME", help="Where to run; default a GPU if there is one.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="May be repeated; default all.")
+@click.option("--ops", "names", metavar="NAME,…", help="Operations whose names begin so; default all.")
+@click.option("--interpret", is_flag=True, help="Run the kernels in Triton's interpreter, on the CPU.")
+@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@click.option("--output", metavar="FILE", help="Write there instead of to the screen.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def check(
+    device_name: str | None,
+    dtypes: tuple[str, ...],
+    names: str | None,
+    interpret: bool,
+    form: str,
+    output: str | None,
+    quiet: bool,
+) -> None:
+    """Check every operation against fp64.
+
+    What `auto` takes on the device, and the kernels wherever they can run: choices equal to the reference's, values
+    within twice the reference's own error and a rounding, bit-equal when run again and for an image alone. The exit
+    status is 1 if anything is wrong.
+    """
+    if interpret and not backend.interpreting():
+        # Triton reads this when it is imported, which has happened.
+        sys.exit(subprocess.call([sys.executable, "-m", "clipkernels", *_again()], env=_interpreted()))
+    device = _device(device_name, interpret)
+    asked = [name.strip() for name in names.split(",")] if names else [""]
+    chosen = {name: case for name, case in CASES.items() if any(name.startswith(start) for start in asked)}
+    if not chosen:
+        raise click.UsageError(f"expected --ops among {', '.join(CASES)}, got {names}")
+    with progress(quiet) as bar, opened(output) as stream:
+        jobs = list(_jobs(chosen, dtypes or tuple(DTYPES), device))
+        task = bar.add_task("checking", total=len(jobs))
+        rows = []
+        for name, tower, shape, dtype, run_on in jobs:
+            bar.update(task, description=f"{name} {tower} {dtype}")
+            rows.append(_row(name, chosen[name], tower, shape, dtype, run_on, device))
+            bar.advance(task)
+        if form == "json":
+            json.dump({"environment": environment(), "rows": rows}, stream, indent=1)
+            stream.write("\n")
+        elif form == "csv":
+            writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            write_table(_table(rows), stream)
+    wrong = [row for row in rows if row["verdict"] != "ok"]
+    click.echo(f"{len(rows) - len(wrong)} of {len(rows)} are right on {device} ({environment()['device']})", err=True)
+    if wrong:
+        sys.exit(1)
+
+
+def _again() -> list[str]:
+    """This command's arguments, for another process."""
+    return sys.argv[sys.argv.index("check") :]
+
+
+def _interpreted() -> dict[str, str]:
+    return {**os.environ, "TRITON_INTERPRET": "1"}
+
+
+def _device(name: str | None, interpret: bool) -> torch.device:
+    if interpret and name not in (None, "cpu"):
+        raise click.UsageError(f"expected --device cpu with --interpret, got {name}")
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() and not interpret else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(
+            f"expected a device of this machine for --device, got {name}: {str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def _jobs(
+    chosen: dict[str, Case], dtypes: Sequence[str], device: torch.device
+) -> Iterator[tuple[str, str, Shape, str, str]]:
+    runs = "triton" if device.type == "cuda" or backend.interpreting() else "reference"
+    try:
+        backend.choose(runs, device, torch.float32, "any op")
+    except RuntimeError as error:
+        raise click.UsageError(str(error)) from error
+    shapes = SHAPES if device.type == "cuda" else SMALL
+    for name in chosen:
+        for tower, shape in shapes.items():
+            for dtype in dtypes:
+                # Exact similarities, which matching is compared by, need a head width of 64.
+                if name != "match_tokens" or shape.width == 64 * shape.heads:
+                    yield name, tower, shape, dtype, runs
+
+
+def _row(
+    name: str, case: Case, tower: str, shape: Shape, dtype: str, run_on: str, device: torch.device
+) -> dict[str, Any]:
+    """One operation at one shape: error, budget and verdict."""
+    source = Source(shape, 3, DTYPES[dtype], device)
+    inputs = case.inputs(source)
+    row = {"op": name, "shape": tower, "dtype": dtype, "backend": run_on}
+    try:
+        with torch.inference_mode():
+            came = flat(case.call(source, run_on, *inputs))
+            verdict = judge(case, source, inputs, came, run_on)
+            wrong = verdict.wrong
+            if wrong is None and run_on == "triton":
+                wrong = _bits(case, source, inputs, came)
+    except Exception as error:  # a kernel that does not launch is one of the things to be found out
+        return row | {"error": None, "allowed": None, "reference": None, "verdict": str(error).splitlines()[0]}
+    figures = {"error": verdict.error, "allowed": verdict.allowed, "reference": verdict.eager}
+    return row | figures | {"verdict": wrong or "ok"}
+
+
+def _bits(case: Case, source: Source, inputs: tuple[Tensor, ...], came: list[Tensor]) -> str | None:
+    """What differs in its bits when run again, or for the first image alone."""
+    again = flat(case.call(source, "triton", *inputs))
+    if not all(torch.equal(one, other) for one, other in zip(came, again, strict=True)):
+        return "a second run gives other bits"
+    alone = [tensor[:1] if tensor.ndim > 1 else tensor for tensor in inputs]
+    first = flat(case.call(source, "triton", *alone))
+    if not all(torch.equal(one[:1], other) for one, other in zip(came, first, strict=True)):
+        return "the first image alone gives other bits"
+    return None
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("operation", "shape", "dtype", "backend", "error", "allowed", "reference's", "verdict")
+    for row in rows:
+        figures = ("" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "allowed", "reference"))
+        style = "green" if row["verdict"] == "ok" else "bold red"
+        table.add_row(
+            row["op"], row["shape"], row["dtype"], row["backend"], *figures, Text(row["verdict"], style=style)
+        )
+    return table
