@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench dist clean
+.PHONY: help demo test test-all lint format bench compile gpu dist clean
 
 help:  ## list the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='options of the command that is run']"
@@ -31,6 +31,13 @@ format: $(VENV)/.installed-test  ## let ruff fix and format
 
 bench: $(VENV)/.installed-test  ## time the operations and the towers under pytest-benchmark
 	$(BIN)/python -m pytest bench/ops.py bench/towers.py $(ARGS)
+
+compile: $(VENV)/.installed-test  ## compile every kernel for every target, no GPU needed, and write the table
+	$(BIN)/python tests/compile_kernels.py --all --write bench/results/compiled.csv $(ARGS)
+
+# Without .venv: where the GPU is, PYTHON has torch and triton already, and there may be no network.
+gpu:  ## tests, check and benchmarks on a GPU with PYTHON as it is, nothing installed; OUT= for another folder
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 dist: $(VENV)/.installed-test  ## build wheel and sdist, and check their metadata
 	rm -rf dist

@@ -75,8 +75,8 @@ def attention(
     chosen = _heads_backend(backend, q, "attention")
     if chosen == "reference":
         return reference.attention(q, k, v, size, signal, prefix)
-    # SDPA is the faster one until a bias by size sends it to a slower kernel; see bench/NOTES.md.
-    fused = size is not None or _backend.asked(backend) == "triton"
+    # SDPA and a score kernel are expected to win where SDPA has no bias by size and nothing needs QKᵀ again.
+    fused = size is not None or signal == "received" or _backend.asked(backend) == "triton"
     return _attention.attention(q, k, v, size, signal, prefix, fused)
 
 

@@ -2,10 +2,10 @@
 
     p_ij ∝ size_j · exp(q_i·k_j / D**0.5);  out = p v;  cls_h = p_h0;  received = mean over heads and queries of p
 
-Reads Q, K, V once (3·B·N·C) and writes B·N·C; the CLS row adds B·H·P fp32 and no read of K, because the programs that
-hold query 0 keep its logits as they pass. What each patch receives needs the final sums: each program goes over its
-keys again (QK^T a second time, K from cache; at up to BLOCK_N keys from registers instead), stores its column sums, and
-a second launch adds them in a fixed order. 4·B·N²·C operations, 6 with `received`.
+Reads Q, K, V once (3·B·N·C) and writes B·N·C; the CLS row adds B·H·P fp32, and one program per head that finds K in
+cache. What each patch receives needs the final sums: each program goes over its keys again (QK^T a second time, K from
+cache; up to 64 keys from registers instead), stores its column sums, and a second launch adds them in a fixed
+order. 4·B·N²·C operations, 6 with `received`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipkernels.kernels.rank import LOG2E, normalize_row, reduce_scores
+from clipkernels.kernels.rank import LOG2E, cls_row, in_units, reduce_scores
 
 
 @triton.jit
@@ -34,8 +34,8 @@ def _logits(
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, size_ptr, row_ptr, offs_m, N, prefix, scale, stride_kn, stride_vn,
-    D: tl.constexpr, SIZED: tl.constexpr, ROW: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
+    q, k_ptr, v_ptr, size_ptr, N, scale, stride_kn, stride_vn,
+    D: tl.constexpr, SIZED: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Σ exp(s - max) v [BLOCK_M, BLOCK_D], the sums and maxima [BLOCK_M], and the last tile's exp(s - max)."""
@@ -47,9 +47,6 @@ def _attend(
     for tile in range(TILES):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         s = _logits(q, k_ptr, offs_n, offs_d, N, scale, stride_kn, D, WIDE)
-        if ROW:
-            first = tl.sum(tl.where((offs_m == 0)[:, None], s, 0.0), 0)
-            tl.store(row_ptr + offs_n - prefix, first, mask=(offs_n >= prefix) & (offs_n < N))
         higher = tl.maximum(most, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         if SIZED:  # exp(s + log size) = size·exp(s)
@@ -72,61 +69,54 @@ def _attention_kernel(
     H, M, N, prefix, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     D: tl.constexpr, SIZED: tl.constexpr, SIGNAL: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     offs_m, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     here = (offs_m < M)[:, None] & (offs_d < D)[None, :]
-    q_ptr += batch * stride_qb + head * stride_qh
-    k_ptr += batch * stride_kb + head * stride_kh
-    v_ptr += batch * stride_vb + head * stride_vh
+    q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
+    k_ptr += (batch * stride_kb + head * stride_kh) * UNIT
+    v_ptr += (batch * stride_vb + head * stride_vh) * UNIT
+    stride_qm, stride_kn, stride_vn = stride_qm * UNIT, stride_kn * UNIT, stride_vn * UNIT
     size_ptr += batch * N
     P = N - prefix
-    q = tl.load(q_ptr + offs_m.to(tl.int64)[:, None] * stride_qm + offs_d[None, :], mask=here, other=0.0)
-    if WIDE:
-        q = q.to(tl.float32)
-    row_ptr = signal_ptr
-    if SIGNAL == "cls":
-        row_ptr += (batch * H + head) * P
-        if tile == 0:
-            acc, total, most, p = _attend(
-                q, k_ptr, v_ptr, size_ptr, row_ptr, offs_m, N, prefix, scale, stride_kn, stride_vn,
-                D, SIZED, True, OUT, WIDE, TILES, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-            first_most = tl.sum(tl.where(offs_m == 0, most, 0.0), 0)
-            first_total = tl.sum(tl.where(offs_m == 0, total, 0.0), 0)
-            normalize_row(row_ptr, size_ptr, first_most, first_total, N, prefix, SIZED, TILES, BLOCK_N)
-        else:
-            acc, total, most, p = _attend(
-                q, k_ptr, v_ptr, size_ptr, row_ptr, offs_m, N, prefix, scale, stride_kn, stride_vn,
-                D, SIZED, False, OUT, WIDE, TILES, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-    else:
+    if tile * BLOCK_M < M:
+        q = tl.load(q_ptr + offs_m.to(tl.int64)[:, None] * stride_qm + offs_d[None, :], mask=here, other=0.0)
+        if WIDE:
+            q = q.to(tl.float32)
         acc, total, most, p = _attend(
-            q, k_ptr, v_ptr, size_ptr, row_ptr, offs_m, N, prefix, scale, stride_kn, stride_vn,
-            D, SIZED, False, OUT, WIDE, TILES, BLOCK_M, BLOCK_N, BLOCK_D,
+            q, k_ptr, v_ptr, size_ptr, N, scale, stride_kn, stride_vn,
+            D, SIZED, OUT, WIDE, TILES, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    if OUT:
-        to = ((batch * M + offs_m)[:, None] * H + head) * D + offs_d[None, :]
-        tl.store(out_ptr + to, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=here)
-    if SIGNAL == "received":
-        row_ptr += ((batch * H + head) * tl.num_programs(0) + tile) * P
-        for again in range(TILES):
-            offs_n = again * BLOCK_N + tl.arange(0, BLOCK_N)
-            if TILES > 1:
-                p = tl.exp2(_logits(q, k_ptr, offs_n, offs_d, N, scale, stride_kn, D, WIDE) - most[:, None])
-                if SIZED:
-                    p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-            share = tl.where((offs_m < M)[:, None], p / total[:, None], 0.0)
-            tl.store(row_ptr + offs_n - prefix, tl.sum(share, 0), mask=(offs_n >= prefix) & (offs_n < N))
+        if OUT:
+            to = ((batch * M + offs_m)[:, None] * H + head) * D + offs_d[None, :]
+            tl.store(out_ptr + to, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=here)
+        if SIGNAL == "received":
+            row_ptr = signal_ptr + ((batch * H + head) * tl.num_programs(0) + tile) * P
+            for again in range(TILES):
+                offs_n = again * BLOCK_N + tl.arange(0, BLOCK_N)
+                if TILES > 1:
+                    p = tl.exp2(_logits(q, k_ptr, offs_n, offs_d, N, scale, stride_kn, D, WIDE) - most[:, None])
+                    if SIZED:
+                        p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+                share = tl.where((offs_m < M)[:, None], p / total[:, None], 0.0)
+                tl.store(row_ptr + offs_n - prefix, tl.sum(share, 0), mask=(offs_n >= prefix) & (offs_n < N))
+    elif SIGNAL == "cls":  # the one program more: query 0 by itself, while the others have its keys in cache
+        row_ptr = signal_ptr + (batch * H + head) * P
+        cls_row(q_ptr, k_ptr, size_ptr, row_ptr, N, prefix, scale, stride_kn, D, SIZED, TILES, BLOCK_N, BLOCK_D)
 
 
 def config(keys: int, width: int, dtype: torch.dtype, signal: str | None) -> dict[str, int]:
     """Block sizes, warps and stages for N keys and heads of width D."""
     block_d = max(16, triton.next_power_of_2(width))
+    # As many queries to a program as do not spill: each program reads all keys and values of its head again.
     if dtype == torch.float32:  # multiplied without tensor cores, so that choices match
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+        block_m, block_n, warps = (32, 32, 8) if block_d <= 64 else (16, 16, 4)
+    elif block_d <= 64:
+        block_m, block_n, warps = (64, 64, 4) if keys <= 64 else (128, 64, 8)
+    else:
+        block_m, block_n, warps = (64, 32, 4) if keys <= 64 or signal == "received" else (128, 32, 8)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
 
 
 def attention(
@@ -147,13 +137,14 @@ def attention(
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
     if batch and heads:
         q, k, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, k if v is None else v))
+        unit, strides = in_units(q, k, value)
         with torch.cuda.device_of(q):
-            _attention_kernel[(tiles, heads, batch)](
+            _attention_kernel[(tiles + (signal == "cls"), heads, batch)](
                 q, k, value, q if size is None else size.contiguous(), out, scores,
                 heads, rows, tokens, prefix, LOG2E * width**-0.5,
-                *q.stride()[:3], *k.stride()[:3], *value.stride()[:3],
+                *strides[0], *strides[1], *strides[2],
                 D=width, SIZED=size is not None, SIGNAL=signal, OUT=v is not None, WIDE=q.device.type == "cpu",
-                TILES=triton.cdiv(tokens, blocks["BLOCK_N"]), enable_fp_fusion=True, **blocks,
+                UNIT=unit, TILES=triton.cdiv(tokens, blocks["BLOCK_N"]), enable_fp_fusion=True, **blocks,
             )  # fmt: skip
     if signal == "received":
         return out, reduce_scores(scores, rank=False, divisor=heads * rows)

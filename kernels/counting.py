@@ -24,11 +24,12 @@ def place(ptr, offs, size, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr):
     own = load_scores(ptr, offs, size)
     count = tl.zeros_like(offs)
     for start in range(0, BLOCK_P, BLOCK_J):
-        offs_j = start + tl.arange(0, BLOCK_J)
-        other = load_scores(ptr, offs_j, size)
-        earlier = offs_j[None, :] < offs[:, None]  # [BLOCK_P, BLOCK_J]
-        beats = (other[None, :] > own[:, None]) | ((other[None, :] == own[:, None]) & earlier)
-        count += tl.sum((beats & (offs_j < size)[None, :]).to(tl.int32), 1)
+        if start < size:
+            offs_j = start + tl.arange(0, BLOCK_J)
+            other = load_scores(ptr, offs_j, size)
+            earlier = offs_j[None, :] < offs[:, None]  # [BLOCK_P, BLOCK_J]
+            beats = (other[None, :] > own[:, None]) | ((other[None, :] == own[:, None]) & earlier)
+            count += tl.sum((beats & (offs_j < size)[None, :]).to(tl.int32), 1)
     return count
 
 
@@ -39,12 +40,16 @@ def reduce_heads(
 ):  # fmt: skip
     """The sum of H rows of scores, or of each row's ranks (0 weakest), over `divisor`."""
     total = tl.zeros([BLOCK_P], dtype=tl.int32 if RANK else tl.float32)
-    for head in range(H):
-        row_ptr = ptr + tl.cast(head, tl.int64) * size
-        if RANK:
+    if RANK:
+        for head in range(H):
+            row_ptr = ptr + tl.cast(head, tl.int64) * size
             total += size - 1 - place(row_ptr, offs, size, BLOCK_P, BLOCK_J)
-        else:
-            total += tl.load(row_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+    else:  # several rows in flight
+        for start in range(0, H, BLOCK_J):
+            offs_h = start + tl.arange(0, BLOCK_J)
+            mask = (offs_h < H)[:, None] & (offs < size)[None, :]
+            rows = tl.load(ptr + offs_h.to(tl.int64)[:, None] * size + offs[None, :], mask=mask, other=0.0)
+            total += tl.sum(rows.to(tl.float32), 0)
     return total.to(tl.float32) / divisor
 
 

@@ -33,7 +33,7 @@ def _unit_kernel(
     mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
     metric_ptr += batch * stride_mb + offs_n[:, None] * stride_mn + offs_d[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for head in range(H):
+    for head in tl.static_range(H):  # unrolled: all loads in flight
         total += tl.load(metric_ptr + tl.cast(head, tl.int64) * stride_mh, mask=mask, other=0.0).to(tl.float32)
     mean = (total / H).to(metric_ptr.dtype.element_ty).to(tl.float32)
     length = tl.sqrt(tl.sum(mean * mean, 1))

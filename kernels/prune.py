@@ -112,13 +112,13 @@ def prune_tokens(
         if patches:
             _choose_kernel[(batch,)](
                 scores, reduced, index, gone, weights, patches, keep,
-                H=scores.shape[1] if per_head else 0, RANK=heads == "rank", FUSE=fuse, enable_fp_fusion=True,
+                H=scores.shape[1] if per_head else 0, RANK=heads == "rank", FUSE=int(fuse), enable_fp_fusion=True,
                 **counting.blocks(patches),
             )  # fmt: skip
         _gather_kernel[(batch, triton.cdiv(prefix + keep, blocks["BLOCK_R"]) + fuse)](
             x, index, gone, weights, out, out if normed is None else normed, weight, bias,
             patches, keep, prefix, eps,
             x.stride(0), x.stride(1),
-            C=width, FUSE=fuse, NORM=norm is not None, enable_fp_fusion=True, **blocks,
+            C=width, FUSE=int(fuse), NORM=norm is not None, enable_fp_fusion=True, **blocks,
         )  # fmt: skip
     return out, index, normed

@@ -19,12 +19,28 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def normalize_row(
-    row_ptr, size_ptr, most, total, N, prefix,
-    SIZED: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+def cls_row(
+    q_ptr, k_ptr, size_ptr, row_ptr, N, prefix, scale, stride_kn,
+    D: tl.constexpr, SIZED: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Turns logits in units of log2, stored without the prefix, into a softmax of known maximum and sum, in place."""
-    tl.debug_barrier()  # other threads of this program stored them
+    """Stores the softmax of one query over N keys without the prefix columns; logits are in units of log2."""
+    offs_d = tl.arange(0, BLOCK_D)
+    q = tl.load(q_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32) * scale
+    most, total = float("-inf"), 0.0
+    for tile in range(TILES):
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+        k = tl.load(k_ptr + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :], mask=mask, other=0.0)
+        logit = tl.sum(k.to(tl.float32) * q[None, :], 1)  # [BLOCK_N]
+        logit = tl.where(offs_n < N, logit, float("-inf"))
+        tl.store(row_ptr + offs_n - prefix, logit, mask=(offs_n >= prefix) & (offs_n < N))
+        higher = tl.maximum(most, tl.max(logit, 0))
+        p = tl.exp2(logit - higher)
+        if SIZED:  # exp(s + log size) = size·exp(s)
+            p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        total = total * tl.exp2(most - higher) + tl.sum(p, 0)
+        most = higher
+    tl.debug_barrier()  # other threads of this program stored what is read next
     for tile in range(TILES):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mine = (offs_n >= prefix) & (offs_n < N)
@@ -39,30 +55,17 @@ def _cls_kernel(
     q_ptr, k_ptr, size_ptr, out_ptr,
     H, N, prefix, scale,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kn,
-    D: tl.constexpr, SIZED: tl.constexpr,
+    D: tl.constexpr, SIZED: tl.constexpr, UNIT: tl.constexpr,
     TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    q = tl.load(q_ptr + batch * stride_qb + head * stride_qh + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-    k_ptr += batch * stride_kb + head * stride_kh
-    size_ptr += batch * N
+    q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
+    k_ptr += (batch * stride_kb + head * stride_kh) * UNIT
     row_ptr = out_ptr + (batch * H + head) * (N - prefix)
-    most, total = float("-inf"), 0.0
-    for tile in range(TILES):
-        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
-        k = tl.load(k_ptr + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :], mask=mask, other=0.0)
-        logit = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale  # [BLOCK_N]
-        logit = tl.where(offs_n < N, logit, float("-inf"))
-        tl.store(row_ptr + offs_n - prefix, logit, mask=(offs_n >= prefix) & (offs_n < N))
-        higher = tl.maximum(most, tl.max(logit, 0))
-        p = tl.exp2(logit - higher)
-        if SIZED:  # exp(s + log size) = size·exp(s)
-            p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-        total = total * tl.exp2(most - higher) + tl.sum(p, 0)
-        most = higher
-    normalize_row(row_ptr, size_ptr, most, total, N, prefix, SIZED, TILES, BLOCK_N)
+    cls_row(
+        q_ptr, k_ptr, size_ptr + batch * N, row_ptr, N, prefix, scale, stride_kn * UNIT,
+        D, SIZED, TILES, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -82,6 +85,17 @@ def config(width: int) -> dict[str, int]:
     return {"BLOCK_N": 64, "BLOCK_D": max(16, triton.next_power_of_2(width)), "num_warps": 4}
 
 
+def in_units(*tensors: Tensor) -> tuple[int, list[list[int]]]:
+    """The strides of (B,H,N,D) tensors without the last, all in units of 8 elements if they are multiples of that.
+
+    Heads of 72 lie at no multiple of 16, which is all that triton sees by itself: multiplied by a constant unit inside,
+    they are known to begin where 16 bytes can be loaded at once.
+    """
+    strides = [tensor.stride()[:3] for tensor in tensors]
+    unit = 8 if all(stride % 8 == 0 for three in strides for stride in three) else 1
+    return unit, [[stride // unit for stride in three] for three in strides]
+
+
 def cls_scores(q: Tensor, k: Tensor, size: Tensor | None, prefix: int) -> Tensor:
     """Launches the kernel: the CLS row of every head's attention, (B,H,P) fp32."""
     batch, heads, tokens, width = k.shape
@@ -90,12 +104,13 @@ def cls_scores(q: Tensor, k: Tensor, size: Tensor | None, prefix: int) -> Tensor
         return out
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     blocks = config(width)
+    unit, (q_strides, k_strides) = in_units(q, k)
     with torch.cuda.device_of(k):
         _cls_kernel[(heads, batch)](
             q, k, out if size is None else size.contiguous(), out,
             heads, tokens, prefix, LOG2E * width**-0.5,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
-            D=width, SIZED=size is not None, TILES=triton.cdiv(tokens, blocks["BLOCK_N"]),
+            *q_strides[:2], *k_strides,
+            D=width, SIZED=size is not None, UNIT=unit, TILES=triton.cdiv(tokens, blocks["BLOCK_N"]),
             enable_fp_fusion=True, **blocks,
         )  # fmt: skip
     return out

@@ -66,17 +66,18 @@ def main() -> None:
         for tower in arguments.towers
         for dtype in arguments.dtypes
     ]
-    rows, start = {}, time.monotonic()
+    rows, wrong, count, start = [], [], 0, time.monotonic()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         for done, found in enumerate(pool.map(compile_for, *zip(*jobs, strict=True)), 1):
-            rows |= {tuple(row[name] for name in ("kernel", "target", "configuration")): row for row in found}
             target, tower, dtype, _ = jobs[done - 1]
+            rows += [{"target": target, "tower": tower, "dtype": dtype, **row} for row in summarize(found)]
+            wrong += [complaint for row in found if (complaint := complain(row, target, dtype))]
+            count += len(found)
             spent = time.monotonic() - start
             print(f"[{done}/{len(jobs)}] {spent:4.0f} s  {target} {tower} {dtype}", file=sys.stderr, flush=True)
-    wrong = [complaint for row in rows.values() if (complaint := complain(row))]
     if arguments.write:
-        write(list(rows.values()), arguments.write)
-    print(f"{len(rows)} kernels compiled for {' '.join(arguments.targets)}")
+        write(rows, arguments.write)
+    print(f"{count} kernels compiled for {' '.join(arguments.targets)}")
     if wrong:
         sys.exit("\n".join(wrong))
 
@@ -153,7 +154,7 @@ def compile_for(target: str, tower: str, dtype: str, stems: list[str]) -> list[d
         stem = Path(kernel.fn.__code__.co_filename).stem
         if stems and stem not in stems:
             continue
-        found.append(build(kernel, values, options, target) | {"tower": tower, "dtype": dtype, "file": stem})
+        found.append(build(kernel, values, options, target))
     return found
 
 
@@ -197,19 +198,27 @@ def build(
         wide = bool(re.search(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.c[ag][.\w]* \[[^]]*\], \[[^]]*\], 0x10", ptx))
         matrix = " ".join(sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))))
     constants = {kernel.arg_names[place]: value for (place,), value in constants.items()}
-    floats = {text for text in signature.values() if text in ("*bf16", "*fp16")}
     return {
         "kernel": kernel.__name__,
-        "target": name,
-        "configuration": " ".join(
-            [*sorted(floats), *(f"{n}={v}" for n, v in constants.items()), *(f"{n}={v}" for n, v in options.items())]
-        ),
+        "configuration": " ".join(f"{name}={value}" for name, value in (constants | options).items()),
         "registers": registers,
         "shared": compiled.metadata.shared,
         "spilled": spilled,
         "wide_loads": wide,
         "matrix": matrix,
     }
+
+
+def summarize(found: list[dict[str, object]]) -> list[dict[str, object]]:
+    """One row per kernel: how many configurations, and the most that any of them takes."""
+    table = []
+    for name in sorted({row["kernel"] for row in found}):
+        same = [row for row in found if row["kernel"] == name]
+        most = {key: max(row[key] for row in same) for key in ("registers", "shared", "spilled")}
+        matrix = " ".join(sorted({row["matrix"] for row in same} - {""}))
+        wide = all(row["wide_loads"] for row in same)
+        table.append({"kernel": name, "configurations": len(same), **most, "wide_loads": wide, "matrix": matrix})
+    return table
 
 
 def resources(cubin: bytes) -> str:
@@ -219,20 +228,19 @@ def resources(cubin: bytes) -> str:
         return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def complain(row: dict[str, object]) -> str | None:
+def complain(row: dict[str, object], target: str, dtype: str) -> str | None:
     """What is wrong with a compiled kernel, or None."""
-    _, spill, shared = TARGETS[row["target"]]
-    half = "*" in row["configuration"]
+    _, spill, shared = TARGETS[target]
     wrong = []
     if row["spilled"] > spill:
         wrong.append(f"spills {row['spilled']} bytes, {spill} allowed")
     if row["shared"] > shared:
         wrong.append(f"needs {row['shared']} bytes of shared memory, there are {shared}")
-    if half and row["kernel"] in WIDE_LOADS and not row["wide_loads"]:
+    if dtype != "fp32" and row["kernel"] in WIDE_LOADS and not row["wide_loads"]:
         wrong.append("has no loads of 16 bytes")
-    if half and row["kernel"] in MATRIX and not row["matrix"]:
+    if dtype != "fp32" and row["kernel"] in MATRIX and not row["matrix"]:
         wrong.append("has no matrix instructions")
-    return f"{row['kernel']} on {row['target']} {'; '.join(wrong)}: {row['configuration']}" if wrong else None
+    return f"{row['kernel']} on {target} {'; '.join(wrong)}: {dtype} {row['configuration']}" if wrong else None
 
 
 def hashes() -> dict[str, str]:
@@ -248,9 +256,7 @@ def write(rows: list[dict[str, object]], target: Path) -> None:
         file.writelines(f"# {stem} {digest}\n" for stem, digest in hashes().items())
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            sorted(rows, key=lambda row: (row["file"], row["kernel"], row["target"], row["configuration"]))
-        )
+        writer.writerows(rows)
     partial.replace(target)
 
 

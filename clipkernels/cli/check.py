@@ -26,10 +26,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SMALL = {"small": Shape(65, 128, 2, 1, 13), "small, no prefix": Shape(50, 192, 3, 0, 25)}
 
 EXAMPLE = """\b
-Examples:
-  clipkernels check
-  clipkernels check --interpret --dtype float32
-  clipkernels check --ops prune_tokens,merge_tokens --format json
+Example:
+  clipkernels check --ops prune_tokens,merge_tokens --dtype bfloat16
+  clipkernels check --interpret --ops match_tokens --format json
 """
 
 

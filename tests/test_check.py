@@ -1,0 +1,124 @@
+"""clipkernels check: right operations pass, wrong ones are found out, whatever the format."""
+
+import csv
+import io
+import json
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import clipkernels as ck
+from clipkernels.cases import CASES, Shape, Source, flat, judge
+from clipkernels.cli import main
+
+CPU = torch.device("cpu")
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["check", "--quiet", *arguments])
+
+
+@pytest.fixture
+def interpreted(triton, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU the kernels were not imported for the interpreter")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_operation_passes_in_the_interpreter(interpreted, op):
+    result = run("--ops", op, "--dtype", "float32", "--dtype", "bfloat16", "--interpret", "--format", "json")
+    rows = json.loads(result.stdout)["rows"]
+    assert result.exit_code == 0 and {row["verdict"] for row in rows} == {"ok"}
+    assert {row["backend"] for row in rows} == {"triton"}
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+
+
+def test_without_a_gpu_or_the_interpreter_the_reference_is_checked(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    result = run("--device", "cpu", "--ops", "prune_tokens,merge", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert result.exit_code == 0, result.output
+    assert {row["backend"] for row in rows} == {"reference"} and {row["verdict"] for row in rows} == {"ok"}
+    assert f"{len(rows)} of {len(rows)} are right on cpu" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "verdict"),
+    [
+        (lambda run: lambda *a: run(*a)._replace(tokens=run(*a).tokens * 1.01), "result 0 is off by"),
+        (lambda run: lambda *a: run(*a)._replace(index=run(*a).index.flip(1)), "choice 1 differs from the reference's"),
+    ],
+    ids=["values", "choices"],
+)
+def test_a_wrong_kernel_is_found_out_and_the_exit_status_is_one(interpreted, monkeypatch, spoil, verdict):
+    monkeypatch.setattr(ck.ops._prune, "prune_tokens", spoil(ck.ops._prune.prune_tokens))
+    result = run("--ops", "prune_tokens", "--dtype", "float32", "--interpret", "--format", "json")
+    assert result.exit_code == 1
+    assert any(row["verdict"].startswith(verdict) for row in json.loads(result.stdout)["rows"])
+
+
+def test_a_kernel_that_depends_on_the_batch_or_the_run_is_found_out(interpreted, monkeypatch):
+    launch, seen = ck.ops._epilogue.bias_act, []
+
+    def drifts(x, bias, act):
+        seen.append(1)
+        return launch(x, bias, act) + (1e-7 if len(seen) % 2 else 0)
+
+    monkeypatch.setattr(ck.ops._epilogue, "bias_act", drifts)
+    result = run("--ops", "bias_act_gelu_tanh", "--dtype", "float32", "--interpret", "--format", "json")
+    assert result.exit_code == 1
+    assert {row["verdict"] for row in json.loads(result.stdout)["rows"]} == {"a second run gives other bits"}
+    monkeypatch.setattr(ck.ops._epilogue, "bias_act", lambda x, b, act: launch(x, b, act) + 1e-7 * (len(x) - 1))
+    result = run("--ops", "bias_act_gelu_tanh", "--dtype", "float32", "--interpret", "--format", "json")
+    assert {row["verdict"] for row in json.loads(result.stdout)["rows"]} == {"the first image alone gives other bits"}
+
+
+def test_a_kernel_that_does_not_launch_is_a_verdict(interpreted, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of shared memory\nat line 1")
+
+    monkeypatch.setattr(ck.ops._epilogue, "bias_act", fails)
+    result = run("--ops", "bias_act_gelu", "--dtype", "float16", "--interpret")
+    assert result.exit_code == 1 and "out of shared memory" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda:99"], "error: expected a device of this machine for --device, got cuda:99"),
+        (["--ops", "sort"], "error: expected --ops among attention, attention_sized"),
+        (["--interpret", "--device", "cuda"], "error: expected --device cpu with --interpret, got cuda"),
+    ],
+)
+def test_what_cannot_be_checked_is_said_in_one_line(monkeypatch, arguments, message):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = run(*arguments)
+    assert result.exit_code == 2 and result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1 and not result.stdout
+
+
+def test_interpret_starts_a_process_that_reads_it_in_time(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("sys.argv", ["clipkernels", "check", "--interpret", "--dtype", "float32"])
+    called = {}
+
+    def call(command, env):
+        called.update(command=command, env=env)
+        return 1
+
+    monkeypatch.setattr(sys.modules["clipkernels.cli.check"].subprocess, "call", call)
+    assert run("--interpret", "--dtype", "float32").exit_code == 1
+    assert called["command"][1:] == ["-m", "clipkernels", "check", "--interpret", "--dtype", "float32"]
+    assert called["env"]["TRITON_INTERPRET"] == "1"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", CASES)
+def test_the_reference_is_within_its_own_allowance(op, dtype):
+    source = Source(Shape(21, 128, 2, 1, 4), 2, dtype, CPU)
+    inputs = CASES[op].inputs(source)
+    verdict = judge(CASES[op], source, inputs, flat(CASES[op].call(source, "reference", *inputs)), "reference")
+    assert verdict.wrong is None and verdict.error == verdict.eager <= verdict.allowed

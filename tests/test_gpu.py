@@ -1,0 +1,79 @@
+"""What only a GPU can show: CUDA graphs, Inductor's code around the operators, and no host synchronisation."""
+
+import pytest
+import torch
+
+import clipkernels as ck
+from clipkernels.cases import CASES, SHAPES, Source, flat
+from clipkernels.testing import open_clip_tower
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+CUDA = torch.device("cuda")
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8)]
+
+
+@pytest.mark.parametrize("op", CASES)
+@torch.inference_mode()
+def test_an_operation_replays_from_a_cuda_graph(op):
+    case, source = CASES[op], Source(SHAPES["B-16"], 2, torch.bfloat16, CUDA)
+    inputs, others = case.inputs(source), case.inputs(source)
+    expected = flat(case.call(source, "triton", *others))
+    case.call(source, "triton", *inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        came = flat(case.call(source, "triton", *inputs))
+    for tensor, other in zip(inputs, others, strict=True):
+        tensor.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(came, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", CASES)
+@torch.inference_mode()
+def test_no_operation_waits_for_the_gpu(op):
+    case, source = CASES[op], Source(SHAPES["B-32"], 2, torch.bfloat16, CUDA)
+    inputs = case.inputs(source)
+    case.call(source, "triton", *inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.call(source, "triton", *inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@torch.inference_mode()
+def test_a_compiled_tower_gives_the_embedding_of_the_eager_one(method):
+    pytest.importorskip("open_clip")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = ck.patch(open_clip_tower("ViT-B-32").to(CUDA, torch.bfloat16), method)
+    images = torch.randn(4, 3, 224, 224, device=CUDA, dtype=torch.bfloat16)
+    expected = model.encode_image(images).float()
+    came = torch.compile(model.encode_image, fullgraph=True)(images).float()
+    assert torch.nn.functional.cosine_similarity(came, expected).min() > 0.995
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@torch.inference_mode()
+def test_a_tower_replays_from_a_cuda_graph(method):
+    pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    model = ck.patch(open_clip_tower("ViT-B-32").to(CUDA, torch.bfloat16), method)
+    images = torch.randn(2, 4, 3, 224, 224, device=CUDA, dtype=torch.bfloat16)
+    expected, static = model.encode_image(images[1]), images[0].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model.encode_image(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        came = model.encode_image(static)
+    static.copy_(images[1])
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(came, expected, atol=2e-2, rtol=2e-2)
