@@ -63,10 +63,11 @@ def _nearest_kernel(
         b = tl.load(b_ptr, mask=mask_d[:, None] & mask_b[None, :], other=0.0)
         s = tl.dot(a, b, input_precision="ieee")  # [BLOCK_A, BLOCK_B]
         s = tl.where((s == s) & mask_b[None, :], s, float("-inf"))
-        most, which = tl.max(s, 1, return_indices=True)
+        most = tl.max(s, 1)
+        first = tl.min(tl.where(s == most[:, None], offs_b[None, :], N), 1)  # of equal ones the lower index
         better = most > best
         best = tl.where(better, most, best)
-        nearest = tl.where(better, other * BLOCK_B + which, nearest)
+        nearest = tl.where(better, first, nearest)
     tl.store(strength_ptr + batch * A + offs_a, best, mask=mask_a)
     tl.store(nearest_ptr + batch * A + offs_a, nearest, mask=mask_a)
 

@@ -116,7 +116,7 @@ class OpenCLIPTower:
 
     def refusal(self, host: Any) -> str | None:
         # A wrapper may pass on what it lacks, so a part counts only where the module itself holds it.
-        if not {"ln_1", "attn", "ln_2", "mlp"} <= host._modules.keys():
+        if not all(part in host._modules for part in ("ln_1", "attn", "ln_2", "mlp")):
             return f"expected ln_1, attn, ln_2 and mlp, got {type(host).__name__}"
         attn: Any = host.attn
         for module in (host, attn):
@@ -273,9 +273,11 @@ def _scale(module: Any) -> Tensor | None:
 
 def _watched(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    everywhere = torch.nn.modules.module._has_any_global_hook()
-    return bool(hooks) or everywhere or "forward" in module.__dict__ or hasattr(module, "_hf_hook")
+    if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
+        return True
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    everywhere = nn.modules.module
+    return any(getattr(module, f"_{kind}") or getattr(everywhere, f"_global_{kind}") for kind in kinds)
 
 
 def _heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
