@@ -31,7 +31,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-ops, towers = load("ops"), load("towers")
+ops, towers, gpu = load("ops"), load("towers"), load("gpu")
 
 
 @pytest.fixture
@@ -204,3 +204,55 @@ def test_timms_weights_compute_the_same_in_an_open_clip_tower() -> None:
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(peer.from_timm(theirs).encode_image(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+def test_what_has_not_begun_by_the_deadline_is_skipped() -> None:
+    options = ["-q", "-rs", "-k", "prune_tokens-reference-B-32-b1-float32", "--deadline", "0"]
+    command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options]
+    done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "not begun within 0 s" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would run")
+def test_without_a_gpu_the_campaign_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, BENCH / "gpu.py", "--out", tmp_path / "results"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: expected a CUDA or ROCm device, got none")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_campaign_names_scripts_that_exist_and_collects_tests(tmp_path: Path) -> None:
+    commands = gpu.commands(tmp_path)
+    named = [word for command in commands.values() for word in command if word.endswith(".py")]
+    assert named and all((BENCH.parent / word).is_file() for word in named)
+    assert {name.split("-")[0] for name in commands} == set(gpu.LIMITS)
+    assert gpu.LIMITS["tests"] + gpu.LIMITS["ops"] + gpu.LIMITS["towers"] < 480
+    chosen = commands["ops"].index("-k") + 2
+    collect = [*commands["ops"][:chosen], "--collect-only"]
+    done = subprocess.run(collect, cwd=BENCH.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "bfloat16" in done.stdout and "float32" not in done.stdout, done.stdout
+
+
+def test_the_campaign_keeps_what_a_slow_part_wrote_and_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "LIMITS", {"tests": 2, "check": 30})
+    slow = [sys.executable, "-u", "-c", "import time; print('half'); time.sleep(60)"]
+    wrong = [sys.executable, "-c", "print('one failed'); raise SystemExit(1)"]
+    right = [sys.executable, "-c", "print('all passed')"]
+    failed = gpu.run({"tests": slow, "check-a": wrong, "check-b": right}, tmp_path)
+    assert failed == ["tests", "check-a"]
+    said = capsys.readouterr().out.splitlines()
+    assert "stopped at its time limit" in said[0] and said[0].endswith("half")
+    assert "exit status 1" in said[1] and said[1].endswith("one failed")
+    assert "ok" in said[2] and (tmp_path / "check-b.log").read_text() == "all passed\n"
+
+
+def test_the_campaign_turns_benchmarks_into_rows(tmp_path: Path) -> None:
+    timed = {"extra_info": {"op": "prune_tokens", "variant": "triton", "microseconds": 7.0, "device": "GPU"}}
+    (tmp_path / "ops.json").write_text(json.dumps({"benchmarks": [timed, {"extra_info": {"op": "untimed"}}]}))
+    gpu.flatten(tmp_path)
+    with (tmp_path / "ops.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"op": "prune_tokens", "variant": "triton", "microseconds": "7.0", "device": "GPU"}
+        ]

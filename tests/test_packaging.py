@@ -145,11 +145,31 @@ def test_a_checkout_needs_no_install_to_find_its_kernels(tmp_path: Path) -> None
     assert prune == str(ROOT / "kernels" / "prune.py")
 
 
-def test_importing_needs_no_triton_and_the_reference_prunes() -> None:
+def test_without_triton_everything_runs_on_the_reference() -> None:
     code = """
 sys.modules["triton"] = None
 import torch
 import clipkernels as ck
+from clipkernels.cases import CASES, Shape, Source, flat, judge
+torch.set_num_threads(1)
+source = Source(Shape(21, 128, 2, 1, 4), 2, torch.float32, torch.device("cpu"))
+for name, case in CASES.items():
+    inputs = case.inputs(source)
+    verdict = judge(case, source, inputs, flat(case.call(source, "auto", *inputs)), "reference")
+    assert verdict.wrong is None, (name, verdict)
+    try:
+        case.call(source, "triton", *inputs)
+    except RuntimeError as error:
+        assert "triton is not installed: pip install triton" in str(error), error
+    else:
+        raise AssertionError(name + " ran on triton")
+model, preprocess, tokenizer = ck.bundled()
+images = torch.randn(2, 3, 32, 32)
+dense = model.encode_image(images)
+for method in (ck.Dense(), ck.EViT(0.5), ck.ToMe(8)):
+    with ck.patched(model, method):
+        model.encode_image(images).square().sum().backward()
+assert torch.equal(model.encode_image(images), dense)
 x = torch.arange(10.0).view(1, 5, 2)
 pruned = ck.ops.prune_tokens(x, torch.tensor([[0.1, 0.4, 0.2, 0.3]]), 2)
 print(pruned.index.tolist(), pruned.tokens.tolist())
