@@ -6,9 +6,10 @@
     pytest bench/ops.py --deadline 200     # what has not begun after 200 s is skipped
 
 A case is first checked against the fp64 reference and fails without a time if it is wrong. Inputs are several sets
-used in turn; on CUDA one run is a CUDA graph over all of them. `extra_info` holds shape, dtype and environment, the
-bytes that must move (each input and output once), and what follows: microseconds per call, GB/s, the share of what a
-copy on this device reaches in the same session, and TFLOP/s where there are matrix products.
+used in turn, more than a cache holds; on CUDA one run is a CUDA graph of at least `CALLS` calls. `extra_info` and
+`--rows` hold shape, dtype and environment, the bytes that must move (each input and output once), and what follows:
+microseconds per call (median, 20 % and 80 %), GB/s, the share of what a copy on this device reaches in the same
+session, and TFLOP/s where there are matrix products.
 
 Variants: `reference`; on CUDA also `compiled` (torch.compile of the reference) and `triton`, and for attention `auto`,
 SDPA with a score kernel. Beside them `sdpa`, attention without any signal, and `topk`, pruning as users write it.
@@ -16,9 +17,13 @@ SDPA with a score kernel. Beside them `sdpa`, attention without any signal, and 
 
 from __future__ import annotations
 
+import csv
+import math
+import statistics
 import time
 from collections.abc import Callable
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +39,10 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 BATCHES = (1, 8, 64, 256) if CUDA else (1, 8)
 DTYPES = (torch.bfloat16, torch.float32, *([torch.float16] if CUDA else []))
 TOWERS = ("B-32", "B-16", "L-14", "L-14-336")
-SETS = 4
+# What the sets of inputs hold together at least, beyond any cache, and how many there are at most.
+BYTES, SETS = (1 << 28, 32) if CUDA else (1 << 24, 4)
+# Calls in a CUDA graph, so that starting it and waiting for it do not count.
+CALLS = 50
 Call = Callable[..., Any]
 
 
@@ -96,11 +104,22 @@ def copied() -> float:
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: f"b{batch}")
 @pytest.mark.parametrize("shape", TOWERS)
 @pytest.mark.parametrize(("op", "variant"), [(op, variant) for op in CASES for variant in variants(op)])
-def test_op(benchmark: Any, copied: float, op: str, variant: str, shape: str, batch: int, dtype: torch.dtype) -> None:
+def test_op(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    copied: float,
+    op: str,
+    variant: str,
+    shape: str,
+    batch: int,
+    dtype: torch.dtype,
+) -> None:
     """Time of one call of one operation."""
     case = CASES[op]
     source = Source(SHAPES[shape], batch, dtype, DEVICE)
-    inputs = [case.inputs(source) for _ in range(SETS)]
+    inputs = [case.inputs(source)]
+    sets = math.ceil(BYTES / sum(tensor.nbytes for tensor in inputs[0]))
+    inputs += [case.inputs(source) for _ in range(max(2, min(SETS, sets)) - 1)]
     call = build(op, variant, source)
     with torch.inference_mode():
         came = flat(call(*inputs[0]))
@@ -117,9 +136,24 @@ def test_op(benchmark: Any, copied: float, op: str, variant: str, shape: str, ba
     info |= {"dtype": str(dtype).removeprefix("torch."), "bytes": moved, "copy_gb_per_s": copied}
     if benchmark.stats is not None:
         seconds = benchmark.stats.stats.median / calls
-        info |= {"microseconds": 1e6 * seconds, "gb_per_s": moved / seconds / 1e9}
-        info |= {"of_copy": moved / seconds / 1e9 / copied, "tflop_per_s": flops and flops / seconds / 1e12}
+        times = [1e6 * value / calls for value in benchmark.stats.stats.data]
+        fifths = statistics.quantiles(times, n=5) if len(times) > 1 else times * 4
+        info |= {"microseconds": 1e6 * seconds, "p20": fifths[0], "p80": fifths[3], "rounds": len(times)}
+        info |= {"gb_per_s": moved / seconds / 1e9, "of_copy": moved / seconds / 1e9 / copied}
+        info |= {"tflop_per_s": flops and flops / seconds / 1e12}
     benchmark.extra_info |= info | environment()
+    if request.config.getoption("--rows") and benchmark.stats is not None:
+        append(benchmark.extra_info, Path(request.config.getoption("--rows")))
+
+
+def append(row: dict[str, Any], target: Path) -> None:
+    """Adds a row to a CSV, with a header if it is the first."""
+    new = not target.exists()
+    with target.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def check(op: str, variant: str, source: Source, inputs: tuple[Tensor, ...], came: list[Tensor]) -> None:
@@ -143,13 +177,13 @@ def runner(call: Call, inputs: list[tuple[Tensor, ...]]) -> tuple[Callable[[], o
         for some in inputs:
             call(*some)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph, times = torch.cuda.CUDAGraph(), max(1, math.ceil(CALLS / len(inputs)))
     with torch.cuda.graph(graph):
-        for some in inputs:
+        for some in inputs * times:
             call(*some)
 
     def replay() -> None:
         graph.replay()
         torch.cuda.synchronize()
 
-    return replay, len(inputs)
+    return replay, len(inputs) * times

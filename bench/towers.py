@@ -69,7 +69,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: CPU time, one thread")
-    parser.add_argument("--compile", nargs="+", default=[], metavar="MODE", help="dense under torch.compile as well")
+    parser.add_argument(
+        "--compile", nargs="+", default=[], metavar="MODE", help="every variant under torch.compile as well"
+    )
     parser.add_argument(
         "--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe, run on timm's ViT-B/16"
     )
@@ -104,9 +106,10 @@ def paired(name: str, dtype: torch.dtype, batch: int, arguments: argparse.Namesp
     variants = vary(model, methods(name))
     check(model, methods(name), batches[0])
     for mode in arguments.compile:
-        for dense in ("dense (host)", "Dense()"):
-            compiled = torch.compile(variants[dense].encode, mode=mode)
-            variants[f"{dense}, compiled {mode}"] = variants[dense]._replace(encode=compiled)
+        for label, variant in list(variants.items()):
+            if "compiled" not in label:
+                compiled = torch.compile(variant.encode, mode=mode)
+                variants[f"{label}, compiled {mode}"] = variant._replace(encode=compiled)
     variants = {**variants, "dense (host) again": variants["dense (host)"], **peers}
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"{name} {dtype} b{batch}", total=(arguments.rounds + 1) * len(variants))

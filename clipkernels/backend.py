@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["auto", "triton", "reference"]
 
@@ -33,17 +34,18 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
         raise ValueError(f'backend must be "auto", "triton" or "reference", got {wanted!r}')
     if wanted == "reference":
         return wanted
+    obstacle = _transforms()
     if wanted == "auto":
-        if device.type == "cpu" or not kernel or dtype == torch.float64:
+        if obstacle is not None or device.type == "cpu" or not kernel or dtype == torch.float64:
             return "reference"
-        obstacle = _obstacle(device.type)
+        obstacle = _obstacle(device)
         if obstacle is not None and device.type == "cuda":
             warnings.warn(f"{obstacle}; CUDA tensors take the slower reference until then", stacklevel=3)
         return "triton" if obstacle is None else "reference"
     said = 'backend="triton"' if backend == "triton" else "CLIPKERNELS_BACKEND=triton"
     if not kernel:
         raise RuntimeError(f"{said} was asked for, but {op} has no Triton kernel: expected auto or reference")
-    obstacle = _obstacle(device.type)
+    obstacle = obstacle or _obstacle(device)
     if obstacle is not None:
         raise RuntimeError(f"{said} was asked for, but {obstacle}")
     if dtype == torch.float64:
@@ -75,7 +77,7 @@ def explain(device: torch.device) -> tuple[str, str]:
             return "none", str(error)
     if device.type == "cpu":
         return "reference", "on the CPU the PyTorch reference is the fast path"
-    obstacle = _obstacle(device.type)
+    obstacle = _obstacle(device)
     if obstacle is not None:
         return "reference", obstacle
     return "triton", "triton is installed and serves this device; ops without a kernel take the reference"
@@ -86,12 +88,25 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _obstacle(device_type: str) -> str | None:
-    """Why triton cannot run on a device type, or None."""
+def _transforms() -> str | None:
+    """Why no kernel can run under the gradient transforms of the moment, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "the kernels have no forward-mode gradients and no torch.func transforms: use the reference"
+    return None
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why triton cannot run on a device, or None."""
     if not _HAS_TRITON:
         return "triton is not installed: pip install triton (Linux)"
-    if device_type == "cpu" and not interpreting():
+    if device.type == "cpu" and not interpreting():
         return "the tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 before the first import"
-    if device_type not in ("cpu", "cuda"):
-        return f"triton kernels run on cuda (NVIDIA, AMD) tensors, got {device_type}"
+    if device.type not in ("cpu", "cuda"):
+        return f"triton kernels run on cuda (NVIDIA, AMD) tensors, got {device.type}"
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < (8, 0):
+            return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     return None

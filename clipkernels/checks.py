@@ -104,7 +104,9 @@ def check_add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | No
     _floating(x=x)
     if y.shape != x.shape:
         raise ValueError(f"y must be {_shape(x)} like x, got {_shape(y)}")
-    _same(x, y=y)
+    _floating(y=y)
+    if y.device != x.device:
+        raise ValueError(f"y must be on {x.device} like x, got {y.device}")
     _check_vectors(x, bias=bias, scale=scale)
     _check_norm(norm, x)
 

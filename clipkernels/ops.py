@@ -75,8 +75,9 @@ def attention(
     chosen = _heads_backend(backend, q, "attention")
     if chosen == "reference":
         return reference.attention(q, k, v, size, signal, prefix)
-    # SDPA and a score kernel are expected to win where SDPA has no bias by size and nothing needs QKᵀ again.
-    fused = size is not None or signal == "received" or _backend.asked(backend) == "triton"
+    # Until measured: SDPA and a score kernel, unless a bias by size slows SDPA or a second kernel needs QKᵀ again.
+    better = q.dtype != torch.float32 and (size is not None or signal == "received")
+    fused = better or _backend.asked(backend) == "triton"
     return _attention.attention(q, k, v, size, signal, prefix, fused)
 
 
@@ -232,20 +233,20 @@ def add_norm(
 
     Args:
         x: (…,C) residual stream.
-        y: (…,C) branch, a product that lacks its bias and layer scale yet.
+        y: (…,C) branch, a product that lacks its bias and layer scale yet; autocast may make it narrower than x.
         bias: (C,) or None.
         scale: (C,) layer scale or None.
         norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the sum.
         backend: "auto", "triton" or "reference".
     Returns:
-        Added(tokens (…,C), normed like tokens or None).
+        Added(tokens (…,C) in the wider dtype of x and y, normed like tokens or None).
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     Guarantees: statistics in fp32, of the sum as it is stored; deterministic; differentiable.
     Source: the pre-norm transformer block; LayerScale, arXiv 2103.17239.
     """
     checks.check_add_norm(x, y, bias, scale, norm)
-    chosen = _backend.choose(backend, x.device, x.dtype, "add_norm")
+    chosen = _backend.choose(backend, x.device, torch.promote_types(x.dtype, y.dtype), "add_norm")
     return (reference.add_norm if chosen == "reference" else _epilogue.add_norm)(x, y, bias, scale, norm)
 
 

@@ -174,9 +174,9 @@ def bias_act(x: Tensor, bias: Tensor | None, act: Act) -> Tensor:
 
 
 def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> Added:
-    y = y if bias is None else y + bias
-    tokens = x + (y if scale is None else y * scale)
-    tokens = tokens.to(x.dtype)  # vectors may be wider
+    z = y if bias is None else y + bias
+    tokens = x + (z if scale is None else z * scale)
+    tokens = tokens.to(torch.promote_types(x.dtype, y.dtype))  # vectors may be wider
     return Added(tokens, _norm(tokens, norm))
 
 

@@ -4,8 +4,8 @@
 
 Reads Q, K, V once (3·B·N·C) and writes B·N·C; the CLS row adds B·H·P fp32, and one program per head that finds K in
 cache. What each patch receives needs the final sums: each program goes over its keys again (QK^T a second time, K from
-cache; up to 64 keys from registers instead), stores its column sums, and a second launch adds them in a fixed
-order. 4·B·N²·C operations, 6 with `received`.
+cache) unless they are one tile, stores its column sums, and a second launch adds them in a fixed order. 4·B·N²·C
+operations, 6 with `received`.
 """
 
 from __future__ import annotations
@@ -63,21 +63,24 @@ def _attend(
     return acc, total, most, p
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "N", "tiles"])
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, size_ptr, out_ptr, signal_ptr,
-    H, M, N, prefix, scale,
+    H, M, N, tiles, prefix, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     D: tl.constexpr, SIZED: tl.constexpr, SIGNAL: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
     UNIT: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tile, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    # One axis: the others end at 65,535. Programs of a head follow each other and share its keys in cache.
+    tile, row = tl.program_id(0) % tiles, tl.program_id(0).to(tl.int64) // tiles
+    head, batch = row % H, row // H
     offs_m, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     here = (offs_m < M)[:, None] & (offs_d < D)[None, :]
     q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
     k_ptr += (batch * stride_kb + head * stride_kh) * UNIT
     v_ptr += (batch * stride_vb + head * stride_vh) * UNIT
-    stride_qm, stride_kn, stride_vn = stride_qm * UNIT, stride_kn * UNIT, stride_vn * UNIT
+    stride_qm, stride_kn = tl.cast(stride_qm, tl.int64) * UNIT, tl.cast(stride_kn, tl.int64) * UNIT
+    stride_vn = tl.cast(stride_vn, tl.int64) * UNIT
     size_ptr += batch * N
     P = N - prefix
     if tile * BLOCK_M < M:
@@ -92,7 +95,7 @@ def _attention_kernel(
             to = ((batch * M + offs_m)[:, None] * H + head) * D + offs_d[None, :]
             tl.store(out_ptr + to, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=here)
         if SIGNAL == "received":
-            row_ptr = signal_ptr + ((batch * H + head) * tl.num_programs(0) + tile) * P
+            row_ptr = signal_ptr + ((batch * H + head) * tiles + tile) * P
             for again in range(TILES):
                 offs_n = again * BLOCK_N + tl.arange(0, BLOCK_N)
                 if TILES > 1:
@@ -133,17 +136,19 @@ def attention(
     out = q.new_empty((batch, rows, heads, width) if v is not None else (0, 0, 0, 0)).transpose(1, 2)
     blocks = config(tokens, width, q.dtype, signal)
     tiles = triton.cdiv(rows, blocks["BLOCK_M"])
+    interpreted = not isinstance(_attention_kernel, triton.JITFunction)
     shape = {None: (0,), "cls": (batch, heads, patches), "received": (batch, heads * tiles, patches)}[signal]
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
     if batch and heads:
         q, k, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, k if v is None else v))
         unit, strides = in_units(q, k, value)
+        programs = tiles + (signal == "cls")
         with torch.cuda.device_of(q):
-            _attention_kernel[(tiles + (signal == "cls"), heads, batch)](
+            _attention_kernel[(programs * heads * batch,)](
                 q, k, value, q if size is None else size.contiguous(), out, scores,
-                heads, rows, tokens, prefix, LOG2E * width**-0.5,
+                heads, rows, tokens, programs, prefix, LOG2E * width**-0.5,
                 *strides[0], *strides[1], *strides[2],
-                D=width, SIZED=size is not None, SIGNAL=signal, OUT=v is not None, WIDE=q.device.type == "cpu",
+                D=width, SIZED=size is not None, SIGNAL=signal, OUT=v is not None, WIDE=interpreted,
                 UNIT=unit, TILES=triton.cdiv(tokens, blocks["BLOCK_N"]), enable_fp_fusion=True, **blocks,
             )  # fmt: skip
     if signal == "received":

@@ -27,9 +27,9 @@ def place(ptr, offs, size, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr):
         if start < size:
             offs_j = start + tl.arange(0, BLOCK_J)
             other = load_scores(ptr, offs_j, size)
-            earlier = offs_j[None, :] < offs[:, None]  # [BLOCK_P, BLOCK_J]
-            beats = (other[None, :] > own[:, None]) | ((other[None, :] == own[:, None]) & earlier)
-            count += tl.sum((beats & (offs_j < size)[None, :]).to(tl.int32), 1)
+            earlier = offs_j[:, None] < offs[None, :]  # [BLOCK_J, BLOCK_P]
+            beats = (other[:, None] > own[None, :]) | ((other[:, None] == own[None, :]) & earlier)
+            count += tl.sum((beats & (offs_j < size)[:, None]).to(tl.int32), 0)
     return count
 
 
@@ -50,7 +50,7 @@ def reduce_heads(
             mask = (offs_h < H)[:, None] & (offs < size)[None, :]
             rows = tl.load(ptr + offs_h.to(tl.int64)[:, None] * size + offs[None, :], mask=mask, other=0.0)
             total += tl.sum(rows.to(tl.float32), 0)
-    return total.to(tl.float32) / divisor
+    return tl.div_rn(total.to(tl.float32), divisor)  # rounded as the reference is: ranks over H may tie
 
 
 def blocks(size: int) -> dict[str, int]:

@@ -59,7 +59,7 @@ def _add_norm_kernel(
     store_rows(y, offs_r, rows, out_ptr, normed_ptr, weight_ptr, shift_ptr, eps, C, NORM, BLOCK_C)
 
 
-def config(op: str, rows: int, width: int) -> dict[str, int]:
+def config(op: str, width: int) -> dict[str, int]:
     """Block sizes and warps of either kernel, for rows of width C."""
     if op == "bias_act":
         return {"BLOCK_R": 4, "BLOCK_C": min(1024, triton.next_power_of_2(width)), "num_warps": 4}
@@ -74,7 +74,7 @@ def bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
         return out
     width = x.shape[-1]
     rows = x.numel() // width
-    blocks = config("bias_act", rows, width)
+    blocks = config("bias_act", width)
     with torch.cuda.device_of(x):
         _bias_act_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(width, blocks["BLOCK_C"]))](
             x, x if bias is None else bias.contiguous(), out, rows, width,
@@ -90,16 +90,16 @@ def add_norm(
     scale: Tensor | None,
     norm: tuple[Tensor, Tensor, float] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launches the kernel: out and normed, like x (…,C), contiguous, or None."""
+    """Launches the kernel: out and normed or None, (…,C) contiguous, in the wider dtype of x and y."""
     x, y = x.contiguous(), y.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
     normed = torch.empty_like(out) if norm is not None else None
     if out.numel() == 0:
         return out, normed
     width = x.shape[-1]
     rows = x.numel() // width
-    weight, shift, eps = (norm[0].contiguous(), norm[1].contiguous(), norm[2]) if norm is not None else (x, x, 0.0)
-    blocks = config("add_norm", rows, width)
+    weight, shift, eps = layer_norm.arguments(norm, x)
+    blocks = config("add_norm", width)
     with torch.cuda.device_of(x):
         _add_norm_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]),)](
             x, y, x if bias is None else bias.contiguous(), x if scale is None else scale.contiguous(),

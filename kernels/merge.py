@@ -35,9 +35,10 @@ def _unit_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for head in tl.static_range(H):  # unrolled: all loads in flight
         total += tl.load(metric_ptr + tl.cast(head, tl.int64) * stride_mh, mask=mask, other=0.0).to(tl.float32)
-    mean = (total / H).to(metric_ptr.dtype.element_ty).to(tl.float32)
-    length = tl.sqrt(tl.sum(mean * mean, 1))
-    unit = mean / tl.maximum(length, 1e-12)[:, None]
+    # Rounded as the reference is, or what ties there would not tie here.
+    mean = tl.div_rn(total, H * 1.0).to(metric_ptr.dtype.element_ty).to(tl.float32)
+    length = tl.maximum(tl.sqrt_rn(tl.sum(mean * mean, 1)), 1e-12)
+    unit = tl.div_rn(mean, tl.broadcast_to(length[:, None], [BLOCK_N, BLOCK_D]))
     tl.store(unit_ptr + (batch * N + offs_n)[:, None] * D + offs_d[None, :], unit, mask=mask)
 
 
@@ -50,18 +51,21 @@ def _nearest_kernel(
     """For each of A even tokens from `even` on: the largest similarity to an odd one from `odd` on, and which."""
     batch, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     unit_ptr += batch * N * D
-    offs_a, offs_d = tile * BLOCK_A + tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_D)
-    mask_a, mask_d = offs_a < A, offs_d < D
-    a_ptr = unit_ptr + (2 * (even + offs_a) * D)[:, None] + offs_d[None, :]
-    a = tl.load(a_ptr, mask=mask_a[:, None] & mask_d[None, :], other=0.0)
+    offs_a = tile * BLOCK_A + tl.arange(0, BLOCK_A)
+    mask_a = offs_a < A
+    a_ptr = unit_ptr + (2 * (even + offs_a) * D)[:, None]
     best = tl.full([BLOCK_A], float("-inf"), tl.float32)
     nearest = tl.zeros([BLOCK_A], tl.int32)
     for other in range(TILES):
         offs_b = other * BLOCK_B + tl.arange(0, BLOCK_B)
         mask_b = offs_b < N // 2 - odd
-        b_ptr = unit_ptr + ((2 * (odd + offs_b) + 1) * D)[None, :] + offs_d[:, None]
-        b = tl.load(b_ptr, mask=mask_d[:, None] & mask_b[None, :], other=0.0)
-        s = tl.dot(a, b, input_precision="ieee")  # [BLOCK_A, BLOCK_B]
+        b_ptr = unit_ptr + ((2 * (odd + offs_b) + 1) * D)[None, :]
+        s = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            offs_d = start + tl.arange(0, BLOCK_D)
+            a = tl.load(a_ptr + offs_d[None, :], mask=mask_a[:, None] & (offs_d < D)[None, :], other=0.0)
+            b = tl.load(b_ptr + offs_d[:, None], mask=(offs_d < D)[:, None] & mask_b[None, :], other=0.0)
+            s = tl.dot(a, b, s, input_precision="ieee")
         s = tl.where((s == s) & mask_b[None, :], s, float("-inf"))
         most = tl.max(s, 1)
         first = tl.min(tl.where(s == most[:, None], offs_b[None, :], N), 1)  # of equal ones the lower index
@@ -139,6 +143,19 @@ def _merge_kernel(
     store_rows(acc, row, rows, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
 
 
+def match_config(width: int) -> dict[str, dict[str, int]]:
+    """Block sizes and warps of the first two launches, for a metric of width D."""
+    block_d = max(16, triton.next_power_of_2(width))
+    # Whole rows to take their length; pieces of them to multiply.
+    unit = {"BLOCK_N": max(1, 1024 // block_d), "BLOCK_D": block_d, "num_warps": 4}
+    return {"unit": unit, "nearest": {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_D": min(64, block_d), "num_warps": 4}}
+
+
+def merge_config(r: int, width: int) -> dict[str, int]:
+    """Block sizes and warps of the merge, for r pairs of tokens of width C."""
+    return {"BLOCK_S": max(16, triton.next_power_of_2(r)), **layer_norm.blocks(8, width, 4096), "num_warps": 4}
+
+
 def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the kernels: kept (B,A-r), source (B,r), target (B,r) int64, for a metric (B,N,D) or (B,H,N,D)."""
     per_head = metric if metric.ndim == 4 else metric[:, None]
@@ -157,26 +174,21 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, T
     unit = torch.empty(batch, tokens, width, dtype=torch.float32, device=metric.device)
     strength = torch.empty(batch, a, dtype=torch.float32, device=metric.device)
     nearest = torch.empty(batch, a, dtype=torch.int32, device=metric.device)
-    block_d = max(16, triton.next_power_of_2(width))
+    blocks = match_config(width)
+    tiles = {name: triton.cdiv(n, blocks["nearest"][f"BLOCK_{name}"]) for name, n in (("A", a), ("B", b))}
     with torch.cuda.device_of(metric):
-        _unit_kernel[(batch, triton.cdiv(tokens, 16))](
+        _unit_kernel[(batch, triton.cdiv(tokens, blocks["unit"]["BLOCK_N"]))](
             per_head, unit, tokens, *per_head.stride()[:3],
-            H=heads, D=width, BLOCK_N=16, BLOCK_D=block_d, enable_fp_fusion=True, num_warps=4,
+            H=heads, D=width, enable_fp_fusion=True, **blocks["unit"],
         )  # fmt: skip
-        _nearest_kernel[(batch, triton.cdiv(a, 32))](
+        _nearest_kernel[(batch, tiles["A"])](
             unit, strength, nearest, tokens, a, even, odd,
-            D=width, TILES=triton.cdiv(b, 32), BLOCK_A=32, BLOCK_B=32, BLOCK_D=block_d,
-            enable_fp_fusion=True, num_warps=4,
+            D=width, TILES=tiles["B"], enable_fp_fusion=True, **blocks["nearest"],
         )  # fmt: skip
         _strongest_kernel[(batch,)](
             strength, nearest, kept, source, target, a, r, even, odd, enable_fp_fusion=True, **counting.blocks(a)
         )
     return kept, source, target
-
-
-def config(r: int, width: int) -> dict[str, int]:
-    """Block sizes and warps of the merge, for r pairs of tokens of width C."""
-    return {"BLOCK_S": max(16, triton.next_power_of_2(r)), **layer_norm.blocks(8, width, 4096), "num_warps": 4}
 
 
 def merge_tokens(
@@ -196,8 +208,8 @@ def merge_tokens(
     if out.numel() == 0:
         return out, merged, normed
     x = x if x.stride(2) == 1 else x.contiguous()
-    weight, bias, eps = (norm[0].contiguous(), norm[1].contiguous(), norm[2]) if norm is not None else (x, x, 0.0)
-    blocks = config(r, width)
+    weight, bias, eps = layer_norm.arguments(norm, x)
+    blocks = merge_config(r, width)
     with torch.cuda.device_of(x):
         _merge_kernel[(batch, triton.cdiv(tokens - r, blocks["BLOCK_R"]))](
             x, kept.contiguous(), source.contiguous(), target.contiguous(),

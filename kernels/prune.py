@@ -29,7 +29,7 @@ def _choose_kernel(
     batch = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_P)
     if H:
-        reduced = reduce_heads(scores_ptr + batch * H * P, offs, P, H, H, RANK, BLOCK_P, BLOCK_J)
+        reduced = reduce_heads(scores_ptr + batch * H * P, offs, P, H * 1.0, H, RANK, BLOCK_P, BLOCK_J)
         row_ptr = reduced_ptr + batch * P
         tl.store(row_ptr + offs, reduced, mask=offs < P)
         tl.debug_barrier()  # every thread compares with what all have stored
@@ -83,7 +83,7 @@ def _gather_kernel(
         store_rows(acc[None, :], fused, rows, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
 
 
-def config(patches: int, width: int, dtype: torch.dtype) -> dict[str, int]:
+def config(patches: int, width: int) -> dict[str, int]:
     """Block sizes and warps of the gather, for P patches of width C."""
     tile = layer_norm.blocks(16, width, 8192)
     return {"BLOCK_P": counting.blocks(patches)["BLOCK_P"], **tile, "num_warps": 4}
@@ -106,8 +106,8 @@ def prune_tokens(
     reduced = torch.empty(batch, patches, dtype=torch.float32, device=x.device) if per_head else scores
     gone = torch.empty(batch, patches - keep, dtype=torch.int32, device=x.device) if fuse else index
     weights = torch.empty(batch, patches - keep, dtype=torch.float32, device=x.device) if fuse else scores
-    weight, bias, eps = (norm[0].contiguous(), norm[1].contiguous(), norm[2]) if norm is not None else (x, x, 0.0)
-    blocks = config(patches, width, x.dtype)
+    weight, bias, eps = layer_norm.arguments(norm, x)
+    blocks = config(patches, width)
     with torch.cuda.device_of(x):
         if patches:
             _choose_kernel[(batch,)](

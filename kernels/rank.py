@@ -58,12 +58,12 @@ def _cls_kernel(
     D: tl.constexpr, SIZED: tl.constexpr, UNIT: tl.constexpr,
     TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
-    k_ptr += (batch * stride_kb + head * stride_kh) * UNIT
+    head, batch = tl.program_id(0) % H, tl.program_id(0).to(tl.int64) // H
+    q_ptr += (batch * stride_qb + head.to(tl.int64) * stride_qh) * UNIT
+    k_ptr += (batch * stride_kb + head.to(tl.int64) * stride_kh) * UNIT
     row_ptr = out_ptr + (batch * H + head) * (N - prefix)
     cls_row(
-        q_ptr, k_ptr, size_ptr + batch * N, row_ptr, N, prefix, scale, stride_kn * UNIT,
+        q_ptr, k_ptr, size_ptr + batch * N, row_ptr, N, prefix, scale, tl.cast(stride_kn, tl.int64) * UNIT,
         D, SIZED, TILES, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def cls_scores(q: Tensor, k: Tensor, size: Tensor | None, prefix: int) -> Tensor
     blocks = config(width)
     unit, (q_strides, k_strides) = in_units(q, k)
     with torch.cuda.device_of(k):
-        _cls_kernel[(heads, batch)](
+        _cls_kernel[(heads * batch,)](
             q, k, out if size is None else size.contiguous(), out,
             heads, tokens, prefix, LOG2E * width**-0.5,
             *q_strides[:2], *k_strides,

@@ -38,7 +38,7 @@ TARGETS = {
     "sm_89": (GPUTarget("cuda", 89, 32), 32, 101376),
     "sm_100": (GPUTarget("cuda", 100, 32), 32, 232448),
 }
-# Tokens, width, heads, prefix: every head width of CLIP towers, and every length that makes another number of tiles.
+# Tokens, width, heads, prefix: every head width of CLIP towers, short and long, whole and reduced lengths.
 TOWERS = {
     "B-16": (197, 768, 12, 1),
     "B-32": (50, 768, 12, 1),
@@ -50,11 +50,22 @@ TOWERS = {
     "PE-bigG-14-448": (1024, 1536, 16, 0),
     "bigG-14": (257, 1664, 16, 1),
     "e-14": (257, 1792, 16, 1),
+    "B-16 at 138": (138, 768, 12, 1),
+    "B-16 at 72": (72, 768, 12, 1),
+    "H-14 at 50": (50, 1280, 16, 1),
+    "L-14-280": (401, 1024, 16, 1),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SIZES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 # What the PTX must hold where inputs are half precision: loads of 16 bytes, and matrix instructions.
-WIDE_LOADS = {"_gather_kernel", "_merge_kernel", "_bias_act_kernel", "_add_norm_kernel", "_cls_kernel"}
+WIDE_LOADS = {
+    "_attention_kernel",
+    "_gather_kernel",
+    "_merge_kernel",
+    "_bias_act_kernel",
+    "_add_norm_kernel",
+    "_cls_kernel",
+}
 MATRIX = {"_attention_kernel"}
 
 
@@ -124,6 +135,9 @@ def launches(tower: str, dtype: torch.dtype) -> None:
         prune.prune_tokens(x, per_head, keep, fuse, "rank", prefix, norm)
     merge.match_tokens(k, r, prefix)
     merge.match_tokens(empty(b, n, d), r, prefix)
+    merge.match_tokens(x, r, prefix)
+    half = [empty(b, count, dtype=torch.int64) for count in ((n + 1) // 2 - patches // 2, patches // 2, patches // 2)]
+    merge.merge_tokens(x, *half, size, norm)
     for sized in (None, size):
         merge.merge_tokens(x, *index, sized, None)
         merge.merge_tokens(x, *index, sized, norm)

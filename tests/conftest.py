@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-GPU = any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/kfd"))
+GPU = Path("/dev/kfd").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -63,6 +63,31 @@ def test_what_is_not_given_is_left_out(device, backend):
     assert torch.equal(ck.ops.add_norm(x, y, zero, one, backend=backend).tokens, x + y)
 
 
+def test_a_branch_of_another_dtype_joins_in_the_wider_one(device, backend):
+    x, y = normal(device, 2, 9, 24), normal(device, 2, 9, 24, seed=1, dtype=torch.bfloat16)
+    weight, shift = normal(device, 2, 24, seed=2)
+    for one, other in ((x, y), (y, x)):
+        came = ck.ops.add_norm(one, other, norm=(weight, shift, 1e-5), backend=backend)
+        assert came.tokens.dtype == came.normed.dtype == torch.float32
+        assert torch.equal(came.tokens, x + y)
+
+
+def test_a_single_row_has_a_gradient_too(device, backend):
+    x, bias = normal(device, 24).requires_grad_(), normal(device, 24, seed=1).requires_grad_()
+    added = ck.ops.add_norm(x, x, bias, None, (bias, bias, 1e-5), backend=backend)
+    loss = added.normed.square().sum() + ck.ops.bias_act(x, bias, "gelu", backend=backend).sum()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (x, bias)))
+
+
+def test_transforms_that_the_kernels_do_not_know_are_refused_or_left_to_the_reference(device, triton):
+    x = normal(device, 3, 24)
+    with pytest.raises(RuntimeError, match=r"no forward-mode gradients and no torch\.func transforms"):
+        torch.func.jvp(lambda x: ck.ops.bias_act(x, None, "gelu", backend=triton), (x,), (torch.ones_like(x),))
+    _, tangent = torch.func.jvp(lambda x: ck.ops.bias_act(x, None, "gelu"), (x,), (torch.ones_like(x),))
+    exact = torch.func.grad(lambda x: gelu(x).sum())(x)
+    torch.testing.assert_close(tangent, exact)
+
+
 def test_a_constant_row_norms_to_the_shift(device, backend):
     x = torch.full((1, 2, 33), 5.0, device=device)
     weight, shift = normal(device, 2, 33)
@@ -169,7 +194,7 @@ def test_half_precision_keeps_what_fp32_statistics_keep(device, triton):
     ("change", "message"),
     [
         ({"y": torch.randn(2, 8, 24)}, r"y must be \(2,9,24\) like x, got \(2,8,24\)"),
-        ({"y": torch.randn(2, 9, 24).half()}, "y must be torch.float32 on cpu, got torch.float16 on cpu"),
+        ({"y": torch.ones(2, 9, 24, dtype=torch.int64)}, "y must be float32, float16, bfloat16 or float64"),
         ({"bias": torch.randn(23)}, r"bias must be \(C,\) = \(24\) on cpu, got \(23\) on cpu"),
         ({"scale": torch.ones(24, dtype=torch.int32)}, "scale must be float32, float16, bfloat16 or float64"),
         ({"norm": (torch.ones(24), torch.ones(23), 1e-5)}, r"norm's bias must be \(C,\) = \(24\) on cpu"),

@@ -244,17 +244,23 @@ def test_the_kernel_matches_as_the_reference_does(device, triton, tokens, prefix
     assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
 
 
+def test_a_metric_as_wide_as_the_tokens_is_served(device, triton):
+    metric = normal(device, 2, 17, 768, seed=24)
+    came, expected = (ck.ops.match_tokens(metric, 6, backend=name) for name in (triton, "reference"))
+    assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+
+
 def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, triton):
     x, keys = normal(device, 3, 65, 48, seed=16), normal(device, 3, 2, 65, 16, seed=17)
     size = torch.arange(1.0, 66, device=device).expand(3, -1)
     norm = (x[0, 0], x[0, 1], 1e-5)
 
-    def run(batch):
-        match = ck.ops.match_tokens(keys[:batch], 20, backend=triton)
-        return *match, *ck.ops.merge_tokens(x[:batch], match, size[:batch], norm, backend=triton)
+    def run(some):
+        match = ck.ops.match_tokens(keys[some], 20, backend=triton)
+        return *match, *ck.ops.merge_tokens(x[some], match, size[some], norm, backend=triton)
 
-    for whole, one, again in zip(run(3), run(1), run(3), strict=True):
-        assert torch.equal(whole[:1], one) and torch.equal(whole, again)
+    for whole, one, again in zip(run(slice(3)), run(slice(2, 3)), run(slice(3)), strict=True):
+        assert torch.equal(whole[2:], one) and torch.equal(whole, again)
 
 
 def test_a_source_without_bounds_spoils_its_own_target_alone(device, backend):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import click
-import open_clip
 import torch
 from click.core import ParameterSource
 from PIL import Image
@@ -200,6 +199,8 @@ def load(name: str | None, pretrained: str | None) -> tuple[nn.Module, Callable[
         if pretrained is not None:
             raise click.UsageError(f"expected --model with --pretrained {pretrained}, got no --model")
         return bundled()
+    import open_clip  # here, so that the other verbs need none of it
+
     if ":" not in name:
         known = open_clip.list_models()
         if name not in known:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TextIO
 
 import click
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 from rich.table import Table
@@ -125,6 +124,8 @@ def demo(
     The small CLIP that ships with the package names held-out digits and scenes; one full-size tower with random
     weights shows the speed, since the small one has too few tokens to.
     """
+    import open_clip  # here, so that the other verbs need none of it
+
     if model != "none" and model not in open_clip.list_models():
         raise click.UsageError(f"expected --model to be none or one of open_clip's models, got {model!r}")
     size = QUICK if quick else FULL
@@ -219,6 +220,8 @@ def load_full(name: str, seed: int) -> nn.Module:
     Raises:
         UnsupportedTower: its tower cannot be patched.
     """
+    import open_clip
+
     torch.manual_seed(seed)
     with quietly():
         model = open_clip.create_model(name, pretrained_text=False).eval()

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from clipkernels.backend import interpreting
@@ -25,7 +24,7 @@ def plain(*tensors: Tensor | None) -> bool:
     """Whether eager may call a launcher directly: real tensors, no gradient, nobody watching."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if torch.jit.is_tracing():
         return False
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):

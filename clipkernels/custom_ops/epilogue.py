@@ -71,12 +71,14 @@ def _add_norm(
 def _add_norm_fake(
     x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, weight: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor]:
-    tokens = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    tokens = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return tokens, x.new_empty(0) if weight is None else torch.empty_like(tokens)
 
 
 def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, y, bias, scale, weight, shift, ctx.eps = inputs
+    x, y, bias, scale, weight, shift, ctx.eps = inputs
+    ctx.dtype = x.dtype
     ctx.save_for_backward(y, bias, scale, output[0] if weight is not None else None, weight, shift)
 
 
@@ -93,11 +95,11 @@ def _add_norm_backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None
         grad_scale = _over_rows(total * wide).to(scale.dtype)
     if bias is not None:
         grad_bias = _over_rows(branch).to(bias.dtype)
-    return total.to(y.dtype), branch.to(y.dtype), grad_bias, grad_scale, grad_weight, grad_shift, None
+    return total.to(ctx.dtype), branch.to(y.dtype), grad_bias, grad_scale, grad_weight, grad_shift, None
 
 
 def _over_rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2).sum(0)
+    return x.reshape(-1, x.shape[-1]).sum(0)
 
 
 register(
