@@ -259,9 +259,12 @@ def test_with_a_gradient_wanted_the_output_comes_from_sdpa(device, triton):
 @pytest.mark.parametrize("sized", [False, True])
 def test_the_operators_pass_opcheck(device, sized, signal):
     pytest.importorskip("triton")
-    q, k, v = qkv(device, 2, 2, 9, 16)
+    packed = torch.randn(2, 9, 3 * 2 * 16, generator=torch.Generator().manual_seed(5)).to(device, torch.bfloat16)
+    q, k, v = packed.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
     size = torch.ones(2, 9, device=device) if sized else None
     torch.library.opcheck(torch.ops.clipkernels.attention.default, (q, k, v, size, signal, 1))
+    if signal:
+        torch.library.opcheck(torch.ops.clipkernels.attention.default, (q, k, None, size, signal, 1))
     torch.library.opcheck(torch.ops.clipkernels.cls_scores.default, (q, k, size, 1))
     for heads, query in (("mean", "cls"), ("rank", "cls"), ("mean", "all")):
         torch.library.opcheck(torch.ops.clipkernels.rank_tokens.default, (q, k, size, heads, query, 1))

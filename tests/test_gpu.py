@@ -43,6 +43,17 @@ def test_no_operation_waits_for_the_gpu(op):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("op", CASES)
+@torch.inference_mode()
+def test_an_operation_compiles_with_inductor(op):
+    torch._dynamo.reset()
+    case, source = CASES[op], Source(SHAPES["B-32"], 2, torch.bfloat16, CUDA)
+    inputs = case.inputs(source)
+    compiled = torch.compile(lambda *inputs: case.call(source, "triton", *inputs), fullgraph=True)
+    expected = flat(case.call(source, "triton", *inputs))
+    assert all(torch.equal(one, other) for one, other in zip(flat(compiled(*inputs)), expected, strict=True))
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @torch.inference_mode()
 def test_a_compiled_tower_gives_the_embedding_of_the_eager_one(method):
