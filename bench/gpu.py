@@ -85,6 +85,7 @@ def commands(out: Path) -> dict[str, list[str]]:
         made["towers"] = [*towers, "--models", *MODELS, "--batch", "256", "1", "32"]
         made["towers"] += ["--out", str(out / "towers-bf16.csv")]
         made["compiled"] = [*towers, "--models", "ViT-B-16", "--batch", "256", "--compile", "default"]
+        made["compiled"] += ["--only", "Dense", "EViT(keep=0.7)"]
         made["compiled"] += ["--out", str(out / "towers-bf16-compiled.csv")]
     return made
 

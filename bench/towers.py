@@ -65,6 +65,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(R), metavar="NAME", help="open_clip models")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32], metavar="B")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="VARIANT", help="the host and those whose names begin so"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -103,8 +106,10 @@ def paired(name: str, dtype: torch.dtype, batch: int, arguments: argparse.Namesp
         model = build(name, dtype)
     tower = ck.tower_of(model)
     batches = images(tower, batch, dtype)
-    variants = vary(model, methods(name))
-    check(model, methods(name), batches[0])
+    wanted = ("dense (host)", *arguments.only)
+    chosen = {label: method for label, method in methods(name).items() if label.startswith(wanted)}
+    variants = vary(model, chosen)
+    check(model, chosen, batches[0])
     for mode in arguments.compile:
         for label, variant in list(variants.items()):
             if "compiled" not in label:

@@ -167,6 +167,21 @@ def test_the_paired_run_writes_rows_and_environment(
         assert row["efficiency"] == pytest.approx(row["speedup"] * row["gmacs_run"] / dense["gmacs_run"], rel=0.02)
 
 
+def test_some_variants_can_be_chosen_and_each_of_them_compiled(
+    monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda encode, mode: asked.append(mode) or encode)
+    options = ["--only", "Dense", "EViT(keep=0.7)", "--compile", "default", "--rounds", 1, "--threads", 1]
+    file = tmp_path / "towers.csv"
+    towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, *options, "--out", file)
+    with file.open(encoding="utf-8", newline="") as stream:
+        names = [row["variant"] for row in csv.DictReader(stream)]
+    plain = ["dense (host)", "Dense()", "EViT(keep=0.7)"]
+    assert names == [*plain, *(f"{name}, compiled default" for name in plain), "dense (host) again"]
+    assert asked == ["default"] * 3
+
+
 def test_a_tower_that_differs_from_the_host_is_never_timed(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
     some = torch.randn(2, 3, 32, 32)
     honest = tiny.encode_image
