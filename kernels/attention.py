@@ -114,11 +114,10 @@ def config(keys: int, width: int, dtype: torch.dtype, signal: str | None) -> dic
     block_d = max(16, triton.next_power_of_2(width))
     # As many queries to a program as do not spill: each program reads all keys and values of its head again.
     if dtype == torch.float32:  # multiplied without tensor cores, so that choices match
-        block_m, block_n, warps = (32, 32, 8) if block_d <= 64 else (16, 16, 4)
-    elif block_d <= 64:
-        block_m, block_n, warps = (64, 64, 4) if keys <= 64 else (128, 64, 8)
+        block_m, block_n, warps = (32, 32, 8) if block_d <= 64 and signal != "received" else (16, 16, 4)
     else:
-        block_m, block_n, warps = (64, 32, 4) if keys <= 64 or signal == "received" else (128, 32, 8)
+        block_n = 64 if block_d <= 64 else 32
+        block_m, warps = (64, 4) if keys <= 64 or signal == "received" else (128, 8)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": 2}
 
 

@@ -56,5 +56,4 @@ def reduce_heads(
 def blocks(size: int) -> dict[str, int]:
     """Block sizes and warps to place `size` scores."""
     block_p = max(16, triton.next_power_of_2(size))
-    wide = block_p >= 256
-    return {"BLOCK_P": block_p, "BLOCK_J": 8 if wide else 16, "num_warps": 8 if wide else 4}
+    return {"BLOCK_P": block_p, "BLOCK_J": 8, "num_warps": 8 if block_p >= 256 else 4}

@@ -147,7 +147,7 @@ def match_config(width: int) -> dict[str, dict[str, int]]:
     """Block sizes and warps of the first two launches, for a metric of width D."""
     block_d = max(16, triton.next_power_of_2(width))
     # Whole rows to take their length; pieces of them to multiply.
-    unit = {"BLOCK_N": max(1, 1024 // block_d), "BLOCK_D": block_d, "num_warps": 4}
+    unit = {"BLOCK_N": max(1, (1024 if block_d <= 64 else 512) // block_d), "BLOCK_D": block_d, "num_warps": 4}
     return {"unit": unit, "nearest": {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_D": min(64, block_d), "num_warps": 4}}
 
 
