@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -34,9 +35,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
         raise ValueError(f'backend must be "auto", "triton" or "reference", got {wanted!r}')
     if wanted == "reference":
         return wanted
-    obstacle = _transforms()
     if wanted == "auto":
-        if obstacle is not None or device.type == "cpu" or not kernel or dtype == torch.float64:
+        if device.type == "cpu" or not kernel or dtype == torch.float64 or _transforms() is not None:
             return "reference"
         obstacle = _obstacle(device)
         if obstacle is not None and device.type == "cuda":
@@ -45,7 +45,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
     said = 'backend="triton"' if backend == "triton" else "CLIPKERNELS_BACKEND=triton"
     if not kernel:
         raise RuntimeError(f"{said} was asked for, but {op} has no Triton kernel: expected auto or reference")
-    obstacle = obstacle or _obstacle(device)
+    obstacle = _transforms() or _obstacle(device)
     if obstacle is not None:
         raise RuntimeError(f"{said} was asked for, but {obstacle}")
     if dtype == torch.float64:
@@ -105,8 +105,17 @@ def _obstacle(device: torch.device) -> str | None:
         return "the tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 before the first import"
     if device.type not in ("cpu", "cuda"):
         return f"triton kernels run on cuda (NVIDIA, AMD) tensors, got {device.type}"
-    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(device)
-        if torch.version.hip is None and capability < (8, 0):
-            return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        return _too_old(device)
     return None
+
+
+@cache  # asked by every operation
+def _too_old(device: torch.device) -> str | None:
+    """Why the kernels cannot run on an NVIDIA GPU of this age, or None."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return None
+    return f"the kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"

@@ -122,14 +122,9 @@ class OpenCLIPTower:
         for module in (host, attn):
             if getattr(module, "_compiled_call_impl", None) is not None:
                 return f"its {type(module).__name__} is compiled by itself: compile the whole tower instead"
-            if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
+            if _replaced(module):
                 return f"the forward of its {type(module).__name__} was replaced: patch before that"
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
+            if _hooked(module, "_"):
                 return f"its {type(module).__name__} carries a hook, which would be skipped: remove it first"
         weight = getattr(attn, "in_proj_weight", None)
         if weight is None or not hasattr(attn, "num_heads") or hasattr(attn, "base_layer"):
@@ -273,11 +268,17 @@ def _scale(module: Any) -> Tensor | None:
 
 def _watched(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says."""
-    if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
-        return True
+    return _replaced(module) or _hooked(module, "_") or _hooked(nn.modules.module, "_global_")
+
+
+def _replaced(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ or hasattr(module, "_hf_hook")
+
+
+def _hooked(holder: Any, start: str) -> bool:
+    """Whether a module, or torch for all modules, holds hooks in attributes whose names start so."""
     kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    everywhere = nn.modules.module
-    return any(getattr(module, f"_{kind}") or getattr(everywhere, f"_global_{kind}") for kind in kinds)
+    return any(getattr(holder, start + kind) for kind in kinds)
 
 
 def _heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:

@@ -57,7 +57,9 @@ def check(
     """
     if interpret and not backend.interpreting():
         # Triton reads this when it is imported, which has happened.
-        sys.exit(subprocess.call([sys.executable, "-m", "clipkernels", *_again()], env=_interpreted()))
+        again = sys.argv[sys.argv.index("check") :]
+        interpreted = {**os.environ, "TRITON_INTERPRET": "1"}
+        sys.exit(subprocess.call([sys.executable, "-m", "clipkernels", *again], env=interpreted))
     device = _device(device_name, interpret)
     asked = [name.strip() for name in names.split(",")] if names else [""]
     chosen = {name: case for name, case in CASES.items() if any(name.startswith(start) for start in asked)}
@@ -84,15 +86,6 @@ def check(
     click.echo(f"{len(rows) - len(wrong)} of {len(rows)} are right on {device} ({environment()['device']})", err=True)
     if wrong:
         sys.exit(1)
-
-
-def _again() -> list[str]:
-    """This command's arguments, for another process."""
-    return sys.argv[sys.argv.index("check") :]
-
-
-def _interpreted() -> dict[str, str]:
-    return {**os.environ, "TRITON_INTERPRET": "1"}
 
 
 def _device(name: str | None, interpret: bool) -> torch.device:
