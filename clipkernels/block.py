@@ -38,8 +38,11 @@ class Parts(Protocol):
     def norm2(self) -> Norm | None:
         """Likewise of the norm before the MLP."""
 
-    def qkv(self, x: Tensor, normed: Tensor | None, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """norm1, unless x comes `normed`, and projections: q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C)."""
+    def qkv(
+        self, x: Tensor, normed: Tensor | None, rows: int | None, rope: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """norm1, unless x comes `normed`, projections, and the turns of a rotary table (…,P,2·D) that tells where the
+        patches are: q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C)."""
 
     def project(self, out: Tensor, fused: bool) -> Branch:
         """The attention branch of attention's out (B,H,M,D): output projection and layer scale."""
@@ -49,12 +52,13 @@ class Parts(Protocol):
 
 
 class Moved(NamedTuple):
-    """What a block leaves: x (B,M,C), the next block's norm1 of it or None, size (B,M) or None, and to (B,N), the row
-    each row went to (-1: gone), or None."""
+    """What a block leaves: x (B,M,C), the next block's norm1 of it or None, size (B,M) or None, rope for M tokens or
+    None, and to (B,N), the row each row went to (-1: gone), or None."""
 
     x: Tensor
     normed: Tensor | None
     size: Tensor | None
+    rope: Tensor | None
     to: Tensor | None
 
 
@@ -68,6 +72,7 @@ def forward(
     rows: int | None = None,
     track: bool = False,
     normed: Tensor | None = None,
+    rope: Tensor | None = None,
     after: Norm | None = None,
     fused: bool = False,
 ) -> Moved:
@@ -83,10 +88,11 @@ def forward(
         rows: compute these leading rows alone (then step is ignored: it moves no prefix token), or None for all.
         track: also return where each row went.
         normed: norm1 of x, where the block before has computed it.
+        rope: the host's rotary table (…,P,2·D) of the patches, sines then cosines, or None; it goes where they go.
         after: norm1 of the block that follows, to be computed with the last sum.
         fused: sums, norms and activations run as kernels.
     """
-    q, k, v = parts.qkv(x, normed, rows)
+    q, k, v = parts.qkv(x, normed, rows, rope)
     step = step if rows is None else None
     # Merging compares the keys themselves: their mean over heads is part of matching.
     signal = step.signal if isinstance(step, Prune) else None
@@ -101,17 +107,40 @@ def forward(
             scores = _random_scores(x.shape[1] - prefix, step.seed, x.device).expand(x.shape[0], -1)
         pruned = ops.prune_tokens(x, scores, step.keep, step.fuse, prefix=prefix, norm=norm2)
         to = _pruned_to(pruned.index, step, x.shape[1], prefix) if track else None
+        rope = None if rope is None else _gathered(rope, pruned.index, step.fuse)
         x, normed = pruned.tokens, pruned.normed
         if size is not None:
             # A fused token is an ordinary patch from here on.
             rows_left = (size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(len(x), step.fuse))
             size = torch.cat(rows_left, 1)
     elif isinstance(step, Merge):
-        match = ops.match_tokens(k, step.r, prefix)
-        to = _merged_to(match, x.shape[1]) if track else None
-        x, size, normed = ops.merge_tokens(x, match, size, norm2)
+        # Only CLS may stand among the tokens that alternate: registers would end up between patches.
+        lead = max(prefix - 1, 0)
+        match = ops.match_tokens(k[:, :, lead:], step.r, prefix - lead)
+        to = _merged_to(match, x.shape[1], lead) if track else None
+        rope = None if rope is None else _gathered(rope, _merged_from(match, x.shape[1] - lead, prefix - lead))
+        rest = None if size is None else size[:, lead:]
+        merged = ops.merge_tokens(x[:, lead:], match, rest, None if lead else norm2)
+        x, size, normed = merged if not lead else _led_by(x[:, :lead], merged)
     x, normed = ops.add_norm(x, *parts.mlp(x, normed, fused), after, backend=backend)
-    return Moved(x, normed, size, to)
+    return Moved(x, normed, size, rope, to)
+
+
+def _led_by(leading: Tensor, merged: ops.Merged) -> tuple[Tensor, Tensor, None]:
+    """Tokens and sizes of a merge with leading tokens (B,n,C) put back in front."""
+    ones = merged.size.new_ones(leading.shape[:2])
+    return torch.cat([leading, merged.tokens], 1), torch.cat([ones, merged.size], 1), None
+
+
+def _gathered(rope: Tensor, index: Tensor, unplaced: int = 0) -> Tensor:
+    """The rows (B,·,P',2·D) of a rotary table (…,P,2·D) for the patches at index (B,P'), and for `unplaced` more
+    tokens that stand for no place and so are not turned."""
+    rope = rope.expand(len(index), *rope.shape[-3:]) if rope.ndim > 2 else rope.expand(len(index), 1, *rope.shape)
+    moved = rope.gather(2, index[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
+    if not unplaced:
+        return moved
+    sines, cosines = moved[:, :, :1].chunk(2, -1)
+    return torch.cat([moved, torch.cat([torch.zeros_like(sines), torch.ones_like(cosines)], -1)], 2)
 
 
 def _pruned_to(index: Tensor, step: Prune, tokens: int, prefix: int) -> Tensor:
@@ -122,16 +151,23 @@ def _pruned_to(index: Tensor, step: Prune, tokens: int, prefix: int) -> Tensor:
     return to.scatter(1, index + prefix, rows)
 
 
-def _merged_to(match: ops.Match, tokens: int) -> Tensor:
-    """Row after merging (B,N) of each row: a merged one shares its target's."""
+def _merged_to(match: ops.Match, tokens: int, lead: int) -> Tensor:
+    """Row after merging (B,N) of each row: a merged one shares its target's, the `lead` first ones stay."""
     batch, survivors = match.kept.shape
-    even = match.kept.new_empty(batch, (tokens + 1) // 2)
-    even = even.scatter(1, match.kept, torch.arange(survivors, device=even.device).expand_as(match.kept))
-    even = even.scatter(1, match.source, survivors + match.target)
-    to = match.kept.new_empty(batch, tokens)
-    to[:, ::2] = even
-    to[:, 1::2] = torch.arange(survivors, survivors + tokens // 2, device=even.device)
-    return to
+    device, odd = match.kept.device, (tokens - lead) // 2
+    rows = [torch.arange(survivors, device=device).expand(batch, -1), survivors + match.target]
+    # Kept and merged tokens are a permutation of the even ones; its inverse spares the scatter that ONNX is slow at.
+    even = torch.cat(rows, 1).gather(1, torch.cat([match.kept, match.source], 1).argsort(1))
+    odds = torch.arange(survivors, survivors + odd, device=device).expand(batch, -1)
+    both = torch.stack([even[:, :odd], odds], 2).flatten(1)
+    leading = torch.arange(-lead, 0, device=device).expand(batch, -1)
+    return torch.cat([leading, both, even[:, odd:]], 1) + lead
+
+
+def _merged_from(match: ops.Match, tokens: int, prefix: int) -> Tensor:
+    """The patch (B,M-prefix) whose place each row after merging keeps: of a merged one, its target's."""
+    odd = torch.arange(1, tokens, 2, device=match.kept.device).expand(len(match.kept), -1)
+    return torch.cat([2 * match.kept[:, prefix:], odd], 1) - prefix
 
 
 def _random_scores(patches: int, seed: int, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clipkernels import adapters, block
 from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.adapters.packing import pack, unpack
 from clipkernels.backend import epilogues
 from clipkernels.methods import Dense, Method
 from clipkernels.plan import Plan
@@ -70,11 +71,13 @@ class Encoded(NamedTuple):
 def patch(model: Model, method: Method) -> Model:
     """The model, its image tower now running `method`, in place; patching again replaces the method.
 
-    While patched, a tower whose pool reads the CLS row alone computes no other row in its last block: read all of
-    them with `encode_image(tokens=True)`.
+    While patched, a tower whose pool reads the CLS row alone, and that hands out nothing else, computes no other row in
+    its last block: read all of them with `encode_image(tokens=True)`. Where CLS alone is pooled its attention ranks the
+    patches, elsewhere what they receive of all tokens' attention. Registers and CLS are never dropped. Rotary
+    embeddings go where their patches go: a merged token has its target's place, a fused one none.
 
     Args:
-        model: an open_clip model, or its `visual`.
+        model: a model of open_clip, transformers, timm or OpenAI's clip, its image tower, or one that holds such.
         method: `Dense`, `EViT`, `ToMe` or anything with their `plan`.
     Raises:
         UnsupportedTower: the tower cannot be served, or its block computes something else than expected.
@@ -91,6 +94,8 @@ def patch(model: Model, method: Method) -> Model:
         _check(tower)
         owner.__class__ = _subclass(owner.__class__, tower.__class__)
     owner.__dict__[_SLOT] = _Patch(method, plan, tower.__class__, _Weak(tower.root))
+    for host in tower.blocks:
+        pack(tower.projections(host))
     return model
 
 
@@ -100,12 +105,15 @@ def unpatch(model: Model) -> Model:
     Raises:
         UnsupportedTower: the model has no tower that could have been patched, or its class was swapped since.
     """
-    owner: Any = adapters.find(model).owner
+    tower = adapters.find(model)
+    owner: Any = tower.owner
     if _SLOT in owner.__dict__:
         if "_unpatched" not in type(owner).__dict__:
             raise UnsupportedTower(f"the class of the tower was changed after patching, to {type(owner).__name__}")
         owner.__class__ = type(owner)._unpatched
         del owner.__dict__[_SLOT]
+        for host in tower.blocks:
+            unpack(tower.projections(host))
     return model
 
 
@@ -166,14 +174,16 @@ def encode_image(
         return Encoded(asked[:, 0], asked if tokens else None)
     tower = adapters.find(model)
     check_images(images, tower.image_size)
+    if cls_path and not tower.has_cls:
+        raise UnsupportedTower(f"expected a tower with a CLS token for cls_path, got {type(tower.root).__name__}")
     _refuse_replaced(tower)
-    x = tower.embed(images)
+    x, rope = tower.embed(images)
     slot = tower.owner.__dict__.get(_SLOT)
     plan = _plan(Dense() if slot is None else slot.method, tower, x.shape[1])
-    rows = tower.prefix if tower.cls_only and not (tokens or source) else None
-    track = source or (plan.merges and not tower.cls_only)
-    ran = run(tower, x, plan, rows=rows, track=track, path=cls_path)
-    pooled = _for_pool(tower, plan, ran)
+    rows = tower.prefix if tower.pools_cls and not (tokens or source) else None
+    whole = not tower.pools_cls
+    ran = run(tower, x, plan, rope=rope, rows=rows, track=source or (plan.merges and whole), path=cls_path)
+    pooled = _for_pool(ran, plan, whole)
     return Encoded(
         embedding=tower.pool(pooled),
         tokens=tower.project(pooled if tower.pools_by_query else ran.x) if tokens else None,
@@ -194,9 +204,9 @@ def _stacked(sources: list[Tensor], x: Tensor, plan: Plan) -> Tensor:
     return torch.stack(sources, 1).int() if sources else empty
 
 
-def _for_pool(tower: Tower, plan: Plan, ran: Ran) -> Tensor:
-    """What the host's pool is given: merged tokens back at their places, unless it reads CLS alone."""
-    return unmerge(ran.x, ran.sources, plan.prefix) if plan.merges and not tower.cls_only else ran.x
+def _for_pool(ran: Ran, plan: Plan, whole: bool) -> Tensor:
+    """What is handed on: where more than CLS is read, merged tokens go back to the places they stand for."""
+    return unmerge(ran.x, ran.sources, plan.prefix) if plan.merges and whole else ran.x
 
 
 def _plan(method: Method, tower: Tower, tokens: int) -> Plan:
@@ -209,9 +219,9 @@ def _plan(method: Method, tower: Tower, tokens: int) -> Plan:
             f"the plan of {method!r} must start at {tokens} tokens, {tower.prefix} of them prefix, and have {depth} "
             f"steps, got {plan.entry}, {plan.prefix} and {len(plan.steps)}"
         )
-    if plan.merges and plan.drops and not tower.cls_only:
+    if plan.merges and plan.drops and (tower.hands_out or not tower.pools_cls):
         raise ValueError("a plan that merges tokens and drops others needs a tower that pools CLS, got another pool")
-    return plan
+    return plan if tower.pools_cls else plan.ranked_by("received")
 
 
 def _refuse_replaced(tower: Tower) -> None:
@@ -246,10 +256,11 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
     x = torch.randn(2, min(tower.tokens, 17), tower.width, generator=generator, device="cpu").to(tower.like.device)
     try:
         probe = copy.deepcopy(host, memo).float().eval()
+        rope = tower.rope_like(host, x.shape[1] - tower.prefix)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            expected = tower.run_block(probe, x) - x
+            expected = tower.run_block(probe, x, rope) - x
             fused = epilogues(x)
-            came = block.forward(tower.parts(probe), x, None, None, tower.prefix, fused=fused).x - x
+            came = block.forward(tower.parts(probe), x, None, None, tower.prefix, rope=rope, fused=fused).x - x
     except Exception as error:  # whatever a module that cannot be copied or run in fp32 raises
         warnings.warn(f"block {index} could not be verified: {error}", stacklevel=4)
         return
@@ -260,24 +271,58 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
     # 2e-3 leaves room for TF32; what the block adds may be small beside x, whose rounding it then carries.
     if off > 2e-3 * scale + 8 * torch.finfo(x.dtype).eps * x.abs().max():
         raise UnsupportedTower(
-            f"block {index}: expected a pre-norm attention block, got {type(host).__name__}, which adds something that "
+            f"block {index}: expected a plain attention block, got {type(host).__name__}, which adds something that "
             f"differs by {off / scale:.1e} of it"
         )
 
 
 def _run_patched(
-    owner: nn.Module, x: Tensor, take: Collection[int] = (), blocks: int | None = None
+    owner: nn.Module,
+    x: Tensor,
+    rope: Tensor | None = None,
+    visible: Tensor | None = None,
+    take: Collection[int] = (),
+    blocks: int | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loop of a patched owner: what its host's pool is given, and what leaves the blocks in `take`."""
+    """The loop of a patched owner: what its host goes on with, and what leaves the blocks in `take`.
+
+    Args:
+        owner: that runs.
+        x: (B,N,C) entering the first block.
+        rope: the rotary table of its patches, or None.
+        visible: (B,N) 0 for padding, or None.
+        take: blocks whose result is returned too, every patch at its place.
+        blocks: stop after so many.
+        whole: every row is read, whatever the pool reads.
+    """
     slot = owner.__dict__[_SLOT]
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
     if (x.shape[1], len(tower.blocks)) != (plan.entry, len(plan.steps)):
         plan = _plan(slot.method, tower, x.shape[1])
     # Whoever takes states or hooks the owner may read any row.
-    rows = tower.prefix if tower.cls_only and not take and not owner._forward_hooks else None
-    track = bool(take) or (plan.merges and not tower.cls_only)
-    ran = run(tower, x, plan, rows=rows, track=track, take=take, blocks=blocks)
-    return _for_pool(tower, plan, ran), ran.taken
+    whole = whole or tower.hands_out or not tower.pools_cls
+    rows = tower.prefix if not (whole or take or owner._forward_hooks) else None
+    if visible is not None and any(plan.steps):
+        _refuse_padding(visible, plan)
+        visible = None
+    track = bool(take) or (plan.merges and whole)
+    ran = run(tower, x, plan, rope=rope, visible=visible, rows=rows, track=track, take=take, blocks=blocks)
+    return _for_pool(ran, plan, whole), ran.taken
+
+
+def _refuse_padding(visible: Tensor, plan: Plan) -> None:
+    """Raises ValueError where a mask (B,N) hides tokens, which no step may keep or merge, or comes after all is kept."""
+    if torch.compiler.is_compiling() or not visible.all():
+        raise ValueError(
+            "a tower that prunes or merges takes images without padding, got a mask that may hide patches: give images "
+            "that fill it, or patch with ck.Dense()"
+        )
+    if plan.prunes:
+        raise ValueError(
+            "a pool that is given the mask of all patches cannot read the few that pruning leaves: merge with ck.ToMe, "
+            "ask ck.encode_image, or use transformers 5, which leaves out a mask that hides nothing"
+        )
 
 
 @cache
@@ -287,7 +332,21 @@ def _subclass(base: Any, tower: Any) -> Any:
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         return _rebuild, (base, tower), self.__dict__
 
-    namespace = {"__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        base._apply(self, fn, recurse)
+        slot = self.__dict__.get(_SLOT)
+        if slot is not None:  # what moved or changed its dtype lies apart again
+            found = tower(slot.root.ref(), self)
+            for host in found.blocks:
+                pack(found.projections(host))
+        return self
+
+    namespace = {
+        "_apply": _apply,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
     return type(base.__name__, (base,), {**namespace, "_unpatched": base, **tower.overrides(_run_patched)})
 
 

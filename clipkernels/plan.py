@@ -6,7 +6,7 @@ read the same plan. Steps act between a block's attention and its MLP.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -20,7 +20,8 @@ class Prune:
     Args:
         keep: patches kept.
         fuse: append Σ score·patch over the patches not kept.
-        signal: what ranks the patches; None ranks them at random, the same way for all images.
+        signal: what ranks the patches, the CLS row of attention or what they receive of all rows; None ranks them at
+            random, the same way for all images. A tower that does not pool CLS alone takes "received" for "cls".
         seed: of the random ranking.
     """
 
@@ -71,10 +72,6 @@ class Plan:
                 raise ValueError(f"block {block} must keep 0 to {patches} patches, got {step.keep}")
             if isinstance(step, Merge) and not 0 <= step.r <= patches // 2:
                 raise ValueError(f"block {block} must merge 0 to {patches // 2} tokens, got {step.r}")
-            if isinstance(step, Merge) and self.prefix > 1:
-                raise ValueError(
-                    f"merging would move prefix tokens apart: expected a prefix of 0 or 1, got {self.prefix}"
-                )
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -95,9 +92,23 @@ class Plan:
         return any(isinstance(step, Merge) and step.proportional for step in self.steps)
 
     @property
+    def prunes(self) -> bool:
+        """Whether a step prunes tokens."""
+        return any(isinstance(step, Prune) for step in self.steps)
+
+    @property
     def drops(self) -> bool:
         """Whether a step lets patches go without a token that holds them."""
         return any(isinstance(step, Prune) and not step.fuse for step in self.steps)
+
+    def ranked_by(self, signal: Literal["cls", "received"]) -> Plan:
+        """The same plan with every step that ranks by attention reading this signal of it."""
+        return replace(
+            self,
+            steps=tuple(
+                replace(step, signal=signal) if isinstance(step, Prune) and step.signal else step for step in self.steps
+            ),
+        )
 
     def gmacs(self, width: int, patch: int = 16, out: int = 512, exact: bool = False, mlp_ratio: float = 4.0) -> float:
         """Multiply-accumulates of one image in 10⁹, counted as fvcore does (the "GFLOPs" of the papers).

@@ -157,13 +157,27 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     wide = _wide(odd)
     weight = wide.new_ones(x.shape[:2]) if size is None else size.to(wide.dtype)
     gain = _rows(weight[:, ::2], match.source)
-    total = weight[:, 1::2].scatter_add(1, match.target, gain)
+    total = weight[:, 1::2] + _sums(gain[..., None], match.target, odd.shape[1])[..., 0]
     # As a correction to the target, so that equal tokens merge to themselves and untouched ones stay bit-equal.
     share = gain / total.gather(1, match.target)
     pull = share[..., None] * (_wide(_rows(even, match.source)) - _rows(wide, match.target))
-    merged = wide.scatter_add(1, match.target[..., None].expand_as(pull), pull)
+    merged = wide + _sums(pull, match.target, odd.shape[1])
     tokens = torch.cat([_rows(even, match.kept), merged.to(x.dtype)], 1)
     return Merged(tokens, torch.cat([_rows(weight[:, ::2], match.kept), total], 1), _norm(tokens, norm))
+
+
+def _sums(parts: Tensor, target: Tensor, rows: int) -> Tensor:
+    """The sum (B,rows,C) of those parts (B,r,C) that go to each row."""
+    if not torch.compiler.is_compiling():
+        return parts.new_zeros(len(parts), rows, parts.shape[2]).scatter_add(
+            1, target[..., None].expand_as(parts), parts
+        )
+    # Graphs are exported, and runtimes are slow at scatters: a product with zeros and ones, kept clear of 0·NaN.
+    goes = (target[:, None] == torch.arange(rows, device=parts.device)[:, None]).to(parts.dtype)
+    wrong = ~parts.isfinite()
+    with _exactly(parts):
+        total, spoilt = goes @ parts.masked_fill(wrong, 0), goes @ wrong.to(parts.dtype)
+    return total.masked_fill(spoilt > 0, float("nan"))
 
 
 def bias_act(x: Tensor, bias: Tensor | None, act: Act) -> Tensor:

@@ -140,7 +140,9 @@ def vary(model: nn.Module, methods: Mapping[str, Method | None]) -> dict[str, Va
         twin: Any = copy.deepcopy(model, memo)
         if method is not None:
             patch(twin, method)
-        made[name] = Variant(twin.encode_image, method or Dense(), method is not None and tower_of(twin).cls_only)
+        tower = tower_of(twin)
+        exact = method is not None and tower.pools_cls and not tower.hands_out
+        made[name] = Variant(tower.encode, method or Dense(), exact)
     return made
 
 

@@ -29,6 +29,8 @@ def run(
     x: Tensor,
     plan: Plan,
     *,
+    rope: Tensor | None = None,
+    visible: Tensor | None = None,
     rows: int | None = None,
     track: bool = False,
     path: bool = False,
@@ -41,14 +43,17 @@ def run(
         tower: whose blocks run.
         x: (B,N,C) entering the first block.
         plan: one step or None per block, for N tokens.
+        rope: the host's rotary table (…,P,2·D) of the patches, or None.
+        visible: (B,N) 1 for tokens that may be attended to and 0 for padding, or None for all 1; without steps only.
         rows: where only these leading rows of the result are read, compute no others in the last block.
         track: also return, after each step, the row that holds each patch, or -1.
         path: also return the CLS row that leaves every block.
         take: also return what leaves these blocks, with each patch at its place (needs `track`).
         blocks: stop after so many.
     """
-    prefix, proportional, last = plan.prefix, plan.proportional, len(plan.steps) - 1
-    size: Tensor | None = None
+    prefix, last = plan.prefix, len(plan.steps) - 1
+    # A key that stands for no patch has the weight of none.
+    size, proportional = visible, plan.proportional or visible is not None
     sources: list[Tensor] = []
     seen: list[Tensor] = []
     taken: list[Tensor] = []
@@ -61,10 +66,10 @@ def run(
         after = parts[index + 1].norm1 if fused and index + 1 < len(hosts) else None
         arguments = (parts[index], x, step, size, prefix, proportional, rows if index == last else None, track)
         if tower.checkpointing and torch.is_grad_enabled():
-            moved = checkpoint(block.forward, *arguments, normed, after, fused, use_reentrant=False)
+            moved = checkpoint(block.forward, *arguments, normed, rope, after, fused, use_reentrant=False)
         else:
-            moved = block.forward(*arguments, normed, after, fused)
-        x, normed, size, to = moved
+            moved = block.forward(*arguments, normed, rope, after, fused)
+        x, normed, size, rope, to = moved
         if source is not None and to is not None:
             source = torch.where(source < 0, source, to.gather(1, source.clamp_min(0)))
             sources.append(source[:, prefix:])

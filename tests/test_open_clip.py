@@ -229,7 +229,7 @@ def _last_tokens(model, images):
 
     tower = ck.tower_of(model)
     plan = ck.method_of(model).plan(tower.tokens, len(tower.blocks))
-    return run(tower, tower.embed(images), plan).x
+    return run(tower, tower.embed(images)[0], plan).x
 
 
 @pytest.mark.parametrize(
@@ -249,6 +249,6 @@ def test_another_tower_is_refused_by_name_before_it_is_touched(name, found):
         model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text)
     classes = [type(module) for module in model.modules()]
     for act in (lambda: ck.patch(model, ck.EViT(0.7)), lambda: ck.unpatch(model), lambda: ck.method_of(model)):
-        with pytest.raises(ck.UnsupportedTower, match=f"expected an open_clip VisionTransformer, got .*{found}"):
+        with pytest.raises(ck.UnsupportedTower, match=f"expected an image ViT of open_clip, .*, got .*{found}"):
             act()
     assert [type(module) for module in model.modules()] == classes

@@ -148,7 +148,7 @@ def test_gmacs_follow_the_width_of_the_mlp():
         ((Prune(80),), 1, "block 0 must keep 0 to 64 patches, got 80"),
         ((Prune(10), Prune(12)), 1, "block 1 must keep 0 to 11 patches, got 12"),
         ((Merge(33),), 1, "block 0 must merge 0 to 32 tokens, got 33"),
-        ((Merge(2),), 5, "expected a prefix of 0 or 1, got 5"),
+        ((Merge(31),), 5, "block 0 must merge 0 to 30 tokens, got 31"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused(steps, prefix, message):

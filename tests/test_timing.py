@@ -147,11 +147,11 @@ def test_a_table_without_a_dense_variant_is_refused() -> None:
 def test_variants_share_the_weights_and_leave_the_model_alone(tiny: Any, images: torch.Tensor) -> None:
     before = tiny.encode_image(images)
     made = vary(tiny, {"host": None, "evit": ck.EViT(0.5)})
-    twin: Any = made["evit"].encode.__self__  # type: ignore[attr-defined]
-    assert twin is not tiny
+    twin: Any = made["evit"].encode.__self__.root  # type: ignore[attr-defined]
+    assert twin is not tiny.visual
     assert ck.method_of(twin) == ck.EViT(0.5)
     assert ck.method_of(tiny) is None
-    assert {parameter.data_ptr() for parameter in twin.parameters()} == {p.data_ptr() for p in tiny.parameters()}
+    assert {parameter.data_ptr() for parameter in twin.parameters()} == {p.data_ptr() for p in tiny.visual.parameters()}
     assert torch.equal(tiny.encode_image(images), before)
     assert torch.equal(made["host"].encode(images), before)  # type: ignore[arg-type]
 

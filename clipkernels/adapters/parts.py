@@ -1,0 +1,140 @@
+"""What of a host's modules may be read instead of called: norms, scales, projections, MLPs.
+
+A module is read only where it is exactly what its class says: no hook, no replaced forward, no subclass of its own.
+Whatever else it is, it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from clipkernels import ops
+from clipkernels.block import Branch
+from clipkernels.reference import Act, Norm
+
+_LIBRARIES = ("torch", "open_clip", "timm", "transformers", "clip")
+_ACTS: dict[str, Act] = {
+    "QuickGELU": "quick_gelu",
+    "QuickGELUActivation": "quick_gelu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """(weight, bias, eps) of a LayerNorm that is nothing else, or None."""
+    if not isinstance(module, nn.LayerNorm) or _name(module) not in ("LayerNorm", "LayerNormFp32") or watched(module):
+        return None
+    return None if module.weight is None or module.bias is None else (module.weight, module.bias, module.eps)
+
+
+def act_of(module: nn.Module) -> Act | None:
+    """The activation that a module is, or None where it must be called."""
+    act = _ACTS.get(_name(module))
+    if act is None or watched(module):
+        return None
+    return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else act
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a projection is its weight and bias alone."""
+    return type(module) is nn.Linear and not watched(module)
+
+
+def scale_of(module: nn.Module) -> tuple[bool, Tensor | None]:
+    """Whether a layer scale may be read, and its gamma, None where it is no scale at all."""
+    name = _name(module)
+    if name not in ("Identity", "LayerScale") or watched(module):
+        return False, None
+    scale: Any = module
+    return True, scale.gamma if name == "LayerScale" else None
+
+
+def does_nothing(module: nn.Module) -> bool:
+    """Whether a module hands on what it is given: an identity, or a dropout at rest."""
+    if watched(module):
+        return False
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and (not module.training or module.p == 0))
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says."""
+    return replaced(module) or hooked(module) or hooked(nn.modules.module, "_global_")
+
+
+def replaced(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ or hasattr(module, "_hf_hook")
+
+
+def hooked(holder: Any, start: str = "_") -> bool:
+    """Whether a module, or torch for all modules, holds hooks in attributes whose names start so."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(holder, start + kind) for kind in kinds)
+
+
+def passed_by(*modules: nn.Module) -> str | None:
+    """Why modules that a block's parts pass by must not be passed by, or None."""
+    for module in modules:
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            return f"its {type(module).__name__} is compiled by itself: compile the whole tower instead"
+        if replaced(module):
+            return f"the forward of its {type(module).__name__} was replaced: patch before that"
+        if hooked(module):
+            return f"its {type(module).__name__} carries a hook, which would be skipped: remove it first"
+        if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
+            return f"its {type(module).__name__} has sharded parameters: patch before sharding"
+    return None
+
+
+def split_heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
+    """`parts` views (B,H,N,D) of a packed projection (B,N,parts·C)."""
+    return packed.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def qkv_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, rows: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C) by one packed weight (3·A,C) and bias (3·A,) or None."""
+    if rows is None:
+        q, k, v = split_heads(linear(x, weight, bias), 3, heads)
+        return q, k, v
+    width = weight.shape[0] // 3
+    (q,) = split_heads(linear(x[:, :rows], weight[:width], None if bias is None else bias[:width]), 1, heads)
+    k, v = split_heads(linear(x, weight[width:], None if bias is None else bias[width:]), 2, heads)
+    return q, k, v
+
+
+def projected(x: Tensor, projection: nn.Module, scale: Tensor | None, fused: bool) -> Branch:
+    """scale·projection(x) as a branch whose bias and scale are left to the sum where `fused` and the module allow."""
+    if fused and is_linear(projection):
+        plain: Any = projection
+        return Branch(linear(x, plain.weight), plain.bias, scale)
+    y = projection(x)
+    return Branch(y if scale is None else y * scale)
+
+
+def mlp_of(x: Tensor, expand: nn.Module, act: nn.Module, contract: nn.Module, scale: Tensor | None) -> Branch | None:
+    """The branch scale·contract(act(expand(x))) with its activation as a kernel, None where a module must be called."""
+    kind = act_of(act)
+    if kind is None or not is_linear(expand) or not is_linear(contract):
+        return None
+    first: Any = expand
+    return projected(ops.bias_act(linear(x, first.weight), first.bias, kind), contract, scale, fused=True)
+
+
+def ratio_of(mlp: nn.Module, width: int) -> float:
+    """Multiply-accumulates of an MLP per token over 2·C², which is its hidden width over C where it has two layers."""
+    sizes = ((getattr(module, "in_features", 0), getattr(module, "out_features", 0)) for module in mlp.modules())
+    return sum(rows * columns for rows, columns in sizes) / (2 * width**2)
+
+
+def _name(module: nn.Module) -> str:
+    """The name of a class that a served library defines, or the empty string."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.split(".")[0] in _LIBRARIES else ""

@@ -1,0 +1,347 @@
+"""timm's VisionTransformer and Eva, alone or inside open_clip's TimmModel.
+
+    VisionTransformer  SigLIP, SigLIP2, MobileCLIP-B and -L, ViTamin's transformer stage, DeiT, DINOv2, …
+    Eva                EVA01, EVA02, PE-Core: rotary embeddings, post-norm blocks, SwiGLU
+
+The trunk itself is the owner: its own loops pass the blocks by where it recomputes activations or collects states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import AttentionPoolLatent, Mlp
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models._features import feature_take_indices
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters.packing import separate_qkv
+from clipkernels.adapters.parts import (
+    does_nothing,
+    hooked,
+    is_linear,
+    mlp_of,
+    norm_of,
+    passed_by,
+    projected,
+    qkv_of,
+    ratio_of,
+    replaced,
+    scale_of,
+    split_heads,
+    watched,
+)
+from clipkernels.block import Branch
+from clipkernels.reference import Norm
+
+
+def find(visual: Any) -> TimmTower | None:
+    """The tower of a TimmModel or of a timm model, None for one that is no VisionTransformer and no Eva.
+
+    Raises:
+        UnsupportedTower: a variant whose own forward does more than theirs.
+    """
+    trunk = getattr(visual, "trunk", visual)
+    if not isinstance(trunk, (VisionTransformer, Eva)):
+        return None
+    kind: Any = getattr(type(trunk), "_unpatched", type(trunk))
+    base: Any = VisionTransformer if isinstance(trunk, VisionTransformer) else Eva
+    for name in ("forward", "forward_features", "forward_intermediates"):
+        if getattr(kind, name) is not getattr(base, name):
+            raise UnsupportedTower(f"expected timm's own {base.__name__}.{name}, got that of {kind.__name__}")
+    if getattr(trunk, "rope_mixed", False):
+        raise UnsupportedTower(f"expected rotary embeddings that all blocks share, got {kind.__name__} with one each")
+    return TimmTower(visual)
+
+
+class TimmTower:
+    """The parts of a timm trunk.
+
+    Args:
+        visual: the trunk, or the TimmModel around it.
+        owner: the trunk that runs, if not that one: DataParallel runs replicas.
+    """
+
+    def __init__(self, visual: Any, owner: Any = None) -> None:
+        self.root = visual
+        self.owner = getattr(visual, "trunk", visual) if owner is None else owner
+        self.head = visual.head if hasattr(visual, "trunk") else None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.owner.blocks
+
+    @property
+    def prefix(self) -> int:
+        return self.owner.num_prefix_tokens
+
+    @property
+    def tokens(self) -> int:
+        return self.owner.patch_embed.num_patches + self.prefix
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.owner.patch_embed.img_size
+
+    @property
+    def width(self) -> int:
+        return self.owner.embed_dim
+
+    @property
+    def patch(self) -> int:
+        height, _ = self.image_size
+        return height // self.owner.patch_embed.grid_size[0]
+
+    @property
+    def out(self) -> int:
+        for module in (*reversed(list((self.head or nn.Identity()).modules())), self.owner.head):
+            if hasattr(module, "out_features"):
+                return module.out_features
+        return self.width
+
+    @property
+    def mlp_ratio(self) -> float:
+        return ratio_of(self.owner.blocks[0].mlp, self.width)
+
+    @property
+    def like(self) -> Tensor:
+        return next(self.owner.blocks[0].parameters())
+
+    @property
+    def has_cls(self) -> bool:
+        return self.owner.cls_token is not None
+
+    @property
+    def pools_cls(self) -> bool:
+        return self.owner.attn_pool is None and self.owner.global_pool == "token"
+
+    @property
+    def hands_out(self) -> bool:
+        return self.owner.attn_pool is None and not self.owner.global_pool
+
+    @property
+    def pools_by_query(self) -> bool:
+        return False
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.owner.grad_checkpointing
+
+    def parts(self, host: nn.Module) -> TimmBlock:
+        return TimmBlock(host)
+
+    def projections(self, host: Any) -> Sequence[nn.Module]:
+        return _separate(host.attn)
+
+    def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+        return host(x) if rope is None else host(x, rope=rope)
+
+    def rope_like(self, host: Any, patches: int) -> Tensor | None:
+        if getattr(self.owner, "rope", None) is None:
+            return None
+        angles = torch.linspace(0, 3, patches * host.attn.head_dim, device=self.like.device).view(patches, -1)
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+    def refusal(self, host: Any) -> str | None:
+        blocks = self.owner.blocks
+        if replaced(blocks) or hooked(blocks):
+            return f"its {type(blocks).__name__} carries a hook or a replaced forward, which would be skipped"
+        if not isinstance(host, (Block, EvaBlock, ResPostBlock, EvaBlockPostNorm)):
+            return f"expected a Block or an EvaBlock, got {type(host).__name__}"
+        attn = host.attn
+        why = passed_by(host, attn)
+        if why is not None:
+            return why
+        if not isinstance(attn, (Attention, AttentionRope, EvaAttention)):
+            return f"expected Attention, AttentionRope or EvaAttention, got {type(attn).__name__}"
+        if getattr(attn, "gate", None) is not None:
+            return "expected attention without a gate"
+        if getattr(attn, "num_kv_groups", 1) != 1:
+            return f"expected as many key as query heads, got {attn.num_kv_heads} for {attn.num_heads}"
+        return f"expected attention without dropout, got p = {attn.attn_drop.p}" if attn.attn_drop.p else None
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _embed(self.owner, images)
+
+    def pool(self, x: Tensor) -> Tensor:
+        return self._out(self.owner.forward_head(self.owner.norm(x)))
+
+    def project(self, x: Tensor) -> Tensor:
+        # What the pool gives for each token by itself.
+        trunk, x = self.owner, self.owner.norm(x)
+        if isinstance(trunk.attn_pool, AttentionPoolLatent):
+            x = trunk.attn_pool(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])
+        return self._out(trunk.head(trunk.head_drop(trunk.fc_norm(x))))
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.root(images)
+
+    def _out(self, x: Tensor) -> Tensor:
+        return x if self.head is None else self.head(x)
+
+    @staticmethod
+    def overrides(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+            _no_mask(attn_mask, is_causal)
+            x, rope = _embed(self, x)
+            return self.forward_head(self.norm(run(self, x, rope)[0]))
+
+        def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+            _no_mask(attn_mask, is_causal)
+            x, rope = _embed(self, x)
+            return self.norm(run(self, x, rope, whole=True)[0])
+
+        def forward_intermediates(
+            self: Any,
+            x: Tensor,
+            indices: int | list[int] | None = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = "NCHW",
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+        ) -> Any:
+            _no_mask(attn_mask, is_causal)
+            if output_fmt not in ("NCHW", "NLC"):
+                raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
+            take, last = feature_take_indices(len(self.blocks), indices)
+            size, prefix = x.shape[-2:], self.num_prefix_tokens
+            x, rope = _embed(self, x)
+            x, taken = run(self, x, rope, take=take, blocks=last + 1 if stop_early else None)
+            taken = [self.norm(y) if norm else y for y in taken]
+            states = [y[:, prefix:] for y in taken]
+            if output_fmt == "NCHW":
+                grid = self.patch_embed.dynamic_feat_size(size)
+                states = [y.mT.unflatten(2, grid).contiguous() for y in states]
+            leading = [y[:, :prefix] for y in taken] if return_prefix_tokens and prefix else None
+            if output_dict:
+                made = {"image_intermediates": states, "image_intermediates_prefix": leading}
+                made["image_features"] = None if intermediates_only else self.norm(x)
+                return {name: value for name, value in made.items() if value is not None}
+            found = states if leading is None else list(zip(states, leading))  # noqa: B905  # old dynamo
+            return found if intermediates_only else (self.norm(x), found)
+
+        return {
+            "forward": forward,
+            "forward_features": forward_features,
+            "forward_intermediates": forward_intermediates,
+        }
+
+
+def _embed(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    made = trunk._pos_embed(trunk.patch_embed(images))
+    # Eva drops patches, while training, with their rotary embeddings; VisionTransformer has none.
+    x, rope = made if isinstance(made, tuple) else (trunk.patch_drop(made), None)
+    return trunk.norm_pre(x), rope
+
+
+def _no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        came = "is_causal=True" if attn_mask is None else f"an attn_mask of shape {tuple(attn_mask.shape)}"
+        raise ValueError(f"a patched tower takes no mask, got {came}")
+
+
+def _separate(attn: Any) -> Sequence[nn.Module]:
+    """The separate query, key and value projections of an attention, or none."""
+    return (attn.q_proj, attn.k_proj, attn.v_proj) if getattr(attn, "qkv", None) is None else ()
+
+
+class TimmBlock:
+    """The parts of one block; a post-norm block norms what its attention and its MLP give instead of what they take."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+        self.post = isinstance(host, (ResPostBlock, EvaBlockPostNorm))
+
+    @property
+    def norm1(self) -> Norm | None:
+        return None if self.post else norm_of(self.host.norm1)
+
+    @property
+    def norm2(self) -> Norm | None:
+        return None if self.post else norm_of(self.host.norm2)
+
+    def qkv(
+        self, x: Tensor, normed: Tensor | None, rows: int | None, rope: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self.host.attn
+        if not self.post:
+            x = self.host.norm1(x) if normed is None else normed
+        q, k, v = _project_qkv(attn, x, rows)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if rope is not None:
+            q, k = (_turn(part, rope, attn).type_as(v) for part in (q, k))
+        return q, k, v
+
+    def project(self, out: Tensor, fused: bool) -> Branch:
+        attn = self.host.attn
+        return self._branch(1, attn.norm(out.transpose(1, 2).flatten(2)), attn.proj, attn.proj_drop, fused)
+
+    def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
+        host, mlp = self.host, self.host.mlp
+        if not self.post:
+            x = host.norm2(x) if normed is None else normed
+        readable, scale = self._scale(2)
+        at_rest = type(mlp) is Mlp and all(does_nothing(module) for module in (mlp.drop1, mlp.norm, mlp.drop2))
+        if fused and readable and at_rest and not watched(mlp):
+            branch = mlp_of(x, mlp.fc1, mlp.act, mlp.fc2, scale)
+            if branch is not None:
+                return branch
+        return self._branch(2, x, mlp, None, fused=False)
+
+    def _branch(self, half: int, x: Tensor, module: Any, drop: nn.Module | None, fused: bool) -> Branch:
+        """Branch 1 or 2: a module, a dropout, then layer scale or post-norm, then stochastic depth."""
+        host = self.host
+        readable, scale = self._scale(half)
+        if readable and (drop is None or does_nothing(drop)):
+            return projected(x, module, scale, fused)
+        x = module(x)
+        x = x if drop is None else drop(x)
+        if self.post:
+            x = (host.norm1 if half == 1 else host.norm2)(x)
+        elif hasattr(host, f"ls{half}"):
+            x = getattr(host, f"ls{half}")(x)
+        elif getattr(host, f"gamma_{half}") is not None:
+            x = x * getattr(host, f"gamma_{half}")
+        return Branch(getattr(host, f"drop_path{half}")(x))
+
+    def _scale(self, half: int) -> tuple[bool, Tensor | None]:
+        """Whether nothing but a layer scale follows branch 1 or 2, and its gamma or None."""
+        host = self.host
+        if self.post or not does_nothing(getattr(host, f"drop_path{half}")):
+            return False, None
+        scale = getattr(host, f"ls{half}", None)
+        return (True, getattr(host, f"gamma_{half}", None)) if scale is None else scale_of(scale)
+
+
+def _project_qkv(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B,H,rows or N,D), k and v (B,H,N,D), from one projection or three."""
+    if attn.qkv is not None:
+        bias = attn.qkv.bias
+        if getattr(attn, "q_bias", None) is not None:
+            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        if is_linear(attn.qkv):
+            return qkv_of(x, attn.qkv.weight, bias, attn.num_heads, rows)
+        packed_qkv = attn.qkv(x) if bias is attn.qkv.bias else attn.qkv(x) + bias
+        q, k, v = split_heads(packed_qkv, 3, attn.num_heads)
+        return q if rows is None else q[:, :, :rows], k, v
+    return separate_qkv(_separate(attn), x, attn.num_heads, rows)
+
+
+def _turn(x: Tensor, rope: Tensor, attn: Any) -> Tensor:
+    """x (B,H,M,D) with its patches turned by their table (…,P,2·D); rows that are all prefix are left alone."""
+    prefix = attn.num_prefix_tokens
+    if x.shape[2] <= prefix:
+        return x
+    half = {"half": True} if getattr(attn, "rotate_half", False) else {}  # old timm knows no such layout
+    turned = apply_rot_embed_cat(x[:, :, prefix:], rope, **half)
+    return torch.cat([x[:, :, :prefix], turned], 2)

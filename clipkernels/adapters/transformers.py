@@ -1,0 +1,267 @@
+"""Hugging Face's CLIP, SigLIP, SigLIP2, ChineseCLIP, AltCLIP and MetaCLIP2 image towers, transformers 4.48 to 5.
+
+All hold `embeddings`, `encoder.layers` and `post_layernorm`; the CLIPs pool CLS, the SigLIPs by a learned query. What
+differs between versions (what a layer takes and returns, where the tower hangs) is read, never asked of a version.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters.packing import separate_qkv
+from clipkernels.adapters.parts import mlp_of, norm_of, passed_by, projected, ratio_of, watched
+from clipkernels.block import Branch
+from clipkernels.reference import Norm
+
+CAPTURE = "transformers.utils.output_capturing"
+
+
+def find(model: Any) -> TransformersTower | None:
+    """The tower of a model with an image half, or of that half, None for anything else."""
+    vision, projection = model, None
+    while hasattr(vision, "vision_model"):
+        projection = getattr(vision, "visual_projection", projection)
+        vision = vision.vision_model
+    if not all(hasattr(vision, part) for part in ("embeddings", "encoder", "post_layernorm")):
+        return None
+    if not hasattr(vision.encoder, "layers") or not hasattr(vision.embeddings, "position_embedding"):
+        return None
+    # Those without the CLIPs' norm before the blocks have a pooling head, or none at all.
+    if not hasattr(vision, "pre_layrnorm") and hasattr(vision.embeddings, "class_embedding"):
+        raise UnsupportedTower(f"expected a CLIP or a SigLIP, got {type(vision).__name__}")
+    return TransformersTower(vision, projection=projection)
+
+
+class TransformersTower:
+    """The parts of a vision transformer.
+
+    Args:
+        vision: the module with embeddings, encoder and post_layernorm.
+        owner: the encoder that runs, if not its own: DataParallel runs replicas.
+        projection: the linear layer that follows the pool, if there is one.
+    """
+
+    pools_by_query = False
+    hands_out = True
+
+    def __init__(self, vision: Any, owner: Any = None, projection: Any = None) -> None:
+        self.root = self.vision = vision
+        self.owner = vision.encoder if owner is None else owner
+        self.projection = projection
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.owner.layers
+
+    @property
+    def prefix(self) -> int:
+        return int(self.has_cls)
+
+    @property
+    def tokens(self) -> int:
+        return self.vision.embeddings.position_embedding.weight.shape[0]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        side = self.patch * round((self.tokens - self.prefix) ** 0.5)
+        return side, side
+
+    @property
+    def width(self) -> int:
+        return self.vision.embeddings.embed_dim
+
+    @property
+    def patch(self) -> int:
+        return self.vision.embeddings.patch_size
+
+    @property
+    def out(self) -> int:
+        return self.width if self.projection is None else self.projection.out_features
+
+    @property
+    def mlp_ratio(self) -> float:
+        return ratio_of(self.owner.layers[0].mlp, self.width)
+
+    @property
+    def like(self) -> Tensor:
+        return self.owner.layers[0].layer_norm1.weight
+
+    @property
+    def has_cls(self) -> bool:
+        return self.vision is not None and hasattr(self.vision.embeddings, "class_embedding")
+
+    @property
+    def pools_cls(self) -> bool:
+        return self.has_cls
+
+    @property
+    def checkpointing(self) -> bool:
+        asked = self.owner.gradient_checkpointing or getattr(self.owner.layers[0], "gradient_checkpointing", False)
+        return asked and self.owner.training
+
+    def parts(self, host: nn.Module) -> TransformersBlock:
+        return TransformersBlock(host)
+
+    def projections(self, host: Any) -> Sequence[nn.Module]:
+        return _separate(host.self_attn)
+
+    def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+        # Some versions want every mask named; all of them take None.
+        masks = [name for name in inspect.signature(type(host).forward).parameters if name.endswith("mask")]
+        out = host(x, **dict.fromkeys(masks))
+        return out[0] if isinstance(out, tuple) else out
+
+    def rope_like(self, host: nn.Module, patches: int) -> Tensor | None:
+        return None
+
+    def refusal(self, host: Any) -> str | None:
+        if not all(part in host._modules for part in ("layer_norm1", "self_attn", "layer_norm2", "mlp")):
+            return f"expected layer_norm1, self_attn, layer_norm2 and mlp, got {type(host).__name__}"
+        attn = host.self_attn
+        # transformers 5 leaves hooks behind that collect states; `forward` below feeds them.
+        why = passed_by(*(module for module in (host, attn) if not _captured(module)))
+        if why is not None:
+            return why
+        if not all(part in attn._modules for part in ("q_proj", "k_proj", "v_proj", "out_proj")):
+            return f"expected q_proj, k_proj, v_proj and out_proj, got {type(attn).__name__}"
+        if attn.scale != attn.head_dim**-0.5:
+            return f"expected attention scaled by {attn.head_dim}**-0.5, got {attn.scale}"
+        return f"expected attention without dropout, got p = {attn.dropout}" if attn.dropout else None
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = self.vision.embeddings(**self._inputs(images))
+        return self.vision.pre_layrnorm(x) if self.pools_cls else x, None
+
+    def pool(self, x: Tensor) -> Tensor:
+        if self.pools_cls:
+            return self.project(x[:, :1])[:, 0]
+        return self._projected(self._head(self.vision.post_layernorm(x)))
+
+    def project(self, x: Tensor) -> Tensor:
+        x = self.vision.post_layernorm(x)
+        if not self.pools_cls:  # what the head gives for each token by itself
+            x = self._head(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])
+        return self._projected(x)
+
+    def encode(self, images: Tensor) -> Tensor:
+        pixels, *grid = self._inputs(images).values()
+        # SigLIP2 wants a mask between the two, under a name that changed.
+        mask = [pixels.new_ones(pixels.shape[:2]).int()] if grid else []
+        return self._projected(self.vision(pixels, *mask, *grid).pooler_output)
+
+    def _inputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What the embeddings take: images, or, for SigLIP2, their patches row by row and the grid they came from."""
+        if not isinstance(self.vision.embeddings.patch_embedding, nn.Linear):
+            return {"pixel_values": images}
+        side = self.patch
+        patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
+        grid = torch.tensor(patches.shape[1:3], device=images.device).expand(len(images), 2)
+        return {"pixel_values": patches.flatten(3).flatten(1, 2), "spatial_shapes": grid}
+
+    def _head(self, x: Tensor) -> Tensor:
+        if not getattr(self.vision, "use_head", False):
+            raise UnsupportedTower(f"expected a pooling head, got {type(self.vision).__name__} without one")
+        return self.vision.head(x)
+
+    def _projected(self, x: Tensor) -> Tensor:
+        return x if self.projection is None else self.projection(x)
+
+    @staticmethod
+    def overrides(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        def forward(
+            self: Any,
+            inputs_embeds: Tensor,
+            attention_mask: Tensor | None = None,
+            causal_attention_mask: Tensor | None = None,
+            output_attentions: bool | None = None,
+            output_hidden_states: bool | None = None,
+            return_dict: bool | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            if causal_attention_mask is not None or kwargs.get("is_causal"):
+                raise ValueError("a patched tower takes no causal mask")
+            if _asked(self, "output_attentions", output_attentions):
+                raise ValueError("a patched tower has no attention maps to return: unpatch it for output_attentions")
+            wanted = _asked(self, "output_hidden_states", output_hidden_states)
+            take = range(len(self.layers)) if wanted else ()
+            x, taken = run(self, inputs_embeds, visible=_visible(attention_mask), take=take)
+            states = (inputs_embeds, *taken) if wanted else None
+            if states is not None:
+                for layer, entering, leaving in zip(self.layers, states, states[1:]):  # noqa: B905  # old dynamo
+                    for hook in filter(_captures, layer._forward_hooks.values()):
+                        hook(layer, (entering,), leaving)
+            if return_dict is False:
+                return (x,) if states is None else (x, states)
+            return BaseModelOutput(last_hidden_state=x, hidden_states=states)
+
+        return {"forward": forward}
+
+
+def _asked(encoder: Any, name: str, given: Any) -> bool:
+    """Whether an output was asked for, by argument or by configuration; a choice of some states counts as all."""
+    return (getattr(encoder.config, name, False) if given is None else given) not in (False, None)
+
+
+def _visible(mask: Tensor | None) -> Tensor | None:
+    """Which keys (B,N) a padding mask shows, 1 or 0 in fp32, or None for all; every query must see the same ones."""
+    if mask is None:
+        return None
+    keys = mask if mask.ndim == 2 else mask[:, 0, 0]
+    # Masks that are added hold 0 where a key is seen.
+    return (keys == 0 if mask.is_floating_point() and mask.ndim > 2 else keys != 0).float()
+
+
+def _captures(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == CAPTURE
+
+
+def _captured(module: Any) -> bool:
+    """Whether the only hooks of a module are those by which transformers collects outputs."""
+    hooks = list(module._forward_hooks.values())
+    others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return bool(hooks) and all(map(_captures, hooks)) and not any(others)
+
+
+def _separate(attn: Any) -> Sequence[nn.Module]:
+    return attn.q_proj, attn.k_proj, attn.v_proj
+
+
+class TransformersBlock:
+    """The parts of one encoder layer."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    @property
+    def norm1(self) -> Norm | None:
+        return norm_of(self.host.layer_norm1)
+
+    @property
+    def norm2(self) -> Norm | None:
+        return norm_of(self.host.layer_norm2)
+
+    def qkv(
+        self, x: Tensor, normed: Tensor | None, rows: int | None, rope: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self.host.self_attn
+        x = self.host.layer_norm1(x) if normed is None else normed
+        return separate_qkv(_separate(attn), x, attn.num_heads, rows)
+
+    def project(self, out: Tensor, fused: bool) -> Branch:
+        return projected(out.transpose(1, 2).flatten(2), self.host.self_attn.out_proj, None, fused)
+
+    def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
+        mlp = self.host.mlp
+        x = self.host.layer_norm2(x) if normed is None else normed
+        if fused and all(part in mlp._modules for part in ("fc1", "activation_fn", "fc2")) and not watched(mlp):
+            branch = mlp_of(x, mlp.fc1, mlp.activation_fn, mlp.fc2, None)
+            if branch is not None:
+                return branch
+        return Branch(mlp(x))
