@@ -312,7 +312,7 @@ def _run_patched(
 
 
 def _refuse_padding(visible: Tensor, plan: Plan) -> None:
-    """Raises ValueError where a mask (B,N) hides tokens, which no step may keep or merge, or comes after all is kept."""
+    """Raises ValueError where a mask (B,N) hides tokens, which no step may keep, or the pool will be given it again."""
     if torch.compiler.is_compiling() or not visible.all():
         raise ValueError(
             "a tower that prunes or merges takes images without padding, got a mask that may hide patches: give images "

@@ -370,7 +370,7 @@ def test_a_scripted_tower_is_refused(tiny):
     model.visual = torch.jit.trace(tiny.visual, torch.zeros(1, 3, 32, 32), check_trace=False)
     with pytest.raises(
         ck.UnsupportedTower,
-        match="expected an image ViT of open_clip, .*, got TopLevelTracedModule",
+        match=r"expected an image ViT of open_clip, .*, got TopLevelTracedModule",
     ):
         ck.patch(model, ck.Dense())
     tiny.visual.transformer.resblocks[1].mlp = torch.jit.script(nn.Linear(128, 128))
