@@ -122,7 +122,9 @@ def timm_tower(name: str, layers: int | None = 2, **options: Any) -> nn.Module:
 
 def _create(create: Callable[..., Any], layers: int | None, name: str, **options: Any) -> Any:
     """A timm model cut to its first blocks; ViTamin's makers take no depth."""
-    if layers is not None and not name.startswith("vitamin"):
+    if layers is None:
+        return create(name, **options)
+    if not name.startswith("vitamin"):
         return create(name, **options, depth=layers)
     model = create(name, **options)
     model.blocks = model.blocks[:layers]
@@ -175,10 +177,3 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
                 parameter.normal_(0, (2 if sharp else 1) * parameter.shape[1] ** -0.5)
     return model
 
-
-def vision_transformers() -> list[str]:
-    """The names of open_clip's models whose image tower is its own VisionTransformer."""
-    import open_clip
-
-    configs = {name: open_clip.get_model_config(name)["vision_cfg"] for name in open_clip.list_models()}
-    return [name for name, cfg in configs.items() if "timm_model_name" not in cfg and isinstance(cfg["layers"], int)]

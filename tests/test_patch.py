@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import clipkernels as ck
 
@@ -462,22 +461,6 @@ def test_data_parallel_replicas_run_their_own_weights(tiny, images, method):
         parameter.add_(1)
     pooled = tiny.visual._pool(replica(x))[0] @ tiny.visual.proj
     assert torch.equal(pooled, expected)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
-def test_the_tower_compiles_into_one_graph_for_every_batch(tiny, method):
-    torch._dynamo.reset()
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(n, 3, 32, 32, generator=generator) for n in (1, 2, 3, 5)]
-    ck.patch(tiny, method)
-    expected = [tiny.encode_image(batch) for batch in batches]
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(tiny.encode_image, fullgraph=True, backend=counter)
-    for batch, alone in zip(batches, expected, strict=True):
-        torch.testing.assert_close(compiled(batch), alone, atol=1e-5, rtol=1e-5)
-    assert counter.frame_count <= 3  # batch 1, batch 2, any batch
-    assert torch._dynamo.explain(tiny.encode_image)(batches[1]).graph_break_count == 0
 
 
 @pytest.mark.parametrize("method", [ck.EViT(0.5), ck.ToMe(8)])

@@ -1,0 +1,108 @@
+"""Programs that hold a CLIP of their own, patched from outside: their public interfaces give the reduced results."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import clipkernels as ck
+from clipkernels.testing import randomized, transformers_tower
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8)]
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny CLIP as its users keep one: weights, a tokenizer of single letters, an image processor."""
+    path = tmp_path_factory.mktemp("clip")
+    randomized(transformers_tower("CLIPModel", 3, **SIZES)).save_pretrained(path)
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = ["<|startoftext|>", "<|pad|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {token: index for index, token in enumerate(tokens)} | {"<|endoftext|>": 63}
+    (path / "vocab.json").write_text(json.dumps(vocabulary))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(path / "vocab.json"), str(path / "merges.txt"), pad_token="<|endoftext|>", model_max_length=16
+    )
+    size = {"height": 64, "width": 64}
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=size)
+    transformers.CLIPProcessor(images, tokenizer).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pictures():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), generator=generator, dtype=torch.uint8)
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+
+def embeddings(folder, pictures, method):
+    """What a model that is patched directly gives for the pictures."""
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    ck.patch(model, method)
+    with torch.no_grad():
+        return model, ck.encode_image(model, pixels).embedding
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sentence_transformers_clip_is_patched_as_it_is(folder, pictures, method):
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    client = st.SentenceTransformer(str(folder), device="cpu")
+    before = client.encode(pictures, convert_to_tensor=True)
+    assert ck.patch(client, method) is client
+    came = client.encode(pictures, convert_to_tensor=True)
+    _, expected = embeddings(folder, pictures, method)
+    torch.testing.assert_close(came, expected, rtol=1e-4, atol=1e-4)
+    ck.unpatch(client)
+    assert torch.equal(client.encode(pictures, convert_to_tensor=True), before)
+    assert torch.allclose(came, before, rtol=1e-4, atol=1e-4) == (method == ck.Dense())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_zero_shot_pipeline_is_patched_through_its_model(folder, pictures, method):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    client = transformers.pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
+    labels = ["a", "b", "c"]
+    before = client(pictures, candidate_labels=labels, hypothesis_template="{}")
+    ck.patch(client.model, method)
+    came = client(pictures, candidate_labels=labels, hypothesis_template="{}")
+    model, embedding = embeddings(folder, pictures, method)
+    with torch.no_grad():
+        text = client.tokenizer(labels, return_tensors="pt", padding=True)
+        features = model.get_text_features(**text)
+        features = features if isinstance(features, torch.Tensor) else features.pooler_output
+        logits = torch.nn.functional.cosine_similarity(embedding[:, None], features[None], dim=-1)
+        expected = (logits * model.logit_scale.exp()).softmax(-1)
+    for row, scores in zip(came, expected, strict=True):
+        assert {guess["label"]: guess["score"] for guess in row} == pytest.approx(
+            dict(zip(labels, scores.tolist(), strict=True)), abs=1e-4
+        )
+    ck.unpatch(client.model)
+    assert client(pictures, candidate_labels=labels, hypothesis_template="{}") == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_open_clips_own_encode_image_and_forward_are_reduced(tiny, images, method):
+    before = tiny.encode_image(images)
+    ck.patch(tiny, method)
+    expected = ck.encode_image(tiny, images).embedding
+    torch.testing.assert_close(tiny.encode_image(images), expected, rtol=1e-4, atol=1e-4)
+    normalised = torch.nn.functional.normalize(expected, dim=-1)
+    torch.testing.assert_close(tiny.encode_image(images, normalize=True), normalised, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ck.unpatch(tiny).encode_image(images), before)
+
+
+@torch.no_grad()
+def test_a_model_inside_another_library_wrapper_is_found(tiny, images):
+    parallel = torch.nn.DataParallel(tiny)
+    ck.patch(parallel, ck.EViT(0.5))
+    assert ck.method_of(tiny) == ck.EViT(0.5) == ck.method_of(parallel)
+    compiled = torch.compile(tiny, backend="eager")
+    assert ck.method_of(compiled) == ck.EViT(0.5)

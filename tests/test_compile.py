@@ -1,0 +1,110 @@
+"""Whole towers of every library under torch.compile and torch.export: no graph break, no recompilation per batch."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import clipkernels as ck
+from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
+
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8)]
+SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
+pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
+
+
+def _need(module):
+    return pytest.importorskip(module, reason=f"{module} is not installed")
+
+
+def _open_clip():
+    return open_clip_tower("ViT-B-32", 3, width=64, head_width=32, image_size=64, patch_size=8)
+
+
+def _transformers(family):
+    _need("transformers")
+    return transformers_tower(family, 3, **SIZES)
+
+
+def _timm(name):
+    _need("timm")
+    return timm_tower(name, 3, **SMALL)
+
+
+def _openai():
+    _need("clip.model")
+    return openai_tower(3, 64, 8, 64, 32)
+
+
+TOWERS = {
+    "open_clip": _open_clip,
+    "transformers CLIP": lambda: _transformers("CLIPModel"),
+    "transformers SigLIP": lambda: _transformers("SiglipModel"),
+    "timm CLIP": lambda: _timm("vit_base_patch16_clip_224"),
+    "timm SigLIP": lambda: _timm("vit_base_patch16_siglip_224"),
+    "timm EVA02": lambda: _timm("eva02_base_patch16_clip_224"),
+    "OpenAI": _openai,
+}
+
+
+def build(name, method):
+    torch._dynamo.reset()
+    model = ck.patch(randomized(TOWERS[name]()), method)
+    generator = torch.Generator().manual_seed(0)
+    return ck.tower_of(model), [torch.randn(n, 3, 64, 64, generator=generator) for n in (1, 2, 3, 5)]
+
+
+def _pairs():
+    """Every library with the method that moves most, one with all; `make test-all` runs the others."""
+    for name in TOWERS:
+        for method in METHODS:
+            quick = isinstance(method, ck.EViT) or name == "timm EVA02"
+            yield pytest.param(name, method, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("name", "method"), list(_pairs()))
+@torch.no_grad()
+def test_one_graph_serves_every_batch(name, method):
+    tower, batches = build(name, method)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(tower.encode, fullgraph=True, backend=counter)  # fullgraph: a break is an error
+    for batch in batches:
+        torch.testing.assert_close(compiled(batch), tower.encode(batch), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 3  # batch 1, batch 2, any batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_a_batch_that_is_dynamic_from_the_start_is_compiled_once(name, method):
+    tower, batches = build(name, method)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(tower.encode, fullgraph=True, dynamic=True, backend=counter)
+    for batch in batches[1:]:
+        torch.testing.assert_close(compiled(batch), tower.encode(batch), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+    assert torch._dynamo.explain(tower.encode)(batches[1]).graph_break_count == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_inductor_gives_the_embedding_of_eager_in_every_mode(name, mode):
+    for method in METHODS:
+        tower, batches = build(name, method)
+        compiled = torch.compile(tower.encode, fullgraph=True, mode=mode)
+        torch.testing.assert_close(compiled(batches[2]), tower.encode(batches[2]), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_new_weights_are_seen_after_compiling():
+    tower, batches = build("transformers CLIP", ck.EViT(0.5))
+    compiled = torch.compile(tower.encode, fullgraph=True, backend="eager")
+    before = compiled(batches[1])
+    for parameter in tower.root.parameters():
+        parameter.data = parameter.data * 1.1  # another storage: what was packed is so no longer
+    after = compiled(batches[1])
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, tower.encode(batches[1]), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,215 @@
+"""Separate projections share one storage while patched, notice whatever happens to them, and are put back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import clipkernels as ck
+from clipkernels.adapters.packing import pack, packed, unpack
+from clipkernels.testing import randomized, timm_tower, transformers_tower
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
+
+
+def three(bias=(True, True, True), width=8):
+    torch.manual_seed(0)
+    return [nn.Linear(width, width, bias=with_bias) for with_bias in bias]
+
+
+@pytest.fixture
+def model():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    return randomized(transformers_tower("CLIPVisionModel", **SIZES)).requires_grad_(False)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def projections(model):
+    tower = ck.tower_of(model)
+    return [tower.projections(host) for host in tower.blocks]
+
+
+def is_packed(model):
+    return [packed(three) is not None for three in projections(model)]
+
+
+@pytest.mark.parametrize("bias", [(True, True, True), (False, False, False), (True, False, True)])
+@torch.no_grad()
+def test_one_product_serves_three(bias):
+    projections, x = three(bias), torch.randn(2, 5, 8)
+    expected = torch.cat([projection(x) for projection in projections], -1)
+    before = [p.clone() for projection in projections for p in projection.parameters()]
+    identities = [id(p) for projection in projections for p in projection.parameters()]
+    assert packed(projections) is None
+    pack(projections)
+    weight, joined = packed(projections)
+    assert weight.shape == (24, 8) and (joined is None) == (not any(bias))
+    torch.testing.assert_close(nn.functional.linear(x, weight, joined), expected)
+    after = [p for projection in projections for p in projection.parameters()]
+    assert [id(p) for p in after] == identities
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    place = weight.data_ptr()
+    pack(projections)
+    assert packed(projections)[0].data_ptr() == place
+    unpack(projections)
+    assert packed(projections) is None
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in after)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@torch.no_grad()
+def test_every_way_of_giving_a_weight_another_storage_is_noticed():
+    for change in (
+        lambda q, k, v: setattr(k, "weight", nn.Parameter(k.weight.clone())),
+        lambda q, k, v: setattr(k.weight, "data", k.weight.data.clone()),
+        lambda q, k, v: setattr(v.bias, "data", v.bias.data.clone()),
+        lambda q, k, v: q.half(),
+        lambda q, k, v: setattr(k.weight, "data", q.weight.data),
+        lambda q, k, v: k.register_forward_hook(lambda *_: None),
+        lambda q, k, v: setattr(v, "forward", v.forward),
+    ):
+        projections = three()
+        pack(projections)
+        assert packed(projections) is not None
+        change(*projections)
+        assert packed(projections) is None
+
+
+def test_where_gradients_must_reach_each_weight_there_are_three_products():
+    projections = three()
+    pack(projections)
+    assert packed(projections) is None
+    with torch.no_grad():
+        assert packed(projections) is not None
+    for projection in projections:
+        projection.requires_grad_(False)
+    assert packed(projections) is not None
+
+
+def test_what_cannot_be_packed_is_left_alone():
+    class Quantised(nn.Linear):
+        pass
+
+    wide, mixed = [nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 8)], three()
+    mixed[1].half()
+    with torch.inference_mode():
+        inferred = three()
+    for projections in (wide, mixed, inferred, [Quantised(8, 8)] * 3, [m.to("meta") for m in three()], []):
+        before = [p.data_ptr() for m in projections for p in m.parameters()]
+        pack(projections)
+        unpack(projections)
+        assert [p.data_ptr() for m in projections for p in m.parameters()] == before
+
+
+@pytest.mark.parametrize("method", [ck.Dense(), ck.EViT(0.5)])
+@torch.no_grad()
+def test_a_patched_tower_is_packed_and_unpatching_gives_every_weight_its_own_storage(model, images, method):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = model(pixel_values=images).pooler_output
+    ck.patch(model, method)
+    assert is_packed(model) == [True, True]
+    assert len(model.state_dict()) == len(state)
+    ck.unpatch(model)
+    assert is_packed(model) == [False, False]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name])
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert torch.equal(model(pixel_values=images).pooler_output, before)
+
+
+@torch.no_grad()
+def test_rotary_towers_whose_keys_have_no_bias_are_packed_too():
+    pytest.importorskip("timm", reason="timm is not installed")
+    model = randomized(timm_tower("eva02_base_patch16_clip_224", embed_dim=64, num_heads=2, img_size=64)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    before = model(images)
+    ck.patch(model, ck.Dense())
+    assert is_packed(model) == [True, True]
+    torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4)
+
+
+def fresh(model, images, method):
+    """What a model that was never touched gives with these weights."""
+    other = transformers_tower("CLIPVisionModel", **SIZES).to(next(model.parameters()).dtype)
+    other.load_state_dict(model.state_dict())
+    return ck.patch(other, method)(pixel_values=images).pooler_output
+
+
+@torch.no_grad()
+def test_loading_weights_after_patching_is_seen(model, images):
+    method = ck.EViT(0.5)
+    ck.patch(model, method)
+    for assign in (False, True):
+        state = {name: tensor * 1.1 for name, tensor in model.state_dict().items()}
+        model.load_state_dict(state, assign=assign)
+        torch.testing.assert_close(model(pixel_values=images).pooler_output, fresh(model, images, method))
+    assert is_packed(model) == [False, False]  # new parameters lie where the file's do: three products
+
+
+def test_an_optimiser_step_is_seen(model, images):
+    method = ck.Dense()
+    ck.patch(model.requires_grad_(True), method)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
+    before = model(pixel_values=images).pooler_output
+    before.pow(2).sum().backward()
+    optimiser.step()
+    with torch.no_grad():
+        after = model(pixel_values=images).pooler_output
+        assert is_packed(model) == [True, True] and not torch.allclose(after, before)
+        torch.testing.assert_close(after, fresh(model, images, method))
+
+
+@torch.no_grad()
+def test_another_dtype_is_seen_and_packed_again(model, images):
+    method = ck.EViT(0.5)
+    ck.patch(model, method)
+    for dtype in (torch.bfloat16, torch.float64):
+        model.to(dtype)
+        assert is_packed(model) == [True, True]
+        assert torch.equal(model(pixel_values=images.to(dtype)).pooler_output, fresh(model, images.to(dtype), method))
+    model.to("meta")
+    assert model(pixel_values=images.to("meta", torch.float64)).pooler_output.shape == (2, 64)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@torch.no_grad()
+def test_a_copy_has_weights_of_its_own(model, images, copier):
+    expected = ck.patch(model, ck.Dense())(pixel_values=images).pooler_output
+    other = copier(model)
+    torch.testing.assert_close(other(pixel_values=images).pooler_output, expected)
+    for parameter in other.parameters():
+        parameter.zero_()
+    assert torch.equal(model(pixel_values=images).pooler_output, expected)
+    assert (other(pixel_values=images).pooler_output == 0).all()
+
+
+@torch.no_grad()
+def test_weights_are_saved_and_loaded_while_packed(model, images, tmp_path):
+    expected = ck.patch(model, ck.Dense())(pixel_values=images).pooler_output
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    model.save_pretrained(tmp_path / "folder")
+    saved = load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+    loaded = type(model).from_pretrained(tmp_path / "folder").eval()
+    torch.testing.assert_close(loaded(pixel_values=images).pooler_output, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_low_rank_adapters_on_a_projection_are_called(model, images):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0.5 * x
+
+    layer = ck.tower_of(model).blocks[0].self_attn
+    layer.k_proj.__class__ = Adapted
+    host = model(pixel_values=images).pooler_output
+    ck.patch(model, ck.Dense())
+    assert is_packed(model) == [False, True]
+    torch.testing.assert_close(model(pixel_values=images).pooler_output, host, rtol=1e-4, atol=1e-4)

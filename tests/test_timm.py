@@ -1,0 +1,305 @@
+"""timm's VisionTransformer and Eva on their own: registers, rotary embeddings, every pool, every block they have."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+import clipkernels as ck
+from clipkernels import block as one_block
+from clipkernels.testing import assert_within_budget, randomized, timm_tower
+from clipkernels.tower import run, unmerge
+
+timm = pytest.importorskip("timm", reason="timm is not installed")
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8)]
+SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
+# What each is here for.
+TOWERS = {
+    "vit_base_patch16_clip_224": ({}, "CLS pooling, norm before the blocks"),
+    "vit_base_patch16_siglip_224": ({}, "no CLS, MAP pooling"),
+    "vit_base_patch16_reg4_gap_256": ({}, "four registers and no CLS, average pooling"),
+    "vit_base_patch14_reg4_dinov2": ({"img_size": 56}, "CLS and four registers"),
+    "vit_base_patch16_224": ({"qk_norm": True, "init_values": 0.5, "scale_attn_norm": True}, "norms in attention"),
+    "vit_small_patch16_224": ({"block_fn": "post"}, "post-norm blocks"),
+    "eva02_base_patch16_clip_224": ({}, "rotary, separate projections, SwiGLU with a norm"),
+    "vit_pe_core_base_patch16_224": ({}, "rotary, one projection, MAP pooling over CLS too"),
+    "eva_giant_patch14_clip_224": ({"img_size": 56}, "no rotary, biases apart from the packed weight"),
+    "eva02_enormous_patch14_clip_224": ({"img_size": 56, "swiglu_mlp": True}, "Eva's post-norm blocks"),
+    "deit_small_distilled_patch16_224": ({}, "a distillation token beside CLS, both pooled"),
+    "vit_small_patch16_dinov3": ({"img_size": 64}, "rotary in halves, registers"),
+}
+
+
+def build(name, layers=3):
+    from timm.models.vision_transformer import ResPostBlock
+
+    options = {**SMALL, **TOWERS[name][0]}
+    if options.get("block_fn") == "post":
+        options["block_fn"] = ResPostBlock
+    try:
+        model = timm_tower(name, layers, **options)
+    except RuntimeError as error:  # an older timm has fewer models
+        pytest.skip(str(error))
+    return randomized(model), torch.randn(2, 3, *model.patch_embed.img_size)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_a_tower_is_served_and_given_back(name):
+    model, images = build(name)
+    tower = ck.tower_of(model)
+    before, state = model(images), {key: value.clone() for key, value in model.state_dict().items()}
+    exact = model.double()(images.double())
+    model.float()
+    for method in METHODS:
+        ck.patch(model, method)
+        came = model(images)
+        encoded = ck.encode_image(model, images, tokens=True, source=True)
+        plan = method.plan(tower.tokens, len(tower.blocks), tower.prefix)
+        if method == ck.Dense():
+            assert_within_budget(came, exact, before)
+        else:
+            assert not torch.allclose(came, before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoded.embedding, came, atol=1e-5, rtol=1e-5)
+        assert encoded.tokens.shape == (2, plan.tokens[-1], 24)
+        assert encoded.source.shape == (2, 3 if plan.tokens[-1] < plan.entry else 0, tower.tokens - tower.prefix)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    ck.unpatch(model)
+    assert torch.equal(model(images), before)
+    assert list(model.state_dict()) == list(state)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch14_reg4_dinov2", "vit_base_patch16_reg4_gap_256"])
+@torch.no_grad()
+def test_registers_are_never_dropped_merged_or_moved(name):
+    model, images = build(name)
+    tower = ck.tower_of(model)
+    x, rope = tower.embed(images)
+    for method in (ck.EViT(0.1), ck.ToMe(100)):
+        # Blocks that add nothing leave the tokens as they came: what is in front at the end was in front at the start.
+        for block in model.blocks:
+            for parameter in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
+                parameter.zero_()
+        plan = method.plan(tower.tokens, 3, tower.prefix)
+        ran = run(tower, x, plan.ranked_by("received"), rope=rope, track=True)
+        assert torch.equal(ran.x[:, : tower.prefix], x[:, : tower.prefix])
+        assert ran.x.shape[1] == plan.tokens[-1] < x.shape[1]
+        assert all(((source < 0) | (source >= tower.prefix)).all() for source in ran.sources)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_merging_equal_tokens_changes_nothing(name):
+    model, images = build(name)
+    tower = ck.tower_of(model)
+    x, rope = tower.embed(images)
+    x = x * 3 + torch.randn_like(x)
+    # Patches next to each other, one at an even and one at an odd position, become twins with one place.
+    first = tower.prefix + tower.prefix % 2
+    pairs = 3
+    for pair in range(pairs):
+        even, odd = first + 2 * pair, first + 2 * pair + 1
+        x[:, even] = x[:, odd]
+        if rope is not None:
+            rope = rope.clone()
+            rope[..., even - tower.prefix, :] = rope[..., odd - tower.prefix, :]
+    dense = run(tower, x, ck.Dense().plan(tower.tokens, 3, tower.prefix), rope=rope).x
+    plan = ck.ToMe([pairs]).plan(tower.tokens, 3, tower.prefix)
+    ran = run(tower, x, plan, rope=rope, track=True)
+    assert ran.x.shape[1] == tower.tokens - pairs
+    restored = unmerge(ran.x, ran.sources, tower.prefix)
+    torch.testing.assert_close(restored, dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tower.pool(restored), tower.pool(dense), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize(
+    "name", ["eva02_base_patch16_clip_224", "vit_pe_core_base_patch16_224", "vit_small_patch16_dinov3"]
+)
+@torch.no_grad()
+def test_rotary_embeddings_follow_their_patches_through_pruning(name, fuse):
+    model, images = build(name)
+    tower = ck.tower_of(model)
+    with ck.patched(model, ck.EViT(0.5, blocks=(0,), fuse=fuse)):
+        came = ck.encode_image(model, images, source=True)
+        features = model.forward_features(images)
+    x, rope = tower.embed(images)
+    keep = -(-rope.shape[-2] // 2)
+    for image in range(2):
+        # The host's own blocks on the patches that were kept, each with the row of the table that was its own.
+        row = came.source[image, 0]
+        index = ((row >= 0) & (row < tower.prefix + keep)).nonzero()[:, 0]
+        assert len(index) == keep
+        block = model.blocks[0]
+        attended = block.attn(block.norm1(x), rope=rope)
+        middle = x + (attended if block_scale(block) is None else attended * block_scale(block))
+        rows = torch.cat([torch.arange(tower.prefix), index + tower.prefix])
+        table = rope[..., index, :]
+        tokens = middle[image : image + 1, rows]
+        if fuse:
+            # The fused token stands for no place and is not turned.
+            weights = _received_or_cls(tower, x, rope, image)
+            gone = torch.ones(rope.shape[-2], dtype=torch.bool)
+            gone[index] = False
+            fused = weights[gone] @ middle[image, tower.prefix :][gone]
+            tokens = torch.cat([tokens, fused[None, None]], 1)
+            width = table.shape[-1] // 2
+            table = torch.cat([table, torch.cat([torch.zeros(1, width), torch.ones(1, width)], 1)])
+        second = block.mlp(block.norm2(tokens))
+        tokens = tokens + (second if block_scale(block, 2) is None else second * block_scale(block, 2))
+        for later in model.blocks[1:]:
+            tokens = later(tokens, rope=table)
+        torch.testing.assert_close(features[image : image + 1], model.norm(tokens), rtol=1e-4, atol=1e-4)
+
+
+def block_scale(block, half=1):
+    return getattr(block, f"gamma_{half}")
+
+
+def _received_or_cls(tower, x, rope, image):
+    """The scores (P,) that rank the patches of one image in the first block, from attention written out."""
+    q, k, _ = tower.parts(tower.blocks[0]).qkv(x, None, None, rope)
+    attention = (q[image] @ k[image].mT * q.shape[-1] ** -0.5).softmax(-1)
+    rows = attention[:, 0] if tower.pools_cls else attention.mean(1)
+    return rows.mean(0)[tower.prefix :]
+
+
+@torch.no_grad()
+def test_a_merged_token_has_its_targets_place():
+    model, images = build("vit_pe_core_base_patch16_224")
+    tower = ck.tower_of(model)
+    x, rope = tower.embed(images)
+    moved = one_block.forward(tower.parts(tower.blocks[0]), x, ck.Merge(5), None, 1, track=True, rope=rope)
+    for image in range(2):
+        for row in range(1, moved.x.shape[1]):
+            held = (moved.to[image] == row).nonzero()[:, 0]
+            # Targets are at odd positions; what did not merge is by itself.
+            place = held[held % 2 == 1] if len(held) > 1 else held
+            assert torch.equal(moved.rope[image, 0, row - 1], rope[place[0] - 1])
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_clip_224", "eva02_base_patch16_clip_224"])
+@torch.no_grad()
+def test_features_and_intermediates_keep_the_hosts_shapes(name):
+    model, images = build(name)
+    features = model.forward_features(images)
+    for options in ({}, {"output_fmt": "NLC", "return_prefix_tokens": True}, {"indices": [0, 1], "stop_early": True}):
+        host = model.forward_intermediates(images, norm=True, **options)
+        with ck.patched(model, ck.Dense()):
+            came = model.forward_intermediates(images, norm=True, **options)
+            torch.testing.assert_close(model.forward_features(images), features, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(came, host, rtol=1e-4, atol=1e-4)
+        with ck.patched(model, ck.ToMe(4)):
+            _, merged = model.forward_intermediates(images, **options)
+        assert [tree_map(lambda y: y.shape, y) for y in merged] == [tree_map(lambda y: y.shape, y) for y in host[1]]
+    with ck.patched(model, ck.EViT(0.5, fuse=False)):
+        only = model.forward_intermediates(images, intermediates_only=True)
+        source = ck.encode_image(model, images, source=True).source
+    gone = (source[:, -1] < 0).unflatten(1, only[-1].shape[2:])
+    assert gone.any() and (only[-1].abs().sum(1)[gone] == 0).all() and (only[-1].abs().sum(1)[~gone] > 0).all()
+    with ck.patched(model, ck.Dense()), pytest.raises(ValueError, match='output_fmt must be "NCHW" or "NLC"'):
+        model.forward_intermediates(images, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "eva02_base_patch16_clip_224"])
+def test_checkpointing_and_stochastic_depth_keep_gradients(name):
+    model, images = build(name)
+    for block in model.blocks:
+        block.drop_path1 = timm.layers.DropPath(0.5)
+    model.train()
+    for method in METHODS:
+        ck.patch(model, method)
+        grads = []
+        for checkpointing in (False, True):
+            model.zero_grad()
+            model.set_grad_checkpointing(checkpointing)
+            torch.manual_seed(1)
+            model(images).pow(2).sum().backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert len(grads[0]) >= len(list(model.blocks.parameters()))
+        for one, two in zip(*grads, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_mask_is_refused_rather_than_ignored():
+    model, images = build("vit_base_patch16_clip_224")
+    ck.patch(model, ck.Dense())
+    mask = torch.zeros(17, 17)
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=r"a patched tower takes no mask, got an attn_mask of shape \(17, 17\)"):
+            call(images, attn_mask=mask)
+    with pytest.raises(ValueError, match="a patched tower takes no mask, got is_causal=True"):
+        model(images, is_causal=True)
+
+
+@torch.no_grad()
+def test_what_pools_no_cls_ranks_by_what_patches_receive():
+    model, images = build("vit_base_patch16_siglip_224")
+    tower = ck.tower_of(model)
+    x, _ = tower.embed(images)
+    ck.patch(model, ck.EViT(0.5, blocks=(0,), fuse=False))
+    kept = ck.encode_image(model, images, source=True).source[:, 0] >= 0
+    for image in range(2):
+        scores = _received_or_cls(tower, x, None, image)
+        assert set(scores.topk(8).indices.tolist()) == set(kept[image].nonzero()[:, 0].tolist())
+    with pytest.raises(ck.UnsupportedTower, match="expected a tower with a CLS token for cls_path, got Vision"):
+        ck.encode_image(model, images, cls_path=True)
+
+
+@torch.no_grad()
+def test_tokens_are_what_the_pool_gives_for_each_alone():
+    model, images = build("vit_base_patch16_siglip_224")
+    tower = ck.tower_of(model)
+    encoded = ck.encode_image(model, images, tokens=True)
+    x, _ = tower.embed(images)
+    for block in model.blocks:
+        x = block(x)
+    alone = torch.stack([model.forward_head(model.norm(x[:, n : n + 1])) for n in range(x.shape[1])], 1)
+    torch.testing.assert_close(encoded.tokens, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: timm_tower("vit_base_patch16_224", 1, **SMALL, block_fn=_parallel()), "expected a Block or an EvaBl"),
+        (lambda: _Odd(depth=1, **SMALL), r"expected timm's own VisionTransformer.forward_features, got that of _Odd"),
+        (lambda: timm_tower("vit_small_patch16_rope_mixed_224", 1, **SMALL), "rotary embeddings that all blocks share"),
+        (lambda: timm.create_model("resnet18"), "expected an image ViT of open_clip, .*, got ResNet"),
+        (lambda: _with(lambda attn: setattr(attn.attn_drop, "p", 0.1)), r"without dropout, got p = 0\.1"),
+        (lambda: _with(lambda attn: attn.register_forward_hook(print)), "its Attention carries a hook"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_untouched(make, message):
+    model = make()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ck.UnsupportedTower, match=message):
+        ck.patch(model, ck.EViT(0.5))
+    assert [type(module) for module in model.modules()] == classes
+
+
+class _Odd(timm.models.vision_transformer.VisionTransformer):
+    def forward_features(self, x, attn_mask=None):
+        return super().forward_features(x).flip(1)
+
+
+def _parallel():
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    return ParallelScalingBlock
+
+
+def _with(change):
+    model, _ = build("vit_base_patch16_224")
+    change(model.blocks[1].attn)
+    return model
+
+
+@torch.no_grad()
+def test_a_hook_on_the_passed_by_container_is_refused():
+    model, images = build("vit_base_patch16_clip_224")
+    ck.patch(model, ck.Dense())
+    handle = model.blocks.register_forward_hook(lambda *_: None)
+    with pytest.raises(ck.UnsupportedTower, match="its Sequential carries a hook"):
+        model(images)
+    handle.remove()
+    assert model(images).isfinite().all()

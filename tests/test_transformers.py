@@ -1,0 +1,257 @@
+"""Hugging Face's image towers: every family, what their own forwards return, padding, packed projections."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import clipkernels as ck
+from clipkernels.testing import assert_within_budget, randomized, transformers_tower
+
+# Deprecated in transformers 5.23, the only way in 4.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_:FutureWarning")
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8)]
+FAMILIES = {
+    "CLIPModel": "pools CLS, projects",
+    "CLIPVisionModel": "no projection",
+    "CLIPVisionModelWithProjection": "projects, no text",
+    "SiglipModel": "pools by a learned query",
+    "SiglipVisionModel": "likewise, alone",
+    "Siglip2Model": "takes patches and a mask",
+    "ChineseCLIPModel": "a family of its own",
+    "AltCLIPModel": "a family of its own",
+    "MetaClip2Model": "a family of its own",
+}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8}
+
+
+def build(family, **vision):
+    if not hasattr(transformers, family):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    size = {"num_patches": 64} if "Siglip2" in family else {"image_size": 64}
+    return randomized(transformers_tower(family, 3, **SIZES, **size, **vision)), torch.randn(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_tower_is_served_and_given_back(family):
+    model, images = build(family)
+    tower = ck.tower_of(model)
+    before, state = tower.encode(images), {key: value.clone() for key, value in model.state_dict().items()}
+    exact = ck.tower_of(model.double()).encode(images.double())
+    model.float()
+    for method in METHODS:
+        ck.patch(model, method)
+        came = tower.encode(images)
+        encoded = ck.encode_image(model, images, tokens=True, source=True)
+        plan = method.plan(tower.tokens, 3, tower.prefix)
+        if method == ck.Dense():
+            assert_within_budget(came, exact, before)
+        else:
+            assert not torch.allclose(came, before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoded.embedding, came, atol=1e-5, rtol=1e-5)
+        assert encoded.tokens.shape == (2, plan.tokens[-1], tower.out)
+        assert encoded.source.shape == (2, 3 if plan.tokens[-1] < plan.entry else 0, 64)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    ck.unpatch(model)
+    assert torch.equal(tower.encode(images), before)
+    assert list(model.state_dict()) == list(state)
+
+
+@torch.no_grad()
+def test_the_public_methods_of_a_clip_give_the_reduced_embedding():
+    model, images = build("CLIPModel")
+    text = torch.tensor([[62, 5, 63], [62, 7, 63]])
+    ck.patch(model, ck.EViT(0.5))
+    expected = ck.encode_image(model, images).embedding
+    features = model.get_image_features(pixel_values=images)
+    features = features if isinstance(features, torch.Tensor) else features.pooler_output
+    torch.testing.assert_close(features, expected)
+    out = model(pixel_values=images, input_ids=text, attention_mask=torch.ones_like(text))
+    torch.testing.assert_close(out.image_embeds, nn.functional.normalize(expected, dim=-1))
+    as_tuple = model.vision_model(pixel_values=images, return_dict=False)
+    assert isinstance(as_tuple, tuple) and as_tuple[0].shape[1] == ck.EViT(0.5).plan(65, 3).tokens[-1]
+
+
+@pytest.mark.parametrize("family", ["CLIPVisionModel", "SiglipVisionModel"])
+@torch.no_grad()
+def test_merging_keeps_the_length_of_what_is_handed_out_and_pruning_the_survivors(family):
+    model, images = build(family)
+    tokens = ck.tower_of(model).tokens
+    with ck.patched(model, ck.ToMe(8)):
+        assert model(pixel_values=images).last_hidden_state.shape[1] == tokens
+    with ck.patched(model, ck.EViT(0.5)):
+        left = ck.encode_image(model, images, tokens=True).tokens.shape[1]
+        assert model(pixel_values=images).last_hidden_state.shape[1] == left < tokens
+
+
+@pytest.mark.parametrize("family", ["CLIPVisionModel", "SiglipVisionModel"])
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_host_every_patch_at_its_place(family):
+    if family == "SiglipVisionModel" and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 collects SigLIP's states by replacing the forward of its layers: refused")
+    model, images = build(family)
+    host = model(pixel_values=images, output_hidden_states=True).hidden_states
+    model(pixel_values=images)
+    ck.patch(model, ck.Dense())
+    came = model(pixel_values=images, output_hidden_states=True).hidden_states
+    assert len(came) == len(host) == 4
+    for one, other in zip(came, host, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    ck.patch(model, ck.EViT(0.5, fuse=False))
+    reduced = model(pixel_values=images, output_hidden_states=True).hidden_states
+    assert [state.shape for state in reduced] == [state.shape for state in host]
+    prefix = ck.tower_of(model).prefix
+    gone = ck.encode_image(model, images, source=True).source[:, -1] < 0
+    assert gone.any() and (reduced[-1][:, prefix:][gone] == 0).all()
+    # What transformers leaves behind for collecting states must not stop the next forward.
+    assert model(pixel_values=images).pooler_output.isfinite().all()
+
+
+@torch.no_grad()
+def test_attention_maps_and_causal_masks_are_refused():
+    model, images = build("CLIPVisionModel")
+    ck.patch(model, ck.Dense())
+    with pytest.raises(ValueError, match="a patched tower has no attention maps to return"):
+        model(pixel_values=images, output_attentions=True)
+    x = ck.tower_of(model).embed(images)[0]
+    with pytest.raises(ValueError, match="a patched tower takes no causal mask"):
+        ck.tower_of(model).owner(inputs_embeds=x, causal_attention_mask=torch.zeros(1, 1, 65, 65))
+
+
+def siglip2(images, shown):
+    """What SigLIP2's processor makes of images whose first `shown` rows of 8 patches are there, the rest padding."""
+    patches = images.unflatten(3, (8, 8)).unflatten(2, (8, 8)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    mask = (torch.arange(64) < 8 * shown).int().expand(len(images), -1)
+    return {
+        "pixel_values": patches * mask[..., None],
+        "pixel_attention_mask": mask,
+        "spatial_shapes": torch.tensor([[shown, 8]] * len(images)),
+    }
+
+
+def pooled(model, inputs):
+    out = model.get_image_features(**inputs)
+    return out if isinstance(out, torch.Tensor) else out.pooler_output
+
+
+@torch.no_grad()
+def test_padding_is_handled_by_dense_and_refused_by_reducers():
+    model, images = build("Siglip2Model")
+    padded, full = siglip2(images, 5), siglip2(images, 8)
+    host, whole = pooled(model, padded), pooled(model, full)
+    hidden = (1 - padded["pixel_attention_mask"])[..., None]
+    noisy = {**padded, "pixel_values": padded["pixel_values"] + torch.randn(2, 64, 192) * hidden}
+    with ck.patched(model, ck.Dense()):
+        torch.testing.assert_close(pooled(model, padded), host, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pooled(model, noisy), host, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pooled(model, full), whole, rtol=1e-4, atol=1e-4)
+    for method in (ck.EViT(0.5), ck.ToMe(4)):
+        with ck.patched(model, method), pytest.raises(ValueError, match="takes images without padding, got a mask"):
+            pooled(model, padded)
+    with ck.patched(model, ck.ToMe(4)):
+        expected = ck.encode_image(model, images).embedding
+        torch.testing.assert_close(pooled(model, full), expected, rtol=1e-4, atol=1e-4)
+    with ck.patched(model, ck.EViT(0.5)):
+        if transformers.__version__.startswith("4."):
+            with pytest.raises(ValueError, match="a pool that is given the mask of all patches"):
+                pooled(model, full)
+        else:
+            expected = ck.encode_image(model, images).embedding
+            torch.testing.assert_close(pooled(model, full), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["CLIPModel", "SiglipModel"])
+def test_checkpointing_gives_the_same_gradients(family):
+    model, images = build(family)
+    model.train()
+    for method in METHODS:
+        ck.patch(model, method)
+        grads = []
+        for checkpointing in (False, True):
+            model.zero_grad()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            ck.tower_of(model).encode(images).pow(2).sum().backward()
+            model.gradient_checkpointing_disable()
+            grads.append([p.grad.clone() for p in model.vision_model.parameters() if p.grad is not None])
+        assert len(grads[0]) > 40
+        for one, two in zip(*grads, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_asking_to_recompute_is_heard():
+    model, _ = build("CLIPModel")
+    ck.patch(model, ck.EViT(0.5))
+    model.gradient_checkpointing_enable()
+    assert not ck.tower_of(model).checkpointing
+    model.train()
+    assert ck.tower_of(model).checkpointing
+
+
+@torch.no_grad()
+def test_states_are_interpolated_to_another_size_and_planned_anew():
+    model, _ = build("CLIPVisionModel")
+    large = torch.randn(1, 3, 96, 96)
+    host = model(pixel_values=large, interpolate_pos_encoding=True)
+    with ck.patched(model, ck.Dense()):
+        came = model(pixel_values=large, interpolate_pos_encoding=True)
+        torch.testing.assert_close(came.pooler_output, host.pooler_output, rtol=1e-4, atol=1e-4)
+    with ck.patched(model, ck.EViT(0.5)):
+        came = model(pixel_values=large, interpolate_pos_encoding=True)
+        assert came.last_hidden_state.shape[1] == ck.EViT(0.5).plan(145, 3).tokens[-1]
+
+
+@torch.no_grad()
+def test_two_towers_in_one_model_are_named_and_one_inside_another_is_found():
+    model, images = build("CLIPVisionModel")
+    wrapper = nn.Sequential(nn.Identity(), nn.ModuleDict({"tower": model}))
+    ck.patch(wrapper, ck.EViT(0.5))
+    assert ck.method_of(model) == ck.EViT(0.5)
+    torch.testing.assert_close(ck.encode_image(wrapper, images).embedding, model(pixel_values=images).pooler_output)
+    pair = nn.ModuleDict({"one": model, "other": copy.deepcopy(model)})
+    with pytest.raises(ck.UnsupportedTower, match="expected one image tower, got 2 in ModuleDict: one, other"):
+        ck.patch(pair, ck.Dense())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layer: layer.self_attn.register_forward_hook(lambda *_: None), "Attention carries a hook"),
+        (lambda layer: setattr(layer, "forward", layer.forward), "EncoderLayer was replaced"),
+        (lambda layer: setattr(layer.self_attn, "dropout", 0.1), r"without dropout, got p = 0\.1"),
+        (lambda layer: setattr(layer.self_attn, "scale", 0.5), r"scaled by 32\*\*-0\.5, got 0\.5"),
+        (lambda layer: setattr(layer, "mlp", nn.Sequential(layer.mlp, nn.Linear(64, 64))), None),
+    ],
+)
+@torch.no_grad()
+def test_a_layer_that_does_more_is_refused_and_a_new_mlp_is_called(change, message):
+    model, images = build("CLIPVisionModel")
+    change(model.get_submodule(encoder_of(model)).layers[1])
+    if message is None:
+        host = model(pixel_values=images).pooler_output
+        ck.patch(model, ck.Dense())
+        torch.testing.assert_close(model(pixel_values=images).pooler_output, host, rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(ck.UnsupportedTower, match=f"block 1: .*{message}"):
+            ck.patch(model, ck.Dense())
+
+
+def encoder_of(model):
+    return "encoder" if hasattr(model, "encoder") else "vision_model.encoder"
+
+
+def test_other_models_of_transformers_are_refused_by_name():
+    config = transformers.Dinov2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ck.UnsupportedTower, match=r"expected an image ViT of open_clip, .*, got Dinov2Model"):
+        ck.patch(transformers.Dinov2Model(config), ck.Dense())
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    owl = transformers.OwlViTVisionModel(transformers.OwlViTVisionConfig(**sizes, image_size=64, patch_size=16))
+    with pytest.raises(ck.UnsupportedTower, match="expected a CLIP or a SigLIP, got OwlViTVision"):
+        ck.patch(owl, ck.Dense())
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, vocab_size=64, eos_token_id=63))
+    with pytest.raises(ck.UnsupportedTower, match="got CLIPTextModel"):
+        ck.patch(text, ck.Dense())
