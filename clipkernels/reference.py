@@ -18,7 +18,7 @@ Act = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 # Rows of attention that `received` holds at once.
 ROWS = 128
-# Up to so many keys CPUs run half-precision attention faster as bmm + softmax than as SDPA.
+# Up to so many keys CPUs run bf16 attention faster as bmm + softmax than as SDPA; fp16 runs slower so, and overflows.
 EXPLICIT = 600
 
 
@@ -57,12 +57,14 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int
 ) -> tuple[Tensor, Tensor | None]:
     bias = _bias(size)
-    explicit = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= EXPLICIT
+    explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT
     if explicit:
         logits = (q * q.shape[-1] ** -0.5) @ k.mT
         out = torch.softmax(logits if bias is None else logits + bias.to(q.dtype), -1) @ v
     else:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        # Every query's row named: onnxruntime's Attention, opset 23, broadcasts none.
+        mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if signal == "cls":
         return out, _probabilities(q[:, :, :1], k, bias)[:, :, 0, prefix:].detach()
     if signal == "received":
@@ -109,7 +111,12 @@ def reduce_heads(scores: Tensor, heads: Heads) -> Tensor:
 def strongest_first(scores: Tensor) -> Tensor:
     """Indices int64 in descending order of scores, equal ones by position, NaN as -inf."""
     scores = scores.detach().nan_to_num(float("-inf"), float("inf"), float("-inf"))
-    return scores.argsort(dim=-1, descending=True, stable=True)
+    if not torch.compiler.is_compiling():
+        return scores.argsort(dim=-1, descending=True, stable=True)
+    # Graphs are exported, and ONNX has no stable sort: counted places differ, so that any sort brings them in order.
+    row, column, at = scores[..., None], scores[..., None, :], torch.arange(scores.shape[-1], device=scores.device)
+    beaten_by = (column > row) | ((column == row) & (at < at[:, None]))
+    return beaten_by.sum(-1).argsort(-1)
 
 
 def prune_tokens(

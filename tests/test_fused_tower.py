@@ -7,7 +7,7 @@ from torch import nn
 pytest.importorskip("open_clip", reason="open_clip is not installed, whose towers these are")
 
 import clipkernels as ck
-from clipkernels.testing import open_clip_tower
+from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 
 RANDOM = ck.EViT(0.5, fuse=False, score="random")
 METHODS = [ck.Dense(), ck.EViT(0.5), RANDOM, ck.ToMe(3), ck.ToMe(2, proportional=False)]
@@ -43,6 +43,36 @@ def test_a_tower_gives_the_embedding_of_the_reference(device, on, name, vision, 
     torch.testing.assert_close(model.encode_image(images(device)), expected, atol=2e-5, rtol=1e-4)
     encoded = ck.encode_image(model, images(device), tokens=True, source=True)
     torch.testing.assert_close(encoded.embedding, expected, atol=2e-5, rtol=1e-4)
+
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
+NARROW = {"embed_dim": 128, "num_heads": 2, "img_size": 64, "num_classes": 24}
+# Each for what its epilogues are made of.
+OTHERS = {
+    "transformers CLIPModel": "three packed projections, QuickGELU of transformers",
+    "transformers SiglipModel": "no CLS, tanh GELU of transformers",
+    "timm vit_base_patch16_siglip_224": "no CLS",
+    "timm vit_base_patch16_reg4_gap_256": "registers, LayerScale",
+    "timm eva02_base_patch16_clip_224": "rotary, SwiGLU, nothing to fuse after the MLP",
+    "openai": "norms in fp32, sequence-first",
+}
+
+
+@pytest.mark.parametrize("method", [ck.Dense(), ck.EViT(0.5), ck.ToMe(3)], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_the_towers_of_other_libraries_do_too(device, on, name, method):
+    library, _, kind = name.partition(" ")
+    pytest.importorskip("clip" if library == "openai" else library, reason=f"{library} is not installed")
+    if library == "openai":
+        model = openai_tower(2, 64, 16, 128, 24)
+    else:
+        model = transformers_tower(kind, **SIZES) if library == "transformers" else timm_tower(kind, **NARROW)
+    found = ck.tower_of(ck.patch(randomized(model), method).to(device))
+    on("reference")
+    expected = found.encode(images(device))
+    on("triton")
+    torch.testing.assert_close(found.encode(images(device)), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

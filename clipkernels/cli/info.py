@@ -19,7 +19,13 @@ from rich.text import Text
 from clipkernels import __version__, backend
 from clipkernels.cli.output import opened, write_table
 
-DISTRIBUTIONS = {"triton": "triton", "open_clip": "open_clip_torch", "numpy": "numpy"}
+DISTRIBUTIONS = {
+    "triton": "triton",
+    "open_clip": "open_clip_torch",
+    "timm": "timm",
+    "transformers": "transformers",
+    "numpy": "numpy",
+}
 
 EXAMPLE = """\b
 Example:
