@@ -2,6 +2,7 @@
 
     python bench/towers.py --models ViT-B-16 --batch 1 8 32 --threads 1 --clock process --out towers.csv
     python bench/towers.py --models ViT-B-16 --peer tome=../ToMe
+    python bench/towers.py --models transformers:CLIPModel timm:vit_base_patch16_siglip_224 clip:ViT-B-16
     pytest bench/towers.py -k "B-32 and b8" --benchmark-json=towers.json
 
 η = (t_dense / t_reduced) ÷ (GMACs_dense / GMACs_reduced), dense being the fastest dense variant of the run and the
@@ -32,16 +33,18 @@ from torch import Tensor, nn
 
 import clipkernels as ck
 from clipkernels.cli.info import environment
-from clipkernels.testing import open_clip_tower
+from clipkernels.testing import open_clip_tower, openai_tower, timm_tower, transformers_tower
 from clipkernels.timing import Speed, Times, Variant, plan_for, tabulate, time_variants, vary
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 R = {"ViT-B-32": 4, "ViT-B-16": 13, "ViT-L-14": 7}
+LIBRARIES = ("open_clip", "transformers", "timm", "clip")
 ON_CPU = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
 BATCHES = dict.fromkeys(R, (1, 32, 256)) if CUDA else ON_CPU
 ROUNDS = 20 if CUDA else 5
+NAMES = "open_clip models, or transformers:CLASS (a ViT-B/16), timm:MODEL, clip:ViT-B-16"
 BANDS = {"milliseconds": ("_p20", "_p80"), "speedup": ("_p10", "_p90"), "efficiency": ("_p10", "_p90")}
 
 
@@ -62,7 +65,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(R), metavar="NAME", help="open_clip models")
+    parser.add_argument("--models", nargs="+", default=list(R), metavar="NAME", help=NAMES)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32], metavar="B")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument(
@@ -80,9 +83,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.models) - set(open_clip.list_models()))
+    unknown = sorted({name for name in arguments.models if ":" not in name} - set(open_clip.list_models()))
+    unknown += [name for name in arguments.models if ":" in name and name.partition(":")[0] not in LIBRARIES]
     if unknown:
-        parser.error(f"expected open_clip models, got {', '.join(unknown)}")
+        parser.error(f"expected {NAMES}, got {', '.join(unknown)}")
     if arguments.clock == "process" and arguments.threads != 1:
         parser.error(f"expected --threads 1 with --clock process, got {arguments.threads}")
     if arguments.peer:
@@ -136,13 +140,19 @@ def paired(name: str, dtype: torch.dtype, batch: int, arguments: argparse.Namesp
 def build(name: str, dtype: torch.dtype) -> nn.Module:
     """The model with random weights, its image tower whole, its text tower a stub."""
     torch.manual_seed(0)
-    layers = open_clip.get_model_config(name)["vision_cfg"]["layers"]
-    return open_clip_tower(name, layers).to(DEVICE, dtype)
+    library, _, kind = name.rpartition(":")
+    if library == "transformers":
+        model = transformers_tower(kind, 12)
+    elif library == "timm":
+        model = timm_tower(kind, None, num_classes=0)
+    else:
+        model = openai_tower(12) if library == "clip" else open_clip_tower(kind, None)
+    return model.to(DEVICE, dtype)
 
 
 def methods(name: str) -> dict[str, ck.Method | None]:
     """What runs on a model, by name; None is the host library's own forward."""
-    r = R.get(name, 8)
+    r = R.get(name, 13 if ":" in name else 8)
     return {
         "dense (host)": None,
         "Dense()": ck.Dense(),
@@ -163,13 +173,13 @@ def images(tower: Any, batch: int, dtype: torch.dtype, sets: int = 3) -> tuple[T
 def check(model: nn.Module, methods: Mapping[str, ck.Method | None], images: Tensor) -> None:
     """Fails unless dense gives the host's embedding and every method as many tokens as its plan says."""
     images = images[:2]
-    host = model.encode_image(images).double()
     tower = ck.tower_of(model)
+    host = tower.encode(images).double()
     for name, method in methods.items():
         if method is None:
             continue
         with ck.patched(model, method):
-            embedding = model.encode_image(images).double()
+            embedding = tower.encode(images).double()
             tokens = ck.encode_image(model, images, tokens=True).tokens
         assert tokens is not None and embedding.isfinite().all(), f"{name}: the embedding is not finite"
         came, planned = tokens.shape[1], plan_for(tower, method).tokens[-1]

@@ -184,12 +184,12 @@ def test_some_variants_can_be_chosen_and_each_of_them_compiled(
 
 def test_a_tower_that_differs_from_the_host_is_never_timed(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
     some = torch.randn(2, 3, 32, 32)
-    honest = tiny.encode_image
+    honest = tiny.visual.forward
 
     def wrong(images: torch.Tensor) -> torch.Tensor:
         return honest(images) * (1.0 if ck.method_of(tiny) is None else 1.01)
 
-    monkeypatch.setattr(tiny, "encode_image", wrong)
+    monkeypatch.setattr(tiny.visual, "forward", wrong)
     with pytest.raises(AssertionError, match=r"Dense\(\): relative error"):
         towers.check(tiny, {"Dense()": ck.Dense()}, some)
 
@@ -197,7 +197,7 @@ def test_a_tower_that_differs_from_the_host_is_never_timed(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "ViT-X"], "expected open_clip models, got ViT-X"),
+        (["--models", "ViT-X"], "expected open_clip models, or transformers:CLASS (a ViT-B/16), timm:MODEL, clip:ViT-B-16, got ViT-X"),
         (["--clock", "process", "--threads", 2], "expected --threads 1 with --clock process, got 2"),
         (["--models", "ViT-B-16", "--peer", "tome=nowhere"], "expected --peer tome=PATH with PATH/tome/patch/timm.py"),
     ],

@@ -23,6 +23,8 @@ def _open_clip():
 
 def _transformers(family):
     _need("transformers")
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 cannot trace the host's own forward in transformers 5")
     return transformers_tower(family, 3, **SIZES)
 
 

@@ -6,7 +6,7 @@ Whatever else it is, it is called.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,14 +78,14 @@ def hooked(holder: Any, start: str = "_") -> bool:
     return any(getattr(holder, start + kind) for kind in kinds)
 
 
-def passed_by(*modules: nn.Module) -> str | None:
-    """Why modules that a block's parts pass by must not be passed by, or None."""
+def passed_by(*modules: nn.Module, harmless: Callable[[nn.Module], bool] | None = None) -> str | None:
+    """Why modules that a block's parts pass by must not be passed by, or None; `harmless` knows hooks that may be."""
     for module in modules:
         if getattr(module, "_compiled_call_impl", None) is not None:
             return f"its {type(module).__name__} is compiled by itself: compile the whole tower instead"
         if replaced(module):
             return f"the forward of its {type(module).__name__} was replaced: patch before that"
-        if hooked(module):
+        if hooked(module) and not (harmless and harmless(module)):
             return f"its {type(module).__name__} carries a hook, which would be skipped: remove it first"
         if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
             return f"its {type(module).__name__} has sharded parameters: patch before sharding"

@@ -126,7 +126,7 @@ class TransformersTower:
             return f"expected layer_norm1, self_attn, layer_norm2 and mlp, got {type(host).__name__}"
         attn = host.self_attn
         # transformers 5 leaves hooks behind that collect states; `forward` below feeds them.
-        why = passed_by(*(module for module in (host, attn) if not _captured(module)))
+        why = passed_by(host, attn, harmless=_captured)
         if why is not None:
             return why
         if not all(part in attn._modules for part in ("q_proj", "k_proj", "v_proj", "out_proj")):

@@ -1,0 +1,355 @@
+"""Towers exported to ONNX and by `torch.export`: parity with PyTorch, operators, images per second and η on the CPU.
+
+    python bench/export.py --towers open_clip timm --batch 1 8 --rounds 5 --out export.csv
+    python bench/export.py --towers clip --layers 2 --batch 1 --rounds 1
+
+One random-weight B/16 tower of each library, as the library has it and patched, with a dynamic batch. Both exports take
+the host's own module too: `model.visual` of open_clip and clip, a timm model, `model.vision_model` of transformers. What
+is exported here is that plus three lines, for the sake of transformers, whose own forward returns every token: asked for
+the embedding alone, the last block runs for the CLS row alone.
+
+    class Embedding(nn.Module):
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, images): return ck.encode_image(self.model, images).embedding
+
+    images, shapes = torch.randn(2, 3, 224, 224), ({0: torch.export.Dim("batch", min=1, max=64)},)
+    module = Embedding(ck.patch(model, ck.EViT(keep=0.7))).eval()
+    with torch.no_grad():
+        program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
+        torch.onnx.export(module, (images,), "tower.onnx", dynamo=True, opset_version=20, dynamic_shapes=shapes)
+
+Speed-ups and η are against the fastest dense of the same runtime, all of them interleaved, CPU time of one thread. A
+graph whose embeddings are wrong, or a patched one with a scatter in it, stops the run before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import importlib.metadata
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+import onnxruntime
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+import clipkernels as ck
+from clipkernels.cli.info import environment
+from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
+from clipkernels.timing import Speed, Times, Variant, measure, tabulate
+
+TOWERS: dict[str, Callable[[int | None], nn.Module]] = {
+    "open_clip": lambda layers: open_clip_tower("ViT-B-16", layers),
+    "transformers": lambda layers: transformers_tower("CLIPModel", layers or 12),
+    "timm": lambda layers: timm_tower("vit_base_patch16_siglip_224", layers),
+    "clip": lambda layers: openai_tower(layers or 12).float(),
+}
+NAMES = {
+    "open_clip": "ViT-B-16",
+    "transformers": "CLIPModel B/16",
+    "timm": "vit_base_patch16_siglip_224",
+    "clip": "ViT-B/16",
+}
+METHODS: dict[str, ck.Method | None] = {
+    "dense (host)": None,
+    "Dense()": ck.Dense(),
+    "EViT(keep=0.7)": ck.EViT(0.7),
+    "ToMe(r=13)": ck.ToMe(13),
+}
+RUNTIMES = ("eager", "torch.export", "onnxruntime")
+# Batches other than the one that is exported, which is 2.
+PARITY = (1, 3, 8)
+SHAPES = ({0: torch.export.Dim("batch", min=1, max=64)},)
+ALLOWED = 1e-4
+GRAPH = {
+    "scatter": ("Scatter", "ScatterElements", "ScatterND"),
+    "nonzero": ("NonZero",),
+    "loop": ("Loop", "Scan"),
+    "if": ("If",),
+}
+
+
+class Embedding(nn.Module):
+    """The embedding of images and nothing else: of a patched model by our loop, of another by its own forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        if ck.method_of(self.model) is None:
+            return ck.tower_of(self.model).encode(images)
+        return ck.encode_image(self.model, images).embedding
+
+
+class Export(NamedTuple):
+    """One variant in one runtime: what encodes, the seconds its export took, its nodes, and how far it is off.
+
+    `error` is the largest difference to eager PyTorch over the largest entry, `cosine` the smallest of any image.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    seconds: float
+    nodes: Mapping[str, int]
+    error: float
+    cosine: float
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(1)
+    header = taken(arguments)
+    records = resume(arguments, header)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for name in arguments.towers:
+        done = {(row["library"], row["batch"]) for row in records}
+        batches = [batch for batch in arguments.batch if (name, batch) not in done]
+        if not batches:
+            console.print(f"{name}: all rows are there already")
+            continue
+        if importlib.util.find_spec(name) is None:
+            console.print(f"{name}: left out, it is not installed")
+            continue
+        torch.manual_seed(arguments.seed)
+        model = randomized(TOWERS[name](arguments.layers), arguments.seed)
+        with torch.no_grad():
+            exports = export_all(model, name, arguments, console)
+            for batch in batches:
+                for runtime, rows in paired(model, exports, batch, arguments, console).items():
+                    console.print(draw(f"{name} {NAMES[name]}, {runtime}, batch {batch}", rows))
+                    for row in rows:
+                        named = {"library": name, "tower": NAMES[name], "runtime": runtime, "batch": batch}
+                        records.append({**named, **record(row, exports[runtime][row.name])})
+                if arguments.out:  # a long run that is cut short keeps what it has
+                    write(records, header, arguments.out)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], metavar="B", help="images per timed batch")
+    parser.add_argument("--layers", type=int, metavar="L", help="cut every tower to its first L blocks")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--opset", type=int, default=20, help="of ONNX, 18 or more")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.csv",
+        help="rows; a .json beside it adds the environment; rows found in it are not measured again",
+    )
+    arguments = parser.parse_args()
+    if arguments.opset < 18:
+        parser.error(f"expected --opset 18 or more, got {arguments.opset}")
+    return arguments
+
+
+def taken(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the rows were taken with."""
+    found = environment()
+    for name in ("onnx", "onnxruntime", "onnxscript", "timm", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    options = {name: getattr(arguments, name) for name in ("layers", "rounds", "opset", "seed")}
+    return {"environment": found, "clock": "process", **options}
+
+
+def resume(arguments: argparse.Namespace, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows an earlier run left in --out; ends the program where they were taken otherwise."""
+    source = arguments.out and arguments.out.with_suffix(".json")
+    if source is None or not source.exists():
+        return []
+    before = json.loads(source.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = before.pop("rows")
+    header["environment"]["date"] = before["environment"]["date"]
+    if before != header:
+        raise SystemExit(f"error: {source} was taken with other options, versions or commit: choose another --out")
+    return rows
+
+
+def export_all(
+    model: nn.Module, name: str, arguments: argparse.Namespace, console: Console
+) -> dict[str, dict[str, Export]]:
+    """Every variant in every runtime, checked."""
+    generator = torch.Generator().manual_seed(arguments.seed + 1)
+    size = ck.tower_of(model).image_size
+    inputs = {batch: torch.randn(batch, 3, *size, generator=generator) for batch in (2, *PARITY)}
+    made: dict[str, dict[str, Export]] = {runtime: {} for runtime in RUNTIMES}
+    for variant, method in METHODS.items():
+        memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+        twin = copy.deepcopy(model, memo)
+        module = Embedding(twin if method is None else ck.patch(twin, method)).eval()
+        expected = {batch: module(images) for batch, images in inputs.items()}
+        made["eager"][variant] = Export(module, 0.0, {}, 0.0, 1.0)
+        for runtime in RUNTIMES[1:]:
+            start = time.perf_counter()
+            if runtime == "onnxruntime":
+                encode, nodes = in_onnxruntime(module, inputs[2], arguments.opset)
+            else:
+                program = torch.export.export(module, (inputs[2],), dynamic_shapes=SHAPES, strict=False)
+                encode, nodes = program.module(), {"nodes": len(program.graph.nodes)}
+            seconds = time.perf_counter() - start
+            error, cosine = compare(encode, inputs, expected)
+            made[runtime][variant] = Export(encode, seconds, nodes, error, cosine)
+            found = ", ".join(f"{count} {kind}" for kind, count in nodes.items())
+            console.print(f"{name}, {variant}, {runtime}: {seconds:.0f} s, error {error:.1e}, {found}")
+            assert error <= ALLOWED, f"{name} {variant} in {runtime}: error {error:.1e} is above {ALLOWED:.0e}"
+            assert method is None or not nodes.get("scatter"), f"{name} {variant}: scatters in the ONNX graph"
+    return made
+
+
+def in_onnxruntime(module: nn.Module, images: Tensor, opset: int) -> tuple[Callable[[Tensor], Tensor], dict[str, int]]:
+    """A module exported to ONNX, as a function that runs it on one thread of the CPU, and its nodes by kind."""
+    program = torch.onnx.export(
+        module, (images,), dynamo=True, opset_version=opset, dynamic_shapes=SHAPES, verbose=False
+    )
+    assert program is not None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/tower.onnx"
+        program.save(file)
+        nodes = count(onnx.load(file, load_external_data=False))
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0]), nodes
+
+
+def count(model: onnx.ModelProto) -> dict[str, int]:
+    """How many nodes an ONNX model has, and how many of those that make one slow or its shapes depend on data."""
+
+    def walk(nodes: Any) -> Counter[str]:
+        kinds = Counter(node.op_type for node in nodes)
+        for node in nodes:
+            for attribute in node.attribute:
+                for graph in (attribute.g, *attribute.graphs):
+                    kinds += walk(graph.node)
+        return kinds
+
+    kinds = walk(model.graph.node)
+    for function in model.functions:
+        kinds += walk(function.node)
+    return {"nodes": kinds.total(), **{name: sum(kinds[kind] for kind in some) for name, some in GRAPH.items()}}
+
+
+def compare(
+    encode: Callable[[Tensor], Tensor], inputs: Mapping[int, Tensor], expected: Mapping[int, Tensor]
+) -> tuple[float, float]:
+    """The largest error over the largest entry, and the smallest cosine, at every batch size."""
+    came = {batch: encode(images) for batch, images in inputs.items()}
+    errors = [((came[batch] - right).abs().max() / right.abs().max()).item() for batch, right in expected.items()]
+    cosines = [cosine_similarity(came[batch], right).min().item() for batch, right in expected.items()]
+    return max(errors), min(cosines)
+
+
+def paired(
+    model: nn.Module,
+    exports: Mapping[str, Mapping[str, Export]],
+    batch: int,
+    arguments: argparse.Namespace,
+    console: Console,
+) -> dict[str, list[Speed]]:
+    """The rows of each runtime at one batch size, the variants of all of them interleaved."""
+    tower = ck.tower_of(model)
+    generator = torch.Generator().manual_seed(arguments.seed + 2)
+    sets = torch.randn(3, batch, 3, *tower.image_size, generator=generator).unbind()
+
+    def runner(encode: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        turn = cycle(sets)
+        return lambda: encode(next(turn))
+
+    calls = {
+        f"{runtime} {variant}": runner(export.encode)
+        for runtime, variants in exports.items()
+        for variant, export in variants.items()
+    }
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"batch {batch}", total=(arguments.rounds + 1) * len(calls))
+        advance = lambda: bar.advance(task)  # noqa: E731
+        times = measure(calls, arguments.rounds, seed=arguments.seed, clock="process", progress=advance)
+    rows = {}
+    for runtime, variants in exports.items():
+        seconds = {variant: times.seconds[f"{runtime} {variant}"] for variant in variants}
+        ran = {
+            variant: Variant(export.encode, METHODS[variant] or ck.Dense(), tower.pools_cls and bool(METHODS[variant]))
+            for variant, export in variants.items()
+        }
+        rows[runtime] = tabulate(Times(seconds), ran, tower, batch)
+    return rows
+
+
+def record(row: Speed, export: Export) -> dict[str, Any]:
+    """One row as plain numbers."""
+    low, high = 1e3 * row.seconds.low, 1e3 * row.seconds.high
+    return {
+        "variant": row.name,
+        "tokens": " ".join(map(str, row.tokens)),
+        "gmacs_run": round(row.gmacs_run, 3),
+        "milliseconds": round(1e3 * row.seconds.median, 3),
+        "milliseconds_p20": round(low, 3),
+        "milliseconds_p80": round(high, 3),
+        "images_per_second": round(row.images_per_second, 3),
+        "baseline": row.baseline,
+        "speedup": round(row.speedup.median, 4),
+        "speedup_p10": round(row.speedup.low, 4),
+        "speedup_p90": round(row.speedup.high, 4),
+        "efficiency": round(row.efficiency.median, 4),
+        "efficiency_p10": round(row.efficiency.low, 4),
+        "efficiency_p90": round(row.efficiency.high, 4),
+        "error": float(f"{export.error:.2e}"),
+        "cosine": round(export.cosine, 7),
+        "export_seconds": round(export.seconds, 1),
+        **{kind: export.nodes.get(kind) for kind in ("nodes", *GRAPH)},
+    }
+
+
+def draw(title: str, rows: Sequence[Speed]) -> Table:
+    """The rows for people."""
+    table = Table("variant", "ms", "images/s", "speed-up", "η [p10-p90]", "against", title=title, title_justify="left")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{1e3 * row.seconds.median:.1f}",
+            f"{row.images_per_second:.2f}",
+            f"×{row.speedup.median:.2f}",
+            f"{row.efficiency.median:.2f} [{row.efficiency.low:.2f}-{row.efficiency.high:.2f}]",
+            row.baseline,
+        )
+    return table
+
+
+def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: Path) -> None:
+    """The CSV, and beside it a JSON of the same rows with the environment and how they were taken."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".csv", ".json"):
+        target = out.with_suffix(suffix)
+        partial = target.with_suffix(f"{suffix}.partial")
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            if suffix == ".csv":
+                writer = csv.DictWriter(file, records[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(records)
+            else:
+                json.dump({**header, "rows": records}, file, indent=1)
+        partial.replace(target)
+
+
+if __name__ == "__main__":
+    main()
