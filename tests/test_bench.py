@@ -197,7 +197,10 @@ def test_a_tower_that_differs_from_the_host_is_never_timed(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "ViT-X"], "expected open_clip models, or transformers:CLASS (a ViT-B/16), timm:MODEL, clip:ViT-B-16, got ViT-X"),
+        (
+            ["--models", "ViT-X"],
+            "expected open_clip models, or transformers:CLASS (a ViT-B/16), timm:MODEL, clip:ViT-B-16, got ViT-X",
+        ),
         (["--clock", "process", "--threads", 2], "expected --threads 1 with --clock process, got 2"),
         (["--models", "ViT-B-16", "--peer", "tome=nowhere"], "expected --peer tome=PATH with PATH/tome/patch/timm.py"),
     ],

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_map
 import clipkernels as ck
 from clipkernels import block as one_block
 from clipkernels.testing import assert_within_budget, randomized, timm_tower
-from clipkernels.tower import run, unmerge
+from clipkernels.tower import run
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8)]
@@ -84,31 +84,6 @@ def test_registers_are_never_dropped_merged_or_moved(name):
         assert torch.equal(ran.x[:, : tower.prefix], x[:, : tower.prefix])
         assert ran.x.shape[1] == plan.tokens[-1] < x.shape[1]
         assert all(((source < 0) | (source >= tower.prefix)).all() for source in ran.sources)
-
-
-@pytest.mark.parametrize("name", TOWERS)
-@torch.no_grad()
-def test_merging_equal_tokens_changes_nothing(name):
-    model, images = build(name)
-    tower = ck.tower_of(model)
-    x, rope = tower.embed(images)
-    x = x * 3 + torch.randn_like(x)
-    # Patches next to each other, one at an even and one at an odd position, become twins with one place.
-    first = tower.prefix + tower.prefix % 2
-    pairs = 3
-    for pair in range(pairs):
-        even, odd = first + 2 * pair, first + 2 * pair + 1
-        x[:, even] = x[:, odd]
-        if rope is not None:
-            rope = rope.clone()
-            rope[..., even - tower.prefix, :] = rope[..., odd - tower.prefix, :]
-    dense = run(tower, x, ck.Dense().plan(tower.tokens, 3, tower.prefix), rope=rope).x
-    plan = ck.ToMe([pairs]).plan(tower.tokens, 3, tower.prefix)
-    ran = run(tower, x, plan, rope=rope, track=True)
-    assert ran.x.shape[1] == tower.tokens - pairs
-    restored = unmerge(ran.x, ran.sources, tower.prefix)
-    torch.testing.assert_close(restored, dense, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(tower.pool(restored), tower.pool(dense), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fuse", [False, True])

@@ -1,0 +1,503 @@
+"""`clipkernels bench`: its numbers, its formats, the three libraries, and what it warns of."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
+
+import clipkernels as ck
+from clipkernels.cli import main
+from clipkernels.cli.demo import choose_methods
+from clipkernels.cli.measure import compare, nearest
+from clipkernels.cli.memory import peak
+from clipkernels.data import scenes
+from clipkernels.timing import gmacs_for, plan_for
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 4, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+}
+QUICK = ("--rounds", 2, "--batch-size", 4)
+VISION = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["bench", *map(str, (*QUICK, *arguments))])
+
+
+def error(result: Result, status: int = 2) -> str:
+    """The last line of a failed command's stderr, all others being warnings."""
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    *before, line = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all(other.startswith("warning: ") for other in before)
+    return line
+
+
+def rows(*arguments: object) -> list[dict[str, Any]]:
+    result = bench("--format", "json", *arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["rows"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten scenes as files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, image in enumerate(scenes.draw(10, seed=5)[0]):
+        Image.fromarray(image).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(pictures: Path) -> Result:
+    """The bundled model on the scenes in fp32 and bf16, as JSON, with whatever went to stderr."""
+    methods = ("--methods", "evit:0.5,tome:8", "--precision", "fp32", "--precision", "bf16")
+    result = bench("--images", pictures, "--format", "json", *methods)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a small model, known to open_clip for one test."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny-test", TINY)
+    return "ViT-tiny-test"
+
+
+def embeddings(folder: Path, method: ck.Method | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What the bundled model itself makes of the files of a folder (n,E), in fp64."""
+    model, preprocess, _ = ck.bundled()
+    model.to(dtype)
+    if method is not None:
+        ck.patch(model, method)
+    images = torch.stack([preprocess(Image.open(path)) for path in sorted(folder.iterdir())])
+    with torch.inference_mode():
+        return model.encode_image(images.to(dtype)).double()
+
+
+def test_there_is_a_row_per_precision_and_method_with_the_cost_of_its_plan(both: Result) -> None:
+    found = json.loads(both.stdout)["rows"]
+    methods = {"dense (host)": None, "Dense()": ck.Dense(), "EViT(keep=0.5)": ck.EViT(0.5), "ToMe(r=8)": ck.ToMe(8)}
+    assert [(row["precision"], row["variant"]) for row in found] == [(p, m) for p in ("fp32", "bf16") for m in methods]
+    tower = ck.tower_of(ck.bundled()[0])
+    for row in found:
+        plan = plan_for(tower, methods[row["variant"]] or ck.Dense())
+        assert row["tokens"] == list(plan.tokens)
+        assert row["gmacs"] == pytest.approx(gmacs_for(tower, plan), abs=1e-5)
+        assert (row["model"], row["weights"], row["mode"], row["images"]) == ("bundled", "bundled", "eager", 10)
+
+
+def test_speed_up_and_efficiency_are_against_the_fastest_dense_row_of_the_precision(both: Result) -> None:
+    found = json.loads(both.stdout)["rows"]
+    for precision in ("fp32", "bf16"):
+        group = {row["variant"]: row for row in found if row["precision"] == precision}
+        baseline = group[group["Dense()"]["baseline"]]
+        assert baseline["speedup"] == baseline["efficiency"] == 1.0
+        assert baseline["milliseconds"] == min(group[name]["milliseconds"] for name in ("dense (host)", "Dense()"))
+        for row in group.values():
+            assert row["baseline"] == baseline["variant"]
+            assert row["efficiency"] == pytest.approx(
+                row["speedup"] * row["gmacs_run"] / baseline["gmacs_run"], rel=2e-2
+            )
+            assert row["images_per_second"] == pytest.approx(4e3 / row["milliseconds"], rel=1e-3)
+            assert row["speedup_p10"] <= row["speedup"] <= row["speedup_p90"]
+
+
+def test_cosines_are_those_of_the_models_own_embeddings_with_dense_fp32(both: Result, pictures: Path) -> None:
+    found = {(row["precision"], row["variant"]): row for row in json.loads(both.stdout)["rows"]}
+    dense, own = embeddings(pictures, None), embeddings(pictures, ck.EViT(0.5))
+    row = found["fp32", "EViT(keep=0.5)"]
+    each = torch.cosine_similarity(own, dense)
+    assert [row["cosine_min"], row["cosine_mean"]] == pytest.approx([each.min().item(), each.mean().item()], abs=1e-3)
+    low = torch.cosine_similarity(embeddings(pictures, ck.EViT(0.5), torch.bfloat16), own)
+    row = found["bf16", "EViT(keep=0.5)"]
+    assert row["precision_cosine_mean"] == pytest.approx(low.mean().item(), abs=2e-2)
+    assert row["precision_cosine_min"] <= row["precision_cosine_mean"]
+
+
+def test_the_host_in_fp32_agrees_with_itself_and_its_precision_costs_nothing(both: Result) -> None:
+    host, dense = json.loads(both.stdout)["rows"][:2]
+    assert host["cosine_min"] == host["cosine_mean"] == host["agreement"] == 1.0
+    assert dense["cosine_min"] == pytest.approx(1, abs=1e-5)
+    assert host["precision_cosine_min"] is None
+
+
+def test_agreement_is_the_share_of_equal_nearest_neighbours(both: Result, pictures: Path) -> None:
+    row = json.loads(both.stdout)["rows"][2]
+    same = nearest(embeddings(pictures, None)) == nearest(embeddings(pictures, ck.EViT(0.5)))
+    assert row["agreement"] == pytest.approx(same.double().mean().item(), abs=0.11)  # one near tie among ten
+
+
+def test_the_nearest_other_row_is_never_the_row_itself_and_ties_go_to_the_lower_index() -> None:
+    x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [9.0, 0.0], [0.0, 2.0]]).double()
+    assert nearest(x).tolist() == [3, 0, 4, 0, 2]
+    many = torch.randn(1500, 3, generator=torch.Generator().manual_seed(0)).double()
+    near = torch.nn.functional.normalize(many, dim=1)
+    assert torch.equal(nearest(many), (near @ near.T).fill_diagonal_(-2).argmax(1))
+
+
+def test_an_embedding_that_is_not_finite_counts_as_cosine_zero() -> None:
+    dense = torch.eye(3).double()
+    came = dense.clone()
+    came[1, 1] = torch.inf
+    found = compare(came, dense, dense)
+    assert found.cosine == found.precision == (0.0, pytest.approx(2 / 3))
+    assert not found.finite
+    assert compare(dense[:1], dense[:1], None).agreement is None
+
+
+def test_the_peak_holds_a_temporary_of_known_size() -> None:
+    def run() -> torch.Tensor:
+        first = torch.empty(2**20)  # 4 MiB
+        second = first + 1  # and 4 more
+        del first
+        return second[:2] + torch.empty(2**19).sum()  # 2 MiB in place of the first four
+
+    assert peak(run, torch.device("cpu")) == pytest.approx(8 * 2**20, abs=1000)
+
+
+def test_the_peak_of_a_compiled_call_is_seen_and_nothing_is_said() -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return (x @ x).relu() @ x
+
+    x = torch.randn(512, 512)  # 1 MiB: both products are held while the second is made
+    compiled = torch.compile(run, backend="aot_eager")
+    compiled(x)
+    assert peak(partial(compiled, x), torch.device("cpu")) >= 2 * 2**20
+    assert peak(partial(run, x), torch.device("meta")) is None
+
+
+def test_a_forward_holds_more_than_its_embeddings_and_less_in_bf16(both: Result) -> None:
+    found = json.loads(both.stdout)["rows"]
+    fp32, bf16 = ([row["peak_mib"] for row in found if row["precision"] == name] for name in ("fp32", "bf16"))
+    hidden = 4 * 65 * 512 * 4 / 2**20  # B·N·4C floats in an MLP
+    assert min(fp32) > hidden
+    assert max(low / high for low, high in zip(bf16, fp32, strict=True)) < 0.75
+
+
+def test_csv_and_table_hold_what_json_holds(pictures: Path) -> None:
+    common = ("--images", pictures, "--methods", "evit:0.5")
+    found = list(csv.DictReader(io.StringIO(bench(*common, "--format", "csv").stdout)))
+    assert [row["variant"] for row in found] == ["dense (host)", "Dense()", "EViT(keep=0.5)"]
+    assert found[2]["tokens"] == "65 65 34 34 19 11 11"
+    assert found[2]["precision_cosine_min"] == ""
+    assert set(found[0]) == set(rows(*common)[0])
+    table = bench(*common)
+    assert all(name in table.stdout for name in ("dense (host)", "EViT(keep=0.5)", "65→34→19→11", "×2.03", "η = "))
+    assert table.stderr == ""
+
+
+def test_json_says_how_it_was_taken() -> None:
+    result = json.loads(bench("--methods", "evit:0.5", "--format", "json", "--clock", "process", "--threads", 1).stdout)
+    assert (result["rounds"], result["clock"], result["environment"]["threads"]) == (2, "process", 1)
+    assert any("random noise" in note for note in result["notes"])
+
+
+def test_results_and_a_plot_go_to_files_that_appear_whole(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    result = bench("--methods", "tome:8", "--output", tmp_path / "out.txt", "--plot", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert "ToMe(r=8)" in (tmp_path / "out.txt").read_text(encoding="utf-8")
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.format == "PNG" and picture.width > 500
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_plot_without_matplotlib_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    assert "pip install matplotlib" in error(bench("--plot", "x.png"))
+
+
+def test_without_methods_they_are_those_of_the_demo() -> None:
+    assert [row["variant"] for row in rows()] == list(choose_methods(ck.tower_of(ck.bundled()[0])))
+
+
+def test_random_images_are_said_to_be_random() -> None:
+    result = bench("--methods", "tome:8", "--limit", 5)
+    assert "warning: no --images: 5 of random noise stand in" in result.stderr
+    assert "The images are random noise" in result.stdout
+    assert "5 random images" in result.stdout
+
+
+def test_the_images_are_spread_over_all_files_and_those_that_are_none_are_named(tmp_path: Path) -> None:
+    for index in range(8):
+        Image.new("RGB", (32, 32), (30 * index,) * 3).save(tmp_path / f"{index}.png")
+    (tmp_path / "2.png").write_text("no image")
+    result = bench("--images", tmp_path, "--limit", 4, "--methods", "tome:8", "--format", "json")
+    assert result.exit_code == 1
+    assert [line.split(": ")[:2] for line in result.stderr.splitlines()] == [["no image", str(tmp_path / "2.png")]]
+    assert json.loads(result.stdout)["rows"][0]["images"] == 3
+
+
+def test_a_single_image_has_no_neighbour_to_agree_on(pictures: Path) -> None:
+    found = rows("--images", pictures / "0.png", "--methods", "tome:8")
+    assert [row["agreement"] for row in found] == [None] * 3
+    assert found[0]["cosine_min"] == 1.0
+    assert "tome" not in bench("--images", pictures / "0.png", "--methods", "tome:8").stdout
+
+
+def test_every_mode_compiles_every_variant(monkeypatch: pytest.MonkeyPatch, registered: str, pictures: Path) -> None:
+    counters = {mode: CompileCounter() for mode in ("default", "reduce-overhead", "max-autotune")}
+
+    def fake(function: Any, mode: str, **options: Any) -> Any:
+        return compiler(function, backend=counters[mode], **options)
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", fake)
+    asked = [option for mode in ("none", *counters) for option in ("--compile", mode)]
+    found = rows("--model", registered, "--images", pictures, "--methods", "evit:0.5", *asked)
+    # Nine in all: more than torch's limit for code that they share.
+    assert [counter.frame_count for counter in counters.values()] == [3, 3, 3]
+    assert [row["mode"] for row in found[::3]] == ["eager", *(f"compiled {mode}" for mode in counters)]
+    for eager, compiled in zip(found[:3], found[3:6], strict=True):
+        assert compiled["variant"] == eager["variant"]
+        assert compiled["cosine_mean"] == pytest.approx(eager["cosine_mean"], abs=1e-2)
+        assert compiled["peak_mib"] > 0.01
+    dense = [row for row in found if row["variant"] in ("dense (host)", "Dense()")]
+    assert min(dense, key=lambda row: row["milliseconds"])["speedup"] == 1.0
+
+
+@pytest.mark.slow
+def test_inductor_compiles_a_tower(pictures: Path) -> None:
+    found = rows("--images", pictures, "--methods", "evit:0.5", "--compile", "default")
+    eager, compiled = found[2], found[5]
+    assert compiled["mode"] == "compiled default"
+    assert compiled["cosine_mean"] == pytest.approx(eager["cosine_mean"], abs=1e-2)
+    assert 0.1 < compiled["peak_mib"] < eager["peak_mib"]
+
+
+def test_a_variant_that_does_not_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(function: Any, **options: Any) -> Any:
+        def fail(images: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no compiler\nanywhere")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", fake)
+    line = error(bench("--compile", "default"), status=1)
+    assert "expected dense (host), compiled default, fp32 to run on cpu, got: no compiler anywhere" in line
+
+
+def test_a_tower_that_bf16_ruins_is_warned_of_by_name(registered: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    weights = open_clip.create_model(registered).state_dict()
+    # Added to all alike, it leaves a LayerNorm's result alone, and bf16 no bits for what differs.
+    weights["visual.positional_embedding"] += 1000
+    save_file(weights, tmp_path / "poor.safetensors")
+    common = ("--model", registered, "--pretrained", tmp_path / "poor.safetensors", "--methods", "evit:0.7")
+    result = bench(*common, "--precision", "bf16", "--format", "json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["rows"]
+    poor = [row for row in found if row["precision_cosine_min"] < 0.99]
+    assert len(poor) == len(found) == 3
+    for row in poor:
+        assert f"warning: {registered}, {row['variant']}, bf16: expected a cosine of 0.99" in result.stderr
+    assert f"got {poor[0]['precision_cosine_min']:.4f} at worst" in result.stderr
+
+
+def test_embeddings_that_overflow_are_warned_of(registered: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    weights = open_clip.create_model(registered).state_dict()
+    weights["visual.proj"] *= 1e6
+    save_file(weights, tmp_path / "large.safetensors")
+    common = ("--model", registered, "--pretrained", tmp_path / "large.safetensors", "--methods", "evit:0.7")
+    result = bench(*common, "--precision", "fp16", "--format", "json")
+    assert "Dense(), fp16: expected finite embeddings, got some that are not" in result.stderr
+    assert json.loads(result.stdout)["rows"][0]["cosine_min"] == 0.0
+
+
+def test_a_tower_that_bf16_suits_is_not_warned_of(registered: str) -> None:
+    result = bench("--model", registered, "--precision", "bf16", "--methods", "evit:1", "--format", "json")
+    assert json.loads(result.stdout)["rows"][0]["precision_cosine_min"] > 0.99
+    assert "expected a cosine" not in result.stderr
+
+
+def test_an_open_clip_model_with_random_weights_says_so(registered: str) -> None:
+    result = bench("--model", registered, "--methods", "evit:0.7")
+    assert f"warning: {registered} has random weights" in result.stderr
+    assert f"open_clip: {registered}, random weights" in result.stdout
+    assert "The weights are random" in result.stdout
+
+
+def test_a_timm_model_runs_with_random_weights_and_with_those_of_a_file(pictures: Path, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(1)
+    model = timm.create_model("test_vit").eval()
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    common = ("--library", "timm", "--model", "test_vit", "--images", pictures, "--methods", "evit:0.5")
+    result = bench(*common)
+    assert result.exit_code == 0, result.output
+    assert "warning: test_vit has random weights" in result.stderr
+    found = rows(*common, "--pretrained", tmp_path / "vit.safetensors")
+    preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    images = torch.stack([preprocess(Image.open(path)) for path in sorted(pictures.iterdir())])
+    with torch.inference_mode():
+        dense = model(images)
+    ck.patch(model, ck.EViT(0.5))
+    with torch.inference_mode():
+        own = model(images)
+    assert found[2]["cosine_mean"] == pytest.approx(torch.cosine_similarity(dense, own).mean().item(), abs=1e-3)
+    assert (found[2]["library"], found[2]["tokens"][0]) == ("timm", 101)
+
+
+class Trap:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")
+
+
+def test_a_timm_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    torch.save({"state_dict": Trap(str(tmp_path / "sprung"))}, tmp_path / "bad.pth")
+    result = bench("--library", "timm", "--model", "test_vit", "--pretrained", tmp_path / "bad.pth")
+    assert "expected a model that loads, got test_vit" in error(result)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("family", ["CLIPModel", "SiglipVisionModel"])
+def test_a_transformers_folder_runs_with_random_weights_and_with_its_own(
+    family: str, pictures: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from clipkernels.testing import randomized, transformers_tower
+
+    model = randomized(transformers_tower(family, layers=4, **VISION))
+    model.save_pretrained(tmp_path / "model")
+    size = {"height": 32, "width": 32}
+    mean = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.05, 0.06, 0.07]}
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size, **mean)
+    processor.save_pretrained(tmp_path / "model")
+    common = ("--library", "transformers", "--model", tmp_path / "model", "--images", pictures, "--methods", "evit:0.3")
+    result = bench(*common)
+    assert result.exit_code == 0, result.output
+    assert "has random weights without --pretrained" in result.stderr
+    assert "no image processor" not in result.stderr
+    found = rows(*common, "--pretrained", "local")
+    images = [Image.open(path).convert("RGB") for path in sorted(pictures.iterdir())]
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    tower = ck.tower_of(model)
+    with torch.inference_mode():
+        dense = tower.encode(pixels)
+    ck.patch(model, ck.EViT(0.3))
+    with torch.inference_mode():
+        each = torch.cosine_similarity(dense, tower.encode(pixels))
+    assert found[2]["cosine_mean"] == pytest.approx(each.mean().item(), abs=1e-3)
+    assert found[2]["cosine_min"] == pytest.approx(each.min().item(), abs=1e-3)
+    assert found[2]["cosine_mean"] < 0.999
+
+
+def test_a_transformers_folder_without_an_image_processor_says_so(tmp_path: Path, pictures: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from clipkernels.testing import transformers_tower
+
+    transformers_tower("CLIPVisionModel", **VISION).save_pretrained(tmp_path / "bare")
+    common = ("--library", "transformers", "--model", tmp_path / "bare", "--images", pictures, "--methods", "tome:2")
+    result = bench(*common)
+    assert result.exit_code == 0, result.output
+    assert "has no image processor for (32, 32): resize and crop instead" in result.stderr
+
+
+def test_weights_that_a_transformers_folder_lacks_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from clipkernels.testing import transformers_tower
+
+    transformers_tower("CLIPVisionModel", **VISION).save_pretrained(tmp_path / "part")
+    weights = tmp_path / "part" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if "post_layernorm" not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+    common = ("--library", "transformers", "--model", tmp_path / "part", "--methods", "tome:2")
+    result = bench(*common, "--pretrained", "local")
+    assert "has random weights in 2 places" in result.stderr
+
+
+def test_a_tower_that_cannot_be_served_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "RN-test", {**TINY, "embed_dim": 32, "vision_cfg": vision})
+    assert "got ModifiedResNet" in error(bench("--model", "RN-test"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "evit:0.5,prune:3"], "such as evit:0.7,evit:0.5,tome:8, got 'prune:3': no such method"),
+        (["--methods", "evit"], "got 'evit': could not convert"),
+        (["--methods", "evit:2"], "got 'evit:2': keep must be a number in (0, 1], got 2.0"),
+        (["--methods", "tome:-1"], "got 'tome:-1': r must be a non-negative int"),
+        (["--methods", ""], "got '': no such method"),
+        (["--library", "flax"], "'flax' is not one of"),
+        (["--library", "timm"], "expected --model with --library timm, got no --model"),
+        (["--pretrained", "openai"], "expected --model with --pretrained openai, got no --model"),
+        (["--model", "ViT-B-61"], "expected one of open_clip's models (ViT-B-16"),
+        (["--model", "ViT-B-16", "--pretrained", "nobody"], "or one of ViT-B-16's tags (openai"),
+        (["--library", "timm", "--model", "test_vat"], "expected one of timm's models (test_vit"),
+        (["--library", "timm", "--model", "test_vit.x"], "expected one of test_vit's tags (r160_in1k), got 'x'"),
+        (
+            ["--library", "timm", "--model", "test_vit", "--pretrained", "x"],
+            "a checkpoint file or one of test_vit's tags",
+        ),
+        (["--library", "timm", "--model", "test_convnext"], "got ConvNeXt"),
+        (["--library", "transformers", "--model", ".", "--pretrained", "main"], "expected --pretrained local"),
+        (["--library", "transformers", "--model", "."], "expected a model that loads, got ."),
+        (["--images", "nowhere"], "got 'nowhere', which matches nothing"),
+        (["--device", "abacus"], "expected a device of this machine, got 'abacus'"),
+        (["--clock", "process", "--threads", "2"], "expected --threads 1 with --clock process, got 2"),
+        (["--output", "nowhere/out.csv"], "expected a file that can be written for --output"),
+        (["--plot", "out.gif"], "expected a file ending in .png, .svg, .pdf for --plot, got out.gif"),
+        (["--plot", "nowhere/out.png"], "expected a file that can be written for --plot"),
+        (["--rounds", "0"], "--rounds"),
+        (["--what"], "No such option"),
+    ],
+)
+def test_a_wrong_option_is_one_line(options: list[str], message: str, monkeypatch: Any, tmp_path: Path) -> None:
+    if "timm" in options:
+        pytest.importorskip("timm", reason="timm is not installed")
+    if "transformers" in options:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    if "--plot" in options and "nowhere/out.png" in options:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.chdir(tmp_path)
+    assert message in error(bench(*options))
+    assert torch.get_num_threads() == 1
+
+
+def test_a_library_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = bench("--library", "transformers", "--model", "somebody/clip")
+    assert "expected transformers to be installed (pip install transformers)" in error(result)
+
+
+def test_no_file_that_is_an_image_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    result = bench("--images", tmp_path)
+    assert result.exit_code == 2
+    assert "expected images, got 1 files that are none" in result.stderr.splitlines()[-1]
