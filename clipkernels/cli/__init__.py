@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from clipkernels import __version__
+from clipkernels.cli.bench import bench
 from clipkernels.cli.check import check
 from clipkernels.cli.classify import classify
 from clipkernels.cli.demo import demo
@@ -55,5 +56,6 @@ def main(context: click.Context) -> None:
 
 main.add_command(demo)
 main.add_command(classify)
+main.add_command(bench)
 main.add_command(info)
 main.add_command(check)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import os
 import time
@@ -14,22 +13,21 @@ from typing import Any, NamedTuple, TextIO
 import click
 import torch
 from click.core import ParameterSource
-from PIL import Image
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
-from clipkernels.cli.images import Pictures, collate, find, first_line
-from clipkernels.cli.output import opened, progress, quietly, schedule, write_table
-from clipkernels.data import bundled
+from clipkernels.cli.images import Pictures, collate, find
+from clipkernels.cli.models import DTYPES, choose_device, load_open_clip, loading, refuse_unnamed
+from clipkernels.cli.output import opened, progress, schedule, write_table
+from clipkernels.data import Preprocess, bundled
 from clipkernels.methods import Dense, EViT, Method, ToMe
 from clipkernels.patch import method_of, tower_of
 from clipkernels.timing import plan_for
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MANY = 256
 
 
@@ -173,55 +171,20 @@ def choose_method(context: click.Context, method: str | None, keep: float, r: in
     return None if method == "none" else Dense()
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is.
-
-    Raises:
-        click.UsageError: no such device here.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError by kind of device
-        raise click.UsageError(f"expected a device of this machine, got {name!r}: {first_line(error)}") from error
-    return torch.device(name)
-
-
-def load(name: str | None, pretrained: str | None) -> tuple[nn.Module, Callable[[Image.Image], Tensor], Any]:
+def load(name: str | None, pretrained: str | None) -> tuple[nn.Module, Preprocess, Any]:
     """Model, preprocessing and tokenizer: the bundled ones, or open_clip's.
 
-    Only a `pretrained` tag, or a name with open_clip's hf-hub: prefix, makes it download weights.
-
     Raises:
-        click.UsageError: an unknown model or tag, a checkpoint that is not there or cannot be loaded.
+        click.UsageError: as in `models.load`, or a tokenizer that cannot be had.
     """
     if name is None:
-        if pretrained is not None:
-            raise click.UsageError(f"expected --model with --pretrained {pretrained}, got no --model")
+        refuse_unnamed(pretrained=pretrained)
         return bundled()
+    model, preprocess, _ = load_open_clip(name, pretrained)
     import open_clip  # here, so that the other verbs need none of it
 
-    if ":" not in name:
-        known = open_clip.list_models()
-        if name not in known:
-            near = ", ".join(difflib.get_close_matches(name, known, 3)) or f"{known[0]}, …"
-            raise click.UsageError(f"expected one of open_clip's models ({near}), got {name!r}")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained is None:
-            click.echo(f"warning: {name} has random weights without --pretrained: its answers mean nothing", err=True)
-            torch.manual_seed(0)
-        elif pretrained not in tags and not os.path.isfile(pretrained):
-            listed = ", ".join(tags) or "none"
-            raise click.UsageError(f"expected a checkpoint file or one of {name}'s tags ({listed}), got {pretrained!r}")
-    try:
-        with quietly():
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=pretrained, pretrained_text=False
-            )
-            return model, preprocess, open_clip.get_tokenizer(name)
-    except Exception as error:  # whatever a download, a broken checkpoint or a wrong state dict raises
-        source = "" if pretrained is None else f" with {pretrained}"
-        raise click.UsageError(f"expected a model that loads, got {name}{source}: {first_line(error)}") from error
+    with loading(name, pretrained):
+        return model, preprocess, open_clip.get_tokenizer(name)
 
 
 def servable(model: nn.Module) -> bool:

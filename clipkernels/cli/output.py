@@ -20,7 +20,7 @@ from rich.table import Table
 
 
 @contextmanager
-def opened(path: str | None) -> Iterator[TextIO]:
+def opened(path: str | None, option: str = "--output") -> Iterator[TextIO]:
     """A UTF-8 text stream: stdout for None or "-", else a temporary file that is renamed to `path` when all went well.
 
     Raises:
@@ -35,7 +35,7 @@ def opened(path: str | None) -> Iterator[TextIO]:
     target = Path(path)
     if target.exists() and not target.is_file():  # a device or a pipe must not be renamed over
         if target.is_dir():
-            raise click.UsageError(f"expected a file for --output, got the folder {path}")
+            raise click.UsageError(f"expected a file for {option}, got the folder {path}")
         with target.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             yield stream
         return
@@ -43,7 +43,7 @@ def opened(path: str | None) -> Iterator[TextIO]:
         number, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
         raise click.UsageError(
-            f"expected a file that can be written for --output, got {path}: {error.strerror}"
+            f"expected a file that can be written for {option}, got {path}: {error.strerror}"
         ) from error
     try:
         with open(number, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:

@@ -1,0 +1,290 @@
+"""`clipkernels bench`: what every method costs, saves and changes, on a user's own tower and images."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TextIO, cast
+
+import click
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clipkernels.adapters import Tower
+from clipkernels.cli.demo import HOST, choose_methods
+from clipkernels.cli.images import Pictures, collate, find
+from clipkernels.cli.info import environment
+from clipkernels.cli.measure import TIMED, Row, Settings, measure
+from clipkernels.cli.models import DTYPES, LIBRARIES, Preprocess, choose_device, load
+from clipkernels.cli.output import opened, progress, schedule, write_table
+from clipkernels.cli.plot import draw_plot, plot_format
+from clipkernels.methods import Dense, EViT, Method, ToMe
+from clipkernels.patch import tower_of
+from clipkernels.timing import Clock, plan_for
+
+MODES = ("default", "reduce-overhead", "max-autotune")
+COLUMNS = ("variant", "mode", "tokens", "GMACs", "ideal", "ms", "images/s", "speed-up", "η", "cosine", "same", "MiB")
+NOTES = (
+    "dense (host) is the library's own forward. Speed-ups and η, with 10-90 % bands, are against the fastest dense row "
+    "of the same precision, paired within rounds of all its rows in random order; ms and images/s are medians.",
+    "GMACs and ideal count the published schedule; η = speed-up ÷ (GMACs that the baseline ran ÷ GMACs that the row "
+    "ran).",
+    "cosine: of an image's embedding with that of dense (host) in eager fp32, least / mean over {n} images; to fp32: "
+    "with that of the same method in eager fp32. same: images whose nearest other image is the one it is under "
+    "dense (host) in eager fp32.",
+    "MiB: the most that one forward of a batch holds beyond weights and images, as PyTorch's allocator counts it; "
+    "none is given under CUDA graphs, which keep a pool of their own.",
+)
+RANDOM_WEIGHTS = "The weights are random: speed does not depend on them; cosine and same say nothing of trained ones."
+RANDOM_IMAGES = "The images are random noise: speed does not depend on them; cosine and same say nothing of photos."
+
+
+EXAMPLE = """\b
+Example:
+  clipkernels demo --quick --model none --save-images pictures
+  clipkernels bench --images pictures --methods evit:0.5,tome:8 --precision fp32 --precision bf16 --rounds 3
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.option("--library", type=click.Choice(LIBRARIES), default=LIBRARIES[0], show_default=True)
+@click.option(
+    "--model",
+    "name",
+    help="The library's name for it; transformers: a folder or a name on the hub  [default: the small CLIP that ships "
+    "with the package]",
+)
+@click.option(
+    "--pretrained",
+    help="Weights. open_clip, timm: a tag, which is downloaded, or a checkpoint file; transformers: a revision such as "
+    "main, or local for those in a folder. Without it they are random: speed does not depend on them, but cosine and "
+    "agreement then say nothing about trained ones.",
+)
+@click.option("--images", "given", multiple=True, help="File, folder or glob; may be repeated  [default: random noise]")
+@click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Images, spread over all.")
+@click.option(
+    "--methods",
+    help="Beside dense, such as evit:0.7,tome:8  [default: evit:0.7,evit:0.5 and tome at the cost of evit:0.7]",
+)
+@click.option(
+    "--compile",
+    "modes",
+    multiple=True,
+    type=click.Choice(["none", *MODES]),
+    help="Also under torch.compile in this mode, beside eager; may be repeated. reduce-overhead is CUDA graphs: for "
+    "GPUs. [default: none]",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(list(DTYPES)),
+    default=("fp32",),
+    show_default=True,
+    help="May be repeated.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed runs of every row.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: torch's choice]")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "process"]),
+    default="wall",
+    show_default=True,
+    help="process: CPU time of one thread, for shared machines.",
+)
+@click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
+@click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
+@click.option("--output", type=click.Path(), help="Write here instead of to stdout; appears when complete.")
+@click.option("--plot", type=click.Path(), help="Also draw speed-up and cosine into this .png, .svg or .pdf.")
+@click.pass_context
+def bench(
+    context: click.Context,
+    library: str,
+    name: str | None,
+    pretrained: str | None,
+    given: tuple[str, ...],
+    limit: int,
+    methods: str | None,
+    modes: tuple[str, ...],
+    precisions: tuple[str, ...],
+    batch_size: int,
+    rounds: int,
+    threads: int | None,
+    clock: str,
+    device: str | None,
+    form: str,
+    output: str | None,
+    plot: str | None,
+) -> None:
+    """Time a tower, dense and reduced, and compare its embeddings.
+
+    Per method, precision and mode: tokens, GMACs, images/s, speed-up and η (the share of the saved operations that
+    became saved time) against the fastest dense row of that precision, all rows interleaved; the cosine of each image's
+    embedding with that of the library's own dense fp32 forward, least and mean; the share of images whose nearest other
+    image by cosine is the one it is under those embeddings, which takes two images; and the most memory that one
+    forward holds beyond weights and images.
+
+    A method whose embeddings in bf16 or fp16 come out far from its own in fp32 (a cosine below 0.99, or values that are
+    not finite) is named on stderr. A file that is no image is named too, and the exit status is then 1.
+    """
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        drawn = plot_format(plot) if plot else None
+        where = choose_device(device)
+        check_clock(clock, where)
+        asked = list(dict.fromkeys(mode for mode in modes if mode != "none"))
+        settings = Settings(batch_size, rounds, cast(Clock, clock), asked, where)
+        paths = list(find(given))
+        loaded = load(library, name, pretrained)
+        tower = tower_of(loaded.model)
+        chosen = choose(methods, tower)
+        images, failures = read(paths, limit, min(limit, TIMED * batch_size), loaded.preprocess, tower)
+        with (
+            opened(output) as stream,
+            opened(plot, "--plot") if plot else nullcontext() as picture,
+            progress() as bar,
+        ):
+            model = loaded.model.to(where)
+            rows = measure(model, name or "the bundled CLIP", chosen, images, dict.fromkeys(precisions), settings, bar)
+            run = {"library": library, "model": name or "bundled", "weights": loaded.weights, "images": len(images)}
+            run |= {"image_source": "files" if paths else "random", "batch": batch_size}
+            notes = [note.format(n=len(images)) for note in NOTES]
+            notes += [RANDOM_WEIGHTS] * (loaded.weights == "random") + [RANDOM_IMAGES] * (not paths)
+            write(run, rows, notes, settings, form, stream)
+            if picture is not None and drawn is not None:
+                draw_plot([row.record() for row in rows], title(run, settings), picture.buffer, drawn)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    finally:
+        torch.set_num_threads(before)
+    if failures:
+        context.exit(1)
+
+
+def check_clock(clock: str, device: torch.device) -> None:
+    """Raises click.UsageError where CPU time would not be the time it takes."""
+    if clock == "process" and device.type != "cpu":
+        raise click.UsageError(f"expected --clock wall on {device}, whose work CPU time does not hold, got process")
+    if clock == "process" and torch.get_num_threads() != 1:
+        raise click.UsageError(f"expected --threads 1 with --clock process, got {torch.get_num_threads()}")
+
+
+def choose(given: str | None, tower: Tower) -> dict[str, Method | None]:
+    """What runs, by name: dense by the host (None) and by Dense(), then the methods asked for, or the demo's.
+
+    Raises:
+        click.UsageError: a method that is none.
+        ValueError: one that does not fit the tower.
+    """
+    if given is None:
+        return choose_methods(tower)
+    chosen: dict[str, Method | None] = {HOST: None, "Dense()": Dense()}
+    for part in given.split(","):
+        kind, _, number = part.strip().partition(":")
+        try:
+            if kind == "evit":
+                keep = float(number)
+                chosen[f"EViT(keep={keep:g})"] = EViT(keep)
+            elif kind == "tome":
+                r = int(number)
+                chosen[f"ToMe(r={r})"] = ToMe(r)
+            else:
+                raise ValueError("no such method")
+        except ValueError as error:
+            wanted = "expected --methods such as evit:0.7,evit:0.5,tome:8"
+            raise click.UsageError(f"{wanted}, got {part.strip()!r}: {error}") from error
+    for method in chosen.values():
+        plan_for(tower, method or Dense())
+    return chosen
+
+
+def read(paths: Sequence[str], limit: int, stand_ins: int, preprocess: Preprocess, tower: Tower) -> tuple[Tensor, int]:
+    """At most `limit` preprocessed images (n,3,S,S), spread evenly over the files, and how many files were none;
+    `stand_ins` random ones, said so on stderr, where no files are given.
+
+    Raises:
+        click.UsageError: no file is an image, or the preprocessing does not fit the tower.
+    """
+    if not paths:
+        size = stand_ins, 3, *tower.image_size
+        click.echo(f"warning: no --images: {stand_ins} of random noise stand in, whose cosines mean little", err=True)
+        return torch.randn(size, generator=torch.Generator().manual_seed(0)), 0
+    count = min(limit, len(paths))
+    spread = [paths[index * len(paths) // count] for index in range(count)]
+    found, failures = [], 0
+    for batch in DataLoader(Pictures(spread, preprocess), 32, collate_fn=collate):
+        for index, reason in batch.failed:
+            click.echo(f"no image: {spread[index]}: {reason}", err=True)
+        failures += len(batch.failed)
+        found += [] if batch.images is None else [batch.images]
+    if not found:
+        raise click.UsageError(f"expected images, got {failures} files that are none, such as {spread[0]!r}")
+    images = torch.cat(found)
+    if tuple(images.shape[1:]) != (3, *tower.image_size):
+        wanted = "expected preprocessing to give (3,{},{})".format(*tower.image_size)
+        raise click.UsageError(f"{wanted}, got ({','.join(map(str, images.shape[1:]))})")
+    return images, failures
+
+
+def write(
+    run: Mapping[str, Any], rows: Sequence[Row], notes: Sequence[str], settings: Settings, form: str, stream: TextIO
+) -> None:
+    """All rows: as a table per precision with notes, as JSON with the environment and how it was taken, or as CSV."""
+    records = [{**run, **row.record()} for row in rows]
+    if form == "csv":
+        writer = csv.DictWriter(stream, records[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**record, "tokens": " ".join(map(str, record["tokens"]))} for record in records)
+    elif form == "json":
+        taken = {"rounds": settings.rounds, "clock": settings.clock, "device": str(settings.device)}
+        json.dump({"environment": environment(), **taken, "notes": notes, "rows": records}, stream, indent=2)
+        stream.write("\n")
+    else:
+        for precision in dict.fromkeys(row.precision for row in rows):
+            write_table(
+                draw_table(f"{title(run, settings)}, {precision}", [r for r in rows if r.precision == precision]),
+                stream,
+            )
+        stream.write("\n".join(notes) + "\n")
+
+
+def title(run: Mapping[str, Any], settings: Settings) -> str:
+    """What was measured, in one line."""
+    weights = "" if run["weights"] == "bundled" else f", {run['weights']} weights"
+    threads = torch.get_num_threads()
+    where = f"{threads} thread{'s' * (threads > 1)}" if settings.device.type == "cpu" else str(settings.device)
+    images = f"{run['images']} {'random ' * (run['image_source'] == 'random')}images"
+    return f"{run['library']}: {run['model']}{weights}, {images}, batch {settings.batch}, {where}"
+
+
+def draw_table(title: str, rows: Sequence[Row]) -> Table:
+    """The rows of one precision for people."""
+    low = rows[0].fidelity.precision is not None
+    table = Table(title=title, title_justify="left")
+    for column in (*COLUMNS[:-2], *["to fp32"] * low, *COLUMNS[-2:]):
+        table.add_column(column, justify="left" if column in ("variant", "mode", "tokens") else "right")
+    for row in rows:
+        speed, fidelity = row.speed, row.fidelity
+        cells = [
+            row.method,
+            row.mode,
+            schedule(speed.tokens),
+            f"{speed.gmacs:.{2 if speed.gmacs > 1 else 4}f}",
+            f"×{speed.ideal:.2f}",
+            f"{1e3 * speed.seconds.median:.{1 if speed.seconds.median > 0.01 else 3}f}",
+            f"{speed.images_per_second:.{0 if speed.images_per_second > 100 else 1}f}",
+            "×{:.2f} [{:.2f}-{:.2f}]".format(*speed.speedup),
+            "{:.2f} [{:.2f}-{:.2f}]".format(*speed.efficiency),
+        ]
+        cells += ["{:.4f} / {:.4f}".format(*pair) for pair in (fidelity.cosine, fidelity.precision) if pair]
+        cells.append("" if fidelity.agreement is None else f"{100 * fidelity.agreement:.1f} %")
+        cells.append("" if row.peak is None else f"{row.peak / 2**20:.1f}")
+        table.add_row(*map(Text, cells))
+    return table
