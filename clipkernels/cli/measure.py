@@ -181,7 +181,9 @@ def compile_each(variants: Mapping[str, Variant], mode: str) -> dict[str, Varian
 def room_to_compile(variants: int) -> AbstractContextManager[None]:
     """A context in which torch compiles every variant: they share code, and beyond eight of it would stay eager."""
     torch._dynamo.reset()
-    return torch._dynamo.config.patch(recompile_limit=8 + 2 * variants)
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
+    return config.patch({name: 8 + 2 * variants})
 
 
 def compare(came: Tensor, dense: Tensor, own: Tensor | None) -> Fidelity:
