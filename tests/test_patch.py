@@ -461,13 +461,3 @@ def test_data_parallel_replicas_run_their_own_weights(tiny, images, method):
         parameter.add_(1)
     pooled = tiny.visual._pool(replica(x))[0] @ tiny.visual.proj
     assert torch.equal(pooled, expected)
-
-
-@pytest.mark.parametrize("method", [ck.EViT(0.5), ck.ToMe(8)])
-@torch.no_grad()
-def test_the_tower_exports_with_a_dynamic_batch(tiny, images, method):
-    ck.patch(tiny, method)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(tiny.visual, (images,), dynamic_shapes=({0: batch},), strict=False)
-    five = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(program.module()(five), tiny.visual(five), atol=1e-5, rtol=1e-5)
