@@ -176,4 +176,3 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
                 sharp = any(part in name for part in ("qkv", "q_proj", "k_proj", "in_proj"))
                 parameter.normal_(0, (2 if sharp else 1) * parameter.shape[1] ** -0.5)
     return model
-
