@@ -36,7 +36,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
     if wanted == "reference":
         return wanted
     if wanted == "auto":
-        if device.type == "cpu" or not kernel or dtype == torch.float64 or _transforms() is not None:
+        if device.type == "cpu" or not kernel or dtype == torch.float64 or transforms() is not None:
             return "reference"
         obstacle = _obstacle(device)
         if obstacle is not None and device.type == "cuda":
@@ -45,7 +45,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
     said = 'backend="triton"' if backend == "triton" else "CLIPKERNELS_BACKEND=triton"
     if not kernel:
         raise RuntimeError(f"{said} was asked for, but {op} has no Triton kernel: expected auto or reference")
-    obstacle = _transforms() or _obstacle(device)
+    obstacle = transforms() or _obstacle(device)
     if obstacle is not None:
         raise RuntimeError(f"{said} was asked for, but {obstacle}")
     if dtype == torch.float64:
@@ -88,7 +88,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _transforms() -> str | None:
+def transforms() -> str | None:
     """Why no kernel can run under the gradient transforms of the moment, or None."""
     if torch.compiler.is_compiling():
         return None

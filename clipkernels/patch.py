@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clipkernels import adapters, block
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.packing import pack, unpack
+from clipkernels.adapters.parts import replaced
 from clipkernels.backend import epilogues
 from clipkernels.methods import Dense, Method
 from clipkernels.plan import Plan
@@ -45,10 +46,12 @@ class _Weak:
 
 
 class _Patch(NamedTuple):
-    """What a patched owner carries: its method, the plan for its usual tokens, and how to find the tower around it."""
+    """What a patched owner carries: its method, the plan for its usual tokens with what was read of the result when it
+    was made, and how to find the tower around it."""
 
     method: Method
     plan: Plan
+    reads: tuple[bool, bool]
     tower: Any
     root: _Weak
 
@@ -90,12 +93,21 @@ def patch(model: Model, method: Method) -> Model:
     tower = adapters.find(model)
     plan = _plan(method, tower, tower.tokens)
     owner: Any = tower.owner
-    if _SLOT not in owner.__dict__:
+    before = owner.__dict__.get(_SLOT)
+    if before is None:
         _check(tower)
+        owner.__dict__.pop("forward", None)  # its class's own, left behind by a hook, would outlive the class
         owner.__class__ = _subclass(owner.__class__, tower.__class__)
-    owner.__dict__[_SLOT] = _Patch(method, plan, tower.__class__, _Weak(tower.root))
-    for host in tower.blocks:
-        pack(tower.projections(host))
+    owner.__dict__[_SLOT] = _Patch(method, plan, _reads(tower), tower.__class__, _Weak(tower.root))
+    try:
+        for host in tower.blocks:
+            pack(tower.projections(host))
+    except BaseException:  # no memory, most likely
+        unpatch(model)
+        if before is not None:
+            owner.__class__ = _subclass(owner.__class__, tower.__class__)
+            owner.__dict__[_SLOT] = before
+        raise
     return model
 
 
@@ -110,6 +122,8 @@ def unpatch(model: Model) -> Model:
     if _SLOT in owner.__dict__:
         if "_unpatched" not in type(owner).__dict__:
             raise UnsupportedTower(f"the class of the tower was changed after patching, to {type(owner).__name__}")
+        _refuse_replaced(tower)
+        owner.__dict__.pop("forward", None)
         owner.__class__ = type(owner)._unpatched
         del owner.__dict__[_SLOT]
         for host in tower.blocks:
@@ -154,7 +168,7 @@ def encode_image(
     Composed of the host's own parts: hooks on its norms and MLPs fire, hooks on the whole tower do not.
 
     Args:
-        model: an open_clip model or its `visual`.
+        model: what `patch` takes, or an open_clip ResNet.
         images: (B,3,S,S) preprocessed, in the tower's dtype and on its device.
         tokens: also return all tokens after final norm and projection.
         cls_path: also return the CLS token after every block.
@@ -209,14 +223,19 @@ def _for_pool(ran: Ran, plan: Plan, whole: bool) -> Tensor:
     return unmerge(ran.x, ran.sources, plan.prefix) if plan.merges and whole else ran.x
 
 
-def _plan(method: Method, tower: Tower, tokens: int) -> Plan:
-    depth = len(tower.blocks)
-    plan = method.plan(tokens=tokens, blocks=depth, prefix=tower.prefix)
+def _reads(tower: Tower) -> tuple[bool, bool]:
+    """What of its result a tower reads, on which plans depend."""
+    return tower.pools_cls, tower.hands_out
+
+
+def _plan(method: Method, tower: Tower, tokens: int, prefix: int | None = None) -> Plan:
+    depth, prefix = len(tower.blocks), tower.prefix if prefix is None else prefix
+    plan = method.plan(tokens=tokens, blocks=depth, prefix=prefix)
     if not isinstance(plan, Plan):
         raise ValueError(f"the plan of {method!r} must be a ck.Plan, got {type(plan).__name__}")
-    if (plan.entry, len(plan.steps), plan.prefix) != (tokens, depth, tower.prefix):
+    if (plan.entry, len(plan.steps), plan.prefix) != (tokens, depth, prefix):
         raise ValueError(
-            f"the plan of {method!r} must start at {tokens} tokens, {tower.prefix} of them prefix, and have {depth} "
+            f"the plan of {method!r} must start at {tokens} tokens, {prefix} of them prefix, and have {depth} "
             f"steps, got {plan.entry}, {plan.prefix} and {len(plan.steps)}"
         )
     if plan.merges and plan.drops and (tower.hands_out or not tower.pools_cls):
@@ -226,7 +245,7 @@ def _plan(method: Method, tower: Tower, tokens: int) -> Plan:
 
 def _refuse_replaced(tower: Tower) -> None:
     """Raises UnsupportedTower where the owner's forward, which is about to be passed by, is not its class's."""
-    if "forward" in tower.owner.__dict__ or hasattr(tower.owner, "_hf_hook"):
+    if replaced(tower.owner):
         raise UnsupportedTower(f"the forward of {type(tower.owner).__name__} was replaced: patch before that")
 
 
@@ -298,11 +317,12 @@ def _run_patched(
     """
     slot = owner.__dict__[_SLOT]
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
-    if (x.shape[1], len(tower.blocks)) != (plan.entry, len(plan.steps)):
-        plan = _plan(slot.method, tower, x.shape[1])
+    if (x.shape[1], len(tower.blocks), _reads(tower)) != (plan.entry, len(plan.steps), slot.reads):
+        # A loop that outlived its tower goes on with the prefix it had.
+        plan = _plan(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
     # Whoever takes states or hooks the owner may read any row.
     whole = whole or tower.hands_out or not tower.pools_cls
-    rows = tower.prefix if not (whole or take or owner._forward_hooks) else None
+    rows = plan.prefix if not (whole or take or owner._forward_hooks) else None
     if visible is not None and any(plan.steps):
         _refuse_padding(visible, plan)
         visible = None

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.adapters.packing import pack, packed, unpack
+from clipkernels.adapters.packing import pack, packed, separate_qkv, unpack
 from clipkernels.testing import randomized, timm_tower, transformers_tower
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
@@ -54,13 +55,14 @@ def test_one_product_serves_three(bias):
     torch.testing.assert_close(nn.functional.linear(x, weight, joined), expected)
     after = [p for projection in projections for p in projection.parameters()]
     assert [id(p) for p in after] == identities
+    assert all(p.untyped_storage().nbytes() == p.nbytes and p.storage_offset() == 0 for p in after)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     place = weight.data_ptr()
     pack(projections)
     assert packed(projections)[0].data_ptr() == place
     unpack(projections)
     assert packed(projections) is None
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in after)
+    assert len({p.data_ptr() for p in after}) == len(after)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
@@ -73,7 +75,7 @@ def test_every_way_of_giving_a_weight_another_storage_is_noticed():
         lambda q, k, v: q.half(),
         lambda q, k, v: setattr(k.weight, "data", q.weight.data),
         lambda q, k, v: k.register_forward_hook(lambda *_: None),
-        lambda q, k, v: setattr(v, "forward", v.forward),
+        lambda q, k, v: setattr(v, "forward", lambda x: x),
     ):
         projections = three()
         pack(projections)
@@ -120,7 +122,6 @@ def test_a_patched_tower_is_packed_and_unpatching_gives_every_weight_its_own_sto
     assert is_packed(model) == [False, False]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name])
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes
     assert torch.equal(model(pixel_values=images).pooler_output, before)
 
 
@@ -199,6 +200,88 @@ def test_weights_are_saved_and_loaded_while_packed(model, images, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
     loaded = type(model).from_pretrained(tmp_path / "folder").eval()
     torch.testing.assert_close(loaded(pixel_values=images).pooler_output, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tools_that_drop_tied_weights_keep_those_that_are_packed(model, images, tmp_path):
+    from safetensors.torch import save_model
+
+    expected = ck.patch(model, ck.Dense())(pixel_values=images).pooler_output
+    save_model(model, tmp_path / "whole.safetensors")
+    assert set(load_file(tmp_path / "whole.safetensors")) == set(model.state_dict())
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.save_model(model, tmp_path / "accelerate")
+    assert set(load_file(tmp_path / "accelerate" / "model.safetensors")) == set(model.state_dict())
+    prepared = accelerator.prepare(model)
+    accelerator.save_state(tmp_path / "state")
+    for parameter in model.parameters():
+        parameter.zero_()
+    accelerator.load_state(tmp_path / "state")
+    torch.testing.assert_close(prepared(pixel_values=images).pooler_output, expected)
+
+
+def test_patching_under_inference_mode_leaves_weights_that_train(model, images):
+    with torch.inference_mode(), ck.patched(model, ck.EViT(0.5)):
+        model(pixel_values=images)
+        assert is_packed(model) == [True, True]
+        model.to("cpu")
+    assert not any(p.is_inference() for p in model.parameters())
+    model.requires_grad_(True)(pixel_values=images).pooler_output.sum().backward()
+    assert model.get_submodule(layers_of(model))[0].self_attn.k_proj.weight.grad is not None
+
+
+def layers_of(model):
+    return "encoder.layers" if hasattr(model, "encoder") else "vision_model.encoder.layers"
+
+
+def test_tangents_and_batches_of_weights_reach_every_projection():
+    projections, x = three(), torch.randn(2, 5, 8)
+    pack(projections)
+    for projection in projections:
+        projection.requires_grad_(False)
+
+    def product(weight):
+        with nn.utils.stateless._reparametrize_module(projections[1], {"weight": weight}):
+            return separate_qkv(projections, x, 2, None)[1].sum()
+
+    weight, direction = projections[1].weight.detach().clone(), torch.randn(8, 8)
+    _, tangent = torch.func.jvp(product, (weight,), (direction,))
+    torch.testing.assert_close(tangent, nn.functional.linear(x, direction).sum())
+    batched = torch.func.vmap(product)(torch.stack([weight, direction]))
+    torch.testing.assert_close(batched, torch.stack([product(weight), product(direction)]))
+
+
+@torch.no_grad()
+def test_a_patch_that_runs_out_of_memory_while_packing_leaves_the_model_as_it_was(model, images, monkeypatch):
+    before = model(pixel_values=images).pooler_output
+    calls = []
+
+    def fails(projections):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        pack(projections)
+
+    monkeypatch.setattr(sys.modules["clipkernels.patch"], "pack", fails)
+    with pytest.raises(MemoryError):
+        ck.patch(model, ck.EViT(0.5))
+    assert ck.method_of(model) is None and is_packed(model) == [False, False]
+    assert torch.equal(model(pixel_values=images).pooler_output, before)
+
+
+@torch.no_grad()
+def test_what_is_left_of_a_pack_is_undone_too(model):
+    ck.patch(model, ck.Dense())
+    three = projections(model)[0]
+    three[1].weight = nn.Parameter(three[1].weight.clone())
+    lies = [projection.weight.data_ptr() for projection in three]
+    ck.unpatch(model)
+    assert [projection.weight.data_ptr() == place for projection, place in zip(three, lies, strict=True)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 @torch.no_grad()

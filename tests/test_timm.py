@@ -29,10 +29,10 @@ TOWERS = {
 }
 
 
-def build(name, layers=3):
+def build(name, layers=3, **more):
     from timm.models.vision_transformer import ResPostBlock
 
-    options = {**SMALL, **TOWERS[name][0]}
+    options = {**SMALL, **TOWERS[name][0], **more}
     if options.get("block_fn") == "post":
         options["block_fn"] = ResPostBlock
     try:
@@ -164,8 +164,11 @@ def test_features_and_intermediates_keep_the_hosts_shapes(name):
             torch.testing.assert_close(model.forward_features(images), features, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(came, host, rtol=1e-4, atol=1e-4)
         with ck.patched(model, ck.ToMe(4)):
-            _, merged = model.forward_intermediates(images, **options)
-        assert [tree_map(lambda y: y.shape, y) for y in merged] == [tree_map(lambda y: y.shape, y) for y in host[1]]
+            final, merged = model.forward_intermediates(images, **options)
+            if not options.get("stop_early"):
+                torch.testing.assert_close(final, model.forward_features(images), rtol=1e-4, atol=1e-4)
+        assert final.shape == host[0].shape
+        assert tree_map(lambda y: y.shape, merged) == tree_map(lambda y: y.shape, host[1])
     with ck.patched(model, ck.EViT(0.5, fuse=False)):
         only = model.forward_intermediates(images, intermediates_only=True)
         source = ck.encode_image(model, images, source=True).source
@@ -193,6 +196,56 @@ def test_checkpointing_and_stochastic_depth_keep_gradients(name):
         assert len(grads[0]) >= len(list(model.blocks.parameters()))
         for one, two in zip(*grads, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in TOWERS if "distilled" not in name])  # whose pool is fixed
+def test_training_is_the_hosts_own_dropouts_and_gradients_included(name):
+    model, images = build(name, global_pool="avg", proj_drop_rate=0.3, drop_path_rate=0.3, patch_drop_rate=0.3)
+    model.train()
+    outcomes = []
+    for method in (None, ck.Dense()):
+        if method is not None:
+            ck.patch(model, method)
+        model.zero_grad()
+        torch.manual_seed(1)
+        out = model(images)
+        out.pow(2).sum().backward()
+        outcomes.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(outcomes[0]) > len(list(model.blocks.parameters()))
+    for host, came in zip(*outcomes, strict=True):
+        torch.testing.assert_close(came, host, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "eva02_base_patch16_clip_224"])
+def test_checkpointing_runs_every_block_again(name, monkeypatch):
+    runs, once = [], one_block.forward
+    monkeypatch.setattr(one_block, "forward", lambda *arguments: runs.append(1) or once(*arguments))
+    model, images = build(name)
+    ck.patch(model, ck.EViT(0.5)).set_grad_checkpointing(True)
+    model(images).sum().backward()
+    assert len(runs) == 6
+    runs.clear()
+    model.set_grad_checkpointing(False)
+    model(images).sum().backward()
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_tower_is_verified_without_a_warning(name, recwarn):
+    model, _ = build(name)
+    recwarn.clear()
+    ck.patch(model, ck.Dense())
+    assert not recwarn.list
+
+
+@torch.no_grad()
+def test_another_pool_after_patching_is_seen():
+    model, images = build("vit_base_patch16_clip_224")
+    ck.patch(model, ck.EViT(0.5))
+    model.reset_classifier(0, "avg")
+    came = model(images)
+    torch.testing.assert_close(came, ck.encode_image(model, images).embedding, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(came, ck.patch(ck.unpatch(model), ck.EViT(0.5))(images))
 
 
 @torch.no_grad()
@@ -236,12 +289,16 @@ def test_tokens_are_what_the_pool_gives_for_each_alone():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: timm_tower("vit_base_patch16_224", 1, **SMALL, block_fn=_parallel()), "expected a Block or an EvaBl"),
+        (
+            lambda: timm_tower("vit_base_patch16_224", 1, **SMALL, block_fn=_parallel()),
+            "expected the forward of a Bl",
+        ),
         (lambda: _Odd(depth=1, **SMALL), r"expected timm's own VisionTransformer.forward_features, got that of _Odd"),
         (lambda: timm_tower("vit_small_patch16_rope_mixed_224", 1, **SMALL), "rotary embeddings that all blocks share"),
         (lambda: timm.create_model("resnet18"), "expected an image ViT of open_clip, .*, got ResNet"),
         (lambda: _with(lambda attn: setattr(attn.attn_drop, "p", 0.1)), r"without dropout, got p = 0\.1"),
         (lambda: _with(lambda attn: attn.register_forward_hook(print)), "its Attention carries a hook"),
+        (lambda: _with(lambda attn: attn.attn_drop.register_forward_hook(print)), "its Dropout carries a hook"),
     ],
 )
 def test_what_cannot_be_served_is_refused_untouched(make, message):

@@ -100,7 +100,7 @@ def test_merging_keeps_the_length_of_what_is_handed_out_and_pruning_the_survivor
 @torch.no_grad()
 def test_hidden_states_are_those_of_the_host_every_patch_at_its_place(family):
     if family == "SiglipVisionModel" and transformers.__version__.startswith("4."):
-        pytest.skip("transformers 4 collects SigLIP's states by replacing the forward of its layers: refused")
+        pytest.skip("transformers 4 collects SigLIP's states by replacing the forward of its layers: see below")
     model, images = build(family)
     host = model(pixel_values=images, output_hidden_states=True).hidden_states
     model(pixel_values=images)
@@ -117,6 +117,34 @@ def test_hidden_states_are_those_of_the_host_every_patch_at_its_place(family):
     assert gone.any() and (reduced[-1][:, prefix:][gone] == 0).all()
     # What transformers leaves behind for collecting states must not stop the next forward.
     assert model(pixel_values=images).pooler_output.isfinite().all()
+
+
+@torch.no_grad()
+def test_transformers_that_replaces_forwards_to_collect_states_is_refused_and_cleared_up_after():
+    model, images = build("SiglipVisionModel")
+    model(pixel_values=images, output_hidden_states=True)
+    ck.patch(model, ck.Dense())
+    expected = model(pixel_values=images).pooler_output
+    if transformers.__version__ >= "4.5" and transformers.__version__.startswith("4."):
+        with pytest.raises(ValueError, match="unpatch it for output_hidden_states"):
+            model(pixel_values=images, output_hidden_states=True)
+    assert torch.equal(model(pixel_values=images).pooler_output, expected)
+    ck.unpatch(model)
+    assert len(model(pixel_values=images, output_hidden_states=True).hidden_states) == 4
+
+
+@torch.no_grad()
+def test_a_hook_of_accelerate_on_the_encoder_keeps_it_from_being_unpatched():
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    model, images = build("CLIPVisionModel")
+    ck.patch(model, ck.EViT(0.5))
+    encoder = model.get_submodule(encoder_of(model))
+    hooks.add_hook_to_module(encoder, hooks.ModelHook())
+    with pytest.raises(ck.UnsupportedTower, match="the forward of CLIPEncoder was replaced"):
+        ck.unpatch(model)
+    hooks.remove_hook_from_module(encoder)
+    ck.unpatch(model)
+    assert model(pixel_values=images).last_hidden_state.shape[1] == 65
 
 
 @torch.no_grad()
@@ -229,7 +257,7 @@ def test_two_towers_in_one_model_are_named_and_one_inside_another_is_found():
     ("change", "message"),
     [
         (lambda layer: layer.self_attn.register_forward_hook(lambda *_: None), "Attention carries a hook"),
-        (lambda layer: setattr(layer, "forward", layer.forward), "EncoderLayer was replaced"),
+        (lambda layer: setattr(layer, "forward", lambda *_: None), "EncoderLayer was replaced"),
         (lambda layer: setattr(layer.self_attn, "dropout", 0.1), r"without dropout, got p = 0\.1"),
         (lambda layer: setattr(layer.self_attn, "scale", 0.5), r"scaled by 32\*\*-0\.5, got 0\.5"),
         (lambda layer: setattr(layer, "mlp", nn.Sequential(layer.mlp, nn.Linear(64, 64))), None),

@@ -178,7 +178,7 @@ def refusal(host: Any) -> str | None:
     if not all(part in host._modules for part in ("ln_1", "attn", "ln_2", "mlp")):
         return f"expected ln_1, attn, ln_2 and mlp, got {type(host).__name__}"
     attn: Any = host.attn
-    why = passed_by(host, attn)
+    why = passed_by(host, attn, getattr(attn, "attn_drop", attn))
     if why is not None:
         return why
     if not hasattr(attn, "in_proj_weight") or not hasattr(attn, "num_heads") or hasattr(attn, "base_layer"):

@@ -32,7 +32,7 @@ class OpenAITower:
     """
 
     prefix = 1
-    has_cls = pools_cls = True
+    has_cls = True
     hands_out = pools_by_query = checkpointing = False
 
     def __init__(self, visual: Any, owner: Any = None) -> None:
@@ -72,6 +72,10 @@ class OpenAITower:
     @property
     def like(self) -> Tensor:
         return self.visual.conv1.weight
+
+    @property
+    def pools_cls(self) -> bool:
+        return self.visual is not None  # a transformer unpickled without its tower: who knows what will read it
 
     def parts(self, host: nn.Module) -> OpenCLIPBlock:
         return OpenCLIPBlock(host)

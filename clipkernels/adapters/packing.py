@@ -1,11 +1,11 @@
-"""Separate projections laid side by side in one storage, so that one product serves all of them.
+"""Separate projections laid side by side in memory, so that one product serves all of them.
 
-    before  q.weight (A,C)   k.weight (A,C)   v.weight (A,C)       three storages, three products
-    after   q.weight │ k.weight │ v.weight  =  (3·A,C)             views of one storage, one product
+    before  q.weight (A,C)   k.weight (A,C)   v.weight (A,C)       three places, three products
+    after   q.weight │ k.weight │ v.weight  =  (3·A,C)             neighbours, one product
 
-The parameters stay the objects they were, with their values, gradients and names; only where they lie changes. So
-`load_state_dict`, optimisers and `state_dict` work on the packed weight itself, and whatever gives a parameter another
-storage (`.to()`, `deepcopy`, `param.data = …`) is seen at the next call, which then takes three products.
+The parameters stay the objects they were, each with a storage of its own, its values, gradients and names; only where
+they lie changes. So `load_state_dict`, optimisers and `state_dict` work on the packed weight itself, and whatever moves
+a parameter (`.to()`, `deepcopy`, `param.data = …`) is seen at the next call, which then takes three products.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from clipkernels.adapters.parts import is_linear, qkv_of, split_heads
+from clipkernels.backend import transforms
 from clipkernels.custom_ops import plain
+
+# The memory that a parameter shares with its neighbours, as long as the parameter lives.
+_WHOLE: Any = WeakTensorKeyDictionary()
 
 
 def pack(projections: Sequence[nn.Module]) -> None:
@@ -25,40 +30,42 @@ def pack(projections: Sequence[nn.Module]) -> None:
     if not _packable(projections):
         return
     weights, biases = _parameters(projections)
-    # A projection without a bias has zeros in between, which nobody else holds.
-    blank = weights[0].detach().new_zeros(len(weights[0]))
-    with torch.no_grad():
+    # Whoever patches under inference_mode wants weights that can be trained afterwards all the same.
+    with torch.inference_mode(False), torch.no_grad():
+        # A projection without a bias has zeros in between, which nobody else holds.
+        blank = weights[0].detach().new_zeros(len(weights[0]))
         for parameters in (weights, biases):
-            if any(p is not None for p in parameters) and _joined(parameters, len(blank)) is None:
-                storage = torch.cat([blank if p is None else p.detach() for p in parameters])
-                for parameter, place in zip(parameters, storage.chunk(len(parameters)), strict=True):
-                    if parameter is not None:
-                        parameter.data = place
+            if all(p is None for p in parameters) or _joined(parameters) is not None:
+                continue
+            whole = torch.cat([blank if p is None else p.detach() for p in parameters])
+            for parameter, place in zip(parameters, whole.chunk(len(parameters)), strict=True):
+                if parameter is not None:
+                    # By way of DLPack each has a storage of its own: a shared one would pass for tied weights.
+                    parameter.data = torch.from_dlpack(place)
+                    _WHOLE[parameter] = whole
 
 
 def unpack(projections: Sequence[nn.Module]) -> None:
-    """Gives every parameter that shares its storage with a neighbour one of its own again, with the same values."""
-    if not _packable(projections):
-        return
-    weights, biases = _parameters(projections)
-    with torch.no_grad():
-        for parameters in (weights, biases):
-            if _joined(parameters, len(weights[0])) is not None:
-                for parameter in filter(lambda found: found is not None, parameters):
+    """Gives every parameter that lies beside others memory of its own again, with the same values."""
+    with torch.inference_mode(False), torch.no_grad():
+        for projection in projections:
+            for parameter in projection.parameters():
+                if _WHOLE.pop(parameter, None) is not None:
                     parameter.data = parameter.detach().clone()
 
 
 def packed(projections: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
-    """One weight (n·A,C) and bias (n·A,) or None for all the projections, where their storage is shared right now.
+    """One weight (n·A,C) and bias (n·A,) or None for all the projections, where they lie side by side right now.
 
-    None where it is not, where a gradient must reach each of them, and under a compiler, which cannot watch storages.
+    None where they do not, where gradients or tangents must reach each of them, and under a compiler, which cannot
+    watch where memory lies.
     """
-    if not all(is_linear(projection) for projection in projections):
+    if transforms() is not None or not all(is_linear(projection) for projection in projections):
         return None
     weights, biases = _parameters(projections)
     if not plain(*weights, *biases):
         return None
-    weight, bias = _joined(weights, len(weights[0])), _joined(biases, len(weights[0]))
+    weight, bias = _joined(weights), _joined(biases)
     if weight is None or (bias is None and any(b is not None for b in biases)):
         return None
     return weight, bias
@@ -93,19 +100,19 @@ def _packable(projections: Sequence[nn.Module]) -> bool:
     )
 
 
-def _joined(parameters: Sequence[Tensor | None], rows: int) -> Tensor | None:
-    """The tensor whose slices of `rows` rows the parameters are, or None where they are not."""
+def _joined(parameters: Sequence[Any]) -> Tensor | None:
+    """The tensor whose equal slices the parameters are right now, or None where they are not."""
     first = next((parameter for parameter in parameters if parameter is not None), None)
-    if first is None:
+    whole = None if first is None else _WHOLE.get(first)
+    if whole is None:
         return None
-    step, storage = first.numel(), first.untyped_storage()
-    if storage.nbytes() != len(parameters) * step * first.element_size():
-        return None
+    step = whole.nbytes // len(parameters)
     for place, parameter in enumerate(parameters):
         if parameter is not None and (
-            parameter.storage_offset() != place * step
-            or parameter.untyped_storage().data_ptr() != storage.data_ptr()
-            or parameter.stride() != first.stride()
+            parameter.data_ptr() != whole.data_ptr() + place * step
+            or parameter.nbytes != step
+            or parameter.dtype != whole.dtype
+            or parameter.stride() != whole.stride()
         ):
             return None
-    return first.detach().as_strided((len(parameters) * rows, *first.shape[1:]), first.stride(), 0)
+    return whole

@@ -69,7 +69,11 @@ def watched(module: nn.Module) -> bool:
 
 
 def replaced(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or hasattr(module, "_hf_hook")
+    """Whether a module's forward is not its class's."""
+    own = module.__dict__.get("forward")
+    if own is not None and getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+        own = None  # transformers 4 leaves that behind
+    return own is not None or hasattr(module, "_hf_hook")
 
 
 def hooked(holder: Any, start: str = "_") -> bool:

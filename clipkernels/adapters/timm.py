@@ -40,6 +40,8 @@ from clipkernels.adapters.parts import (
 from clipkernels.block import Branch
 from clipkernels.reference import Norm
 
+FORWARDS = (Block.forward, EvaBlock.forward, ResPostBlock.forward, EvaBlockPostNorm.forward)
+
 
 def find(visual: Any) -> TimmTower | None:
     """The tower of a TimmModel or of a timm model, None for one that is no VisionTransformer and no Eva.
@@ -145,17 +147,18 @@ class TimmTower:
     def rope_like(self, host: Any, patches: int) -> Tensor | None:
         if getattr(self.owner, "rope", None) is None:
             return None
-        angles = torch.linspace(0, 3, patches * host.attn.head_dim, device=self.like.device).view(patches, -1)
+        width = self.width // host.attn.num_heads
+        angles = torch.linspace(0, 3, patches * width, device=self.like.device).view(patches, width)
         return torch.cat([angles.sin(), angles.cos()], -1)
 
     def refusal(self, host: Any) -> str | None:
         blocks = self.owner.blocks
         if replaced(blocks) or hooked(blocks):
             return f"its {type(blocks).__name__} carries a hook or a replaced forward, which would be skipped"
-        if not isinstance(host, (Block, EvaBlock, ResPostBlock, EvaBlockPostNorm)):
-            return f"expected a Block or an EvaBlock, got {type(host).__name__}"
+        if not any(type(host).forward is forward for forward in FORWARDS):
+            return f"expected the forward of a Block or an EvaBlock, got that of {type(host).__name__}"
         attn = host.attn
-        why = passed_by(host, attn)
+        why = passed_by(host, attn, attn.attn_drop)
         if why is not None:
             return why
         if not isinstance(attn, (Attention, AttentionRope, EvaAttention)):
@@ -216,7 +219,7 @@ class TimmTower:
             take, last = feature_take_indices(len(self.blocks), indices)
             size, prefix = x.shape[-2:], self.num_prefix_tokens
             x, rope = _embed(self, x)
-            x, taken = run(self, x, rope, take=take, blocks=last + 1 if stop_early else None)
+            x, taken = run(self, x, rope, take=take, blocks=last + 1 if stop_early else None, whole=True)
             taken = [self.norm(y) if norm else y for y in taken]
             states = [y[:, prefix:] for y in taken]
             if output_fmt == "NCHW":

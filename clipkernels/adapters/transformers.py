@@ -189,6 +189,7 @@ class TransformersTower:
                 raise ValueError("a patched tower takes no causal mask")
             if _asked(self, "output_attentions", output_attentions):
                 raise ValueError("a patched tower has no attention maps to return: unpatch it for output_attentions")
+            _refuse_collectors(self)
             wanted = _asked(self, "output_hidden_states", output_hidden_states)
             take = range(len(self.layers)) if wanted else ()
             x, taken = run(self, inputs_embeds, visible=_visible(attention_mask), take=take)
@@ -207,6 +208,17 @@ class TransformersTower:
 def _asked(encoder: Any, name: str, given: Any) -> bool:
     """Whether an output was asked for, by argument or by configuration; a choice of some states counts as all."""
     return (getattr(encoder.config, name, False) if given is None else given) not in (False, None)
+
+
+def _refuse_collectors(encoder: Any) -> None:
+    """Raises ValueError where transformers 4.5x has replaced the forward of its layers to collect their outputs."""
+    closures = [layer for layer in encoder.layers if hasattr(layer.__dict__.get("forward"), "__wrapped__")]
+    if any(layer.forward.__module__ == "transformers.utils.generic" for layer in closures):
+        for layer in closures:  # an error keeps transformers from putting them back itself
+            del layer.forward
+        raise ValueError(
+            "a patched tower has no hidden states for this transformers: unpatch it for output_hidden_states"
+        )
 
 
 def _visible(mask: Tensor | None) -> Tensor | None:
