@@ -212,8 +212,9 @@ def _asked(encoder: Any, name: str, given: Any) -> bool:
 
 def _refuse_collectors(encoder: Any) -> None:
     """Raises ValueError where transformers 4.5x has replaced the forward of its layers to collect their outputs."""
-    closures = [layer for layer in encoder.layers if hasattr(layer.__dict__.get("forward"), "__wrapped__")]
-    if any(layer.forward.__module__ == "transformers.utils.generic" for layer in closures):
+    own = (layer for layer in encoder.layers if "forward" in layer.__dict__)
+    closures = [layer for layer in own if layer.forward.__globals__["__name__"] == "transformers.utils.generic"]
+    if closures:
         for layer in closures:  # an error keeps transformers from putting them back itself
             del layer.forward
         raise ValueError(
