@@ -3,23 +3,29 @@
     python bench/export.py --towers open_clip timm --batch 1 8 --rounds 5 --out export.csv
     python bench/export.py --towers clip --layers 2 --batch 1 --rounds 1
 
-One random-weight B/16 tower of each library, as the library has it and patched, with a dynamic batch. Both exports take
-the host's own module too: `model.visual` of open_clip and clip, a timm model, `model.vision_model` of transformers. What
-is exported here is that plus three lines, for the sake of transformers, whose own forward returns every token: asked for
-the embedding alone, the last block runs for the CLS row alone.
-
-    class Embedding(nn.Module):
-        def __init__(self, model): super().__init__(); self.model = model
-        def forward(self, images): return ck.encode_image(self.model, images).embedding
+One random-weight B/16 tower of each library, as the library has it and patched, with a dynamic batch:
 
     images, shapes = torch.randn(2, 3, 224, 224), ({0: torch.export.Dim("batch", min=1, max=64)},)
-    module = Embedding(ck.patch(model, ck.EViT(keep=0.7))).eval()
+    ck.patch(model, ck.EViT(keep=0.7)).eval()
     with torch.no_grad():
-        program = torch.export.export(module, (images,), dynamic_shapes=shapes, strict=False)
-        torch.onnx.export(module, (images,), "tower.onnx", dynamo=True, opset_version=20, dynamic_shapes=shapes)
+        program = torch.export.export(model.visual, (images,), dynamic_shapes=shapes, strict=False)
+        torch.onnx.export(model.visual, (images,), "tower.onnx", dynamo=True, opset_version=20, dynamic_shapes=shapes)
+
+`model.visual` is open_clip's and clip's tower; a timm model goes in itself. So does the `vision_model` of transformers,
+but it returns every token and thus computes them all. For the embedding alone, and so the last block for its CLS row
+alone, export this:
+
+    class Embedding(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return ck.encode_image(self.model, images).embedding
 
 Speed-ups and η are against the fastest dense of the same runtime, all of them interleaved, CPU time of one thread. A
-graph whose embeddings are wrong, or a patched one with a scatter in it, stops the run before anything is timed.
+graph whose embeddings are wrong, or a patched one with a scatter in it, stops the run before anything is timed. Of a
+reduced tower one image in ten may be apart by more than rounding: two of its tokens were nearly tied.
 """
 
 from __future__ import annotations
@@ -85,20 +91,21 @@ GRAPH = {
 
 
 class Embedding(nn.Module):
-    """The embedding of images and nothing else: of a patched model by our loop, of another by its own forward."""
+    """The embedding of images and nothing else: by the tower's own forward, unless a patched one returns its tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        if ck.method_of(self.model) is None:
-            return ck.tower_of(self.model).encode(images)
+        tower = ck.tower_of(self.model)
+        if ck.method_of(self.model) is None or not tower.hands_out:
+            return tower.encode(images)
         return ck.encode_image(self.model, images).embedding
 
 
 class Export(NamedTuple):
-    """One variant in one runtime: what encodes, the seconds its export took, its nodes, and how far it is off.
+    """One variant in one runtime: what encodes, the CPU seconds its export took, its nodes, and how far it is off.
 
     `error` is the largest difference to eager PyTorch over the largest entry, `cosine` the smallest of any image.
     """
@@ -134,7 +141,8 @@ def main() -> None:
                     console.print(draw(f"{name} {NAMES[name]}, {runtime}, batch {batch}", rows))
                     for row in rows:
                         named = {"library": name, "tower": NAMES[name], "runtime": runtime, "batch": batch}
-                        records.append({**named, **record(row, exports[runtime][row.name])})
+                        commit = {"commit": header["environment"]["commit"]}
+                        records.append({**named, **record(row, exports[runtime][row.name]), **commit})
                 if arguments.out:  # a long run that is cut short keeps what it has
                     write(records, header, arguments.out)
 
@@ -178,9 +186,10 @@ def resume(arguments: argparse.Namespace, header: dict[str, Any]) -> list[dict[s
         return []
     before = json.loads(source.read_text(encoding="utf-8"))
     rows: list[dict[str, Any]] = before.pop("rows")
-    header["environment"]["date"] = before["environment"]["date"]
-    if before != header:
-        raise SystemExit(f"error: {source} was taken with other options, versions or commit: choose another --out")
+    changes = ("commit", "date")  # every row names its commit
+    kept = {name: before["environment"].get(name) for name in changes}
+    if before != {**header, "environment": header["environment"] | kept}:
+        raise SystemExit(f"error: {source} was taken with other options or versions: choose another --out")
     return rows
 
 
@@ -199,18 +208,22 @@ def export_all(
         expected = {batch: module(images) for batch, images in inputs.items()}
         made["eager"][variant] = Export(module, 0.0, {}, 0.0, 1.0)
         for runtime in RUNTIMES[1:]:
-            start = time.perf_counter()
+            start = time.process_time()
             if runtime == "onnxruntime":
                 encode, nodes = in_onnxruntime(module, inputs[2], arguments.opset)
             else:
                 program = torch.export.export(module, (inputs[2],), dynamic_shapes=SHAPES, strict=False)
                 encode, nodes = program.module(), {"nodes": len(program.graph.nodes)}
-            seconds = time.perf_counter() - start
-            error, cosine = compare(encode, inputs, expected)
+            seconds = time.process_time() - start
+            errors, cosine = compare(encode, inputs, expected)
+            error, apart = errors.max().item(), int((errors > ALLOWED).sum())
             made[runtime][variant] = Export(encode, seconds, nodes, error, cosine)
             found = ", ".join(f"{count} {kind}" for kind, count in nodes.items())
-            console.print(f"{name}, {variant}, {runtime}: {seconds:.0f} s, error {error:.1e}, {found}")
-            assert error <= ALLOWED, f"{name} {variant} in {runtime}: error {error:.1e} is above {ALLOWED:.0e}"
+            off = f"error {error:.1e}, {apart} of {len(errors)} images apart"
+            console.print(f"{name}, {variant}, {runtime}: {seconds:.0f} s, {off}, {found}")
+            # Where two choices differ by less than rounding, an image may go either way in another runtime.
+            few = 0 if isinstance(method or ck.Dense(), ck.Dense) else len(errors) // 10
+            assert apart <= few and cosine > 0.999, f"{name} {variant} in {runtime}: {off}, cosine {cosine:.6f}"
             assert method is None or not nodes.get("scatter"), f"{name} {variant}: scatters in the ONNX graph"
     return made
 
@@ -251,12 +264,12 @@ def count(model: onnx.ModelProto) -> dict[str, int]:
 
 def compare(
     encode: Callable[[Tensor], Tensor], inputs: Mapping[int, Tensor], expected: Mapping[int, Tensor]
-) -> tuple[float, float]:
-    """The largest error over the largest entry, and the smallest cosine, at every batch size."""
+) -> tuple[Tensor, float]:
+    """Every image's largest error over the largest entry, and the smallest cosine, at every batch size."""
     came = {batch: encode(images) for batch, images in inputs.items()}
-    errors = [((came[batch] - right).abs().max() / right.abs().max()).item() for batch, right in expected.items()]
+    errors = [(came[batch] - right).abs().amax(1) / right.abs().max() for batch, right in expected.items()]
     cosines = [cosine_similarity(came[batch], right).min().item() for batch, right in expected.items()]
-    return max(errors), min(cosines)
+    return torch.cat(errors), min(cosines)
 
 
 def paired(

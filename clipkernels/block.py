@@ -111,7 +111,7 @@ def forward(
         x, normed = pruned.tokens, pruned.normed
         if size is not None:
             # A fused token is an ordinary patch from here on.
-            rows_left = (size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(len(x), step.fuse))
+            rows_left = (size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(x.shape[0], step.fuse))
             size = torch.cat(rows_left, 1)
     elif isinstance(step, Merge):
         # Only CLS may stand among the tokens that alternate: registers would end up between patches.
@@ -135,7 +135,8 @@ def _led_by(leading: Tensor, merged: ops.Merged) -> tuple[Tensor, Tensor, None]:
 def _gathered(rope: Tensor, index: Tensor, unplaced: int = 0) -> Tensor:
     """The rows (B,·,P',2·D) of a rotary table (…,P,2·D) for the patches at index (B,P'), and for `unplaced` more
     tokens that stand for no place and so are not turned."""
-    rope = rope.expand(len(index), *rope.shape[-3:]) if rope.ndim > 2 else rope.expand(len(index), 1, *rope.shape)
+    batch = index.shape[0]  # len() would fix it in a graph that is exported
+    rope = rope.expand(batch, *rope.shape[-3:]) if rope.ndim > 2 else rope.expand(batch, 1, *rope.shape)
     moved = rope.gather(2, index[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
     if not unplaced:
         return moved
@@ -166,7 +167,7 @@ def _merged_to(match: ops.Match, tokens: int, lead: int) -> Tensor:
 
 def _merged_from(match: ops.Match, tokens: int, prefix: int) -> Tensor:
     """The patch (B,M-prefix) whose place each row after merging keeps: of a merged one, its target's."""
-    odd = torch.arange(1, tokens, 2, device=match.kept.device).expand(len(match.kept), -1)
+    odd = torch.arange(1, tokens, 2, device=match.kept.device).expand(match.kept.shape[0], -1)
     return torch.cat([2 * match.kept[:, prefix:], odd], 1) - prefix
 
 

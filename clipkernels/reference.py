@@ -113,10 +113,9 @@ def strongest_first(scores: Tensor) -> Tensor:
     scores = scores.detach().nan_to_num(float("-inf"), float("inf"), float("-inf"))
     if not torch.compiler.is_compiling():
         return scores.argsort(dim=-1, descending=True, stable=True)
-    # Graphs are exported, and ONNX has no stable sort: counted places differ, so that any sort brings them in order.
-    row, column, at = scores[..., None], scores[..., None, :], torch.arange(scores.shape[-1], device=scores.device)
-    beaten_by = (column > row) | ((column == row) & (at < at[:, None]))
-    return beaten_by.sum(-1).argsort(-1)
+    # Graphs are exported, and ONNX has no stable sort: the place of a score is the number of those that beat it.
+    one, other, at = scores[..., None], scores[..., None, :], torch.arange(scores.shape[-1], device=scores.device)
+    return ((other > one) | ((other == one) & (at < at[:, None]))).sum(-1).argsort(-1)
 
 
 def prune_tokens(
