@@ -99,7 +99,7 @@ class OpenAITower:
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         visual = self.visual
         patches = visual.conv1(images.type(visual.conv1.weight.dtype)).flatten(2).mT
-        cls = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        cls = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         return visual.ln_pre(torch.cat([cls, patches], 1) + visual.positional_embedding.to(patches.dtype)), None
 
     def pool(self, x: Tensor) -> Tensor:

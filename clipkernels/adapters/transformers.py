@@ -162,7 +162,7 @@ class TransformersTower:
             return {"pixel_values": images}
         side = self.patch
         patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
-        grid = torch.tensor(patches.shape[1:3], device=images.device).expand(len(images), 2)
+        grid = torch.tensor(patches.shape[1:3], device=images.device).expand(images.shape[0], 2)
         return {"pixel_values": patches.flatten(3).flatten(1, 2), "spatial_shapes": grid}
 
     def _head(self, x: Tensor) -> Tensor:
