@@ -218,10 +218,10 @@ def test_training_is_the_hosts_own_dropouts_and_gradients_included(name):
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "eva02_base_patch16_clip_224"])
 def test_checkpointing_runs_every_block_again(name, monkeypatch):
-    runs, once = [], one_block.forward
-    monkeypatch.setattr(one_block, "forward", lambda *arguments: runs.append(1) or once(*arguments))
     model, images = build(name)
     ck.patch(model, ck.EViT(0.5)).set_grad_checkpointing(True)
+    runs, once = [], one_block.forward
+    monkeypatch.setattr(one_block, "forward", lambda *arguments: runs.append(1) or once(*arguments))
     model(images).sum().backward()
     assert len(runs) == 6
     runs.clear()
