@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import importlib.metadata
 import importlib.util
 import json
@@ -40,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +49,6 @@ import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -58,6 +56,7 @@ import clipkernels as ck
 from clipkernels.cli.info import environment
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 from clipkernels.timing import Speed, Times, Variant, measure, tabulate
+from rows import draw, write
 
 TOWERS: dict[str, Callable[[int | None], nn.Module]] = {
     "open_clip": lambda layers: open_clip_tower("ViT-B-16", layers),
@@ -310,58 +309,13 @@ def paired(
 
 def record(row: Speed, export: Export) -> dict[str, Any]:
     """One row as plain numbers."""
-    low, high = 1e3 * row.seconds.low, 1e3 * row.seconds.high
     return {
-        "variant": row.name,
-        "tokens": " ".join(map(str, row.tokens)),
-        "gmacs_run": round(row.gmacs_run, 3),
-        "milliseconds": round(1e3 * row.seconds.median, 3),
-        "milliseconds_p20": round(low, 3),
-        "milliseconds_p80": round(high, 3),
-        "images_per_second": round(row.images_per_second, 3),
-        "baseline": row.baseline,
-        "speedup": round(row.speedup.median, 4),
-        "speedup_p10": round(row.speedup.low, 4),
-        "speedup_p90": round(row.speedup.high, 4),
-        "efficiency": round(row.efficiency.median, 4),
-        "efficiency_p10": round(row.efficiency.low, 4),
-        "efficiency_p90": round(row.efficiency.high, 4),
+        **row.record(),
         "error": float(f"{export.error:.2e}"),
         "cosine": round(export.cosine, 7),
         "export_seconds": round(export.seconds, 1),
         **{kind: export.nodes.get(kind) for kind in ("nodes", *GRAPH)},
     }
-
-
-def draw(title: str, rows: Sequence[Speed]) -> Table:
-    """The rows for people."""
-    table = Table("variant", "ms", "images/s", "speed-up", "η [p10-p90]", "against", title=title, title_justify="left")
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{1e3 * row.seconds.median:.1f}",
-            f"{row.images_per_second:.2f}",
-            f"×{row.speedup.median:.2f}",
-            f"{row.efficiency.median:.2f} [{row.efficiency.low:.2f}-{row.efficiency.high:.2f}]",
-            row.baseline,
-        )
-    return table
-
-
-def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: Path) -> None:
-    """The CSV, and beside it a JSON of the same rows with the environment and how they were taken."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".csv", ".json"):
-        target = out.with_suffix(suffix)
-        partial = target.with_suffix(f"{suffix}.partial")
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            if suffix == ".csv":
-                writer = csv.DictWriter(file, records[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(records)
-            else:
-                json.dump({**header, "rows": records}, file, indent=1)
-        partial.replace(target)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ GMACs those that each side ran. Under pytest each round of a benchmark first tim
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
@@ -28,13 +26,13 @@ import pytest
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
 import clipkernels as ck
 from clipkernels.cli.info import environment
 from clipkernels.testing import open_clip_tower, openai_tower, timm_tower, transformers_tower
 from clipkernels.timing import Speed, Times, Variant, plan_for, tabulate, time_variants, vary
+from rows import draw, write
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -45,7 +43,6 @@ ON_CPU = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
 BATCHES = dict.fromkeys(R, (1, 32, 256)) if CUDA else ON_CPU
 ROUNDS = 20 if CUDA else 5
 NAMES = "open_clip models, or transformers:CLASS (a ViT-B/16), timm:MODEL, clip:ViT-B-16"
-BANDS = {"milliseconds": ("_p20", "_p80"), "speedup": ("_p10", "_p90"), "efficiency": ("_p10", "_p90")}
 
 
 def main() -> None:
@@ -58,9 +55,10 @@ def main() -> None:
             for batch in arguments.batch:
                 rows = paired(name, DTYPES[dtype], batch, arguments)
                 console.print(draw(f"{name} {dtype}, batch {batch}, {arguments.threads} threads", rows))
-                records += [{"model": name, "dtype": dtype, "batch": batch, **record(row)} for row in rows]
+                records += [{"model": name, "dtype": dtype, "batch": batch, **row.record()} for row in rows]
                 if arguments.out:  # a long run that is cut short keeps what it has
-                    write(records, arguments)
+                    taken = {name: getattr(arguments, name) for name in ("rounds", "clock", "seed")}
+                    write(records, {"environment": environment(), **taken}, arguments.out)
 
 
 def parse() -> argparse.Namespace:
@@ -190,61 +188,6 @@ def check(model: nn.Module, methods: Mapping[str, ck.Method | None], images: Ten
             assert error <= allowed, f"{name}: relative error {error:.1e} against the host is above {allowed:.1e}"
 
 
-def record(row: Speed) -> dict[str, Any]:
-    """One row as plain numbers."""
-    bands = {
-        "milliseconds": [1e3 * value for value in row.seconds],
-        "speedup": row.speedup,
-        "efficiency": row.efficiency,
-    }
-    return {
-        "variant": row.name,
-        "tokens": " ".join(map(str, row.tokens)),
-        "gmacs": round(row.gmacs, 3),
-        "gmacs_run": round(row.gmacs_run, 3),
-        "ideal_speedup": round(row.ideal, 3),
-        "images_per_second": round(row.images_per_second, 3),
-        "baseline": row.baseline,
-        **{
-            name + suffix: round(value, 4)
-            for name, band in bands.items()
-            for suffix, value in zip(("", *BANDS[name]), band, strict=True)
-        },
-    }
-
-
-def draw(title: str, rows: Sequence[Speed]) -> Table:
-    """The rows for people."""
-    table = Table("variant", "ms", "images/s", "speed-up", "η [p10-p90]", "against", title=title, title_justify="left")
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{1e3 * row.seconds.median:.1f}",
-            f"{row.images_per_second:.2f}",
-            f"×{row.speedup.median:.2f}",
-            f"{row.efficiency.median:.2f} [{row.efficiency.low:.2f}-{row.efficiency.high:.2f}]",
-            row.baseline,
-        )
-    return table
-
-
-def write(records: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> None:
-    """The CSV, and beside it a JSON of the same rows with the environment and how they were taken."""
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    taken = {"rounds": arguments.rounds, "clock": arguments.clock, "seed": arguments.seed}
-    for suffix in (".csv", ".json"):
-        target = arguments.out.with_suffix(suffix)
-        partial = target.with_suffix(f"{suffix}.partial")
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            if suffix == ".csv":
-                writer = csv.DictWriter(file, records[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(records)
-            else:
-                json.dump({"environment": environment(), **taken, "rows": records}, file, indent=1)
-        partial.replace(target)
-
-
 @pytest.mark.parametrize("variant", ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -284,7 +227,7 @@ def test_tower(benchmark: Any, name: str, batch: int, dtype: str, variant: str) 
         paired = {label: times[-ROUNDS:] for label, times in seconds.items()}
         times = Times({**paired, variant: paired.get(variant, benchmark.stats.stats.data)})
         row = next(row for row in tabulate(times, variants, tower, batch) if row.name == variant)
-        benchmark.extra_info |= record(row)
+        benchmark.extra_info |= row.record()
 
 
 if __name__ == "__main__":

@@ -73,6 +73,28 @@ class Speed(NamedTuple):
     efficiency: Band
     baseline: str
 
+    def record(self) -> dict[str, Any]:
+        """The row as plain numbers."""
+        bands = (
+            ("milliseconds", [1e3 * value for value in self.seconds], ("", "_p20", "_p80")),
+            ("speedup", self.speedup, ("", "_p10", "_p90")),
+            ("efficiency", self.efficiency, ("", "_p10", "_p90")),
+        )
+        return {
+            "variant": self.name,
+            "tokens": self.tokens,
+            "gmacs": round(self.gmacs, 5),
+            "gmacs_run": round(self.gmacs_run, 5),
+            "ideal_speedup": round(self.ideal, 4),
+            "images_per_second": round(self.images_per_second, 3),
+            "baseline": self.baseline,
+            **{
+                name + part: round(value, 4)
+                for name, band, parts in bands
+                for part, value in zip(parts, band, strict=True)
+            },
+        }
+
 
 def measure(
     variants: Mapping[str, Callable[[], object]],

@@ -125,7 +125,7 @@ def test_the_example_at_the_end_of_a_help_runs(verb: str, tmp_path: Path, monkey
 def test_the_demo_has_a_row_per_method_with_the_cost_of_its_plan(demo_rows: list[dict[str, Any]]) -> None:
     tower = ck.tower_of(ck.bundled()[0])
     chosen = choose_methods(tower)
-    assert [row["method"] for row in demo_rows] == list(chosen)
+    assert [row["variant"] for row in demo_rows] == list(chosen)
     for row, method in zip(demo_rows, chosen.values(), strict=True):
         plan = (method or ck.Dense()).plan(tokens=65, blocks=6)
         assert row["tokens"] == list(plan.tokens)
@@ -134,7 +134,7 @@ def test_the_demo_has_a_row_per_method_with_the_cost_of_its_plan(demo_rows: list
 
 
 def test_the_demos_efficiency_follows_from_its_own_columns(demo_rows: list[dict[str, Any]]) -> None:
-    baseline = next(row for row in demo_rows if row["method"] == row["baseline"])
+    baseline = next(row for row in demo_rows if row["variant"] == row["baseline"])
     assert baseline["speedup"] == baseline["efficiency"] == 1.0
     for row in demo_rows:
         assert row["efficiency"] == pytest.approx(row["speedup"] * row["gmacs_run"] / baseline["gmacs_run"], rel=2e-2)
@@ -157,8 +157,8 @@ def test_the_demos_accuracy_and_agreement_are_those_of_the_classifier(demo_rows:
         ck.unpatch(model)
         same += list(found["dense (host)"] == found["EViT(keep=0.5)"])
     for row in demo_rows:
-        if row["method"] in right:
-            assert {kind: row[kind] for kind in KINDS} == pytest.approx(right[row["method"]], abs=0.03)
+        if row["variant"] in right:
+            assert {kind: row[kind] for kind in KINDS} == pytest.approx(right[row["variant"]], abs=0.03)
     assert demo_rows[0]["agreement"] == 1.0
     assert demo_rows[3]["agreement"] == pytest.approx(sum(same) / len(same), abs=0.02)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from clipkernels.cli.images import Pictures, collate, find
 from clipkernels.cli.info import environment
 from clipkernels.cli.measure import TIMED, Row, Settings, measure
 from clipkernels.cli.models import DTYPES, LIBRARIES, Preprocess, choose_device, load
-from clipkernels.cli.output import opened, progress, schedule, write_table
+from clipkernels.cli.output import opened, progress, schedule, write_csv, write_table
 from clipkernels.cli.plot import draw_plot, plot_format
 from clipkernels.methods import Dense, EViT, Method, ToMe
 from clipkernels.patch import tower_of
@@ -239,9 +238,7 @@ def write(
     """All rows: as a table per precision with notes, as JSON with the environment and how it was taken, or as CSV."""
     records = [{**run, **row.record()} for row in rows]
     if form == "csv":
-        writer = csv.DictWriter(stream, records[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**record, "tokens": " ".join(map(str, record["tokens"]))} for record in records)
+        write_csv(records, stream)
     elif form == "json":
         taken = {"rounds": settings.rounds, "clock": settings.clock, "device": str(settings.device)}
         json.dump({"environment": environment(), **taken, "notes": notes, "rows": records}, stream, indent=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from clipkernels.adapters import Tower
 from clipkernels.classifier import Classifier
 from clipkernels.cli.info import environment
-from clipkernels.cli.output import opened, progress, quietly, schedule, write_table
+from clipkernels.cli.output import opened, progress, quietly, schedule, write_csv, write_table
 from clipkernels.data import bundled, digits, scenes
 from clipkernels.methods import Dense, EViT, Method, ToMe
 from clipkernels.patch import patched, tower_of
@@ -31,7 +30,6 @@ HELD_OUT_SEED = 1_000_000
 HOST = "dense (host)"
 METHODS = 5
 BATCH = 128
-PARTS = ("", "_p10", "_p90")
 KINDS = ("digits", "scenes_seen", "scenes_unseen")
 NOTES = (
     "dense (host) is open_clip's own forward. Speed-ups and η are against the faster of the two dense rows, paired "
@@ -70,18 +68,9 @@ class Row(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """The row as plain numbers."""
-        speed = self.speed
         return {
             "model": self.model,
-            "method": speed.name,
-            "tokens": speed.tokens,
-            "gmacs": round(speed.gmacs, 5),
-            "gmacs_run": round(speed.gmacs_run, 5),
-            "ideal_speedup": round(speed.ideal, 4),
-            "images_per_second": round(speed.images_per_second, 3),
-            "baseline": speed.baseline,
-            **{f"speedup{part}": round(value, 4) for part, value in zip(PARTS, speed.speedup, strict=True)},
-            **{f"efficiency{part}": round(value, 4) for part, value in zip(PARTS, speed.efficiency, strict=True)},
+            **self.speed.record(),
             **{kind: self.accuracy.get(kind) for kind in KINDS},
             "agreement": self.agreement,
         }
@@ -252,9 +241,7 @@ def write(tables: Mapping[str, Sequence[Row]], form: str, stream: TextIO) -> Non
     """All rows: as tables with their notes, as JSON with the environment, or as CSV."""
     records = [row.record() for table in tables.values() for row in table]
     if form == "csv":
-        writer = csv.DictWriter(stream, records[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**record, "tokens": " ".join(map(str, record["tokens"]))} for record in records)
+        write_csv(records, stream)
     elif form == "json":
         json.dump({"environment": environment(), "rows": records, "notes": NOTES}, stream, indent=2)
         stream.write("\n")

@@ -64,28 +64,13 @@ class Row(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """The row as plain numbers."""
-        speed, fidelity = self.speed, self.fidelity
-        bands = (
-            ("milliseconds", [1e3 * value for value in speed.seconds], ("", "_p20", "_p80")),
-            ("speedup", speed.speedup, ("", "_p10", "_p90")),
-            ("efficiency", speed.efficiency, ("", "_p10", "_p90")),
-        )
+        fidelity = self.fidelity
         own = fidelity.precision
         return {
             "precision": self.precision,
-            "variant": self.method,
             "mode": self.mode,
-            "tokens": speed.tokens,
-            "gmacs": round(speed.gmacs, 5),
-            "gmacs_run": round(speed.gmacs_run, 5),
-            "ideal_speedup": round(speed.ideal, 4),
-            "images_per_second": round(speed.images_per_second, 3),
-            "baseline": speed.baseline,
-            **{
-                name + part: round(value, 4)
-                for name, band, parts in bands
-                for part, value in zip(parts, band, strict=True)
-            },
+            **self.speed.record(),
+            "variant": self.method,  # without its mode
             "cosine_min": round(fidelity.cosine[0], 6),
             "cosine_mean": round(fidelity.cosine[1], 6),
             "precision_cosine_min": own and round(own[0], 6),

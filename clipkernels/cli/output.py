@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import logging
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -60,6 +61,13 @@ def opened(path: str | None, option: str = "--output") -> Iterator[TextIO]:
 def write_table(table: Table, stream: TextIO) -> None:
     """The table on a stream, as wide as the terminal, or as wide as it needs where there is none."""
     Console(file=stream, width=None if stream.isatty() else 200, highlight=False).print(table)
+
+
+def write_csv(records: Sequence[Mapping[str, Any]], stream: TextIO) -> None:
+    """Records with the same keys as CSV with a header; token counts are one cell."""
+    writer = csv.DictWriter(stream, records[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**record, "tokens": " ".join(map(str, record["tokens"]))} for record in records)
 
 
 def schedule(tokens: Sequence[int]) -> str:

@@ -1,0 +1,42 @@
+"""Rows of towers that were timed: a table for people, and files that appear whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from clipkernels.cli.output import write_csv
+from clipkernels.timing import Speed
+
+
+def draw(title: str, rows: Sequence[Speed]) -> Table:
+    """The rows for people."""
+    table = Table("variant", "ms", "images/s", "speed-up", "η [p10-p90]", "against", title=title, title_justify="left")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{1e3 * row.seconds.median:.1f}",
+            f"{row.images_per_second:.2f}",
+            f"×{row.speedup.median:.2f}",
+            f"{row.efficiency.median:.2f} [{row.efficiency.low:.2f}-{row.efficiency.high:.2f}]",
+            row.baseline,
+        )
+    return table
+
+
+def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: Path) -> None:
+    """The CSV, and beside it a JSON of the same rows with the environment and how they were taken."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".csv", ".json"):
+        target = out.with_suffix(suffix)
+        partial = target.with_suffix(f"{suffix}.partial")
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            if suffix == ".csv":
+                write_csv(records, file)
+            else:
+                json.dump({**header, "rows": records}, file, indent=1)
+        partial.replace(target)
