@@ -6,10 +6,7 @@ token state in locals. The method sits in the instance's `__dict__`, outside `st
 
 from __future__ import annotations
 
-import copy
-import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,14 +15,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipkernels import adapters, block
+from clipkernels import adapters
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.packing import pack, unpack
-from clipkernels.adapters.parts import replaced
-from clipkernels.backend import epilogues
 from clipkernels.methods import Dense, Method
 from clipkernels.plan import Plan
-from clipkernels.tower import Ran, refuse, run, unmerge
+from clipkernels.tower import Ran, run, unmerge
+from clipkernels.verify import refuse_replaced, verify
 
 Model = TypeVar("Model", bound=nn.Module)
 _SLOT = "_clipkernels"
@@ -95,7 +91,7 @@ def patch(model: Model, method: Method) -> Model:
     owner: Any = tower.owner
     before = owner.__dict__.get(_SLOT)
     if before is None:
-        _check(tower)
+        verify(tower)
         owner.__dict__.pop("forward", None)  # its class's own, left behind by a hook, would outlive the class
         owner.__class__ = _subclass(owner.__class__, tower.__class__)
     owner.__dict__[_SLOT] = _Patch(method, plan, _reads(tower), tower.__class__, _Weak(tower.root))
@@ -122,7 +118,7 @@ def unpatch(model: Model) -> Model:
     if _SLOT in owner.__dict__:
         if "_unpatched" not in type(owner).__dict__:
             raise UnsupportedTower(f"the class of the tower was changed after patching, to {type(owner).__name__}")
-        _refuse_replaced(tower)
+        refuse_replaced(tower)
         owner.__dict__.pop("forward", None)
         owner.__class__ = type(owner)._unpatched
         del owner.__dict__[_SLOT]
@@ -190,7 +186,7 @@ def encode_image(
     check_images(images, tower.image_size)
     if cls_path and not tower.has_cls:
         raise UnsupportedTower(f"expected a tower with a CLS token for cls_path, got {type(tower.root).__name__}")
-    _refuse_replaced(tower)
+    refuse_replaced(tower)
     x, rope = tower.embed(images)
     slot = tower.owner.__dict__.get(_SLOT)
     plan = _plan(Dense() if slot is None else slot.method, tower, x.shape[1])
@@ -238,61 +234,9 @@ def _plan(method: Method, tower: Tower, tokens: int, prefix: int | None = None) 
             f"the plan of {method!r} must start at {tokens} tokens, {prefix} of them prefix, and have {depth} "
             f"steps, got {plan.entry}, {plan.prefix} and {len(plan.steps)}"
         )
-    if plan.merges and plan.drops and (tower.hands_out or not tower.pools_cls):
+    if plan.merges and plan.drops and not adapters.reads_cls_alone(tower):
         raise ValueError("a plan that merges tokens and drops others needs a tower that pools CLS, got another pool")
     return plan if tower.pools_cls else plan.ranked_by("received")
-
-
-def _refuse_replaced(tower: Tower) -> None:
-    """Raises UnsupportedTower where the owner's forward, which is about to be passed by, is not its class's."""
-    if replaced(tower.owner):
-        raise UnsupportedTower(f"the forward of {type(tower.owner).__name__} was replaced: patch before that")
-
-
-def _check(tower: Tower) -> None:
-    """Raises UnsupportedTower unless each kind of block gives through its parts what its own forward gives."""
-    for module in tower.owner.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedTower(f"expected modules in Python, got the ScriptModule {type(module).__name__}")
-    _refuse_replaced(tower)
-    kinds: dict[tuple[type, ...], tuple[int, nn.Module]] = {}
-    for index, host in enumerate(tower.blocks):
-        refuse(tower, host, index)
-        kinds.setdefault(tuple(type(module) for module in host.modules()), (index, host))
-    if tower.like.is_meta:
-        warnings.warn("the model is on the meta device, its blocks could not be verified", stacklevel=3)
-        return
-    for index, host in kinds.values():
-        _probe(tower, host, index)
-
-
-def _probe(tower: Tower, host: nn.Module, index: int) -> None:
-    """Compares what a block adds to its input with what its parts add, in fp32 on random input."""
-    # Copied without hooks, so that nothing is left behind in the model, its hooks or its mode.
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    memo: dict[int, Any] = {id(vars(m)[name]): OrderedDict() for m in host.modules() for name in hooks}
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, min(tower.tokens, 17), tower.width, generator=generator, device="cpu").to(tower.like.device)
-    try:
-        probe = copy.deepcopy(host, memo).float().eval()
-        rope = tower.rope_like(host, x.shape[1] - tower.prefix)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            expected = tower.run_block(probe, x, rope) - x
-            fused = epilogues(x)
-            came = block.forward(tower.parts(probe), x, None, None, tower.prefix, rope=rope, fused=fused).x - x
-    except Exception as error:  # whatever a module that cannot be copied or run in fp32 raises
-        warnings.warn(f"block {index} could not be verified: {error}", stacklevel=4)
-        return
-    if not expected.isfinite().all():
-        warnings.warn("the model's weights are not finite, its blocks could not be verified", stacklevel=4)
-        return
-    off, scale = (came - expected).abs().max(), expected.abs().max()
-    # 2e-3 leaves room for TF32; what the block adds may be small beside x, whose rounding it then carries.
-    if off > 2e-3 * scale + 8 * torch.finfo(x.dtype).eps * x.abs().max():
-        raise UnsupportedTower(
-            f"block {index}: expected a plain attention block, got {type(host).__name__}, which adds something that "
-            f"differs by {off / scale:.1e} of it"
-        )
 
 
 def _run_patched(
@@ -321,7 +265,7 @@ def _run_patched(
         # A loop that outlived its tower goes on with the prefix it had.
         plan = _plan(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
     # Whoever takes states or hooks the owner may read any row.
-    whole = whole or tower.hands_out or not tower.pools_cls
+    whole = whole or not adapters.reads_cls_alone(tower)
     rows = plan.prefix if not (whole or take or owner._forward_hooks) else None
     if visible is not None and any(plan.steps):
         _refuse_padding(visible, plan)

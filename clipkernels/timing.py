@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipkernels.adapters import Tower
+from clipkernels.adapters import Tower, reads_cls_alone
 from clipkernels.methods import Dense, Method
 from clipkernels.patch import patch, tower_of
 from clipkernels.plan import Plan
@@ -163,7 +163,7 @@ def vary(model: nn.Module, methods: Mapping[str, Method | None]) -> dict[str, Va
         if method is not None:
             patch(twin, method)
         tower = tower_of(twin)
-        exact = method is not None and tower.pools_cls and not tower.hands_out
+        exact = method is not None and reads_cls_alone(tower)
         made[name] = Variant(tower.encode, method or Dense(), exact)
     return made
 

@@ -14,6 +14,40 @@ import torch  # noqa: E402
 import clipkernels as ck  # noqa: E402
 from clipkernels.testing import guarded  # noqa: E402
 
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 4, "width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a small model, known to open_clip for one test."""
+    import open_clip  # not everywhere the kernels' tests run
+
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny-test", TINY)
+    return "ViT-tiny-test"
+
+
+@pytest.fixture
+def resnet(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a small ResNet, known to open_clip for one test."""
+    import open_clip
+
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "RN-test", {**TINY, "embed_dim": 32, "vision_cfg": vision})
+    return "RN-test"
+
 
 @pytest.fixture
 def device() -> torch.device:

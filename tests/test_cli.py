@@ -29,20 +29,7 @@ from clipkernels.data import digits, scenes
 from clipkernels.timing import gmacs_for, plan_for
 
 DIGITS = ",".join(digits.CLASSES)
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 4, "width": 64, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On a busy machine several threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*arguments: object) -> Result:
@@ -71,13 +58,6 @@ def demo_rows() -> list[dict[str, Any]]:
     result = run("demo", "--quick", "--model", "none", "--format", "json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)["rows"]
-
-
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a small model, known to open_clip for one test."""
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny-test", TINY)
-    return "ViT-tiny-test"
 
 
 def expected_logits(paths: list[str], method: ck.Method | None = None) -> torch.Tensor:
@@ -203,10 +183,8 @@ def test_an_unknown_full_size_tower_is_one_line() -> None:
     assert "got 'ViT-X-1'" in error(run("demo", "--quick", "--model", "ViT-X-1"))
 
 
-def test_a_full_size_tower_that_cannot_be_served_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "RN-test", {**TINY, "embed_dim": 32, "vision_cfg": vision})
-    assert "got ModifiedResNet" in error(run("demo", "--quick", "--model", "RN-test"))
+def test_a_full_size_tower_that_cannot_be_served_is_one_line(resnet: str) -> None:
+    assert "got ModifiedResNet" in error(run("demo", "--quick", "--model", resnet))
 
 
 def test_classify_gives_path_best_class_and_next(pictures: Path) -> None:
@@ -405,11 +383,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(registered: str, pictures: 
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_tower_that_cannot_be_served_runs_as_the_host_has_it(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "RN-test", {**TINY, "embed_dim": 32, "vision_cfg": vision})
+def test_a_tower_that_cannot_be_served_runs_as_the_host_has_it(resnet: str, pictures: Path) -> None:
     path = min((pictures / "digits").rglob("*.png"))
-    common = ["classify", path, "--classes", DIGITS, "--model", "RN-test"]
+    common = ["classify", path, "--classes", DIGITS, "--model", resnet]
     assert "the host's own ModifiedResNet" in run(*common).stderr
     result = run(*common, "--method", "evit")
     assert result.exit_code == 2

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,22 +26,9 @@ from clipkernels.cli.memory import peak
 from clipkernels.data import scenes
 from clipkernels.timing import gmacs_for, plan_for
 
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 4, "width": 64, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
-}
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--rounds", 2, "--batch-size", 4)
 VISION = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On a busy machine several threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def bench(*arguments: object) -> Result:
@@ -81,13 +67,6 @@ def both(pictures: Path) -> Result:
     result = bench("--images", pictures, "--format", "json", *methods)
     assert result.exit_code == 0, result.output
     return result
-
-
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a small model, known to open_clip for one test."""
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny-test", TINY)
-    return "ViT-tiny-test"
 
 
 def embeddings(folder: Path, method: ck.Method | None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -440,10 +419,8 @@ def test_weights_that_a_transformers_folder_lacks_are_named(tmp_path: Path) -> N
     assert "has random weights in 2 places" in result.stderr
 
 
-def test_a_tower_that_cannot_be_served_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "RN-test", {**TINY, "embed_dim": 32, "vision_cfg": vision})
-    assert "got ModifiedResNet" in error(bench("--model", "RN-test"))
+def test_a_tower_that_cannot_be_served_is_one_line(resnet: str) -> None:
+    assert "got ModifiedResNet" in error(bench("--model", resnet))
 
 
 @pytest.mark.parametrize(

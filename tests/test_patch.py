@@ -435,7 +435,7 @@ def test_what_is_no_clip_is_refused(model, error):
 @torch.no_grad()
 def test_a_mask_is_refused_rather_than_ignored(tiny):
     ck.patch(tiny, ck.Dense())
-    with pytest.raises(ValueError, match=r"a patched tower takes no attn_mask, got one of shape \(65, 65\)"):
+    with pytest.raises(ValueError, match=r"a patched tower takes no mask, got an attn_mask of shape \(65, 65\)"):
         tiny.visual.transformer(torch.zeros(1, 65, 128), attn_mask=torch.zeros(65, 65))
 
 

@@ -1,6 +1,7 @@
 """Hugging Face's image towers: every family, what their own forwards return, padding, packed projections."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -278,6 +279,22 @@ def test_a_layer_that_does_more_is_refused_and_a_new_mlp_is_called(change, messa
 
 def encoder_of(model):
     return "encoder" if hasattr(model, "encoder") else "vision_model.encoder"
+
+
+@pytest.mark.parametrize("family", ["Idefics3VisionTransformer", "Idefics2VisionTransformer"])
+@torch.no_grad()
+def test_a_tower_that_needs_more_than_images_is_patched_but_not_encoded(family):
+    module = importlib.import_module(f"transformers.models.{family[:8].lower()}.modeling_{family[:8].lower()}")
+    config = getattr(transformers, f"{family[:8]}VisionConfig")(**SIZES, image_size=64, num_hidden_layers=2)
+    tower = randomized(getattr(module, family)._from_config(config).eval())
+    images = torch.randn(2, 3, 64, 64)
+    before = tower(images).last_hidden_state
+    ck.patch(tower, ck.ToMe(2))
+    assert tower(images).last_hidden_state.shape == before.shape
+    ck.patch(tower, ck.Dense())
+    torch.testing.assert_close(tower(images).last_hidden_state, before, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ck.UnsupportedTower, match=f"take images alone, got {family[:8]}VisionEmbeddings"):
+        ck.encode_image(tower, images)
 
 
 def test_other_models_of_transformers_are_refused_by_name():

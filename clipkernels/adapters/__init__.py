@@ -112,6 +112,11 @@ class Tower(Protocol):
         """The owner's methods while patched; `run` is `patch._run_patched`."""
 
 
+def reads_cls_alone(tower: Tower) -> bool:
+    """Whether whoever calls a tower's own forward sees nothing of its last tokens but CLS."""
+    return tower.pools_cls and not tower.hands_out
+
+
 def find(model: nn.Module) -> Tower:
     """The image tower of a model: the model itself, its image half, or the one tower somewhere inside it.
 

@@ -21,6 +21,7 @@ from clipkernels.adapters.parts import (
     passed_by,
     qkv_of,
     ratio_of,
+    refuse_mask,
     scale_of,
     split_heads,
     watched,
@@ -150,7 +151,7 @@ class OpenCLIPTower:
     @staticmethod
     def overrides(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-            _no_mask(attn_mask)
+            refuse_mask(attn_mask)
             return run(self, x)[0]
 
         def forward_intermediates(
@@ -160,16 +161,11 @@ class OpenCLIPTower:
             indices: int | list[int] | None = None,
             stop_early: bool = False,
         ) -> tuple[Tensor, list[Tensor]]:
-            _no_mask(attn_mask)
+            refuse_mask(attn_mask)
             take, last = feature_take_indices(len(self.resblocks), indices)
             return run(self, x, take=take, blocks=last + 1 if stop_early else None)
 
         return {"forward": forward, "forward_intermediates": forward_intermediates}
-
-
-def _no_mask(attn_mask: Tensor | None) -> None:
-    if attn_mask is not None:
-        raise ValueError(f"a patched tower takes no attn_mask, got one of shape {tuple(attn_mask.shape)}")
 
 
 def refusal(host: Any) -> str | None:

@@ -1,18 +1,18 @@
-"""OpenAI's own clip package, and clip-anytorch: its VisionTransformer runs sequence-first and pools CLS.
+"""OpenAI's own clip package, and clip-anytorch: open_clip's tower as it began.
 
-Its blocks are those of open_clip without layer scale.
+It runs sequence-first, pools CLS and has no layer scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipkernels.adapters.open_clip import OpenCLIPBlock, refusal
-from clipkernels.adapters.parts import hooked, ratio_of, replaced
+from clipkernels.adapters.open_clip import OpenCLIPTower, refusal
+from clipkernels.adapters.parts import hooked, replaced
 
 
 def find(visual: Any) -> OpenAITower | None:
@@ -23,38 +23,15 @@ def find(visual: Any) -> OpenAITower | None:
     return OpenAITower(visual)
 
 
-class OpenAITower:
-    """The parts of a clip VisionTransformer.
+class OpenAITower(OpenCLIPTower):
+    """The parts of a clip VisionTransformer; arguments as there."""
 
-    Args:
-        visual: the VisionTransformer.
-        owner: the instance of its transformer that runs, if not its own: DataParallel runs replicas.
-    """
-
-    prefix = 1
-    has_cls = True
     hands_out = pools_by_query = checkpointing = False
-
-    def __init__(self, visual: Any, owner: Any = None) -> None:
-        self.root = self.visual = visual
-        self.owner = visual.transformer if owner is None else owner
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.owner.resblocks
-
-    @property
-    def tokens(self) -> int:
-        return self.visual.positional_embedding.shape[0]
 
     @property
     def image_size(self) -> tuple[int, int]:
         size: int = self.visual.input_resolution
         return size, size
-
-    @property
-    def width(self) -> int:
-        return self.visual.positional_embedding.shape[1]
 
     @property
     def patch(self) -> int:
@@ -65,29 +42,11 @@ class OpenAITower:
         return self.width if self.visual.proj is None else self.visual.proj.shape[1]
 
     @property
-    def mlp_ratio(self) -> float:
-        block: Any = self.blocks[0]
-        return ratio_of(block.mlp, self.width)
-
-    @property
-    def like(self) -> Tensor:
-        return self.visual.conv1.weight
-
-    @property
     def pools_cls(self) -> bool:
         return self.visual is not None  # a transformer unpickled without its tower: who knows what will read it
 
-    def parts(self, host: nn.Module) -> OpenCLIPBlock:
-        return OpenCLIPBlock(host)
-
-    def projections(self, host: nn.Module) -> Sequence[nn.Module]:
-        return ()
-
     def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
         return host(x.transpose(0, 1)).transpose(0, 1)
-
-    def rope_like(self, host: nn.Module, patches: int) -> Tensor | None:
-        return None
 
     def refusal(self, host: Any) -> str | None:
         if replaced(self.owner.resblocks) or hooked(self.owner.resblocks):

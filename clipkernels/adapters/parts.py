@@ -96,6 +96,13 @@ def passed_by(*modules: nn.Module, harmless: Callable[[nn.Module], bool] | None 
     return None
 
 
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool = False) -> None:
+    """Raises ValueError where a host's loop is called with a mask, which no tower of images needs."""
+    if attn_mask is not None or is_causal:
+        came = "is_causal=True" if attn_mask is None else f"an attn_mask of shape {tuple(attn_mask.shape)}"
+        raise ValueError(f"a patched tower takes no mask, got {came}")
+
+
 def split_heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
     """`parts` views (B,H,N,D) of a packed projection (B,N,parts·C)."""
     return packed.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -12,33 +12,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import AttentionPoolLatent, Mlp
+from timm.layers import AttentionPoolLatent
 from timm.layers.attention import Attention, AttentionRope
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models._features import feature_take_indices
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from clipkernels.adapters import UnsupportedTower
-from clipkernels.adapters.packing import separate_qkv
 from clipkernels.adapters.parts import (
-    does_nothing,
     hooked,
-    is_linear,
-    mlp_of,
-    norm_of,
     passed_by,
-    projected,
-    qkv_of,
     ratio_of,
+    refuse_mask,
     replaced,
-    scale_of,
-    split_heads,
-    watched,
 )
-from clipkernels.block import Branch
-from clipkernels.reference import Norm
+from clipkernels.adapters.timm_block import TimmBlock, separate
 
 FORWARDS = (Block.forward, EvaBlock.forward, ResPostBlock.forward, EvaBlockPostNorm.forward)
 
@@ -139,7 +128,7 @@ class TimmTower:
         return TimmBlock(host)
 
     def projections(self, host: Any) -> Sequence[nn.Module]:
-        return _separate(host.attn)
+        return separate(host.attn)
 
     def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
         return host(x) if rope is None else host(x, rope=rope)
@@ -191,12 +180,12 @@ class TimmTower:
     @staticmethod
     def overrides(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-            _no_mask(attn_mask, is_causal)
+            refuse_mask(attn_mask, is_causal)
             x, rope = _embed(self, x)
             return self.forward_head(self.norm(run(self, x, rope)[0]))
 
         def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-            _no_mask(attn_mask, is_causal)
+            refuse_mask(attn_mask, is_causal)
             x, rope = _embed(self, x)
             return self.norm(run(self, x, rope, whole=True)[0])
 
@@ -213,7 +202,7 @@ class TimmTower:
             attn_mask: Tensor | None = None,
             is_causal: bool = False,
         ) -> Any:
-            _no_mask(attn_mask, is_causal)
+            refuse_mask(attn_mask, is_causal)
             if output_fmt not in ("NCHW", "NLC"):
                 raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
             take, last = feature_take_indices(len(self.blocks), indices)
@@ -245,106 +234,3 @@ def _embed(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     # Eva drops patches, while training, with their rotary embeddings; VisionTransformer has none.
     x, rope = made if isinstance(made, tuple) else (trunk.patch_drop(made), None)
     return trunk.norm_pre(x), rope
-
-
-def _no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        came = "is_causal=True" if attn_mask is None else f"an attn_mask of shape {tuple(attn_mask.shape)}"
-        raise ValueError(f"a patched tower takes no mask, got {came}")
-
-
-def _separate(attn: Any) -> Sequence[nn.Module]:
-    """The separate query, key and value projections of an attention, or none."""
-    return (attn.q_proj, attn.k_proj, attn.v_proj) if getattr(attn, "qkv", None) is None else ()
-
-
-class TimmBlock:
-    """The parts of one block; a post-norm block norms what its attention and its MLP give instead of what they take."""
-
-    def __init__(self, host: Any) -> None:
-        self.host = host
-        self.post = isinstance(host, (ResPostBlock, EvaBlockPostNorm))
-
-    @property
-    def norm1(self) -> Norm | None:
-        return None if self.post else norm_of(self.host.norm1)
-
-    @property
-    def norm2(self) -> Norm | None:
-        return None if self.post else norm_of(self.host.norm2)
-
-    def qkv(
-        self, x: Tensor, normed: Tensor | None, rows: int | None, rope: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        attn = self.host.attn
-        if not self.post:
-            x = self.host.norm1(x) if normed is None else normed
-        q, k, v = _project_qkv(attn, x, rows)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        if rope is not None:
-            q, k = (_turn(part, rope, attn).type_as(v) for part in (q, k))
-        return q, k, v
-
-    def project(self, out: Tensor, fused: bool) -> Branch:
-        attn = self.host.attn
-        return self._branch(1, attn.norm(out.transpose(1, 2).flatten(2)), attn.proj, attn.proj_drop, fused)
-
-    def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
-        host, mlp = self.host, self.host.mlp
-        if not self.post:
-            x = host.norm2(x) if normed is None else normed
-        readable, scale = self._scale(2)
-        at_rest = type(mlp) is Mlp and all(does_nothing(module) for module in (mlp.drop1, mlp.norm, mlp.drop2))
-        if fused and readable and at_rest and not watched(mlp):
-            branch = mlp_of(x, mlp.fc1, mlp.act, mlp.fc2, scale)
-            if branch is not None:
-                return branch
-        return self._branch(2, x, mlp, None, fused=False)
-
-    def _branch(self, half: int, x: Tensor, module: Any, drop: nn.Module | None, fused: bool) -> Branch:
-        """Branch 1 or 2: a module, a dropout, then layer scale or post-norm, then stochastic depth."""
-        host = self.host
-        readable, scale = self._scale(half)
-        if readable and (drop is None or does_nothing(drop)):
-            return projected(x, module, scale, fused)
-        x = module(x)
-        x = x if drop is None else drop(x)
-        if self.post:
-            x = (host.norm1 if half == 1 else host.norm2)(x)
-        elif hasattr(host, f"ls{half}"):
-            x = getattr(host, f"ls{half}")(x)
-        elif getattr(host, f"gamma_{half}") is not None:
-            x = x * getattr(host, f"gamma_{half}")
-        return Branch(getattr(host, f"drop_path{half}")(x))
-
-    def _scale(self, half: int) -> tuple[bool, Tensor | None]:
-        """Whether nothing but a layer scale follows branch 1 or 2, and its gamma or None."""
-        host = self.host
-        if self.post or not does_nothing(getattr(host, f"drop_path{half}")):
-            return False, None
-        scale = getattr(host, f"ls{half}", None)
-        return (True, getattr(host, f"gamma_{half}", None)) if scale is None else scale_of(scale)
-
-
-def _project_qkv(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B,H,rows or N,D), k and v (B,H,N,D), from one projection or three."""
-    if attn.qkv is not None:
-        bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        if is_linear(attn.qkv):
-            return qkv_of(x, attn.qkv.weight, bias, attn.num_heads, rows)
-        packed_qkv = attn.qkv(x) if bias is attn.qkv.bias else attn.qkv(x) + bias
-        q, k, v = split_heads(packed_qkv, 3, attn.num_heads)
-        return q if rows is None else q[:, :, :rows], k, v
-    return separate_qkv(_separate(attn), x, attn.num_heads, rows)
-
-
-def _turn(x: Tensor, rope: Tensor, attn: Any) -> Tensor:
-    """x (B,H,M,D) with its patches turned by their table (…,P,2·D); rows that are all prefix are left alone."""
-    prefix = attn.num_prefix_tokens
-    if x.shape[2] <= prefix:
-        return x
-    half = {"half": True} if getattr(attn, "rotate_half", False) else {}  # old timm knows no such layout
-    turned = apply_rot_embed_cat(x[:, :, prefix:], rope, **half)
-    return torch.cat([x[:, :, :prefix], turned], 2)

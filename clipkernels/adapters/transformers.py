@@ -158,7 +158,10 @@ class TransformersTower:
 
     def _inputs(self, images: Tensor) -> dict[str, Tensor]:
         """What the embeddings take: images, or, for SigLIP2, their patches row by row and the grid they came from."""
-        if not isinstance(self.vision.embeddings.patch_embedding, nn.Linear):
+        embeddings = self.vision.embeddings
+        if hasattr(embeddings, "num_patches_per_side"):  # Idefics' and SmolVLM's place patches by a mask
+            raise UnsupportedTower(f"expected embeddings that take images alone, got {type(embeddings).__name__}")
+        if not isinstance(embeddings.patch_embedding, nn.Linear):
             return {"pixel_values": images}
         side = self.patch
         patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
