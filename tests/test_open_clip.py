@@ -113,10 +113,32 @@ def test_a_tower_is_served_and_given_back(name):
                 assert_within_budget(came, true, host)
         torch.testing.assert_close(encoded.embedding, pooled, atol=1e-4, rtol=1e-4)
         _check_tokens(model, method, encoded, rest, tower)
+    _check_gradients(model, images)
     ck.unpatch(model)
     assert list(model.state_dict()) == keys
     for came, host in zip(_outputs(model, images), before, strict=True):
         assert torch.equal(came, host)
+
+
+def _check_gradients(model, images):
+    """Recomputing activations changes no gradient, and `Dense()` has the host's."""
+    model.visual.set_grad_checkpointing(False)
+    ck.patch(model, ck.EViT(0.5))
+    kept = _first_gradient(model, images)
+    host = _first_gradient(ck.unpatch(model), images)
+    model.visual.set_grad_checkpointing(True)
+    for method, expected in ((ck.EViT(0.5), kept), (ck.Dense(), host)):
+        came = _first_gradient(ck.patch(model, method), images)
+        assert (came - expected).norm() <= 1e-3 * expected.norm()
+    model.visual.set_grad_checkpointing(False)
+
+
+@torch.enable_grad()
+def _first_gradient(model, images):
+    (parameter, *_) = model.visual.parameters()
+    (grad,) = torch.autograd.grad(_outputs(model, images)[0].pow(2).sum(), [parameter])
+    assert grad.norm() > 0
+    return grad
 
 
 def _check_tokens(model, method, encoded, rest, tower):

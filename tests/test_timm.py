@@ -1,5 +1,7 @@
 """timm's VisionTransformer and Eva on their own: registers, rotary embeddings, every pool, every block they have."""
 
+import re
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map
@@ -66,6 +68,54 @@ def test_a_tower_is_served_and_given_back(name):
     ck.unpatch(model)
     assert torch.equal(model(images), before)
     assert list(model.state_dict()) == list(state)
+
+
+def _names():
+    for module in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva"):
+        yield from timm.list_models(module=module)
+
+
+# By name: what is refused, and what its message says.
+REFUSED = {
+    r"rope_mixed": "rotary embeddings that all blocks share",
+    r"(large|huge|giant|5b)_patch16_sapiens2": "as many key as query heads",
+    r"18x2|_xp_|_d?pwee_": "the forward of a Block or an EvaBlock, got that of (Parallel|DiffParallel)",
+    r"_dwee_|_dlittle_": "expected Attention, AttentionRope or EvaAttention, got DiffAttention",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(_names()))
+@torch.no_grad()
+def test_every_name_is_served_or_refused_for_a_reason(name):
+    """At real width, with two blocks and few patches."""
+    message = next((why for part, why in REFUSED.items() if re.search(part, name)), None)
+    if message is not None:
+        with torch.device("meta"):
+            model = timm_tower(name, None)
+        with pytest.raises(ck.UnsupportedTower, match=message):
+            ck.patch(model, ck.Dense())
+        return
+    patch = re.search(r"patch(\d+)", name)
+    size = {"img_size": 4 * int(patch[1])} if patch else {}  # others have a size that convolutions led to
+    model = randomized(timm_tower(name, 2, **size))
+    tower = ck.tower_of(model)
+    images, state = torch.randn(1, 3, *tower.image_size), list(model.state_dict())
+    before = model(images)
+    exact = model.double()(images.double())
+    model.float()
+    for method in METHODS:
+        ck.patch(model, method)
+        came, encoded = model(images), ck.encode_image(model, images, tokens=True, source=True)
+        plan = method.plan(tower.tokens, len(tower.blocks), tower.prefix)
+        if method == ck.Dense():
+            assert_within_budget(came, exact, before)
+        torch.testing.assert_close(encoded.embedding, came, atol=1e-4, rtol=1e-4)
+        assert encoded.tokens.shape == (1, plan.tokens[-1], tower.out)
+        assert encoded.source.shape == (1, sum(step is not None for step in plan.steps), tower.tokens - tower.prefix)
+        assert list(model.state_dict()) == state
+    ck.unpatch(model)
+    assert torch.equal(model(images), before)
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch14_reg4_dinov2", "vit_base_patch16_reg4_gap_256"])
