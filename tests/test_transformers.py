@@ -284,9 +284,9 @@ def encoder_of(model):
 @pytest.mark.parametrize("family", ["Idefics3VisionTransformer", "Idefics2VisionTransformer"])
 @torch.no_grad()
 def test_a_tower_that_needs_more_than_images_is_patched_but_not_encoded(family):
-    module = importlib.import_module(f"transformers.models.{family[:8].lower()}.modeling_{family[:8].lower()}")
-    config = getattr(transformers, f"{family[:8]}VisionConfig")(**SIZES, image_size=64, num_hidden_layers=2)
-    tower = randomized(getattr(module, family)._from_config(config).eval())
+    library = family[:8].lower()
+    maker = getattr(importlib.import_module(f"transformers.models.{library}.modeling_{library}"), family)
+    tower = randomized(maker._from_config(maker.config_class(**SIZES, image_size=64, num_hidden_layers=2)).eval())
     images = torch.randn(2, 3, 64, 64)
     before = tower(images).last_hidden_state
     ck.patch(tower, ck.ToMe(2))
