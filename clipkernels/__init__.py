@@ -7,13 +7,14 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
 from clipkernels.data import bundled
 from clipkernels.heads import ZeroShot
-from clipkernels.methods import Dense, EViT, Method, ToMe
+from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
 from clipkernels.patch import Encoded, encode_image, method_of, patch, patched, tower_of, unpatch
-from clipkernels.plan import Merge, Plan, Prune
+from clipkernels.plan import Condense, Merge, Plan, Prune
 
 __version__ = "0.1.0"
 __all__ = [
     "Classifier",
+    "Condense",
     "Dense",
     "EViT",
     "Encoded",
@@ -21,6 +22,7 @@ __all__ = [
     "Method",
     "Plan",
     "Prune",
+    "TCA",
     "ToMe",
     "UnsupportedTower",
     "ZeroShot",

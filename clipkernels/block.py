@@ -9,10 +9,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from clipkernels import ops
 from clipkernels.backend import Backend
-from clipkernels.plan import Merge, Prune, Step
+from clipkernels.plan import Condense, Merge, Prune, Step
 from clipkernels.reference import Norm
 
 
@@ -75,6 +76,7 @@ def forward(
     rope: Tensor | None = None,
     after: Norm | None = None,
     fused: bool = False,
+    anchors: Tensor | None = None,
 ) -> Moved:
     """One block.
 
@@ -91,12 +93,22 @@ def forward(
         rope: the host's rotary table (…,P,2·D) of the patches, sines then cosines, or None; it goes where they go.
         after: norm1 of the block that follows, to be computed with the last sum.
         fused: sums, norms and activations run as kernels.
+        anchors: (A,C) CLS tokens, rows of zeros being none: attention sees the one most like an image's own as one
+            more token, which then goes. None for no such token.
     """
-    q, k, v = parts.qkv(x, normed, rows, rope)
     step = step if rows is None else None
     # Merging compares the keys themselves: their mean over heads is part of matching.
-    signal = step.signal if isinstance(step, Prune) else None
-    out, scores = ops.attention(q, k, v, size if proportional else None, signal, prefix)
+    signal = step.signal if isinstance(step, Prune | Condense) else None
+    weights = size if proportional else None
+    if anchors is None:
+        q, k, v = parts.qkv(x, normed, rows, rope)
+        out, scores = ops.attention(q, k, v, weights, signal, prefix)
+    else:
+        led = torch.cat([x, _nearest(anchors, x[:, 0])[:, None].to(x.dtype)], 1)
+        q, k, v = parts.qkv(led, None, rows, None if rope is None else _unplaced(rope))
+        weights = None if weights is None else torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
+        out, scores = ops.attention(q, k, v, weights, signal, prefix)
+        out, scores = out[:, :, : x.shape[1]], None if scores is None else scores[..., :-1]
     norm2 = parts.norm2 if fused else None
     backend: Backend = "auto" if fused else "reference"
     branch = parts.project(out, fused)
@@ -113,6 +125,16 @@ def forward(
             # A fused token is an ordinary patch from here on.
             rows_left = (size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(x.shape[0], step.fuse))
             size = torch.cat(rows_left, 1)
+    elif isinstance(step, Condense):
+        assert scores is not None
+        condensed = ops.condense_tokens(
+            x, scores, step.keep, step.merge, step.centers, scores, step.heads, prefix, step.first, norm2
+        )
+        leading = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
+        to = torch.cat([leading, condensed.source], 1) if track else None
+        rope = None if rope is None else _gathered(rope, condensed.index, unplaced=True)
+        size = None if size is None else _condensed_sizes(size, condensed, prefix)
+        x, normed = condensed.tokens, condensed.normed
     elif isinstance(step, Merge):
         # Only CLS may stand among the tokens that alternate: registers would end up between patches.
         lead = max(prefix - 1, 0)
@@ -132,16 +154,34 @@ def _led_by(leading: Tensor, merged: ops.Merged) -> tuple[Tensor, Tensor, None]:
     return torch.cat([leading, merged.tokens], 1), torch.cat([ones, merged.size], 1), None
 
 
-def _gathered(rope: Tensor, index: Tensor, unplaced: int = 0) -> Tensor:
-    """The rows (B,·,P',2·D) of a rotary table (…,P,2·D) for the patches at index (B,P'), and for `unplaced` more
-    tokens that stand for no place and so are not turned."""
+def _nearest(anchors: Tensor, cls: Tensor) -> Tensor:
+    """The anchor (B,C) of the largest cosine with each CLS token (B,C)."""
+    with torch.autocast(cls.device.type, enabled=False):
+        table = anchors.to(torch.promote_types(cls.dtype, torch.float32))
+        near = normalize(cls.to(table.dtype), dim=-1) @ normalize(table, dim=-1).T
+    return table[near.masked_fill((table == 0).all(-1), float("-inf")).argmax(1)]
+
+
+def _condensed_sizes(size: Tensor, condensed: ops.Condensed, prefix: int) -> Tensor:
+    """Sizes (B,M) after condensing: a centre stands for all that joined it, the fused token for one."""
+    merged = torch.arange(condensed.tokens.shape[1] - 1, device=size.device)[:, None] == condensed.source[:, None]
+    patches = (merged * size[:, None, prefix:]).sum(2)[:, prefix:]
+    return torch.cat([size[:, :prefix], patches, torch.ones_like(size[:, :1])], 1)
+
+
+def _unplaced(rope: Tensor) -> Tensor:
+    """A rotary table (…,P,2·D) with one more row, of a token that stands for no place and so is not turned."""
+    sines, cosines = rope[..., :1, :].chunk(2, -1)
+    return torch.cat([rope, torch.cat([torch.zeros_like(sines), torch.ones_like(cosines)], -1)], -2)
+
+
+def _gathered(rope: Tensor, index: Tensor, unplaced: bool = False) -> Tensor:
+    """The rows (B,·,P',2·D) of a rotary table (…,P,2·D) for the patches at index (B,P'), and with `unplaced` for a
+    fused token."""
     batch = index.shape[0]  # len() would fix it in a graph that is exported
     rope = rope.expand(batch, *rope.shape[-3:]) if rope.ndim > 2 else rope.expand(batch, 1, *rope.shape)
     moved = rope.gather(2, index[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
-    if not unplaced:
-        return moved
-    sines, cosines = moved[:, :, :1].chunk(2, -1)
-    return torch.cat([moved, torch.cat([torch.zeros_like(sines), torch.ones_like(cosines)], -1)], 2)
+    return _unplaced(moved) if unplaced else moved
 
 
 def _pruned_to(index: Tensor, step: Prune, tokens: int, prefix: int) -> Tensor:

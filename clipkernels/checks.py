@@ -52,17 +52,37 @@ def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
 def check_prune(x: Tensor, scores: Tensor, keep: int, heads: str, prefix: int, norm: Norm | None) -> None:
     _check_tokens(x)
     _check_prefix(prefix, x.shape[1])
-    batch, patches = x.shape[0], x.shape[1] - prefix
-    if scores.ndim not in (2, 3) or (scores.shape[0], scores.shape[-1]) != (batch, patches) or 0 in scores.shape[1:-1]:
-        raise ValueError(f"scores must be (B,P) = ({batch},{patches}) or (B,H,P), got {_shape(scores)}")
-    _floating(scores=scores)
-    if scores.device != x.device:
-        raise ValueError(f"scores must be on {x.device} like x, got {scores.device}")
+    patches = x.shape[1] - prefix
+    _check_scores(scores, x, patches, "scores")
     if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= patches:
         raise ValueError(f"keep must be an int from 0 to P = {patches}, got {keep!r}")
     if heads not in ("mean", "rank"):
         raise ValueError(f'heads must be "mean" or "rank", got {heads!r}')
     _check_norm(norm, x)
+
+
+def check_condense(
+    x: Tensor,
+    scores: Tensor,
+    keep: int,
+    merge: int,
+    centers: int,
+    weights: Tensor | None,
+    heads: str,
+    prefix: int,
+    first: int,
+    norm: Norm | None,
+) -> None:
+    check_prune(x, scores, keep, heads, prefix, norm)
+    patches = x.shape[1] - prefix
+    if isinstance(merge, bool) or not isinstance(merge, int) or not 1 <= merge <= patches - keep:
+        raise ValueError(f"merge must be an int from 1 to P - keep = {patches - keep}, got {merge!r}")
+    if isinstance(centers, bool) or not isinstance(centers, int) or not 1 <= centers <= merge:
+        raise ValueError(f"centers must be an int from 1 to merge = {merge}, got {centers!r}")
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < merge:
+        raise ValueError(f"first must be an int from 0 to merge - 1 = {merge - 1}, got {first!r}")
+    if weights is not None:
+        _check_scores(weights, x, patches, "weights")
 
 
 def check_match(metric: Tensor, r: int, prefix: int) -> None:
@@ -115,6 +135,15 @@ def _check_tokens(x: Tensor) -> None:
     if x.ndim != 3:
         raise ValueError(f"x must be (B,N,C), got {_shape(x)}")
     _floating(x=x)
+
+
+def _check_scores(scores: Tensor, x: Tensor, patches: int, name: str) -> None:
+    batch = x.shape[0]
+    if scores.ndim not in (2, 3) or (scores.shape[0], scores.shape[-1]) != (batch, patches) or 0 in scores.shape[1:-1]:
+        raise ValueError(f"{name} must be (B,P) = ({batch},{patches}) or (B,H,P), got {_shape(scores)}")
+    _floating(**{name: scores})
+    if scores.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like x, got {scores.device}")
 
 
 def _check_prefix(prefix: int, tokens: int) -> None:

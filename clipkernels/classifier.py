@@ -67,7 +67,8 @@ class Classifier:
             ValueError: images of another size than the tower takes.
         """
         if self.head.needs:
-            return self.head(encode_image(self.model, images, **dict.fromkeys(self.head.needs, True)))
+            extras: dict[str, Any] = dict.fromkeys(self.head.needs, True)
+            return self.head(encode_image(self.model, images, anchors=getattr(self.head, "anchors", None), **extras))
         size = getattr(self.model.visual, "image_size", None)
         if size is not None and not hasattr(self.model.visual, "trunk"):  # timm's towers say themselves what they take
             check_images(images, (size, size) if isinstance(size, int) else size)

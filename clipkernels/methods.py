@@ -6,11 +6,12 @@ Ratios become counts here, with the expressions of the published code; the ops t
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from clipkernels.plan import Merge, Plan, Prune, Step
+from clipkernels.plan import Condense, Merge, Plan, Prune, Step
 
 
 class Method(Protocol):
@@ -62,10 +63,7 @@ class EViT:
             raise ValueError(f'score must be "cls" or "random", got {self.score!r}')
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a non-negative int, got {self.seed!r}")
-        if isinstance(self.blocks, int):
-            raise ValueError(f"blocks must be a tuple of ints such as (3, 6, 9), got {self.blocks!r}")
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "blocks", _checked_blocks(self.blocks))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         entry = tokens
@@ -75,10 +73,85 @@ class EViT:
             keep = math.ceil(self.keep * patches)
             if keep == patches:
                 continue
-            random = self.score == "random"
-            step = Prune(keep, self.fuse, None, self.seed * blocks + block) if random else Prune(keep, self.fuse)
+            ranked = self.score == "cls"
+            step = Prune(keep, self.fuse) if ranked else Prune(keep, self.fuse, None, self.seed * blocks + block)
             steps[block], tokens = step, step.leaves(tokens, prefix)
         return Plan(tuple(steps), entry, prefix)
+
+
+@dataclass(frozen=True)
+class TCA:
+    """Keep the patches CLS attends to most, merge the next ones around a few centres, fuse the others into one token.
+
+    Of P patches a block drops m = P + 1 - ⌈(1-rate)·P⌉ twice: P + 1 - 3m are kept, 2m merge into `centers` tokens,
+    m - 1 become the token Σ aᵢxᵢ, a the head-mean CLS attention. `ck.Reservoir` is the method's other half.
+
+    Args:
+        rate: r in [0, 1). The paper's "R=0.9" is 0.035, its "R=0.7" is 0.1; 0 keeps everything.
+        blocks: zero-based blocks that condense; None as in `EViT`.
+        centers: tokens that the merging patches become; the paper has 2, its released code 4.
+        score: "rank", the mean over heads of the place a patch has in each, as the paper describes, or "attention",
+            the mean of the heads' CLS attention, as its released code computes.
+        seed: of the first centre, another place among the merging patches for each block but the same for all images;
+            None is the highest score.
+    Raises:
+        ValueError: arguments out of range, or, from `plan`, a block the tower does not have, or a rate that leaves a
+            block nothing to keep, merge or fuse, naming the block and the rates that would do.
+    Source: TCA, arXiv 2410.14729, section 3; how the patches are divided is that of its released code.
+    """
+
+    rate: float
+    blocks: tuple[int, ...] | None = None
+    centers: int = 2
+    score: Literal["rank", "attention"] = "rank"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
+            raise ValueError(f"rate must be a number in [0, 1), got {self.rate!r}")
+        if isinstance(self.centers, bool) or not isinstance(self.centers, int) or self.centers < 1:
+            raise ValueError(f"centers must be a positive int, got {self.centers!r}")
+        if self.score not in ("rank", "attention"):
+            raise ValueError(f'score must be "rank" or "attention", got {self.score!r}')
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+            raise ValueError(f"seed must be a non-negative int or None, got {self.seed!r}")
+        object.__setattr__(self, "blocks", _checked_blocks(self.blocks))
+
+    def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        entry = tokens
+        steps: list[Step | None] = [None] * blocks
+        for block in named_blocks(self.blocks, blocks) if self.rate else ():
+            patches = tokens - prefix
+            split = self._split(patches, self.rate)
+            if split is None:
+                wrong = (
+                    f"block {block} cannot condense {patches} patches at rate {self.rate} into {self.centers} centers"
+                )
+                raise ValueError(f"{wrong}: {self._valid(entry, blocks, prefix)}")
+            keep, merge = split
+            first = 0 if self.seed is None else random.Random(self.seed * blocks + block).randrange(merge)
+            step = Condense(keep, merge, self.centers, "rank" if self.score == "rank" else "mean", first)
+            steps[block], tokens = step, step.leaves(tokens, prefix)
+        return Plan(tuple(steps), entry, prefix)
+
+    def _split(self, patches: int, rate: float) -> tuple[int, int] | None:
+        """How many patches are kept and merged, None where too few would be left of either or none would go."""
+        n = math.ceil((1 - rate) * patches)
+        m = patches + 1 - n
+        fits = n - 2 * m >= 1 and 2 * m >= self.centers and m >= 2 and 3 * m > self.centers + 2
+        return (n - 2 * m, 2 * m) if fits else None
+
+    def _valid(self, tokens: int, blocks: int, prefix: int) -> str:
+        """The rates, in thousandths, that every named block can take."""
+        valid = []
+        for rate in (thousandth / 1000 for thousandth in range(1, 1000)):
+            patches: int | None = tokens - prefix
+            for _ in named_blocks(self.blocks, blocks):
+                split = patches and self._split(patches, rate)
+                patches = split[0] + self.centers + 1 if split else None
+            if patches:
+                valid.append(rate)
+        return f"valid rates are {valid[0]:g} to {valid[-1]:g}" if valid else "no rate is valid"
 
 
 @dataclass(frozen=True)
@@ -162,3 +235,9 @@ def named_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < depth:
             raise ValueError(f"blocks must be ints in [0, {depth - 1}] on a tower of {depth} blocks, got {block!r}")
     return tuple(sorted(set(blocks)))
+
+
+def _checked_blocks(blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if isinstance(blocks, int):
+        raise ValueError(f"blocks must be a tuple of ints such as (3, 6, 9), got {blocks!r}")
+    return None if blocks is None else tuple(blocks)

@@ -20,16 +20,18 @@ from clipkernels.custom_ops import epilogue as _epilogue
 from clipkernels.custom_ops import merge as _merge
 from clipkernels.custom_ops import prune as _prune
 from clipkernels.plan import Signal
-from clipkernels.reference import Act, Added, Heads, Match, Merged, Norm, Pruned
+from clipkernels.reference import Act, Added, Condensed, Heads, Match, Merged, Norm, Pruned
 
 __all__ = [
     "Added",
+    "Condensed",
     "Match",
     "Merged",
     "Pruned",
     "add_norm",
     "attention",
     "bias_act",
+    "condense_tokens",
     "match_tokens",
     "merge_tokens",
     "prune_tokens",
@@ -152,6 +154,53 @@ def prune_tokens(
     chosen = _backend.choose(backend, x.device, dtype, "prune_tokens")
     run = reference.prune_tokens if chosen == "reference" else _prune.prune_tokens
     return run(x, scores, keep, fuse, heads, prefix, norm)
+
+
+def condense_tokens(
+    x: Tensor,
+    scores: Tensor,
+    keep: int,
+    merge: int,
+    centers: int,
+    weights: Tensor | None = None,
+    heads: Heads = "mean",
+    prefix: int = 1,
+    first: int = 0,
+    norm: Norm | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Condensed:
+    """The prefix, the `keep` best patches by descending score, the next `merge` as `centers` tokens, the rest fused.
+
+    Centres are chosen by K-centre greedy: each next one is the patch farthest (Euclidean) from its nearest centre;
+    every patch joins the nearest. A centre's token is Σ wᵢxᵢ / Σ wᵢ, wᵢ = 1/‖xᵢ-c‖, or 1 at distance 0. Equal
+    distances go to the higher score, or the earlier centre; a centre that no patch joins yields its own token.
+
+    Args:
+        x: (B,N,C) tokens.
+        scores: (B,P), or per head (B,H,P), then reduced by `heads`; any float dtype.
+        keep: patches kept.
+        merge: patches that merge, 1 to P - keep.
+        centers: tokens that they become, 1 to merge.
+        weights: (B,P), or (B,H,P) then averaged, of the patches in the fused token Σ weightᵢ·xᵢ, not renormalised;
+            None is the reduced scores. NaN and -inf weigh nothing.
+        heads: "mean" or "rank", as in `rank_tokens`.
+        prefix: leading tokens always kept.
+        first: the place of the first centre among the merging patches in descending score.
+        norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the result.
+        backend: "auto", "triton" or "reference".
+    Returns:
+        Condensed(tokens (B,prefix+keep+centers+1,C), source (B,P) int64 the row of tokens that holds each patch,
+        index (B,keep+centers) int64 the patch behind each kept row and each centre, normed).
+    Raises:
+        ValueError: shapes, dtypes, devices or counts that do not fit.
+    Guarantees: kept rows are bit-equal copies; distances and sums in fp32, from differences, so that a centre is at
+        distance 0 from itself; deterministic; differentiable in x and in what weighs the fused token, distances
+        being choices.
+    Source: TCA, arXiv 2410.14729, section 3.2.
+    """
+    checks.check_condense(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
+    return reference.condense_tokens(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = "auto") -> Match:

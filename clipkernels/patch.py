@@ -154,7 +154,12 @@ def tower_of(model: nn.Module) -> Tower:
 
 
 def encode_image(
-    model: nn.Module, images: Tensor, tokens: bool = False, cls_path: bool = False, source: bool = False
+    model: nn.Module,
+    images: Tensor,
+    tokens: bool = False,
+    cls_path: bool = False,
+    source: bool = False,
+    anchors: Tensor | None = None,
 ) -> Encoded:
     """The embedding of images and, where asked for, what led to it; on patched and unpatched towers.
 
@@ -169,30 +174,37 @@ def encode_image(
         tokens: also return all tokens after final norm and projection.
         cls_path: also return the CLS token after every block.
         source: also return where each patch went.
+        anchors: (A,L,C) CLS tokens after every block, such as `ck.Reservoir` has: where a method condenses, attention
+            sees, as one more token, the anchor most like the image so far. Rows of zeros are no anchors.
     Returns:
         Encoded.
     Raises:
-        ValueError: images of another size than the tower's.
-        UnsupportedTower: as in `patch`; or a ResNet asked for `cls_path` or `source`.
+        ValueError: images of another size than the tower's, or anchors of another depth or width.
+        UnsupportedTower: as in `patch`; or a ResNet asked for `cls_path` or `source`, or given anchors.
     """
     resnet = adapters.find_resnet(model)
     if resnet is not None:
-        if cls_path or source:
-            raise UnsupportedTower("expected a ViT for cls_path and source, got a ResNet")
+        if cls_path or source or anchors is not None:
+            raise UnsupportedTower("expected a ViT for cls_path, source and anchors, got a ResNet")
         check_images(images, resnet.image_size)
         asked = resnet.tokens(images)
         return Encoded(asked[:, 0], asked if tokens else None)
     tower = adapters.find(model)
     check_images(images, tower.image_size)
-    if cls_path and not tower.has_cls:
-        raise UnsupportedTower(f"expected a tower with a CLS token for cls_path, got {type(tower.root).__name__}")
+    if (cls_path or anchors is not None) and not tower.has_cls:
+        wanted = "expected a tower with a CLS token for cls_path and anchors"
+        raise UnsupportedTower(f"{wanted}, got {type(tower.root).__name__}")
+    depth = len(tower.blocks)
+    if anchors is not None and (anchors.ndim != 3 or anchors.shape[1:] != (depth, tower.width) or not len(anchors)):
+        raise ValueError(f"anchors must be (A,{depth},{tower.width}) with A ≥ 1, got {tuple(anchors.shape)}")
     refuse_replaced(tower)
     x, rope = tower.embed(images)
     slot = tower.owner.__dict__.get(_SLOT)
     plan = _plan(Dense() if slot is None else slot.method, tower, x.shape[1])
     rows = tower.prefix if tower.pools_cls and not (tokens or source) else None
     whole = not tower.pools_cls
-    ran = run(tower, x, plan, rope=rope, rows=rows, track=source or (plan.merges and whole), path=cls_path)
+    track = source or (plan.merges and whole)
+    ran = run(tower, x, plan, rope=rope, rows=rows, track=track, path=cls_path, anchors=anchors)
     pooled = _for_pool(ran, plan, whole)
     return Encoded(
         embedding=tower.pool(pooled),

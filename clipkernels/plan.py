@@ -46,7 +46,31 @@ class Merge:
         return tokens - self.r
 
 
-Step = Prune | Merge
+@dataclass(frozen=True)
+class Condense:
+    """Keep the `keep` best patches, merge the next `merge` into `centers` tokens, fuse the others into one.
+
+    Args:
+        keep: patches kept, by descending score.
+        merge: patches that merge, those that come next.
+        centers: tokens they become: K-centre greedy chooses them, each other one joins the nearest.
+        heads: how scores of several heads become one: their mean, or the mean of each head's ranks.
+        first: the place among the merging patches, in descending score, of the first centre.
+        signal: as in `Prune`.
+    """
+
+    keep: int
+    merge: int
+    centers: int = 2
+    heads: Literal["mean", "rank"] = "rank"
+    first: int = 0
+    signal: Literal["cls", "received"] = "cls"
+
+    def leaves(self, tokens: int, prefix: int) -> int:
+        return prefix + self.keep + self.centers + 1
+
+
+Step = Prune | Merge | Condense
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,13 @@ class Plan:
                 raise ValueError(f"block {block} must keep 0 to {patches} patches, got {step.keep}")
             if isinstance(step, Merge) and not 0 <= step.r <= patches // 2:
                 raise ValueError(f"block {block} must merge 0 to {patches // 2} tokens, got {step.r}")
+            if isinstance(step, Condense) and not (
+                0 <= step.keep <= patches - step.merge and 1 <= step.centers <= step.merge > step.first >= 0
+            ):
+                raise ValueError(
+                    f"block {block} must keep and merge {patches} patches at most, into as many centers or fewer, "
+                    f"got keep={step.keep}, merge={step.merge}, centers={step.centers}, first={step.first}"
+                )
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -84,7 +115,7 @@ class Plan:
     @property
     def merges(self) -> bool:
         """Whether a step merges tokens, so that a row may stand for several places."""
-        return any(isinstance(step, Merge) for step in self.steps)
+        return any(isinstance(step, Merge | Condense) for step in self.steps)
 
     @property
     def proportional(self) -> bool:
@@ -106,7 +137,8 @@ class Plan:
         return replace(
             self,
             steps=tuple(
-                replace(step, signal=signal) if isinstance(step, Prune) and step.signal else step for step in self.steps
+                replace(step, signal=signal) if isinstance(step, Prune | Condense) and step.signal else step
+                for step in self.steps
             ),
         )
 

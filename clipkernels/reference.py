@@ -46,6 +46,16 @@ class Merged(NamedTuple):
     normed: Tensor | None = None
 
 
+class Condensed(NamedTuple):
+    """tokens (B,prefix+keep+centers+1,C), source (B,P) int64 the row that holds each patch, index (B,keep+centers)
+    int64 the patch behind each kept row and each centre, normed like tokens or None."""
+
+    tokens: Tensor
+    source: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is not missed here
+    normed: Tensor | None = None
+
+
 class Added(NamedTuple):
     """tokens (…,C), normed like tokens or None."""
 
@@ -127,15 +137,71 @@ def prune_tokens(
     index = order[:, :keep].sort(-1).values
     rows = [x[:, :prefix], _rows(x, index + prefix)]
     if fuse:
-        gone = order[:, keep:]
-        weights = _wide(scores.gather(1, gone))
-        # A patch that is not there (NaN, -inf) weighs nothing.
-        weights = weights.masked_fill(weights.isnan() | weights.isneginf(), 0)
-        dtype = torch.promote_types(weights.dtype, _wide(x).dtype)
-        with _exactly(x):
-            rows.append((weights[:, None].to(dtype) @ _rows(x, gone + prefix).to(dtype)).to(x.dtype))
+        rows.append(_fused(x, scores, order[:, keep:], prefix))
     tokens = torch.cat(rows, 1)
     return Pruned(tokens, index, _norm(tokens, norm))
+
+
+def _fused(x: Tensor, scores: Tensor, gone: Tensor, prefix: int) -> Tensor:
+    """Σ scoreᵢ·xᵢ (B,1,C) over the patches at `gone` (B,n)."""
+    weights = _wide(scores.gather(1, gone))
+    # A patch that is not there (NaN, -inf) weighs nothing.
+    weights = weights.masked_fill(weights.isnan() | weights.isneginf(), 0)
+    dtype = torch.promote_types(weights.dtype, _wide(x).dtype)
+    with _exactly(x):
+        return (weights[:, None].to(dtype) @ _rows(x, gone + prefix).to(dtype)).to(x.dtype)
+
+
+def condense_tokens(
+    x: Tensor,
+    scores: Tensor,
+    keep: int,
+    merge: int,
+    centers: int,
+    weights: Tensor | None,
+    heads: Heads,
+    prefix: int,
+    first: int,
+    norm: Norm | None,
+) -> Condensed:
+    if weights is None:
+        weights = scores if scores.ndim == 2 else reduce_heads(scores, heads)
+    elif weights.ndim == 3:
+        weights = reduce_heads(weights, "mean")
+    order = strongest_first(scores if scores.ndim == 2 else reduce_heads(scores, heads))
+    kept, middle, gone = order[:, :keep], order[:, keep : keep + merge], order[:, keep + merge :]
+    near = _rows(x, middle + prefix)
+    chosen, joined, share = _cluster(near.detach(), centers, first)
+    with _exactly(x):
+        merged = (share @ _wide(near)).to(x.dtype)
+    tokens = torch.cat([x[:, :prefix], _rows(x, kept + prefix), merged, _fused(x, weights, gone, prefix)], 1)
+    rows = torch.arange(prefix, prefix + keep, device=x.device).expand_as(kept)
+    row = torch.cat([rows, joined + prefix + keep, torch.full_like(gone, prefix + keep + centers)], 1)
+    index = torch.cat([kept, middle.gather(1, chosen)], 1)
+    return Condensed(tokens, row.gather(1, order.argsort(1)), index, _norm(tokens, norm))
+
+
+def _cluster(x: Tensor, centers: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """K-centre greedy on tokens (B,M,C): the centres (B,K), the centre each token joins (B,M), and each centre's
+    weights of the tokens (B,K,M), inverse to the distance and adding up to one."""
+    wide, distances = _wide(x), []
+    chosen = [torch.full((x.shape[0],), first, device=x.device)]
+    for place in range(centers):
+        # Differences themselves, so that a token is at distance 0 from itself; NaN is far from everything.
+        apart = wide - _rows(wide, chosen[place][:, None])
+        distances.append(apart.square().sum(-1).sqrt().nan_to_num(float("inf"), float("inf")))
+        nearest = torch.stack(distances, 1).amin(1)
+        chosen.append(nearest.argmax(1))
+    distance = torch.stack(distances, 1)
+    joined = distance.argmin(1)
+    inverse = torch.where(distance == 0, 1, 1 / distance)
+    center = torch.arange(centers, device=x.device)[:, None]
+    share = inverse.masked_fill(joined[:, None] != center, 0)
+    # A centre that no token joins coincides with another: it yields its own token.
+    own = torch.stack(chosen[:-1], 1)
+    itself = (torch.arange(x.shape[1], device=x.device) == own[..., None]).to(share.dtype)
+    share = torch.where(share.sum(2, keepdim=True) > 0, share, itself)
+    return own, joined, share / share.sum(2, keepdim=True)
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from clipkernels import block
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.backend import epilogues
-from clipkernels.plan import Plan
+from clipkernels.plan import Condense, Plan
 
 
 class Ran(NamedTuple):
@@ -36,6 +36,7 @@ def run(
     path: bool = False,
     take: Collection[int] = (),
     blocks: int | None = None,
+    anchors: Tensor | None = None,
 ) -> Ran:
     """The blocks of a tower on embedded tokens.
 
@@ -50,6 +51,7 @@ def run(
         path: also return the CLS row that leaves every block.
         take: also return what leaves these blocks, with each patch at its place (needs `track`).
         blocks: stop after so many.
+        anchors: (A,L,C) CLS tokens as they leave each block, which blocks that condense choose from; None for none.
     """
     prefix, last = plan.prefix, len(plan.steps) - 1
     # A key that stands for no patch has the weight of none.
@@ -65,10 +67,12 @@ def run(
         refuse(tower, host, index)
         after = parts[index + 1].norm1 if fused and index + 1 < len(hosts) else None
         arguments = (parts[index], x, step, size, prefix, proportional, rows if index == last else None, track)
+        # The first block has no CLS token before it that an anchor could be compared with.
+        table = anchors[:, index - 1] if anchors is not None and index and isinstance(step, Condense) else None
         if tower.checkpointing and torch.is_grad_enabled():
-            moved = checkpoint(block.forward, *arguments, normed, rope, after, fused, use_reentrant=False)
+            moved = checkpoint(block.forward, *arguments, normed, rope, after, fused, table, use_reentrant=False)
         else:
-            moved = block.forward(*arguments, normed, rope, after, fused)
+            moved = block.forward(*arguments, normed, rope, after, fused, table)
         x, normed, size, rope, to = moved
         if source is not None and to is not None:
             source = torch.where(source < 0, source, to.gather(1, source.clamp_min(0)))
