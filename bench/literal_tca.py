@@ -104,6 +104,7 @@ class Reservoir:
         self.correction: str = choices.get("correction", "exp")
         self.self_vote: bool = choices.get("self_vote", True)
         self.seen_or_all: str = choices.get("anchors", "seen")
+        self.scale: float = choices.get("scale", 100.0)
         self.classes: list[list[Entry]] = [[] for _ in text]
         self.arrivals = 0
 
@@ -116,7 +117,7 @@ class Reservoir:
 
     def see(self, embedding: Tensor, path: Tensor) -> Tensor:
         """The corrected logits (K,) of one image by its embedding (E,) and CLS path (L,C), which is remembered."""
-        logits = 100 * normalize(embedding, dim=0) @ self.text.T
+        logits = self.scale * normalize(embedding, dim=0) @ self.text.T
         corrected = logits if self.self_vote else self.correct(logits, path)
         share = logits.softmax(0)
         entropy = float(-(share * share.clamp_min(1e-300).log()).sum())

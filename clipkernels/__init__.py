@@ -6,7 +6,7 @@ from clipkernels import backend, ops
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
 from clipkernels.data import bundled
-from clipkernels.heads import ZeroShot
+from clipkernels.heads import Reservoir, ZeroShot
 from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
 from clipkernels.patch import Encoded, encode_image, method_of, patch, patched, tower_of, unpatch
 from clipkernels.plan import Condense, Merge, Plan, Prune
@@ -22,6 +22,7 @@ __all__ = [
     "Method",
     "Plan",
     "Prune",
+    "Reservoir",
     "TCA",
     "ToMe",
     "UnsupportedTower",

@@ -74,6 +74,11 @@ class Classifier:
             check_images(images, (size, size) if isinstance(size, int) else size)
         return self.head(self.model.encode_image(images))
 
+    def reset(self) -> None:
+        """Lets a head that adapts forget what it has seen; nothing happens with another."""
+        if hasattr(self.head, "reset"):
+            self.head.reset()
+
 
 @torch.no_grad()
 def class_embeddings(

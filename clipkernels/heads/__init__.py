@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from clipkernels.heads.reservoir import Reservoir
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from clipkernels.patch import Encoded
 
-__all__ = ["Head", "ZeroShot"]
+__all__ = ["Head", "Reservoir", "ZeroShot"]
 
 
 class Head(Protocol):
-    """What a classifier calls; `needs` names the extras of `ck.encode_image` ("tokens", "cls_path") that it reads."""
+    """What a classifier calls; `needs` names the extras of `ck.encode_image` ("tokens", "cls_path") that it reads.
+
+    A head may also have `anchors`, which that function is then given, and `reset`, which `Classifier.reset` calls.
+    """
 
     needs: tuple[str, ...]
 

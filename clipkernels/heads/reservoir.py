@@ -1,0 +1,353 @@
+"""TCA's reservoir: remembers the most certain images of each class, and lets them vote on those that follow.
+
+    logits = scale · cos(image, class) + λ Σᵢ exp(-β(1 - aᵢ))·onehot(classᵢ)
+    aᵢ = Σ_l w_l cos(V[l], Vᵢ[l]),  w_l ∝ exp(u_l / temperature),  u from 0 in the first block to 1 in the last
+
+V (L,C) is the CLS token after every block. Votes are one product of (B,L·C) with (K·M,L·C) and a sum by class.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from clipkernels.files import read_tensors, write_tensors
+from clipkernels.heads.zero_shot import ZeroShot
+
+if TYPE_CHECKING:
+    from clipkernels.patch import Encoded
+
+Evict = Literal["diversity", "similarity", "uncertainty", "fifo"]
+FORMAT = "clipkernels.reservoir.1"
+
+
+class Preset(NamedTuple):
+    """Entries per class, temperature of the blocks' weights, λ and β."""
+
+    capacity: int
+    temperature: float
+    strength: float
+    beta: float
+
+
+# Of the released code, by data set.
+PRESETS = {
+    "caltech101": Preset(3, 1, 7, 6),
+    "dtd": Preset(3, 1, 2, 6),
+    "eurosat": Preset(2, 5, 8, 7),
+    "fgvc": Preset(3, 0.02, 2, 2),
+    "food101": Preset(3, 0.01, 2, 5),
+    "imagenet": Preset(3, 0.1, 3, 5),
+    "imagenet_a": Preset(3, 0.01, 3, 5),
+    "imagenet_r": Preset(3, 0.1, 3, 8),
+    "imagenet_sketch": Preset(3, 0.1, 4, 8),
+    "imagenet_v2": Preset(3, 0.1, 4, 9),
+    "flowers": Preset(3, 0.01, 7, 7),
+    "pets": Preset(3, 5.5, 2, 6),
+    "cars": Preset(3, 0.1, 1.5, 8),
+    "sun397": Preset(3, 0.01, 4, 3),
+    "ucf101": Preset(3, 0.01, 6, 8),
+}
+
+
+class Entries(NamedTuple):
+    """What is remembered of images, along leading axes: the direction (…,L,C) and the length (…,L) of CLS after each
+    block, the direction of the mean over blocks (…,C), entropy and arrival number."""
+
+    unit: Tensor
+    length: Tensor
+    mean: Tensor
+    entropy: Tensor
+    arrival: Tensor
+
+
+class Reservoir:
+    """A head that adapts as it sees images: call it with batches of a stream, in order.
+
+    Each image goes to the class it is predicted as, before correction; a class that holds more than its capacity lets
+    the entry go that its `evict` rule scores highest, ties to the first in order of entropy. A batch gives what its
+    images would one after another, but for the anchors: all of them are encoded with those of the batch's start. An
+    image whose features are not finite is not remembered.
+
+    Args:
+        text: class embeddings (K,E), any floating dtype; need not be normalised.
+        preset: the data set whose published capacity, temperature, strength and beta stand in for those not given;
+            for other data ImageNet's.
+        capacity: M, entries per class; with one no anchors ever form.
+        temperature: of the softmax that weighs the blocks: the smaller, the more the last ones count.
+        strength: λ.
+        beta: β.
+        evict: "diversity", entropy plus mean cosine to the class's other entries; "similarity", entropy plus its
+            opposite, weighed as the released code does; "uncertainty", entropy alone; "fifo", the oldest.
+        correction: "exp" as above and in the released code, or "linear", λ/M Σᵢ aᵢ, as in the paper.
+        anchors: which classes lend `anchors`: "seen", those that hold two entries, or "all", none until all do.
+        self_vote: whether an image is remembered before it is corrected, as in the released code, or after.
+        frozen: correct without remembering; may be set at any time.
+        scale: what the cosines are multiplied by, 100 in the source.
+    Raises:
+        ValueError: an unknown preset or choice, a capacity below one, numbers that are not finite, a temperature that
+            is not positive, text that is not (K,E).
+    Source: TCA, arXiv 2410.14729, section 3; rules and presets are those of its released code.
+    """
+
+    needs: tuple[str, ...] = ("cls_path",)
+
+    def __init__(
+        self,
+        text: Tensor,
+        preset: str = "imagenet",
+        *,
+        capacity: int | None = None,
+        temperature: float | None = None,
+        strength: float | None = None,
+        beta: float | None = None,
+        evict: Evict = "diversity",
+        correction: Literal["exp", "linear"] = "exp",
+        anchors: Literal["seen", "all"] = "seen",
+        self_vote: bool = True,
+        frozen: bool = False,
+        scale: float = 100.0,
+    ) -> None:
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        given = Preset(*PRESETS[preset])._asdict() | {
+            name: value
+            for name, value in zip(Preset._fields, (capacity, temperature, strength, beta), strict=True)
+            if value is not None
+        }
+        chosen = Preset(**given)
+        if isinstance(chosen.capacity, bool) or not isinstance(chosen.capacity, int) or chosen.capacity < 1:
+            raise ValueError(f"capacity must be a positive int, got {chosen.capacity!r}")
+        for name, value in (*list(given.items())[1:], ("scale", scale)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if chosen.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {chosen.temperature!r}")
+        rules = {"evict": evict, "correction": correction, "anchors": anchors}
+        choices = {
+            "evict": ("diversity", "similarity", "uncertainty", "fifo"),
+            "correction": ("exp", "linear"),
+            "anchors": ("seen", "all"),
+        }
+        for name, rule in rules.items():
+            if rule not in choices[name]:
+                raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {rule!r}")
+        self.zero_shot = ZeroShot(text, scale)
+        self.capacity, self.temperature, self.strength, self.beta = chosen
+        self.evict, self.correction, self.anchors_of = evict, correction, anchors
+        self.self_vote, self.frozen = self_vote, frozen
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.seen = 0
+        self._entries: Entries | None = None  # along (K,M), each class sorted by entropy, empty places last
+        self._table = torch.empty(0)
+        self._anchored = False
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries that each class holds, (K,) int64."""
+        if self._entries is None:
+            return torch.zeros(len(self.zero_shot.text), dtype=torch.int64)
+        return _valid(self._entries).sum(1)
+
+    @property
+    def anchors(self) -> Tensor | None:
+        """The mean CLS token after every block of each class that holds two entries, zeros for the others, (K,L,C);
+        None until there are any."""
+        return self._table if self._anchored else None
+
+    def __call__(self, features: Tensor | Encoded) -> Tensor:
+        """Corrected logits (B,K) of an `Encoded` with `cls_path`, in the order of the stream; remembers its images.
+
+        Raises:
+            ValueError: features without `cls_path`, or of another depth or width than those before.
+        """
+        if isinstance(features, Tensor) or features.cls_path is None:
+            raise ValueError("features must be an Encoded with cls_path, as ck.encode_image(cls_path=True) gives")
+        logits, path = self.zero_shot(features), features.cls_path.detach()
+        if path.ndim != 3 or len(path) != len(logits):
+            raise ValueError(f"cls_path must be (B,L,C) with B = {len(logits)}, got {tuple(path.shape)}")
+        # Outside of inference mode, which what is remembered may outlive.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(path.device.type, enabled=False):
+            votes = self._see(logits.detach().clone(), path.clone())
+        return logits + votes
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what is remembered as safetensors, by way of a temporary file that is renamed.
+
+        Raises:
+            ValueError: nothing has been seen yet.
+        """
+        if self._entries is None:
+            raise ValueError("a reservoir that has seen nothing cannot be saved")
+        tensors = {**self._entries._asdict(), "text": self.zero_shot.text}
+        write_tensors(path, tensors, {"format": FORMAT, "seen": str(self.seen)})
+
+    def load(self, path: str | os.PathLike[str]) -> Reservoir:
+        """This reservoir, remembering what was saved.
+
+        Raises:
+            ValueError: the file is no reservoir, or one of other classes, another capacity, depth or width.
+        """
+        tensors, about = read_tensors(path)
+        if about.get("format") != FORMAT:
+            raise ValueError(f"expected a reservoir, got {path} with format {about.get('format')!r}")
+        own, text = self.zero_shot.text, tensors.pop("text")
+        if text.shape != own.shape or (cosine_similarity(text, own.cpu().to(text.dtype)) < 0.999).any():
+            raise ValueError(
+                f"expected a reservoir of the same classes, prompts and model, {tuple(own.shape)}, got {path} of other "
+                f"text embeddings {tuple(text.shape)}"
+            )
+        entries = Entries(**tensors)
+        if entries.entropy.shape[1] != self.capacity:
+            raise ValueError(f"expected a reservoir of capacity {self.capacity}, got {entries.entropy.shape[1]}")
+        if self._entries is not None:
+            self._check(entries.unit.shape[2:])
+        self.reset()
+        self._entries, self.seen = entries, int(about["seen"])
+        self._table = entries.unit.new_zeros(len(own), *entries.unit.shape[2:])
+        self._renew(torch.arange(len(own)))
+        return self
+
+    def _check(self, shape: torch.Size) -> None:
+        assert self._entries is not None
+        known = self._entries.unit.shape[2:]
+        if shape != known:
+            raise ValueError(
+                f"expected the CLS tokens of {known[0]} blocks of width {known[1]}, got {shape[0]} of {shape[1]}"
+            )
+
+    def _see(self, logits: Tensor, path: Tensor) -> Tensor:
+        """The votes (B,K) on a batch with these uncorrected logits (B,K) and CLS tokens (B,L,C)."""
+        batch, classes = logits.shape
+        if not batch or not path.numel():
+            return torch.zeros_like(logits)
+        new = self._describe(logits, path)
+        if self._entries is None:
+            if self.frozen:
+                return torch.zeros_like(logits)
+            self._entries = _empty(new, classes, self.capacity)
+            self._table = new.unit.new_zeros(classes, *path.shape[1:])
+        self._check(path.shape[1:])
+        self._entries = old = Entries(*(tensor.to(path.device) for tensor in self._entries))
+        self._table = self._table.to(path.device)
+        depth = torch.linspace(0, 1, path.shape[1], dtype=new.unit.dtype, device=path.device) / self.temperature
+        query = (new.unit * depth.softmax(0)[:, None]).flatten(1)
+        votes = self._vote(query @ old.unit.flatten(0, 1).flatten(1).T).view(batch, classes, -1)
+        total = (votes * _valid(old)).sum(2)
+        if self.frozen:
+            return total
+        good = logits.isfinite().all(1) & path.flatten(1).isfinite().all(1)
+        touched, belongs = logits.argmax(1)[good].unique(return_inverse=True)
+        if not len(touched):
+            return total
+        # Of each touched class: its places, then those of its new images, in order of arrival.
+        mine = torch.zeros(batch, len(touched), dtype=torch.bool, device=path.device)
+        mine[good] = torch.arange(len(touched), device=path.device) == belongs[:, None]
+        arrived = mine.cumsum(0)
+        rounds = int(arrived[-1].max())
+        order = torch.where(mine, 0, 1).argsort(dim=0, stable=True)[:rounds].T  # [T, R] images, those of others last
+        present = torch.arange(rounds, device=path.device) < arrived[-1][:, None]
+        both = Entries(
+            *(torch.cat([a[touched], b[order]], 1) for a, b in zip(old, new, strict=True))  # [T, M+R, …]
+        )
+        states = self._keep(both, present)  # [R+1, T, M]
+        # What each image finds in the touched classes: the state after as many arrivals as there have been.
+        states_met = arrived if self.self_vote else arrived - mine.long()
+        found = states[states_met, torch.arange(len(touched), device=path.device)]  # [B, T, M]
+        among = self._vote(query @ new.unit.flatten(1).T)[:, order]  # [B, T, R]
+        slots = torch.cat([votes[:, touched], among], 2)
+        heard = slots.gather(2, found.clamp_min(0)).masked_fill(found < 0, 0).sum(2)
+        total[:, touched] = heard.to(total.dtype)
+        last = states[-1]
+        for tensor, parts in zip(old, both, strict=True):
+            tensor[touched] = _take(parts, last)
+        old.arrival[touched] = old.arrival[touched].masked_fill(last < 0, -1)
+        self._renew(touched)
+        self.seen += batch
+        return total
+
+    def _describe(self, logits: Tensor, path: Tensor) -> Entries:
+        """Entries along (B,)."""
+        wide = path.to(torch.promote_types(path.dtype, torch.float32))
+        share = logits.log_softmax(1)
+        arrival = torch.arange(self.seen, self.seen + len(path), device=path.device)
+        entropy = -(share.exp() * share).nan_to_num(0.0).sum(1).to(wide.dtype)
+        return Entries(normalize(wide, dim=2), wide.norm(dim=2), normalize(wide.mean(1), dim=1), entropy, arrival)
+
+    def _vote(self, likeness: Tensor) -> Tensor:
+        """What an entry of this likeness adds to the logit of its class."""
+        if self.correction == "linear":
+            return likeness * (self.strength / self.capacity)
+        return self.strength * torch.exp(self.beta * (likeness - 1))
+
+    def _keep(self, both: Entries, present: Tensor) -> Tensor:
+        """Which of the places (T,M+R) each class holds after each of R arrivals (those that are `present`), sorted by
+        entropy and -1 for none, (R+1,T,M)."""
+        capacity = self.capacity
+        valid = _valid(both)
+        alike = both.mean @ both.mean.mT  # [T, M+R, M+R]
+        place = torch.arange(capacity, device=present.device)
+        states = [torch.where(valid[:, :capacity], place, -1)]
+        for arrival, here in enumerate(present.unbind(1)):
+            held = torch.cat([states[-1], torch.where(here, capacity + arrival, -1)[:, None]], 1)  # [T, M+1]
+            full = (held >= 0).all(1)
+            victim = self._evictable(both, alike, held).argmax(1, keepdim=True)
+            held = held.scatter(1, victim, torch.where(full[:, None], -1, held.gather(1, victim)))
+            by_entropy = _take(both.entropy, held).masked_fill(held < 0, float("inf")).argsort(dim=1, stable=True)
+            states.append(held.gather(1, by_entropy)[:, :capacity])
+        return torch.stack(states)
+
+    def _evictable(self, both: Entries, alike: Tensor, held: Tensor) -> Tensor:
+        """A number (T,M+1) for each held place: where all are held, the first of the largest goes."""
+        entropy = _take(both.entropy, held)
+        if self.evict == "uncertainty":
+            return entropy
+        if self.evict == "fifo":
+            return -_take(both.arrival, held)
+        spot = held.clamp_min(0)
+        pairs = alike.gather(1, spot[:, :, None].expand(-1, -1, alike.shape[2]))
+        pairs = pairs.gather(2, spot[:, None].expand(-1, held.shape[1], -1))
+        others = ~torch.eye(held.shape[1], dtype=torch.bool, device=held.device)
+        likeness = (pairs * others).sum(2) / max(1, held.shape[1] - 1)
+        if self.evict == "diversity":
+            return entropy + likeness
+        apart = 1 - likeness
+        spread = apart.amax(1) - apart.amin(1)
+        weight = ((entropy.amax(1) - entropy.amin(1)) / spread).trunc().masked_fill(spread == 0, 0)
+        return entropy + weight[:, None] * apart
+
+    def _renew(self, touched: Tensor) -> None:
+        """The anchors of some classes, and whether there are any."""
+        assert self._entries is not None
+        unit, length, *_, arrival = (tensor[touched] for tensor in self._entries)
+        held = (arrival >= 0).to(unit.dtype)
+        count = held.sum(1)
+        mean = torch.einsum("tmlc,tml->tlc", unit, length * held[..., None]) / count.clamp_min(1)[:, None, None]
+        self._table[touched] = mean * (count >= 2)[:, None, None]
+        if not self._anchored:  # once there, they stay: no class shrinks
+            enough = self.counts >= 2
+            self._anchored = bool(enough.all() if self.anchors_of == "all" else enough.any())
+
+
+def _empty(like: Entries, classes: int, capacity: int) -> Entries:
+    """Places (K,M) for entries, all free."""
+    entries = Entries(*(tensor.new_zeros(classes, capacity, *tensor.shape[1:]) for tensor in like))
+    entries.arrival.fill_(-1)
+    return entries
+
+
+def _valid(entries: Entries) -> Tensor:
+    """Which places hold an entry."""
+    return entries.arrival >= 0
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (T,S,…) at places (T,n), the first one's for -1."""
+    return x[torch.arange(len(index), device=index.device)[:, None], index.clamp_min(0)]
