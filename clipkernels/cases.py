@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from clipkernels import ops
 from clipkernels.backend import Backend
 from clipkernels.plan import Signal
+from clipkernels.reference import Heads
 from clipkernels.testing import budget
 
 # Units of eps(dtype)·‖f‖∞ that plain PyTorch may be off.
@@ -83,6 +84,11 @@ class Source:
         signs = torch.randint(0, 2, size, generator=self.generator, device=self.device) * 2 - 1
         return signs.to(self.dtype).repeat(1, *heads, 1, 1) if heads else signs.to(self.dtype)
 
+    def points(self) -> Tensor:
+        """Tokens of small integers: every squared distance is exact, and many are tied."""
+        size = (self.batch, self.shape.tokens, self.shape.width)
+        return torch.randint(-2, 3, size, generator=self.generator, device=self.device).to(self.dtype)
+
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views q, k, v (B,H,N,D) of a packed projection (B,N,3·C)."""
         q, k, v = packed.unflatten(-1, (3, self.shape.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -103,6 +109,26 @@ def _attention(signal: Signal | None, sized: bool = False) -> Case:
         return ops.attention(q, k, v, size, signal, source.shape.prefix, backend=backend)
 
     return Case(lambda source: (source.tokens(3), *([source.sizes()] if sized else [])), call)
+
+
+def _condense(by_rank: bool = False) -> Case:
+    """At TCA's sharper published rate: scores per patch; or per head by rank, with their mean as weights and a norm."""
+
+    def call(source: Source, backend: Backend, x: Tensor, scores: Tensor, *vectors: Tensor) -> Any:
+        m = source.patches + 1 - math.ceil(0.9 * source.patches)
+        keep, heads, prefix = source.patches + 1 - 3 * m, "rank" if by_rank else "mean", source.shape.prefix
+        norm = (vectors[0], vectors[1], 1e-5) if by_rank else None
+        weights = scores if by_rank else None
+        return ops.condense_tokens(
+            x, scores, keep, 2 * m, 2, weights, cast(Heads, heads), prefix, norm=norm, backend=backend
+        )
+
+    def inputs(source: Source) -> tuple[Tensor, ...]:
+        if by_rank:
+            return source.points(), source.scores(source.shape.heads), source.vector(), source.vector()
+        return source.points(), source.scores()
+
+    return Case(inputs, call)
 
 
 def _dropped(source: Source) -> int:
@@ -149,6 +175,8 @@ CASES = {
         ),
         _dropped,
     ),
+    "condense_tokens": _condense(),
+    "condense_tokens_rank_norm": _condense(by_rank=True),
     "match_tokens": Case(
         lambda source: (source.signs(source.shape.heads),),
         lambda source, backend, keys: ops.match_tokens(keys, source.shape.r, source.shape.prefix, backend=backend),

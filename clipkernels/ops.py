@@ -7,6 +7,7 @@ carry no gradient: signals, ranks and matches come back detached.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from clipkernels import backend as _backend
 from clipkernels import checks, reference
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import attention as _attention
+from clipkernels.custom_ops import condense as _condense
 from clipkernels.custom_ops import epilogue as _epilogue
 from clipkernels.custom_ops import merge as _merge
 from clipkernels.custom_ops import prune as _prune
@@ -200,7 +202,11 @@ def condense_tokens(
     Source: TCA, arXiv 2410.14729, section 3.2.
     """
     checks.check_condense(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
-    return reference.condense_tokens(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
+    dtypes = (tensor.dtype for tensor in (x, scores, weights) if tensor is not None)
+    dtype = reduce(torch.promote_types, dtypes)
+    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens")
+    run = reference.condense_tokens if chosen == "reference" else _condense.condense_tokens
+    return run(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = "auto") -> Match:

@@ -12,6 +12,7 @@ memory than the target has, or lacks the wide loads and matrix instructions it i
 import argparse
 import csv
 import hashlib
+import math
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clipkernels.kernels import attention, epilogue, merge, prune, rank
+from clipkernels.kernels import attention, condense, epilogue, merge, prune, rank
 
 KERNELS = Path(prune.__file__).parent
 # Target, bytes that may spill, bytes of shared memory that one program may take.
@@ -61,6 +62,8 @@ SIZES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 WIDE_LOADS = {
     "_attention_kernel",
     "_gather_kernel",
+    "_cluster_kernel",
+    "_condense_kernel",
     "_merge_kernel",
     "_bias_act_kernel",
     "_add_norm_kernel",
@@ -133,6 +136,12 @@ def launches(tower: str, dtype: torch.dtype) -> None:
         prune.prune_tokens(x, scores, keep, fuse, "mean", prefix, None)
         prune.prune_tokens(x, per_head, keep, fuse, "mean", prefix, norm)
         prune.prune_tokens(x, per_head, keep, fuse, "rank", prefix, norm)
+    m = patches + 1 - math.ceil(0.9 * patches)
+    for centers in (2, 4):
+        counts = (patches + 1 - 3 * m, 2 * m, centers)
+        condense.condense_tokens(x, scores, *counts, None, "mean", prefix, 0, None)
+        condense.condense_tokens(x, per_head, *counts, None, "mean", prefix, 0, norm)
+        condense.condense_tokens(x, per_head, *counts, per_head, "rank", prefix, 0, norm)
     merge.match_tokens(k, r, prefix)
     merge.match_tokens(empty(b, n, d), r, prefix)
     merge.match_tokens(x, r, prefix)

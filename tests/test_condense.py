@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import clipkernels as ck
+from clipkernels.backend import interpreting
 from clipkernels.testing import assert_within_budget, strided
 from literal_tca import condense
 
@@ -190,6 +191,81 @@ def test_it_is_differentiable_in_tokens_and_weights(device, backend):
                 torch.testing.assert_close(grad_weights[image, patch], own @ pull[image, 6], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(grad_x[image, 1 + patch], share * pull[image, row], atol=1e-4, rtol=1e-4)
             assert row == 6 or grad_weights[image, patch] == 0
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, batch, triton):
+    x, scores = inputs(device, batch=3, tokens=65, width=48)
+    norm = (torch.ones(48, device=device), torch.zeros(48, device=device), 1e-5)
+    whole = ck.ops.condense_tokens(x, scores, 20, 24, 2, norm=norm, backend="triton")
+    part = ck.ops.condense_tokens(x[3 - batch :], scores[3 - batch :], 20, 24, 2, norm=norm, backend="triton")
+    again = ck.ops.condense_tokens(x, scores, 20, 24, 2, norm=norm, backend="triton")
+    for all_rows, some, rerun in zip(whole, part, again, strict=True):
+        assert torch.equal(all_rows[3 - batch :], some) and torch.equal(all_rows, rerun)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "per_head", "weighed"), [("mean", 0, 0), ("mean", 3, 0), ("rank", 3, 3), ("mean", 0, 1)]
+)
+def test_the_kernel_has_the_gradients_of_the_reference(device, heads, per_head, weighed, norm, triton):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 17, 24, generator=generator)
+    x[1, 1:] = x[1, 1]  # all alike: centres coincide
+    scores = torch.rand(2, *([per_head] if per_head else []), 16, generator=generator).to(device).requires_grad_()
+    weights = torch.rand(2, *([weighed] if weighed > 1 else []), 16, generator=generator).to(device).requires_grad_()
+    weight, bias = (w.to(device).requires_grad_() for w in torch.randn(2, 24, generator=generator))
+    x = x.to(device).requires_grad_()
+    grads = []
+    for backend in ("reference", "triton"):
+        came = ck.ops.condense_tokens(
+            *(x, scores, 5, 6, 3, weights if weighed else None, heads, 1, 2),
+            (weight, bias, 1e-5) if norm else None,
+            backend=backend,
+        )
+        loss = (came.tokens * torch.linspace(-1, 1, 24, device=device)).sum()
+        if norm:
+            loss = loss + (came.normed * torch.linspace(2, -1, 24, device=device)).sum()
+        given = (x, scores, weights, weight, bias)
+        grads.append(torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True))
+    for reference, kernel in zip(*grads, strict=True):
+        torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("per_head", "weighed", "normed"), [(0, False, False), (2, True, True), (0, True, False)])
+def test_the_operator_passes_opcheck(device, per_head, weighed, normed):
+    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    x, scores = inputs(device, tokens=12, width=16)
+    scores = scores[:, None].repeat(1, per_head, 1) if per_head else scores
+    weight = torch.ones(16, device=device) if normed else None
+    weights = scores.clone().requires_grad_() if weighed else None
+    tensors = (x.requires_grad_(), scores.requires_grad_(), 3, 4, 2, weights, "mean", 1, 0, weight, weight, 1e-5)
+    torch.library.opcheck(torch.ops.clipkernels.condense_tokens.default, tensors)
+
+
+def test_the_operator_compiles_into_one_graph(device):
+    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    x, scores = inputs(device)
+    condensed = torch.compile(
+        lambda x, s: ck.ops.condense_tokens(x, s, 5, 6, 2, backend="triton").tokens * 2,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(condensed(x, scores), ck.ops.condense_tokens(x, scores, 5, 6, 2, backend="triton").tokens * 2)
+
+
+def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
+    if not interpreting():
+        pytest.skip("the sparse file is CPU memory, which kernels read under the interpreter alone")
+    # A sparse file: 6 GiB of addresses, four pages of disk.
+    stride = 2**30 + 8
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * stride + 8, dtype=torch.float16)
+    x = memory.as_strided((1, 4, 8), (4 * stride, stride, 1))
+    values = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(4)).half()
+    x.copy_(values)
+    scores = torch.tensor([[0.25, 0.5, 0.125]])
+    came = ck.ops.condense_tokens(x, scores, 1, 1, 1, backend="triton")
+    assert torch.equal(came.tokens, torch.stack([values[:, 0], values[:, 2], values[:, 1], values[:, 3] / 8], 1))
 
 
 @pytest.mark.parametrize(
