@@ -10,7 +10,7 @@ import clipkernels as ck
 from clipkernels.testing import randomized, transformers_tower
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
 
 

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import clipkernels as ck
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)]
 SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")

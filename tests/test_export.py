@@ -8,7 +8,12 @@ import clipkernels as ck
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 
 # One step each, so that what follows it runs in the second block.
-METHODS = {"Dense": ck.Dense(), "EViT": ck.EViT(0.5, blocks=(0,)), "ToMe": ck.ToMe([4])}
+METHODS = {
+    "Dense": ck.Dense(),
+    "EViT": ck.EViT(0.5, blocks=(0,)),
+    "ToMe": ck.ToMe([4]),
+    "TCA": ck.TCA(0.1, blocks=(0,)),
+}
 SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "image_size": 64}
 BATCH = torch.export.Dim("batch", min=1, max=64)

@@ -10,7 +10,7 @@ import clipkernels as ck
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 
 RANDOM = ck.EViT(0.5, fuse=False, score="random")
-METHODS = [ck.Dense(), ck.EViT(0.5), RANDOM, ck.ToMe(3), ck.ToMe(2, proportional=False)]
+METHODS = [ck.Dense(), ck.EViT(0.5), RANDOM, ck.ToMe(3), ck.ToMe(2, proportional=False), ck.TCA(0.1)]
 SMALL = {"width": 128, "image_size": 64, "patch_size": 16}
 
 

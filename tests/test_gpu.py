@@ -9,7 +9,7 @@ from clipkernels.testing import open_clip_tower, randomized, timm_tower, transfo
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 CUDA = torch.device("cuda")
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)]
 
 
 @pytest.mark.parametrize("op", CASES)

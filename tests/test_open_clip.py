@@ -28,7 +28,7 @@ REFUSED = {
     "TimmModel around timm's VisionTransformerRelPos": ("vit_relpos_medium_patch16_cls_224",),
 }
 SERVED = [name for name in open_clip.list_models() if name not in sum(REFUSED.values(), ())]
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)]
 # Fast in `make test`, each for something of its own; `make test-all` runs every distinct configuration.
 REPRESENTATIVES = {
     "ViT-B-16": "CLS pooling",

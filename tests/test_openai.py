@@ -7,7 +7,7 @@ import clipkernels as ck
 from clipkernels.testing import openai_tower, randomized
 
 clip_model = pytest.importorskip("clip.model", reason="OpenAI's clip (openai-clip or clip-anytorch) is not installed")
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8), ck.TCA(0.1)]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import nn
 
 import clipkernels as ck
 
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.EViT(0.5, score="random"), ck.ToMe(8)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.EViT(0.5, score="random"), ck.ToMe(8), ck.TCA(0.1)]
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
 
 

@@ -48,7 +48,7 @@ def test_dense_is_no_further_from_fp32_than_the_host(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", [ck.EViT(0.5), ck.ToMe(8)])
+@pytest.mark.parametrize("method", [ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)])
 @torch.no_grad()
 def test_a_reduced_tower_keeps_its_direction_in_half_precision(method, dtype):
     """The bundled weights, whose attention is trained: near ties may fall otherwise, the embedding must not."""

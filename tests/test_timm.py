@@ -12,7 +12,7 @@ from clipkernels.testing import assert_within_budget, randomized, timm_tower
 from clipkernels.tower import run
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8), ck.TCA(0.1)]
 SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
 # What each is here for.
 TOWERS = {
@@ -321,7 +321,7 @@ def test_what_pools_no_cls_ranks_by_what_patches_receive():
     for image in range(2):
         scores = _received_or_cls(tower, x, None, image)
         assert set(scores.topk(8).indices.tolist()) == set(kept[image].nonzero()[:, 0].tolist())
-    with pytest.raises(ck.UnsupportedTower, match="expected a tower with a CLS token for cls_path, got Vision"):
+    with pytest.raises(ck.UnsupportedTower, match="expected a tower with a CLS token for cls_path and anchors, got Vision"):
         ck.encode_image(model, images, cls_path=True)
 
 

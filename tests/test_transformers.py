@@ -14,7 +14,7 @@ from clipkernels.testing import assert_within_budget, randomized, transformers_t
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_:FutureWarning")
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8), ck.TCA(0.1)]
 FAMILIES = {
     "CLIPModel": "pools CLS, projects",
     "CLIPVisionModel": "no projection",
