@@ -34,7 +34,6 @@ import argparse
 import copy
 import importlib.metadata
 import importlib.util
-import json
 import sys
 import tempfile
 import time
@@ -56,7 +55,7 @@ import clipkernels as ck
 from clipkernels.cli.info import environment
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 from clipkernels.timing import Speed, Times, Variant, measure, tabulate
-from rows import draw, write
+from rows import draw, resume, write
 
 TOWERS: dict[str, Callable[[int | None], nn.Module]] = {
     "open_clip": lambda layers: open_clip_tower("ViT-B-16", layers),
@@ -120,7 +119,7 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
     header = taken(arguments)
-    records = resume(arguments, header)
+    records = resume(arguments.out, header)
     console = Console(width=None if sys.stdout.isatty() else 160)
     for name in arguments.towers:
         done = {(row["library"], row["batch"]) for row in records}
@@ -176,20 +175,6 @@ def taken(arguments: argparse.Namespace) -> dict[str, Any]:
             found[name] = None
     options = {name: getattr(arguments, name) for name in ("layers", "rounds", "opset", "seed")}
     return {"environment": found, "clock": "process", **options}
-
-
-def resume(arguments: argparse.Namespace, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows an earlier run left in --out; ends the program where they were taken otherwise."""
-    source = arguments.out and arguments.out.with_suffix(".json")
-    if source is None or not source.exists():
-        return []
-    before = json.loads(source.read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = before.pop("rows")
-    changes = ("commit", "date")  # every row names its commit
-    kept = {name: before["environment"].get(name) for name in changes}
-    if before != {**header, "environment": header["environment"] | kept}:
-        raise SystemExit(f"error: {source} was taken with other options or versions: choose another --out")
-    return rows
 
 
 def export_all(

@@ -40,3 +40,17 @@ def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: 
             else:
                 json.dump({**header, "rows": records}, file, indent=1)
         partial.replace(target)
+
+
+def resume(out: Path | None, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that an earlier run left in a file; ends the program where they were taken otherwise."""
+    source = out and out.with_suffix(".json")
+    if source is None or not source.exists():
+        return []
+    before = json.loads(source.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = before.pop("rows")
+    changes = ("commit", "date")  # every row names its commit
+    kept = {name: before["environment"].get(name) for name in changes}
+    if before != {**header, "environment": header["environment"] | kept}:
+        raise SystemExit(f"error: {source} was taken with other options or versions: choose another --out")
+    return rows

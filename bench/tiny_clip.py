@@ -139,7 +139,11 @@ def read_photos(arguments: argparse.Namespace, train: bool) -> tuple[scenes.Imag
 
         data = CIFAR10(arguments.cifar10, train=train, download=True)
         return scenes.Images(data.data, np.asarray(data.targets)), data.classes
-    source = arguments.photos if train else arguments.val
+    return read(arguments.photos if train else arguments.val)
+
+
+def read(source: Path) -> tuple[scenes.Images, list[str]]:
+    """The photographs of a folder or .tar.gz with one sub-folder per class, at 32×32, and the class names."""
     found: list[tuple[str, np.ndarray]] = []
     if source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.is_file()):

@@ -114,7 +114,7 @@ def reduce_heads(scores: Tensor, heads: Heads) -> Tensor:
     if heads == "mean":
         return _wide(scores).mean(1)
     # The place in a stable descending order counts those that beat a patch; integer ranks are summed exactly.
-    place = strongest_first(scores).argsort(-1)
+    place = _inverse(strongest_first(scores))
     return (scores.shape[-1] - 1 - place).sum(1).to(_wide(scores).dtype) / scores.shape[1]
 
 
@@ -126,6 +126,14 @@ def strongest_first(scores: Tensor) -> Tensor:
     # Graphs are exported, and ONNX has no stable sort: the place of a score is the number of those that beat it.
     one, other, at = scores[..., None], scores[..., None, :], torch.arange(scores.shape[-1], device=scores.device)
     return ((other > one) | ((other == one) & (at < at[:, None]))).sum(-1).argsort(-1)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """The place (…,P) of each index in an order (…,P)."""
+    if torch.compiler.is_compiling():  # graphs are exported, and runtimes are slow at scatters
+        return order.argsort(-1)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def prune_tokens(
@@ -178,25 +186,24 @@ def condense_tokens(
     rows = torch.arange(prefix, prefix + keep, device=x.device).expand_as(kept)
     row = torch.cat([rows, joined + prefix + keep, torch.full_like(gone, prefix + keep + centers)], 1)
     index = torch.cat([kept, middle.gather(1, chosen)], 1)
-    return Condensed(tokens, row.gather(1, order.argsort(1)), index, _norm(tokens, norm))
+    return Condensed(tokens, row.gather(1, _inverse(order)), index, _norm(tokens, norm))
 
 
 def _cluster(x: Tensor, centers: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """K-centre greedy on tokens (B,M,C): the centres (B,K), the centre each token joins (B,M), and each centre's
     weights of the tokens (B,K,M), inverse to the distance and adding up to one."""
-    wide, distances = _wide(x), []
-    chosen = [torch.full((x.shape[0],), first, device=x.device)]
+    wide, chosen = _wide(x), [torch.full((x.shape[0],), first, device=x.device)]
+    distance = torch.full_like(wide[..., 0], float("inf"))  # to the nearest centre so far
+    joined = torch.zeros_like(distance, dtype=torch.int64)
     for place in range(centers):
-        # Differences themselves, so that a token is at distance 0 from itself; NaN is far from everything.
-        apart = wide - _rows(wide, chosen[place][:, None])
-        distances.append(apart.square().sum(-1).sqrt().nan_to_num(float("inf"), float("inf")))
-        nearest = torch.stack(distances, 1).amin(1)
-        chosen.append(nearest.argmax(1))
-    distance = torch.stack(distances, 1)
-    joined = distance.argmin(1)
+        # Differences themselves, so that a token is at distance 0 from itself; NaN is never closer.
+        away = (wide - _rows(wide, chosen[place][:, None])).square().sum(-1).sqrt()
+        closer = away < distance
+        joined, distance = joined.masked_fill(closer, place), torch.where(closer, away, distance)
+        chosen.append(distance.argmax(1))
     inverse = torch.where(distance == 0, 1, 1 / distance)
     center = torch.arange(centers, device=x.device)[:, None]
-    share = inverse.masked_fill(joined[:, None] != center, 0)
+    share = inverse[:, None].masked_fill(joined[:, None] != center, 0)
     # A centre that no token joins coincides with another: it yields its own token.
     own = torch.stack(chosen[:-1], 1)
     itself = (torch.arange(x.shape[1], device=x.device) == own[..., None]).to(share.dtype)

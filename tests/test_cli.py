@@ -440,3 +440,74 @@ def test_info_as_a_table_holds_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     result = run("info")
     assert "CLIPKERNELS_BACKEND=reference is set" in result.stdout
     assert ck.__version__ in result.stdout
+
+
+STREAM = ("--folder-labels", "--shuffle", 1, "--classes", DIGITS, "--adapt", "tca", "--format", "jsonl")
+
+
+def test_a_stream_adapts_and_goes_on_from_its_file(pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "reservoir.safetensors"
+    first = run("classify", pictures / "digits", *STREAM, "--reservoir", file, "--batch-size", 16)
+    assert first.exit_code == 0, first.output
+    remembered = int(re.search(r"mean entropy [0-9.]+, (\d+) images remembered", first.stderr)[1])
+    assert "TCA(rate=0.035" in first.stderr and 10 < remembered <= 30
+    # The same through the library, in the same order.
+    paths = [json.loads(line)["path"] for line in first.stdout.splitlines()]
+    assert paths != sorted(paths) and len(paths) == 60
+    model, preprocess, tokenizer = ck.bundled()
+    classifier = ck.Classifier(model, tokenizer, digits.CLASSES, method=ck.TCA(0.035), head=ck.Reservoir)
+    images = torch.stack([preprocess(Image.open(path)) for path in paths])
+    with torch.inference_mode():
+        logits = torch.cat([classifier(batch) for batch in images.split(16)])
+    came = [json.loads(line)["probability"] for line in first.stdout.splitlines()]
+    assert came == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-4)
+    again = run("classify", pictures / "digits", *STREAM, "--reservoir", file)
+    assert f"{file}: goes on after 60 images, {remembered} remembered" in again.stderr
+    assert again.stdout != first.stdout
+    assert ck.Reservoir(classifier.head.zero_shot.text).load(file).seen == 120
+    before = file.read_bytes()
+    frozen = run("classify", pictures / "digits", *STREAM, "--reservoir", file, "--frozen")
+    assert frozen.exit_code == 0 and file.read_bytes() == before
+
+
+def test_a_stream_that_is_interrupted_keeps_what_it_learnt(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "reservoir.safetensors"
+    see, calls = ck.Reservoir.__call__, []
+
+    def interrupted(self: ck.Reservoir, features: ck.Encoded) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return see(self, features)
+
+    monkeypatch.setattr(ck.Reservoir, "__call__", interrupted)
+    result = run("classify", pictures / "digits", *STREAM, "--reservoir", file, "--batch-size", 8)
+    assert result.exit_code != 0
+    model, _, tokenizer = ck.bundled()
+    head = ck.Classifier(model, tokenizer, digits.CLASSES, head=ck.Reservoir).head
+    assert head.load(file).seen == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--reservoir", "x"), "expected --adapt with --reservoir, got none"),
+        (("--preset", "dtd"), "expected --adapt with --preset, got none"),
+        (("--adapt", "tca", "--frozen"), "expected --reservoir with a file that exists for --frozen, got None"),
+        (("--adapt", "tca", "--reservoir", "no/such/file"), "expected a file in a folder that exists for --reservoir"),
+        (("--adapt", "tca", "--reservoir", "."), "expected a file for --reservoir, got the folder ."),
+        (("--adapt", "tca", "--reservoir", __file__), "expected a safetensors file, got"),
+        (("--adapt", "tca", "--rate", 0.9), "valid rates are"),
+        (("--rate", 0.1), "expected --method tca with --rate, got no --method"),
+        (("--method", "tome", "--blocks", "1"), "expected --method evit or tca with --blocks, got tome"),
+    ],
+)
+def test_options_that_do_not_fit_a_stream_are_named(options: tuple[object, ...], message: str, pictures: Path) -> None:
+    assert message in error(run("classify", pictures / "digits", "--classes", DIGITS, *options))
+
+
+def test_tca_condenses_without_adapting_where_asked_to(pictures: Path) -> None:
+    result = run("classify", pictures / "digits", "--classes", DIGITS, "--method", "tca", "--rate", 0.1)
+    assert result.exit_code == 0 and "TCA(rate=0.1" in result.stderr and "remembered" not in result.stderr

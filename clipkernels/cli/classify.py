@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import click
 import torch
 from click.core import ParameterSource
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader
 
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
+from clipkernels.cli.adapt import choose_head, kept
+from clipkernels.cli.guesses import Guess, writer
 from clipkernels.cli.images import Pictures, collate, find
 from clipkernels.cli.models import DTYPES, choose_device, load_open_clip, loading, refuse_unnamed
-from clipkernels.cli.output import opened, progress, schedule, write_table
+from clipkernels.cli.output import opened, progress, schedule
 from clipkernels.data import Preprocess, bundled
-from clipkernels.methods import Dense, EViT, Method, ToMe
+from clipkernels.heads import Reservoir
+from clipkernels.heads.reservoir import PRESETS
+from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
 from clipkernels.patch import method_of, tower_of
 from clipkernels.timing import plan_for
 
 MANY = 256
 
 
-class Guess(NamedTuple):
-    """The likeliest classes of one image, best first, with their probabilities."""
-
-    path: str
-    best: list[tuple[str, float]]
-    label: str | None
-
-    def record(self) -> dict[str, Any]:
-        """The guess as one flat row: path, class, probability, and the second of each where there are two classes."""
-        row: dict[str, Any] = {"path": self.path}
-        for prefix, (name, probability) in zip(("", "second_"), self.best, strict=False):
-            row |= {prefix + "class": name, prefix + "probability": round(probability, 6)}
-        return row if self.label is None else {**row, "label": self.label}
-
-
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
   clipkernels classify pictures/digits --folder-labels --method evit --keep 0.7 \\
+    --classes zero,one,two,three,four,five,six,seven,eight,nine
+  clipkernels classify pictures/digits --folder-labels --shuffle 0 --adapt tca --reservoir digits.safetensors \\
     --classes zero,one,two,three,four,five,six,seven,eight,nine
 """
 
@@ -63,12 +52,19 @@ Example:
 @click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
 @click.option(
     "--method",
-    type=click.Choice(["dense", "evit", "tome", "none"]),
-    help="none is the host library's own forward  [default: dense, none where the tower cannot be served]",
+    type=click.Choice(["dense", "evit", "tome", "tca", "none"]),
+    help="none is the host library's own forward  [default: dense; tca with --adapt; none where the tower cannot be "
+    "served]",
 )
 @click.option("--keep", type=float, default=0.7, show_default=True, help="evit: share of patches kept per step.")
 @click.option("--r", type=int, default=8, show_default=True, help="tome: tokens merged per block.")
-@click.option("--blocks", help="evit: zero-based blocks that prune, such as 3,6,9.")
+@click.option("--rate", type=float, default=0.035, show_default=True, help="tca: what is dropped, such as 0.1.")
+@click.option("--blocks", help="evit, tca: zero-based blocks that prune, such as 3,6,9.")
+@click.option("--adapt", type=click.Choice(["tca"]), help="Learn from the stream: remember the surest of each class.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="imagenet", show_default=True, help="For --adapt.")
+@click.option("--reservoir", help="With --adapt: go on from this file where it exists; kept up to date as it learns.")
+@click.option("--frozen", is_flag=True, help="With --reservoir: use what was learnt, learn nothing more.")
+@click.option("--shuffle", type=int, metavar="SEED", help="Take the images in a random order.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), help="Loader processes  [default: up to 4, 0 for few images]")
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
@@ -88,7 +84,13 @@ def classify(
     method: str | None,
     keep: float,
     r: int,
+    rate: float,
     blocks: str | None,
+    adapt: str | None,
+    preset: str,
+    reservoir: str | None,
+    frozen: bool,
+    shuffle: int | None,
     batch_size: int,
     workers: int | None,
     device: str | None,
@@ -104,18 +106,26 @@ def classify(
     IMAGES are files, folders or quoted globs. A folder is searched through for files whose names end like an image's
     (.jpg, .png, .webp, …); a file that is named, or matched by a glob, is always tried. A file that is no image is
     named on stderr, the others still run, and the exit status is then 1.
+
+    With --adapt images are a stream: what comes first helps with what follows, and what is sorted by class misleads.
     """
     try:
         names = read_classes(classes, classes_file)
         paths = list(find(images))
+        if shuffle is not None:
+            random.Random(shuffle).shuffle(paths)
         labels = read_labels(paths, names) if folder_labels else None
-        chosen = choose_method(context, method, keep, r, blocks)
+        chosen = choose_method(context, method, keep, r, rate, blocks, adapt)
+        for option in ("preset", "reservoir", "frozen"):
+            if given(context, option) and not adapt:
+                raise click.UsageError(f"expected --adapt with --{option}, got none")
+        head = choose_head(adapt, preset, reservoir, frozen)
         where = choose_device(device)
         model, preprocess, tokenizer = load(name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
         if method is None and not servable(model):
             chosen = None
-        classifier = Classifier(model, tokenizer, names, templates or ("a photo of a {}.",), chosen)
+        classifier = Classifier(model, tokenizer, names, templates or ("a photo of a {}.",), chosen, head)
         if workers is None:
             workers = min(4, os.cpu_count() or 1) if len(paths) >= MANY else 0
         loader = DataLoader(
@@ -125,8 +135,8 @@ def classify(
             collate_fn=collate,
             pin_memory=where.type == "cuda",
         )
-        with opened(output) as stream:
-            failures = run(classifier, loader, paths, labels, DTYPES[precision], where, form, stream)
+        with kept(classifier, reservoir) as keep_up, opened(output) as stream:
+            failures = run(classifier, loader, paths, labels, DTYPES[precision], where, form, stream, keep_up)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if failures:
@@ -154,21 +164,39 @@ def read_labels(paths: Sequence[str], classes: Sequence[str]) -> list[str]:
     return labels
 
 
-def choose_method(context: click.Context, method: str | None, keep: float, r: int, blocks: str | None) -> Method | None:
+def choose_method(
+    context: click.Context,
+    method: str | None,
+    keep: float,
+    r: int,
+    rate: float,
+    blocks: str | None,
+    adapt: str | None,
+) -> Method | None:
     """The method that the options describe; an option that it would not read is an error."""
-    for option, owner in (("keep", "evit"), ("blocks", "evit"), ("r", "tome")):
-        given = context.get_parameter_source(option) is ParameterSource.COMMANDLINE
-        if given and method != owner:
-            raise click.UsageError(f"expected --method {owner} with --{option}, got {method or 'no --method'}")
+    method = method or ("tca" if adapt else None)
+    readers = {"keep": ("evit",), "blocks": ("evit", "tca"), "r": ("tome",), "rate": ("tca",)}
+    for option, owners in readers.items():
+        if given(context, option) and method not in owners:
+            raise click.UsageError(
+                f"expected --method {' or '.join(owners)} with --{option}, got {method or 'no --method'}"
+            )
+    try:
+        named = tuple(int(block) for block in blocks.split(",")) if blocks is not None else None
+    except ValueError:
+        raise click.UsageError(f"expected --blocks such as 3,6,9, got {blocks!r}") from None
     if method == "evit":
-        try:
-            named = tuple(int(block) for block in blocks.split(",")) if blocks is not None else None
-        except ValueError:
-            raise click.UsageError(f"expected --blocks such as 3,6,9, got {blocks!r}") from None
         return EViT(keep, named)
+    if method == "tca":
+        return TCA(rate, named)
     if method == "tome":
         return ToMe(r)
     return None if method == "none" else Dense()
+
+
+def given(context: click.Context, option: str) -> bool:
+    """Whether an option was named on the command line."""
+    return context.get_parameter_source(option) is ParameterSource.COMMANDLINE
 
 
 def load(name: str | None, pretrained: str | None) -> tuple[nn.Module, Preprocess, Any]:
@@ -206,10 +234,11 @@ def run(
     device: torch.device,
     form: str,
     stream: TextIO,
+    keep_up: Callable[[], None],
 ) -> int:
     """Every image's guess to the stream as it comes, a summary to stderr; how many files were no images."""
     write = writer(form, stream)
-    done, right, failures, inside = 0, 0, 0, 0.0
+    done, right, failures, inside, unsure = 0, 0, 0, 0.0, 0.0
     start = time.perf_counter()
     with progress(quiet=form != "table" and stream.isatty()) as bar:
         task = bar.add_task("classifying", total=len(paths))
@@ -219,8 +248,11 @@ def run(
                 bar.console.print(Text(f"no image: {paths[index]}: {reason}"), soft_wrap=True)
             if batch.images is not None:
                 entered = time.perf_counter()
-                probabilities = classifier(batch.images.to(device, dtype)).softmax(1).cpu()
+                shares = classifier(batch.images.to(device, dtype)).log_softmax(1).cpu()
                 inside += time.perf_counter() - entered
+                probabilities = shares.exp()
+                unsure -= (probabilities * shares).nan_to_num(0.0).sum().item()
+                keep_up()
                 top = probabilities.topk(min(2, len(classifier.classes)))
                 for index, values, ranked in zip(batch.indices, top.values.tolist(), top.indices.tolist(), strict=True):
                     names = [classifier.classes[k] for k in ranked]
@@ -228,47 +260,21 @@ def run(
                     right += label == names[0]
                     write(Guess(paths[index], list(zip(names, values, strict=True)), label))
                 done += len(batch.indices)
+                bar.update(task, description=f"classifying, mean entropy {unsure / done:.2f}")
             bar.advance(task, len(batch.indices) + len(batch.failed))
     write(None)
     seconds = time.perf_counter() - start
     summary = [f"{done} images in {seconds:.2f} s: {done / seconds:.1f} images/s end to end"]
     if done:
         summary[0] += f", {done / inside:.1f} in the model"
+        if isinstance(classifier.head, Reservoir):
+            summary.append(f"mean entropy {unsure / done:.3f}, {int(classifier.head.counts.sum())} images remembered")
         if labels:
             summary.append(f"accuracy {100 * right / done:.2f} % ({right} of {done})")
     if failures:
         summary.append(f"{failures} no image")
     click.echo("; ".join([*summary[:1], describe(classifier.model), *summary[1:]]), err=True)
     return failures
-
-
-def writer(form: str, stream: TextIO) -> Callable[[Guess | None], None]:
-    """What takes the guesses one by one, then None at the end: rows are written at once, a table when it is whole."""
-    rows = csv.writer(stream, lineterminator="\n")
-    table: list[dict[str, Any]] = []
-
-    def write(guess: Guess | None) -> None:
-        if guess is None:
-            if form == "table" and table:
-                whole = Table(*(column.replace("_", " ") for column in table[0]))
-                for record in table:
-                    cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in record.values()]
-                    whole.add_row(*map(Text, cells))
-                write_table(whole, stream)
-            return
-        record = guess.record()
-        if form == "table":
-            table.append(record)
-        elif form == "csv":
-            if not table:
-                table.append(record)
-                rows.writerow(record)
-            rows.writerow(record.values())
-        else:
-            stream.write(json.dumps(record) + "\n")
-        stream.flush()
-
-    return write
 
 
 def describe(model: nn.Module) -> str:

@@ -64,10 +64,12 @@ def write_table(table: Table, stream: TextIO) -> None:
 
 
 def write_csv(records: Sequence[Mapping[str, Any]], stream: TextIO) -> None:
-    """Records with the same keys as CSV with a header; token counts are one cell."""
+    """Records with the same keys as CSV with a header; several numbers, such as token counts, are one cell."""
     writer = csv.DictWriter(stream, records[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**record, "tokens": " ".join(map(str, record["tokens"]))} for record in records)
+    for record in records:
+        joined = {key: " ".join(map(str, cell)) for key, cell in record.items() if isinstance(cell, tuple | list)}
+        writer.writerow({**record, **joined})
 
 
 def schedule(tokens: Sequence[int]) -> str:

@@ -1,0 +1,353 @@
+"""What TCA gains on a stream whose images shift: accuracy and images/s of the bundled CLIP, adapting or not.
+
+    python bench/adaptation.py --images cifar10-val.tar.gz --out adaptation.csv --plot adaptation.png
+    python bench/adaptation.py --images photos --limit 200 --shuffles 1     # a folder with one sub-folder per class
+    python bench/adaptation.py --images cifar10-val.tar.gz --study presets --out presets.csv
+    python bench/adaptation.py --images cifar10-val.tar.gz --study speed --out speed.csv
+
+A stream is the images of one kind in random order: clean, or corrupted with a severity from 1 to 5 drawn for each
+image (the strengths are those of CIFAR-10-C where it has the corruption). A reservoir starts empty with each stream, or
+goes on through all of them one after another ("continual"). What does not adapt gives the same in every order. EViT,
+random pruning and ToMe have the schedule whose GMACs come closest to those of the sharper TCA. Nothing is chosen by
+these images: settings are the published ones, and the study of presets has all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+import clipkernels as ck
+from clipkernels.cli.info import environment
+from clipkernels.heads.reservoir import PRESETS
+from clipkernels.timing import gmacs_for, measure, plan_for
+from literal_tca import Reservoir as LiteralReservoir
+from literal_tca import stream
+from rows import resume, write
+from tiny_clip import read
+
+BATCH = 32
+TEMPLATES = ("a photo of a {}.",)
+STRENGTHS: dict[str, Sequence[float]] = {
+    "noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation, of 1
+    "blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # radius in pixels
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # of the spread around the mean
+    "brightness": (1.1, 1.2, 1.3, 1.4, 1.6),  # times
+    "jpeg": (80, 65, 58, 50, 40),  # quality
+}
+STREAMS = ("clean", *STRENGTHS)
+
+
+class Variant(NamedTuple):
+    """A method and what makes its head of the class embeddings."""
+
+    method: ck.Method | None
+    head: Callable[..., Any] = ck.ZeroShot
+
+
+class Stream(NamedTuple):
+    """Preprocessed images (n,3,S,S), their classes (n,) and severities (n,)."""
+
+    images: Tensor
+    labels: Tensor
+    severity: Tensor
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(1)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    options = {name: getattr(arguments, name) for name in ("study", "limit", "shuffles", "seed")}
+    header = {"environment": environment(), "model": "the CLIP that ships with clipkernels", **options}
+    records = resume(arguments.out, header)
+    photos, classes = read(arguments.images)
+    if arguments.study == "speed":
+        records = speeds(photos.images, classes, arguments, console)
+    else:
+        streams = corrupt(photos.images, photos.labels, arguments)
+        study = shift if arguments.study == "shift" else presets
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            for rows in study(streams, classes, {row["variant"] for row in records}, arguments, bar):
+                records += rows
+                if arguments.out:  # a long run that is cut short keeps what it has
+                    write(records, header, arguments.out)
+        console.print(draw(records))
+    if arguments.out:
+        write(records, header, arguments.out)
+    if arguments.plot:
+        plot(records, arguments.plot)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR|FILE.tar.gz", help="a sub-folder per class")
+    parser.add_argument("--study", choices=["shift", "presets", "speed"], default="shift")
+    parser.add_argument("--limit", type=int, default=2000, metavar="N", help="images of a stream, drawn at random")
+    parser.add_argument("--shuffles", type=int, default=3, help="orders that the streams are taken in")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, the corruptions and the orders")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the shift study")
+    arguments = parser.parse_args()
+    if arguments.plot and arguments.study != "shift":
+        parser.error(f"expected --study shift with --plot, got {arguments.study}")
+    return arguments
+
+
+def corrupt(images: np.ndarray, labels: np.ndarray, arguments: argparse.Namespace) -> dict[str, Stream]:
+    """The streams, of the same images, each corruption with its own severities."""
+    _, preprocess, _ = ck.bundled()
+    pick = np.random.default_rng(arguments.seed).permutation(len(images))[: arguments.limit]
+    made = {}
+    for place, kind in enumerate(STREAMS):
+        rng = np.random.default_rng([arguments.seed, place])
+        severity = rng.integers(1, 6, len(pick)) if kind != "clean" else np.zeros(len(pick), dtype=np.int64)
+        pictures = [
+            corrupted(Image.fromarray(images[index]), kind, level, rng)
+            for index, level in zip(pick, severity, strict=True)
+        ]
+        stacked = torch.stack([preprocess(picture) for picture in pictures])
+        made[kind] = Stream(stacked, torch.from_numpy(labels[pick]), torch.from_numpy(severity))
+    return made
+
+
+def corrupted(image: Image.Image, kind: str, severity: int, rng: np.random.Generator) -> Image.Image:
+    """One image at a severity from 1 to 5."""
+    if kind == "clean":
+        return image
+    strength = STRENGTHS[kind][severity - 1]
+    if kind == "blur":
+        return image.filter(ImageFilter.GaussianBlur(strength))
+    if kind == "brightness":
+        return ImageEnhance.Brightness(image).enhance(strength)
+    if kind == "jpeg":
+        file = io.BytesIO()
+        image.save(file, "jpeg", quality=int(strength))
+        return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+    pixels = np.asarray(image) / 255
+    if kind == "noise":
+        pixels = pixels + rng.normal(scale=strength, size=pixels.shape)
+    else:
+        mean = pixels.mean((0, 1))
+        pixels = (pixels - mean) * strength + mean
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def variants() -> dict[str, Variant]:
+    """What is compared, the adapting ones with ImageNet's settings, which stand in for unknown data."""
+    tower = ck.tower_of(ck.bundled()[0])
+
+    def gmacs(method: ck.Method) -> float:
+        return gmacs_for(tower, plan_for(tower, method))
+
+    mild, sharp = ck.TCA(0.035), ck.TCA(0.1)
+    target, patches = gmacs(sharp), tower.tokens - tower.prefix
+    keep = min((count / patches for count in range(1, patches)), key=lambda keep: abs(gmacs(ck.EViT(keep)) - target))
+    r = min(range(1, tower.tokens), key=lambda r: abs(gmacs(ck.ToMe(r)) - target))
+    return {
+        "CLIP": Variant(None),
+        f"EViT(keep={keep:.3f})": Variant(ck.EViT(keep)),
+        f"EViT(keep={keep:.3f}, random)": Variant(ck.EViT(keep, score="random")),
+        f"ToMe(r={r})": Variant(ck.ToMe(r)),
+        "TCA(rate=0.035)": Variant(mild),
+        "TCA(rate=0.1)": Variant(sharp),
+        "CLIP + reservoir": Variant(None, ck.Reservoir),
+        "TCA(rate=0.035) + reservoir": Variant(mild, ck.Reservoir),
+        "TCA(rate=0.1) + reservoir": Variant(sharp, ck.Reservoir),
+    }
+
+
+def shift(
+    streams: dict[str, Stream], classes: Sequence[str], done: set[str], arguments: argparse.Namespace, bar: Progress
+) -> Iterator[list[dict[str, Any]]]:
+    """For each variant, adapting ones with and without a fresh start per stream, its rows: one per stream and severity,
+    and their means."""
+    task = bar.add_task("", total=None)
+    for name, variant in variants().items():
+        adapts = variant.head is not ck.ZeroShot
+        for continual in (False, True) if adapts else (False,):
+            label = f"{name}, continual" if continual else name
+            if label in done:
+                continue
+            bar.update(task, description=label)
+            right = [
+                run(variant, streams, classes, seed, continual) for seed in range(arguments.shuffles if adapts else 1)
+            ]
+            yield summarize(label, variant.method, right, streams)
+
+
+def presets(
+    streams: dict[str, Stream], classes: Sequence[str], done: set[str], arguments: argparse.Namespace, bar: Progress
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of the milder TCA with every published preset, and with every other choice under ImageNet's."""
+    choices: dict[str, dict[str, Any]] = {name: {"preset": name} for name in PRESETS}
+    choices |= {f"evict={rule}": {"evict": rule} for rule in ("similarity", "uncertainty", "fifo")}
+    choices |= {"correction=linear": {"correction": "linear"}, "self_vote=False": {"self_vote": False}}
+    choices |= {"anchors=all": {"anchors": "all"}}
+    method = ck.TCA(0.035)
+    task = bar.add_task("", total=len(choices) + 1)
+    for name, settings in {"no reservoir": None, **choices}.items():
+        bar.update(task, description=name, advance=1)
+        if name not in done:
+            variant = Variant(method) if settings is None else Variant(method, partial(ck.Reservoir, **settings))
+            count = arguments.shuffles if settings is not None else 1
+            right = [run(variant, streams, classes, seed, False) for seed in range(count)]
+            yield [row for row in summarize(name, method, right, streams) if row["severity"] == "all"]
+
+
+@torch.inference_mode()
+def run(
+    variant: Variant, streams: dict[str, Stream], classes: Sequence[str], seed: int, continual: bool
+) -> dict[str, Tensor]:
+    """Which images of each stream get their class, in one order of the images and of the streams."""
+    model, _, tokenizer = ck.bundled()
+    classifier = ck.Classifier(model, tokenizer, classes, TEMPLATES, variant.method, variant.head)
+    rng = np.random.default_rng([seed, 1])
+    right = {}
+    for kind in rng.permutation(STREAMS):
+        if not continual:
+            classifier.reset()
+        some = streams[kind]
+        order = torch.from_numpy(rng.permutation(len(some.labels)))
+        found = torch.cat([classifier(some.images[part]).argmax(1) for part in order.split(BATCH)])
+        right[kind] = torch.empty(len(order), dtype=torch.bool)
+        right[kind][order] = found == some.labels[order]
+    return right
+
+
+def summarize(
+    label: str, method: ck.Method | None, right: Sequence[dict[str, Tensor]], streams: dict[str, Stream]
+) -> list[dict[str, Any]]:
+    """Rows of accuracy in per cent: mean, least and most over the orders; "all" is the mean of what it sums up."""
+    tower = ck.tower_of(ck.bundled()[0])
+    gmacs = gmacs_for(tower, plan_for(tower, method or ck.Dense()))
+    rows = []
+
+    def add(kind: str, severity: object, shares: list[float]) -> None:
+        low, high = round(min(shares), 2), round(max(shares), 2)
+        accuracy = {"accuracy": round(statistics.mean(shares), 2), "least": low, "most": high, "orders": len(shares)}
+        found = {"variant": label, "gmacs": round(gmacs, 5), "stream": kind, "severity": severity}
+        rows.append({**found, **accuracy, "commit": environment()["commit"]})
+
+    def share(of: dict[str, Tensor], kind: str, severity: int | None = None) -> float:
+        chosen = of[kind] if severity is None else of[kind][streams[kind].severity == severity]
+        return 100 * chosen.double().mean().item()
+
+    for kind in STREAMS:
+        add(kind, "all", [share(of, kind) for of in right])
+    shifted = tuple(STRENGTHS)
+    add("shifted", "all", [statistics.mean(share(of, kind) for kind in shifted) for of in right])
+    for severity in range(1, 6):
+        add("shifted", severity, [statistics.mean(share(of, kind, severity) for kind in shifted) for of in right])
+    return rows
+
+
+def speeds(
+    images: np.ndarray, classes: Sequence[str], arguments: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Images/s of whole streams of CPU time, one thread, all interleaved, and ratios within rounds."""
+    _, preprocess, tokenizer = ck.bundled()
+    count = min(arguments.limit, 128)
+    batch = torch.stack([preprocess(Image.fromarray(image)) for image in images[:count]])
+    calls: dict[str, Callable[[], object]] = {}
+    for name, variant in variants().items():
+        classifier = ck.Classifier(ck.bundled()[0], tokenizer, classes, TEMPLATES, variant.method, variant.head)
+        for size in (BATCH, 1) if "TCA" in name and variant.head is ck.Reservoir else (BATCH,):
+            calls[f"{name}, batch {size}"] = partial(whole, classifier, batch, size)
+    text = ck.Classifier(ck.bundled()[0], tokenizer, classes, TEMPLATES).head.text
+    for rate in (0.035, 0.1):
+        model = ck.bundled()[0]
+        calls[f"TCA(rate={rate}) + reservoir, literal loop"] = partial(literally, model, batch, ck.TCA(rate), text)
+    with torch.inference_mode(), Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("timing", total=8 * len(calls))
+        times = measure(calls, 7, seed=arguments.seed, clock="process", progress=lambda: bar.advance(task))
+    evit = next(name for name in calls if name.startswith("EViT"))
+    rows = []
+    for name in calls:
+        loop = (
+            "TCA(rate=0.035) + reservoir, literal loop"
+            if "0.035" in name
+            else "TCA(rate=0.1) + reservoir, literal loop"
+        )
+        row: dict[str, Any] = {"variant": name, "images_per_second": round(count / times.of(name).median, 2)}
+        for against, other in (("literal", loop), ("evit", evit)):
+            ratio = times.ratio(name, other)
+            row |= {f"speedup_over_{against}": round(ratio.median, 3)}
+            row |= {f"over_{against}_p10": round(ratio.low, 3), f"over_{against}_p90": round(ratio.high, 3)}
+        rows.append({**row, "commit": environment()["commit"]})
+    table = Table("variant", "images/s", "× literal loop of its rate", f"× {evit}")
+    for row in rows:
+        cells = [f"{row[f'speedup_over_{against}']:.2f}" for against in ("literal", "evit")]
+        table.add_row(row["variant"], f"{row['images_per_second']:.1f}", *cells)
+    console.print(table)
+    return rows
+
+
+def whole(classifier: ck.Classifier, images: Tensor, size: int) -> None:
+    """A stream from its start, in batches."""
+    classifier.reset()
+    for part in images.split(size):
+        classifier(part)
+
+
+def literally(model: Any, images: Tensor, method: ck.TCA, text: Tensor) -> None:
+    """A stream from its start, read literally."""
+    stream(model, images, method, LiteralReservoir(text, *PRESETS["imagenet"]))
+
+
+def draw(records: Sequence[dict[str, Any]]) -> Table:
+    """Accuracy per stream for people, with the spread of the orders."""
+    table = Table("variant", "GMACs", *STREAMS, "shifted", title="accuracy, %: mean over orders, ± half their spread")
+    for name in dict.fromkeys(row["variant"] for row in records):
+        rows = [row for row in records if row["variant"] == name and row["severity"] == "all"]
+        cells = [
+            f"{row['accuracy']:.1f}" + (f" ± {(row['most'] - row['least']) / 2:.1f}" if row["orders"] > 1 else "")
+            for row in rows
+        ]
+        table.add_row(name, f"{rows[0]['gmacs']:.4f}", *cells)
+    return table
+
+
+def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
+    """Accuracy by stream and by severity, one colour per variant, bars from the least to the most."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(row["variant"] for row in records))
+    for place, name in enumerate(names):
+        look = {"color": f"C{place % 10}", "marker": "osD^vPX*<>hp"[place % 12], "capsize": 2, "markersize": 4}
+        for axes, severities in ((left, ["all"]), (right, list(range(1, 6)))):
+            rows = [row for row in records if row["variant"] == name and row["severity"] in severities]
+            rows = [row for row in rows if axes is left or row["stream"] == "shifted"]
+            means = [row["accuracy"] for row in rows]
+            bars = [[row["accuracy"] - row["least"] for row in rows], [row["most"] - row["accuracy"] for row in rows]]
+            at = [index + (place - len(names) / 2) * 0.06 for index in range(len(rows))]
+            line = "none" if axes is left else "-"
+            axes.errorbar(at, means, bars, linestyle=line, linewidth=1, label=name if axes is left else None, **look)
+    left.set_xticks(range(len(STREAMS) + 1), [*STREAMS, "shifted"])
+    right.set_xticks(range(5), range(1, 6))
+    left.set(ylabel="accuracy, %", title="by stream; bars: all orders")
+    right.set(xlabel="severity", title="mean of the five corruptions")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
