@@ -157,6 +157,7 @@ def methods(name: str) -> dict[str, ck.Method | None]:
         "EViT(keep=0.7)": ck.EViT(0.7),
         "EViT(keep=0.5)": ck.EViT(0.5),
         f"ToMe(r={r})": ck.ToMe(r),
+        "TCA(rate=0.1)": ck.TCA(0.1),
     }
 
 
@@ -188,7 +189,7 @@ def check(model: nn.Module, methods: Mapping[str, ck.Method | None], images: Ten
             assert error <= allowed, f"{name}: relative error {error:.1e} against the host is above {allowed:.1e}"
 
 
-@pytest.mark.parametrize("variant", ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe"])
+@pytest.mark.parametrize("variant", ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe", "TCA"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "batch"),

@@ -157,7 +157,8 @@ def test_the_paired_run_writes_rows_and_environment(
     file = tmp_path / "cpu" / "towers.csv"
     towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, 2, "--rounds", 1, "--threads", 1, "--out", file)
     rows = list(csv.DictReader(file.open(encoding="utf-8")))
-    variants = ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe(r=4)", "dense (host) again"]
+    variants = ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe(r=4)"]
+    variants += ["TCA(rate=0.1)", "dense (host) again"]
     assert [(row["batch"], row["variant"]) for row in rows] == [(batch, name) for batch in "12" for name in variants]
     report = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     assert report["environment"]["threads"] == 1

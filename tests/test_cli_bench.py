@@ -120,6 +120,12 @@ def test_cosines_are_those_of_the_models_own_embeddings_with_dense_fp32(both: Re
     assert row["precision_cosine_min"] <= row["precision_cosine_mean"]
 
 
+def test_tca_is_among_the_methods(pictures: Path) -> None:
+    found = {row["variant"]: row for row in rows("--images", pictures, "--methods", "tca:0.1")}
+    assert list(found) == ["dense (host)", "Dense()", "TCA(rate=0.1)"]
+    assert found["TCA(rate=0.1)"]["tokens"] == list(ck.TCA(0.1).plan(65, 6).tokens)
+
+
 def test_the_host_in_fp32_agrees_with_itself_and_its_precision_costs_nothing(both: Result) -> None:
     host, dense = json.loads(both.stdout)["rows"][:2]
     assert host["cosine_min"] == host["cosine_mean"] == host["agreement"] == 1.0
@@ -426,7 +432,7 @@ def test_a_tower_that_cannot_be_served_is_one_line(resnet: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "evit:0.5,prune:3"], "such as evit:0.7,evit:0.5,tome:8, got 'prune:3': no such method"),
+        (["--methods", "evit:0.5,prune:3"], "such as evit:0.7,tome:8,tca:0.1, got 'prune:3': no such method"),
         (["--methods", "evit"], "got 'evit': could not convert"),
         (["--methods", "evit:2"], "got 'evit:2': keep must be a number in (0, 1], got 2.0"),
         (["--methods", "tome:-1"], "got 'tome:-1': r must be a non-negative int"),

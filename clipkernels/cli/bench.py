@@ -22,7 +22,7 @@ from clipkernels.cli.measure import TIMED, Row, Settings, measure
 from clipkernels.cli.models import DTYPES, LIBRARIES, Preprocess, choose_device, load
 from clipkernels.cli.output import opened, progress, schedule, write_csv, write_table
 from clipkernels.cli.plot import draw_plot, plot_format
-from clipkernels.methods import Dense, EViT, Method, ToMe
+from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
 from clipkernels.patch import tower_of
 from clipkernels.timing import Clock, plan_for
 
@@ -68,7 +68,7 @@ Example:
 @click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Images, spread over all.")
 @click.option(
     "--methods",
-    help="Beside dense, such as evit:0.7,tome:8  [default: evit:0.7,evit:0.5 and tome at the cost of evit:0.7]",
+    help="Beside dense, such as evit:0.7,tome:8,tca:0.1  [default: evit:0.7,evit:0.5 and tome at the cost of evit:0.7]",
 )
 @click.option(
     "--compile",
@@ -194,10 +194,13 @@ def choose(given: str | None, tower: Tower) -> dict[str, Method | None]:
             elif kind == "tome":
                 r = int(number)
                 chosen[f"ToMe(r={r})"] = ToMe(r)
+            elif kind == "tca":
+                rate = float(number)
+                chosen[f"TCA(rate={rate:g})"] = TCA(rate)
             else:
                 raise ValueError("no such method")
         except ValueError as error:
-            wanted = "expected --methods such as evit:0.7,evit:0.5,tome:8"
+            wanted = "expected --methods such as evit:0.7,tome:8,tca:0.1"
             raise click.UsageError(f"{wanted}, got {part.strip()!r}: {error}") from error
     for method in chosen.values():
         plan_for(tower, method or Dense())
