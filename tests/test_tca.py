@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import layer_norm
 
 import clipkernels as ck
@@ -154,6 +155,25 @@ def test_anchors_count_only_where_a_method_condenses(tiny, images):
     whole = ck.encode_image(tiny, images, anchors=anchors, tokens=True).embedding
     torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(alone, ck.encode_image(tiny, images).embedding, atol=1e-4)
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_table_of_anchors(tiny):
+    torch._dynamo.reset()
+    ck.patch(tiny, ck.TCA(0.1))
+    counter = CompileCounterWithBackend("eager")
+
+    def encode(images, anchors):
+        return ck.encode_image(tiny, images, cls_path=True, anchors=anchors)
+
+    compiled = torch.compile(encode, fullgraph=True, backend=counter)
+    generator = torch.Generator().manual_seed(1)
+    for batch in (2, 3, 5):
+        images, anchors = (torch.randn(*size, generator=generator) for size in ((batch, 3, 32, 32), (4, 6, 128)))
+        came, expected = compiled(images, anchors), encode(images, anchors)
+        torch.testing.assert_close(came.embedding, expected.embedding)
+        torch.testing.assert_close(came.cls_path, expected.cls_path)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("shape", [(6, 128), (2, 5, 128), (2, 6, 127), (0, 6, 128)])
