@@ -15,7 +15,6 @@ these images: settings are the published ones, and the study of presets has all 
 from __future__ import annotations
 
 import argparse
-import io
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -33,8 +32,9 @@ from torch import Tensor
 
 import clipkernels as ck
 from clipkernels.cli.info import environment
-from clipkernels.heads.reservoir import PRESETS
+from clipkernels.heads.presets import PRESETS
 from clipkernels.timing import Clock, gmacs_for, measure, plan_for
+from corruptions import STREAMS, STRENGTHS, Stream, corrupt
 from literal_tca import Reservoir as LiteralReservoir
 from literal_tca import stream
 from rows import resume, write
@@ -44,14 +44,6 @@ BATCH = 32
 ROUNDS = 15
 RATES = (0.035, 0.1)  # the paper's "R=0.9" and "R=0.7"
 TEMPLATES = ("a photo of a {}.",)
-STRENGTHS: dict[str, Sequence[float]] = {
-    "noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation, of 1
-    "blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # radius in pixels
-    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # of the spread around the mean
-    "brightness": (1.1, 1.2, 1.3, 1.4, 1.6),  # times
-    "jpeg": (80, 65, 58, 50, 40),  # quality
-}
-STREAMS = ("clean", *STRENGTHS)
 
 
 class Variant(NamedTuple):
@@ -61,26 +53,23 @@ class Variant(NamedTuple):
     head: Callable[..., Any] = ck.ZeroShot
 
 
-class Stream(NamedTuple):
-    """Preprocessed images (n,3,S,S), their classes (n,) and severities (n,)."""
-
-    images: Tensor
-    labels: Tensor
-    severity: Tensor
-
-
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
     options = {name: getattr(arguments, name) for name in ("study", "limit", "shuffles", "seed", "threads")}
-    header = {"environment": environment(), "model": "the CLIP that ships with clipkernels", **options}
+    header = {
+        "environment": environment(),
+        "model": "the CLIP that ships with clipkernels",
+        "images": arguments.images.name,
+        **options,
+    }
     records = resume(arguments.out, header)
     photos, classes = read(arguments.images)
     if arguments.study == "speed":
         records = speeds(photos.images, classes, arguments, console)
     else:
-        streams = corrupt(photos.images, photos.labels, arguments)
+        streams = corrupt(photos.images, photos.labels, arguments.limit, arguments.seed)
         study = shift if arguments.study == "shift" else presets
         with Progress(console=Console(stderr=True), transient=True) as bar:
             for rows in study(streams, classes, {row["variant"] for row in records}, arguments, bar):
@@ -108,45 +97,6 @@ def parse() -> argparse.Namespace:
     if arguments.plot and arguments.study != "shift":
         parser.error(f"expected --study shift with --plot, got {arguments.study}")
     return arguments
-
-
-def corrupt(images: np.ndarray, labels: np.ndarray, arguments: argparse.Namespace) -> dict[str, Stream]:
-    """The streams, of the same images, each corruption with its own severities."""
-    _, preprocess, _ = ck.bundled()
-    pick = np.random.default_rng(arguments.seed).permutation(len(images))[: arguments.limit]
-    made = {}
-    for place, kind in enumerate(STREAMS):
-        rng = np.random.default_rng([arguments.seed, place])
-        severity = rng.integers(1, 6, len(pick)) if kind != "clean" else np.zeros(len(pick), dtype=np.int64)
-        pictures = [
-            corrupted(Image.fromarray(images[index]), kind, level, rng)
-            for index, level in zip(pick, severity, strict=True)
-        ]
-        stacked = torch.stack([preprocess(picture) for picture in pictures])
-        made[kind] = Stream(stacked, torch.from_numpy(labels[pick]), torch.from_numpy(severity))
-    return made
-
-
-def corrupted(image: Image.Image, kind: str, severity: int, rng: np.random.Generator) -> Image.Image:
-    """One image at a severity from 1 to 5."""
-    if kind == "clean":
-        return image
-    strength = STRENGTHS[kind][severity - 1]
-    if kind == "blur":
-        return image.filter(ImageFilter.GaussianBlur(strength))
-    if kind == "brightness":
-        return ImageEnhance.Brightness(image).enhance(strength)
-    if kind == "jpeg":
-        file = io.BytesIO()
-        image.save(file, "jpeg", quality=int(strength))
-        return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
-    pixels = np.asarray(image) / 255
-    if kind == "noise":
-        pixels = pixels + rng.normal(scale=strength, size=pixels.shape)
-    else:
-        mean = pixels.mean((0, 1))
-        pixels = (pixels - mean) * strength + mean
-    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def variants() -> dict[str, Variant]:
@@ -321,31 +271,35 @@ def draw(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
-    """Accuracy by stream and by severity, one colour per variant, bars from the least to the most."""
+    """Accuracy of each variant on clean and shifted images, and by how much it differs from CLIP's, everywhere."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(row["variant"] for row in records))
-    for place, name in enumerate(names):
-        look = {"color": f"C{place % 10}", "marker": "osD^vPX*<>hp"[place % 12], "capsize": 2, "markersize": 4}
-        for axes, severities in ((left, ["all"]), (right, list(range(1, 6)))):
-            rows = [row for row in records if row["variant"] == name and row["severity"] in severities]
-            rows = [row for row in rows if axes is left or row["stream"] == "shifted"]
-            means = [row["accuracy"] for row in rows]
-            bars = [[row["accuracy"] - row["least"] for row in rows], [row["most"] - row["accuracy"] for row in rows]]
-            at = [index + (place - len(names) / 2) * 0.06 for index in range(len(rows))]
-            line = "none" if axes is left else "-"
-            axes.errorbar(at, means, bars, linestyle=line, linewidth=1, label=name if axes is left else None, **look)
-    left.set_xticks(range(len(STREAMS) + 1), [*STREAMS, "shifted"])
-    right.set_xticks(range(5), range(1, 6))
-    left.set(ylabel="accuracy, %", title="by stream; bars: all orders")
-    right.set(xlabel="severity", title="mean of the five corruptions")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
+    found = {(row["variant"], row["stream"], row["severity"]): row for row in records}
+    columns = [(kind, "all") for kind in (*STREAMS, "shifted")] + [("shifted", severity) for severity in range(1, 6)]
+    figure = Figure(figsize=(13, 0.42 * len(names) + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.6))
+    for kind, colour in (("clean", "C0"), ("shifted", "C1")):
+        rows = [found[name, kind, "all"] for name in names]
+        means = [row["accuracy"] for row in rows]
+        bars = [[row["accuracy"] - row["least"] for row in rows], [row["most"] - row["accuracy"] for row in rows]]
+        left.errorbar(means, range(len(names)), xerr=bars, fmt="o", color=colour, capsize=3, label=kind)
+        left.axvline(found["CLIP", kind, "all"]["accuracy"], color=colour, linewidth=0.8, linestyle=":")
+    left.set(xlabel="accuracy, %; bars: all orders of the stream")
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.grid(alpha=0.3)
+    left.legend(loc="lower left")
+    apart = [[found[(name, *at)]["accuracy"] - found[("CLIP", *at)]["accuracy"] for at in columns] for name in names]
+    right.imshow(apart, cmap="RdBu", vmin=-8, vmax=8, aspect="auto")
+    for y, line in enumerate(apart):
+        for x, value in enumerate(line):
+            right.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize="small")
+    labels = [kind if severity == "all" else f"severity {severity}" for kind, severity in columns]
+    right.set_xticks(range(len(columns)), labels, rotation=40, ha="right")
+    right.set(title="points above or below CLIP")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

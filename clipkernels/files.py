@@ -1,10 +1,11 @@
-"""Tensors in files: safetensors, never pickle, and whole or not there at all."""
+"""Files that are whole or not there at all, and tensors in them: safetensors, never pickle."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,15 +13,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Writes tensors and what is to be known about them, by way of a temporary file beside it that is renamed."""
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The name of a temporary file beside `path`, which takes its place when all went well.
+
+    Raises:
+        OSError: no file can be made there.
+    """
     target = Path(path)
     number, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(number)
     try:
-        with open(number, "wb") as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(about)))
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
@@ -28,6 +32,18 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], a
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Writes tensors and what is to be known about them, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(about)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -91,7 +91,8 @@ class TCA:
         blocks: zero-based blocks that condense; None as in `EViT`.
         centers: tokens that the merging patches become; the paper has 2, its released code 4.
         score: "rank", the mean over heads of the place a patch has in each, as the paper describes, or "attention",
-            the mean of the heads' CLS attention, as its released code computes.
+            the mean of the heads' CLS attention, as its released code computes. Towers that do not pool CLS alone
+            rank by the attention received, which is a mean already: there the two are one.
         seed: of the first centre, another place among the merging patches for each block but the same for all images;
             None is the highest score.
     Raises:
@@ -120,7 +121,9 @@ class TCA:
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         entry = tokens
         steps: list[Step | None] = [None] * blocks
-        for block in named_blocks(self.blocks, blocks) if self.rate else ():
+        for block in named_blocks(self.blocks, blocks):
+            if not self.rate:
+                break
             patches = tokens - prefix
             split = self._split(patches, self.rate)
             if split is None:

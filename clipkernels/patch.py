@@ -175,7 +175,8 @@ def encode_image(
         cls_path: also return the CLS token after every block.
         source: also return where each patch went.
         anchors: (A,L,C) CLS tokens after every block, such as `ck.Reservoir` has: where a method condenses, attention
-            sees, as one more token, the anchor most like the image so far. Rows of zeros are no anchors.
+            sees, as one more token, the anchor most like the image so far. Rows of zeros are no anchors; one at least
+            must be more. Where patches are ranked by what they receive, they receive from the anchor too.
     Returns:
         Encoded.
     Raises:
@@ -203,7 +204,7 @@ def encode_image(
     plan = _plan(Dense() if slot is None else slot.method, tower, x.shape[1])
     rows = tower.prefix if tower.pools_cls and not (tokens or source) else None
     whole = not tower.pools_cls
-    track = source or (plan.merges and whole)
+    track, anchors = source or (plan.merges and whole), None if anchors is None else anchors.to(x.device)
     ran = run(tower, x, plan, rope=rope, rows=rows, track=track, path=cls_path, anchors=anchors)
     pooled = _for_pool(ran, plan, whole)
     return Encoded(

@@ -137,14 +137,14 @@ def _condense_kernel(
         if (members == 0) & (tile > -K - 1):  # a centre that coincides with another yields its own token
             own = tl.load(index_ptr + batch * (keep + K) + keep + center)
             acc = tl.load(x_ptr + (prefix + own) * stride_xn + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-        place = row + tl.arange(0, 1)
-        store_rows(acc[None, :], place, rows, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
+        offs_1 = row + tl.arange(0, 1)
+        store_rows(acc[None, :], offs_1, rows, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
 
 
 def config(patches: int, merge: int, width: int) -> dict[str, dict[str, int]]:
     """Block sizes and warps of both launches, for P patches of width C of which `merge` cluster."""
     block_m = max(16, triton.next_power_of_2(merge))
-    tile = {"BLOCK_M": block_m, "BLOCK_C": max(16, min(triton.next_power_of_2(width), 8192 // block_m))}
+    tile = {"BLOCK_M": block_m, "BLOCK_C": max(16, min(triton.next_power_of_2(width), 4096 // block_m))}
     places = counting.blocks(patches)
     gather = {"BLOCK_P": places["BLOCK_P"], **layer_norm.blocks(16, width, 8192), "num_warps": 4}
     return {"cluster": {**places, **tile}, "gather": gather}

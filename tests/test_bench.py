@@ -13,11 +13,16 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clipkernels as ck
+import corruptions
 from clipkernels.cases import Shape
+from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.data import scenes
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -31,7 +36,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-ops, towers, gpu = load("ops"), load("towers"), load("gpu")
+ops, towers, gpu, adaptation = load("ops"), load("towers"), load("gpu"), load("adaptation")
 
 
 @pytest.fixture
@@ -279,3 +284,49 @@ def test_rows_are_appended_as_they_are_measured_and_urgent_ones_come_first(tmp_p
         came = list(csv.DictReader(file))
     assert [row["batch"] for row in came] == ["1", "8"] * 2
     assert all(float(row["p20"]) <= float(row["microseconds"]) <= float(row["p80"]) for row in came)
+
+
+def test_the_study_of_streams_runs_goes_on_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(draw(QUICK, seed=0), tmp_path)
+    out = tmp_path / "study" / "shift.csv"
+    arguments = ["--images", tmp_path / "digits", "--limit", 12, "--shuffles", 2, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["adaptation.py", *map(str, arguments)])
+    before, runs = torch.get_num_threads(), []
+    run = adaptation.run
+    monkeypatch.setattr(adaptation, "run", lambda *given: runs.append(given) or run(*given))
+    try:
+        adaptation.main()
+        rows = list(csv.DictReader(out.open()))
+        kinds = {(row["stream"], row["severity"]) for row in rows}
+        assert len(kinds) == 12 and ("clean", "all") in kinds and ("shifted", "5") in kinds
+        adapting = {row["variant"] for row in rows if row["orders"] == "2"}
+        assert len({row["variant"] for row in rows}) == 15 and len(adapting) == 6 and len(runs) == 9 + 2 * 6
+        assert all("reservoir" in name for name in adapting)
+        # Cut short before the last variant, it runs that one alone.
+        kept = json.loads(out.with_suffix(".json").read_text())
+        last = kept["rows"][-1]["variant"]
+        kept["rows"] = [row for row in kept["rows"] if row["variant"] != last]
+        out.with_suffix(".json").write_text(json.dumps(kept))
+        runs.clear()
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--plot", str(tmp_path / "shift.png")])
+        adaptation.main()
+        assert len(runs) == 2 and len(list(csv.DictReader(out.open()))) == len(rows)
+        assert (tmp_path / "shift.png").stat().st_size > 10_000
+        monkeypatch.setattr(sys, "argv", ["adaptation.py", *map(str, [*arguments, "--seed", 1])])
+        with pytest.raises(SystemExit, match="was taken with other options or versions"):
+            adaptation.main()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_corruption_is_the_same_for_a_seed_and_worse_with_severity() -> None:
+    photo = Image.fromarray(scenes.draw(1, 0).images[0])
+    for kind in corruptions.STRENGTHS:
+        apart = []
+        for severity in (1, 3, 5):
+            made = [
+                np.asarray(corruptions.corrupted(photo, kind, severity, np.random.default_rng(0))) for _ in range(2)
+            ]
+            assert np.array_equal(*made)
+            apart.append(np.abs(made[0].astype(float) - np.asarray(photo)).mean())
+        assert 0 < apart[0] < apart[2] and apart[1] <= apart[2]

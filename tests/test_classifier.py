@@ -232,3 +232,13 @@ def test_a_finished_head_is_used_as_it_is(tiny: Any, tokenizer: Any, images: Ten
     classifier = ck.Classifier(tiny, tokenizer, [f"class {k}" for k in range(7)], head=head)
     assert classifier.head is head
     assert torch.equal(classifier(images), head(tiny.encode_image(images)))
+
+
+@torch.no_grad()
+def test_logits_are_those_of_fp32_under_autocast():
+    image, text = torch.randn(4, 16), torch.randn(3, 16)
+    head = ck.ZeroShot(text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head(image), ck.ZeroShot(text)(image)) and head(image).dtype == torch.float32
+        came = head(image)
+    assert torch.equal(came, head(image))

@@ -105,3 +105,18 @@ def test_a_tower_replays_from_a_cuda_graph(name, method):
     graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(came, expected, atol=2e-2, rtol=2e-2)
+
+
+@torch.inference_mode()
+def test_a_reservoir_from_a_file_goes_on_where_the_model_is(tmp_path):
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    model, _, tokenizer = ck.bundled()
+    images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    on_cpu = ck.Classifier(model, tokenizer, ("cat", "dog"), method=ck.TCA(0.1), head=ck.Reservoir)
+    for batch in images.split(8):
+        on_cpu(batch)
+    on_cpu.head.save(tmp_path / "reservoir.safetensors")
+    model.to(CUDA)
+    classifier = ck.Classifier(model, tokenizer, ("cat", "dog"), method=ck.TCA(0.1), head=ck.Reservoir)
+    classifier.head.load(tmp_path / "reservoir.safetensors")
+    assert classifier(images[:8].to(CUDA)).isfinite().all() and classifier.head.seen == 32

@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import normalize
 
 import clipkernels as ck
-from clipkernels.heads.reservoir import PRESETS
+from clipkernels.files import read_tensors, write_tensors
+from clipkernels.heads.presets import PRESETS
 from literal_tca import Reservoir as Literal
 from literal_tca import stream
 
@@ -52,6 +53,31 @@ def test_batches_are_what_their_images_are_one_after_another(sizes, self_vote, e
     assert (head.anchors[head.counts < 2] == 0).all()
 
 
+@pytest.mark.parametrize("evict", ["diversity", "similarity", "uncertainty", "fifo"])
+@pytest.mark.parametrize("capacity", [1, 2])
+def test_batches_make_no_difference_in_fp32_however_few_are_kept(capacity, evict):
+    # With two held, both are as much like the other: nothing but rounding could tell them apart.
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randn(4, 8, generator=generator)
+    embedding, path = torch.randn(64, 8, generator=generator), torch.randn(64, 12, 768, generator=generator)
+    held = []
+    for size in (1, 5, 32):
+        head = ck.Reservoir(text, capacity=capacity, evict=evict, scale=5)
+        for start in range(0, 64, size):
+            head(ck.Encoded(embedding[start : start + size], cls_path=path[start : start + size]))
+        held.append(head._entries.arrival)
+    assert torch.equal(held[0], held[1]) and torch.equal(held[0], held[2])
+
+
+@pytest.mark.parametrize("size", [1, 8, 32])
+def test_equal_images_tie_wherever_they_stand_in_a_batch(size):
+    path = torch.randn(1, 12, 768, generator=torch.Generator().manual_seed(3)).expand(32, -1, -1)
+    head = ck.Reservoir(torch.eye(2))
+    for _ in range(0, 32, size):
+        head(ck.Encoded(torch.tensor([[1.0, 0.99]]).expand(size, -1), cls_path=path[:size]))
+    assert head._entries.arrival[0].tolist() == [29, 30, 31]
+
+
 @pytest.mark.parametrize("correction", ["exp", "linear"])
 @pytest.mark.parametrize("preset", ["eurosat", "food101"])
 def test_presets_correct_as_the_formula_says(preset, correction):
@@ -63,7 +89,6 @@ def test_presets_correct_as_the_formula_says(preset, correction):
     assert head.capacity == PRESETS[preset].capacity
 
 
-# One class, so that every image is its; entries told apart by entropy, which two classes' cosines make.
 def _entry(entropy, direction):
     """An image whose softmax over two classes, the first ahead, has this entropy in nats, and its path (1,2)."""
     low, high = 0.5, 1.0
@@ -96,7 +121,7 @@ EAST, NORTH, NEARLY_EAST = [1.0, 0.0], [0.0, 1.0], [0.8, 0.6]
         ("uncertainty", [(0.3, EAST), (0.2, EAST), (0.1, EAST)], [2, 1]),
         # The oldest goes, though it is the most certain.
         ("fifo", [(0.1, EAST), (0.2, NORTH), (0.3, NORTH)], [1, 2]),
-        # Mean cosines: .4, .4 + .1·… : east .8 and 0 -> .4; north 0 and .6 -> .3; between .8 and .6 -> .7: it goes.
+        # Mean cosines .4, .3 and .7 (with north 0, with the one between .8 and .6): .5, .42 and .75, the last goes.
         ("diversity", [(0.1, EAST), (0.12, NORTH), (0.05, NEARLY_EAST)], [0, 1]),
         # 1 - mean: .6, .7, .3; w = int((.5 - .1)/(.7 - .3)) = 0 in floats below one, so entropy decides: .5 goes.
         ("similarity", [(0.1, EAST), (0.5, NORTH), (0.11, NEARLY_EAST)], [0, 2]),
@@ -201,6 +226,14 @@ def test_a_saved_reservoir_goes_on_where_it_was(tmp_path):
     assert torch.equal(again.anchors, head.anchors) and again.seen == 20
     assert torch.equal(again(part(encoded, 20, 30)), head(part(encoded, 20, 30)))
     again.save(tmp_path / "reservoir.safetensors")
+    with torch.inference_mode():
+        third = ck.Reservoir(text).load(tmp_path / "reservoir.safetensors")
+    third(part(encoded, 0, 5))
+    with torch.inference_mode():
+        third(part(encoded, 5, 10))
+    # Another precision, such as the same model's in fp32, goes on in its own.
+    single = ck.Encoded(encoded.embedding.float(), cls_path=encoded.cls_path.float())
+    assert third(single).isfinite().all() and third._entries.unit.dtype == torch.float32
 
 
 def test_a_reservoir_of_something_else_is_refused(tmp_path):
@@ -214,6 +247,8 @@ def test_a_reservoir_of_something_else_is_refused(tmp_path):
     for other in (text.flip(0), text[:4], torch.randn(5, 8)):
         with pytest.raises(ValueError, match=r"expected a reservoir of the same classes, prompts and model"):
             ck.Reservoir(other).load(file)
+    with pytest.raises(ValueError, match=r"expected a reservoir of scale 20, got 100.0"):
+        ck.Reservoir(text, scale=20).load(file)
     with pytest.raises(ValueError, match="expected a reservoir of capacity 2, got 3"):
         ck.Reservoir(text, capacity=2).load(file)
     with pytest.raises(ValueError, match="expected the CLS tokens of 4 blocks of width 12, got 3 of 12"):
@@ -232,6 +267,13 @@ def test_a_reservoir_of_something_else_is_refused(tmp_path):
         head.load(tmp_path / "other")
     with pytest.raises(FileNotFoundError):
         head.load(tmp_path / "nowhere")
+    whole, about = read_tensors(file)
+    for change in ({"unit": None}, {"more": torch.zeros(1)}, {"text": None}, {"mean": torch.zeros(5, 3, 1)}):
+        changed = {name: value for name, value in {**whole, **change}.items() if value is not None}
+        write_tensors(tmp_path / "odd", changed, about)
+        with pytest.raises(ValueError, match=r"expected a reservoir"):
+            head.load(tmp_path / "odd")
+    assert head.seen == 10 and head.counts.sum() > 0
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")

@@ -59,8 +59,9 @@ def test_a_rate_of_nothing_is_dense_and_named_blocks_are_kept():
     assert ck.TCA(0).plan(197, 12) == ck.Dense().plan(197, 12)
     plan = ck.TCA(0.1, blocks=(5, 2)).plan(197, 12)
     assert [block for block, step in enumerate(plan.steps) if step] == [2, 5]
-    with pytest.raises(ValueError, match=r"blocks must be ints in \[0, 11\]"):
-        ck.TCA(0.1, blocks=(12,)).plan(197, 12)
+    for rate in (0, 0.1):
+        with pytest.raises(ValueError, match=r"blocks must be ints in \[0, 11\]"):
+            ck.TCA(rate, blocks=(12,)).plan(197, 12)
 
 
 def test_a_seed_moves_the_first_centre_differently_in_each_block():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import cast
 
 import click
@@ -35,7 +36,7 @@ def kept(classifier: Classifier, path: str | None) -> Iterator[Callable[[], None
     end, however that comes.
 
     Raises:
-        click.UsageError: a folder, or a file in a folder that is not there.
+        click.UsageError: a folder, or a file that cannot be read or written.
         ValueError: a file that is no reservoir, or one of other classes or another capacity.
     """
     if path is None:
@@ -44,11 +45,17 @@ def kept(classifier: Classifier, path: str | None) -> Iterator[Callable[[], None
     head = cast(Reservoir, classifier.head)
     if Path(path).is_dir():
         raise click.UsageError(f"expected a file for --reservoir, got the folder {path}")
-    if Path(path).exists():
-        head.load(path)
+    try:
+        if not head.frozen:  # better now than after an hour
+            with TemporaryFile(dir=Path(path).absolute().parent):
+                pass
+        if Path(path).exists():
+            head.load(path)
+    except OSError as error:
+        wanted = "expected a file that can be read and written for --reservoir"
+        raise click.UsageError(f"{wanted}, got {path}: {error.strerror or error}") from error
+    if head.seen:
         click.echo(f"{path}: goes on after {head.seen} images, {int(head.counts.sum())} remembered", err=True)
-    elif not Path(path).absolute().parent.is_dir():
-        raise click.UsageError(f"expected a file in a folder that exists for --reservoir, got {path}")
     start, last = head.seen, time.monotonic()
 
     def save() -> None:

@@ -25,7 +25,7 @@ from clipkernels.cli.models import DTYPES, choose_device, load_open_clip, loadin
 from clipkernels.cli.output import opened, progress, schedule
 from clipkernels.data import Preprocess, bundled
 from clipkernels.heads import Reservoir
-from clipkernels.heads.reservoir import PRESETS
+from clipkernels.heads.presets import PRESETS
 from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
 from clipkernels.patch import method_of, tower_of
 from clipkernels.timing import plan_for
@@ -115,6 +115,8 @@ def classify(
         if shuffle is not None:
             random.Random(shuffle).shuffle(paths)
         labels = read_labels(paths, names) if folder_labels else None
+        if method == "none" and adapt:
+            raise click.UsageError("expected a method that condenses, reduces or is dense with --adapt, got none")
         chosen = choose_method(context, method, keep, r, rate, blocks, adapt)
         for option in ("preset", "reservoir", "frozen"):
             if given(context, option) and not adapt:

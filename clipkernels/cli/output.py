@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +16,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from clipkernels.files import replacing
 
 
 @contextmanager
@@ -40,22 +40,14 @@ def opened(path: str | None, option: str = "--output") -> Iterator[TextIO]:
         with target.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
             yield stream
         return
-    try:
-        number, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise click.UsageError(
-            f"expected a file that can be written for {option}, got {path}: {error.strerror}"
-        ) from error
-    try:
-        with open(number, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            yield stream
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(replacing(target))
+        except OSError as error:
+            raise click.UsageError(
+                f"expected a file that can be written for {option}, got {path}: {error.strerror}"
+            ) from error
+        yield stack.enter_context(open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline=""))
 
 
 def write_table(table: Table, stream: TextIO) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from clipkernels.files import read_tensors, write_tensors
+from clipkernels.heads.presets import PRESETS, Preset
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
@@ -23,35 +24,6 @@ if TYPE_CHECKING:
 
 Evict = Literal["diversity", "similarity", "uncertainty", "fifo"]
 FORMAT = "clipkernels.reservoir.1"
-
-
-class Preset(NamedTuple):
-    """Entries per class, temperature of the blocks' weights, λ and β."""
-
-    capacity: int
-    temperature: float
-    strength: float
-    beta: float
-
-
-# Of the released code, by data set.
-PRESETS = {
-    "caltech101": Preset(3, 1, 7, 6),
-    "dtd": Preset(3, 1, 2, 6),
-    "eurosat": Preset(2, 5, 8, 7),
-    "fgvc": Preset(3, 0.02, 2, 2),
-    "food101": Preset(3, 0.01, 2, 5),
-    "imagenet": Preset(3, 0.1, 3, 5),
-    "imagenet_a": Preset(3, 0.01, 3, 5),
-    "imagenet_r": Preset(3, 0.1, 3, 8),
-    "imagenet_sketch": Preset(3, 0.1, 4, 8),
-    "imagenet_v2": Preset(3, 0.1, 4, 9),
-    "flowers": Preset(3, 0.01, 7, 7),
-    "pets": Preset(3, 5.5, 2, 6),
-    "cars": Preset(3, 0.1, 1.5, 8),
-    "sun397": Preset(3, 0.01, 4, 3),
-    "ucf101": Preset(3, 0.01, 6, 8),
-}
 
 
 class Entries(NamedTuple):
@@ -187,16 +159,19 @@ class Reservoir:
         if self._entries is None:
             raise ValueError("a reservoir that has seen nothing cannot be saved")
         tensors = {**self._entries._asdict(), "text": self.zero_shot.text}
-        write_tensors(path, tensors, {"format": FORMAT, "seen": str(self.seen)})
+        about = {"format": FORMAT, "seen": str(self.seen), "scale": repr(float(self.zero_shot.scale))}
+        write_tensors(path, tensors, about)
 
     def load(self, path: str | os.PathLike[str]) -> Reservoir:
-        """This reservoir, remembering what was saved.
+        """This reservoir, remembering what was saved; whatever is raised, it is as it was.
 
         Raises:
-            ValueError: the file is no reservoir, or one of other classes, another capacity, depth or width.
+            ValueError: the file is no reservoir, or one of other text embeddings (other classes, prompts or model),
+                another capacity or scale, or another depth or width than what this one has seen.
         """
-        tensors, about = read_tensors(path)
-        if about.get("format") != FORMAT:
+        with torch.inference_mode(False):  # which what is remembered may outlive
+            tensors, about = read_tensors(path)
+        if about.get("format") != FORMAT or set(tensors) != {*Entries._fields, "text"}:
             raise ValueError(f"expected a reservoir, got {path} with format {about.get('format')!r}")
         own, text = self.zero_shot.text, tensors.pop("text")
         if text.shape != own.shape or (cosine_similarity(text, own.cpu().to(text.dtype)) < 0.999).any():
@@ -205,14 +180,21 @@ class Reservoir:
                 f"text embeddings {tuple(text.shape)}"
             )
         entries = Entries(**tensors)
-        if entries.entropy.shape[1] != self.capacity:
-            raise ValueError(f"expected a reservoir of capacity {self.capacity}, got {entries.entropy.shape[1]}")
+        came = [tuple(tensor.shape) for tensor in entries]
+        k, m, depth, width = (*came[0], 0, 0, 0, 0)[:4]
+        if came != [(k, m, depth, width), (k, m, depth), (k, m, width), (k, m), (k, m)] or k != len(own):
+            raise ValueError(f"expected a reservoir of {len(own)} classes, got {path} with shapes {came}")
+        if m != self.capacity:
+            raise ValueError(f"expected a reservoir of capacity {self.capacity}, got {m}")
+        if about.get("scale") != repr(float(self.zero_shot.scale)):
+            raise ValueError(f"expected a reservoir of scale {self.zero_shot.scale}, got {about.get('scale')}")
         if self._entries is not None:
             self._check(entries.unit.shape[2:])
         self.reset()
-        self._entries, self.seen = entries, int(about["seen"])
-        self._table = entries.unit.new_zeros(len(own), *entries.unit.shape[2:])
-        self._renew(torch.arange(len(own)))
+        with torch.inference_mode(False):
+            self._entries, self.seen = entries, int(about["seen"])
+            self._table = entries.unit.new_zeros(k, depth, width)
+            self._renew(torch.arange(k))
         return self
 
     def _check(self, shape: torch.Size) -> None:
@@ -235,8 +217,11 @@ class Reservoir:
             self._entries = _empty(new, classes, self.capacity)
             self._table = new.unit.new_zeros(classes, *path.shape[1:])
         self._check(path.shape[1:])
-        self._entries = old = Entries(*(tensor.to(path.device) for tensor in self._entries))
-        self._table = self._table.to(path.device)
+        dtype = new.unit.dtype
+        self._entries = old = Entries(
+            *(tensor.to(path.device, dtype if tensor.is_floating_point() else None) for tensor in self._entries)
+        )
+        self._table = self._table.to(path.device, dtype)
         depth = torch.linspace(0, 1, path.shape[1], dtype=new.unit.dtype, device=path.device) / self.temperature
         query = (new.unit * depth.softmax(0)[:, None]).flatten(1)
         votes = self._vote(query @ old.unit.flatten(0, 1).flatten(1).T).view(batch, classes, -1)
@@ -244,6 +229,7 @@ class Reservoir:
         if self.frozen:
             return total
         good = logits.isfinite().all(1) & path.flatten(1).isfinite().all(1)
+        self.seen += batch
         touched, belongs = logits.argmax(1)[good].unique(return_inverse=True)
         if not len(touched):
             return total
@@ -254,24 +240,34 @@ class Reservoir:
         rounds = int(arrived[-1].max())
         order = torch.where(mine, 0, 1).argsort(dim=0, stable=True)[:rounds].T  # [T, R] images, those of others last
         present = torch.arange(rounds, device=path.device) < arrived[-1][:, None]
-        both = Entries(
-            *(torch.cat([a[touched], b[order]], 1) for a, b in zip(old, new, strict=True))  # [T, M+R, …]
+        mean, entropy, arrival = (
+            torch.cat([a[touched], b[order]], 1)  # [T, M+R, …]
+            for a, b in ((old.mean, new.mean), (old.entropy, new.entropy), (old.arrival, new.arrival))
         )
-        states = self._keep(both, present)  # [R+1, T, M]
+        states = self._keep(mean, entropy, arrival, present)  # [R+1, T, M]
         # What each image finds in the touched classes: the state after as many arrivals as there have been.
         states_met = arrived if self.self_vote else arrived - mine.long()
         found = states[states_met, torch.arange(len(touched), device=path.device)]  # [B, T, M]
         among = self._vote(query @ new.unit.flatten(1).T)[:, order]  # [B, T, R]
-        slots = torch.cat([votes[:, touched], among], 2)
-        heard = slots.gather(2, found.clamp_min(0)).masked_fill(found < 0, 0).sum(2)
+        heard = torch.cat([votes[:, touched], among], 2).gather(2, found.clamp_min(0)).masked_fill(found < 0, 0).sum(2)
         total[:, touched] = heard.to(total.dtype)
-        last = states[-1]
-        for tensor, parts in zip(old, both, strict=True):
-            tensor[touched] = _take(parts, last)
-        old.arrival[touched] = old.arrival[touched].masked_fill(last < 0, -1)
-        self._renew(touched)
-        self.seen += batch
+        self._settle(old, new, touched, order, states[-1])
         return total
+
+    def _settle(self, old: Entries, new: Entries, touched: Tensor, order: Tensor, last: Tensor) -> None:
+        """Leaves in the touched classes the places `last` (T,M) of their own and of the images `order` (T,R)."""
+        from_new = last >= self.capacity
+        image = order.gather(1, (last - self.capacity).clamp_min(0))
+        settled = []
+        for a, b in zip(old, new, strict=True):
+            kept = _take(a[touched], last.clamp_max(self.capacity - 1))
+            settled.append(torch.where(from_new.view(*from_new.shape, *[1] * (a.ndim - 2)), b[image], kept))
+        # Cut short in between, these classes are empty.
+        old.arrival[touched] = -1
+        for tensor, values in list(zip(old, settled, strict=True))[:-1]:
+            tensor[touched] = values
+        old.arrival[touched] = settled[-1].masked_fill(last < 0, -1)
+        self._renew(touched)
 
     def _describe(self, logits: Tensor, path: Tensor) -> Entries:
         """Entries along (B,)."""
@@ -287,35 +283,32 @@ class Reservoir:
             return likeness * (self.strength / self.capacity)
         return self.strength * torch.exp(self.beta * (likeness - 1))
 
-    def _keep(self, both: Entries, present: Tensor) -> Tensor:
+    def _keep(self, mean: Tensor, entropy: Tensor, arrival: Tensor, present: Tensor) -> Tensor:
         """Which of the places (T,M+R) each class holds after each of R arrivals (those that are `present`), sorted by
         entropy and -1 for none, (R+1,T,M)."""
         capacity = self.capacity
-        valid = _valid(both)
-        alike = both.mean @ both.mean.mT  # [T, M+R, M+R]
-        place = torch.arange(capacity, device=present.device)
-        states = [torch.where(valid[:, :capacity], place, -1)]
-        for arrival, here in enumerate(present.unbind(1)):
-            held = torch.cat([states[-1], torch.where(here, capacity + arrival, -1)[:, None]], 1)  # [T, M+1]
-            full = (held >= 0).all(1)
-            victim = self._evictable(both, alike, held).argmax(1, keepdim=True)
-            held = held.scatter(1, victim, torch.where(full[:, None], -1, held.gather(1, victim)))
-            by_entropy = _take(both.entropy, held).masked_fill(held < 0, float("inf")).argsort(dim=1, stable=True)
+        places = torch.arange(capacity, device=present.device)
+        states = [torch.where(arrival[:, :capacity] >= 0, places, -1)]
+        for turn, here in enumerate(present.unbind(1)):
+            held = torch.cat([states[-1], torch.where(here, capacity + turn, -1)[:, None]], 1)  # [T, M+1]
+            full = (held >= 0).all(1, keepdim=True)
+            scores = self._evictable(*(_take(of, held) for of in (mean, entropy, arrival)))
+            victim = scores.argmax(1, keepdim=True)
+            held = held.scatter(1, victim, torch.where(full, -1, held.gather(1, victim)))
+            by_entropy = _take(entropy, held).masked_fill(held < 0, float("inf")).argsort(dim=1, stable=True)
             states.append(held.gather(1, by_entropy)[:, :capacity])
         return torch.stack(states)
 
-    def _evictable(self, both: Entries, alike: Tensor, held: Tensor) -> Tensor:
-        """A number (T,M+1) for each held place: where all are held, the first of the largest goes."""
-        entropy = _take(both.entropy, held)
+    def _evictable(self, mean: Tensor, entropy: Tensor, arrival: Tensor) -> Tensor:
+        """A number (T,M+1) for each held entry: where all places are held, the first of the largest goes."""
         if self.evict == "uncertainty":
             return entropy
         if self.evict == "fifo":
-            return -_take(both.arrival, held)
-        spot = held.clamp_min(0)
-        pairs = alike.gather(1, spot[:, :, None].expand(-1, -1, alike.shape[2]))
-        pairs = pairs.gather(2, spot[:, None].expand(-1, held.shape[1], -1))
-        others = ~torch.eye(held.shape[1], dtype=torch.bool, device=held.device)
-        likeness = (pairs * others).sum(2) / max(1, held.shape[1] - 1)
+            return -arrival
+        # Not as a matrix product, which may round a cosine by where it stands: equal entries must tie.
+        alike = (mean[:, :, None] * mean[:, None]).sum(-1)
+        others = ~torch.eye(mean.shape[1], dtype=torch.bool, device=mean.device)
+        likeness = (alike * others).sum(2) / (mean.shape[1] - 1)
         if self.evict == "diversity":
             return entropy + likeness
         apart = 1 - likeness

@@ -43,4 +43,5 @@ class ZeroShot:
         if image.ndim != 2 or image.shape[1] != self.text.shape[1]:
             raise ValueError(f"features must be (B,E) with E = {self.text.shape[1]}, got {tuple(image.shape)}")
         dtype = torch.promote_types(image.dtype, self.text.dtype)
-        return self.scale * normalize(image.to(dtype), dim=-1) @ self.text.to(image.device, dtype).T
+        with torch.autocast(image.device.type, enabled=False):
+            return self.scale * normalize(image.to(dtype), dim=-1) @ self.text.to(image.device, dtype).T
