@@ -249,24 +249,27 @@ class Reservoir:
         states_met = arrived if self.self_vote else arrived - mine.long()
         found = states[states_met, torch.arange(len(touched), device=path.device)]  # [B, T, M]
         among = self._vote(query @ new.unit.flatten(1).T)[:, order]  # [B, T, R]
-        heard = torch.cat([votes[:, touched], among], 2).gather(2, found.clamp_min(0)).masked_fill(found < 0, 0).sum(2)
+        none = among.new_zeros(batch, len(touched), 1)
+        heard = torch.cat([votes[:, touched], among, none], 2).gather(2, found).sum(2)
         total[:, touched] = heard.to(total.dtype)
         self._settle(old, new, touched, order, states[-1])
         return total
 
     def _settle(self, old: Entries, new: Entries, touched: Tensor, order: Tensor, last: Tensor) -> None:
         """Leaves in the touched classes the places `last` (T,M) of their own and of the images `order` (T,R)."""
-        from_new = last >= self.capacity
-        image = order.gather(1, (last - self.capacity).clamp_min(0))
+        capacity, rounds = self.capacity, order.shape[1]
+        from_new = last >= capacity
+        place = touched[:, None] * capacity + last.clamp_max(capacity - 1)
+        image = order.gather(1, (last - capacity).clamp(0, rounds - 1))
         settled = []
         for a, b in zip(old, new, strict=True):
-            kept = _take(a[touched], last.clamp_max(self.capacity - 1))
-            settled.append(torch.where(from_new.view(*from_new.shape, *[1] * (a.ndim - 2)), b[image], kept))
+            choice = from_new.view(*from_new.shape, *[1] * (a.ndim - 2))
+            settled.append(torch.where(choice, b[image], a.flatten(0, 1)[place]))
         # Cut short in between, these classes are empty.
         old.arrival[touched] = -1
         for tensor, values in list(zip(old, settled, strict=True))[:-1]:
             tensor[touched] = values
-        old.arrival[touched] = settled[-1].masked_fill(last < 0, -1)
+        old.arrival[touched] = settled[-1].masked_fill(last == capacity + rounds, -1)
         self._renew(touched)
 
     def _describe(self, logits: Tensor, path: Tensor) -> Entries:
@@ -285,30 +288,35 @@ class Reservoir:
 
     def _keep(self, mean: Tensor, entropy: Tensor, arrival: Tensor, present: Tensor) -> Tensor:
         """Which of the places (T,M+R) each class holds after each of R arrivals (those that are `present`), sorted by
-        entropy and -1 for none, (R+1,T,M)."""
-        capacity = self.capacity
-        places = torch.arange(capacity, device=present.device)
-        states = [torch.where(arrival[:, :capacity] >= 0, places, -1)]
-        for turn, here in enumerate(present.unbind(1)):
-            held = torch.cat([states[-1], torch.where(here, capacity + turn, -1)[:, None]], 1)  # [T, M+1]
-            full = (held >= 0).all(1, keepdim=True)
-            scores = self._evictable(*(_take(of, held) for of in (mean, entropy, arrival)))
-            victim = scores.argmax(1, keepdim=True)
-            held = held.scatter(1, victim, torch.where(full, -1, held.gather(1, victim)))
-            by_entropy = _take(entropy, held).masked_fill(held < 0, float("inf")).argsort(dim=1, stable=True)
-            states.append(held.gather(1, by_entropy)[:, :capacity])
+        entropy and M+R for none, (R+1,T,M)."""
+        capacity, free = self.capacity, entropy.shape[1]
+        nothing = torch.zeros_like(mean[:, :1]), torch.full_like(entropy[:, :1], float("inf")), arrival[:, :1]
+        mean, entropy, arrival = (torch.cat(parts, 1) for parts in zip((mean, entropy, arrival), nothing, strict=True))
+        places = torch.arange(free, device=present.device)
+        states = [torch.where(arrival[:, :capacity] >= 0, places[:capacity], free)]
+        arrivals = torch.where(present, places[capacity:], free)
+        at = torch.arange(capacity + 1, device=present.device)
+        for new in arrivals.split(1, dim=1):
+            held = torch.cat([states[-1], new], 1)  # [T, M+1]
+            left = entropy.gather(1, held)
+            victim = self._evictable(mean, left, arrival, held).argmax(1, keepdim=True)
+            full = (held[:, -2:] < free).all(1, keepdim=True)
+            left = left.masked_fill((at == victim) & full, float("inf"))
+            states.append(held.gather(1, left.argsort(dim=1, stable=True)[:, :capacity]))
         return torch.stack(states)
 
-    def _evictable(self, mean: Tensor, entropy: Tensor, arrival: Tensor) -> Tensor:
-        """A number (T,M+1) for each held entry: where all places are held, the first of the largest goes."""
+    def _evictable(self, mean: Tensor, entropy: Tensor, arrival: Tensor, held: Tensor) -> Tensor:
+        """A number (T,M+1) for each held place, of these entropies: where all are held, the first of the largest
+        goes."""
         if self.evict == "uncertainty":
             return entropy
         if self.evict == "fifo":
-            return -arrival
+            return -arrival.gather(1, held)
+        rows = mean.gather(1, held[..., None].expand(-1, -1, mean.shape[2]))
         # Not as a matrix product, which may round a cosine by where it stands: equal entries must tie.
-        alike = (mean[:, :, None] * mean[:, None]).sum(-1)
-        others = ~torch.eye(mean.shape[1], dtype=torch.bool, device=mean.device)
-        likeness = (alike * others).sum(2) / (mean.shape[1] - 1)
+        alike = (rows[:, :, None] * rows[:, None]).sum(-1)
+        alike.diagonal(dim1=1, dim2=2).zero_()
+        likeness = alike.sum(2) / (held.shape[1] - 1)
         if self.evict == "diversity":
             return entropy + likeness
         apart = 1 - likeness
@@ -339,8 +347,3 @@ def _empty(like: Entries, classes: int, capacity: int) -> Entries:
 def _valid(entries: Entries) -> Tensor:
     """Which places hold an entry."""
     return entries.arrival >= 0
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (T,S,…) at places (T,n), the first one's for -1."""
-    return x[torch.arange(len(index), device=index.device)[:, None], index.clamp_min(0)]
