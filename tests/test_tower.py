@@ -296,5 +296,5 @@ def test_a_resnet_hands_back_every_position_of_its_pool():
     mixed = torch.einsum("bhqk,bkhd->bqhd", torch.einsum("bqhd,bkhd->bhqk", q / 8, k).softmax(-1), v)
     torch.testing.assert_close(encoded.tokens, pool.c_proj(mixed.flatten(2)), atol=1e-5, rtol=1e-4)
     assert (encoded.tokens[:, 1:] != encoded.tokens[:, :1]).any()
-    with pytest.raises(ck.UnsupportedTower, match="expected a ViT for cls_path and source, got a ResNet"):
+    with pytest.raises(ck.UnsupportedTower, match="expected a ViT for cls_path, source and anchors, got a ResNet"):
         ck.encode_image(model, images, source=True)
