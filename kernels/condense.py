@@ -144,10 +144,12 @@ def _condense_kernel(
 def config(patches: int, merge: int, width: int) -> dict[str, dict[str, int]]:
     """Block sizes and warps of both launches, for P patches of width C of which `merge` cluster."""
     block_m = max(16, triton.next_power_of_2(merge))
-    tile = {"BLOCK_M": block_m, "BLOCK_C": max(16, min(triton.next_power_of_2(width), 4096 // block_m))}
+    # Above 64 merging rows the compiler spills with more warps, or with wider tiles.
+    tile = {"BLOCK_C": max(16, min(triton.next_power_of_2(width), 4096 // block_m)) if block_m <= 64 else 16}
     places = counting.blocks(patches)
+    warps = {"num_warps": 4} if block_m > 64 else {}
     gather = {"BLOCK_P": places["BLOCK_P"], **layer_norm.blocks(16, width, 8192), "num_warps": 4}
-    return {"cluster": {**places, **tile}, "gather": gather}
+    return {"cluster": {**places, **warps, "BLOCK_M": block_m, **tile}, "gather": gather}
 
 
 def condense_tokens(

@@ -6,7 +6,7 @@ import torch
 import clipkernels as ck
 from clipkernels.backend import interpreting
 from clipkernels.testing import assert_within_budget, strided
-from literal_tca import condense
+from literal_tca import condense, ranks
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -86,6 +86,22 @@ def test_per_head_scores_are_reduced_and_ties_are_common(device, backend, heads)
     exact, source, index = literal(x.cpu(), reduced.cpu(), 4, 7, 3)
     assert torch.equal(came.source.cpu(), source) and torch.equal(came.index.cpu(), index)
     torch.testing.assert_close(came.tokens.double().cpu(), exact, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("centers", [2, 4])
+@pytest.mark.parametrize("rate", [0.035, 0.1])
+@pytest.mark.parametrize("heads", ["rank", "mean"])
+def test_duplicate_tokens_and_tied_scores_condense_as_the_paper_says(device, backend, heads, rate, centers):
+    x, _ = inputs(device, tokens=65)
+    x[:, 2::3] = x[:, 1:-1:3]  # every third token is the one before it
+    scores = (torch.rand(2, 4, 64, generator=torch.Generator().manual_seed(7)) * 8).round().div(32)
+    step = ck.TCA(rate, centers=centers).plan(65, 6).steps[1]
+    counts = (step.keep, step.merge, centers)
+    came = ck.ops.condense_tokens(x, scores.to(device), *counts, scores.to(device), heads, backend=backend)
+    reduced = torch.stack([ranks(image) for image in scores]) if heads == "rank" else scores.mean(1)
+    exact, source, index = literal(x.cpu(), reduced, *counts, scores.mean(1))
+    assert torch.equal(came.source.cpu(), source) and torch.equal(came.index.cpu(), index)
+    torch.testing.assert_close(came.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_equal_distances_go_to_the_higher_score_and_the_earlier_centre(device, backend):

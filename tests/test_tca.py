@@ -115,19 +115,6 @@ def test_a_tower_condenses_as_the_paper_says(tiny, images, score, rate, centers,
 
 
 @torch.no_grad()
-def test_duplicate_tokens_and_tied_scores_condense_as_the_paper_says(tiny):
-    # Images of two halves: many patches are the same but for their place.
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.float64)
-    images[:, :, :, 16:] = 1
-    images[1] = 0.5
-    model = tiny.double()
-    model.visual.positional_embedding[1:] = model.visual.positional_embedding[1]
-    tokens, _ = run_literally(model.visual, images, ck.TCA(0.1))
-    came = ck.encode_image(ck.patch(model, ck.TCA(0.1)), images, tokens=True)
-    torch.testing.assert_close(came.tokens, model.visual.ln_post(tokens) @ model.visual.proj, atol=1e-8, rtol=1e-8)
-
-
-@torch.no_grad()
 def test_an_anchor_changes_the_embedding_and_absent_ones_do_not_count(tiny, images):
     ck.patch(tiny, ck.TCA(0.1))
     anchors = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(1))
