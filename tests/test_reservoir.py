@@ -273,6 +273,9 @@ def test_a_reservoir_of_something_else_is_refused(tmp_path):
         write_tensors(tmp_path / "odd", changed, about)
         with pytest.raises(ValueError, match=r"expected a reservoir"):
             head.load(tmp_path / "odd")
+    write_tensors(tmp_path / "odd", whole, {"format": about["format"], "scale": about["scale"]})
+    with pytest.raises(ValueError, match=r"expected a reservoir"):
+        head.load(tmp_path / "odd")
     assert head.seen == 10 and head.counts.sum() > 0
 
 

@@ -171,7 +171,8 @@ class Reservoir:
         """
         with torch.inference_mode(False):  # which what is remembered may outlive
             tensors, about = read_tensors(path)
-        if about.get("format") != FORMAT or set(tensors) != {*Entries._fields, "text"}:
+        whole = set(tensors) == {*Entries._fields, "text"} and about.get("seen", "").isdigit()
+        if about.get("format") != FORMAT or not whole:
             raise ValueError(f"expected a reservoir, got {path} with format {about.get('format')!r}")
         own, text = self.zero_shot.text, tensors.pop("text")
         if text.shape != own.shape or (cosine_similarity(text, own.cpu().to(text.dtype)) < 0.999).any():
