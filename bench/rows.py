@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from clipkernels.cli.output import write_csv
+from clipkernels.files import replacing
 from clipkernels.timing import Speed
 
 
@@ -33,13 +34,11 @@ def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: 
     out.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".csv", ".json"):
         target = out.with_suffix(suffix)
-        partial = target.with_suffix(f"{suffix}.partial")
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        with replacing(target) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             if suffix == ".csv":
                 write_csv(records, file)
             else:
                 json.dump({**header, "rows": records}, file, indent=1)
-        partial.replace(target)
 
 
 def resume(out: Path | None, header: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -204,7 +204,8 @@ def encode_image(
     plan = _plan(Dense() if slot is None else slot.method, tower, x.shape[1])
     rows = tower.prefix if tower.pools_cls and not (tokens or source) else None
     whole = not tower.pools_cls
-    track, anchors = source or (plan.merges and whole), None if anchors is None else anchors.to(x.device)
+    track = source or (plan.merges and whole)
+    anchors = None if anchors is None else anchors.to(x.device)
     ran = run(tower, x, plan, rope=rope, rows=rows, track=track, path=cls_path, anchors=anchors)
     pooled = _for_pool(ran, plan, whole)
     return Encoded(
