@@ -1,9 +1,4 @@
-"""One public function per operation: validate, choose a backend, run.
-
-B batch, N tokens, P = N - prefix patches, H heads, C width, D head width. The first `prefix` tokens (CLS, registers)
-are never scored, dropped or merged. Ties go to the lower index and NaN counts as -inf, on every backend. Choices
-carry no gradient: signals, ranks and matches come back detached.
-"""
+"""What a tower does with its tokens: attention and its signals, prune, condense, match and merge."""
 
 from __future__ import annotations
 
@@ -18,27 +13,10 @@ from clipkernels import checks, reference
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import attention as _attention
 from clipkernels.custom_ops import condense as _condense
-from clipkernels.custom_ops import epilogue as _epilogue
 from clipkernels.custom_ops import merge as _merge
 from clipkernels.custom_ops import prune as _prune
 from clipkernels.plan import Signal
-from clipkernels.reference import Act, Added, Condensed, Heads, Match, Merged, Norm, Pruned
-
-__all__ = [
-    "Added",
-    "Condensed",
-    "Match",
-    "Merged",
-    "Pruned",
-    "add_norm",
-    "attention",
-    "bias_act",
-    "condense_tokens",
-    "match_tokens",
-    "merge_tokens",
-    "prune_tokens",
-    "rank_tokens",
-]
+from clipkernels.reference import Condensed, Heads, Match, Merged, Norm, Pruned
 
 # Head widths past this would spill: they take SDPA.
 _HEAD_WIDTH = 128
@@ -253,58 +231,6 @@ def merge_tokens(
     checks.check_merge(x, match, size, norm)
     chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens")
     return (reference.merge_tokens if chosen == "reference" else _merge.merge_tokens)(x, match, size, norm)
-
-
-def bias_act(x: Tensor, bias: Tensor | None, act: Act, *, backend: Backend = "auto") -> Tensor:
-    """act(x + bias), in one pass.
-
-        gelu(x + bias)  # or z * sigmoid(1.702 * z), or gelu(z, approximate="tanh")
-
-    Args:
-        x: (…,C), a product that lacks its bias yet.
-        bias: (C,) or None.
-        act: "quick_gelu", "gelu" or "gelu_tanh".
-        backend: "auto", "triton" or "reference".
-    Returns:
-        like x.
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an unknown activation.
-    Guarantees: computed in fp32 on triton; deterministic; differentiable.
-    Source: GELU, arXiv 1606.08415; quick_gelu is its sigmoid approximation, OpenAI CLIP's activation.
-    """
-    checks.check_bias_act(x, bias, act)
-    chosen = _backend.choose(backend, x.device, x.dtype, "bias_act")
-    return (reference.bias_act if chosen == "reference" else _epilogue.bias_act)(x, bias, act)
-
-
-def add_norm(
-    x: Tensor,
-    y: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    norm: Norm | None = None,
-    *,
-    backend: Backend = "auto",
-) -> Added:
-    """The residual sum x + scale·(y + bias), and the LayerNorm that follows, in one pass.
-
-    Args:
-        x: (…,C) residual stream.
-        y: (…,C) branch, a product that lacks its bias and layer scale yet; autocast may make it narrower than x.
-        bias: (C,) or None.
-        scale: (C,) layer scale or None.
-        norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the sum.
-        backend: "auto", "triton" or "reference".
-    Returns:
-        Added(tokens (…,C) in the wider dtype of x and y, normed like tokens or None).
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-    Guarantees: statistics in fp32, of the sum as it is stored; deterministic; differentiable.
-    Source: the pre-norm transformer block; LayerScale, arXiv 2103.17239.
-    """
-    checks.check_add_norm(x, y, bias, scale, norm)
-    chosen = _backend.choose(backend, x.device, torch.promote_types(x.dtype, y.dtype), "add_norm")
-    return (reference.add_norm if chosen == "reference" else _epilogue.add_norm)(x, y, bias, scale, norm)
 
 
 def _heads_backend(backend: Backend, q: Tensor, op: str) -> str:

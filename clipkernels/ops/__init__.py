@@ -1,0 +1,33 @@
+"""One public function per operation: validate, choose a backend, run.
+
+B batch, N tokens, P = N - prefix patches, H heads, C width, D head width, E embedding, K classes. The first `prefix`
+tokens (CLS, registers) are never scored, dropped or merged. Ties go to the lower index and NaN counts as -inf, on every
+backend. Choices carry no gradient: signals, ranks and matches come back detached.
+"""
+
+from clipkernels.ops.epilogue import add_norm, bias_act
+from clipkernels.ops.tokens import (
+    attention,
+    condense_tokens,
+    match_tokens,
+    merge_tokens,
+    prune_tokens,
+    rank_tokens,
+)
+from clipkernels.reference import Added, Condensed, Match, Merged, Pruned
+
+__all__ = [
+    "Added",
+    "Condensed",
+    "Match",
+    "Merged",
+    "Pruned",
+    "add_norm",
+    "attention",
+    "bias_act",
+    "condense_tokens",
+    "match_tokens",
+    "merge_tokens",
+    "prune_tokens",
+    "rank_tokens",
+]

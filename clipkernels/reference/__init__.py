@@ -1,0 +1,33 @@
+"""Every operation in plain PyTorch: the definition of correct. One module per operation, of its kernel's name.
+
+B batch, N tokens, P = N - prefix patches, H heads, C width, D head width, E embedding, K classes. Scores and statistics
+are fp32 (fp64 for fp64 inputs), ties go to the lower index, NaN counts as -inf. Arguments are validated by
+`clipkernels.ops`.
+"""
+
+from clipkernels.reference.attention import attention, rank_tokens
+from clipkernels.reference.condense import Condensed, condense_tokens
+from clipkernels.reference.epilogue import Act, Added, Norm, add_norm, bias_act
+from clipkernels.reference.merge import Match, Merged, match_tokens, merge_tokens
+from clipkernels.reference.order import Heads, reduce_heads
+from clipkernels.reference.prune import Pruned, prune_tokens
+
+__all__ = [
+    "Act",
+    "Added",
+    "Condensed",
+    "Heads",
+    "Match",
+    "Merged",
+    "Norm",
+    "Pruned",
+    "add_norm",
+    "attention",
+    "bias_act",
+    "condense_tokens",
+    "match_tokens",
+    "merge_tokens",
+    "prune_tokens",
+    "rank_tokens",
+    "reduce_heads",
+]

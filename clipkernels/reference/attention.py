@@ -1,0 +1,61 @@
+"""Attention and its signals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from clipkernels.reference.order import Heads, reduce_heads
+from clipkernels.reference.precision import exactly, widened
+
+# Rows of attention that `received` holds at once.
+ROWS = 128
+# Up to so many keys CPUs run bf16 attention faster as bmm + softmax than as SDPA; fp16 runs slower so, and overflows.
+EXPLICIT = 600
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int
+) -> tuple[Tensor, Tensor | None]:
+    bias = _bias(size)
+    explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT
+    if explicit:
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT
+        out = torch.softmax(logits if bias is None else logits + bias.to(q.dtype), -1) @ v
+    else:
+        # Every query's row named: onnxruntime's Attention, opset 23, broadcasts none.
+        mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if signal == "cls":
+        return out, _probabilities(q[:, :, :1], k, bias)[:, :, 0, prefix:].detach()
+    if signal == "received":
+        return out, _received(q, k, bias)[:, prefix:].detach()
+    return out, k.mean(1).detach() if signal == "keys" else None
+
+
+def _bias(size: Tensor | None) -> Tensor | None:
+    """What proportional attention adds to the logits of each key, (B,1,1,N), or None."""
+    return None if size is None else widened(size).log()[:, None, None, :]
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention (B,H,M,N) of some query rows (B,H,M,D), in fp32."""
+    with exactly(q):
+        logits = widened(q) @ widened(k).mT * q.shape[-1] ** -0.5
+    return torch.softmax(logits if bias is None else logits + bias, -1)
+
+
+def _received(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Column means (B,N) of the attention over heads and queries, a block of rows at a time."""
+    total = q.new_zeros(k.shape[0], k.shape[2], dtype=widened(q).dtype)
+    for start in range(0, q.shape[2], ROWS):
+        total = total + _probabilities(q[:, :, start : start + ROWS], k, bias).sum((1, 2))
+    return total / (q.shape[1] * q.shape[2])
+
+
+def rank_tokens(q: Tensor, k: Tensor, heads: Heads, query: str, size: Tensor | None, prefix: int) -> Tensor:
+    bias = _bias(size)
+    if query == "all":
+        return _received(q, k, bias)[:, prefix:].detach()
+    return reduce_heads(_probabilities(q[:, :, :1], k, bias)[:, :, 0, prefix:], heads).detach()

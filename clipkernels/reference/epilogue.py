@@ -1,0 +1,42 @@
+"""What follows a product: bias, activation, residual sum, LayerNorm."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm
+
+from clipkernels.reference.precision import widened
+
+Norm = tuple[Tensor, Tensor, float]
+Act = Literal["quick_gelu", "gelu", "gelu_tanh"]
+
+
+class Added(NamedTuple):
+    """tokens (…,C), normed like tokens or None."""
+
+    tokens: Tensor
+    normed: Tensor | None = None
+
+
+def bias_act(x: Tensor, bias: Tensor | None, act: Act) -> Tensor:
+    z = x if bias is None else x + bias
+    if act == "quick_gelu":
+        return (z * torch.sigmoid(1.702 * z)).to(x.dtype)
+    return gelu(z, approximate="tanh" if act == "gelu_tanh" else "none").to(x.dtype)
+
+
+def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> Added:
+    z = y if bias is None else y + bias
+    tokens = x + (z if scale is None else z * scale)
+    tokens = tokens.to(torch.promote_types(x.dtype, y.dtype))  # vectors may be wider
+    return Added(tokens, normed(tokens, norm))
+
+
+def normed(x: Tensor, norm: Norm | None) -> Tensor | None:
+    if norm is None:
+        return None
+    weight, bias, eps = norm
+    return layer_norm(widened(x), x.shape[-1:], weight.to(widened(x)), bias.to(widened(x)), eps).to(x.dtype)

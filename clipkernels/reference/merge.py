@@ -1,0 +1,77 @@
+"""Bipartite matching and merging."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clipkernels.reference.epilogue import Norm, normed
+from clipkernels.reference.order import rows_at, strongest_first
+from clipkernels.reference.precision import exactly, widened
+
+
+class Match(NamedTuple):
+    """kept (B,A-r) and source (B,r) int64 into the even tokens, ascending; target (B,r) int64 into the odd ones."""
+
+    kept: Tensor
+    source: Tensor
+    target: Tensor
+
+
+class Merged(NamedTuple):
+    """tokens (B,N-r,C), size (B,N-r) fp32, normed like tokens or None."""
+
+    tokens: Tensor
+    size: Tensor
+    normed: Tensor | None = None
+
+
+def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
+    if metric.ndim == 4:
+        metric = metric.detach().mean(1)
+    batch, tokens = metric.shape[:2]
+    # The prefix never merges: neither as a source (even positions) nor as a target (odd ones).
+    even, odd = (prefix + 1) // 2, prefix // 2
+    first = torch.arange(even if r else (tokens + 1) // 2, device=metric.device).expand(batch, -1)
+    if r == 0:
+        return Match(first.contiguous(), first[:, :0], first[:, :0])
+    with exactly(metric):
+        unit = normalize(widened(metric.detach()), dim=-1)
+        similarity = unit[:, ::2][:, even:] @ unit[:, 1::2][:, odd:].mT
+    similarity = similarity.nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    strength, nearest = similarity.max(-1)
+    order = strongest_first(strength)
+    source = order[:, :r].sort(-1).values
+    kept = torch.cat([first, order[:, r:].sort(-1).values + even], 1)
+    return Match(kept, source + even, nearest.gather(1, source) + odd)
+
+
+def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None) -> Merged:
+    even, odd = x[:, ::2], x[:, 1::2]
+    wide = widened(odd)
+    weight = wide.new_ones(x.shape[:2]) if size is None else size.to(wide.dtype)
+    gain = rows_at(weight[:, ::2], match.source)
+    total = weight[:, 1::2] + _sums(gain[..., None], match.target, odd.shape[1])[..., 0]
+    # As a correction to the target, so that equal tokens merge to themselves and untouched ones stay bit-equal.
+    share = gain / total.gather(1, match.target)
+    pull = share[..., None] * (widened(rows_at(even, match.source)) - rows_at(wide, match.target))
+    merged = wide + _sums(pull, match.target, odd.shape[1])
+    tokens = torch.cat([rows_at(even, match.kept), merged.to(x.dtype)], 1)
+    return Merged(tokens, torch.cat([rows_at(weight[:, ::2], match.kept), total], 1), normed(tokens, norm))
+
+
+def _sums(parts: Tensor, target: Tensor, rows: int) -> Tensor:
+    """The sum (B,rows,C) of those parts (B,r,C) that go to each row."""
+    if not torch.compiler.is_compiling():
+        return parts.new_zeros(len(parts), rows, parts.shape[2]).scatter_add(
+            1, target[..., None].expand_as(parts), parts
+        )
+    # Graphs are exported, and runtimes are slow at scatters: a product with zeros and ones, kept clear of 0·NaN.
+    goes = (target[:, None] == torch.arange(rows, device=parts.device)[:, None]).to(parts.dtype)
+    wrong = ~parts.isfinite()
+    with exactly(parts):
+        total, spoilt = goes @ parts.masked_fill(wrong, 0), goes @ wrong.to(parts.dtype)
+    return total.masked_fill(spoilt > 0, float("nan"))

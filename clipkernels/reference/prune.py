@@ -1,0 +1,44 @@
+"""Pruning: the best patches, the others gone or fused into one token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipkernels.reference.epilogue import Norm, normed
+from clipkernels.reference.order import Heads, reduce_heads, rows_at, strongest_first
+from clipkernels.reference.precision import exactly, widened
+
+
+class Pruned(NamedTuple):
+    """tokens (B,prefix+keep[+1],C), index (B,keep) int64 into the patches, ascending, normed like tokens or None."""
+
+    tokens: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is not missed here
+    normed: Tensor | None = None
+
+
+def prune_tokens(
+    x: Tensor, scores: Tensor, keep: int, fuse: bool, heads: Heads, prefix: int, norm: Norm | None
+) -> Pruned:
+    if scores.ndim == 3:
+        scores = reduce_heads(scores, heads)
+    order = strongest_first(scores)
+    index = order[:, :keep].sort(-1).values
+    rows = [x[:, :prefix], rows_at(x, index + prefix)]
+    if fuse:
+        rows.append(fused(x, scores, order[:, keep:], prefix))
+    tokens = torch.cat(rows, 1)
+    return Pruned(tokens, index, normed(tokens, norm))
+
+
+def fused(x: Tensor, scores: Tensor, gone: Tensor, prefix: int) -> Tensor:
+    """Σ scoreᵢ·xᵢ (B,1,C) over the patches at `gone` (B,n)."""
+    weights = widened(scores.gather(1, gone))
+    # A patch that is not there (NaN, -inf) weighs nothing.
+    weights = weights.masked_fill(weights.isnan() | weights.isneginf(), 0)
+    dtype = torch.promote_types(weights.dtype, widened(x).dtype)
+    with exactly(x):
+        return (weights[:, None].to(dtype) @ rows_at(x, gone + prefix).to(dtype)).to(x.dtype)
