@@ -115,7 +115,7 @@ class Plan:
     @property
     def merges(self) -> bool:
         """Whether a step merges tokens, so that a row may stand for several places."""
-        return any(isinstance(step, Merge | Condense) for step in self.steps)
+        return any(isinstance(step, (Merge, Condense)) for step in self.steps)
 
     @property
     def proportional(self) -> bool:
