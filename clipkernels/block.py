@@ -98,7 +98,7 @@ def forward(
     """
     step = step if rows is None else None
     # Merging compares the keys themselves: their mean over heads is part of matching.
-    signal = step.signal if isinstance(step, Prune | Condense) else None
+    signal = step.signal if isinstance(step, (Prune, Condense)) else None
     weights = size if proportional else None
     if anchors is None:
         q, k, v = parts.qkv(x, normed, rows, rope)

@@ -137,7 +137,7 @@ class Plan:
         return replace(
             self,
             steps=tuple(
-                replace(step, signal=signal) if isinstance(step, Prune | Condense) and step.signal else step
+                replace(step, signal=signal) if isinstance(step, (Prune, Condense)) and step.signal else step
                 for step in self.steps
             ),
         )
