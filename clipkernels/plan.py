@@ -90,7 +90,7 @@ class Plan:
     prefix: int = 1
 
     def __post_init__(self) -> None:
-        for block, (step, tokens) in enumerate(zip(self.steps, self.tokens, strict=False)):
+        for block, (step, tokens) in enumerate(zip(self.steps, self.tokens[:-1], strict=True)):
             patches = tokens - self.prefix
             if isinstance(step, Prune) and not 0 <= step.keep <= patches:
                 raise ValueError(f"block {block} must keep 0 to {patches} patches, got {step.keep}")
