@@ -3,22 +3,25 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
+# Tests side by side, one thread each.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench compile gpu dist clean
 
 help:  ## list the targets
-	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [ARGS='options of the command that is run']"
+	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv] [JOBS=2] [ARGS='options of the command that is run']"
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.installed  ## install into .venv, then run the bundled CLIP dense and reduced
 	$(BIN)/clipkernels demo $(ARGS)
 
 test: $(VENV)/.installed-test lint  ## install into .venv, then lint, type-check and the quick tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.installed-test lint  ## the same with every test, slow ones included
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/ruff check .
