@@ -131,6 +131,54 @@ def check_add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | No
     _check_norm(norm, x)
 
 
+def check_cross_attention(visual: Tensor, text: Tensor, alpha: float) -> None:
+    if visual.ndim != 3 or 0 in visual.shape[1:]:
+        raise ValueError(f"visual must be (B,P,E) with at least one patch, got {_shape(visual)}")
+    _floating(visual=visual)
+    if text.ndim != 2 or not len(text) or text.shape[1] != visual.shape[2]:
+        raise ValueError(f"text must be (K,E) with K ≥ 1 and E = {visual.shape[2]}, got {_shape(text)}")
+    _same(visual, text=text)
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be positive, got {alpha!r}")
+
+
+def check_calip(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> None:
+    check_cross_attention(visual, text, alpha)
+    if pooled.shape != (visual.shape[0], visual.shape[2]):
+        raise ValueError(f"pooled must be (B,E) = ({visual.shape[0]},{visual.shape[2]}), got {_shape(pooled)}")
+    _same(visual, pooled=pooled)
+
+
+def check_affinity(
+    queries: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    classes: int,
+    weights: Tensor | None,
+    offsets: Tensor | None,
+) -> None:
+    if queries.ndim != 2 or not queries.shape[1]:
+        raise ValueError(f"queries must be (t,E) with E ≥ 1, got {_shape(queries)}")
+    _floating(queries=queries)
+    if support.ndim != 2 or support.shape[1] != queries.shape[1]:
+        raise ValueError(f"support must be (n,E) with E = {queries.shape[1]}, got {_shape(support)}")
+    _same(queries, support=support)
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+        raise ValueError(f"classes must be a positive int, got {classes!r}")
+    rows = (len(support),)
+    for name, tensor, shape in (("labels", labels, rows), ("offsets", offsets, (classes + 1,))):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.int64 or tensor.device != queries.device:
+            came = f"{_shape(tensor)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name} must be ({_join(shape)}) torch.int64 on {queries.device}, got {came}")
+    if weights is not None:
+        if tuple(weights.shape) != rows or weights.device != queries.device:
+            came = f"{_shape(weights)} on {weights.device}"
+            raise ValueError(f"weights must be (n) = ({len(support)}) on {queries.device}, got {came}")
+        _floating(weights=weights)
+
+
 def _check_tokens(x: Tensor) -> None:
     if x.ndim != 3:
         raise ValueError(f"x must be (B,N,C), got {_shape(x)}")

@@ -6,6 +6,7 @@ backend. Choices carry no gradient: signals, ranks and matches come back detache
 """
 
 from clipkernels.ops.epilogue import add_norm, bias_act
+from clipkernels.ops.features import affinity, calip_logits, cross_attention
 from clipkernels.ops.tokens import (
     attention,
     condense_tokens,
@@ -14,18 +15,22 @@ from clipkernels.ops.tokens import (
     prune_tokens,
     rank_tokens,
 )
-from clipkernels.reference import Added, Condensed, Match, Merged, Pruned
+from clipkernels.reference import Added, Condensed, CrossAttended, Match, Merged, Pruned
 
 __all__ = [
     "Added",
     "Condensed",
+    "CrossAttended",
     "Match",
     "Merged",
     "Pruned",
     "add_norm",
+    "affinity",
     "attention",
     "bias_act",
+    "calip_logits",
     "condense_tokens",
+    "cross_attention",
     "match_tokens",
     "merge_tokens",
     "prune_tokens",

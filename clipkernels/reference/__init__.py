@@ -5,8 +5,10 @@ are fp32 (fp64 for fp64 inputs), ties go to the lower index, NaN counts as -inf.
 `clipkernels.ops`.
 """
 
+from clipkernels.reference.affinity import affinity, sort_by_class
 from clipkernels.reference.attention import attention, rank_tokens
 from clipkernels.reference.condense import Condensed, condense_tokens
+from clipkernels.reference.cross_attention import CrossAttended, calip_terms, cross_attention
 from clipkernels.reference.epilogue import Act, Added, Norm, add_norm, bias_act
 from clipkernels.reference.merge import Match, Merged, match_tokens, merge_tokens
 from clipkernels.reference.order import Heads, reduce_heads
@@ -16,18 +18,23 @@ __all__ = [
     "Act",
     "Added",
     "Condensed",
+    "CrossAttended",
     "Heads",
     "Match",
     "Merged",
     "Norm",
     "Pruned",
     "add_norm",
+    "affinity",
     "attention",
     "bias_act",
+    "calip_terms",
     "condense_tokens",
+    "cross_attention",
     "match_tokens",
     "merge_tokens",
     "prune_tokens",
     "rank_tokens",
     "reduce_heads",
+    "sort_by_class",
 ]

@@ -1,0 +1,31 @@
+"""`affinity` on the Triton backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipkernels.custom_ops import plain, register
+
+
+def affinity(
+    queries: Tensor, support: Tensor, labels: Tensor, offsets: Tensor, beta: float, weights: Tensor | None
+) -> Tensor:
+    """The kernel reads the classes from the offsets: the labels stay where they are."""
+    call = _launch if plain(queries, support, weights) else torch.ops.clipkernels.affinity
+    return call(queries, support, offsets, beta, weights)
+
+
+def _launch(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, weights: Tensor | None) -> Tensor:
+    from clipkernels.kernels.affinity import affinity as launch
+
+    return launch(queries, support, offsets, beta, weights)
+
+
+def _fake(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, weights: Tensor | None) -> Tensor:
+    return queries.new_empty(queries.shape[0], offsets.shape[0] - 1, dtype=torch.float32)
+
+
+register(
+    "affinity(Tensor queries, Tensor support, Tensor offsets, float beta, Tensor? weights) -> Tensor", _launch, _fake
+)

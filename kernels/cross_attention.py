@@ -1,0 +1,276 @@
+"""CALIP's cross-attention: patches look at the classes, classes look at the patches, and the logits of both.
+
+    A = visual @ text.T / α;  seen = softmax_k(A) text;  found = softmax_p(A)ᵀ visual
+    terms = pooled textᵀ,  Σ_p softmax_p(A)·⟨pooled, visual_p⟩,  (mean_p + max_p of seen) textᵀ
+
+A program holds some rows of one side, goes once over all of the other with a running softmax, and a tile of that is both
+its keys and its values; for `found` the sides change places. The similarities (B,P,K) never leave a program.
+Terms: reads B·P·E, and K·E from cache, and writes for each tile of T patches the sum and the largest of its attended rows
+and for each class the largest similarity and two sums, (2·E + 3·K)·B·P/T fp32 numbers; a second launch reads those in a
+fixed order and multiplies with the classes. 4·B·P·K·E operations. The mean comes of the rows that the maximum needs
+anyway: the K×K Gram matrix of the classes would spare nothing.
+Rows: reads both sides twice and writes B·(P + K)·E; 8·B·P·K·E operations.
+Where whole rows do not fit (fp32, multiplied without matrix units; 64 KiB of shared memory) a program makes a slice of E
+of the result, and every slice makes the similarities again.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from clipkernels.kernels.rank import LOG2E
+
+
+@triton.jit
+def _rows(
+    ptr, first, rows, start,
+    E: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Columns from `start` on of the rows from `first` on, [BLOCK, WIDTH]; 0 beyond either end."""
+    offs_r, offs_e = tl.arange(0, BLOCK), start + tl.arange(0, WIDTH)
+    mask = (first + offs_r < rows)[:, None]
+    if E % WIDTH != 0:
+        mask = mask & (offs_e < E)[None, :]
+    x = tl.load(ptr + (first + offs_r).to(tl.int64)[:, None] * E + offs_e[None, :], mask=mask, other=0.0)
+    if WIDE:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _put(
+    acc, total, out_ptr, sums_ptr, first, M, start,
+    E: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, REDUCE: tl.constexpr,
+):  # fmt: skip
+    """Stores attended rows, or their sum and their largest."""
+    offs_r, offs_e = tl.arange(0, BLOCK), start + tl.arange(0, WIDTH)
+    seen = acc / total[:, None]
+    here = (first + offs_r < M)[:, None]
+    if REDUCE:
+        tl.store(sums_ptr + offs_e, tl.sum(tl.where(here, seen, 0.0), 0), mask=offs_e < E)
+        tl.store(sums_ptr + E + offs_e, tl.max(tl.where(here, seen, float("-inf")), 0), mask=offs_e < E)
+    else:
+        to = out_ptr + tl.cast(first, tl.int64) * E + offs_r[:, None] * E + offs_e[None, :]
+        tl.store(to, seen.to(out_ptr.dtype.element_ty), mask=here & (offs_e < E)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "N", "tiles", "slices"])
+def _attend_kernel(
+    q_ptr, k_ptr, pooled_ptr, out_ptr, sums_ptr, found_ptr,
+    M, N, tiles, slices, scale,
+    stride_qb, stride_kb, stride_pb,
+    E: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of softmax_n(q k · scale) k, for M rows q and N columns k of an image; scale is in units of log2."""
+    piece, batch = tl.program_id(0) % (tiles * slices), tl.program_id(0).to(tl.int64) // (tiles * slices)
+    if WHOLE:
+        tile, start = piece, 0
+    else:
+        tile, start = piece // slices, piece % slices * BLOCK_E
+    q_ptr += batch * stride_qb
+    k_ptr += batch * stride_kb
+    first = tile * BLOCK_M
+    mask_m = (first + tl.arange(0, BLOCK_M) < M)[:, None]
+    found_ptr += (batch * tiles + tile) * 3 * N + 3 * tl.arange(0, BLOCK_N)
+    if WHOLE:
+        q = _rows(q_ptr, first, M, 0, E, BLOCK_M, BLOCK_E, WIDE)
+        if REST:
+            q_rest = _rows(q_ptr, first, M, BLOCK_E, E, BLOCK_M, REST, WIDE)
+    if REDUCE:
+        near = tl.zeros([BLOCK_M], tl.float32)  # each row to the image as a whole
+        for d in range(0, E, BLOCK_D):
+            offs_d = d + tl.arange(0, BLOCK_D)
+            x = _rows(q_ptr, first, M, d, E, BLOCK_M, BLOCK_D, WIDE).to(tl.float32)
+            image = tl.load(pooled_ptr + batch * stride_pb + offs_d, mask=offs_d < E, other=0.0).to(tl.float32)
+            near += tl.sum(x * image[None, :], 1)
+    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    if REST:
+        acc_rest = tl.zeros([BLOCK_M, REST], tl.float32)
+    for column in range(TILES):
+        left = column * BLOCK_N
+        offs_n = left + tl.arange(0, BLOCK_N)
+        k = _rows(k_ptr, left, N, start, E, BLOCK_N, BLOCK_E, WIDE)
+        if WHOLE:
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if REST:
+                k_rest = _rows(k_ptr, left, N, BLOCK_E, E, BLOCK_N, REST, WIDE)
+                s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision="ieee")
+        else:
+            s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for d in range(0, E, BLOCK_D):
+                a = _rows(q_ptr, first, M, d, E, BLOCK_M, BLOCK_D, WIDE)
+                b = _rows(k_ptr, left, N, d, E, BLOCK_N, BLOCK_D, WIDE)
+                s = tl.dot(a, tl.trans(b), s, input_precision="ieee")
+        s *= scale
+        if REDUCE:  # the softmax over the rows, as far as this tile of them goes
+            if start == 0:
+                there = tl.where(mask_m, s, float("-inf"))
+                top = tl.max(there, 0)
+                p = tl.exp2(there - top[None, :])
+                tl.store(found_ptr, top, mask=offs_n < N)
+                mass, weighted = tl.reduce((p, p * near[:, None]), 0, _add)
+                tl.store(found_ptr + 1, mass, mask=offs_n < N)
+                tl.store(found_ptr + 2, weighted, mask=offs_n < N)
+                found_ptr += 3 * BLOCK_N
+        s = tl.where((offs_n < N)[None, :], s, float("-inf"))
+        higher = tl.maximum(most, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        shrink = tl.exp2(most - higher)
+        total = total * shrink + tl.sum(p, 1)
+        most = higher
+        acc = tl.dot(p.to(k.dtype), k, acc * shrink[:, None], input_precision="ieee")
+        if REST:
+            acc_rest = tl.dot(p.to(k.dtype), k_rest, acc_rest * shrink[:, None], input_precision="ieee")
+    out_ptr += batch * M * E
+    sums_ptr += (batch * tiles + tile) * 2 * E
+    _put(acc, total, out_ptr, sums_ptr, first, M, start, E, BLOCK_M, BLOCK_E, REDUCE)
+    if REST:
+        _put(acc_rest, total, out_ptr, sums_ptr, first, M, BLOCK_E, E, BLOCK_M, REST, REDUCE)
+
+
+@triton.jit(do_not_specialize=["B", "P", "K", "tiles"])
+def _terms_kernel(
+    text_ptr, pooled_ptr, sums_ptr, found_ptr, out_ptr,
+    B, P, K, tiles,
+    stride_pb,
+    E: tl.constexpr, TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The three terms of some images and classes, from what each tile of patches has left."""
+    offs_b = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    first_k = tl.program_id(0) % tiles * BLOCK_K
+    offs_k = first_k + tl.arange(0, BLOCK_K)
+    pooled_ptr += offs_b[:, None] * stride_pb
+    first = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+    third = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+    for d in range(0, E, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask = (offs_b < B)[:, None] & (offs_d < E)[None, :]
+        image = tl.load(pooled_ptr + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+        most = tl.full([BLOCK_B, BLOCK_D], float("-inf"), tl.float32)
+        for tile in range(TILES):
+            at = sums_ptr + ((offs_b * TILES + tile) * 2 * E)[:, None] + offs_d[None, :]
+            total += tl.load(at, mask=mask, other=0.0)
+            most = tl.maximum(most, tl.load(at + E, mask=mask, other=0.0))
+        text = tl.trans(_rows(text_ptr, first_k, K, d, E, BLOCK_K, BLOCK_D, True))
+        first = tl.dot(image, text, first, input_precision="ieee")
+        third = tl.dot(total / P + most, text, third, input_precision="ieee")
+    mask = (offs_b < B)[:, None] & (offs_k < K)[None, :]
+    top = tl.full([BLOCK_B, BLOCK_K], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+    second = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
+    for tile in range(TILES):
+        at = found_ptr + ((offs_b * TILES + tile) * K)[:, None] * 3 + offs_k[None, :] * 3
+        own = tl.load(at, mask=mask, other=0.0)
+        higher = tl.maximum(top, own)
+        shrink, grow = tl.exp2(top - higher), tl.exp2(own - higher)
+        total = total * shrink + tl.load(at + 1, mask=mask, other=1.0) * grow
+        second = second * shrink + tl.load(at + 2, mask=mask, other=0.0) * grow
+        top = higher
+    to = out_ptr + offs_b[:, None] * K + offs_k[None, :]
+    tl.store(to, 100 * first, mask=mask)
+    tl.store(to + tl.cast(B, tl.int64) * K, 100 * (second / total), mask=mask)
+    tl.store(to + 2 * tl.cast(B, tl.int64) * K, 100 * third, mask=mask)
+
+
+def config(width: int, dtype: torch.dtype, shared: int) -> dict[str, int | bool]:
+    """Block sizes, warps and stages for embeddings of width E, with so many bytes of shared memory to a program."""
+    if dtype != torch.float32:
+        # A power of two and the next one of what is left: 768 is 512 and 256, 1152 is 1024 and 128.
+        block_e = max(16, 1 << (width.bit_length() - 1))
+        rest = max(16, triton.next_power_of_2(width - block_e)) if width > block_e else 0
+        block_e, rest = (2 * block_e, 0) if rest == block_e else (block_e, rest)
+        held = block_e + rest
+        # As much as eight warps hold. Each makes eight columns of the similarities: of 32 every one is made twice.
+        for block_m, block_n, least, most in ((32, 64, 0, 512), (32, 32, 0, 1024), (16, 32, 513, 1536)):
+            for stages in (3, 2):
+                needed = 2 * (held * (block_m + block_n * (stages - 1)) + block_m * block_n)
+                if least <= held <= most and needed <= shared:
+                    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": block_e, "REST": rest, "BLOCK_D": 64}
+                    return {"WHOLE": True, **blocks, "num_warps": 8, "num_stages": stages}
+        blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_E": 256, "REST": 0, "BLOCK_D": 64}
+        return {"WHOLE": False, **blocks, "num_warps": 8, "num_stages": 2}
+    blocks = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_E": min(128, max(16, triton.next_power_of_2(width))), "REST": 0}
+    return {"WHOLE": False, **blocks, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+
+
+def terms_config() -> dict[str, int]:
+    """Block sizes and warps of the second launch."""
+    return {"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take; of a device that has none, what an H200 has."""
+    if device.type != "cuda":
+        return 232448
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
+
+
+def attend(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
+    """Launches the kernel: softmax(rows columnsᵀ / α) columns, (B,M,E); either side may be (M,E), of all images."""
+    return _attend(rows, columns, None, alpha)[0]
+
+
+def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> Tensor:
+    """Launches the kernels: the three terms of the logits, each × 100, (3,B,K) fp32."""
+    batch, patches, width = visual.shape
+    classes = len(text)
+    terms = torch.empty(3, batch, classes, dtype=torch.float32, device=visual.device)
+    if batch == 0:
+        return terms
+    pooled, text = pooled if pooled.stride(1) == 1 else pooled.contiguous(), text.contiguous()
+    _, sums, found = _attend(visual, text, pooled, alpha)
+    blocks = terms_config()
+    tiles = triton.cdiv(classes, blocks["BLOCK_K"])
+    with torch.cuda.device_of(visual):
+        _terms_kernel[(triton.cdiv(batch, blocks["BLOCK_B"]) * tiles,)](
+            text, pooled, sums, found, terms, batch, patches, classes, tiles, pooled.stride(0),
+            E=width, TILES=sums.shape[1], enable_fp_fusion=True, **blocks,
+        )  # fmt: skip
+    return terms
+
+
+def _attend(
+    rows: Tensor, columns: Tensor, pooled: Tensor | None, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attended rows (B,M,E); or with `pooled`, for each of T tiles of rows, (B,T,2,E) their sum and their largest, and
+    (B,T,N,3) of each column the largest similarity, the sum and the weighted sum of the exponentials."""
+    (*batches, m, width), n = rows.shape, columns.shape[-2]
+    batch = batches[0] if batches else len(columns)
+    blocks = config(width, rows.dtype, shared_memory(rows.device))
+    tiles, slices = triton.cdiv(m, blocks["BLOCK_M"]), 1 if blocks["WHOLE"] else triton.cdiv(width, blocks["BLOCK_E"])
+    reduce = pooled is not None
+    out = rows.new_empty((0,) if reduce else (batch, m, width))
+    sums, found = (
+        torch.empty((batch, tiles, *size) if reduce else (0,), dtype=torch.float32, device=rows.device)
+        for size in ((2, width), (n, 3))
+    )
+    if batch == 0:
+        return out, sums, found
+    # The rows of an image one after another, so that their distance is known when compiling.
+    rows, columns = (x if x.stride()[-2:] == (width, 1) else x.contiguous() for x in (rows, columns))
+    with torch.cuda.device_of(rows):
+        _attend_kernel[(batch * tiles * slices,)](
+            rows, columns, rows if pooled is None else pooled, out, sums, found,
+            m, n, tiles, slices, LOG2E / alpha,
+            rows.stride(0) if rows.ndim == 3 else 0, columns.stride(0) if columns.ndim == 3 else 0,
+            0 if pooled is None else pooled.stride(0),
+            E=width, REDUCE=reduce, WIDE=not isinstance(_attend_kernel, triton.JITFunction),
+            TILES=triton.cdiv(n, blocks["BLOCK_N"]), enable_fp_fusion=True, **blocks,
+        )  # fmt: skip
+    return out, sums, found
