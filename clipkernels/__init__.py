@@ -6,13 +6,14 @@ from clipkernels import backend, ops
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
 from clipkernels.data import bundled
-from clipkernels.heads import Reservoir, ZeroShot
+from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
 from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
 from clipkernels.patch import Encoded, encode_image, method_of, patch, patched, tower_of, unpatch
 from clipkernels.plan import Condense, Merge, Plan, Prune
 
 __version__ = "0.1.0"
 __all__ = [
+    "CALIP",
     "Classifier",
     "Condense",
     "Dense",
@@ -24,6 +25,8 @@ __all__ = [
     "Prune",
     "Reservoir",
     "TCA",
+    "TipAdapter",
+    "TipX",
     "ToMe",
     "UnsupportedTower",
     "ZeroShot",

@@ -59,12 +59,14 @@ class Encoded(NamedTuple):
     tokens (B,N',E): all tokens after the final norm and projection, prefix first; CoCa's queries where those pool.
     cls_path (B,L,C): the CLS token after every block.
     source (B,S,P) int32: after each of the S steps the row that holds each patch, -1 where it is gone.
+    prefix: the leading rows of tokens that are no patches.
     """
 
     embedding: Tensor
     tokens: Tensor | None = None
     cls_path: Tensor | None = None
     source: Tensor | None = None
+    prefix: int = 1
 
 
 def patch(model: Model, method: Method) -> Model:
@@ -213,6 +215,7 @@ def encode_image(
         tokens=tower.project(pooled if tower.pools_by_query else ran.x) if tokens else None,
         cls_path=torch.stack(ran.path, 1) if cls_path else None,
         source=_stacked(ran.sources, x, plan) if source else None,
+        prefix=plan.prefix,
     )
 
 

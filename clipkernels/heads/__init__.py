@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from clipkernels.heads.calip import CALIP
 from clipkernels.heads.reservoir import Reservoir
+from clipkernels.heads.tip import TipAdapter, TipX
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from clipkernels.patch import Encoded
 
-__all__ = ["Head", "Reservoir", "ZeroShot"]
+__all__ = ["CALIP", "Head", "Reservoir", "TipAdapter", "TipX", "ZeroShot"]
 
 
 class Head(Protocol):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
+from clipkernels import ops
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.presets import PRESETS, Preset
 from clipkernels.heads.zero_shot import ZeroShot
@@ -175,7 +176,7 @@ class Reservoir:
         if about.get("format") != FORMAT or not whole:
             raise ValueError(f"expected a reservoir, got {path} with format {about.get('format')!r}")
         own, text = self.zero_shot.text, tensors.pop("text")
-        if text.shape != own.shape or (cosine_similarity(text, own.cpu().to(text.dtype)) < 0.999).any():
+        if not self.zero_shot.same(text):
             raise ValueError(
                 f"expected a reservoir of the same classes, prompts and model, {tuple(own.shape)}, got {path} of other "
                 f"text embeddings {tuple(text.shape)}"
@@ -225,8 +226,7 @@ class Reservoir:
         self._table = self._table.to(path.device, dtype)
         depth = torch.linspace(0, 1, path.shape[1], dtype=new.unit.dtype, device=path.device) / self.temperature
         query = (new.unit * depth.softmax(0)[:, None]).flatten(1)
-        votes = self._vote(query @ old.unit.flatten(0, 1).flatten(1).T).view(batch, classes, -1)
-        total = (votes * _valid(old)).sum(2)
+        total = self._read(query, old)
         if self.frozen:
             return total
         good = logits.isfinite().all(1) & path.flatten(1).isfinite().all(1)
@@ -251,7 +251,8 @@ class Reservoir:
         found = states[states_met, torch.arange(len(touched), device=path.device)]  # [B, T, M]
         among = self._vote(query @ new.unit.flatten(1).T)[:, order]  # [B, T, R]
         none = among.new_zeros(batch, len(touched), 1)
-        heard = torch.cat([votes[:, touched], among, none], 2).gather(2, found).sum(2)
+        votes = self._vote(query @ old.unit[touched].flatten(0, 1).flatten(1).T).view(batch, len(touched), -1)
+        heard = torch.cat([votes, among, none], 2).gather(2, found).sum(2)
         total[:, touched] = heard.to(total.dtype)
         self._settle(old, new, touched, order, states[-1])
         return total
@@ -280,6 +281,17 @@ class Reservoir:
         arrival = torch.arange(self.seen, self.seen + len(path), device=path.device)
         entropy = -(share.exp() * share).nan_to_num(0.0).sum(1).to(wide.dtype)
         return Entries(normalize(wide, dim=2), wide.norm(dim=2), normalize(wide.mean(1), dim=1), entropy, arrival)
+
+    def _read(self, query: Tensor, entries: Entries) -> Tensor:
+        """The votes (B,K) of all entries on these queries (B,L·C)."""
+        classes, capacity = entries.arrival.shape
+        valid = _valid(entries).to(query.dtype)
+        if self.correction == "linear":
+            whole = torch.einsum("kmlc,km->klc", entries.unit, valid).flatten(1)
+            return query @ whole.T * (self.strength / capacity)
+        rows, at = entries.unit.flatten(0, 1).flatten(1), torch.arange(classes + 1, device=query.device)
+        labels, weights = at[:-1].repeat_interleave(capacity), self.strength * valid.flatten()
+        return ops.affinity(query, rows, labels, classes, self.beta, weights, at * capacity)
 
     def _vote(self, likeness: Tensor) -> Tensor:
         """What an entry of this likeness adds to the logit of its class."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 if TYPE_CHECKING:
     from clipkernels.patch import Encoded
@@ -45,3 +45,8 @@ class ZeroShot:
         dtype = torch.promote_types(image.dtype, self.text.dtype)
         with torch.autocast(image.device.type, enabled=False):
             return self.scale * normalize(image.to(dtype), dim=-1) @ self.text.to(image.device, dtype).T
+
+    def same(self, text: Tensor) -> bool:
+        """Whether class embeddings (K,E) are, to rounding, those of this head: of its classes, prompts and model."""
+        own = self.text.cpu()
+        return text.shape == own.shape and bool((cosine_similarity(text.to(own.dtype), own) > 0.999).all())

@@ -1,0 +1,1 @@
+"""What is trained: small parts beside a frozen CLIP."""

@@ -1,0 +1,173 @@
+"""CALIP with weights: eight linear maps around its cross-attention, learnt from a few labelled images of each class.
+
+    q, k, v of the classes and of the patches, softmax(q_t k_sᵀ/α) v_s and softmax(q_s k_tᵀ/α) v_t, each mapped again
+
+All start as identities, so that before the first step this is CALIP. No code of this variant was ever released: it is
+built from the paper's description. Maps of patches are multiplied into what the patches meet, so that no patch is ever
+mapped: a step costs little more than CALIP itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from clipkernels.files import read_tensors, write_tensors
+from clipkernels.heads.calip import check_labels, normalize_as, patches_of
+from clipkernels.heads.zero_shot import ZeroShot
+
+if TYPE_CHECKING:
+    from clipkernels.patch import Encoded
+
+FORMAT = "clipkernels.calip_fs.1"
+MAPS = tuple(f"{part}_{side}" for side in ("text", "image") for part in ("query", "key", "value", "out"))
+
+
+class FewShotCALIP(nn.Module):
+    """A head to train on cached features, the towers frozen; a module, to be moved by `.to()`.
+
+    Args:
+        text: class embeddings (K,E), any floating dtype; need not be normalised.
+        alpha: what similarities are divided by before the softmax.
+        beta2: weight of the classes that have looked at the patches.
+        beta3: weight of the patches that have looked at the classes.
+        scale: what the cosines are multiplied by.
+    Raises:
+        ValueError: text that is not (K,E), an alpha that is not positive.
+    Source: CALIP-FS, arXiv 2209.14169, section 3.3.
+    """
+
+    needs: tuple[str, ...] = ("tokens",)
+    text: Tensor
+
+    def __init__(
+        self, text: Tensor, alpha: float = 0.5, beta2: float = 1.12, beta3: float = 0.02, *, scale: float = 100.0
+    ) -> None:
+        super().__init__()
+        if not 0 < alpha < float("inf"):
+            raise ValueError(f"alpha must be positive, got {alpha!r}")
+        self.alpha, self.beta2, self.beta3, self.scale = alpha, beta2, beta3, scale
+        self.register_buffer("text", ZeroShot(text).text)
+        width = self.text.shape[1]
+        layers = {name: nn.Linear(width, width).to(self.text) for name in MAPS}
+        for layer in layers.values():
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.maps = nn.ModuleDict(layers)
+
+    def forward(self, features: Tensor | Encoded) -> Tensor:
+        """Logits (B,K) of an `Encoded` with `tokens`, in the dtype of the text; differentiable.
+
+        Raises:
+            ValueError: features without `tokens`, of another E than the text, or on another device.
+        """
+        embedding, patches = patches_of(features)
+        if embedding.shape[1:] != self.text.shape[1:] or embedding.device != self.text.device:
+            wanted = f"(B,{self.text.shape[1]}) on {self.text.device}"
+            raise ValueError(f"features must be {wanted}, got {tuple(embedding.shape)} on {embedding.device}")
+        with torch.autocast(embedding.device.type, enabled=False):
+            return self._logits(normalize_as(embedding, self.text), patches.to(self.text.dtype))
+
+    def _logits(self, image: Tensor, patches: Tensor) -> Tensor:
+        text = self.text
+        maps: Any = self.maps
+        query, key, value = (maps[f"{part}_text"](text) for part in ("query", "key", "value"))
+        of_image, out_text = maps["value_image"], maps["out_text"]
+        # q·(W x + b) = (q W)·x + q·b
+        classes = linear(patches, query @ maps["key_image"].weight, query @ maps["key_image"].bias) / self.alpha
+        asked = image @ out_text.weight
+        told = (patches @ (asked @ of_image.weight)[..., None])[..., 0] + (asked @ of_image.bias)[:, None]
+        second = (told[:, None] @ classes.softmax(1))[:, 0] + (image @ out_text.bias)[:, None]
+        places = linear(patches, key @ maps["query_image"].weight, key @ maps["query_image"].bias) / self.alpha
+        # A row of the softmax adds up to one, so that the last map may come first.
+        seen = places.softmax(2) @ maps["out_image"](value)
+        third = (seen.mean(1) + seen.amax(1)) @ text.T
+        return self.scale * (image @ text.T + self.beta2 * second + self.beta3 * third)
+
+    def fit(
+        self,
+        features: Encoded,
+        labels: Tensor,
+        *,
+        epochs: int = 20,
+        batch_size: int = 64,
+        lr: float = 1e-4,
+        seed: int = 0,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> list[float]:
+        """Trains all maps with AdamW on cross-entropy.
+
+        Args:
+            features: an `Encoded` with `tokens` of n images, on this head's device.
+            labels: (n,) int64, the true classes.
+            epochs: times that every image is seen.
+            batch_size: images of a step.
+            lr: learning rate; ten times more unlearns what CLIP knows on small sets.
+            seed: of the order of the images.
+            progress: called after each epoch with its number from 1 and its mean loss.
+        Returns:
+            the mean loss of each epoch.
+        Raises:
+            ValueError: features or labels that do not fit.
+        """
+        embedding, _ = patches_of(features)
+        labels = check_labels(labels, len(embedding), len(self.text)).to(embedding.device)
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.AdamW(self.parameters(), lr)
+        losses = []
+        for epoch in range(epochs):
+            total = 0.0
+            for batch in torch.randperm(len(labels), generator=generator).to(embedding.device).split(batch_size):
+                logits = self(_rows(features, batch))
+                loss = cross_entropy(logits, labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += float(loss.detach()) * len(batch)
+            losses.append(total / len(labels))
+            if progress is not None:
+                progress(epoch + 1, losses[-1])
+        return losses
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the maps and the class embeddings as safetensors, by way of a temporary file that is renamed."""
+        numbers = {name: repr(float(getattr(self, name))) for name in ("alpha", "beta2", "beta3", "scale")}
+        write_tensors(path, self.state_dict(), {"format": FORMAT, **numbers})
+
+    def load(self, path: str | os.PathLike[str]) -> FewShotCALIP:
+        """This head with what was saved, alpha, beta2, beta3 and scale included; whatever is raised, it is as it was.
+
+        Raises:
+            ValueError: the file is none of these, or one of other text embeddings (other classes, prompts or model).
+        """
+        tensors, about = read_tensors(path)
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        if about.get("format") != FORMAT or set(tensors) != set(own):
+            raise ValueError(f"expected the weights of a FewShotCALIP, got {path} with format {about.get('format')!r}")
+        if not ZeroShot(self.text).same(tensors["text"]):
+            raise ValueError(
+                f"expected weights for the same classes, prompts and model, {own['text']}, got {path} of other text "
+                f"embeddings {tuple(tensors['text'].shape)}"
+            )
+        came = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if came != own:
+            wrong = next(name for name in own if came[name] != own[name])
+            raise ValueError(f"expected {wrong} of shape {own[wrong]}, got {path} with {came[wrong]}")
+        numbers = {name: float(about.get(name, "nan")) for name in ("alpha", "beta2", "beta3", "scale")}
+        if not all(math.isfinite(number) for number in numbers.values()):
+            raise ValueError(f"expected {', '.join(numbers)}, got {path} with {numbers}")
+        self.load_state_dict(tensors)
+        self.__dict__.update(numbers)
+        return self
+
+
+def _rows(features: Encoded, index: Tensor) -> Encoded:
+    """Some images of cached features."""
+    assert features.tokens is not None
+    return features._replace(embedding=features.embedding[index], tokens=features.tokens[index])

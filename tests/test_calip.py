@@ -1,0 +1,244 @@
+"""CALIP and its few-shot form: literal formulas, the published grid, towers of every kind, files."""
+
+from functools import partial
+
+import open_clip
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import clipkernels as ck
+from clipkernels.files import read_tensors, write_tensors
+from clipkernels.heads.presets import CALIP_PRESETS
+from clipkernels.heads.search import count, grid, search
+from clipkernels.learn.calip_fs import MAPS, FewShotCALIP
+from clipkernels.testing import openai_tower, timm_tower, transformers_tower
+
+WIDTH, CLASSES = 12, 5
+
+
+def features(count=6, patches=9, prefix=1, seed=0, dtype=torch.float64):
+    """Encoded images and class embeddings, none of length one."""
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(count, WIDTH, generator=generator).to(dtype)
+    tokens = 3 * torch.randn(count, prefix + patches, WIDTH, generator=generator).to(dtype)
+    text = 2 * torch.randn(CLASSES, WIDTH, generator=generator).to(dtype)
+    return ck.Encoded(embedding, tokens, prefix=prefix), text
+
+
+def literal(encoded, text, alpha, beta2, beta3, maps=None):
+    """The paper's formula, image by image; maps are (weight, bias) by name, identities where there are none."""
+
+    def mapped(name, x):
+        return x if maps is None else x @ maps[f"maps.{name}.weight"].T + maps[f"maps.{name}.bias"]
+
+    classes, logits = normalize(text, dim=1), []
+    for pooled, tokens in zip(encoded.embedding, encoded.tokens, strict=True):
+        image, patches = normalize(pooled, dim=0), normalize(tokens[encoded.prefix :], dim=1)
+        of_text = mapped("query_text", classes) @ mapped("key_image", patches).T / alpha
+        of_image = mapped("query_image", patches) @ mapped("key_text", classes).T / alpha
+        seen = mapped("out_text", of_text.softmax(1) @ mapped("value_image", patches))
+        found = mapped("out_image", of_image.softmax(1) @ mapped("value_text", classes))
+        both = found.mean(0) + found.max(0).values
+        logits.append(100 * (classes @ image + beta2 * seen @ image + beta3 * classes @ both))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_logits_are_those_of_the_paper(prefix, alpha):
+    encoded, text = features(prefix=prefix)
+    came = ck.CALIP(text, alpha, 1.3, 0.7)(encoded)
+    torch.testing.assert_close(came, literal(encoded, text, alpha, 1.3, 0.7), atol=1e-10, rtol=1e-10)
+
+
+def test_without_weights_it_is_zero_shot():
+    encoded, text = features(dtype=torch.float32)
+    assert torch.equal(ck.CALIP(text, beta2=0, beta3=0)(encoded), ck.ZeroShot(text)(encoded))
+
+
+def test_the_scale_multiplies_every_term():
+    encoded, text = features()
+    torch.testing.assert_close(ck.CALIP(text, scale=7.0)(encoded) / 7, ck.CALIP(text)(encoded) / 100)
+
+
+def test_half_features_give_single_logits_near_the_exact_ones():
+    encoded, text = features(patches=49)
+    half = ck.Encoded(encoded.embedding.bfloat16(), encoded.tokens.bfloat16())
+    came = ck.CALIP(text.float())(half)
+    assert came.dtype == torch.float32
+    torch.testing.assert_close(came.double(), ck.CALIP(text)(encoded), atol=1.5, rtol=0)
+
+
+def test_presets_give_the_published_weights_and_what_is_named_goes_first():
+    text = torch.randn(3, 4)
+    head = ck.CALIP(text, preset="eurosat")
+    assert (head.beta2, head.beta3) == (6.08, 0.06)
+    assert ck.CALIP(text, beta3=0.5, preset="eurosat").beta3 == 0.5
+    assert ck.CALIP(text).beta2 == CALIP_PRESETS["imagenet"].beta2
+    with pytest.raises(ValueError, match=r"preset must be one of caltech101, .*, got 'mnist'"):
+        ck.CALIP(text, preset="mnist")
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_fit_takes_the_first_of_the_best_of_the_published_grid(batched):
+    encoded, text = features(60)
+    labels = torch.randint(0, CLASSES, (60,), generator=torch.Generator().manual_seed(1))
+    head = ck.CALIP(text)
+    first, second, third = head.terms(encoded)
+    best, chosen = -1, None
+    for beta2 in [i * (2 - 0.001) / 200 + 0.001 for i in range(200)]:
+        for beta3 in [i * (0.1 - 0.001) / 200 + 0.001 for i in range(200)]:
+            right = int(((first + beta2 * second + beta3 * third).argmax(1) == labels).sum())
+            if right > best:
+                best, chosen = right, (beta2, beta3)
+    parts = [ck.Encoded(encoded.embedding[i : i + 25], encoded.tokens[i : i + 25]) for i in (0, 25, 50)]
+    accuracy = head.fit(iter(parts) if batched else encoded, labels)
+    assert accuracy == best / 60 and (head.beta2, head.beta3) == pytest.approx(chosen)
+    assert int((head(encoded).argmax(1) == labels).sum()) == best
+
+
+def test_the_search_counts_like_argmax_ties_and_all():
+    generator = torch.Generator().manual_seed(0)
+    base, first, second = (torch.randn(300, 7, generator=generator).mul(2).round() for _ in range(3))
+    labels, us, vs = torch.randint(0, 7, (300,), generator=generator), grid(0, 2, 8), grid(-1, 3, 16)
+    expected = [
+        [int(((base + u * first + v * second).argmax(1) == labels).sum()) for v in vs.tolist()] for u in us.tolist()
+    ]
+    assert count(base, first, second, labels, us, vs).tolist() == expected
+
+
+def test_an_image_whose_logits_are_no_numbers_is_never_right():
+    base = torch.tensor([[float("nan"), 0.0], [1.0, 0.0]])
+    found = search(base, base * 0, base * 0, torch.tensor([0, 0]), grid(0, 1, 1), grid(0, 1, 2))
+    assert found.accuracy == 0.5
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(5, dtype=torch.int64), r"labels must be \(6,\) torch.int64, got \(5,\)"),
+        (torch.zeros(6), "torch.float32"),
+        (torch.full((6,), 5), "labels must be from 0 to 4, got 5 to 5"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(labels, message):
+    encoded, text = features()
+    for head in (ck.CALIP(text), FewShotCALIP(text)):
+        with pytest.raises(ValueError, match=message):
+            head.fit(encoded, labels)
+
+
+def test_features_without_patches_are_refused():
+    encoded, text = features()
+    for head in (ck.CALIP(text), FewShotCALIP(text)):
+        for given in (encoded.embedding, encoded._replace(tokens=None)):
+            with pytest.raises(ValueError, match="features must be an Encoded with tokens"):
+                head(given)
+        with pytest.raises(ValueError, match="at least one patch"):
+            head(encoded._replace(tokens=encoded.tokens[:, :1]))
+
+
+def towers():
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 64}
+    text = {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
+    resnet = {"image_size": 32, "layers": [1] * 4, "width": 16, "patch_size": None}
+    return {
+        "open_clip": lambda: open_clip.CLIP(WIDTH, vision, text),
+        "average": lambda: open_clip.CLIP(WIDTH, {**vision, "pool_type": "avg"}, text),
+        "resnet": lambda: open_clip.CLIP(32, resnet, text),
+        "timm": lambda: timm_tower("vit_base_patch16_siglip_224"),
+        "registers": lambda: timm_tower("vit_small_patch14_reg4_dinov2", img_size=28),
+        "transformers": lambda: transformers_tower("CLIPModel", image_size=32, patch_size=8),
+        "openai": lambda: openai_tower(size=32, patch=8, width=64, out=WIDTH),
+    }
+
+
+@pytest.mark.parametrize("tower", ["open_clip", "average", "resnet", "timm", "registers", "transformers", "openai"])
+def test_towers_of_every_library_have_patches_to_read(tower):
+    torch.manual_seed(0)
+    if tower == "openai":
+        pytest.importorskip("clip", reason="clip is not installed, or without pkg_resources", exc_type=ImportError)
+    model = towers()[tower]().eval()
+    size = {"timm": 224, "registers": 28}.get(tower, 32)
+    with torch.no_grad():
+        encoded = ck.encode_image(model, torch.randn(2, 3, size, size), tokens=True)
+        patches = {"timm": 196, "registers": 4, "resnet": 1}.get(tower, 16)
+        assert encoded.tokens.shape[1] - encoded.prefix == patches
+        text = torch.randn(CLASSES, encoded.embedding.shape[1])
+        expected = literal(encoded, text, 0.5, 1.12, 0.02)
+        torch.testing.assert_close(ck.CALIP(text)(encoded), expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [ck.EViT(0.7), ck.ToMe(2), ck.TCA(0.1)])
+def test_a_classifier_reads_the_patches_that_a_method_leaves(tiny, images, method):
+    _, _, tokenizer = ck.bundled()
+    head = partial(ck.CALIP, beta2=0.5, beta3=0.05)
+    with torch.no_grad():
+        classifier = ck.Classifier(tiny, tokenizer, ["cat", "dog", "ship"], method=method, head=head)
+        logits = classifier(images)
+        encoded = ck.encode_image(tiny, images, tokens=True)
+        assert encoded.tokens.shape[1] < 65
+        expected = literal(encoded, classifier.head.zero_shot.text, 0.5, 0.5, 0.05)
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_before_training_the_few_shot_form_is_calip():
+    encoded, text = features()
+    torch.testing.assert_close(FewShotCALIP(text)(encoded), ck.CALIP(text)(encoded), atol=1e-10, rtol=1e-10)
+
+
+def test_with_any_weights_it_is_the_eight_maps_around_the_attention():
+    encoded, text = features()
+    head = FewShotCALIP(text, 0.8, 1.3, 0.6)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(0, 0.5)
+    assert len(MAPS) == 8
+    expected = literal(encoded, text, 0.8, 1.3, 0.6, head.state_dict())
+    torch.testing.assert_close(head(encoded), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_training_learns_what_the_text_does_not_say_and_repeats_itself():
+    encoded, text = features(40, dtype=torch.float32)
+    labels = torch.arange(40) % CLASSES
+    heads, seen = [FewShotCALIP(text) for _ in range(2)], []
+    settings = {"epochs": 30, "batch_size": 8, "lr": 1e-2, "seed": 3, "progress": lambda epoch, _: seen.append(epoch)}
+    losses = [head.fit(encoded, labels, **settings) for head in heads]
+    assert losses[0] == losses[1] and seen == [*range(1, 31)] * 2
+    assert losses[0][-1] < 0.2 * losses[0][0]
+    assert (heads[0](encoded).argmax(1) == labels).float().mean() > 0.95
+
+
+def test_weights_come_back_from_a_file_with_their_numbers(tmp_path):
+    encoded, text = features(dtype=torch.float32)
+    head = FewShotCALIP(text, 0.7, 1.5, 0.3, scale=50.0)
+    head.fit(encoded, torch.arange(6) % CLASSES, epochs=1)
+    head.save(tmp_path / "head.safetensors")
+    again = FewShotCALIP(text).load(tmp_path / "head.safetensors")
+    assert torch.equal(again(encoded), head(encoded))
+
+
+def test_files_of_something_else_are_refused_and_nothing_changes(tmp_path):
+    encoded, text = features(dtype=torch.float32)
+    file, head = tmp_path / "head.safetensors", FewShotCALIP(text)
+    before = head(encoded)
+    FewShotCALIP(text.roll(1, 0)).save(file)
+    with pytest.raises(ValueError, match="expected weights for the same classes, prompts and model"):
+        head.load(file)
+    FewShotCALIP(text).save(file)
+    tensors, about = read_tensors(file)
+    write_tensors(file, tensors, {**about, "format": "other"})
+    with pytest.raises(ValueError, match="with format 'other'"):
+        head.load(file)
+    write_tensors(file, tensors, {**about, "alpha": "nan"})
+    with pytest.raises(ValueError, match="expected alpha, beta2, beta3, scale"):
+        head.load(file)
+    write_tensors(file, {**tensors, "maps.out_text.bias": torch.zeros(3)}, about)
+    with pytest.raises(ValueError, match=r"expected maps.out_text.bias of shape \(12,\)"):
+        head.load(file)
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        head.load(tmp_path / "text")
+    assert torch.equal(head(encoded), before)

@@ -1,0 +1,179 @@
+"""Tip-Adapter and TIP-X: literal formulas, any support, the published grids, shots added later."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import clipkernels as ck
+from clipkernels.heads.search import grid
+
+WIDTH, CLASSES = 12, 5
+LABELS = [3, 0, 0, 1, 3, 3, 0, 3, 4, 1]  # none of class 2
+
+
+def inputs(queries=7, labels=LABELS, seed=0, dtype=torch.float64):
+    """Query and support embeddings, labels and class embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    text, features, support = (
+        torch.randn(rows, WIDTH, generator=generator).to(dtype) for rows in (CLASSES, queries, len(labels))
+    )
+    return text, features, support, torch.tensor(labels)
+
+
+def kl(p, q):
+    return sum(a * (a / b).log() for a, b in zip(p, q, strict=True))
+
+
+def calibrated(text, support, tau):
+    """Slope and offset of ψ as a function of -M, from the pairs of different images."""
+    text, support = normalize(text, dim=1), normalize(support, dim=1)
+    shares = (support @ text.T / tau).softmax(1)
+    pairs = [(i, j) for i in range(len(support)) for j in range(len(support)) if i != j]
+    near = [float(support[i] @ support[j]) for i, j in pairs]
+    apart = [float(kl(shares[i], shares[j])) for i, j in pairs]
+    slope = (max(near) - min(near)) / (max(apart) - min(apart))
+    return slope, min(near) + slope * max(apart), min(near)
+
+
+def literal(text, features, support, labels, alpha, beta, gamma=0.0, tau=0.5, reduce="mean", psi=None):
+    """The formula of SuS-X, one pair of images after another."""
+    slope, offset, least = calibrated(text, support, tau) if psi is None else psi
+    text, features, support = (normalize(x, dim=1) for x in (text, features, support))
+    logits = 100 * features @ text.T
+    shares = (support @ text.T / tau).softmax(1)
+    for row, image in enumerate(features):
+        own = (image @ text.T / tau).softmax(0)
+        for k in range(CLASSES):
+            members = [j for j, label in enumerate(labels.tolist()) if label == k]
+            near = [torch.exp(-beta * (1 - image @ support[j])) for j in members]
+            alike = [offset - slope * kl(own, shares[j]) for j in members]
+            logits[row, k] += alpha * sum(near)
+            share = sum(alike) / (len(members) if reduce == "mean" else 1) if members else least
+            logits[row, k] += gamma * share
+    return logits
+
+
+def test_tip_adapter_adds_what_each_image_of_the_support_votes():
+    text, features, support, labels = inputs()
+    came = ck.TipAdapter(text, support, labels, 1.7, 5.5)(features)
+    torch.testing.assert_close(came, literal(text, features, support, labels, 1.7, 5.5), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("labels", [LABELS, [0, 1, 2, 3, 4], [4, 4, 4, 4], [1, 0]])
+@pytest.mark.parametrize("tau", [0.5, 0.1])
+def test_tip_x_adds_how_alike_images_are_to_the_classes(labels, reduce, tau):
+    text, features, support, labels = inputs(labels=labels)
+    head = ck.TipX(text, support, labels, 1.3, 2.0, 0.8, tau, reduce)
+    expected = literal(text, features, support, labels, 1.3, 2.0, 0.8, tau, reduce)
+    torch.testing.assert_close(head(features), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_a_prediction_depends_on_no_other_image():
+    text, features, support, labels = inputs()
+    head = ck.TipX(text, support, labels)
+    alone = torch.cat([head(image[None]) for image in features])
+    torch.testing.assert_close(alone, head(features), atol=1e-10, rtol=1e-10)
+
+
+def test_beyond_what_the_support_has_seen_likeness_goes_on_in_a_straight_line():
+    text, features, support, labels = inputs()
+    near = support[:4] + 0.01 * support[4:8]  # all alike: every query is farther than any of them from another
+    head = ck.TipX(text, near, labels[:4], 0.0, 1.0, 1.0)
+    expected = literal(text, features, near, labels[:4], 0.0, 1.0, 1.0)
+    torch.testing.assert_close(head(features), expected, atol=1e-8, rtol=1e-8)
+    assert (head(features) - ck.ZeroShot(text)(features)).min() < calibrated(text, near, 0.5)[2]
+
+
+def test_one_image_or_equal_ones_say_nothing_by_likeness():
+    text, features, support, labels = inputs()
+    expected = ck.TipAdapter(text, support[:1], labels[:1])(features)
+    torch.testing.assert_close(ck.TipX(text, support[:1], labels[:1])(features), expected)
+    twice = ck.TipX(text, support[:1].repeat(2, 1), labels[:2], alpha=0.0)(features)
+    level = twice - ck.ZeroShot(text)(features)
+    torch.testing.assert_close(level, level[:, :1].expand_as(level))
+
+
+def test_no_support_is_zero_shot():
+    text, features, support, labels = inputs()
+    for head in (ck.TipAdapter, ck.TipX):
+        came = head(text, support[:0], labels[:0])(features)
+        torch.testing.assert_close(came, ck.ZeroShot(text)(features))
+
+
+@pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
+def test_shots_added_later_count_as_those_there_from_the_start(head):
+    text, features, support, labels = inputs()
+    whole, grown = head(text, support, labels), head(text, support[:3], labels[:3])
+    for start, stop in ((3, 4), (4, 10)):
+        grown.update(support[start:stop], labels[start:stop])
+    torch.testing.assert_close(grown(features), whole(features), atol=1e-9, rtol=1e-9)
+    assert grown.counts.tolist() == [3, 2, 0, 4, 1]
+
+
+def test_the_calibration_is_the_same_in_pieces(monkeypatch):
+    text, features, support, labels = inputs()
+    whole = ck.TipX(text, support, labels)(features)
+    monkeypatch.setattr("clipkernels.heads.tip.PIECE", 21)
+    pieces = ck.TipX(text, support[:6], labels[:6])
+    pieces.update(support[6:], labels[6:])
+    torch.testing.assert_close(pieces(features), whole, atol=1e-9, rtol=1e-9)
+
+
+def test_an_encoded_and_half_features_are_read_in_full_precision():
+    text, features, support, labels = inputs(dtype=torch.float32)
+    half = features.bfloat16()
+    for head in (ck.TipAdapter(text, support, labels), ck.TipX(text.half(), support.half(), labels)):
+        came = head(ck.Encoded(half))
+        assert came.dtype == torch.float32 and torch.equal(came, head(half.float()))
+
+
+@pytest.mark.parametrize("kind", ["tip", "tipx"])
+def test_fit_takes_the_first_of_the_best_of_the_published_grid(kind, monkeypatch):
+    text, features, support, labels = inputs(40)
+    truth = torch.randint(0, CLASSES, (40,), generator=torch.Generator().manual_seed(2))
+    few = 6  # of the 200 values of beta, which are all alike in kind
+    monkeypatch.setattr(
+        "clipkernels.heads.tip.grid", lambda start, stop, steps: grid(start, stop, few if steps == 200 else steps)
+    )
+    head = (ck.TipAdapter if kind == "tip" else ck.TipX)(text, support, labels)
+    base, best, chosen = ck.ZeroShot(text)(features), -1, None
+    likeness = head._likeness(features.div(features.norm(dim=1, keepdim=True))) if kind == "tipx" else None
+    for beta in [i * (50 - 1) / few + 1 for i in range(few)]:
+        votes = ck.TipAdapter(text, support, labels, 1.0, beta)(features) - base
+        for alpha in [i * (50 - 0.1) / 20 + 0.1 for i in range(20)]:
+            for gamma in [i * (30 - 0.1) / 50 + 0.1 for i in range(50)] if kind == "tipx" else [0.0]:
+                logits = base + alpha * votes + (gamma * likeness if kind == "tipx" else 0)
+                right = int((logits.argmax(1) == truth).sum())
+                if right > best:
+                    best, chosen = right, (beta, alpha, gamma)
+    assert head.fit(features, truth) == best / 40
+    assert (head.beta, head.alpha) == pytest.approx(chosen[:2])
+    assert kind == "tip" or head.gamma == pytest.approx(chosen[2])
+    assert int((head(features).argmax(1) == truth).sum()) == best
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.randn(10, 3)}, r"features must be \(n,E\) with E = 12, got \(10, 3\)"),
+        ({"labels": torch.zeros(9, dtype=torch.int64)}, r"labels must be \(10,\) torch.int64, got \(9,\)"),
+        ({"labels": torch.full((10,), 5)}, "labels must be from 0 to 4, got 5 to 5"),
+        ({"text": torch.randn(12)}, r"text must be class embeddings \(K,E\)"),
+        ({"tau": 0.0}, "tau must be positive, got 0.0"),
+        ({"reduce": "max"}, 'reduce must be "mean" or "sum", got \'max\''),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    text, _, support, labels = inputs()
+    with pytest.raises(ValueError, match=message):
+        ck.TipX(**{"text": text, "features": support, "labels": labels, **change})
+
+
+def test_an_update_that_is_refused_changes_nothing():
+    text, features, support, labels = inputs()
+    head = ck.TipX(text, support, labels)
+    before = head(features)
+    with pytest.raises(ValueError, match="labels must be from 0 to 4"):
+        head.update(support, labels + 4)
+    assert torch.equal(head(features), before)
