@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,14 +26,15 @@ class Classifier:
         model: any model with `visual`, `encode_image` and `encode_text` (open_clip's CLIP, CustomTextCLIP, CoCa).
         tokenizer: a list of n texts to token ids (n,T).
         classes: K different names.
-        templates: prompts with `{}` where the name goes; a class is the mean over all of them.
+        templates: prompts with `{}` where the name goes, or a mapping of each class to prompts of its own, such as
+            `clipkernels.support` makes; a class is the mean over all of its prompts.
         method: what the tower does with its tokens; None leaves the model as it is, patched or not.
         head: a finished head, or a callable that makes one of the class embeddings (K,E), such as a head's class or a
             partial of it. What has an attribute `needs` and is no class counts as finished: it brings its own class
             embeddings, and the classes give only its names.
     Raises:
         ValueError: no classes, an empty or repeated name, a string in place of a list, a template without `{}`, a
-            model that is no CLIP.
+            class without prompts, a model that is no CLIP.
         UnsupportedTower: a method for a tower that cannot be served.
     """
 
@@ -42,12 +43,12 @@ class Classifier:
         model: nn.Module,
         tokenizer: Callable[[list[str]], Tensor],
         classes: Sequence[str],
-        templates: Sequence[str] = ("a photo of a {}.",),
+        templates: Sequence[str] | Mapping[str, Sequence[str]] = ("a photo of a {}.",),
         method: Method | None = None,
         head: Head | Callable[[Tensor], Head] = ZeroShot,
     ) -> None:
-        self.classes = _check_classes(classes)
-        templates = _check_templates(templates)
+        self.classes = check_classes(classes)
+        prompts = prompts_of(self.classes, templates)
         missing = [name for name in ("visual", "encode_image", "encode_text") if not hasattr(model, name)]
         if missing:
             raise ValueError(f"model must be a CLIP, got {type(model).__name__} without {', '.join(missing)}")
@@ -55,7 +56,7 @@ class Classifier:
             self.head = cast(Head, head)
         else:
             make = cast(Callable[[Tensor], Head], head)
-            self.head = make(class_embeddings(model, tokenizer, self.classes, templates))
+            self.head = make(class_embeddings(model, tokenizer, prompts))
         self.model: Any = model if method is None else patch(model, method)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -80,33 +81,54 @@ class Classifier:
             self.head.reset()
 
 
-@torch.no_grad()
-def class_embeddings(
-    model: Any, tokenizer: Callable[[list[str]], Tensor], classes: Sequence[str], templates: Sequence[str]
-) -> Tensor:
-    """Class embeddings (K,E) fp32, L2-normalised means of the normalised embeddings of a class's prompts.
+def prompts_of(classes: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The prompts of each class.
 
-    The model encodes in eval mode, on the device of its parameters; its mode is restored.
+    Raises:
+        ValueError: a string in place of a list, no template or one without `{}`, a class without prompts.
+    """
+    if not isinstance(templates, Mapping):
+        templates = check_templates(templates)
+        return {name: [template.replace("{}", name) for template in templates] for name in classes}
+    for name in classes:
+        given = templates.get(name, ())
+        if isinstance(given, str) or not given or not all(isinstance(prompt, str) for prompt in given):
+            raise ValueError(f"templates must hold a list of prompts for {name!r}, got {given!r:.100}")
+    return {name: list(templates[name]) for name in classes}
+
+
+def class_embeddings(
+    model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
+) -> Tensor:
+    """Class embeddings (K,E) fp32, L2-normalised means of the normalised embeddings of each class's prompts.
+
     Source: CLIP, arXiv 2103.00020, section 3.1.4.
     """
-    prompts = [template.replace("{}", name) for name in classes for template in templates]
+    return torch.stack([normalize(rows.mean(0), dim=0) for rows in prompt_embeddings(model, tokenizer, prompts)])
+
+
+@torch.no_grad()
+def prompt_embeddings(
+    model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
+) -> list[Tensor]:
+    """The L2-normalised embeddings (m,E) fp32 of the m prompts of each class.
+
+    The model encodes in eval mode, on the device of its parameters; its mode is restored.
+    """
+    sentences = [sentence for each in prompts.values() for sentence in each]
     device = next(model.parameters()).device
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        text = torch.cat(
-            [
-                normalize(model.encode_text(tokenizer(prompts[start : start + PROMPTS_PER_BATCH]).to(device)).float())
-                for start in range(0, len(prompts), PROMPTS_PER_BATCH)
-            ]
-        )
+        parts = [sentences[start : start + PROMPTS_PER_BATCH] for start in range(0, len(sentences), PROMPTS_PER_BATCH)]
+        text = torch.cat([normalize(model.encode_text(tokenizer(part).to(device)).float()) for part in parts])
     finally:
         for module, mode in training.items():
             module.training = mode
-    return normalize(text.unflatten(0, (len(classes), len(templates))).mean(1))
+    return list(text.split([len(each) for each in prompts.values()]))
 
 
-def _check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         raise ValueError(f"classes must be a list of names, got the string {classes!r}")
     classes = tuple(classes)
@@ -121,7 +143,7 @@ def _check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     return classes
 
 
-def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     if isinstance(templates, str):
         raise ValueError(f"templates must be a list of prompts, got the string {templates!r}")
     templates = tuple(templates)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
 import clipkernels as ck
-from clipkernels.classifier import class_embeddings
+from clipkernels.classifier import class_embeddings, prompts_of
 from clipkernels.testing import open_clip_tower
 
 CLASSES = ["zero", "one", "red circle"]
@@ -68,7 +68,7 @@ def test_features_of_another_width_are_refused() -> None:
 
 def test_class_embeddings_are_normalised_means_of_normalised_prompts(tiny: Any, tokenizer: Any) -> None:
     templates = ("a photo of a {}.", "a {} {}, drawn.")
-    text = class_embeddings(tiny, tokenizer, CLASSES, templates)
+    text = class_embeddings(tiny, tokenizer, prompts_of(CLASSES, templates))
     with torch.no_grad():
         for name, row in zip(CLASSES, text, strict=True):
             prompts = tokenizer([f"a photo of a {name}.", f"a {name} {name}, drawn."])
@@ -79,9 +79,9 @@ def test_class_embeddings_are_normalised_means_of_normalised_prompts(tiny: Any, 
 def test_many_prompts_are_encoded_in_batches_with_the_same_result(
     tiny: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = class_embeddings(tiny, tokenizer, CLASSES, ("{}", "a {}"))
+    whole = class_embeddings(tiny, tokenizer, prompts_of(CLASSES, ("{}", "a {}")))
     monkeypatch.setattr("clipkernels.classifier.PROMPTS_PER_BATCH", 4)
-    torch.testing.assert_close(class_embeddings(tiny, tokenizer, CLASSES, ("{}", "a {}")), whole)
+    torch.testing.assert_close(class_embeddings(tiny, tokenizer, prompts_of(CLASSES, ("{}", "a {}"))), whole)
 
 
 def test_logits_are_those_of_the_host_model(tiny: Any, tokenizer: Any, images: Tensor) -> None:
@@ -176,7 +176,7 @@ def test_a_resnet_classifies_but_takes_no_method(tokenizer: Any) -> None:
     some = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         logits = ck.Classifier(model, tokenizer, CLASSES)(some)
-        text = class_embeddings(model, tokenizer, CLASSES, ("a photo of a {}.",))
+        text = class_embeddings(model, tokenizer, prompts_of(CLASSES, ("a photo of a {}.",)))
         torch.testing.assert_close(logits, 100 * model.encode_image(some, normalize=True) @ text.T)
     with pytest.raises(ck.UnsupportedTower, match="ModifiedResNet"):
         ck.Classifier(model, tokenizer, CLASSES, method=ck.Dense())
@@ -222,7 +222,7 @@ def test_a_callable_makes_the_head_of_the_class_embeddings(
 ) -> None:
     classifier = ck.Classifier(tiny, tokenizer, CLASSES, head=head, method=ck.EViT(0.5))
     with torch.no_grad():
-        text = class_embeddings(tiny, tokenizer, CLASSES, ("a photo of a {}.",))
+        text = class_embeddings(tiny, tokenizer, prompts_of(CLASSES, ("a photo of a {}.",)))
         expected = Tokens(text, weight)(ck.encode_image(tiny, images, tokens=True, cls_path=True))
         torch.testing.assert_close(classifier(images), expected)
 

@@ -333,13 +333,13 @@ def test_features_without_a_path_are_refused():
 def test_a_classifier_adapts_as_a_literal_stream_does(tiny):
     model, _, tokenizer = ck.bundled()
     model.double()
-    from clipkernels.classifier import class_embeddings
+    from clipkernels.classifier import class_embeddings, prompts_of
     from clipkernels.data import digits
 
     drawn = digits.draw(24, 7)[0]
     images = torch.tensor(drawn).permute(0, 3, 1, 2).double() / 128 - 1
     method = ck.TCA(0.1)
-    text = class_embeddings(model, tokenizer, digits.CLASSES, digits.TEMPLATES).double()
+    text = class_embeddings(model, tokenizer, prompts_of(digits.CLASSES, digits.TEMPLATES)).double()
     read = Literal(text, *PRESETS["imagenet"])
     expected = stream(model, images, method, read)
     classifier = ck.Classifier(model, tokenizer, digits.CLASSES, digits.TEMPLATES, method, ck.Reservoir)

@@ -1,0 +1,292 @@
+"""Image features that are encoded once: what is on disk already, by the image's content, is not encoded again.
+
+FILE              features (n,E) fp32, L2-normalised; sha256 (n,32) uint8 of the image files; in the header, by whom
+FILE.KEY.parts/   the same, one file per batch as it comes, until FILE is written
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from clipkernels.adapters import UnsupportedTower
+from clipkernels.data import Preprocess
+from clipkernels.files import read_tensors, write_tensors
+from clipkernels.methods import Dense
+from clipkernels.patch import encode_image, method_of
+
+Progress = Callable[[str, int, int], object]
+"""Called with what is being done, how many are, and of how many."""
+Report = Callable[[str], object]
+"""Called with a line about what was left out."""
+
+FORMAT, ABOUT = "clipkernels.features.1", "clipkernels"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SAMPLE = 4096
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+THREADS = min(8, os.cpu_count() or 1)
+
+
+class Encoder(NamedTuple):
+    """What features depend on besides the image: the tower, by `fingerprint`; its method; its preprocessing."""
+
+    tower: dict[str, str]
+    method: str
+    preprocess: str
+
+    @property
+    def key(self) -> str:
+        """Eight characters that differ from those of another encoder."""
+        return sha256(json.dumps(self).encode()).hexdigest()[:8]
+
+
+class Encoding(NamedTuple):
+    """Features (n,E) fp32, L2-normalised, of the files that could be read, with the SHA-256 of each."""
+
+    features: Tensor
+    paths: list[str]
+    digests: list[str]
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """What tells a tower from any other: a SHA-256 for its own precision and for each lower one, such as
+    {"float32": …, "float16": …, "bfloat16": …}.
+
+    Each is over the names, the shapes and up to 4,096 values of the image tower's floating-point weights, in that
+    precision, and over its activations, which distinguish a QuickGELU from a GELU with the same weights. A patched
+    tower has the fingerprint of the unpatched one, and so on every device.
+    """
+    ours = ("visual.", "vision_model.", "visual_projection.", "trunk.")
+    states = {
+        name.replace("_orig_mod.", ""): tensor
+        for name, tensor in sorted(model.state_dict().items())
+        if tensor.is_floating_point()
+    }
+    within = ours if any(name.startswith(ours) for name in states) else ("",)
+    states = {name: tensor for name, tensor in states.items() if name.startswith(within)}
+    samples = [_sample(tensor) for tensor in states.values()]
+    lowest = max((DTYPES.index(t.dtype) for t in states.values() if t.dtype in DTYPES), default=0)
+    modules = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
+    acts = sorted({repr(module) for name, module in modules if name.startswith(within) and _acts(module)})
+    found = {}
+    for dtype in DTYPES[lowest:]:
+        digest = sha256(json.dumps([acts, [(name, list(t.shape)) for name, t in states.items()]]).encode())
+        for sample in samples:
+            digest.update(sample.to(dtype).view(torch.uint8).numpy().tobytes())
+        found[str(dtype).removeprefix("torch.")] = digest.hexdigest()
+    return found
+
+
+def same_tower(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two fingerprints are of one tower, compared in the lower of their precisions."""
+    common = [name for name in one if name in other]
+    return bool(common) and one[common[0]] == other[common[0]]
+
+
+def check_tower(tower: Mapping[str, str], model: nn.Module, where: object, about: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a model's tower is the one that something on disk was made with."""
+    own = fingerprint(model)
+    if not same_tower(tower, own):
+        named = f"{about.get('model') or 'unnamed'}, {about.get('pretrained') or 'no tag'}"
+        shown = [", ".join(f"{dtype} {digest[:8]}" for dtype, digest in each.items()) for each in (tower, own)]
+        raise ValueError(f"expected the tower of {where} ({named}; {shown[0]}), got another one ({shown[1]})")
+
+
+def encoder_of(model: nn.Module, preprocess: Preprocess) -> Encoder:
+    """What encodes: a model as it is now, and a preprocessing as it prints itself."""
+    try:
+        method = method_of(model)
+    except UnsupportedTower:  # a ResNet
+        method = None
+    how = "host" if method is None or isinstance(method, Dense) else repr(method)
+    return Encoder(fingerprint(model), how, re.sub(r" at 0x[0-9a-fA-F]+", "", repr(preprocess)))
+
+
+def encode(
+    model: nn.Module,
+    preprocess: Preprocess,
+    paths: Sequence[str],
+    cache: str | os.PathLike[str],
+    *,
+    batch_size: int,
+    progress: Progress | None,
+    report: Report,
+) -> Encoding:
+    """The features of image files, in their order; a file that is no image is reported and left out.
+
+    Each batch is on disk before the next one starts: however a run ends, the next one goes on from there, with the
+    same batches, so that its features are the same bit for bit.
+
+    Raises:
+        ValueError: a cache that is no safetensors file.
+        OSError: the cache cannot be written.
+    """
+    who = encoder_of(model, preprocess)
+    known = recall(cache, who)
+    weights = next(model.parameters())
+    waiting: dict[bytes, Tensor] = {}
+    kept: list[tuple[str, bytes]] = []
+
+    def read(path: str) -> tuple[bytes, Tensor | str | None]:
+        try:
+            data = Path(path).read_bytes()
+            digest = sha256(data).digest()
+            if digest in known:
+                return digest, None
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except UnidentifiedImageError:
+            return b"", "in no format that Pillow knows"
+        except Exception as error:  # Pillow's decoders raise whatever a broken file makes them
+            return b"", (" ".join(str(error).split()) or type(error).__name__)[:200]
+        return digest, preprocess(image)
+
+    @torch.inference_mode()
+    def flush() -> None:
+        images = torch.stack(list(waiting.values())).to(weights.device, weights.dtype)
+        features = normalize(encode_image(model, images).embedding.float()).cpu()
+        folder = _parts(cache, who)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_features(folder / f"{uuid4().hex}.safetensors", features, list(waiting), who)
+        known.update(zip(waiting, features, strict=True))
+        waiting.clear()
+
+    with ThreadPoolExecutor(THREADS) as pool, evaluating(model):
+        for done, (path, (digest, image)) in enumerate(_ahead(pool, read, paths, 2 * batch_size), 1):
+            if isinstance(image, str):
+                report(f"no image: {path}: {image}")
+            else:
+                kept.append((path, digest))
+                if image is not None and digest not in known:
+                    waiting[digest] = image
+                if len(waiting) == batch_size:
+                    flush()
+            if progress is not None:
+                progress("encoding", done, len(paths))
+        if waiting:
+            flush()
+    finite = [(path, digest) for path, digest in kept if known[digest].isfinite().all()]
+    for path, _ in set(kept) - set(finite):
+        report(f"no features: {path}: the model gives numbers that are not finite")
+    features = torch.stack([known[digest] for _, digest in finite]) if finite else torch.empty(0, 0)
+    return Encoding(features, [path for path, _ in finite], [digest.hex() for _, digest in finite])
+
+
+def recall(cache: str | os.PathLike[str], who: Encoder) -> dict[bytes, Tensor]:
+    """What this encoder made of images before, by the SHA-256 of their files."""
+    known: dict[bytes, Tensor] = {}
+    for file in (Path(cache), *sorted(_parts(cache, who).glob("*.safetensors"))):
+        if file.exists():
+            tensors, about = read_tensors(file)
+            if read_about(about).get("encoder") == who._asdict() and {"features", "sha256"} <= set(tensors):
+                known.update(zip(map(bytes, tensors["sha256"].numpy()), tensors["features"], strict=True))
+    return known
+
+
+def write_features(
+    path: str | os.PathLike[str],
+    features: Tensor,
+    digests: Sequence[bytes],
+    who: Encoder,
+    more: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes features (n,E) with the SHA-256 of their images and who encoded them, whole or not at all."""
+    table = torch.tensor(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
+    header = json.dumps({"format": FORMAT, "encoder": who._asdict(), **(about or {})})
+    # One entry: safetensors writes several in any order, and the same features are to give the same file.
+    write_tensors(path, {"features": features, "sha256": table, **(more or {})}, {ABOUT: header})
+
+
+def read_about(header: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says of its features, nothing where it is another's."""
+    try:
+        about = json.loads(header.get(ABOUT, ""))
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) and about.get("format") == FORMAT and "encoder" in about else {}
+
+
+def forget_parts(cache: str | os.PathLike[str], who: Encoder) -> None:
+    """Removes what `encode` left beside a cache that holds all of it now."""
+    folder = _parts(cache, who)
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; then every module in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[str]:
+    """The files below a folder that are named like images, sorted; none that are hidden.
+
+    Raises:
+        OSError: a folder that cannot be read.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    return sorted(
+        os.path.join(root, file)
+        for root, _, files in os.walk(folder, onerror=stop)
+        for file in files
+        if file.lower().endswith(SUFFIXES) and not file.startswith(".")
+    )
+
+
+def _parts(cache: str | os.PathLike[str], who: Encoder) -> Path:
+    return Path(f"{os.fspath(cache)}.{who.key}.parts")
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, read: Callable[[str], Any], paths: Sequence[str], depth: int
+) -> Iterator[tuple[str, Any]]:
+    """Each path with what is read of it, which happens up to `depth` ahead."""
+    waiting: deque[tuple[str, Future[Any]]] = deque()
+    for path in paths:
+        waiting.append((path, pool.submit(read, path)))
+        if len(waiting) > depth:
+            first, result = waiting.popleft()
+            yield first, result.result()
+    for first, result in waiting:
+        yield first, result.result()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Up to 4,096 values at equal distances, fp32 on the CPU; none of a tensor without data."""
+    if tensor.is_meta:
+        return torch.empty(0)
+    flat = tensor.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].cpu().float().contiguous()
+
+
+def _acts(module: nn.Module) -> bool:
+    """Whether a module is an activation: it has no weights and no parts, and is no identity and no dropout."""
+    bare = not any(True for _ in module.children()) and not module.state_dict()
+    return bare and not isinstance(module, nn.Identity) and "Drop" not in type(module).__name__
