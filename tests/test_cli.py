@@ -494,7 +494,7 @@ def test_a_stream_that_is_interrupted_keeps_what_it_learnt(
     ("options", "message"),
     [
         (("--reservoir", "x"), "expected --adapt with --reservoir, got none"),
-        (("--preset", "dtd"), "expected --adapt with --preset, got none"),
+        (("--preset", "dtd"), "expected --adapt or --head calip with --preset, got none"),
         (("--adapt", "tca", "--frozen"), "expected --reservoir with a file that exists for --frozen, got None"),
         (
             ("--adapt", "tca", "--reservoir", "no/such/file"),

@@ -14,6 +14,7 @@ from clipkernels.cli.check import check
 from clipkernels.cli.classify import classify
 from clipkernels.cli.demo import demo
 from clipkernels.cli.info import info
+from clipkernels.cli.support import support
 
 
 class OneLine(click.Group):
@@ -59,3 +60,4 @@ main.add_command(classify)
 main.add_command(bench)
 main.add_command(info)
 main.add_command(check)
+main.add_command(support)

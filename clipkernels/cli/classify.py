@@ -11,23 +11,23 @@ from typing import Any, TextIO
 
 import click
 import torch
-from click.core import ParameterSource
 from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader
 
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
-from clipkernels.cli.adapt import choose_head, kept
 from clipkernels.cli.guesses import Guess, writer
+from clipkernels.cli.heads import check_head, choose_head, given, kept
 from clipkernels.cli.images import Pictures, collate, find
 from clipkernels.cli.models import DTYPES, choose_device, load_open_clip, loading, refuse_unnamed
 from clipkernels.cli.output import opened, progress, schedule
 from clipkernels.data import Preprocess, bundled
 from clipkernels.heads import Reservoir
-from clipkernels.heads.presets import PRESETS
+from clipkernels.heads.presets import CALIP_PRESETS, PRESETS
 from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
 from clipkernels.patch import method_of, tower_of
+from clipkernels.support import SupportSet
 from clipkernels.timing import plan_for
 
 MANY = 256
@@ -40,6 +40,9 @@ Example:
     --classes zero,one,two,three,four,five,six,seven,eight,nine
   clipkernels classify pictures/digits --folder-labels --shuffle 0 --adapt tca --reservoir digits.safetensors \\
     --classes zero,one,two,three,four,five,six,seven,eight,nine
+  clipkernels support build support --from-folder pictures/digits --per-class 4 \\
+    --classes zero,one,two,three,four,five,six,seven,eight,nine
+  clipkernels classify pictures/digits --folder-labels --head tipx --support support
 """
 
 
@@ -60,8 +63,20 @@ Example:
 @click.option("--r", type=int, default=8, show_default=True, help="tome: tokens merged per block.")
 @click.option("--rate", type=float, default=0.035, show_default=True, help="tca: what is dropped, such as 0.1.")
 @click.option("--blocks", help="evit, tca: zero-based blocks that prune, such as 3,6,9.")
+@click.option(
+    "--head",
+    type=click.Choice(["zero-shot", "calip", "tip", "tipx"]),
+    help="calip reads the patches, too; tip (Tip-Adapter) and tipx (TIP-X) a support set  [default: zero-shot]",
+)
+@click.option("--support", "support", type=click.Path(exists=True, file_okay=False), help="What support build made.")
 @click.option("--adapt", type=click.Choice(["tca"]), help="Learn from the stream: remember the surest of each class.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="imagenet", show_default=True, help="For --adapt.")
+@click.option(
+    "--preset",
+    type=click.Choice(sorted({*PRESETS, *CALIP_PRESETS})),
+    default="imagenet",
+    show_default=True,
+    help="Published settings, for --adapt and --head calip.",
+)
 @click.option("--reservoir", help="With --adapt: go on from this file where it exists; kept up to date as it learns.")
 @click.option("--frozen", is_flag=True, help="With --reservoir: use what was learnt, learn nothing more.")
 @click.option("--shuffle", type=int, metavar="SEED", help="Take the images in a random order.")
@@ -86,6 +101,8 @@ def classify(
     r: int,
     rate: float,
     blocks: str | None,
+    head: str | None,
+    support: str | None,
     adapt: str | None,
     preset: str,
     reservoir: str | None,
@@ -110,24 +127,27 @@ def classify(
     With --adapt images are a stream: what comes first helps with what follows, and what is sorted by class misleads.
     """
     try:
-        names = read_classes(classes, classes_file)
+        check_head(context, head, adapt, preset, reservoir, frozen)
+        named = read_classes(classes, classes_file) if support is None or classes or classes_file else None
         paths = list(find(images))
         if shuffle is not None:
             random.Random(shuffle).shuffle(paths)
-        labels = read_labels(paths, names) if folder_labels else None
         if method == "none" and adapt:
             raise click.UsageError("expected a method that condenses, reduces or is dense with --adapt, got none")
         chosen = choose_method(context, method, keep, r, rate, blocks, adapt)
-        for option in ("preset", "reservoir", "frozen"):
-            if given(context, option) and not adapt:
-                raise click.UsageError(f"expected --adapt with --{option}, got none")
-        head = choose_head(adapt, preset, reservoir, frozen)
         where = choose_device(device)
         model, preprocess, tokenizer = load(name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
         if method is None and not servable(model):
             chosen = None
-        classifier = Classifier(model, tokenizer, names, templates or ("a photo of a {}.",), chosen, head)
+        found = None if support is None else SupportSet.load(support, model)
+        names = list(found.classes) if found else named or []
+        if found and named and set(named) != set(names):
+            raise click.UsageError(f"expected the classes of {support} ({', '.join(names)}), got {', '.join(named)}")
+        labels = read_labels(paths, names) if folder_labels else None
+        prompts = templates or (found.prompts if found else ("a photo of a {}.",))
+        make = choose_head(head, adapt, preset, frozen, found)
+        classifier = Classifier(model, tokenizer, names, prompts, chosen, make)
         if workers is None:
             workers = min(4, os.cpu_count() or 1) if len(paths) >= MANY else 0
         loader = DataLoader(
@@ -194,11 +214,6 @@ def choose_method(
     if method == "tome":
         return ToMe(r)
     return None if method == "none" else Dense()
-
-
-def given(context: click.Context, option: str) -> bool:
-    """Whether an option was named on the command line."""
-    return context.get_parameter_source(option) is ParameterSource.COMMANDLINE
 
 
 def load(name: str | None, pretrained: str | None) -> tuple[nn.Module, Preprocess, Any]:

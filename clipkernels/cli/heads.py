@@ -1,4 +1,4 @@
-"""The reservoir of `clipkernels classify --adapt`: what makes it, and the file that it is kept in."""
+"""The heads of `clipkernels classify`: what makes them, and the file that a reservoir is kept in."""
 
 from __future__ import annotations
 
@@ -11,23 +11,58 @@ from tempfile import TemporaryFile
 from typing import cast
 
 import click
+from click.core import ParameterSource
 from torch import Tensor
 
 from clipkernels.classifier import Classifier
-from clipkernels.heads import Head, Reservoir, ZeroShot
+from clipkernels.heads import CALIP, Head, Reservoir, TipAdapter, TipX, ZeroShot
+from clipkernels.heads.presets import CALIP_PRESETS, PRESETS
+from clipkernels.support import SupportSet
 
 SAVE_EVERY = 30  # seconds
+SUPPORTED = ("tip", "tipx")
 
 
-def choose_head(adapt: str | None, preset: str, reservoir: str | None, frozen: bool) -> Callable[[Tensor], Head]:
-    """What makes the head that the options describe.
-
-    Raises:
-        click.UsageError: a frozen reservoir without a file.
-    """
+def check_head(
+    context: click.Context, head: str | None, adapt: str | None, preset: str, reservoir: str | None, frozen: bool
+) -> None:
+    """Raises click.UsageError for options of a head that do not belong together."""
+    if adapt and head:
+        raise click.UsageError(f"expected --adapt or --head, got both: --adapt {adapt} has a head of its own")
+    owners = {
+        "preset": (bool(adapt) or head == "calip", "--adapt or --head calip"),
+        "reservoir": (bool(adapt), "--adapt"),
+        "frozen": (bool(adapt), "--adapt"),
+        "support": (head in SUPPORTED, "--head tip or tipx"),
+    }
+    for option, (fits, wanted) in owners.items():
+        if given(context, option) and not fits:
+            raise click.UsageError(f"expected {wanted} with --{option}, got {f'--head {head}' if head else 'none'}")
+    if head in SUPPORTED and not given(context, "support"):
+        raise click.UsageError(f"expected --support with --head {head}, got none: see clipkernels support build")
+    known = PRESETS if adapt else CALIP_PRESETS
+    if (adapt or head == "calip") and preset not in known:
+        raise click.UsageError(f"expected --preset to be one of {', '.join(known)}, got {preset!r}")
     if frozen and (reservoir is None or not Path(reservoir).exists()):
         raise click.UsageError(f"expected --reservoir with a file that exists for --frozen, got {reservoir!r}")
-    return partial(Reservoir, preset=preset, frozen=frozen) if adapt else ZeroShot
+
+
+def choose_head(
+    head: str | None, adapt: str | None, preset: str, frozen: bool, found: SupportSet | None
+) -> Callable[[Tensor], Head]:
+    """What makes the head that the options describe of the class embeddings."""
+    if adapt:
+        return partial(Reservoir, preset=preset, frozen=frozen)
+    if head == "calip":
+        return partial(CALIP, preset=preset)
+    if found is not None:
+        return partial(TipX if head == "tipx" else TipAdapter, features=found.features, labels=found.labels)
+    return ZeroShot
+
+
+def given(context: click.Context, option: str) -> bool:
+    """Whether an option was named on the command line."""
+    return context.get_parameter_source(option) is ParameterSource.COMMANDLINE
 
 
 @contextmanager

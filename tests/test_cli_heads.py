@@ -1,0 +1,108 @@
+"""`clipkernels classify --head`: the same answers as the heads themselves, and what does not belong together."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import clipkernels as ck
+from clipkernels import support
+from clipkernels.cli import main
+from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.data import digits
+
+DIGITS = ",".join(digits.CLASSES)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick demo's digits, a folder per class."""
+    folder = tmp_path_factory.mktemp("pictures")
+    save({"digits": draw(QUICK, seed=0)["digits"]}, folder)
+    return folder / "digits"
+
+
+@pytest.fixture(scope="module")
+def known(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A support set of them, its classes in another order than their folders'."""
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    folder = tmp_path_factory.mktemp("support")
+    prompts = support.photo(digits.CLASSES, digits.TEMPLATES)
+    model, preprocess, tokenizer = ck.bundled()
+    cache = folder / "cache.safetensors"
+    found = support.retrieve(model, preprocess, tokenizer, prompts, pictures, per_class=4, cache=cache)
+    found.save(folder / "set")
+    return folder / "set"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["classify", *(str(argument) for argument in arguments)])
+
+
+def expected(pictures: Path, head: ck.heads.Head, model: torch.nn.Module) -> tuple[list[str], torch.Tensor]:
+    """The files in order, and their probabilities."""
+    preprocess = ck.bundled()[1]
+    files = sorted(pictures.rglob("*.png"))
+    images = torch.stack([preprocess(Image.open(file).convert("RGB")) for file in files])
+    with torch.no_grad():
+        return [str(file) for file in files], head(ck.encode_image(model, images, tokens=True)).softmax(1)
+
+
+@pytest.mark.parametrize("method", [("dense",), ("evit", "--keep", 0.5)])
+@pytest.mark.parametrize("head", ["zero-shot", "calip", "tip", "tipx"])
+def test_answers_are_those_of_the_head(pictures: Path, known: Path, head: str, method: tuple[object, ...]) -> None:
+    options = ("--support", known) if head.startswith("tip") else ("--classes", DIGITS, "--template", "{}")
+    done = run(pictures, "--head", head, *options, "--method", *method, "--format", "csv")
+    assert done.exit_code == 0, done.stderr
+    model, _, tokenizer = ck.bundled()
+    ck.patch(model, ck.Dense() if method == ("dense",) else ck.EViT(0.5))
+    found = support.SupportSet.load(known, model)
+    text = support.class_embeddings(
+        model, tokenizer, found.prompts if head.startswith("tip") else support.photo(digits.CLASSES, ("{}",))
+    )
+    makers = {
+        "zero-shot": lambda: ck.ZeroShot(text),
+        "calip": lambda: ck.CALIP(text),
+        "tip": lambda: ck.TipAdapter(text, found.features, found.labels),
+        "tipx": lambda: ck.TipX(text, found.features, found.labels),
+    }
+    files, shares = expected(pictures, makers[head](), model)
+    rows = {row["path"]: row for row in csv.DictReader(io.StringIO(done.stdout))}
+    assert sorted(rows) == files
+    for file, share in zip(files, shares, strict=True):
+        assert rows[file]["class"] == digits.CLASSES[int(share.argmax())]
+        assert float(rows[file]["probability"]) == pytest.approx(float(share.max()), abs=1e-4)
+
+
+def test_a_preset_changes_what_calip_says(pictures: Path) -> None:
+    options = (pictures, "--head", "calip", "--classes", DIGITS, "--format", "csv")
+    assert run(*options).stdout != run(*options, "--preset", "eurosat").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--head", "tip", "--classes", DIGITS), "expected --support with --head tip, got none"),
+        (("--head", "calip", "--adapt", "tca", "--classes", DIGITS), "expected --adapt or --head, got both"),
+        (("--head", "calip", "--preset", "imagenet_a", "--classes", "a"), "expected --preset to be one of caltech101"),
+        (("--head", "tip", "--preset", "dtd", "--support", "KNOWN"), "expected --adapt or --head calip with --preset"),
+        (("--support", "KNOWN"), "expected --head tip or tipx with --support, got none"),
+        (("--head", "tipx", "--support", "KNOWN", "--classes", "a,b"), "(zero, one, two,"),
+        (("--head", "tipx", "--support", "PICTURES"), "manifest.json"),
+        (("--head", "calip"), "expected --classes or --classes-file, got neither"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_one_line(
+    pictures: Path, known: Path, options: tuple[str, ...], message: str
+) -> None:
+    places = {"KNOWN": str(known), "PICTURES": str(pictures)}
+    done = run(pictures, *(places.get(option, option) for option in options))
+    assert done.exit_code == 2 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1
