@@ -245,9 +245,7 @@ def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> T
     return terms
 
 
-def _attend(
-    rows: Tensor, columns: Tensor, pooled: Tensor | None, alpha: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(rows: Tensor, columns: Tensor, pooled: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """Attended rows (B,M,E); or with `pooled`, for each of T tiles of rows, (B,T,2,E) their sum and their largest, and
     (B,T,N,3) of each column the largest similarity, the sum and the weighted sum of the exponentials."""
     (*batches, m, width), n = rows.shape, columns.shape[-2]

@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clipkernels.kernels import attention, condense, epilogue, merge, prune, rank
+from clipkernels.kernels import affinity, attention, condense, epilogue, merge, prune, rank
 
 KERNELS = Path(prune.__file__).parent
 # Target, bytes that may spill, bytes of shared memory that one program may take.
@@ -60,6 +60,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SIZES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 # What the PTX must hold where inputs are half precision: loads of 16 bytes, and matrix instructions.
 WIDE_LOADS = {
+    "_affinity_kernel",
     "_attention_kernel",
     "_gather_kernel",
     "_cluster_kernel",
@@ -69,7 +70,7 @@ WIDE_LOADS = {
     "_add_norm_kernel",
     "_cls_kernel",
 }
-MATRIX = {"_attention_kernel"}
+MATRIX = {"_affinity_kernel", "_attention_kernel"}
 
 
 def main() -> None:
@@ -156,6 +157,13 @@ def launches(tower: str, dtype: torch.dtype) -> None:
     epilogue.add_norm(x, x, None, None, None)
     epilogue.add_norm(x, x, vector, None, norm)
     epilogue.add_norm(x, x, vector, vector, norm)
+    # Embeddings are 512 to 1024 wide; the CLS tokens of twelve blocks are compared, too.
+    embedding = {768: 512, 1024: 768}.get(width, 1024)
+    offsets, weights = empty(1001, dtype=torch.int64), empty(50_000, dtype=torch.float32)
+    affinity.affinity(empty(b, embedding), empty(1000, embedding), offsets, 5.5, None)
+    affinity.affinity(empty(b, embedding), empty(50_000, embedding), offsets, 5.5, weights)
+    affinity.affinity(empty(b, 12 * width), empty(3000, 12 * width), offsets, 5.0, weights[:3000])
+    affinity.affinity(empty(b, embedding), empty(64, embedding), offsets[:3], 5.5, None)
 
 
 def compile_for(target: str, tower: str, dtype: str, stems: list[str]) -> list[dict[str, object]]:

@@ -78,7 +78,9 @@ def test_a_kernel_that_depends_on_the_batch_or_the_run_is_found_out(interpreted,
     result = run("--ops", "bias_act_gelu_tanh", "--dtype", "float32", "--interpret", "--format", "json")
     assert result.exit_code == 1
     assert {row["verdict"] for row in json.loads(result.stdout)["rows"]} == {"a second run gives other bits"}
-    monkeypatch.setattr(ck.ops.epilogue._epilogue, "bias_act", lambda x, b, act: launch(x, b, act) + 1e-7 * (len(x) - 1))
+    monkeypatch.setattr(
+        ck.ops.epilogue._epilogue, "bias_act", lambda x, b, act: launch(x, b, act) + 1e-7 * (len(x) - 1)
+    )
     result = run("--ops", "bias_act_gelu_tanh", "--dtype", "float32", "--interpret", "--format", "json")
     assert {row["verdict"] for row in json.loads(result.stdout)["rows"]} == {"the last image alone gives other bits"}
 

@@ -8,10 +8,8 @@ from torch import Tensor
 from clipkernels.custom_ops import plain, register
 
 
-def affinity(
-    queries: Tensor, support: Tensor, labels: Tensor, offsets: Tensor, beta: float, weights: Tensor | None
-) -> Tensor:
-    """The kernel reads the classes from the offsets: the labels stay where they are."""
+def affinity(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, weights: Tensor | None) -> Tensor:
+    """Of a support sorted by class."""
     call = _launch if plain(queries, support, weights) else torch.ops.clipkernels.affinity
     return call(queries, support, offsets, beta, weights)
 

@@ -104,22 +104,22 @@ def affinity(
         beta: sharpness β.
         weights: (n,) of the rows, any float dtype; None is all ones.
         offsets: (K+1,) int64 where each class begins, and where the last one ends, of a support whose labels ascend;
-            None has it sorted here, at every call. See `reference.sort_by_class`.
+            None has it sorted by the triton backend, at every call. See `reference.sort_by_class`.
         backend: "auto", "triton" or "reference".
     Returns:
         (t,K) fp32 (fp64 for fp64 inputs); 0 for a class without support.
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
         RuntimeError: a gradient is wanted of the triton backend, which has none.
-    Guarantees: the (t,n) affinities are never whole in memory; fp32 accumulation in the order of the support;
-        deterministic; no host sync. Differentiable on the reference alone.
+    Guarantees: the (t,n) affinities are never whole in memory, unless autograd keeps them; fp32 accumulation, of halves
+        to 16 bits; deterministic on the CPU and on triton; no host sync. Differentiable on the reference alone.
     Source: Tip-Adapter, arXiv 2111.03930, section 3.2.
     """
     checks.check_affinity(queries, support, labels, classes, weights, offsets)
     chosen = _backend.choose(backend, queries.device, queries.dtype, "affinity")
+    if chosen == "reference":
+        return reference.affinity(queries, support, labels, classes, beta, weights)
     if offsets is None:
         order, offsets = reference.sort_by_class(labels, classes)
-        support, labels = support[order], labels[order]
-        weights = weights if weights is None else weights[order]
-    run = reference.affinity if chosen == "reference" else _affinity.affinity
-    return run(queries, support, labels, offsets, beta, weights)
+        support, weights = support[order], None if weights is None else weights[order]
+    return _affinity.affinity(queries, support, offsets, beta, weights)

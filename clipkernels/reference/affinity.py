@@ -18,9 +18,8 @@ def sort_by_class(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def affinity(
-    queries: Tensor, support: Tensor, labels: Tensor, offsets: Tensor, beta: float, weights: Tensor | None
+    queries: Tensor, support: Tensor, labels: Tensor, classes: int, beta: float, weights: Tensor | None
 ) -> Tensor:
-    classes = offsets.shape[0] - 1
     wide = widened(queries)
     minus = wide.new_full((1,), -1.0)
     # One row more at either end: for labels below 0 and above K-1.

@@ -1,0 +1,29 @@
+"""The formulas of CALIP, Tip-Adapter and TIP-X as they are published, everything whole in memory: what ours are timed
+against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+
+def calip_logits(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float, beta2: float, beta3: float) -> Tensor:
+    """CALIP's logits (B,K) of patches (B,P,E), images (B,E) and classes (K,E)."""
+    similar = torch.einsum("bpe,ke->bpk", visual, text)
+    seen = torch.einsum("bpk,bpe->bke", (similar / alpha).softmax(1), visual)
+    found = torch.einsum("bpk,ke->bpe", (similar / alpha).softmax(2), text)
+    both = found.mean(1) + found.amax(1)
+    return 100 * (pooled @ text.T + beta2 * torch.einsum("be,bke->bk", pooled, seen) + beta3 * both @ text.T)
+
+
+def affinity(queries: Tensor, support: Tensor, labels: Tensor, classes: int, beta: float) -> Tensor:
+    """Tip-Adapter's votes (t,K)."""
+    return (-beta * (1 - queries @ support.T)).exp() @ one_hot(labels, classes).to(queries.dtype)
+
+
+def likeness(queries: Tensor, support: Tensor, text: Tensor, labels: Tensor, tau: float) -> Tensor:
+    """TIP-X's -KL(query ‖ support), summed by class (t,K), one query after another."""
+    own, others = (queries @ text.T / tau).softmax(1), (support @ text.T / tau).softmax(1)
+    apart = torch.stack([(row * (row.log() - others.log())).sum(1) for row in own])
+    return -apart @ one_hot(labels, len(text)).to(queries.dtype)
