@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 
 def calip_logits(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float, beta2: float, beta3: float) -> Tensor:
@@ -17,13 +16,13 @@ def calip_logits(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float, bet
     return 100 * (pooled @ text.T + beta2 * torch.einsum("be,bke->bk", pooled, seen) + beta3 * both @ text.T)
 
 
-def affinity(queries: Tensor, support: Tensor, labels: Tensor, classes: int, beta: float) -> Tensor:
-    """Tip-Adapter's votes (t,K)."""
-    return (-beta * (1 - queries @ support.T)).exp() @ one_hot(labels, classes).to(queries.dtype)
+def affinity(queries: Tensor, support: Tensor, one_hot: Tensor, beta: float) -> Tensor:
+    """Tip-Adapter's votes (t,K) of a support (n,E) and its classes (n,K)."""
+    return (-beta * (1 - queries @ support.T)).exp() @ one_hot
 
 
-def likeness(queries: Tensor, support: Tensor, text: Tensor, labels: Tensor, tau: float) -> Tensor:
-    """TIP-X's -KL(query ‖ support), summed by class (t,K), one query after another."""
-    own, others = (queries @ text.T / tau).softmax(1), (support @ text.T / tau).softmax(1)
+def likeness(queries: Tensor, text: Tensor, others: Tensor, one_hot: Tensor, tau: float) -> Tensor:
+    """TIP-X's -KL(query ‖ support), summed by class (t,K), of the support's softmax over the classes (n,K)."""
+    own = (queries @ text.T / tau).softmax(1)
     apart = torch.stack([(row * (row.log() - others.log())).sum(1) for row in own])
-    return -apart @ one_hot(labels, len(text)).to(queries.dtype)
+    return -apart @ one_hot

@@ -3,15 +3,15 @@
     A = visual @ text.T / α;  seen = softmax_k(A) text;  found = softmax_p(A)ᵀ visual
     terms = pooled textᵀ,  Σ_p softmax_p(A)·⟨pooled, visual_p⟩,  (mean_p + max_p of seen) textᵀ
 
-A program holds some rows of one side, goes once over all of the other with a running softmax, and a tile of that is both
-its keys and its values; for `found` the sides change places. The similarities (B,P,K) never leave a program.
-Terms: reads B·P·E, and K·E from cache, and writes for each tile of T patches the sum and the largest of its attended rows
-and for each class the largest similarity and two sums, (2·E + 3·K)·B·P/T fp32 numbers; a second launch reads those in a
-fixed order and multiplies with the classes. 4·B·P·K·E operations. The mean comes of the rows that the maximum needs
-anyway: the K×K Gram matrix of the classes would spare nothing.
-Rows: reads both sides twice and writes B·(P + K)·E; 8·B·P·K·E operations.
-Where whole rows do not fit (fp32, multiplied without matrix units; 64 KiB of shared memory) a program makes a slice of E
-of the result, and every slice makes the similarities again.
+A program holds some rows of one side and goes once over all of the other with a running softmax; a tile of that is both
+its keys and its values. For `found` the sides change places. The similarities (B,P,K) never leave a program.
+Terms: reads B·P·E, and K·E from cache; writes for each of B·P/32 tiles of patches the sum and the largest of its rows
+and for each class the largest similarity and two sums, 2·E + 3·K fp32 numbers, which a second launch adds up in a fixed
+order and multiplies with the classes. 4·B·P·K·E operations: the mean comes of the rows that the maximum needs anyway,
+so that the K×K Gram matrix of the classes would spare none.
+Rows: reads both sides twice, writes B·(P + K)·E; 8·B·P·K·E operations.
+Where whole rows do not fit (fp32, which no matrix unit multiplies exactly, or little shared memory), a program makes a
+slice of E of the result, and every slice makes the similarities again.
 """
 
 from __future__ import annotations
@@ -115,16 +115,15 @@ def _attend_kernel(
                 b = _rows(k_ptr, left, N, d, E, BLOCK_N, BLOCK_D, WIDE)
                 s = tl.dot(a, tl.trans(b), s, input_precision="ieee")
         s *= scale
-        if REDUCE:  # the softmax over the rows, as far as this tile of them goes
-            if start == 0:
-                there = tl.where(mask_m, s, float("-inf"))
-                top = tl.max(there, 0)
-                p = tl.exp2(there - top[None, :])
-                tl.store(found_ptr, top, mask=offs_n < N)
-                mass, weighted = tl.reduce((p, p * near[:, None]), 0, _add)
-                tl.store(found_ptr + 1, mass, mask=offs_n < N)
-                tl.store(found_ptr + 2, weighted, mask=offs_n < N)
-                found_ptr += 3 * BLOCK_N
+        if REDUCE and start == 0:  # the softmax over the rows, as far as this tile of them goes
+            there = tl.where(mask_m, s, float("-inf"))
+            top = tl.max(there, 0)
+            p = tl.exp2(there - top[None, :])
+            tl.store(found_ptr, top, mask=offs_n < N)
+            mass, weighted = tl.reduce((p, p * near[:, None]), 0, _add)
+            tl.store(found_ptr + 1, mass, mask=offs_n < N)
+            tl.store(found_ptr + 2, weighted, mask=offs_n < N)
+            found_ptr += 3 * BLOCK_N
         s = tl.where((offs_n < N)[None, :], s, float("-inf"))
         higher = tl.maximum(most, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
@@ -195,7 +194,9 @@ def config(width: int, dtype: torch.dtype, shared: int) -> dict[str, int | bool]
         block_e, rest = (2 * block_e, 0) if rest == block_e else (block_e, rest)
         held = block_e + rest
         # As much as eight warps hold. Each makes eight columns of the similarities: of 32 every one is made twice.
-        for block_m, block_n, least, most in ((32, 64, 0, 512), (32, 32, 0, 1024), (16, 32, 513, 1536)):
+        # 1024 columns leave no register to mask some of them.
+        wide = 1024 if width == held else 1023
+        for block_m, block_n, least, most in ((32, 64, 0, 512), (32, 32, 0, wide), (16, 32, 513, 1536)):
             for stages in (3, 2):
                 needed = 2 * (held * (block_m + block_n * (stages - 1)) + block_m * block_n)
                 if least <= held <= most and needed <= shared:

@@ -10,6 +10,7 @@ sums of ψ(-M) by class are one product of (t,K) with (K,K).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -195,7 +196,8 @@ class TipX(TipAdapter):
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         super().update(features, labels)
-        self._mass = torch.segment_reduce(self._shares(self._support), "sum", offsets=self._offsets, axis=0)
+        _, leanings = self._shares(self._support)
+        self._mass = torch.segment_reduce(leanings, "sum", offsets=self._offsets, axis=0)
 
     def __call__(self, features: Tensor | Encoded) -> Tensor:
         return super().__call__(features) + self.gamma * self._likeness(self._queries(features))
@@ -203,22 +205,25 @@ class TipX(TipAdapter):
     def _meet(self, old: Tensor, new: Tensor) -> None:
         # Every pair of different images one of which is new; a divergence is not the same both ways.
         images, known = torch.cat([old, new]), len(old)
-        shares, count = self._shares(images), len(images)
-        certain, at = (shares.exp() * shares).sum(1), torch.arange(count, device=images.device)
+        (shares, leanings), count = self._shares(images), len(images)
+        certain, at = (shares * leanings).sum(1), torch.arange(count, device=images.device)
         rows, found = max(1, PIECE // max(1, count)), [self._extrema]
         for start in (*range(0, known, rows), *range(known, count, rows)):
             stop, left = (min(start + rows, known), known) if start < known else (start + rows, 0)
             others = at[left:] != at[start:stop, None]
             near = (images[start:stop] @ images[left:].T)[others]
-            apart = (certain[start:stop, None] - shares[start:stop].exp() @ shares[left:].T)[others]
+            apart = (certain[start:stop, None] - shares[start:stop] @ leanings[left:].T)[others]
             if near.numel():
                 found.append(Extrema(*(float(x) for x in (*near.aminmax(), *apart.aminmax()))))
         low, high, like, unlike = zip(*found, strict=True)
         self._extrema = Extrema(min(low), max(high), min(like), max(unlike))
 
-    def _shares(self, images: Tensor) -> Tensor:
-        """log softmax(cos(image, class)/τ), (n,K)."""
-        return (images @ self.zero_shot.text.to(images).T / self.tau).log_softmax(1)
+    def _shares(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax(cos(image, class)/τ) and the logarithm of K times that, both (n,K): divergences are differences of
+        the latter, small numbers where the plain logarithm's are large."""
+        leanings = images @ self.zero_shot.text.to(images).T / self.tau
+        leanings = leanings - (leanings.logsumexp(1, keepdim=True) - math.log(leanings.shape[1]))
+        return leanings.exp() / leanings.shape[1], leanings
 
     def _likeness(self, queries: Tensor) -> Tensor:
         """The mean, or the sum, of ψ(-M) over the support of each class, (B,K)."""
@@ -226,13 +231,12 @@ class TipX(TipAdapter):
         if len(self._support) < 2:
             return torch.zeros_like(self.zero_shot(queries))
         slope = (nearest - near) / (unlike - like) if unlike > like else 0.0
-        shares = self._shares(queries)
-        counts = self.counts.to(shares)
-        mass = self._mass.to(shares)
+        shares, leanings = self._shares(queries)
+        counts, mass = self.counts.to(shares), self._mass.to(shares)
         # ψ(-M) = near + slope·(unlike - M), M = Σ s log s - s·log S, the latter summed by class.
         with torch.autocast(shares.device.type, enabled=False):
-            each = near + slope * (unlike - (shares.exp() * shares).sum(1, keepdim=True))
-            total = counts * each + slope * (shares.exp() @ mass.T)
+            each = near + slope * (unlike - (shares * leanings).sum(1, keepdim=True))
+            total = counts * each + slope * (shares @ mass.T)
         if self.reduce == "mean":
             total = total / counts.clamp_min(1)
         return torch.where(counts > 0, total, near)

@@ -26,11 +26,10 @@ class CrossAttended(NamedTuple):
 def cross_attention(visual: Tensor, text: Tensor, alpha: float) -> CrossAttended:
     with exactly(visual):
         classes = widened(text)
-        scaled = (classes / alpha).T
 
         def attend(patches: Tensor) -> tuple[Tensor, ...]:
             wide = widened(patches)
-            logits = wide @ scaled
+            logits = (wide @ classes.T).div_(alpha)
             seen, found = logits.softmax(2) @ classes, logits.softmax(1).mT @ wide
             return seen.to(patches.dtype), found.to(patches.dtype)
 
@@ -41,11 +40,10 @@ def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> T
     """The three terms of the logits (3,B,K), each × 100, in fp32 or wider."""
     with exactly(visual):
         classes, image = widened(text), widened(pooled)
-        scaled = (classes / alpha).T
 
         def attend(patches: Tensor, image: Tensor) -> tuple[Tensor, ...]:
             wide = widened(patches)
-            logits = wide @ scaled
+            logits = (wide @ classes.T).div_(alpha)
             seen = logits.softmax(2) @ classes
             # ⟨F_v, Σ_p w_p·F_s[p]⟩ = Σ_p w_p·⟨F_v, F_s[p]⟩: the attended classes (B,K,E) are never made.
             found = image[:, None] @ wide.mT @ logits.softmax(1)
