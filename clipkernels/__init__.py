@@ -2,7 +2,7 @@
 
 from pathlib import Path as _Path
 
-from clipkernels import backend, ops
+from clipkernels import backend, ops, support
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
 from clipkernels.data import bundled
@@ -37,6 +37,7 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "support",
     "tower_of",
     "unpatch",
 ]

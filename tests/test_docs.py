@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import clipkernels as ck
+from clipkernels.cli.demo import QUICK, draw, save
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,6 +20,8 @@ def blocks(name):
 def test_every_python_block_runs_after_those_before_it(name, tmp_path, monkeypatch):
     if name == "README.md":
         pytest.importorskip("onnxscript", reason="onnxscript is not installed, by which torch exports to ONNX")
+        pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+        save({"scenes": draw(QUICK, seed=0)["scenes"]}, tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     scope = {}
     assert blocks(name)
