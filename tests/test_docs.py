@@ -21,7 +21,7 @@ def test_every_python_block_runs_after_those_before_it(name, tmp_path, monkeypat
     if name == "README.md":
         pytest.importorskip("onnxscript", reason="onnxscript is not installed, by which torch exports to ONNX")
         pytest.importorskip("faiss", reason="faiss-cpu is not installed")
-        save({"scenes": draw(QUICK, seed=0)["scenes"]}, tmp_path / "photos")
+        save({"digits": draw(QUICK, seed=0)["digits"]}, tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     scope = {}
     assert blocks(name)
