@@ -12,7 +12,8 @@ microseconds per call (median, 20 % and 80 %), GB/s, the share of what a copy on
 session, and TFLOP/s where there are matrix products.
 
 Variants: `reference`; on CUDA also `compiled` (torch.compile of the reference) and `triton`, and for attention `auto`,
-SDPA with a score kernel. Beside them `sdpa`, attention without any signal, and `topk`, pruning as users write it.
+SDPA with a score kernel. Beside them `sdpa`, attention without any signal, `topk`, pruning as users write it, and
+`literal`, a head's formula as it is published, with everything whole in memory; on CUDA also `literal_compiled`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, one_hot, scaled_dot_product_attention
 
+import literal_heads
 from clipkernels.cases import CASES, SHAPES, Source, flat, judge
 from clipkernels.cli.info import environment
 
@@ -51,6 +53,8 @@ def variants(op: str) -> list[str]:
     fused = ["triton", "compiled"] if CUDA else []
     if op.startswith("attention"):
         return ["reference", *fused, *(["auto"] if CUDA else []), "sdpa"]
+    if op in LITERAL:
+        return ["reference", *fused, "literal", *(["literal_compiled"] if CUDA else [])]
     return ["reference", *fused, *(["topk"] if op in ("prune_tokens", "prune_tokens_heads_fuse_norm") else [])]
 
 
@@ -66,10 +70,32 @@ def build(op: str, variant: str, source: Source) -> Call:
         return attend
     if variant == "topk":
         return lambda *inputs: topk(source, *inputs)
-    if variant == "compiled":
+    if "compiled" in variant:
         torch._dynamo.reset()
-        return torch.compile(lambda *inputs: case.call(source, "reference", *inputs), fullgraph=True, dynamic=False)
+        plain = build(op, "literal" if variant.startswith("literal") else "reference", source)
+        return torch.compile(plain, fullgraph=True, dynamic=False)
+    if variant == "literal":
+        return LITERAL[op]
     return lambda *inputs: case.call(source, variant, *inputs)
+
+
+def literal_affinity(queries: Tensor, support: Tensor, hot: Tensor) -> Tensor:
+    """Tip-Adapter's two products."""
+    return literal_heads.affinity(queries, support, hot, 5.5)
+
+
+LITERAL: dict[str, Call] = {
+    "calip_logits": lambda *inputs: literal_heads.calip_logits(*inputs, 0.5, 1.12, 0.02),
+    "affinity": literal_affinity,
+}
+
+
+def literal_inputs(op: str, source: Source, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a published formula takes in place of a case's inputs."""
+    if op != "affinity":
+        return inputs
+    queries, support, labels, _ = inputs
+    return queries, support, one_hot(labels, source.classes).to(queries.dtype)
 
 
 def topk(source: Source, x: Tensor, scores: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
@@ -121,13 +147,14 @@ def test_op(
     sets = math.ceil(BYTES / sum(tensor.nbytes for tensor in inputs[0]))
     inputs += [case.inputs(source) for _ in range(max(2, min(SETS, sets)) - 1)]
     call = build(op, variant, source)
+    own = [literal_inputs(op, source, some) for some in inputs] if "literal" in variant else inputs
     with torch.inference_mode():
-        came = flat(call(*inputs[0]))
-        if variant == "topk":  # ties may fall otherwise
+        came = flat(call(*own[0]))
+        if variant == "topk" or "literal" in variant:  # ties may fall otherwise, halves are summed in halves
             assert came[0].isfinite().all()
         else:
             check(op, variant, source, inputs[0], came)
-        run, calls = runner(call, inputs)
+        run, calls = runner(call, own)
         benchmark.group = f"{op} {shape} b{batch} {dtype}"
         benchmark(run)
     moved = sum(tensor.nbytes for tensor in (*inputs[0], *came)) - case.unread(source)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from clipkernels import ops
+from clipkernels import ops, reference
 from clipkernels.backend import Backend
 from clipkernels.plan import Signal
 from clipkernels.reference import Heads
@@ -59,6 +60,7 @@ class Source:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.patches = shape.tokens - shape.prefix
         self.keep = math.ceil(0.7 * self.patches)
+        self.classes, self.support = (1000, 16_000) if shape.width >= 512 else (20, 150)
 
     def normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.generator, device=self.device).to(self.dtype)
@@ -89,6 +91,11 @@ class Source:
         size = (self.batch, self.shape.tokens, self.shape.width)
         return torch.randint(-2, 3, size, generator=self.generator, device=self.device).to(self.dtype)
 
+    def units(self, *size: int) -> Tensor:
+        """Embeddings of length one, as wide as those of such a tower are or as a small tower is."""
+        width = {768: 512, 1024: 768}.get(self.shape.width, self.shape.width)
+        return normalize(self.normal(*size, width).float(), dim=-1).to(self.dtype)
+
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views q, k, v (B,H,N,D) of a packed projection (B,N,3·C)."""
         q, k, v = packed.unflatten(-1, (3, self.shape.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -96,11 +103,13 @@ class Source:
 
 
 class Case(NamedTuple):
-    """An operation: flat inputs, the call, and the bytes that it need not read although they are passed."""
+    """An operation: flat inputs, the call, the bytes that it need not read although they are passed, and how many of
+    the inputs, the last ones, are of all images."""
 
     inputs: Callable[[Source], tuple[Tensor, ...]]
     call: Callable[..., Any]
     unread: Callable[[Source], int] = lambda source: 0
+    shared: int = 0
 
 
 def _attention(signal: Signal | None, sized: bool = False) -> Case:
@@ -129,6 +138,21 @@ def _condense(by_rank: bool = False) -> Case:
         return source.points(), source.scores()
 
     return Case(inputs, call)
+
+
+def _supported(source: Source) -> tuple[Tensor, ...]:
+    """Queries, a support sorted by class, its labels and where each class begins."""
+    size = (source.support,)
+    labels = torch.randint(source.classes, size, generator=source.generator, device=source.device).sort().values
+    _, offsets = reference.sort_by_class(labels, source.classes)
+    return source.units(source.batch), source.units(source.support), labels, offsets
+
+
+def _affinity(
+    source: Source, backend: Backend, queries: Tensor, support: Tensor, labels: Tensor, offsets: Tensor
+) -> Tensor:
+    votes = ops.affinity(queries, support, labels, source.classes, 5.5, offsets=offsets, backend=backend)
+    return votes.to(queries.dtype)  # which it is judged in: halves are summed to 16 bits
 
 
 def _dropped(source: Source) -> int:
@@ -191,6 +215,23 @@ CASES = {
             x, ops.Match(*match), size, (weight, bias, 1e-5), backend=backend
         ),
     ),
+    "cross_attention": Case(
+        lambda source: (source.units(source.batch, source.patches), source.units(source.classes)),
+        lambda source, backend, visual, text: ops.cross_attention(visual, text, backend=backend),
+        shared=1,
+    ),
+    "calip_logits": Case(
+        lambda source: (
+            source.units(source.batch, source.patches),
+            source.units(source.batch),
+            source.units(source.classes),
+        ),
+        lambda source, backend, visual, pooled, text: ops.calip_logits(visual, pooled, text, backend=backend).to(
+            visual.dtype  # as in `_affinity`
+        ),
+        shared=1,
+    ),
+    "affinity": Case(_supported, _affinity, shared=3),
     "bias_act_quick_gelu": Case(
         lambda source: (source.tokens(4), source.vector(4)),
         lambda source, backend, x, bias: ops.bias_act(x, bias, "quick_gelu", backend=backend),

@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clipkernels.kernels import affinity, attention, condense, epilogue, merge, prune, rank
+from clipkernels.kernels import affinity, attention, condense, cross_attention, epilogue, merge, prune, rank
 
 KERNELS = Path(prune.__file__).parent
 # Target, bytes that may spill, bytes of shared memory that one program may take.
@@ -61,6 +61,7 @@ SIZES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 # What the PTX must hold where inputs are half precision: loads of 16 bytes, and matrix instructions.
 WIDE_LOADS = {
     "_affinity_kernel",
+    "_attend_kernel",
     "_attention_kernel",
     "_gather_kernel",
     "_cluster_kernel",
@@ -70,7 +71,7 @@ WIDE_LOADS = {
     "_add_norm_kernel",
     "_cls_kernel",
 }
-MATRIX = {"_affinity_kernel", "_attention_kernel"}
+MATRIX = {"_affinity_kernel", "_attend_kernel", "_attention_kernel"}
 
 
 def main() -> None:
@@ -164,6 +165,10 @@ def launches(tower: str, dtype: torch.dtype) -> None:
     affinity.affinity(empty(b, embedding), empty(50_000, embedding), offsets, 5.5, weights)
     affinity.affinity(empty(b, 12 * width), empty(3000, 12 * width), offsets, 5.0, weights[:3000])
     affinity.affinity(empty(b, embedding), empty(64, embedding), offsets[:3], 5.5, None)
+    visual, text = empty(b, patches, embedding), empty(1000, embedding)
+    cross_attention.calip_terms(visual, empty(b, embedding), text, 0.5)
+    cross_attention.attend(visual, text, 0.5)
+    cross_attention.attend(text, visual, 0.5)
 
 
 def compile_for(target: str, tower: str, dtype: str, stems: list[str]) -> list[dict[str, object]]:
@@ -179,6 +184,7 @@ def compile_for(target: str, tower: str, dtype: str, stems: list[str]) -> list[d
         )
 
     triton.JITFunction.run = record
+    cross_attention.shared_memory = lambda device: TARGETS[target][2]
     launches(tower, DTYPES[dtype])
     found = []
     for kernel, values, options in recorded.values():

@@ -10,7 +10,7 @@ from clipkernels.reference import CrossAttended
 
 
 def cross_attention(visual: Tensor, text: Tensor, alpha: float) -> CrossAttended:
-    call = _attend if plain(visual, text) else torch.ops.clipkernels.attend
+    call = _attend if plain(visual, text) else torch.ops.clipkernels.cross_attention
     return CrossAttended(call(visual, text, alpha), call(text, visual, alpha))
 
 
@@ -20,7 +20,7 @@ def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> T
 
 
 def _attend(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    from clipkernels.kernels.cross_attention import attend as launch
+    from clipkernels.kernels.cross_attention import cross_attention as launch
 
     return launch(rows, columns, alpha)
 
@@ -40,5 +40,5 @@ def _terms_fake(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> T
     return visual.new_empty(3, visual.shape[0], text.shape[0], dtype=torch.float32)
 
 
-register("attend(Tensor rows, Tensor columns, float alpha) -> Tensor", _attend, _attend_fake)
+register("cross_attention(Tensor rows, Tensor columns, float alpha) -> Tensor", _attend, _attend_fake)
 register("calip_terms(Tensor visual, Tensor pooled, Tensor text, float alpha) -> Tensor", _terms, _terms_fake)
