@@ -185,8 +185,8 @@ def _terms_kernel(
     tl.store(to + 2 * tl.cast(B, tl.int64) * K, 100 * third, mask=mask)
 
 
-def config(width: int, dtype: torch.dtype, shared: int) -> dict[str, int | bool]:
-    """Block sizes, warps and stages for embeddings of width E, with so many bytes of shared memory to a program."""
+def config(columns: int, width: int, dtype: torch.dtype, shared: int) -> dict[str, int | bool]:
+    """Block sizes, warps and stages for N columns of width E, with so many bytes of shared memory to a program."""
     if dtype != torch.float32:
         # A power of two and the next one of what is left: 768 is 512 and 256, 1152 is 1024 and 128.
         block_e = max(16, 1 << (width.bit_length() - 1))
@@ -194,8 +194,8 @@ def config(width: int, dtype: torch.dtype, shared: int) -> dict[str, int | bool]
         block_e, rest = (2 * block_e, 0) if rest == block_e else (block_e, rest)
         held = block_e + rest
         # As much as eight warps hold. Each makes eight columns of the similarities: of 32 every one is made twice.
-        # 1024 columns leave no register to mask some of them.
-        wide = 1024 if width == held else 1023
+        # 32 rows of 1024 leave no register for masks, nor to unroll the loop over few tiles.
+        wide = 1024 if width == 1024 and columns > 96 else 768
         for block_m, block_n, least, most in ((32, 64, 0, 512), (32, 32, 0, wide), (16, 32, 513, 1536)):
             for stages in (3, 2):
                 needed = 2 * (held * (block_m + block_n * (stages - 1)) + block_m * block_n)
@@ -251,7 +251,7 @@ def _attend(rows: Tensor, columns: Tensor, pooled: Tensor | None, alpha: float) 
     (B,T,N,3) of each column the largest similarity, the sum and the weighted sum of the exponentials."""
     (*batches, m, width), n = rows.shape, columns.shape[-2]
     batch = batches[0] if batches else len(columns)
-    blocks = config(width, rows.dtype, shared_memory(rows.device))
+    blocks = config(n, width, rows.dtype, shared_memory(rows.device))
     tiles, slices = triton.cdiv(m, blocks["BLOCK_M"]), 1 if blocks["WHOLE"] else triton.cdiv(width, blocks["BLOCK_E"])
     reduce = pooled is not None
     out = rows.new_empty((0,) if reduce else (batch, m, width))

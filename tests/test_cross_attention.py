@@ -108,7 +108,7 @@ def test_the_kernels_are_right_at_the_sizes_of_towers(device, triton, patches, c
 @pytest.mark.parametrize("width", [40, 768])
 def test_with_little_shared_memory_programs_share_the_width(device, triton, width, monkeypatch):
     kernels = importlib.import_module("clipkernels.kernels.cross_attention")
-    assert not kernels.config(width, torch.bfloat16, 4096)["WHOLE"]
+    assert not kernels.config(66, width, torch.bfloat16, 4096)["WHOLE"]
     monkeypatch.setattr(kernels, "shared_memory", lambda device: 4096)
     check(*inputs(device, 1, 5, 66, width, torch.bfloat16), backend=triton)
 

@@ -9,7 +9,7 @@ V (L,C) is the CLS token after every block. Votes are one product of (B,L·C) wi
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -17,25 +17,14 @@ from torch.nn.functional import normalize
 
 from clipkernels import ops
 from clipkernels.files import read_tensors, write_tensors
+from clipkernels.heads.entries import Entries, Evict, empty, keep, valid
 from clipkernels.heads.presets import PRESETS, Preset
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from clipkernels.patch import Encoded
 
-Evict = Literal["diversity", "similarity", "uncertainty", "fifo"]
 FORMAT = "clipkernels.reservoir.1"
-
-
-class Entries(NamedTuple):
-    """What is remembered of images, along leading axes: the direction (…,L,C) and the length (…,L) of CLS after each
-    block, the direction of the mean over blocks (…,C), entropy and arrival number."""
-
-    unit: Tensor
-    length: Tensor
-    mean: Tensor
-    entropy: Tensor
-    arrival: Tensor
 
 
 class Reservoir:
@@ -127,7 +116,7 @@ class Reservoir:
         """Entries that each class holds, (K,) int64."""
         if self._entries is None:
             return torch.zeros(len(self.zero_shot.text), dtype=torch.int64)
-        return _valid(self._entries).sum(1)
+        return valid(self._entries).sum(1)
 
     @property
     def anchors(self) -> Tensor | None:
@@ -216,7 +205,7 @@ class Reservoir:
         if self._entries is None:
             if self.frozen:
                 return torch.zeros_like(logits)
-            self._entries = _empty(new, classes, self.capacity)
+            self._entries = empty(new, classes, self.capacity)
             self._table = new.unit.new_zeros(classes, *path.shape[1:])
         self._check(path.shape[1:])
         dtype = new.unit.dtype
@@ -245,7 +234,7 @@ class Reservoir:
             torch.cat([a[touched], b[order]], 1)  # [T, M+R, …]
             for a, b in ((old.mean, new.mean), (old.entropy, new.entropy), (old.arrival, new.arrival))
         )
-        states = self._keep(mean, entropy, arrival, present)  # [R+1, T, M]
+        states = keep(mean, entropy, arrival, present, self.capacity, self.evict)  # [R+1, T, M]
         # What each image finds in the touched classes: the state after as many arrivals as there have been.
         states_met = arrived if self.self_vote else arrived - mine.long()
         found = states[states_met, torch.arange(len(touched), device=path.device)]  # [B, T, M]
@@ -285,12 +274,12 @@ class Reservoir:
     def _read(self, query: Tensor, entries: Entries) -> Tensor:
         """The votes (B,K) of all entries on these queries (B,L·C)."""
         classes, capacity = entries.arrival.shape
-        valid = _valid(entries).to(query.dtype)
+        held = valid(entries).to(query.dtype)
         if self.correction == "linear":
-            whole = torch.einsum("kmlc,km->klc", entries.unit, valid).flatten(1)
+            whole = torch.einsum("kmlc,km->klc", entries.unit, held).flatten(1)
             return query @ whole.T * (self.strength / capacity)
         rows, at = entries.unit.flatten(0, 1).flatten(1), torch.arange(classes + 1, device=query.device)
-        labels, weights = at[:-1].repeat_interleave(capacity), self.strength * valid.flatten()
+        labels, weights = at[:-1].repeat_interleave(capacity), self.strength * held.flatten()
         return ops.affinity(query, rows, labels, classes, self.beta, weights, at * capacity)
 
     def _vote(self, likeness: Tensor) -> Tensor:
@@ -298,44 +287,6 @@ class Reservoir:
         if self.correction == "linear":
             return likeness * (self.strength / self.capacity)
         return self.strength * torch.exp(self.beta * (likeness - 1))
-
-    def _keep(self, mean: Tensor, entropy: Tensor, arrival: Tensor, present: Tensor) -> Tensor:
-        """Which of the places (T,M+R) each class holds after each of R arrivals (those that are `present`), sorted by
-        entropy and M+R for none, (R+1,T,M)."""
-        capacity, free = self.capacity, entropy.shape[1]
-        nothing = torch.zeros_like(mean[:, :1]), torch.full_like(entropy[:, :1], float("inf")), arrival[:, :1]
-        mean, entropy, arrival = (torch.cat(parts, 1) for parts in zip((mean, entropy, arrival), nothing, strict=True))
-        places = torch.arange(free, device=present.device)
-        states = [torch.where(arrival[:, :capacity] >= 0, places[:capacity], free)]
-        arrivals = torch.where(present, places[capacity:], free)
-        at = torch.arange(capacity + 1, device=present.device)
-        for new in arrivals.split(1, dim=1):
-            held = torch.cat([states[-1], new], 1)  # [T, M+1]
-            left = entropy.gather(1, held)
-            victim = self._evictable(mean, left, arrival, held).argmax(1, keepdim=True)
-            full = (held[:, -2:] < free).all(1, keepdim=True)
-            left = left.masked_fill((at == victim) & full, float("inf"))
-            states.append(held.gather(1, left.argsort(dim=1, stable=True)[:, :capacity]))
-        return torch.stack(states)
-
-    def _evictable(self, mean: Tensor, entropy: Tensor, arrival: Tensor, held: Tensor) -> Tensor:
-        """A number (T,M+1) for each held place, of these entropies: where all are held, the first of the largest
-        goes."""
-        if self.evict == "uncertainty":
-            return entropy
-        if self.evict == "fifo":
-            return -arrival.gather(1, held)
-        rows = mean.gather(1, held[..., None].expand(-1, -1, mean.shape[2]))
-        # Not as a matrix product, which may round a cosine by where it stands: equal entries must tie.
-        alike = (rows[:, :, None] * rows[:, None]).sum(-1)
-        alike.diagonal(dim1=1, dim2=2).zero_()
-        likeness = alike.sum(2) / (held.shape[1] - 1)
-        if self.evict == "diversity":
-            return entropy + likeness
-        apart = 1 - likeness
-        spread = apart.amax(1) - apart.amin(1)
-        weight = ((entropy.amax(1) - entropy.amin(1)) / spread).trunc().masked_fill(spread == 0, 0)
-        return entropy + weight[:, None] * apart
 
     def _renew(self, touched: Tensor) -> None:
         """The anchors of some classes, and whether there are any."""
@@ -348,15 +299,3 @@ class Reservoir:
         if not self._anchored:  # once there, they stay: no class shrinks
             enough = self.counts >= 2
             self._anchored = bool(enough.all() if self.anchors_of == "all" else enough.any())
-
-
-def _empty(like: Entries, classes: int, capacity: int) -> Entries:
-    """Places (K,M) for entries, all free."""
-    entries = Entries(*(tensor.new_zeros(classes, capacity, *tensor.shape[1:]) for tensor in like))
-    entries.arrival.fill_(-1)
-    return entries
-
-
-def _valid(entries: Entries) -> Tensor:
-    """Which places hold an entry."""
-    return entries.arrival >= 0
