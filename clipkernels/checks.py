@@ -154,6 +154,7 @@ def check_affinity(
     support: Tensor,
     labels: Tensor,
     classes: int,
+    beta: float,
     weights: Tensor | None,
     offsets: Tensor | None,
 ) -> None:
@@ -165,6 +166,8 @@ def check_affinity(
     _same(queries, support=support)
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
         raise ValueError(f"classes must be a positive int, got {classes!r}")
+    if not abs(beta) < float("inf"):
+        raise ValueError(f"beta must be a finite number, got {beta!r}")
     rows = (len(support),)
     for name, tensor, shape in (("labels", labels, rows), ("offsets", offsets, (classes + 1,))):
         if tensor is None:

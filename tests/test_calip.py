@@ -67,7 +67,7 @@ def test_half_features_give_single_logits_near_the_exact_ones():
     half = ck.Encoded(encoded.embedding.bfloat16(), encoded.tokens.bfloat16())
     came = ck.CALIP(text.float())(half)
     assert came.dtype == torch.float32
-    torch.testing.assert_close(came.double(), ck.CALIP(text)(encoded), atol=1.5, rtol=0)
+    torch.testing.assert_close(came.double(), ck.CALIP(text)(encoded), atol=0.3, rtol=0)
 
 
 def test_presets_give_the_published_weights_and_what_is_named_goes_first():
@@ -110,8 +110,13 @@ def test_the_search_counts_like_argmax_ties_and_all():
 
 def test_an_image_whose_logits_are_no_numbers_is_never_right():
     base = torch.tensor([[float("nan"), 0.0], [1.0, 0.0]])
-    found = search(base, base * 0, base * 0, torch.tensor([0, 0]), grid(0, 1, 1), grid(0, 1, 2))
-    assert found.accuracy == 0.5
+    none = torch.zeros_like(base)
+    for place in range(3):
+        parts = [base.clone() if at == place else torch.tensor([[1.0, 0.0]] * 2) * (at == 0) for at in range(3)]
+        for wrong in (float("nan"), float("inf"), -float("inf")):
+            parts[place][0, 1] = wrong
+            assert search(*parts, torch.tensor([0, 0]), grid(1, 2, 1), grid(1, 2, 2)).accuracy == 0.5
+    assert search(none, none, none, torch.tensor([0, 1]), grid(0, 1, 1), grid(0, 1, 1)).accuracy == 0.5
 
 
 @pytest.mark.parametrize(
@@ -137,6 +142,65 @@ def test_features_without_patches_are_refused():
                 head(given)
         with pytest.raises(ValueError, match="at least one patch"):
             head(encoded._replace(tokens=encoded.tokens[:, :1]))
+
+
+def test_what_cannot_be_fitted_on_is_named():
+    encoded, text = features()
+    none = encoded._replace(embedding=encoded.embedding[:0], tokens=encoded.tokens[:0])
+    labels = torch.zeros(6, dtype=torch.int64)
+    for head, given in ((ck.CALIP(text), none), (ck.CALIP(text), iter([])), (FewShotCALIP(text), none)):
+        with pytest.raises(ValueError, match="features must be of at least one image, got none"):
+            head.fit(given, labels[:0])
+    with pytest.raises(ValueError, match="epochs and batch_size must be at least one, got 1 and 0"):
+        FewShotCALIP(text).fit(encoded, labels, epochs=1, batch_size=0)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside of torch\.inference_mode"):
+        FewShotCALIP(text).fit(encoded, labels)
+    with torch.no_grad():
+        assert len(FewShotCALIP(text).fit(encoded, labels, epochs=2)) == 2
+
+
+def test_numbers_that_are_none_are_named():
+    text = torch.randn(3, 4)
+    for make in (ck.CALIP, FewShotCALIP):
+        for name in ("beta2", "beta3", "scale"):
+            with pytest.raises(ValueError, match=f"{name} must be a finite number, got nan"):
+                make(text, **{name: float("nan")})
+        with pytest.raises(ValueError, match="alpha must be positive, got 0"):
+            make(text, 0)
+
+
+def test_tokens_of_other_images_are_refused():
+    encoded, text = features()
+    for head in (ck.CALIP(text), FewShotCALIP(text)):
+        for tokens in (encoded.tokens[:1], encoded.tokens[..., :5], encoded.tokens[0]):
+            with pytest.raises(ValueError, match=r"features must hold tokens \(B,N,E\) for an embedding"):
+                head(encoded._replace(tokens=tokens))
+
+
+def test_autocast_changes_no_logit():
+    encoded, text = features(dtype=torch.float32)
+    for head in (ck.CALIP(text), FewShotCALIP(text)):
+        with torch.autocast("cpu", torch.bfloat16):
+            came = head(encoded)
+        assert came.dtype == torch.float32 and torch.equal(came, head(encoded))
+
+
+@pytest.mark.parametrize("kind", ["calip", "few", "tip", "tipx"])
+def test_a_classifier_compiles_with_its_head(tiny, images, kind):
+    torch._dynamo.reset()
+    _, _, tokenizer = ck.bundled()
+    support, labels = torch.randn(6, 128, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2, 1, 0])
+    tip = {"features": support, "labels": labels}
+    heads = {
+        "calip": ck.CALIP,
+        "few": FewShotCALIP,
+        "tip": partial(ck.TipAdapter, **tip),
+        "tipx": partial(ck.TipX, **tip),
+    }
+    classifier = ck.Classifier(tiny, tokenizer, ["cat", "dog", "ship"], method=ck.EViT(0.7), head=heads[kind])
+    compiled = torch.compile(classifier.__call__, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), classifier(images), atol=1e-3, rtol=1e-4)
 
 
 def towers():
@@ -233,7 +297,7 @@ def test_files_of_something_else_are_refused_and_nothing_changes(tmp_path):
     with pytest.raises(ValueError, match="with format 'other'"):
         head.load(file)
     write_tensors(file, tensors, {**about, "alpha": "nan"})
-    with pytest.raises(ValueError, match="expected alpha, beta2, beta3, scale"):
+    with pytest.raises(ValueError, match="expected the numbers alpha, beta2, beta3, scale"):
         head.load(file)
     write_tensors(file, {**tensors, "maps.out_text.bias": torch.zeros(3)}, about)
     with pytest.raises(ValueError, match=r"expected maps.out_text.bias of shape \(12,\)"):

@@ -128,6 +128,49 @@ def test_an_encoded_and_half_features_are_read_in_full_precision():
         assert came.dtype == torch.float32 and torch.equal(came, head(half.float()))
 
 
+@pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
+def test_autocast_changes_neither_the_calibration_nor_a_logit(head):
+    text, features, support, labels = inputs(dtype=torch.float32)
+    plain = head(text, support, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = head(text, support, labels)
+        came = under(features)
+    assert came.dtype == torch.float32
+    assert torch.equal(came, plain(features)) and torch.equal(under(features), came)
+
+
+@pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
+def test_heads_of_inference_mode_are_used_outside_of_it_in_any_precision(head):
+    text, features, support, labels = inputs(dtype=torch.float32)
+    with torch.inference_mode():
+        made = head(text.clone(), support.clone(), labels.clone())
+        made(features.double())
+    made.update(support[:1], labels[:1])
+    query = features.clone().requires_grad_()
+    logits = made(query)
+    assert logits.dtype == torch.float32
+    (grad,) = torch.autograd.grad(logits.sum(), query)
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
+def test_one_class_gives_one_logit(head):
+    text, features, support, _ = inputs(dtype=torch.float32)
+    came = head(text[:1], support, torch.zeros(10, dtype=torch.int64))(features)
+    assert came.shape == (7, 1) and came.isfinite().all()
+
+
+@pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
+def test_a_classifier_that_is_reset_keeps_its_support(head, tiny, images):
+    _, _, tokenizer = ck.bundled()
+    support, labels = torch.randn(4, 128), torch.tensor([0, 1, 1, 0])
+    with torch.no_grad():
+        classifier = ck.Classifier(tiny, tokenizer, ["cat", "dog"], head=lambda text: head(text, support, labels))
+        before = classifier(images)
+        classifier.reset()
+        assert torch.equal(classifier(images), before)
+
+
 @pytest.mark.parametrize("kind", ["tip", "tipx"])
 def test_fit_takes_the_first_of_the_best_of_the_published_grid(kind, monkeypatch):
     text, features, support, labels = inputs(40)
@@ -161,6 +204,9 @@ def test_fit_takes_the_first_of_the_best_of_the_published_grid(kind, monkeypatch
         ({"labels": torch.full((10,), 5)}, "labels must be from 0 to 4, got 5 to 5"),
         ({"text": torch.randn(12)}, r"text must be class embeddings \(K,E\)"),
         ({"tau": 0.0}, "tau must be positive, got 0.0"),
+        ({"beta": float("nan")}, "beta must be a finite number, got nan"),
+        ({"gamma": float("inf")}, "gamma must be a finite number, got inf"),
+        ({"features": torch.full((10, 12), float("nan"))}, "features must be finite, got 10 of 10 rows that are not"),
         ({"reduce": "max"}, 'reduce must be "mean" or "sum", got \'max\''),
     ],
 )
@@ -176,4 +222,8 @@ def test_an_update_that_is_refused_changes_nothing():
     before = head(features)
     with pytest.raises(ValueError, match="labels must be from 0 to 4"):
         head.update(support, labels + 4)
+    with pytest.raises(ValueError, match="got 1 of 10 rows that are not"):
+        head.update(torch.cat([support[1:], torch.full((1, WIDTH), float("inf"))]), labels)
+    with pytest.raises(ValueError, match="at least one image"):
+        head.fit(features[:0], labels[:0])
     assert torch.equal(head(features), before)

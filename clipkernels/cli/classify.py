@@ -128,7 +128,8 @@ def classify(
     """
     try:
         check_head(context, head, adapt, preset, reservoir, frozen)
-        named = read_classes(classes, classes_file) if support is None or classes or classes_file else None
+        by_name = support is None or classes is not None or classes_file is not None
+        named = read_classes(classes, classes_file) if by_name else None
         paths = list(find(images))
         if shuffle is not None:
             random.Random(shuffle).shuffle(paths)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from clipkernels import ops
+from clipkernels.heads.given import check_labels, check_numbers, check_positive, check_some, normalize_as
 from clipkernels.heads.presets import CALIP_PRESETS
 from clipkernels.heads.search import grid, search
 from clipkernels.heads.zero_shot import ZeroShot
@@ -37,7 +37,8 @@ class CALIP:
         preset: the data set whose published weights stand in for those not given.
         scale: what the cosines are multiplied by, 100 in the source.
     Raises:
-        ValueError: text that is not (K,E), an unknown preset, an alpha that is not positive.
+        ValueError: text that is not (K,E), an unknown preset, an alpha that is not positive, numbers that are not
+            finite.
     Source: CALIP, arXiv 2209.14169, section 3.2; the presets are those of SuS-X's code, arXiv 2211.16198.
     """
 
@@ -55,13 +56,13 @@ class CALIP:
     ) -> None:
         if preset not in CALIP_PRESETS:
             raise ValueError(f"preset must be one of {', '.join(CALIP_PRESETS)}, got {preset!r}")
-        if not 0 < alpha < float("inf"):
-            raise ValueError(f"alpha must be positive, got {alpha!r}")
+        check_positive(alpha=alpha)
         self.zero_shot = ZeroShot(text, scale)
         self.alpha = alpha
         published = CALIP_PRESETS[preset]
         self.beta2 = published.beta2 if beta2 is None else beta2
         self.beta3 = published.beta3 if beta3 is None else beta3
+        check_numbers(beta2=self.beta2, beta3=self.beta3, scale=scale)
 
     def __call__(self, features: Tensor | Encoded) -> Tensor:
         """Logits (B,K) of an `Encoded` with `tokens`, fp32 (fp64 for fp64 features).
@@ -82,7 +83,8 @@ class CALIP:
         return torch.cat([first[None], others.to(first.dtype) * (self.zero_shot.scale / 100)])
 
     def fit(self, features: Encoded | Iterable[Encoded], labels: Tensor) -> float:
-        """Sets beta2 and beta3 to the best of the published grid, 200 by 200 values, on a validation split.
+        """Sets beta2 and beta3 to the best of the published grid, 200 values below 2 by 200 below .1, on a validation
+        split; some presets lie beyond.
 
         Args:
             features: of n images with `tokens`, or batches of them in the order of the labels, of which only three
@@ -91,11 +93,13 @@ class CALIP:
         Returns:
             the accuracy there, 0 to 1; of equally good weights the lowest are taken.
         Raises:
-            ValueError: labels that do not fit.
+            ValueError: labels that do not fit, or no image.
         """
         batches = [cast("Encoded", features)] if hasattr(features, "embedding") else features
         with torch.no_grad():
-            first, second, third = torch.cat([self.terms(batch) for batch in batches], 1)
+            terms = [self.terms(batch) for batch in batches]
+            check_some(sum(part.shape[1] for part in terms))
+            first, second, third = torch.cat(terms, 1)
             labels = check_labels(labels, *first.shape).to(first.device)
             found = search(first, second, third, labels, grid(0.001, 2, 200), grid(0.001, 0.1, 200))
         self.beta2, self.beta3 = found.first, found.second
@@ -106,30 +110,14 @@ def patches_of(features: Tensor | Encoded) -> tuple[Tensor, Tensor]:
     """The embedding (B,E) and the L2-normalised patches (B,P,E), in their dtype.
 
     Raises:
-        ValueError: features without tokens, or with no patch among them.
+        ValueError: features without tokens, with no patch among them, or of other images or width than the embedding.
     """
     if isinstance(features, Tensor) or features.tokens is None:
         raise ValueError("features must be an Encoded with tokens, as ck.encode_image(tokens=True) gives")
+    tokens, pooled = tuple(features.tokens.shape), tuple(features.embedding.shape)
+    if len(tokens) != 3 or len(pooled) != 2 or (tokens[0], tokens[2]) != pooled:
+        raise ValueError(f"features must hold tokens (B,N,E) for an embedding (B,E) = {pooled}, got {tokens}")
     patches = features.tokens[:, features.prefix :]
     if not patches.shape[1]:
         raise ValueError(f"features must hold at least one patch, got tokens {tuple(features.tokens.shape)}")
     return features.embedding, normalize_as(patches, patches)
-
-
-def normalize_as(x: Tensor, like: Tensor) -> Tensor:
-    """Rows of length one, computed in fp32 at least, in the dtype of `like`."""
-    return normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(like.dtype)
-
-
-def check_labels(labels: Tensor, images: int, classes: int) -> Tensor:
-    """Labels (n,) int64 in 0..K-1.
-
-    Raises:
-        ValueError: other labels.
-    """
-    if labels.shape != (images,) or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be ({images},) torch.int64, got {tuple(labels.shape)} {labels.dtype}")
-    if images and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        span = f"{int(labels.min())} to {int(labels.max())}"
-        raise ValueError(f"labels must be from 0 to {classes - 1}, got {span}")
-    return labels

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from clipkernels import ops
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.entries import Entries, Evict, empty, keep, valid
+from clipkernels.heads.given import check_numbers, check_positive
 from clipkernels.heads.presets import PRESETS, Preset
 from clipkernels.heads.zero_shot import ZeroShot
 
@@ -84,11 +85,8 @@ class Reservoir:
         chosen = Preset(**given)
         if isinstance(chosen.capacity, bool) or not isinstance(chosen.capacity, int) or chosen.capacity < 1:
             raise ValueError(f"capacity must be a positive int, got {chosen.capacity!r}")
-        for name, value in (*list(given.items())[1:], ("scale", scale)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if chosen.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {chosen.temperature!r}")
+        check_numbers(**dict(list(given.items())[1:]), scale=scale)
+        check_positive(temperature=chosen.temperature)
         rules = {"evict": evict, "correction": correction, "anchors": anchors}
         choices = {
             "evict": ("diversity", "similarity", "uncertainty", "fifo"),

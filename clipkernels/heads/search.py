@@ -56,7 +56,7 @@ def count(base: Tensor, first: Tensor, second: Tensor, labels: Tensor, us: Tenso
         lead = level + u * tilt
         turn = -lead / slope
         flat = (slope == 0) & ~own
-        never = (flat & ((lead < 0) | (lower & (lead == 0)))).any(1) | ~lead.isfinite().all(1)
+        never = (flat & ((lead < 0) | (lower & (lead == 0)))).any(1) | ~(lead + slope).isfinite().all(1)
         rising, falling = (slope > 0) & ~own, (slope < 0) & ~own
         start, stop = torch.zeros_like(labels), torch.full_like(labels, len(at))
         for strict, among in ((True, lower), (False, ~lower)):

@@ -11,6 +11,7 @@ sums of ψ(-M) by class are one product of (t,K) with (K,K).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -18,15 +19,41 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels import ops, reference
-from clipkernels.heads.calip import check_labels
+from clipkernels.heads.given import check_labels, check_numbers, check_positive, check_some
 from clipkernels.heads.search import Found, grid, search
 from clipkernels.heads.zero_shot import ZeroShot
+from clipkernels.reference.precision import exactly
 
 if TYPE_CHECKING:
     from clipkernels.patch import Encoded
 
 # Numbers of a product of the support with itself that are held at once.
 PIECE = 1 << 24
+
+
+class Extrema(NamedTuple):
+    """The smallest and largest cosine and KL divergence between two images of the support."""
+
+    near: float = float("inf")
+    nearest: float = float("-inf")
+    like: float = float("inf")
+    unlike: float = float("-inf")
+
+
+class Support(NamedTuple):
+    """Images that vote, sorted by class: features (n,E), labels (n,), the offsets (K+1,) of the classes, and for TIP-X
+    what those of each class say of the classes, summed (K,K), and their extrema."""
+
+    features: Tensor
+    labels: Tensor
+    offsets: Tensor
+    mass: Tensor
+    extrema: Extrema
+
+    @property
+    def counts(self) -> Tensor:
+        """Images of each class, (K,) int64."""
+        return self.offsets.diff()
 
 
 class TipAdapter:
@@ -40,7 +67,7 @@ class TipAdapter:
         beta: how fast a vote fades with distance.
         scale: what the cosines are multiplied by, 100 in the source.
     Raises:
-        ValueError: shapes that do not fit, labels outside of the classes.
+        ValueError: shapes that do not fit, labels outside of the classes, rows or numbers that are not finite.
     Guarantees: computed in fp32 (fp64 stays fp64); the support is sorted by class once.
     Source: Tip-Adapter, arXiv 2111.03930, section 3.2.
     """
@@ -57,16 +84,18 @@ class TipAdapter:
         *,
         scale: float = 100.0,
     ) -> None:
+        check_numbers(alpha=alpha, beta=beta, scale=scale)
         self.zero_shot = ZeroShot(text, scale)
         self.alpha, self.beta = alpha, beta
-        self._support = self.zero_shot.text.new_empty(0, text.shape[1])
-        self._labels = torch.empty(0, dtype=torch.int64, device=text.device)
+        own = self.zero_shot.text
+        none = torch.zeros(len(own) + 1, dtype=torch.int64, device=own.device)
+        self._support = Support(own[:0], none[:0], none, own.new_zeros(len(own), len(own)), Extrema())
         self.update(features, labels)
 
     @property
     def counts(self) -> Tensor:
         """Images of the support in each class, (K,) int64."""
-        return self._offsets.diff()
+        return self._support.counts
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Adds images (m,E) of classes (m,) to the support, behind those of their class.
@@ -77,12 +106,19 @@ class TipAdapter:
         classes, width = self.zero_shot.text.shape
         if features.ndim != 2 or features.shape[1] != width:
             raise ValueError(f"features must be (n,E) with E = {width}, got {tuple(features.shape)}")
-        labels = check_labels(labels, len(features), classes).to(self._labels.device)
-        new = normalize(features.detach().to(self._support), dim=1)
-        self._meet(self._support, new)
-        support, labels = torch.cat([self._support, new]), torch.cat([self._labels, labels])
-        order, self._offsets = reference.sort_by_class(labels, classes)
-        self._support, self._labels = support[order], labels[order]
+        check_labels(labels, len(features), classes)
+        wrong = int((~features.isfinite().all(1)).sum())
+        if wrong:
+            raise ValueError(f"features must be finite, got {wrong} of {len(features)} rows that are not")
+        # Outside of inference mode, which the support may outlive, and in its own precision.
+        old = self._support
+        with torch.inference_mode(False), torch.no_grad(), exactly(old.features):
+            new = normalize(features.detach().clone().to(old.features), dim=1)
+            support = torch.cat([old.features, new])
+            labels = torch.cat([old.labels, labels.to(old.labels.device)])
+            order, offsets = reference.sort_by_class(labels, classes)
+            extrema, mass = self._learn(old, support, labels)
+            self._support = Support(support[order], labels[order], offsets, mass, extrema)
 
     def __call__(self, features: Tensor | Encoded) -> Tensor:
         """Logits (B,K) of image embeddings (B,E), or of the embedding of an `Encoded`.
@@ -90,7 +126,9 @@ class TipAdapter:
         Raises:
             ValueError: features that are not (B,E) with the E of the text.
         """
-        return self.zero_shot(features) + self.alpha * self._votes(self._queries(features), self.beta)
+        logits, queries = self.zero_shot(features), self._queries(features)
+        with exactly(queries):
+            return logits + self.alpha * self._votes(queries, self.beta) + self._others(queries)
 
     def fit(self, features: Tensor | Encoded, labels: Tensor) -> float:
         """Sets the weights to the best of the published grid on a validation split.
@@ -101,52 +139,50 @@ class TipAdapter:
         Returns:
             the accuracy there, 0 to 1; of equally good weights the lowest are taken, beta first.
         Raises:
-            ValueError: shapes or labels that do not fit.
+            ValueError: shapes or labels that do not fit, or no image.
         """
         with torch.no_grad():
             first = self.zero_shot(features)
+            check_some(len(first))
             labels = check_labels(labels, *first.shape).to(first.device)
             queries, best, beta = self._queries(features), Found(-1.0, 0.0, 0.0), self.beta
-            for candidate in grid(1, 50, 200).tolist():
-                found = self._search(first, self._votes(queries, candidate), queries, labels)
-                if found.accuracy > best.accuracy:
-                    best, beta = found, candidate
+            with exactly(queries):
+                trial = self._trial(first, queries, labels)
+                for candidate in grid(1, 50, 200).tolist():
+                    found = trial(self._votes(queries, candidate))
+                    if found.accuracy > best.accuracy:
+                        best, beta = found, candidate
         self.beta = beta
         self._take(best)
         return best.accuracy
 
-    def _meet(self, old: Tensor, new: Tensor) -> None:
-        """Called before images `new` (m,E) join those of the support."""
+    def _learn(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
+        """What TIP-X knows of a support whose first images are the old one."""
+        return old.extrema, old.mass
 
-    def _search(self, first: Tensor, votes: Tensor, queries: Tensor, labels: Tensor) -> Found:
-        return search(first, torch.zeros_like(first), votes, labels, grid(0, 1, 1), grid(0.1, 50, 20))
+    def _others(self, queries: Tensor) -> Tensor | float:
+        """What else is added to the logits."""
+        return 0.0
+
+    def _trial(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], Found]:
+        """The best of the other weights, given the votes."""
+        return lambda votes: search(first, torch.zeros_like(first), votes, labels, grid(0, 1, 1), grid(0.1, 50, 20))
 
     def _take(self, found: Found) -> None:
         self.alpha = found.second
 
     def _queries(self, features: Tensor | Encoded) -> Tensor:
-        """Normalised embeddings (B,E); the support moves to where they are."""
+        """Normalised embeddings (B,E) in fp32 or wider; support and classes move to where they are."""
         image = features if isinstance(features, Tensor) else features.embedding
-        dtype = torch.promote_types(image.dtype, self._support.dtype)
-        if (self._support.device, self._support.dtype) != (image.device, dtype):
-            self._support = self._support.to(image.device, dtype)
-            self._labels, self._offsets = self._labels.to(image.device), self._offsets.to(image.device)
-        return normalize(image.to(dtype), dim=1)
+        if self._support.features.device != image.device:
+            with torch.inference_mode(False):
+                features, labels, offsets, mass = (tensor.to(image.device) for tensor in self._support[:4])
+                self._support = Support(features, labels, offsets, mass, self._support.extrema)
+        return normalize(image.to(torch.promote_types(image.dtype, self._support.features.dtype)), dim=1)
 
     def _votes(self, queries: Tensor, beta: float) -> Tensor:
-        with torch.autocast(queries.device.type, enabled=False):
-            return ops.affinity(
-                queries, self._support, self._labels, len(self._offsets) - 1, beta, offsets=self._offsets
-            )
-
-
-class Extrema(NamedTuple):
-    """The smallest and largest cosine and KL divergence between two images of the support."""
-
-    near: float = float("inf")
-    nearest: float = float("-inf")
-    like: float = float("inf")
-    unlike: float = float("-inf")
+        features, labels, offsets, *_ = self._support
+        return ops.affinity(queries, features.to(queries.dtype), labels, len(offsets) - 1, beta, offsets=offsets)
 
 
 class TipX(TipAdapter):
@@ -167,8 +203,8 @@ class TipX(TipAdapter):
             count for more.
         scale: what the cosines are multiplied by, 100 in the source.
     Raises:
-        ValueError: shapes that do not fit, labels outside of the classes, a tau that is not positive, another reduce.
-    Guarantees: as `TipAdapter`.
+        ValueError: as `TipAdapter`, a tau that is not positive, another reduce.
+    Guarantees: as `TipAdapter`. Calibrating takes n²·(E + K) multiplications, and m·n·(E + K) for m images more.
     Source: SuS-X, arXiv 2211.16198, section 3.3. Published is -ψ(M): the same prediction where all classes have
         equally many images.
     """
@@ -186,37 +222,30 @@ class TipX(TipAdapter):
         *,
         scale: float = 100.0,
     ) -> None:
-        if not 0 < tau < float("inf"):
-            raise ValueError(f"tau must be positive, got {tau!r}")
+        check_positive(tau=tau)
+        check_numbers(gamma=gamma)
         if reduce not in ("mean", "sum"):
             raise ValueError(f'reduce must be "mean" or "sum", got {reduce!r}')
         self.gamma, self.tau, self.reduce = gamma, tau, reduce
-        self._extrema = Extrema()
         super().__init__(text, features, labels, alpha, beta, scale=scale)
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        super().update(features, labels)
-        _, leanings = self._shares(self._support)
-        self._mass = torch.segment_reduce(leanings, "sum", offsets=self._offsets, axis=0)
-
-    def __call__(self, features: Tensor | Encoded) -> Tensor:
-        return super().__call__(features) + self.gamma * self._likeness(self._queries(features))
-
-    def _meet(self, old: Tensor, new: Tensor) -> None:
+    def _learn(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
+        known, count = len(old.features), len(features)
+        shares, leanings = self._shares(features)
+        order, offsets = reference.sort_by_class(labels[known:], len(old.mass))
+        mass = old.mass + torch.segment_reduce(leanings[known:][order], "sum", offsets=offsets, axis=0)
         # Every pair of different images one of which is new; a divergence is not the same both ways.
-        images, known = torch.cat([old, new]), len(old)
-        (shares, leanings), count = self._shares(images), len(images)
-        certain, at = (shares * leanings).sum(1), torch.arange(count, device=images.device)
-        rows, found = max(1, PIECE // max(1, count)), [self._extrema]
+        certain, at = (shares * leanings).sum(1), torch.arange(count, device=features.device)
+        rows, found = max(1, PIECE // max(1, count)), [old.extrema]
         for start in (*range(0, known, rows), *range(known, count, rows)):
             stop, left = (min(start + rows, known), known) if start < known else (start + rows, 0)
             others = at[left:] != at[start:stop, None]
-            near = (images[start:stop] @ images[left:].T)[others]
+            near = (features[start:stop] @ features[left:].T)[others]
             apart = (certain[start:stop, None] - shares[start:stop] @ leanings[left:].T)[others]
             if near.numel():
                 found.append(Extrema(*(float(x) for x in (*near.aminmax(), *apart.aminmax()))))
         low, high, like, unlike = zip(*found, strict=True)
-        self._extrema = Extrema(min(low), max(high), min(like), max(unlike))
+        return Extrema(min(low), max(high), min(like), max(unlike)), mass
 
     def _shares(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """softmax(cos(image, class)/τ) and the logarithm of K times that, both (n,K): divergences are differences of
@@ -227,22 +256,26 @@ class TipX(TipAdapter):
 
     def _likeness(self, queries: Tensor) -> Tensor:
         """The mean, or the sum, of ψ(-M) over the support of each class, (B,K)."""
-        near, nearest, like, unlike = self._extrema
-        if len(self._support) < 2:
-            return torch.zeros_like(self.zero_shot(queries))
+        support = self._support
+        near, nearest, like, unlike = support.extrema
+        if len(support.features) < 2:
+            return queries.new_zeros(len(queries), len(support.mass))
         slope = (nearest - near) / (unlike - like) if unlike > like else 0.0
         shares, leanings = self._shares(queries)
-        counts, mass = self.counts.to(shares), self._mass.to(shares)
+        counts, mass = support.counts.to(shares.dtype), support.mass.to(shares.dtype)
         # ψ(-M) = near + slope·(unlike - M), M = Σ s log s - s·log S, the latter summed by class.
-        with torch.autocast(shares.device.type, enabled=False):
-            each = near + slope * (unlike - (shares * leanings).sum(1, keepdim=True))
-            total = counts * each + slope * (shares @ mass.T)
+        each = near + slope * (unlike - (shares * leanings).sum(1, keepdim=True))
+        total = counts * each + slope * (shares @ mass.T)
         if self.reduce == "mean":
             total = total / counts.clamp_min(1)
         return torch.where(counts > 0, total, near)
 
-    def _search(self, first: Tensor, votes: Tensor, queries: Tensor, labels: Tensor) -> Found:
-        return search(first, votes, self._likeness(queries), labels, grid(0.1, 50, 20), grid(0.1, 30, 50))
+    def _others(self, queries: Tensor) -> Tensor | float:
+        return self.gamma * self._likeness(queries)
+
+    def _trial(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], Found]:
+        likeness = self._likeness(queries)
+        return lambda votes: search(first, votes, likeness, labels, grid(0.1, 50, 20), grid(0.1, 30, 50))
 
     def _take(self, found: Found) -> None:
         self.alpha, self.gamma = found.first, found.second

@@ -28,7 +28,8 @@ class ZeroShot:
     def __init__(self, text: Tensor, scale: float = 100.0) -> None:
         if text.ndim != 2 or not len(text):
             raise ValueError(f"text must be class embeddings (K,E) with K ≥ 1, got {tuple(text.shape)}")
-        self.text = normalize(text.to(torch.promote_types(text.dtype, torch.float32)), dim=-1)
+        with torch.inference_mode(False):  # which a head may outlive
+            self.text = normalize(text.to(torch.promote_types(text.dtype, torch.float32)), dim=-1)
         self.scale = scale
 
     def __call__(self, features: Tensor | Encoded) -> Tensor:

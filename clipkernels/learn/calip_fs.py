@@ -9,7 +9,6 @@ mapped: a step costs little more than CALIP itself.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from clipkernels.files import read_tensors, write_tensors
-from clipkernels.heads.calip import check_labels, normalize_as, patches_of
+from clipkernels.heads.calip import patches_of
+from clipkernels.heads.given import check_labels, check_numbers, check_positive, check_some, normalize_as
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class FewShotCALIP(nn.Module):
         beta3: weight of the patches that have looked at the classes.
         scale: what the cosines are multiplied by.
     Raises:
-        ValueError: text that is not (K,E), an alpha that is not positive.
+        ValueError: text that is not (K,E), an alpha that is not positive, numbers that are not finite.
     Source: CALIP-FS, arXiv 2209.14169, section 3.3.
     """
 
@@ -50,8 +50,8 @@ class FewShotCALIP(nn.Module):
         self, text: Tensor, alpha: float = 0.5, beta2: float = 1.12, beta3: float = 0.02, *, scale: float = 100.0
     ) -> None:
         super().__init__()
-        if not 0 < alpha < float("inf"):
-            raise ValueError(f"alpha must be positive, got {alpha!r}")
+        check_positive(alpha=alpha)
+        check_numbers(beta2=beta2, beta3=beta3, scale=scale)
         self.alpha, self.beta2, self.beta3, self.scale = alpha, beta2, beta3, scale
         self.register_buffer("text", ZeroShot(text).text)
         width = self.text.shape[1]
@@ -90,6 +90,7 @@ class FewShotCALIP(nn.Module):
         third = (seen.mean(1) + seen.amax(1)) @ text.T
         return self.scale * (image @ text.T + self.beta2 * second + self.beta3 * third)
 
+    @torch.enable_grad()
     def fit(
         self,
         features: Encoded,
@@ -108,15 +109,21 @@ class FewShotCALIP(nn.Module):
             labels: (n,) int64, the true classes.
             epochs: times that every image is seen.
             batch_size: images of a step.
-            lr: learning rate; ten times more unlearns what CLIP knows on small sets.
+            lr: learning rate; ten times more, usual for adapters, unlearned on small sets what CLIP knows.
             seed: of the order of the images.
             progress: called after each epoch with its number from 1 and its mean loss.
         Returns:
             the mean loss of each epoch.
         Raises:
-            ValueError: features or labels that do not fit.
+            ValueError: features or labels that do not fit, no image, epochs or a batch_size below one.
+            RuntimeError: in inference mode.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("fit needs gradients: expected to be called outside of torch.inference_mode()")
+        if epochs < 1 or batch_size < 1:
+            raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
         embedding, _ = patches_of(features)
+        check_some(len(embedding))
         labels = check_labels(labels, len(embedding), len(self.text)).to(embedding.device)
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.AdamW(self.parameters(), lr)
@@ -159,9 +166,12 @@ class FewShotCALIP(nn.Module):
         if came != own:
             wrong = next(name for name in own if came[name] != own[name])
             raise ValueError(f"expected {wrong} of shape {own[wrong]}, got {path} with {came[wrong]}")
-        numbers = {name: float(about.get(name, "nan")) for name in ("alpha", "beta2", "beta3", "scale")}
-        if not all(math.isfinite(number) for number in numbers.values()):
-            raise ValueError(f"expected {', '.join(numbers)}, got {path} with {numbers}")
+        said = {name: about.get(name) for name in ("alpha", "beta2", "beta3", "scale")}
+        try:
+            numbers = {name: float(number or "") for name, number in said.items()}
+            check_numbers(**numbers)
+        except ValueError:
+            raise ValueError(f"expected the numbers {', '.join(said)}, got {path} with {said}") from None
         self.load_state_dict(tensors)
         self.__dict__.update(numbers)
         return self

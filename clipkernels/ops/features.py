@@ -28,8 +28,8 @@ def cross_attention(visual: Tensor, text: Tensor, alpha: float = 0.5, *, backend
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, no patch or no class, an alpha that is not positive.
         RuntimeError: a gradient is wanted of the triton backend, which has none.
-    Guarantees: the (B,P,K) similarities are never whole in memory; fp32 accumulation; deterministic. Differentiable on
-        the reference alone.
+    Guarantees: the (B,P,K) similarities are never whole in memory, unless autograd keeps them or a graph is made of the
+        reference; fp32 accumulation; deterministic. Differentiable on the reference alone.
     Source: CALIP, arXiv 2209.14169, section 3.2; its text divides by alpha, its code has ½.
     """
     checks.check_cross_attention(visual, text, alpha)
@@ -70,8 +70,7 @@ def calip_logits(
     Raises:
         ValueError: as in `cross_attention`.
         RuntimeError: as in `cross_attention`.
-    Guarantees: neither the (B,P,K) similarities nor the (B,K,E) classes are ever whole in memory; as in
-        `cross_attention`.
+    Guarantees: the (B,K,E) classes are never made; otherwise as in `cross_attention`.
     Source: CALIP, arXiv 2209.14169, section 3.2.
     """
     checks.check_calip(visual, pooled, text, alpha)
@@ -103,8 +102,8 @@ def affinity(
         classes: K.
         beta: sharpness β.
         weights: (n,) of the rows, any float dtype; None is all ones.
-        offsets: (K+1,) int64 where each class begins, and where the last one ends, of a support whose labels ascend;
-            None has it sorted by the triton backend, at every call. See `reference.sort_by_class`.
+        offsets: (K+1,) int64 where each class begins, and where the last one ends, of a support whose labels ascend
+            and say the same; None has it sorted by the triton backend, at every call. See `reference.sort_by_class`.
         backend: "auto", "triton" or "reference".
     Returns:
         (t,K) fp32 (fp64 for fp64 inputs); 0 for a class without support.
@@ -115,7 +114,7 @@ def affinity(
         to 16 bits; deterministic on the CPU and on triton; no host sync. Differentiable on the reference alone.
     Source: Tip-Adapter, arXiv 2111.03930, section 3.2.
     """
-    checks.check_affinity(queries, support, labels, classes, weights, offsets)
+    checks.check_affinity(queries, support, labels, classes, beta, weights, offsets)
     chosen = _backend.choose(backend, queries.device, queries.dtype, "affinity")
     if chosen == "reference":
         return reference.affinity(queries, support, labels, classes, beta, weights)
