@@ -1,22 +1,16 @@
-"""What heads make of the same features, and what their fused forms cost beside the literal ones.
+"""What heads make of the same features: accuracy on the bundled CLIP, each weighed against zero-shot.
 
     python bench/heads.py --images cifar10-val.tar.gz --pool cifar10-train.tar.gz --out heads.csv --plot heads.png
     python bench/heads.py --images val_folder --pool train_folder --limit 500 --seeds 2    # a sub-folder per class
-    python bench/heads.py --study cost --out heads-cost.csv
 
-Accuracy: the bundled CLIP's. Support sets are retrieved from the pool by the text of the class names alone; its labels
+Support sets are retrieved from the pool by the text of the class names alone; its labels
 are read for the rows that say "labelled", and to tell how many of the retrieved images are right. Each seed splits the
 images in halves: what is "fitted" has its weights searched on one half, and everything is reported on the other.
-
-Cost: one call on this machine's CPU, fused (what `ck.ops` and `ck.TipX` run here) beside the formulas as published, at
-B = 64, P = 196, K = 1000, n = 16,000, E = 512 with random features: CPU time of one thread or wall time, and the most
-memory that was ever held beyond what was there before, in a process of its own, beside what is kept of the support.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,14 +26,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
 
 import clipkernels as ck
-import literal_heads
-from clipkernels import ops, support
+from clipkernels import support
 from clipkernels.cli.info import environment
 from clipkernels.learn.calip_fs import FewShotCALIP
-from clipkernels.timing import Clock, measure
 from rows import resume, write
 from tiny_clip import read
 
@@ -57,10 +48,8 @@ METHODS: dict[str, ck.Method | None] = {
 }
 
 
-class Head(NamedTuple):
-    """What makes a head of the half to fit on and the seed."""
-
-    make: Callable[..., Any]
+# What makes a head of the half to fit on and the seed.
+Maker = Callable[["Features", int], Any]
 
 
 class Features(NamedTuple):
@@ -80,35 +69,30 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    names = ("study", "limit", "pool_limit", "seeds", "per_class", "threads")
+    names = ("limit", "pool_limit", "seeds", "per_class", "threads")
     header = {
         "environment": environment(),
         "model": "the CLIP that ships with clipkernels",
-        "images": arguments.images and arguments.images.name,
-        "pool": arguments.pool and arguments.pool.name,
+        "images": arguments.images.name,
+        "pool": arguments.pool.name,
         **{name: getattr(arguments, name) for name in names},
     }
     records = resume(arguments.out, header)
-    if arguments.study == "cost":
-        records = costs(arguments, console)
-    else:
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            for rows in accuracies({row["tower"] for row in records}, arguments, bar):
-                records += rows
-                if arguments.out:  # a long run that is cut short keeps what it has
-                    write(records, header, arguments.out)
-        console.print(draw(records))
-    if arguments.out:
-        write(records, header, arguments.out)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        for rows in accuracies({row["tower"] for row in records}, arguments, bar):
+            records += rows
+            if arguments.out:  # a long run that is cut short keeps what it has
+                write(records, header, arguments.out)
+    console.print(draw(records))
     if arguments.plot:
         plot(records, arguments.plot)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=["accuracy", "cost"], default="accuracy")
-    parser.add_argument("--images", type=Path, metavar="DIR|FILE.tar.gz", help="to report on: a sub-folder per class")
-    parser.add_argument("--pool", type=Path, metavar="DIR|FILE.tar.gz", help="to retrieve from: a sub-folder per class")
+    sources: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR|FILE.tar.gz"}
+    parser.add_argument("--images", **sources, help="to report on: a sub-folder per class")
+    parser.add_argument("--pool", **sources, help="to retrieve from: likewise")
     parser.add_argument("--limit", type=int, default=5000, metavar="N", help="images to report on, drawn at random")
     parser.add_argument("--pool-limit", type=int, default=10000, metavar="N", help="images of the pool, likewise")
     parser.add_argument("--per-class", type=int, default=PER_CLASS, help="images retrieved for each class")
@@ -116,12 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the accuracies")
-    arguments = parser.parse_args()
-    if arguments.study == "accuracy" and not (arguments.images and arguments.pool):
-        parser.error("expected --images and --pool for --study accuracy")
-    if arguments.plot and arguments.study != "accuracy":
-        parser.error(f"expected --study accuracy with --plot, got {arguments.study}")
-    return arguments
+    return parser.parse_args()
 
 
 def accuracies(done: set[str], arguments: argparse.Namespace, bar: Progress) -> Iterator[list[dict[str, Any]]]:
@@ -185,34 +164,30 @@ def retrieved(pool: Any, classes: Sequence[str], arguments: argparse.Namespace) 
     return found
 
 
-def heads_of_patches(text: Tensor) -> dict[str, Head]:
+def heads_of_patches(text: Tensor) -> dict[str, Maker]:
     """Heads that need no support."""
     return {
-        "zero-shot": Head(lambda fit, seed: ck.ZeroShot(text)),
-        "CALIP, ImageNet's weights": Head(lambda fit, seed: ck.CALIP(text)),
-        "CALIP, fitted": Head(lambda fit, seed: searched(ck.CALIP(text), fit)),
+        "zero-shot": lambda fit, seed: ck.ZeroShot(text),
+        "CALIP, ImageNet's weights": lambda fit, seed: ck.CALIP(text),
+        "CALIP, fitted": lambda fit, seed: searched(ck.CALIP(text), fit),
     }
 
 
-def heads_of_support(text: Tensor, found: support.SupportSet, labelled: Features) -> dict[str, Head]:
+def heads_of_support(text: Tensor, found: support.SupportSet, labelled: Features) -> dict[str, Maker]:
     """Heads with the support that text retrieved, and with a few labelled images of each class."""
-    made: dict[str, Head] = {}
+    made: dict[str, Maker] = {}
 
-    def add(of: str, kind: Callable[..., Any], name: str, features: Tensor, labels: Tensor, **settings: Any) -> None:
-        made[f"{name}, {of}"] = Head(lambda fit, seed: kind(text, features, labels, **settings))
-        made[f"{name}, {of}, fitted"] = Head(lambda fit, seed: searched(kind(text, features, labels, **settings), fit))
+    def add(name: str, make: Maker) -> None:
+        made[name] = make
+        made[f"{name}, fitted"] = lambda fit, seed: searched(make(fit, seed), fit)
 
-    add("LC", ck.TipAdapter, "Tip-Adapter", found.features, found.labels)
-    add("LC", ck.TipX, "TIP-X", found.features, found.labels)
-    add("LC", ck.TipX, "TIP-X sum", found.features, found.labels, reduce="sum")
+    known = found.features, found.labels
+    add("Tip-Adapter, LC", lambda fit, seed: ck.TipAdapter(text, *known))
+    add("TIP-X, LC", lambda fit, seed: ck.TipX(text, *known))
+    add("TIP-X sum, LC", lambda fit, seed: ck.TipX(text, *known, reduce="sum"))
     for shots in SHOTS:
-        made[f"CALIP-FS, {shots} labelled"] = Head(lambda fit, seed, shots=shots: trained(text, labelled, shots, seed))
-        made[f"Tip-Adapter, {shots} labelled"] = Head(
-            lambda fit, seed, shots=shots: tipped(text, drawn(labelled, shots, seed))
-        )
-        made[f"Tip-Adapter, {shots} labelled, fitted"] = Head(
-            lambda fit, seed, shots=shots: searched(tipped(text, drawn(labelled, shots, seed)), fit)
-        )
+        made[f"CALIP-FS, {shots} labelled"] = partial(trained, text, labelled, shots)
+        add(f"Tip-Adapter, {shots} labelled", partial(tipped, text, labelled, shots))
     return made
 
 
@@ -222,12 +197,12 @@ def searched(head: Any, fit: Features) -> Any:
     return head
 
 
-def tipped(text: Tensor, shots: Features) -> ck.TipAdapter:
-    return ck.TipAdapter(text, shots.encoded.embedding, shots.labels)
+def tipped(text: Tensor, labelled: Features, shots: int, fit: Features, seed: int) -> ck.TipAdapter:
+    some = drawn(labelled, shots, seed)
+    return ck.TipAdapter(text, some.encoded.embedding, some.labels)
 
 
-@torch.enable_grad()
-def trained(text: Tensor, labelled: Features, shots: int, seed: int) -> FewShotCALIP:
+def trained(text: Tensor, labelled: Features, shots: int, fit: Features, seed: int) -> FewShotCALIP:
     head, some = FewShotCALIP(text), drawn(labelled, shots, seed)
     head.fit(some.encoded, some.labels, seed=seed)
     return head
@@ -240,15 +215,15 @@ def drawn(labelled: Features, shots: int, seed: int) -> Features:
     return labelled.take(torch.cat([order[ordered == k][:shots] for k in ordered.unique().tolist()]))
 
 
-def rows(tower: str, heads: dict[str, Head], seen: Features, seeds: int) -> list[dict[str, Any]]:
+def rows(tower: str, heads: dict[str, Maker], seen: Features, seeds: int) -> list[dict[str, Any]]:
     """Accuracy in per cent of each head over the splits, and by how much it beats zero-shot on the same halves."""
     shares: dict[str, list[float]] = {name: [] for name in heads}
     for seed in range(seeds):
         order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(seen.labels)))
         fit, report = (seen.take(part) for part in order.chunk(2))
-        for name, head in heads.items():
+        for name, make in heads.items():
             with torch.no_grad():
-                made = head.make(fit, seed)
+                made = make(fit, seed)
                 right = [
                     (made(part.encoded).argmax(1) == part.labels).sum().item()
                     for part in (report.take(index) for index in torch.arange(len(report.labels)).split(BATCH))
@@ -300,108 +275,6 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
     axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
-
-
-class Case(NamedTuple):
-    """One computation: its inputs, the forms that it has, and what each keeps of the support from call to call."""
-
-    inputs: tuple[Tensor, ...]
-    forms: dict[str, Callable[..., Tensor]]
-    kept: dict[str, Sequence[Tensor]]
-
-
-COMPUTATIONS = ("CALIP", "Tip-Adapter", "TIP-X")
-
-
-def case_of(
-    name: str, batch: int = 64, patches: int = 196, classes: int = 1000, width: int = 512, shots: int = 16
-) -> Case:
-    """One of the computations at a size."""
-
-    def units(*size: int) -> Tensor:
-        return normalize(torch.randn(*size, generator=torch.Generator().manual_seed(sum(size))), dim=-1)
-
-    images, known, text = units(batch, width), units(classes * shots, width), units(classes, width)
-    if name == "CALIP":
-        inputs = (units(batch, patches, width), images, text)
-        literal = partial(literal_heads.calip_logits, alpha=0.5, beta2=1.12, beta3=0.02)
-        return Case(inputs, {"fused": ops.calip_logits, "literal": literal}, {"fused": (), "literal": ()})
-    labels, offsets = torch.arange(classes).repeat_interleave(shots), torch.arange(classes + 1) * shots
-    beta, tau, hot = 5.5, 0.5, one_hot(labels, classes).float()
-    if name == "Tip-Adapter":
-        fused = partial(ops.affinity, labels=labels, classes=classes, beta=beta, offsets=offsets)
-        forms = {"fused": fused, "literal": partial(literal_heads.affinity, one_hot=hot, beta=beta)}
-        return Case((images, known), forms, {"fused": (known, labels, offsets), "literal": (known, hot)})
-    head = ck.TipX(text, known, labels, 1.0, beta, 1.0, tau, "sum")
-    near, nearest, like, unlike = head._extrema
-    slope, others = (nearest - near) / (unlike - like), (known @ text.T / tau).softmax(1)
-
-    def tipx(images: Tensor) -> Tensor:
-        votes = literal_heads.affinity(images, known, hot, beta)
-        alike = literal_heads.likeness(images, text, others, hot, tau)
-        return 100 * images @ text.T + votes + shots * (near + slope * unlike) + slope * alike
-
-    kept = {"fused": (known, labels, offsets, head._mass), "literal": (known, hot, others)}
-    return Case((images,), {"fused": head, "literal": tipx}, kept)
-
-
-def costs(arguments: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Time and memory of each computation's forms, which must agree."""
-    clock: Clock = "process" if arguments.threads == 1 else "wall"
-    found = []
-    for name in COMPUTATIONS:
-        case = case_of(name)
-        inputs = case.inputs
-        with torch.inference_mode():
-            results = [form(*inputs) for form in case.forms.values()]
-            # Published, TIP-X takes differences of logarithms near -7, which fp32 rounds.
-            torch.testing.assert_close(results[0], results[1], atol=1e-2, rtol=1e-4)
-            calls = {kind: (lambda form=form, inputs=inputs: form(*inputs)) for kind, form in case.forms.items()}
-            times = measure(calls, ROUNDS, clock=clock)
-        ratio = times.ratio("fused", "literal")
-        for kind in case.forms:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                held = pool.apply(most_held, (name, kind, arguments.threads))
-            row = {"computation": name, "form": kind, "milliseconds": round(1e3 * times.of(kind).median, 2)}
-            kept = sum(tensor.nbytes for tensor in case.kept[kind])
-            row |= {
-                "peak_mib": round(held / 2**20, 1),
-                "kept_mib": round(kept / 2**20, 1),
-                "threads": arguments.threads,
-            }
-            row |= {
-                f"over_literal{end}": round(value, 3) for end, value in zip(("", "_p10", "_p90"), ratio, strict=True)
-            }
-            found.append({**row, "commit": environment()["commit"]})
-    table = Table("computation", "form", "ms", "peak MiB", "kept MiB", "× literal [p10-p90]", title=f"{clock} time")
-    for row in found:
-        speed = f"{row['over_literal']:.2f} [{row['over_literal_p10']:.2f}-{row['over_literal_p90']:.2f}]"
-        cells = (
-            f"{row['milliseconds']:.1f}",
-            f"{row['peak_mib']:.1f}",
-            f"{row['kept_mib']:.1f}",
-            speed if row["form"] == "fused" else "",
-        )
-        table.add_row(row["computation"], row["form"], *cells)
-    console.print(table)
-    return found
-
-
-def most_held(name: str, kind: str, threads: int) -> int:
-    """Bytes that one call holds at most beyond what was held before it, by what Linux says of this process."""
-    torch.set_num_threads(threads)
-    case = case_of(name)
-    with torch.inference_mode():
-        torch.randn(256, 256) @ torch.randn(256, 256)  # what the library allocates once
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        case.forms[kind](*case.inputs)
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def affinity(queries: Tensor, support: Tensor, one_hot: Tensor, beta: float) -> 
 
 
 def likeness(queries: Tensor, text: Tensor, others: Tensor, one_hot: Tensor, tau: float) -> Tensor:
-    """TIP-X's -KL(query ‖ support), summed by class (t,K), of the support's softmax over the classes (n,K)."""
+    """TIP-X's -KL(query ‖ support), summed by class (t,K), one query after another; others (n,K) is the logarithm of
+    the support's softmax over the classes."""
     own = (queries @ text.T / tau).softmax(1)
-    apart = torch.stack([(row * (row.log() - others.log())).sum(1) for row in own])
+    apart = torch.stack([(row * (row.log() - others)).sum(1) for row in own])
     return -apart @ one_hot

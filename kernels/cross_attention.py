@@ -222,7 +222,7 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block)
 
 
-def cross_attention(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
+def attend(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
     """Launches the kernel: softmax(rows columnsᵀ / α) columns, (B,M,E); either side may be (M,E), of all images."""
     return _attend(rows, columns, None, alpha)[0]
 

@@ -159,7 +159,7 @@ def launches(tower: str, dtype: torch.dtype) -> None:
     epilogue.add_norm(x, x, vector, None, norm)
     epilogue.add_norm(x, x, vector, vector, norm)
     # Embeddings are 512 to 1024 wide; the CLS tokens of twelve blocks are compared, too.
-    embedding = {768: 512, 1024: 768}.get(width, 1024)
+    embedding = {768: 512, 1024: 768, 1152: 1152}.get(width, 1024)
     offsets, weights = empty(1001, dtype=torch.int64), empty(50_000, dtype=torch.float32)
     affinity.affinity(empty(b, embedding), empty(1000, embedding), offsets, 5.5, None)
     affinity.affinity(empty(b, embedding), empty(50_000, embedding), offsets, 5.5, weights)

@@ -1,4 +1,4 @@
-"""bench/heads.py: fused forms equal the literal ones; the study splits fairly and goes on where it was cut."""
+"""bench/heads.py, heads_cost.py: fused forms are the literal ones; the study splits fairly, goes on where it was cut."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 
 import clipkernels as ck
 import heads
+import heads_cost
 from clipkernels.cli.demo import QUICK, draw, save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", heads.COMPUTATIONS)
+@pytest.mark.parametrize("name", heads_cost.COMPUTATIONS)
 def test_fused_and_literal_forms_are_the_same(name: str) -> None:
-    case = heads.case_of(name, batch=3, patches=9, classes=5, width=16, shots=3)
+    case = heads_cost.case_of(name, batch=3, patches=9, classes=5, width=16, shots=3)
     torch.testing.assert_close(*(form(*case.inputs) for form in case.forms.values()), atol=1e-3, rtol=1e-4)
 
 

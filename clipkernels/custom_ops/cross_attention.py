@@ -20,7 +20,7 @@ def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> T
 
 
 def _attend(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    from clipkernels.kernels.cross_attention import cross_attention as launch
+    from clipkernels.kernels.cross_attention import attend as launch
 
     return launch(rows, columns, alpha)
 
