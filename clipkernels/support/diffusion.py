@@ -22,10 +22,11 @@ from torch import nn
 
 from clipkernels.data import Preprocess
 from clipkernels.files import replacing
-from clipkernels.support.features import Progress, Report, encode, fingerprint
+from clipkernels.support.features import Progress, Report, encode, encoder_of, fingerprint
 from clipkernels.support.folders import folder_names, images_in, refuse_others
-from clipkernels.support.prompts import Prompts, check_prompts
-from clipkernels.support.store import FEATURES, SupportSet, assemble, classes_before, refuse_empty
+from clipkernels.support.manifest import classes_before
+from clipkernels.support.prompts import Prompts, check_prompts, listed
+from clipkernels.support.store import FEATURES, SupportSet, assemble, refuse_empty
 
 RECIPE = "clipkernels"
 """The PNG text that holds how an image was made."""
@@ -74,7 +75,7 @@ def generate(
     as it is made: a run that was stopped goes on, and leaves the same images.
 
     What the pipeline's safety checker flags, and blackens, is tried again from other noise; a place where all of it is
-    flagged stays empty, which is reported.
+    flagged stays empty, which every run reports.
 
     Args:
         model: what `ck.encode_image` takes.
@@ -93,8 +94,8 @@ def generate(
         progress: called with what is being done, how many are, and of how many.
         report: called with a line for each image that is left out.
     Raises:
-        ValueError: images in the folder that are not of this set or were made in another way, classes without an
-            image, which it names, or numbers out of range.
+        ValueError: images in the folder that are not of this set, were made in another way or are broken, classes
+            without an image, which it names, a preprocessing that is left to chance, or numbers out of range.
         ImportError: diffusers is not installed.
         OSError: a file cannot be read or written.
     Source: SuS-X, arXiv 2211.16198, section 3.1 (SD), and the settings of its released code for Stable Diffusion v1-4.
@@ -108,7 +109,7 @@ def generate(
         raise ValueError(f"retries must be an int of at least 0, got {retries!r}")
     if isinstance(pipeline, (str, os.PathLike)):
         pipeline = load_pipeline(pipeline, next(model.parameters()).device)
-    root = Path(folder)
+    root, who = Path(folder), encoder_of(model, preprocess)
     classes_before(root, "SD")
     how = {"guidance": float(guidance), "steps": steps, "seed": seed, "pipeline": _identity(pipeline)}
     places = {
@@ -133,10 +134,14 @@ def generate(
     made = {label: [str(path) for path, _ in recipes if path.exists()] for label, recipes in places.items()}
     refuse_empty(made, "an image that is not flagged")
     flat = [path for paths in made.values() for path in paths]
-    encoding = encode(model, preprocess, flat, root / FEATURES, batch_size=batch_size, progress=progress, report=report)
+    told: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report": report}
+    encoding = encode(model, preprocess, who, flat, root / FEATURES, **told)
+    broken = sorted(set(flat) - set(encoding.paths))
+    if broken:
+        raise ValueError(f"expected images with features, got {listed(broken)}: delete them, and they are made again")
     settings = {"source": getattr(pipeline, "name_or_path", None), "per_class": per_class, "retries": retries, **how}
     about = {"kind": "SD", "settings": settings, "model": name, "pretrained": pretrained}
-    found = assemble(model, preprocess, prompts, encoding, made, about)
+    found = assemble(model, prompts, encoding, made, about)
     found.save(root)
     return found
 
@@ -145,7 +150,13 @@ def _fill(
     pipeline: Any, label: str, group: Sequence[tuple[Path, dict[str, Any]]], retries: int, report: Report
 ) -> None:
     """Makes the images of a group that are not there; what stays flagged leaves a note, and is not tried again."""
-    missing = [(path, recipe) for path, recipe in group if not path.exists() and not _given_up(path, recipe, retries)]
+    missing = []
+    for path, recipe in group:
+        noted = None if path.exists() else _given_up(path, recipe)
+        if noted is not None and retries <= noted:
+            report(f"no image {recipe['index']} of {label!r}: flagged {noted + 1} times")
+        elif not path.exists():
+            missing.append((path, recipe))
     for attempt in range(retries + 1):
         if not missing:
             return
@@ -171,10 +182,15 @@ def _fill(
         report(f"no image {recipe['index']} of {label!r}: flagged {retries + 1} times")
 
 
-def _given_up(path: Path, recipe: Mapping[str, Any], retries: int) -> bool:
-    """Whether a place was left empty by as many tries as there would be now."""
+def _given_up(path: Path, recipe: Mapping[str, Any]) -> int | None:
+    """How often a place that was left empty has been tried again by this recipe, None where it has not been left."""
     note = path.with_suffix(".flagged")
-    return note.exists() and note.read_text(encoding="utf-8") == json.dumps({**recipe, "retries": retries})
+    try:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        retries = int(noted.pop("retries"))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return retries if noted == recipe else None
 
 
 def _write_image(path: Path, image: Image.Image, recipe: Mapping[str, Any]) -> None:
@@ -192,7 +208,11 @@ def _check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     try:
         with Image.open(path) as image:
             came = json.loads(image.info[RECIPE])
-    except (KeyError, OSError, ValueError) as error:
+    except OSError as error:
+        if error.errno is not None:  # it is the disk's, not Pillow's
+            raise
+        raise ValueError(f"expected an image, got {path}, which is broken: delete it, and it is made again") from error
+    except (KeyError, ValueError) as error:
         raise ValueError(f"expected an image that was generated here, got {path}: choose another folder") from error
     for what, value in recipe.items():
         if came.get(what) != value:
@@ -208,9 +228,10 @@ def _seed(seed: int, label: str, index: int, attempt: int) -> int:
 
 
 def _identity(pipeline: Any) -> str:
-    """What distinguishes a pipeline from others: its weights, in their precision, and its scheduler."""
-    parts: dict[str, Any] = {}
-    for part, module in getattr(pipeline, "components", {"": type(pipeline).__name__}).items():
+    """What distinguishes a pipeline from others: its type, its weights, in their precision, and its scheduler."""
+    kind = pipeline if hasattr(pipeline, "__qualname__") else type(pipeline)  # a function, or what has a class
+    parts: dict[str, Any] = {"": f"{kind.__module__}.{kind.__qualname__}"}
+    for part, module in getattr(pipeline, "components", {}).items():
         if isinstance(module, nn.Module) and part != "safety_checker":
             parts[part] = next(iter(fingerprint(module).items()))
         elif part == "scheduler":

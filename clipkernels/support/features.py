@@ -21,6 +21,7 @@ from uuid import uuid4
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -36,7 +37,6 @@ Report = Callable[[str], object]
 """Called with a line about what was left out."""
 
 FORMAT, ABOUT = "clipkernels.features.1", "clipkernels"
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SAMPLE = 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 THREADS = min(8, os.cpu_count() or 1)
@@ -56,16 +56,18 @@ class Encoder(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """Features (n,E) fp32, L2-normalised, of the files that could be read, with the SHA-256 of each."""
+    """Features (n,E) fp32, L2-normalised, of the files that could be read, with the SHA-256 of each, and by whom."""
 
     features: Tensor
     paths: list[str]
     digests: list[str]
+    who: Encoder
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """What tells a tower from any other: a SHA-256 for its own precision and for each lower one, such as
-    {"float32": …, "float16": …, "bfloat16": …}.
+    """What tells a tower from any other: a SHA-256 for its own precision, and for both half ones if that is single:
+    {"float32": …, "float16": …, "bfloat16": …}. A float16 tower and a bfloat16 one cannot be compared: each has lost
+    what the other keeps.
 
     Each is over the names, the shapes and up to 4,096 values of the image tower's floating-point weights, in that
     precision, and over its activations, which distinguish a QuickGELU from a GELU with the same weights. A patched
@@ -84,7 +86,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     modules = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
     acts = sorted({repr(module) for name, module in modules if name.startswith(within) and _acts(module)})
     found = {}
-    for dtype in DTYPES[lowest:]:
+    for dtype in DTYPES if lowest == 0 else DTYPES[lowest : lowest + 1]:
         digest = sha256(json.dumps([acts, [(name, list(t.shape)) for name, t in states.items()]]).encode())
         for sample in samples:
             digest.update(sample.to(dtype).view(torch.uint8).numpy().tobytes())
@@ -93,7 +95,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def same_tower(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two fingerprints are of one tower, compared in the lower of their precisions."""
+    """Whether two fingerprints are of one tower, compared in the lower of their precisions; never of one in float16 and
+    one in bfloat16."""
     common = [name for name in one if name in other]
     return bool(common) and one[common[0]] == other[common[0]]
 
@@ -104,22 +107,37 @@ def check_tower(tower: Mapping[str, str], model: nn.Module, where: object, about
     if not same_tower(tower, own):
         named = f"{about.get('model') or 'unnamed'}, {about.get('pretrained') or 'no tag'}"
         shown = [", ".join(f"{dtype} {digest[:8]}" for dtype, digest in each.items()) for each in (tower, own)]
+        if tower and not set(tower) & set(own):
+            raise ValueError(
+                f"expected the tower of {where} ({named}) in float32 or {next(iter(tower))}, got {next(iter(own))}: "
+                "the two cannot be compared"
+            )
         raise ValueError(f"expected the tower of {where} ({named}; {shown[0]}), got another one ({shown[1]})")
 
 
 def encoder_of(model: nn.Module, preprocess: Preprocess) -> Encoder:
-    """What encodes: a model as it is now, and a preprocessing as it prints itself."""
+    """What encodes: a model as it is now, and a preprocessing as it prints itself and by what it makes of one image.
+
+    Raises:
+        ValueError: a preprocessing that makes two different things of it.
+    """
     try:
         method = method_of(model)
     except UnsupportedTower:  # a ResNet
         method = None
     how = "host" if method is None or isinstance(method, Dense) else repr(method)
-    return Encoder(fingerprint(model), how, re.sub(r" at 0x[0-9a-fA-F]+", "", repr(preprocess)))
+    ramp = torch.arange(3 * 240 * 320).remainder(251).byte().view(240, 320, 3).numpy()
+    made = {_bytes_hash(preprocess(Image.fromarray(ramp))) for _ in range(2)}
+    if len(made) > 1:
+        raise ValueError("preprocess must make the same of the same image, got two different tensors: take chance out")
+    printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(preprocess))
+    return Encoder(fingerprint(model), how, f"{printed}, {made.pop()[:16]}")
 
 
 def encode(
     model: nn.Module,
     preprocess: Preprocess,
+    who: Encoder,
     paths: Sequence[str],
     cache: str | os.PathLike[str],
     *,
@@ -127,33 +145,33 @@ def encode(
     progress: Progress | None,
     report: Report,
 ) -> Encoding:
-    """The features of image files, in their order; a file that is no image is reported and left out.
+    """The features of image files by an encoder, which is that of the model and the preprocessing, in their order; a
+    file that is no image, or that the preprocessing rejects, is reported and left out.
 
     Each batch is on disk before the next one starts: however a run ends, the next one goes on from there, with the
     same batches, so that its features are the same bit for bit.
 
     Raises:
         ValueError: a cache that is no safetensors file.
-        OSError: the cache cannot be written.
+        OSError: an image cannot be read, or the cache cannot be written.
     """
-    who = encoder_of(model, preprocess)
     known = recall(cache, who)
-    weights = next(model.parameters())
+    # The patches' convolution tells the precision: open_clip keeps some other weights of a half tower in fp32.
+    weights = next((each for each in model.parameters() if each.ndim == 4), next(model.parameters()))
     waiting: dict[bytes, Tensor] = {}
     kept: list[tuple[str, bytes]] = []
 
     def read(path: str) -> tuple[bytes, Tensor | str | None]:
+        data = Path(path).read_bytes()
+        digest = sha256(data).digest()
+        if digest in known:
+            return digest, None
         try:
-            data = Path(path).read_bytes()
-            digest = sha256(data).digest()
-            if digest in known:
-                return digest, None
-            image = Image.open(io.BytesIO(data)).convert("RGB")
+            return digest, preprocess(Image.open(io.BytesIO(data)).convert("RGB"))
         except UnidentifiedImageError:
             return b"", "in no format that Pillow knows"
-        except Exception as error:  # Pillow's decoders raise whatever a broken file makes them
+        except Exception as error:  # Pillow's decoders raise whatever a broken file makes them, and so do transforms
             return b"", (" ".join(str(error).split()) or type(error).__name__)[:200]
-        return digest, preprocess(image)
 
     @torch.inference_mode()
     def flush() -> None:
@@ -183,16 +201,16 @@ def encode(
     for path, _ in set(kept) - set(finite):
         report(f"no features: {path}: the model gives numbers that are not finite")
     features = torch.stack([known[digest] for _, digest in finite]) if finite else torch.empty(0, 0)
-    return Encoding(features, [path for path, _ in finite], [digest.hex() for _, digest in finite])
+    return Encoding(features, [path for path, _ in finite], [digest.hex() for _, digest in finite], who)
 
 
 def recall(cache: str | os.PathLike[str], who: Encoder) -> dict[bytes, Tensor]:
     """What this encoder made of images before, by the SHA-256 of their files."""
     known: dict[bytes, Tensor] = {}
     for file in (Path(cache), *sorted(_parts(cache, who).glob("*.safetensors"))):
-        if file.exists():
-            tensors, about = read_tensors(file)
-            if read_about(about).get("encoder") == who._asdict() and {"features", "sha256"} <= set(tensors):
+        if file.exists() and read_about(file).get("encoder") == who._asdict():
+            tensors, _ = read_tensors(file)
+            if {"features", "sha256"} <= set(tensors):
                 known.update(zip(map(bytes, tensors["sha256"].numpy()), tensors["features"], strict=True))
     return known
 
@@ -206,14 +224,24 @@ def write_features(
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes features (n,E) with the SHA-256 of their images and who encoded them, whole or not at all."""
-    table = torch.tensor(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
+    table = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
     header = json.dumps({"format": FORMAT, "encoder": who._asdict(), **(about or {})})
     # One entry: safetensors writes several in any order, and the same features are to give the same file.
     write_tensors(path, {"features": features, "sha256": table, **(more or {})}, {ABOUT: header})
 
 
-def read_about(header: Mapping[str, str]) -> dict[str, Any]:
-    """What a file says of its features, nothing where it is another's."""
+def read_about(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file says of its features, nothing where it is another's; the tensors are not read.
+
+    Raises:
+        ValueError: it is no safetensors file.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            header = tensors.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, got {file}: {error}") from error
     try:
         about = json.loads(header.get(ABOUT, ""))
     except ValueError:
@@ -225,9 +253,10 @@ def forget_parts(cache: str | os.PathLike[str], who: Encoder) -> None:
     """Removes what `encode` left beside a cache that holds all of it now."""
     folder = _parts(cache, who)
     if folder.is_dir():
-        for file in folder.iterdir():
+        for file in folder.glob("*.safetensors"):
             file.unlink(missing_ok=True)
-        folder.rmdir()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
@@ -242,22 +271,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[str]:
-    """The files below a folder that are named like images, sorted; none that are hidden.
-
-    Raises:
-        OSError: a folder that cannot be read.
-    """
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    return sorted(
-        os.path.join(root, file)
-        for root, _, files in os.walk(folder, onerror=stop)
-        for file in files
-        if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-    )
+def _bytes_hash(tensor: Tensor) -> str:
+    return sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _parts(cache: str | os.PathLike[str], who: Encoder) -> Path:

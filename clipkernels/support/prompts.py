@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from clipkernels import classifier
-from clipkernels.classifier import check_classes, check_templates
+from clipkernels.classifier import check_classes, check_templates, prompts_of
 
 Prompts = Mapping[str, Sequence[str]]
 """A list of sentences for each class; its order is the order of the classes."""
@@ -42,8 +42,7 @@ def photo(classes: Sequence[str], templates: Sequence[str] = PHOTO) -> dict[str,
     Raises:
         ValueError: no classes, an empty or repeated name, a string in place of a list, a template without `{}`.
     """
-    templates = check_templates(templates)
-    return {name: [template.replace("{}", name) for template in templates] for name in check_classes(classes)}
+    return prompts_of(check_classes(classes), check_templates(templates))
 
 
 def cupl(

@@ -1,17 +1,16 @@
 """Support sets on disk: a folder of images per class, their features, and a manifest that says how all came to be.
 
-manifest.json          written last: without it, or with one that the features do not match, there is no set
+manifest.json          says that the set is unfinished before anything changes, and what it is when all is there
 features.safetensors   features (n,E) fp32, labels (n,) int64, sha256 (n,32) uint8, the rows class by class
 CLASS/NAME.png         the images of a class, in the order of their rows
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from clipkernels.data import Preprocess
-from clipkernels.files import read_tensors, replacing
+from clipkernels.files import read_tensors
 from clipkernels.support.features import (
+    THREADS,
     Encoder,
     Encoding,
     Progress,
@@ -31,21 +31,11 @@ from clipkernels.support.features import (
     forget_parts,
     write_features,
 )
-from clipkernels.support.folders import (
-    copy_image,
-    copy_name,
-    folder_names,
-    hash_of,
-    images_in,
-    is_copy,
-    refuse_others,
-)
+from clipkernels.support.folders import copy_image, folder_names, hash_of, images_in, refuse_others, stale_copies
+from clipkernels.support.manifest import ABOUT, UNFINISHED, classes_before, read_manifest, write_manifest
 from clipkernels.support.prompts import listed
 
-FORMAT = "clipkernels.support.1"
-FEATURES, MANIFEST = "features.safetensors", "manifest.json"
-ABOUT = ("kind", "settings", "model", "pretrained")
-VERSIONS = ("clipkernels", "torch", "open_clip_torch", "faiss-cpu", "diffusers", "transformers")
+FEATURES = "features.safetensors"
 
 
 class Picture(NamedTuple):
@@ -82,45 +72,41 @@ class SupportSet(NamedTuple):
         """Writes the set to a folder, the manifest last; the same set gives the same files.
 
         An image that is in its class's folder already stays as it is. Copies of an earlier set that are not in this
-        one are removed; no other file is, and no other image may be in a class's folder.
+        one are removed once everything else is there; no other file is, and no other image may be in a class's folder.
+        What is refused is refused before anything changes.
 
         Args:
             folder: new, empty, or a support set of the same kind.
             copy: whether images that lie elsewhere are copied; otherwise the manifest says where they are.
         Raises:
-            ValueError: other images in a class's folder, a set of another kind, an image that is not what was encoded.
+            ValueError: other images in a class's folder, a set of another kind, an image that is gone, that is not
+                what was encoded, or that is a copy to be removed and is not to be copied.
             OSError: a file cannot be read or written.
         """
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         before = classes_before(root, self.about["kind"])
-        names = folder_names(self.classes)
-        sources = {image["sha256"]: image["source"] for each in before for image in each["images"] if "source" in image}
-        entries: list[dict[str, Any]] = [
-            {"name": name, "folder": at, "count": 0, "prompts": self.prompts[name], "images": []}
-            for name, at in zip(self.classes, names, strict=True)
-        ]
-        for picture, label in zip(self.images, self.labels.tolist(), strict=True):
-            each = entries[label]
-            each["images"].append(_entry(root / each["folder"], each["count"], picture, copy, sources))
-            each["count"] += 1
-        _make_room(root, entries, [each["folder"] for each in before if each["folder"] not in names])
-        for each in entries:
-            for image in each["images"]:
-                if "file" in image and "source" in image:
-                    copy_image(image["source"], image["sha256"], root / each["folder"] / image["file"])
+        entries, copies = _plan(root, self, before, copy)
+        named = {each["folder"] for each in entries}
+        gone = [each for each in before if each["folder"] not in named]
+        stale = stale_copies(root, entries, [each["folder"] for each in gone])
+        copies = _missing(copies)
+        _check_sources(entries, stale)
+        features = {"sha256": "", "shape": list(self.features.shape)}
+        said = {**self.about, "features": features}
+        write_manifest(root, {**said, "classes": [*entries, *gone], UNFINISHED: True})
+        for each in copies:
+            copy_image(*each)
         who = Encoder(*(self.about[field] for field in Encoder._fields))
         digests = [bytes.fromhex(picture.sha256) for picture in self.images]
         write_features(root / FEATURES, self.features.cpu(), digests, who, {"labels": self.labels.cpu()})
-        manifest = {
-            "format": FORMAT,
-            **self.about,
-            "features": {"sha256": hash_of(root / FEATURES), "shape": list(self.features.shape)},
-            "versions": _versions(),
-            "classes": entries,
-        }
-        with replacing(root / MANIFEST) as temporary:
-            Path(temporary).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for path in stale:
+            path.unlink()
+        for parent in {path.parent for path in stale}:
+            if not any(parent.iterdir()):
+                parent.rmdir()
+        features["sha256"] = hash_of(root / FEATURES)
+        write_manifest(root, {**said, "classes": entries})
         forget_parts(root / FEATURES, who)
 
     @staticmethod
@@ -128,11 +114,12 @@ class SupportSet(NamedTuple):
         """The support set of a folder, on the model's device.
 
         The tower must be the one that encoded it, patched or not, in any precision: where that is another, the two are
-        compared in the lower one.
+        compared in the lower one; of float16 and bfloat16 neither is, and one does not serve the other.
 
         Raises:
-            ValueError: no support set, one of another tower, features that are not those of the manifest, or images
-                that were added or removed since; a folder without any image is taken as it is.
+            ValueError: no support set or an unfinished one, one of another tower, features that are not those of the
+                manifest, or images that were added, removed or replaced since; a folder without any image is taken as
+                it is.
         """
         root = Path(folder)
         manifest = read_manifest(root)
@@ -195,20 +182,20 @@ def refresh(
     }
     refuse_empty(paths, "an image in the folder")
     flat = [path for each in paths.values() for path in each]
-    encoding = encode(model, preprocess, flat, root / FEATURES, batch_size=batch_size, progress=progress, report=report)
+    told: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report": report}
+    encoding = encode(model, preprocess, encoder_of(model, preprocess), flat, root / FEATURES, **told)
     broken = sorted(set(flat) - set(encoding.paths))
     if broken:
         raise ValueError(f"expected images in the folders of {folder}, got {listed(broken)}: delete what is none")
     prompts = {each["name"]: each["prompts"] for each in manifest["classes"]}
     about = {key: manifest[key] for key in ABOUT}
-    found = assemble(model, preprocess, prompts, encoding, paths, about)
+    found = assemble(model, prompts, encoding, paths, about)
     found.save(root)
     return found
 
 
 def assemble(
     model: nn.Module,
-    preprocess: Preprocess,
     prompts: Mapping[str, list[str]],
     encoding: Encoding,
     chosen: Mapping[str, Sequence[str]],
@@ -224,7 +211,7 @@ def assemble(
         tuple(prompts),
         dict(prompts),
         tuple(Picture(encoding.paths[row], encoding.digests[row]) for row in order),
-        {**about, **encoder_of(model, preprocess)._asdict()},
+        {**about, **encoding.who._asdict()},
     )
 
 
@@ -235,71 +222,58 @@ def refuse_empty(chosen: Mapping[str, Sequence[str]], wanted: str) -> None:
         raise ValueError(f"expected {wanted} of every class, got none for {listed(empty)}")
 
 
-def classes_before(root: Path, kind: str) -> list[dict[str, Any]]:
-    """What a folder's manifest says of its classes, nothing where there is none.
+def _plan(
+    root: Path, found: SupportSet, before: Sequence[Mapping[str, Any]], copy: bool
+) -> tuple[list[dict[str, Any]], list[tuple[Path, str, Path]]]:
+    """What the manifest says of each class, and the source, the SHA-256 and the target of each copy."""
+    sources = {image["sha256"]: image["source"] for each in before for image in each["images"] if "source" in image}
+    entries: list[dict[str, Any]] = [
+        {"name": name, "folder": at, "prompts": found.prompts[name], "images": []}
+        for name, at in zip(found.classes, folder_names(found.classes), strict=True)
+    ]
+    copies = []
+    for (path, digest), label in zip(found.images, found.labels.tolist(), strict=True):
+        images, home, source = entries[label]["images"], root / entries[label]["folder"], Path(path).absolute()
+        place = source.parent.resolve()
+        image = {"sha256": digest}
+        if place == home.resolve():
+            image["file"] = source.name
+        elif copy:
+            image["file"] = f"{len(images):04}-{digest[:8]}{source.suffix.lower()}"
+            copies.append((source, digest, home / image["file"]))
+        # What lies in this set came from elsewhere, or from nowhere that is known.
+        origin = sources.get(digest) if "file" in image and place.parent == root.resolve() else str(source)
+        images.append(image if origin is None else {**image, "source": origin})
+    return entries, copies
+
+
+def _missing(copies: Sequence[tuple[Path, str, Path]]) -> list[tuple[Path, str, Path]]:
+    """The copies that are not there yet.
 
     Raises:
-        ValueError: it is of another kind.
+        ValueError: a source that is gone or is not what was encoded, or another image in its copy's place.
     """
-    if not (root / MANIFEST).exists():
-        return []
-    manifest = read_manifest(root)
-    if manifest["kind"] != kind:
-        raise ValueError(f"expected a support set of kind {kind} in {root}, got {manifest['kind']}")
-    return manifest["classes"]
+    missing = []
+    for source, digest, target in copies:
+        if target.exists():
+            refuse_others(target.parent, [] if hash_of(target) == digest else [target.name])
+            continue
+        came = hash_of(source) if source.is_file() else "no file"
+        if came != digest:
+            raise ValueError(f"expected {source} as it was encoded, SHA-256 {digest}, got {came}: encode it again")
+        missing.append((source, digest, target))
+    return missing
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """What a support set says of itself.
-
-    Raises:
-        ValueError: there is none, or it is no manifest.
-    """
-    try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-        found = manifest["format"]
-        if found != FORMAT:
-            raise ValueError(f"format {found!r}")
-        parts = [manifest[key] for key in (*ABOUT, *Encoder._fields)]
-        parts += [manifest["features"]["sha256"], manifest["features"]["shape"], dict(manifest["tower"])]
-        for each in manifest["classes"]:
-            files = [each["folder"], *(image["file"] for image in each["images"] if "file" in image)]
-            parts += [each["name"], each["prompts"], *(image["sha256"] for image in each["images"])]
-            outside = [file for file in files if os.path.basename(file) != file or file in ("", "..")]
-            if outside:
-                raise ValueError(f"the name {outside[0]!r}")
-    except FileNotFoundError as error:
-        raise ValueError(f"expected a support set, got {root} without {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected the manifest of a support set, got {root / MANIFEST} with {error}") from error
-    return manifest
-
-
-def _entry(folder: Path, rank: int, picture: Picture, copy: bool, sources: Mapping[str, str]) -> dict[str, str]:
-    """What the manifest says of an image: its file in the class's folder, its source elsewhere, or both."""
-    source = Path(picture.path).absolute()
-    if source.resolve().parent == folder.resolve():
-        known = {"source": sources[picture.sha256]} if picture.sha256 in sources else {}
-        return {"file": source.name, "sha256": picture.sha256, **known}
-    entry = {"source": str(source), "sha256": picture.sha256}
-    return {"file": copy_name(rank, picture.sha256, picture.path), **entry} if copy else entry
-
-
-def _make_room(root: Path, entries: Sequence[Mapping[str, Any]], gone: Sequence[str]) -> None:
-    """Removes copies of an earlier set that are not in this one, once it is sure that nothing else is in the way."""
-    stale: dict[Path, list[str]] = {}
+def _check_sources(entries: Sequence[Mapping[str, Any]], stale: Sequence[Path]) -> None:
+    """Raises ValueError where an image that is not copied is gone, or would be."""
+    removed = {path.resolve() for path in stale}
     for each in entries:
-        wanted = {image.get("file") for image in each["images"]}
-        folder = root / each["folder"]
-        stale[folder] = [name for name in images_in(folder) if name not in wanted]
-        refuse_others(folder, [name for name in stale[folder] if not is_copy(folder / name)])
-    for name in gone:
-        stale[root / name] = [file for file in images_in(root / name) if is_copy(root / name / file)]
-    for folder, files in stale.items():
-        for name in files:
-            (folder / name).unlink()
-        if files and not any(folder.iterdir()):
-            folder.rmdir()
+        for image in each["images"]:
+            source = Path(image.get("source", ""))
+            if "file" not in image and (not source.is_file() or source.resolve() in removed):
+                what = "is a copy of the set before" if source.is_file() else "is not there"
+                raise ValueError(f"expected images that can stay where they are, got {source}, which {what}")
 
 
 def _check_images(root: Path, classes: Sequence[Mapping[str, Any]]) -> None:
@@ -311,14 +285,14 @@ def _check_images(root: Path, classes: Sequence[Mapping[str, Any]]) -> None:
             f"expected the {len(meant)} images of the manifest in {root}, got {len(there - meant)} more and "
             f"{len(meant - there)} fewer: refresh it"
         )
-
-
-def _versions() -> dict[str, str]:
-    """The packages that made a set."""
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    kept = [
+        (root / each["folder"] / image["file"], image["sha256"])
+        for each in classes
+        for image in each["images"]
+        if there and "file" in image
+    ]
+    with ThreadPoolExecutor(THREADS) as pool:
+        came = list(pool.map(hash_of, [path for path, _ in kept]))
+    others = [str(path) for (path, digest), hashed in zip(kept, came, strict=True) if hashed != digest]
+    if others:
+        raise ValueError(f"expected the images of the manifest, got others in {listed(others)}: refresh it")
