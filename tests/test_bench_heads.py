@@ -1,4 +1,4 @@
-"""bench/heads.py, heads_cost.py: fused forms are the literal ones; the study splits fairly, goes on where it was cut."""
+"""bench/heads.py and heads_cost.py: fused forms are the literal ones; a study goes on where it was cut."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support_fixtures import contents, names, retrieve
 from torch.nn.functional import normalize
 
 from clipkernels import support
 from clipkernels.support import SupportSet, diffusion
-from tests.test_support import contents, names, retrieve
 
-pytest_plugins = ["tests.test_support"]  # its fixtures
+pytest_plugins = ["support_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

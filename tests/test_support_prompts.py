@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from clipkernels import support
 
-pytest_plugins = ["tests.test_support"]  # its fixtures
+pytest_plugins = ["support_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

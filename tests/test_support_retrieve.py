@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from support_fixtures import NAMES, names, prompts_of, retrieve
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -24,10 +25,9 @@ from clipkernels.data import digits
 from clipkernels.files import read_tensors
 from clipkernels.support import SupportSet, collection, features, folders
 from clipkernels.support.features import read_about
-from tests.test_support import NAMES, names, prompts_of, retrieve
 
 ROOT = Path(__file__).parent.parent
-pytest_plugins = ["tests.test_support"]  # its fixtures
+pytest_plugins = ["support_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support_fixtures import NAMES, contents, retrieve
 
 import clipkernels as ck
 from clipkernels import support
 from clipkernels.data import digits
 from clipkernels.support import SupportSet, features, folders
-from tests.test_support import NAMES, contents, retrieve
 
-pytest_plugins = ["tests.test_support"]  # its fixtures
+pytest_plugins = ["support_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
