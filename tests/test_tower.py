@@ -6,7 +6,7 @@ import torch
 
 import clipkernels as ck
 from clipkernels.plan import Merge, Plan, Prune
-from clipkernels.testing import open_clip_tower
+from clipkernels.testing import open_clip_tower, timm_tower
 
 
 def by_hand(model, images):
@@ -35,12 +35,19 @@ def test_an_unreduced_tower_hands_back_what_the_host_computes(tiny, images, patc
 
 @torch.no_grad()
 def test_only_what_was_asked_for_comes_back(tiny, images):
-    assert ck.encode_image(tiny, images)[1:] == (None, None, None)
+    assert ck.encode_image(tiny, images)[1:] == (None, None, None, 1)
     ck.patch(tiny, ck.EViT(0.5))
     encoded = ck.encode_image(tiny, images, cls_path=True)
     assert encoded.tokens is None and encoded.source is None
     torch.testing.assert_close(encoded.embedding, tiny.encode_image(images), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(tiny.visual.ln_post(encoded.cls_path[:, -1]) @ tiny.visual.proj, encoded.embedding)
+
+
+def test_the_result_says_how_many_of_its_tokens_are_no_patches():
+    model = timm_tower("vit_small_patch14_reg4_dinov2", img_size=28)
+    with torch.no_grad():
+        encoded = ck.encode_image(model, torch.randn(2, 3, 28, 28), tokens=True)
+    assert encoded.prefix == 5 and encoded.tokens.shape[1] == 5 + 4
 
 
 def literal_evit(model, images, keep, blocks, fuse):
