@@ -50,11 +50,6 @@ class Support(NamedTuple):
     mass: Tensor
     extrema: Extrema
 
-    @property
-    def counts(self) -> Tensor:
-        """Images of each class, (K,) int64."""
-        return self.offsets.diff()
-
 
 class TipAdapter:
     """Zero-shot logits, and the votes of labelled images.
@@ -95,7 +90,7 @@ class TipAdapter:
     @property
     def counts(self) -> Tensor:
         """Images of the support in each class, (K,) int64."""
-        return self._support.counts
+        return self._support.offsets.diff()
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Adds images (m,E) of classes (m,) to the support, behind those of their class.
@@ -262,7 +257,7 @@ class TipX(TipAdapter):
             return queries.new_zeros(len(queries), len(support.mass))
         slope = (nearest - near) / (unlike - like) if unlike > like else 0.0
         shares, leanings = self._shares(queries)
-        counts, mass = support.counts.to(shares.dtype), support.mass.to(shares.dtype)
+        counts, mass = support.offsets.diff().to(shares.dtype), support.mass.to(shares.dtype)
         # ψ(-M) = near + slope·(unlike - M), M = Σ s log s - s·log S, the latter summed by class.
         each = near + slope * (unlike - (shares * leanings).sum(1, keepdim=True))
         total = counts * each + slope * (shares @ mass.T)
