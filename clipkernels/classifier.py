@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -117,15 +118,22 @@ def prompt_embeddings(
     """
     sentences = [sentence for each in prompts.values() for sentence in each]
     device = next(model.parameters()).device
+    with evaluating(model):
+        parts = [sentences[start : start + PROMPTS_PER_BATCH] for start in range(0, len(sentences), PROMPTS_PER_BATCH)]
+        text = torch.cat([normalize(model.encode_text(tokenizer(part).to(device)).float()) for part in parts])
+    return list(text.split([len(each) for each in prompts.values()]))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; then every module in the mode that it was in."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        parts = [sentences[start : start + PROMPTS_PER_BATCH] for start in range(0, len(sentences), PROMPTS_PER_BATCH)]
-        text = torch.cat([normalize(model.encode_text(tokenizer(part).to(device)).float()) for part in parts])
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode
-    return list(text.split([len(each) for each in prompts.values()]))
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:

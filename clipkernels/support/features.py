@@ -13,7 +13,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.classifier import evaluating
 from clipkernels.data import Preprocess
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.methods import Dense
@@ -257,18 +257,6 @@ def forget_parts(cache: str | os.PathLike[str], who: Encoder) -> None:
             file.unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; then every module in the mode that it was in."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _bytes_hash(tensor: Tensor) -> str:
