@@ -7,9 +7,9 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
 from clipkernels.data import bundled
 from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
-from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
+from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
 from clipkernels.patch import Encoded, encode_image, method_of, patch, patched, tower_of, unpatch
-from clipkernels.plan import Condense, Merge, Plan, Prune
+from clipkernels.plan import Condense, Merge, Plan, Predict, Prune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "Encoded",
     "Merge",
     "Method",
+    "PatchRanking",
     "Plan",
+    "Predict",
     "Prune",
     "Reservoir",
     "TCA",

@@ -1,6 +1,8 @@
 """One pre-norm transformer block with a step between its attention and its MLP, whatever library it comes from.
 
 x = x + attention(norm1(x));  x = step(x, signal);  x = x + mlp(norm2(x))
+
+A step that a predictor decides comes first, so that this block's attention is spared, too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch.nn.functional import normalize
 
 from clipkernels import ops
 from clipkernels.backend import Backend
-from clipkernels.plan import Condense, Merge, Prune, Step
+from clipkernels.plan import Condense, Merge, Predict, Prune, Step
 from clipkernels.reference import Norm
 
 
@@ -52,6 +54,13 @@ class Parts(Protocol):
         """The MLP branch of x (B,M,C): norm2, unless x comes `normed`, MLP, layer scale."""
 
 
+class Predictor(Protocol):
+    """What ranks patches by the tokens that enter a block."""
+
+    def __call__(self, x: Tensor, prefix: int) -> Tensor:
+        """Scores (B,P) of the patches of x (B,prefix+P,C)."""
+
+
 class Moved(NamedTuple):
     """What a block leaves: x (B,M,C), the next block's norm1 of it or None, size (B,M) or None, rope for M tokens or
     None, and to (B,N), the row each row went to (-1: gone), or None."""
@@ -77,6 +86,7 @@ def forward(
     after: Norm | None = None,
     fused: bool = False,
     anchors: Tensor | None = None,
+    predictor: Predictor | None = None,
 ) -> Moved:
     """One block.
 
@@ -95,7 +105,14 @@ def forward(
         fused: sums, norms and activations run as kernels.
         anchors: (A,C) CLS tokens, rows of zeros being none: attention sees the one most like an image's own as one
             more token, which then goes. None for no such token.
+        predictor: what ranks for a `Predict`.
     """
+    to = None
+    if isinstance(step, Predict):
+        assert predictor is not None
+        norm1 = parts.norm1 if fused else None
+        x, normed, size, rope, to = _prune(x, predictor(x, prefix), step.keep, False, size, rope, prefix, norm1, track)
+        step = None
     step = step if rows is None else None
     # Merging compares the keys themselves: their mean over heads is part of matching.
     signal = step.signal if isinstance(step, (Prune, Condense)) else None
@@ -113,18 +130,10 @@ def forward(
     backend: Backend = "auto" if fused else "reference"
     branch = parts.project(out, fused)
     x, normed = ops.add_norm(x if rows is None else x[:, :rows], *branch, None if step else norm2, backend=backend)
-    to = None
     if isinstance(step, Prune):
         if scores is None:
             scores = _random_scores(x.shape[1] - prefix, step.seed, x.device).expand(x.shape[0], -1)
-        pruned = ops.prune_tokens(x, scores, step.keep, step.fuse, prefix=prefix, norm=norm2)
-        to = _pruned_to(pruned.index, step, x.shape[1], prefix) if track else None
-        rope = None if rope is None else _gathered(rope, pruned.index, step.fuse)
-        x, normed = pruned.tokens, pruned.normed
-        if size is not None:
-            # A fused token is an ordinary patch from here on.
-            rows_left = (size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(x.shape[0], step.fuse))
-            size = torch.cat(rows_left, 1)
+        x, normed, size, rope, to = _prune(x, scores, step.keep, step.fuse, size, rope, prefix, norm2, track)
     elif isinstance(step, Condense):
         assert scores is not None
         condensed = ops.condense_tokens(
@@ -132,7 +141,7 @@ def forward(
         )
         leading = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
         to = torch.cat([leading, condensed.source], 1) if track else None
-        rope = None if rope is None else _gathered(rope, condensed.index, unplaced=True)
+        rope = None if rope is None else gathered(rope, condensed.index, unplaced=True)
         size = None if size is None else _condensed_sizes(size, condensed, prefix)
         x, normed = condensed.tokens, condensed.normed
     elif isinstance(step, Merge):
@@ -140,12 +149,33 @@ def forward(
         lead = max(prefix - 1, 0)
         match = ops.match_tokens(k[:, :, lead:], step.r, prefix - lead)
         to = _merged_to(match, x.shape[1], lead) if track else None
-        rope = None if rope is None else _gathered(rope, _merged_from(match, x.shape[1] - lead, prefix - lead))
+        rope = None if rope is None else gathered(rope, _merged_from(match, x.shape[1] - lead, prefix - lead))
         rest = None if size is None else size[:, lead:]
         merged = ops.merge_tokens(x[:, lead:], match, rest, None if lead else norm2)
         x, size, normed = merged if not lead else _led_by(x[:, :lead], merged)
     x, normed = ops.add_norm(x, *parts.mlp(x, normed, fused), after, backend=backend)
     return Moved(x, normed, size, rope, to)
+
+
+def _prune(
+    x: Tensor,
+    scores: Tensor,
+    keep: int,
+    fuse: bool,
+    size: Tensor | None,
+    rope: Tensor | None,
+    prefix: int,
+    norm: Norm | None,
+    track: bool,
+) -> Moved:
+    """What pruning leaves, `normed` by the norm that follows."""
+    pruned = ops.prune_tokens(x, scores, keep, fuse, prefix=prefix, norm=norm)
+    to = _pruned_to(pruned.index, keep, fuse, x.shape[1], prefix) if track else None
+    rope = None if rope is None else gathered(rope, pruned.index, fuse)
+    if size is not None:
+        # A fused token is an ordinary patch from here on.
+        size = torch.cat([size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(x.shape[0], fuse)], 1)
+    return Moved(pruned.tokens, pruned.normed, size, rope, to)
 
 
 def _led_by(leading: Tensor, merged: ops.Merged) -> tuple[Tensor, Tensor, None]:
@@ -175,7 +205,7 @@ def _unplaced(rope: Tensor) -> Tensor:
     return torch.cat([rope, torch.cat([torch.zeros_like(sines), torch.ones_like(cosines)], -1)], -2)
 
 
-def _gathered(rope: Tensor, index: Tensor, unplaced: bool = False) -> Tensor:
+def gathered(rope: Tensor, index: Tensor, unplaced: bool = False) -> Tensor:
     """The rows (B,·,P',2·D) of a rotary table (…,P,2·D) for the patches at index (B,P'), and with `unplaced` for a
     fused token."""
     batch = index.shape[0]  # len() would fix it in a graph that is exported
@@ -184,11 +214,11 @@ def _gathered(rope: Tensor, index: Tensor, unplaced: bool = False) -> Tensor:
     return _unplaced(moved) if unplaced else moved
 
 
-def _pruned_to(index: Tensor, step: Prune, tokens: int, prefix: int) -> Tensor:
+def _pruned_to(index: Tensor, keep: int, fuse: bool, tokens: int, prefix: int) -> Tensor:
     """Row after pruning (B,N) of each row: the fused one, or -1, for those not kept."""
-    to = index.new_full((index.shape[0], tokens), prefix + step.keep if step.fuse else -1)
+    to = index.new_full((index.shape[0], tokens), prefix + keep if fuse else -1)
     to[:, :prefix] = torch.arange(prefix, device=index.device)
-    rows = torch.arange(prefix, prefix + step.keep, device=index.device).expand_as(index)
+    rows = torch.arange(prefix, prefix + keep, device=index.device).expand_as(index)
     return to.scatter(1, index + prefix, rows)
 
 

@@ -155,6 +155,14 @@ def _affinity(
     return votes.to(queries.dtype)  # which it is judged in: halves are summed to 16 bits
 
 
+def _predictor(source: Source) -> tuple[Tensor, ...]:
+    """The weights of a predictor with 64 pooled channels and 32 and 256 hidden ones."""
+    n, g, ht, hc = source.shape.tokens, 64, 32, 256
+    token, channel = ((ht, n), (ht,), (n, ht), (n,)), ((hc, g), (hc,), (g, hc), (g,))
+    sizes: tuple[tuple[int, ...], ...] = ((g,), (g,), *token, (g,), (g,), *channel, (g,), (1,))
+    return tuple(source.normal(*size) * (size[-1] ** -0.5 if len(size) == 2 else 1) for size in sizes)
+
+
 def _dropped(source: Source) -> int:
     """Bytes of the patches that are not kept."""
     return source.batch * (source.patches - source.keep) * source.shape.width * source.dtype.itemsize
@@ -178,6 +186,13 @@ CASES = {
         ),
         # The values, and all queries but one.
         lambda source: source.batch * (2 * source.shape.tokens - 1) * source.shape.width * source.dtype.itemsize,
+    ),
+    "predict_scores": Case(
+        lambda source: (source.tokens(), *_predictor(source)),
+        lambda source, backend, x, *weights: ops.predict_scores(
+            x, ops.Mixer(*weights), source.shape.prefix, backend=backend
+        ).to(x.dtype),  # as in `_affinity`
+        shared=14,
     ),
     "prune_tokens": Case(
         lambda source: (source.tokens(), source.scores()),

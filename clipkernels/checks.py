@@ -8,9 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipkernels.reference import Match, Norm
+from clipkernels.reference import Match, Mixer, Norm
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The axes of a predictor's weights.
+_MIXER: dict[str, tuple[str, ...]] = {
+    "norm1_weight": ("G",),
+    "norm1_bias": ("G",),
+    "token_in_weight": ("Ht", "N"),
+    "token_in_bias": ("Ht",),
+    "token_out_weight": ("N", "Ht"),
+    "token_out_bias": ("N",),
+    "norm2_weight": ("G",),
+    "norm2_bias": ("G",),
+    "channel_in_weight": ("Hc", "G"),
+    "channel_in_bias": ("Hc",),
+    "channel_out_weight": ("G", "Hc"),
+    "channel_out_bias": ("G",),
+    "score_weight": ("G",),
+    "score_bias": ("1",),
+}
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int) -> None:
@@ -47,6 +64,28 @@ def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
         raise ValueError(f"k must be (B,H,N,D) = ({_join(expected)}) with N ≥ {q.shape[2]}, got {_shape(k)}")
     _same(q, k=k)
     _check_prefix(prefix, k.shape[2])
+
+
+def check_predict(x: Tensor, mixer: Mixer, prefix: int) -> None:
+    _check_tokens(x)
+    if not x.shape[1] or not x.shape[2]:
+        raise ValueError(f"x must be (B,N,C) with N and C of at least 1, got {_shape(x)}")
+    _check_prefix(prefix, x.shape[1])
+    sizes = {"N": x.shape[1], "1": 1}
+    for letter, name in (("G", "norm1_weight"), ("Ht", "token_in_bias"), ("Hc", "channel_in_bias")):
+        vector = getattr(mixer, name)
+        if vector.ndim != 1 or not vector.shape[0]:
+            raise ValueError(f"{name} must be ({letter},) with {letter} of at least 1, got {_shape(vector)}")
+        sizes[letter] = vector.shape[0]
+    for name, letters in _MIXER.items():
+        weight = getattr(mixer, name)
+        expected = tuple(sizes[letter] for letter in letters)
+        if tuple(weight.shape) != expected:
+            named = f"({letters[0]},)" if len(letters) == 1 else f"({_join(letters)})"
+            raise ValueError(f"{name} must be {named} = ({_join(expected)}), got {_shape(weight)}")
+        _same(x, **{name: weight})
+    if not 0 < mixer.eps < float("inf"):
+        raise ValueError(f"eps must be positive, got {mixer.eps!r}")
 
 
 def check_prune(x: Tensor, scores: Tensor, keep: int, heads: str, prefix: int, norm: Norm | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -57,7 +57,10 @@ class Classifier:
             self.head = cast(Head, head)
         else:
             make = cast(Callable[[Tensor], Head], head)
-            self.head = make(class_embeddings(model, tokenizer, prompts))
+            learnt = getattr(method, "tokens", None)
+            with nullcontext() if learnt is None else learnt.prompting(model):
+                text = class_embeddings(model, tokenizer, prompts)
+            self.head = make(text)
         self.model: Any = model if method is None else patch(model, method)
 
     def __call__(self, images: Tensor) -> Tensor:

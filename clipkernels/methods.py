@@ -9,13 +9,23 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from clipkernels.plan import Condense, Merge, Plan, Prune, Step
+from clipkernels.plan import Condense, Merge, Plan, Predict, Prune, Step
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from clipkernels.adapters import Tower
+    from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
 
 
 class Method(Protocol):
-    """Anything hashable with a `plan`: a new method needs nothing else."""
+    """Anything hashable with a `plan`: a new method needs nothing else.
+
+    One that brings weights also has `weights(tower)`: the modules `tower.run` takes by name, `predictor` and `learnt`;
+    it raises ValueError where they were made for another tower.
+    """
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         """The plan for `blocks` blocks that `tokens` tokens enter, the first `prefix` of which no step may touch."""
@@ -57,8 +67,7 @@ class EViT:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be a number in (0, 1], got {self.keep!r}")
+        _check_keep(self.keep)
         if self.score not in ("cls", "random"):
             raise ValueError(f'score must be "cls" or "random", got {self.score!r}')
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -211,6 +220,61 @@ class ToMe:
         return [*self.r, *[0] * (blocks - len(self.r))]
 
 
+@dataclass(frozen=True)
+class PatchRanking:
+    """Keep the patches that a predictor ranks highest, which has learnt what CLIP's answer can do without.
+
+    Args:
+        predictor: of the tower, from `clipkernels.learn.patch_ranking.fit_predictor`.
+        keep: share of the patches kept, in (0, 1]; with 1 the predictor is not asked.
+        block: zero-based block before which the others go; None is the one that the predictor is for.
+        tokens: learnt ones that stand beside the patches in every block, from
+            `clipkernels.learn.patch_ranking.fit_tokens`, or None.
+    Raises:
+        ValueError: keep outside (0, 1], a block that is not the predictor's, or, from `plan`, tokens or blocks of
+            another tower than the predictor's.
+        TypeError: a predictor or tokens that are something else.
+    Source: Patch Ranking, arXiv 2409.14607.
+    """
+
+    predictor: RankPredictor
+    keep: float = 0.6
+    block: int | None = None
+    tokens: VisualTokens | None = None
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.predictor, "macs"):
+            raise TypeError(f"predictor must be a RankPredictor, got {type(self.predictor).__name__}")
+        if self.tokens is not None and not hasattr(self.tokens, "count"):
+            raise TypeError(f"tokens must be VisualTokens or None, got {type(self.tokens).__name__}")
+        _check_keep(self.keep)
+        if self.block not in (None, self.predictor.block):
+            raise ValueError(f"block must be that of the predictor, {self.predictor.block}, got {self.block!r}")
+        object.__setattr__(self, "block", self.predictor.block)
+
+    def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        block, trained = self.predictor.block, (self.predictor.tokens, self.predictor.prefix)
+        if (tokens, prefix) != trained:
+            raise ValueError(
+                f"the predictor is for {trained[0]} tokens, {trained[1]} of them prefix, got {tokens} and {prefix}"
+            )
+        if block >= blocks:
+            raise ValueError(f"the predictor is for block {block}, got a tower of {blocks} blocks")
+        steps: list[Step | None] = [None] * blocks
+        keep = math.ceil(self.keep * (tokens - prefix))
+        if keep < tokens - prefix:
+            steps[block] = Predict(keep, self.predictor.macs)
+        return Plan(tuple(steps), tokens, prefix, 0 if self.tokens is None else self.tokens.count)
+
+    def weights(self, tower: Tower) -> dict[str, nn.Module]:
+        """Predictor and learnt tokens, where they are for this tower; else raises ValueError."""
+        self.predictor.check_tower(tower)
+        if self.tokens is None:
+            return {"predictor": self.predictor}
+        self.tokens.check_tower(tower)
+        return {"predictor": self.predictor, "learnt": self.tokens}
+
+
 class PerBlock(tuple[int, ...]):
     """One int per block, hashable; shown as, and never equal to anything but, such a list: [8, 1] is not (8, 1)."""
 
@@ -238,6 +302,11 @@ def named_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < depth:
             raise ValueError(f"blocks must be ints in [0, {depth - 1}] on a tower of {depth} blocks, got {block!r}")
     return tuple(sorted(set(blocks)))
+
+
+def _check_keep(keep: float) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+        raise ValueError(f"keep must be a number in (0, 1], got {keep!r}")
 
 
 def _checked_blocks(blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -6,8 +6,9 @@ token state in locals. The method sits in the instance's `__dict__`, outside `st
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -42,10 +43,11 @@ class _Weak:
 
 
 class _Patch(NamedTuple):
-    """What a patched owner carries: its method, the plan for its usual tokens with what was read of the result when it
-    was made, and how to find the tower around it."""
+    """What a patched owner carries: its method, the weights that come with it, the plan for its usual tokens with what
+    was read of the result when it was made, and how to find the tower around it."""
 
     method: Method
+    weights: Mapping[str, nn.Module]
     plan: Plan
     reads: tuple[bool, bool]
     tower: Any
@@ -79,10 +81,11 @@ def patch(model: Model, method: Method) -> Model:
 
     Args:
         model: a model of open_clip, transformers, timm or OpenAI's clip, its image tower, or one that holds such.
-        method: `Dense`, `EViT`, `ToMe` or anything with their `plan`.
+        method: `Dense`, `EViT`, `ToMe` or anything with their `plan`. One with weights of its own, such as
+            `PatchRanking`, runs with copies of them where those of the tower are, unless they are there already.
     Raises:
         UnsupportedTower: the tower cannot be served, or its block computes something else than expected.
-        ValueError: the method does not fit the tower.
+        ValueError: the method does not fit the tower, or its weights were made for another.
         TypeError: the model is no torch module, or the method has no `plan`.
         Whatever is raised, the model is as it was.
     """
@@ -90,13 +93,14 @@ def patch(model: Model, method: Method) -> Model:
         raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
     tower = adapters.find(model)
     plan = _plan(method, tower, tower.tokens)
+    weights = _beside(method.weights(tower) if hasattr(method, "weights") else {}, tower)
     owner: Any = tower.owner
     before = owner.__dict__.get(_SLOT)
     if before is None:
         verify(tower)
         owner.__dict__.pop("forward", None)  # its class's own, left behind by a hook, would outlive the class
         owner.__class__ = _subclass(owner.__class__, tower.__class__)
-    owner.__dict__[_SLOT] = _Patch(method, plan, _reads(tower), tower.__class__, _Weak(tower.root))
+    owner.__dict__[_SLOT] = _Patch(method, weights, plan, _reads(tower), tower.__class__, _Weak(tower.root))
     try:
         for host in tower.blocks:
             pack(tower.projections(host))
@@ -208,7 +212,8 @@ def encode_image(
     whole = not tower.pools_cls
     track = source or (plan.merges and whole)
     anchors = None if anchors is None else anchors.to(x.device)
-    ran = run(tower, x, plan, rope=rope, rows=rows, track=track, path=cls_path, anchors=anchors)
+    weights = {} if slot is None else slot.weights
+    ran = run(tower, x, plan, rope=rope, rows=rows, track=track, path=cls_path, anchors=anchors, **weights)
     pooled = _for_pool(ran, plan, whole)
     return Encoded(
         embedding=tower.pool(pooled),
@@ -234,6 +239,16 @@ def _stacked(sources: list[Tensor], x: Tensor, plan: Plan) -> Tensor:
 def _for_pool(ran: Ran, plan: Plan, whole: bool) -> Tensor:
     """What is handed on: where more than CLS is read, merged tokens go back to the places they stand for."""
     return unmerge(ran.x, ran.sources, plan.prefix) if plan.merges and whole else ran.x
+
+
+def _beside(weights: Mapping[str, nn.Module], tower: Tower) -> dict[str, nn.Module]:
+    """Modules on the device and in the dtype of a tower: themselves where they are that, else copies."""
+    like = tower.like
+    there = {
+        name: all(p.device == like.device and p.dtype == like.dtype for p in module.parameters())
+        for name, module in weights.items()
+    }
+    return {name: module if there[name] else copy.deepcopy(module).to(like) for name, module in weights.items()}
 
 
 def _reads(tower: Tower) -> tuple[bool, bool]:
@@ -284,11 +299,11 @@ def _run_patched(
     # Whoever takes states or hooks the owner may read any row.
     whole = whole or not adapters.reads_cls_alone(tower)
     rows = plan.prefix if not (whole or take or owner._forward_hooks) else None
-    if visible is not None and any(plan.steps):
+    if visible is not None and (any(plan.steps) or plan.learnt):
         _refuse_padding(visible, plan)
         visible = None
-    track = bool(take) or (plan.merges and whole)
-    ran = run(tower, x, plan, rope=rope, visible=visible, rows=rows, track=track, take=take, blocks=blocks)
+    asked: dict[str, Any] = {"rows": rows, "track": bool(take) or (plan.merges and whole), "take": take}
+    ran = run(tower, x, plan, rope=rope, visible=visible, blocks=blocks, **asked, **slot.weights)
     return _for_pool(ran, plan, whole), ran.taken
 
 
@@ -320,6 +335,7 @@ def _subclass(base: Any, tower: Any) -> Any:
             found = tower(slot.root.ref(), self)
             for host in found.blocks:
                 pack(found.projections(host))
+            self.__dict__[_SLOT] = slot._replace(weights=_beside(slot.weights, found))
         return self
 
     namespace = {

@@ -1,13 +1,12 @@
 """The plan: what happens to the tokens of every block, in integers only.
 
 A method turns (tokens, blocks) into a plan, one `Step | None` per block; execution, FLOPs and the ideal speed-up all
-read the same plan. Steps act between a block's attention and its MLP.
+read the same plan. Steps act between a block's attention and its MLP, `Predict` before its attention.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal
 
 Signal = Literal["cls", "received", "keys"]
@@ -70,7 +69,23 @@ class Condense:
         return prefix + self.keep + self.centers + 1
 
 
-Step = Prune | Merge | Condense
+@dataclass(frozen=True)
+class Predict:
+    """Keep the `keep` best of the patches that enter the block, as the method's predictor ranks them.
+
+    Args:
+        keep: patches kept.
+        macs: multiply-accumulates of the predictor for one image.
+    """
+
+    keep: int
+    macs: int = 0
+
+    def leaves(self, tokens: int, prefix: int) -> int:
+        return prefix + self.keep
+
+
+Step = Prune | Merge | Condense | Predict
 
 
 @dataclass(frozen=True)
@@ -79,8 +94,9 @@ class Plan:
 
     Args:
         steps: one entry per block.
-        entry: tokens entering the first block, the prefix included.
+        entry: tokens entering the tower's first block, the prefix included.
         prefix: leading tokens (CLS, registers) that no step touches.
+        learnt: tokens of the method's own beside them, in every block, gone after the last.
     Raises:
         ValueError: a step that keeps or merges more than its block has.
     """
@@ -88,11 +104,14 @@ class Plan:
     steps: tuple[Step | None, ...]
     entry: int
     prefix: int = 1
+    learnt: int = 0
 
     def __post_init__(self) -> None:
-        for block, (step, tokens) in enumerate(zip(self.steps, self.tokens[:-1], strict=True)):
+        tokens = self.entry
+        for block, step in enumerate(self.steps):
             patches = tokens - self.prefix
-            if isinstance(step, Prune) and not 0 <= step.keep <= patches:
+            tokens = step.leaves(tokens, self.prefix) if step else tokens
+            if isinstance(step, (Prune, Predict)) and not 0 <= step.keep <= patches:
                 raise ValueError(f"block {block} must keep 0 to {patches} patches, got {step.keep}")
             if isinstance(step, Merge) and not 0 <= step.r <= patches // 2:
                 raise ValueError(f"block {block} must merge 0 to {patches // 2} tokens, got {step.r}")
@@ -105,12 +124,21 @@ class Plan:
                 )
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        """L+1 counts: the tokens entering each block, and those leaving the last."""
-        counts = [self.entry]
+    def passes(self) -> tuple[tuple[int, int], ...]:
+        """L pairs: the tokens that each block attends with, and those that pass its MLP."""
+        pairs, tokens = [], self.entry
         for step in self.steps:
-            counts.append(step.leaves(counts[-1], self.prefix) if step else counts[-1])
-        return tuple(counts)
+            left = step.leaves(tokens, self.prefix) if step else tokens
+            attended = left if isinstance(step, Predict) else tokens
+            pairs.append((attended + self.learnt, left + self.learnt))
+            tokens = left
+        return tuple(pairs)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """L+1 counts: the tokens that each block attends with, and those leaving the last."""
+        passes = self.passes
+        return (*(attended for attended, _ in passes), passes[-1][1] - self.learnt if passes else self.entry)
 
     @property
     def merges(self) -> bool:
@@ -125,12 +153,12 @@ class Plan:
     @property
     def prunes(self) -> bool:
         """Whether a step prunes tokens."""
-        return any(isinstance(step, Prune) for step in self.steps)
+        return any(isinstance(step, (Prune, Predict)) for step in self.steps)
 
     @property
     def drops(self) -> bool:
         """Whether a step lets patches go without a token that holds them."""
-        return any(isinstance(step, Prune) and not step.fuse for step in self.steps)
+        return any(isinstance(step, Predict) or (isinstance(step, Prune) and not step.fuse) for step in self.steps)
 
     def ranked_by(self, signal: Literal["cls", "received"]) -> Plan:
         """The same plan with every step that ranks by attention reading this signal of it."""
@@ -154,9 +182,9 @@ class Plan:
             mlp_ratio: hidden width of the MLP over C.
         Source: TCA, arXiv 2410.14729, whose tables this reproduces.
         """
-        counts = self.tokens
         total = 3 * patch**2 * width * (self.entry - self.prefix) + 5 * self.entry * width + 5 * width + width * out
-        for block, (attended, passed) in enumerate(pairwise(counts)):
+        total += sum(step.macs for step in self.steps if isinstance(step, Predict))
+        for block, (attended, passed) in enumerate(self.passes):
             last = exact and block == len(self.steps) - 1
             queries, passed = (1, 1) if last else (attended, passed)
             total += (2 * attended + 2 * queries) * width**2 + 2 * queries * attended * width

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clipkernels.backend import interpreting
+from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
+from clipkernels.methods import PatchRanking
+from clipkernels.patch import tower_of
 
 
 def budget(came: Tensor, exact: Tensor, eager: Tensor) -> float:
@@ -162,6 +165,17 @@ def openai_tower(layers: int = 2, size: int = 224, patch: int = 16, width: int =
     from clip.model import CLIP
 
     return CLIP(out, size, layers, width, patch, 16, 64, 64, 1, 1).eval()
+
+
+def patch_ranking(model: nn.Module, keep: float = 0.5, block: int = 1, learnt: int = 0) -> PatchRanking:
+    """The method with random weights for a model's tower, and with so many learnt tokens in its first two blocks."""
+    tower = tower_of(model)
+    torch.manual_seed(0)
+    predictor = RankPredictor(tower.tokens, tower.prefix, block).to(tower.like)
+    tokens = VisualTokens(learnt, min(2, len(tower.blocks)), tower.width).to(tower.like) if learnt else None
+    if tokens is not None:
+        nn.init.normal_(tokens.own)
+    return PatchRanking(predictor, keep, tokens=tokens)
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:

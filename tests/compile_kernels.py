@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clipkernels.kernels import affinity, attention, condense, cross_attention, epilogue, merge, prune, rank
+from clipkernels.kernels import affinity, attention, condense, cross_attention, epilogue, merge, predict, prune, rank
 
 KERNELS = Path(prune.__file__).parent
 # Target, bytes that may spill, bytes of shared memory that one program may take.
@@ -70,8 +70,9 @@ WIDE_LOADS = {
     "_bias_act_kernel",
     "_add_norm_kernel",
     "_cls_kernel",
+    "_predict_kernel",
 }
-MATRIX = {"_affinity_kernel", "_attend_kernel", "_attention_kernel"}
+MATRIX = {"_affinity_kernel", "_attend_kernel", "_attention_kernel", "_predict_kernel"}
 
 
 def main() -> None:
@@ -134,6 +135,10 @@ def launches(tower: str, dtype: torch.dtype) -> None:
         rank.cls_scores(q, k, sized, prefix)
     for by_rank in (False, True):
         rank.reduce_scores(per_head, by_rank, h)
+    for g, ht, hc in ((64, 32, 256), (64, 64, 1024)):
+        token, channel = ((ht, n), (ht,), (n, ht), (n,)), ((hc, g), (hc,), (g, hc), (g,))
+        weights = [empty(*size) for size in ((g,), (g,), *token, (g,), (g,), *channel, (g,), (1,))]
+        predict.predict_scores(x, weights, 1e-5, prefix)
     for fuse in (False, True):
         prune.prune_tokens(x, scores, keep, fuse, "mean", prefix, None)
         prune.prune_tokens(x, per_head, keep, fuse, "mean", prefix, norm)

@@ -401,7 +401,10 @@ def test_a_tower_that_cannot_be_served_runs_as_the_host_has_it(resnet: str, pict
         (["--classes", "a", "--template", "a photo"], "templates must hold {} where the class name goes"),
         (["--classes", "a", "--method", "evit", "--keep", "0"], "keep must be a number in (0, 1], got 0.0"),
         (["--classes", "a", "--method", "tome", "--r", "-1"], "r must be a non-negative int"),
-        (["--classes", "a", "--method", "tome", "--keep", "0.5"], "expected --method evit with --keep, got tome"),
+        (
+            ["--classes", "a", "--method", "tome", "--keep", "0.5"],
+            "expected --method evit or patch-ranking with --keep, got tome",
+        ),
         (["--classes", "a", "--r", "4"], "expected --method tome with --r, got no --method"),
         (["--classes", "a", "--method", "evit", "--blocks", "3,x"], "expected --blocks such as 3,6,9, got '3,x'"),
         (["--classes", "a", "--method", "evit", "--blocks", "6"], "blocks must be ints in [0, 5]"),

@@ -1,13 +1,15 @@
 """Whole towers of every library under torch.compile and torch.export: no graph break, no recompilation per batch."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import clipkernels as ck
-from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
+from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
 
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1), partial(patch_ranking, learnt=2)]
 SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
@@ -51,7 +53,8 @@ TOWERS = {
 
 def build(name, method, sizes=(1, 2, 3, 5)):
     torch._dynamo.reset()
-    model = ck.patch(randomized(TOWERS[name]()), method)
+    model = randomized(TOWERS[name]())
+    ck.patch(model, method(model) if isinstance(method, partial) else method)
     generator = torch.Generator().manual_seed(0)
     return ck.tower_of(model), [torch.randn(n, 3, 64, 64, generator=generator) for n in sizes]
 

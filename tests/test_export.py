@@ -1,11 +1,13 @@
 """Towers of every library exported by torch.export and to ONNX, run in onnxruntime at batch sizes of their own."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
+from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
 
 # One step each, so that what follows it runs in the second block.
 METHODS = {
@@ -13,6 +15,7 @@ METHODS = {
     "EViT": ck.EViT(0.5, blocks=(0,)),
     "ToMe": ck.ToMe([4]),
     "TCA": ck.TCA(0.1, blocks=(0,)),
+    "PatchRanking": partial(patch_ranking, learnt=2),
 }
 SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "image_size": 64}
@@ -51,7 +54,13 @@ TOWERS = {
 }
 PAIRS = [(name, method) for name in TOWERS for method in METHODS]
 # SigLIP has no CLS: what was merged goes back to its place for the pool.
-IN_ONNX = [("open_clip", "EViT"), ("transformers", "EViT"), ("timm", "ToMe"), ("OpenAI", "Dense")]
+IN_ONNX = [
+    ("open_clip", "PatchRanking"),
+    ("open_clip", "EViT"),
+    ("transformers", "EViT"),
+    ("timm", "ToMe"),
+    ("OpenAI", "Dense"),
+]
 TRACED = [(name, "ToMe") for name in TOWERS if name != "timm PE-Core"] + [("timm EVA02", "EViT")]
 
 
@@ -84,7 +93,8 @@ class Call(nn.Module):
 
 def build(name, method):
     """What a user would export, and images for the trace and for two other batch sizes."""
-    model = ck.patch(randomized(TOWERS[name]()), METHODS[method])
+    model, chosen = randomized(TOWERS[name]()), METHODS[method]
+    ck.patch(model, chosen(model) if isinstance(chosen, partial) else chosen)
     module = Embedding(model) if name == "transformers" else getattr(model, "visual", model)
     generator = torch.Generator().manual_seed(0)
     return module, [torch.randn(n, 3, 64, 64, generator=generator) for n in (2, 1, 5)]

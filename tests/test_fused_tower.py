@@ -1,5 +1,7 @@
 """Whole towers on the Triton backend: the kernels where a GPU runs them, against the same tower on the reference."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,11 +9,16 @@ from torch import nn
 pytest.importorskip("open_clip", reason="open_clip is not installed, whose towers these are")
 
 import clipkernels as ck
-from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
+from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
 
 RANDOM = ck.EViT(0.5, fuse=False, score="random")
-METHODS = [ck.Dense(), ck.EViT(0.5), RANDOM, ck.ToMe(3), ck.ToMe(2, proportional=False), ck.TCA(0.1)]
+LEARNT = partial(patch_ranking, learnt=2)
+METHODS = [ck.Dense(), ck.EViT(0.5), RANDOM, ck.ToMe(3), ck.ToMe(2, proportional=False), ck.TCA(0.1), LEARNT]
 SMALL = {"width": 128, "image_size": 64, "patch_size": 16}
+
+
+def named(method):
+    return "PatchRanking" if isinstance(method, partial) else str(method)
 
 
 def tower(name="ViT-B-32", **vision):
@@ -29,14 +36,15 @@ def on(monkeypatch, triton):
     return lambda name: monkeypatch.setenv("CLIPKERNELS_BACKEND", name)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 @pytest.mark.parametrize(
     ("name", "vision"),
     [("ViT-B-32", {}), ("ViT-B-32-quickgelu", {}), ("ViT-M-16-alt", {"ls_init_value": 0.5}), ("ViT-L-14-CLIPA", {})],
 )
 @torch.no_grad()
 def test_a_tower_gives_the_embedding_of_the_reference(device, on, name, vision, method):
-    model = ck.patch(tower(name, **vision), method).to(device)
+    model = tower(name, **vision)
+    ck.patch(model, method(model) if isinstance(method, partial) else method).to(device)
     on("reference")
     expected = model.encode_image(images(device))
     on("triton")

@@ -1,15 +1,21 @@
 """What only a GPU can show: CUDA graphs, Inductor's code around the operators, and no host synchronisation."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import clipkernels as ck
 from clipkernels.cases import CASES, SHAPES, Source, flat
-from clipkernels.testing import open_clip_tower, randomized, timm_tower, transformers_tower
+from clipkernels.testing import open_clip_tower, patch_ranking, randomized, timm_tower, transformers_tower
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 CUDA = torch.device("cuda")
-METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)]
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1), partial(patch_ranking, learnt=2)]
+
+
+def named(method):
+    return "PatchRanking" if isinstance(method, partial) else str(method)
 
 
 @pytest.mark.parametrize("op", CASES)
@@ -59,7 +65,8 @@ def tower(name, method):
     library, _, kind = name.partition(" ")
     pytest.importorskip(library, reason=f"{library} is not installed")
     make = {"open_clip": open_clip_tower, "timm": timm_tower, "transformers": transformers_tower}[library]
-    model = ck.patch(randomized(make(kind)).to(CUDA, torch.bfloat16), method)
+    model = randomized(make(kind)).to(CUDA, torch.bfloat16)
+    ck.patch(model, method(model) if isinstance(method, partial) else method)
     found = ck.tower_of(model)
     return found, torch.randn(2, 4, 3, *found.image_size, device=CUDA, dtype=torch.bfloat16)
 
@@ -73,7 +80,7 @@ TOWERS = (
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 @pytest.mark.parametrize("name", TOWERS)
 @torch.inference_mode()
 def test_a_compiled_tower_gives_the_embedding_of_the_eager_one(name, method, mode):
@@ -86,7 +93,7 @@ def test_a_compiled_tower_gives_the_embedding_of_the_eager_one(name, method, mod
     assert torch.nn.functional.cosine_similarity(came, expected).min() > 0.99
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 @pytest.mark.parametrize("name", TOWERS)
 @torch.inference_mode()
 def test_a_tower_replays_from_a_cuda_graph(name, method):

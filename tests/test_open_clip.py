@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.testing import assert_within_budget, open_clip_tower, randomized
+from clipkernels.testing import assert_within_budget, open_clip_tower, patch_ranking, randomized
 
 REFUSED = {
     "ModifiedResNet": (
@@ -103,7 +103,7 @@ def test_a_tower_is_served_and_given_back(name):
     before, keys = _outputs(model, images), list(model.state_dict())
     exact = _outputs(model.double(), images.double())
     model.float()
-    for method in METHODS:
+    for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
         assert list(model.state_dict()) == keys
         encoded = ck.encode_image(model, images, tokens=True, source=True)

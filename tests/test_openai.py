@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import clipkernels as ck
-from clipkernels.testing import openai_tower, randomized
+from clipkernels.testing import openai_tower, patch_ranking, randomized
 
 clip_model = pytest.importorskip("clip.model", reason="OpenAI's clip (openai-clip or clip-anytorch) is not installed")
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8), ck.TCA(0.1)]
@@ -25,7 +25,7 @@ def test_a_tower_is_served_and_given_back(model, images):
     before, keys = model.encode_image(images), list(model.state_dict())
     tower = ck.tower_of(model)
     assert (tower.tokens, tower.image_size, tower.patch, tower.out) == (65, (64, 64), 8, 32)
-    for method in METHODS:
+    for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
         came = model.encode_image(images)
         encoded = ck.encode_image(model, images, tokens=True, cls_path=True, source=True)
@@ -49,7 +49,7 @@ def test_weights_converted_to_half_precision_are_served(model, images):
     clip_model.convert_weights(model)
     assert model.dtype == torch.float16 and model.visual.ln_post.weight.dtype == torch.float32
     host = model.encode_image(images)
-    for method in METHODS:
+    for method in (*METHODS, patch_ranking(model, learnt=2)):
         with ck.patched(model, method):
             came = model.encode_image(images)
         assert came.dtype == torch.float16 and came.isfinite().all()
@@ -84,7 +84,7 @@ def test_a_mask_a_hook_and_a_scripted_archive_are_refused(model, images):
 
 
 def test_gradients_reach_every_weight_of_a_reduced_tower(model, images):
-    for method in METHODS:
+    for method in (*METHODS, patch_ranking(model, learnt=2)):
         model.zero_grad()
         ck.patch(model, method).encode_image(images).pow(2).sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.visual.parameters())

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 import clipkernels as ck
+from clipkernels.testing import patch_ranking
 
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.EViT(0.5, score="random"), ck.ToMe(8), ck.TCA(0.1)]
+METHODS.append(patch_ranking(ck.bundled()[0], learnt=2))
 pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import clipkernels as ck
-from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
+from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
 NARROW = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
@@ -48,7 +48,9 @@ def test_dense_is_no_further_from_fp32_than_the_host(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", [ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)])
+@pytest.mark.parametrize(
+    "method", [ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1), patch_ranking(ck.bundled()[0], learnt=2)], ids=str
+)
 @torch.no_grad()
 def test_a_reduced_tower_keeps_its_direction_in_half_precision(method, dtype):
     """The bundled weights, whose attention is trained: near ties may fall otherwise, the embedding must not."""

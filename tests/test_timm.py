@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map
 
 import clipkernels as ck
 from clipkernels import block as one_block
-from clipkernels.testing import assert_within_budget, randomized, timm_tower
+from clipkernels.testing import assert_within_budget, patch_ranking, randomized, timm_tower
 from clipkernels.tower import run
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -52,7 +52,7 @@ def test_a_tower_is_served_and_given_back(name):
     before, state = model(images), {key: value.clone() for key, value in model.state_dict().items()}
     exact = model.double()(images.double())
     model.float()
-    for method in METHODS:
+    for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
         came = model(images)
         encoded = ck.encode_image(model, images, tokens=True, source=True)
@@ -63,7 +63,7 @@ def test_a_tower_is_served_and_given_back(name):
             assert not torch.allclose(came, before, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(encoded.embedding, came, atol=1e-5, rtol=1e-5)
         assert encoded.tokens.shape == (2, plan.tokens[-1], 24)
-        assert encoded.source.shape == (2, 3 if plan.tokens[-1] < plan.entry else 0, tower.tokens - tower.prefix)
+        assert encoded.source.shape == (2, sum(map(bool, plan.steps)), tower.tokens - tower.prefix)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     ck.unpatch(model)
     assert torch.equal(model(images), before)
@@ -105,7 +105,7 @@ def test_every_name_is_served_or_refused_for_a_reason(name):
     before = model(images)
     exact = model.double()(images.double())
     model.float()
-    for method in METHODS:
+    for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
         came, encoded = model(images), ck.encode_image(model, images, tokens=True, source=True)
         plan = method.plan(tower.tokens, len(tower.blocks), tower.prefix)
@@ -235,7 +235,7 @@ def test_checkpointing_and_stochastic_depth_keep_gradients(name):
     for block in model.blocks:
         block.drop_path1 = timm.layers.DropPath(0.5)
     model.train()
-    for method in METHODS:
+    for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
         grads = []
         for checkpointing in (False, True):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.testing import assert_within_budget, randomized, transformers_tower
+from clipkernels.testing import assert_within_budget, patch_ranking, randomized, transformers_tower
 
 # Deprecated in transformers 5.23, the only way in 4.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_:FutureWarning")
@@ -45,7 +45,8 @@ def test_a_tower_is_served_and_given_back(family):
     exact = ck.tower_of(model.double()).encode(images.double())
     model.float()
     masked = family == "Siglip2Model" and transformers.__version__.startswith("4.")  # its pool wants a full-length mask
-    for method in METHODS if not masked else (ck.Dense(), ck.ToMe(8)):
+    every = (*METHODS, patch_ranking(model, learnt=2))
+    for method in every if not masked else (ck.Dense(), ck.ToMe(8)):
         ck.patch(model, method)
         came = tower.encode(images)
         encoded = ck.encode_image(model, images, tokens=True, source=True)
@@ -56,7 +57,7 @@ def test_a_tower_is_served_and_given_back(family):
             assert not torch.allclose(came, before, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(encoded.embedding, came, atol=1e-5, rtol=1e-5)
         assert encoded.tokens.shape == (2, plan.tokens[-1], tower.out)
-        assert encoded.source.shape == (2, 3 if plan.tokens[-1] < plan.entry else 0, 64)
+        assert encoded.source.shape == (2, sum(map(bool, plan.steps)), 64)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     ck.unpatch(model)
     assert torch.equal(tower.encode(images), before)
@@ -205,7 +206,7 @@ def test_padding_is_handled_by_dense_and_refused_by_reducers():
 def test_checkpointing_gives_the_same_gradients(family):
     model, images = build(family)
     model.train()
-    for method in METHODS:
+    for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
         grads = []
         for checkpointing in (False, True):

@@ -14,7 +14,9 @@ from clipkernels.cli.check import check
 from clipkernels.cli.classify import classify
 from clipkernels.cli.demo import demo
 from clipkernels.cli.info import info
+from clipkernels.cli.rank import rank
 from clipkernels.cli.support import support
+from clipkernels.cli.train_predictor import train_predictor
 
 
 class OneLine(click.Group):
@@ -61,3 +63,5 @@ main.add_command(bench)
 main.add_command(info)
 main.add_command(check)
 main.add_command(support)
+main.add_command(rank)
+main.add_command(train_predictor)

@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipkernels.adapters import Tower
-from clipkernels.cli.demo import HOST, choose_methods
 from clipkernels.cli.images import Pictures, collate, find
 from clipkernels.cli.info import environment
 from clipkernels.cli.measure import TIMED, Row, Settings, measure
+from clipkernels.cli.methods import parse_methods
 from clipkernels.cli.models import DTYPES, LIBRARIES, Preprocess, choose_device, load
 from clipkernels.cli.output import opened, progress, schedule, write_csv, write_table
 from clipkernels.cli.plot import draw_plot, plot_format
-from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
 from clipkernels.patch import tower_of
-from clipkernels.timing import Clock, plan_for
+from clipkernels.timing import Clock
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 COLUMNS = ("variant", "mode", "tokens", "GMACs", "ideal", "ms", "images/s", "speed-up", "η", "cosine", "same", "MiB")
@@ -68,7 +67,11 @@ Example:
 @click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Images, spread over all.")
 @click.option(
     "--methods",
-    help="Beside dense, such as evit:0.7,tome:8,tca:0.1  [default: evit:0.7,evit:0.5 and tome at the cost of evit:0.7]",
+    help="Beside dense, such as evit:0.7,tome:8,tca:0.1,patch-ranking:0.6  [default: evit:0.7,evit:0.5 and tome at the "
+    "cost of evit:0.7]",
+)
+@click.option(
+    "--predictor", type=click.Path(exists=True, dir_okay=False), help="What train-predictor made, for patch-ranking."
 )
 @click.option(
     "--compile",
@@ -110,6 +113,7 @@ def bench(
     given: tuple[str, ...],
     limit: int,
     methods: str | None,
+    predictor: str | None,
     modes: tuple[str, ...],
     precisions: tuple[str, ...],
     batch_size: int,
@@ -143,7 +147,7 @@ def bench(
         paths = list(find(given))
         loaded = load(library, name, pretrained)
         tower = tower_of(loaded.model)
-        chosen = choose(methods, tower)
+        chosen = parse_methods(methods, predictor, tower)
         images, failures = read(paths, limit, min(limit, TIMED * batch_size), loaded.preprocess, tower)
         with (
             opened(output) as stream,
@@ -173,38 +177,6 @@ def check_clock(clock: str, device: torch.device) -> None:
         raise click.UsageError(f"expected --clock wall on {device}, whose work CPU time does not hold, got process")
     if clock == "process" and torch.get_num_threads() != 1:
         raise click.UsageError(f"expected --threads 1 with --clock process, got {torch.get_num_threads()}")
-
-
-def choose(given: str | None, tower: Tower) -> dict[str, Method | None]:
-    """What runs, by name: dense by the host (None) and by Dense(), then the methods asked for, or the demo's.
-
-    Raises:
-        click.UsageError: a method that is none.
-        ValueError: one that does not fit the tower.
-    """
-    if given is None:
-        return choose_methods(tower)
-    chosen: dict[str, Method | None] = {HOST: None, "Dense()": Dense()}
-    for part in given.split(","):
-        kind, _, number = part.strip().partition(":")
-        try:
-            if kind == "evit":
-                keep = float(number)
-                chosen[f"EViT(keep={keep:g})"] = EViT(keep)
-            elif kind == "tome":
-                r = int(number)
-                chosen[f"ToMe(r={r})"] = ToMe(r)
-            elif kind == "tca":
-                rate = float(number)
-                chosen[f"TCA(rate={rate:g})"] = TCA(rate)
-            else:
-                raise ValueError("no such method")
-        except ValueError as error:
-            wanted = "expected --methods such as evit:0.7,tome:8,tca:0.1"
-            raise click.UsageError(f"{wanted}, got {part.strip()!r}: {error}") from error
-    for method in chosen.values():
-        plan_for(tower, method or Dense())
-    return chosen
 
 
 def read(paths: Sequence[str], limit: int, stand_ins: int, preprocess: Preprocess, tower: Tower) -> tuple[Tensor, int]:

@@ -6,7 +6,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -17,15 +16,16 @@ from torch.utils.data import DataLoader
 
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
+from clipkernels.cli.classes import read_classes, read_labels
 from clipkernels.cli.guesses import Guess, writer
-from clipkernels.cli.heads import check_head, choose_head, given, kept
+from clipkernels.cli.heads import check_head, choose_head, kept
 from clipkernels.cli.images import Pictures, collate, find
-from clipkernels.cli.models import DTYPES, choose_device, load_open_clip, loading, refuse_unnamed
+from clipkernels.cli.methods import choose_method
+from clipkernels.cli.models import DTYPES, choose_device, load_clip
 from clipkernels.cli.output import opened, progress, schedule
-from clipkernels.data import Preprocess, bundled
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, PRESETS
-from clipkernels.methods import TCA, Dense, EViT, Method, ToMe
+from clipkernels.methods import Dense
 from clipkernels.patch import method_of, tower_of
 from clipkernels.support import SupportSet
 from clipkernels.timing import plan_for
@@ -43,6 +43,10 @@ Example:
   clipkernels support build support --from-folder pictures/digits --per-class 4 \\
     --classes zero,one,two,three,four,five,six,seven,eight,nine
   clipkernels classify pictures/digits --folder-labels --head tipx --support support
+  clipkernels rank pictures/digits --folder-labels --window 4 --stride 4 --step 32 --limit 8 --output ranks.safetensors
+  clipkernels train-predictor ranks.safetensors --epochs 5 --output predictor.safetensors
+  clipkernels classify pictures/digits --folder-labels --method patch-ranking --predictor predictor.safetensors \\
+    --classes zero,one,two,three,four,five,six,seven,eight,nine
 """
 
 
@@ -55,14 +59,25 @@ Example:
 @click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
 @click.option(
     "--method",
-    type=click.Choice(["dense", "evit", "tome", "tca", "none"]),
+    type=click.Choice(["dense", "evit", "tome", "tca", "patch-ranking", "none"]),
     help="none is the host library's own forward  [default: dense; tca with --adapt; none where the tower cannot be "
     "served]",
 )
-@click.option("--keep", type=float, default=0.7, show_default=True, help="evit: share of patches kept per step.")
+@click.option(
+    "--keep",
+    type=float,
+    help="Share of patches kept, by evit in every step, by patch-ranking in its one  [default: 0.7; 0.6 for "
+    "patch-ranking]",
+)
 @click.option("--r", type=int, default=8, show_default=True, help="tome: tokens merged per block.")
 @click.option("--rate", type=float, default=0.035, show_default=True, help="tca: what is dropped, such as 0.1.")
 @click.option("--blocks", help="evit, tca: zero-based blocks that prune, such as 3,6,9.")
+@click.option(
+    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: what train-predictor made."
+)
+@click.option(
+    "--tokens", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: learnt tokens, as fit_tokens saves."
+)
 @click.option(
     "--head",
     type=click.Choice(["zero-shot", "calip", "tip", "tipx"]),
@@ -97,10 +112,12 @@ def classify(
     name: str | None,
     pretrained: str | None,
     method: str | None,
-    keep: float,
+    keep: float | None,
     r: int,
     rate: float,
     blocks: str | None,
+    predictor: str | None,
+    tokens: str | None,
     head: str | None,
     support: str | None,
     adapt: str | None,
@@ -135,9 +152,9 @@ def classify(
             random.Random(shuffle).shuffle(paths)
         if method == "none" and adapt:
             raise click.UsageError("expected a method that condenses, reduces or is dense with --adapt, got none")
-        chosen = choose_method(context, method, keep, r, rate, blocks, adapt)
+        chosen = choose_method(context, method, keep, r, rate, blocks, predictor, tokens, adapt)
         where = choose_device(device)
-        model, preprocess, tokenizer = load(name, pretrained)
+        model, preprocess, tokenizer = load_clip(name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
         if method is None and not servable(model):
             chosen = None
@@ -164,73 +181,6 @@ def classify(
         raise click.UsageError(str(error)) from error
     if failures:
         context.exit(1)
-
-
-def read_classes(classes: str | None, file: str | None) -> list[str]:
-    """The class names, from the command line or from a file."""
-    if (classes is None) == (file is None):
-        raise click.UsageError(f"expected --classes or --classes-file, got {'neither' if file is None else 'both'}")
-    parts = Path(file).read_text(encoding="utf-8").splitlines() if file else (classes or "").split(",")
-    return [part.strip() for part in parts if part.strip()]
-
-
-def read_labels(paths: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """The name of each file's folder.
-
-    Raises:
-        click.UsageError: a folder whose name is none of the classes.
-    """
-    labels = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
-    for path, label in zip(paths, labels, strict=True):
-        if label not in classes:
-            raise click.UsageError(f"expected folders named like the classes, got {label!r} for {path!r}")
-    return labels
-
-
-def choose_method(
-    context: click.Context,
-    method: str | None,
-    keep: float,
-    r: int,
-    rate: float,
-    blocks: str | None,
-    adapt: str | None,
-) -> Method | None:
-    """The method that the options describe; an option that it would not read is an error."""
-    method = method or ("tca" if adapt else None)
-    readers = {"keep": ("evit",), "blocks": ("evit", "tca"), "r": ("tome",), "rate": ("tca",)}
-    for option, owners in readers.items():
-        if given(context, option) and method not in owners:
-            raise click.UsageError(
-                f"expected --method {' or '.join(owners)} with --{option}, got {method or 'no --method'}"
-            )
-    try:
-        named = tuple(int(block) for block in blocks.split(",")) if blocks is not None else None
-    except ValueError:
-        raise click.UsageError(f"expected --blocks such as 3,6,9, got {blocks!r}") from None
-    if method == "evit":
-        return EViT(keep, named)
-    if method == "tca":
-        return TCA(rate, named)
-    if method == "tome":
-        return ToMe(r)
-    return None if method == "none" else Dense()
-
-
-def load(name: str | None, pretrained: str | None) -> tuple[nn.Module, Preprocess, Any]:
-    """Model, preprocessing and tokenizer: the bundled ones, or open_clip's.
-
-    Raises:
-        click.UsageError: as in `models.load`, or a tokenizer that cannot be had.
-    """
-    if name is None:
-        refuse_unnamed(pretrained=pretrained)
-        return bundled()
-    model, preprocess, _ = load_open_clip(name, pretrained)
-    import open_clip  # here, so that the other verbs need none of it
-
-    with loading(name, pretrained):
-        return model, preprocess, open_clip.get_tokenizer(name)
 
 
 def servable(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""A model by its library's name for it, its preprocessing, the device it goes to and the precisions it may take.
+"""A model by its library's name for it, its preprocessing and tokenizer, its device and the precisions it may take.
 
 The network is asked for nothing but what the user named: weights by tag, or a model of a hub.
 """
@@ -48,6 +48,22 @@ def load(library: str, name: str | None, pretrained: str | None) -> Loaded:
     loader = {"open_clip": load_open_clip, "transformers": load_transformers, "timm": load_timm}[library]
     model, preprocess, weights = loader(name, pretrained)
     return Loaded(model.float().eval(), preprocess, weights)
+
+
+def load_clip(name: str | None, pretrained: str | None) -> tuple[nn.Module, Preprocess, Any]:
+    """Model, preprocessing and tokenizer of a whole CLIP: the bundled ones, or open_clip's.
+
+    Raises:
+        click.UsageError: as in `load`, or a tokenizer that cannot be had.
+    """
+    if name is None:
+        refuse_unnamed(pretrained=pretrained)
+        return bundled()
+    model, preprocess, _ = load_open_clip(name, pretrained)
+    import open_clip
+
+    with loading(name, pretrained):
+        return model, preprocess, open_clip.get_tokenizer(name)
 
 
 def load_open_clip(name: str, pretrained: str | None) -> Loaded:

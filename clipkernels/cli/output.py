@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 import click
@@ -48,6 +49,20 @@ def opened(path: str | None, option: str = "--output") -> Iterator[TextIO]:
                 f"expected a file that can be written for {option}, got {path}: {error.strerror}"
             ) from error
         yield stack.enter_context(open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline=""))
+
+
+def check_file(path: str, option: str = "--output") -> None:
+    """Raises click.UsageError for what is no file, or cannot become one: better now than after an hour."""
+    target = Path(path)
+    if target.exists() and not target.is_file():  # a device or a pipe must not be renamed over
+        raise click.UsageError(f"expected a file for {option}, got {path}, which is none")
+    try:
+        with TemporaryFile(dir=target.absolute().parent):
+            pass
+    except OSError as error:
+        raise click.UsageError(
+            f"expected a file that can be written for {option}, got {path}: {error.strerror}"
+        ) from error
 
 
 def write_table(table: Table, stream: TextIO) -> None:

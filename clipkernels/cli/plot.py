@@ -1,22 +1,32 @@
-"""A picture of a benchmark: speed-up against the ideal, and what it cost in cosine."""
+"""Pictures that matplotlib draws: of a benchmark, of a training, and of rankings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import click
+from torch import Tensor
 
 from clipkernels.cli.images import first_line
 from clipkernels.cli.output import quietly
 
 FORMATS = ("png", "svg", "pdf")
 MARKS = "osD^vPX*<>hp"
+COLUMNS = 4
 
 
-def plot_format(path: str) -> str:
+class Shown(NamedTuple):
+    """An image (3,H,W) in [0, 1], the ranks (h,w) of its patches, 0 for what stays longest, and its name."""
+
+    image: Tensor
+    ranks: Tensor
+    name: str
+
+
+def plot_format(path: str, option: str = "--plot") -> str:
     """The format that a path's ending names, now that matplotlib can be imported.
 
     Raises:
@@ -24,12 +34,12 @@ def plot_format(path: str) -> str:
     """
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in FORMATS:
-        raise click.UsageError(f"expected a file ending in .{', .'.join(FORMATS)} for --plot, got {path}")
+        raise click.UsageError(f"expected a file ending in .{', .'.join(FORMATS)} for {option}, got {path}")
     try:
         with quietly():
             import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        wanted = "expected matplotlib for --plot (pip install matplotlib)"
+        wanted = f"expected matplotlib for {option} (pip install matplotlib)"
         raise click.UsageError(f"{wanted}, got: {first_line(error)}") from error
     return ending
 
@@ -75,5 +85,71 @@ def draw_plot(rows: Sequence[Mapping[str, Any]], title: str, file: BinaryIO, for
     for kind in kinds:
         left.plot([], [], color="grey", marker=marks[kind], linestyle="none", label=", ".join(kind))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    with quietly():
+        figure.savefig(file, format=form, dpi=120)
+
+
+def draw_training(
+    losses: Sequence[float], overlaps: Sequence[float], chance: float, title: str, file: BinaryIO, form: str
+) -> None:
+    """The loss of each epoch on the left, on the right the overlap after it, and that of a random order.
+
+    Args:
+        losses: one per epoch.
+        overlaps: shares, as many; nan without images held out.
+        chance: the share that a random order has.
+        title: above both.
+        file: to write to.
+        form: one of FORMATS.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    left, right = figure.subplots(1, 2)
+    epochs = range(1, len(losses) + 1)
+    mark = "." if len(losses) < 100 else ""
+    left.plot(epochs, losses, marker=mark)
+    left.set(xlabel="epoch", ylabel="loss")
+    right.plot(epochs, overlaps, marker=mark, label="images held out")
+    right.axhline(chance, color="grey", linewidth=1, linestyle="--", label="a random order")
+    right.set(xlabel="epoch", ylabel="overlap of what goes", ylim=(0, 1))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.legend(fontsize="small")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    with quietly():
+        figure.savefig(file, format=form, dpi=120)
+
+
+def draw_rankings(pictures: Sequence[Shown], title: str, file: BinaryIO, form: str) -> None:
+    """Each image, and under it its patches, brighter the longer they stay.
+
+    Args:
+        pictures: one at least.
+        title: above all.
+        file: to write to.
+        form: one of FORMATS.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(2 * columns + 0.4, 4.4 * rows + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize="small", wrap=True)
+    grid = figure.subplots(2 * rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for index, (image, ranks, name) in enumerate(pictures):
+        row, column = 2 * (index // columns), index % columns
+        height, width = image.shape[1:]
+        above, below = grid[row, column], grid[row + 1, column]
+        above.imshow(image.permute(1, 2, 0).numpy())
+        above.set_title(name, fontsize="small", parse_math=False)
+        below.imshow(image.mean(0).numpy(), cmap="gray", vmin=0, vmax=1)
+        place = (-0.5, width - 0.5, height - 0.5, -0.5)
+        below.imshow(-ranks.numpy(), cmap="viridis", alpha=0.65, extent=place, interpolation="nearest")
     with quietly():
         figure.savefig(file, format=form, dpi=120)

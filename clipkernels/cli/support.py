@@ -11,9 +11,9 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from clipkernels.cli.classify import load, read_classes
+from clipkernels.cli.classes import read_classes
 from clipkernels.cli.heads import given
-from clipkernels.cli.models import DTYPES, choose_device, loading
+from clipkernels.cli.models import DTYPES, choose_device, load_clip, loading
 from clipkernels.cli.output import opened, progress, write_csv, write_table
 from clipkernels.support import (
     ENSEMBLE,
@@ -128,7 +128,7 @@ def build(
             None if source is None else read_prompts(read_classes(classes, classes_file), prompts, sentences, templates)
         )
         where = choose_device(device)
-        model, preprocess, tokenizer = load(name, pretrained)
+        model, preprocess, tokenizer = load_clip(name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
         failures: list[str] = []
         with opened(output) as stream, progress() as bar:

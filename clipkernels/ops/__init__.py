@@ -12,10 +12,11 @@ from clipkernels.ops.tokens import (
     condense_tokens,
     match_tokens,
     merge_tokens,
+    predict_scores,
     prune_tokens,
     rank_tokens,
 )
-from clipkernels.reference import Added, Condensed, CrossAttended, Match, Merged, Pruned
+from clipkernels.reference import Added, Condensed, CrossAttended, Match, Merged, Mixer, Pruned
 
 __all__ = [
     "Added",
@@ -23,6 +24,7 @@ __all__ = [
     "CrossAttended",
     "Match",
     "Merged",
+    "Mixer",
     "Pruned",
     "add_norm",
     "affinity",
@@ -33,6 +35,7 @@ __all__ = [
     "cross_attention",
     "match_tokens",
     "merge_tokens",
+    "predict_scores",
     "prune_tokens",
     "rank_tokens",
 ]

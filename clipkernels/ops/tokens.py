@@ -1,4 +1,4 @@
-"""What a tower does with its tokens: attention and its signals, prune, condense, match and merge."""
+"""What a tower does with its tokens: attention and its signals, predicted scores, prune, condense, match and merge."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from clipkernels.backend import Backend
 from clipkernels.custom_ops import attention as _attention
 from clipkernels.custom_ops import condense as _condense
 from clipkernels.custom_ops import merge as _merge
+from clipkernels.custom_ops import predict as _predict
 from clipkernels.custom_ops import prune as _prune
 from clipkernels.plan import Signal
-from clipkernels.reference import Condensed, Heads, Match, Merged, Norm, Pruned
+from clipkernels.reference import Condensed, Heads, Match, Merged, Mixer, Norm, Pruned
 
 # Head widths past this would spill: they take SDPA.
 _HEAD_WIDTH = 128
+# Widths of a predictor that a program's registers hold.
+_MIXER_WIDTHS = {16, 32, 64}
 
 
 def attention(
@@ -96,6 +99,42 @@ def rank_tokens(
     chosen = _heads_backend(backend, q, "rank_tokens")
     run = reference.rank_tokens if chosen == "reference" else _attention.rank_tokens
     return run(q, k, heads, query, size, prefix)
+
+
+def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend = "auto") -> Tensor:
+    """Scores (B,P) fp32 of the patches by a small trained predictor, larger is more important.
+
+    Channels are pooled to G; one MLP mixes the tokens, one the channels, and a linear map makes a score of each row:
+
+        p = adaptive_avg_pool1d(x, G)
+        p = p + token_out(gelu(token_in(norm1(p).mT))).mT
+        p = p + channel_out(gelu(channel_in(norm2(p))))
+        (p @ score_weight + score_bias)[:, prefix:]
+
+    Args:
+        x: (B,N,C) tokens that enter a block.
+        mixer: weights for these N tokens, in the dtype of x and on its device; see `ops.Mixer`.
+        prefix: leading tokens that are mixed in but get no score.
+        backend: "auto", "triton" or "reference".
+    Returns:
+        (B,P) fp32 (fp64 for fp64 inputs), detached.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    Guarantees: the GELU is exact; sums and norms in fp32, products of halves from operands rounded to halves on the
+        triton backend; deterministic; a NaN spoils every score of its image and no other. Widths G and Ht of 16, 32
+        or 64 with an Hc of 16 or a larger power of two have a kernel, which `auto` takes for halves alone. What is
+        trained is `reference.mix`, which is differentiable.
+    Source: the predictor of Patch Ranking, arXiv 2409.14607.
+    """
+    checks.check_predict(x, mixer, prefix)
+    pooled, token, channel = (bias.shape[0] for bias in (mixer.norm1_bias, mixer.token_in_bias, mixer.channel_in_bias))
+    served = {pooled, token} <= _MIXER_WIDTHS and channel >= 16 and channel & (channel - 1) == 0
+    if x.dtype == torch.float32:  # until measured: no matrix unit multiplies it exactly, and an image has one program
+        served = served and _backend.asked(backend) == "triton"
+    name = f"predict_scores of widths {pooled}, {token} and {channel}"
+    chosen = _backend.choose(backend, x.device, x.dtype, name, served)
+    run = reference.predict_scores if chosen == "reference" else _predict.predict_scores
+    return run(x.detach(), reference.changed(mixer, lambda weight: weight.detach()), prefix)
 
 
 def prune_tokens(

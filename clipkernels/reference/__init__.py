@@ -12,6 +12,7 @@ from clipkernels.reference.cross_attention import CrossAttended, calip_terms, cr
 from clipkernels.reference.epilogue import Act, Added, Norm, add_norm, bias_act
 from clipkernels.reference.merge import Match, Merged, match_tokens, merge_tokens
 from clipkernels.reference.order import Heads, reduce_heads
+from clipkernels.reference.predict import Mixer, changed, mix, pool_channels, predict_scores
 from clipkernels.reference.prune import Pruned, prune_tokens
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Heads",
     "Match",
     "Merged",
+    "Mixer",
     "Norm",
     "Pruned",
     "add_norm",
@@ -29,10 +31,14 @@ __all__ = [
     "attention",
     "bias_act",
     "calip_terms",
+    "changed",
     "condense_tokens",
     "cross_attention",
     "match_tokens",
     "merge_tokens",
+    "mix",
+    "pool_channels",
+    "predict_scores",
     "prune_tokens",
     "rank_tokens",
     "reduce_heads",

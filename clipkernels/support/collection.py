@@ -23,15 +23,14 @@ from torch.nn.functional import normalize
 from clipkernels.classifier import prompt_embeddings
 from clipkernels.data import Preprocess
 from clipkernels.files import read_tensors
+from clipkernels.identity import check_tower, fingerprint
 from clipkernels.support.features import (
     Encoder,
     Encoding,
     Progress,
     Report,
-    check_tower,
     encode,
     encoder_of,
-    fingerprint,
     forget_parts,
     read_about,
     write_features,

@@ -28,6 +28,7 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import evaluating
 from clipkernels.data import Preprocess
 from clipkernels.files import read_tensors, write_tensors
+from clipkernels.identity import fingerprint
 from clipkernels.methods import Dense
 from clipkernels.patch import encode_image, method_of
 
@@ -37,8 +38,6 @@ Report = Callable[[str], object]
 """Called with a line about what was left out."""
 
 FORMAT, ABOUT = "clipkernels.features.1", "clipkernels"
-SAMPLE = 4096
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -62,57 +61,6 @@ class Encoding(NamedTuple):
     paths: list[str]
     digests: list[str]
     who: Encoder
-
-
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    """What tells a tower from any other: a SHA-256 for its own precision, and for both half ones if that is single:
-    {"float32": …, "float16": …, "bfloat16": …}. A float16 tower and a bfloat16 one cannot be compared: each has lost
-    what the other keeps.
-
-    Each is over the names, the shapes and up to 4,096 values of the image tower's floating-point weights, in that
-    precision, and over its activations, which distinguish a QuickGELU from a GELU with the same weights. A patched
-    tower has the fingerprint of the unpatched one, and so on every device.
-    """
-    ours = ("visual.", "vision_model.", "visual_projection.", "trunk.")
-    states = {
-        name.replace("_orig_mod.", ""): tensor
-        for name, tensor in sorted(model.state_dict().items())
-        if tensor.is_floating_point()
-    }
-    within = ours if any(name.startswith(ours) for name in states) else ("",)
-    states = {name: tensor for name, tensor in states.items() if name.startswith(within)}
-    samples = [_sample(tensor) for tensor in states.values()]
-    lowest = max((DTYPES.index(t.dtype) for t in states.values() if t.dtype in DTYPES), default=0)
-    modules = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
-    acts = sorted({repr(module) for name, module in modules if name.startswith(within) and _acts(module)})
-    found = {}
-    for dtype in DTYPES if lowest == 0 else DTYPES[lowest : lowest + 1]:
-        digest = sha256(json.dumps([acts, [(name, list(t.shape)) for name, t in states.items()]]).encode())
-        for sample in samples:
-            digest.update(sample.to(dtype).view(torch.uint8).numpy().tobytes())
-        found[str(dtype).removeprefix("torch.")] = digest.hexdigest()
-    return found
-
-
-def same_tower(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two fingerprints are of one tower, compared in the lower of their precisions; never of one in float16 and
-    one in bfloat16."""
-    common = [name for name in one if name in other]
-    return bool(common) and one[common[0]] == other[common[0]]
-
-
-def check_tower(tower: Mapping[str, str], model: nn.Module, where: object, about: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a model's tower is the one that something on disk was made with."""
-    own = fingerprint(model)
-    if not same_tower(tower, own):
-        named = f"{about.get('model') or 'unnamed'}, {about.get('pretrained') or 'no tag'}"
-        shown = [", ".join(f"{dtype} {digest[:8]}" for dtype, digest in each.items()) for each in (tower, own)]
-        if tower and not set(tower) & set(own):
-            raise ValueError(
-                f"expected the tower of {where} ({named}) in float32 or {next(iter(tower))}, got {next(iter(own))}: "
-                "the two cannot be compared"
-            )
-        raise ValueError(f"expected the tower of {where} ({named}; {shown[0]}), got another one ({shown[1]})")
 
 
 def encoder_of(model: nn.Module, preprocess: Preprocess) -> Encoder:
@@ -279,17 +227,3 @@ def _ahead(
             yield first, result.result()
     for first, result in waiting:
         yield first, result.result()
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """Up to 4,096 values at equal distances, fp32 on the CPU; none of a tensor without data."""
-    if tensor.is_meta:
-        return torch.empty(0)
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].cpu().float().contiguous()
-
-
-def _acts(module: nn.Module) -> bool:
-    """Whether a module is an activation: it has no weights and no parts, and is no identity and no dropout."""
-    bare = not any(True for _ in module.children()) and not module.state_dict()
-    return bare and not isinstance(module, nn.Identity) and "Drop" not in type(module).__name__

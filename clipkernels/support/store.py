@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from clipkernels.data import Preprocess
 from clipkernels.files import read_tensors
+from clipkernels.identity import check_tower
 from clipkernels.support.features import (
     THREADS,
     Encoder,
     Encoding,
     Progress,
     Report,
-    check_tower,
     encode,
     encoder_of,
     forget_parts,

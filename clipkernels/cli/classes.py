@@ -1,0 +1,35 @@
+"""Class names: from the command line, from a file, or those of the folders that files are in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+
+def read_classes(classes: str | None, file: str | None) -> list[str]:
+    """The class names, from the command line or from a file."""
+    if (classes is None) == (file is None):
+        raise click.UsageError(f"expected --classes or --classes-file, got {'neither' if file is None else 'both'}")
+    parts = Path(file).read_text(encoding="utf-8").splitlines() if file else (classes or "").split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def read_labels(paths: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The name of each file's folder.
+
+    Raises:
+        click.UsageError: a folder whose name is none of the classes.
+    """
+    labels = folders_of(paths)
+    for path, label in zip(paths, labels, strict=True):
+        if label not in classes:
+            raise click.UsageError(f"expected folders named like the classes, got {label!r} for {path!r}")
+    return labels
+
+
+def folders_of(paths: Sequence[str]) -> list[str]:
+    """The name of each file's folder."""
+    return [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]

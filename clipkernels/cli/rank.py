@@ -1,0 +1,291 @@
+"""`clipkernels rank`: golden rankings of image files, found by taking patches away and looking."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from glob import escape, glob
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO, cast, get_args
+
+import click
+from PIL import Image
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from clipkernels.classifier import class_embeddings
+from clipkernels.cli.classes import folders_of, read_classes, read_labels
+from clipkernels.cli.heads import given
+from clipkernels.cli.images import Pictures, find
+from clipkernels.cli.models import DTYPES, choose_device, load_clip
+from clipkernels.cli.output import check_file, opened, progress, write_csv, write_table
+from clipkernels.cli.plot import Shown, draw_rankings, plot_format
+from clipkernels.data import Preprocess
+from clipkernels.learn.patch_ranking import Rankings, golden_ranking
+from clipkernels.learn.patch_ranking.golden import Score
+from clipkernels.patch import tower_of
+from clipkernels.support import PHOTO, photo
+
+SHOWN = 12
+LONGEST = 24  # characters of a name that fit above an image
+OPTIONS = ("score", "window", "stride", "step", "block")
+
+EXAMPLE = """\b
+Example:
+  clipkernels demo --quick --model none --save-images pictures
+  clipkernels rank pictures/digits --folder-labels --window 4 --stride 4 --step 32 --limit 8 --output ranks.safetensors
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("images", nargs=-1, required=True)
+@click.option("--output", type=click.Path(), required=True, help="Safetensors file; what it holds is not ranked again.")
+@click.option(
+    "--score",
+    type=click.Choice(get_args(Score)),
+    help="What must stay: the probability of the true class, that of the likeliest one, or the embedding  [default: "
+    "label with --folder-labels, else confidence]",
+)
+@click.option("--folder-labels", is_flag=True, help="A file's folder is its true class.")
+@click.option("--classes", help="Class names, separated by commas  [default: the folders, with --folder-labels]")
+@click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
+@click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
+@click.option("--window", type=int, default=2, show_default=True, help="Side of a window, in patches.")
+@click.option("--stride", type=int, default=1, show_default=True, help="From one window to the next, in patches.")
+@click.option("--step", type=int, default=10, show_default=True, help="Patches that go in a round.")
+@click.option("--block", type=int, default=3, show_default=True, help="Zero-based block before which they go.")
+@click.option("--limit", type=click.IntRange(min=1), help="Draw so many images; a larger number adds to them.")
+@click.option(
+    "--shuffle", type=int, metavar="SEED", help="Take the images in a random order  [default: 0 with --limit]"
+)
+@click.option("--batch-size", type=int, default=128, show_default=True, help="Variants of images that run at once.")
+@click.option("--model", "name", help="open_clip model  [default: the small one that ships with the package]")
+@click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
+@click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
+@click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+@click.option("--picture", type=click.Path(), help=f"Also draw the first {SHOWN} into this .png, .svg or .pdf.")
+@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@click.pass_context
+def rank(
+    context: click.Context,
+    images: tuple[str, ...],
+    output: str,
+    score: str | None,
+    folder_labels: bool,
+    classes: str | None,
+    classes_file: str | None,
+    templates: tuple[str, ...],
+    window: int,
+    stride: int,
+    step: int,
+    block: int,
+    limit: int | None,
+    shuffle: int | None,
+    batch_size: int,
+    name: str | None,
+    pretrained: str | None,
+    device: str | None,
+    precision: str,
+    picture: str | None,
+    form: str,
+) -> None:
+    """Find the order in which the patches of each image may go, by what CLIP answers without them.
+
+    That takes thousands of forwards per image of a ViT-B/16; train-predictor learns from it what to keep in one.
+
+    IMAGES are files, folders or quoted globs, as in classify. What is ranked is on disk at once: the same command goes
+    on where it was stopped, and one with more images ranks those alone. A file that is no image is named on stderr, the
+    others still run, and the exit status is then 1.
+    """
+    score = score or ("label" if folder_labels else "confidence")
+    try:
+        check_score(context, score)
+        check_file(output)
+        drawn = plot_format(picture, "--picture") if picture else None
+        paths = list(find(images))
+        names: list[str] = []
+        if score != "feature":
+            own = folder_labels and classes is None and classes_file is None
+            names = sorted(set(folders_of(paths))) if own else read_classes(classes, classes_file)
+        if limit is not None or shuffle is not None:
+            random.Random(shuffle or 0).shuffle(paths)
+        paths = paths[:limit]
+        labels = [names.index(label) for label in read_labels(paths, names)] if folder_labels else None
+        prompts = photo(names, templates or PHOTO) if names or score != "feature" else {}
+        where = choose_device(device)
+        model, preprocess, tokenizer = load_clip(name, pretrained)
+        model = model.to(where, DTYPES[precision]).eval()
+        options: dict[str, Any] = {
+            **{"score": score, "window": window, "stride": stride, "step": step, "block": block},
+            **{"batch_size": batch_size, "path": output},
+            "text": class_embeddings(model, tokenizer, prompts) if prompts else None,
+        }
+        with opened(picture, "--picture") if picture else nullcontext() as sheet, progress() as bar:
+            pictures = Pictures(paths, preprocess)
+            ranked = rank_files(model, pictures, labels if score == "label" else None, options, bar)
+            if sheet is not None and drawn is not None:
+                said = ", ".join(f"{option} {options[option]}" for option in OPTIONS)
+                first = zip(ranked.places[:SHOWN], ranked.rankings.ranks, strict=False)
+                shown = [show(model, pictures, place, ranks) for place, ranks in first]
+                draw_rankings(shown, f"What stays longest is brightest ({said})", sheet.buffer, drawn)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    except OSError as error:
+        came = f"{error.filename or output}: {error.strerror or error}"
+        raise click.UsageError(f"expected files that can be read and written, got {came}") from error
+    with opened(None) as stream:
+        write(ranked, output, form, stream)
+    click.echo(ranked.summary(), err=True)
+    if ranked.failures:
+        context.exit(1)
+
+
+def check_score(context: click.Context, score: str) -> None:
+    """Raises click.UsageError for options that a score needs or would not read."""
+    if score == "label" and not context.params["folder_labels"]:
+        raise click.UsageError("expected --folder-labels with --score label, got none")
+    options = {option.name: option.opts[0] for option in context.command.params}
+    for option in ("folder_labels", "classes", "classes_file", "templates"):
+        if score == "feature" and given(context, option):
+            raise click.UsageError(f"expected --score label or confidence with {options[option]}, got feature")
+
+
+class Ranked(NamedTuple):
+    """Rankings of the files at `places`, how many of them are new, how many files were no images, and seconds."""
+
+    rankings: Rankings
+    places: list[int]
+    new: int
+    failures: int
+    seconds: float
+
+    @property
+    def patches(self) -> int:
+        return self.rankings.ranks.shape[1]
+
+    @property
+    def speed(self) -> float | None:
+        """New images per second, None without any."""
+        return self.new / self.seconds if self.new else None
+
+    def summary(self) -> str:
+        """What was done, in one line."""
+        parts = [f"{len(self.places)} images of {self.patches} patches, {self.new} ranked in {self.seconds:.2f} s"]
+        parts[0] += "" if self.speed is None else f": {self.speed:.2f} images/s"
+        if len(self.places) > self.new:
+            parts.append(f"{len(self.places) - self.new} were ranked already")
+        if self.failures:
+            parts.append(f"{self.failures} no image")
+        return "; ".join(parts)
+
+
+class NoImage(Exception):
+    """A file that was to be ranked and is no image: which of them, and why."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
+        self.index, self.reason = index, reason
+
+
+class Images(Sequence[Tensor]):
+    """Preprocessed images (3,S,S) of some files, read when they are asked for."""
+
+    def __init__(self, pictures: Pictures, places: Sequence[int]) -> None:
+        self.pictures, self.places = pictures, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        _, image = self.pictures[self.places[index]]
+        if isinstance(image, str):
+            raise NoImage(index, image)
+        return image
+
+
+def rank_files(
+    model: nn.Module, pictures: Pictures, labels: Sequence[int] | None, options: dict[str, Any], bar: Progress
+) -> Ranked:
+    """The rankings of the files that are images; the others are named on stderr.
+
+    Raises:
+        click.UsageError: none is an image.
+        ValueError: as in `golden_ranking`.
+    """
+    task = bar.add_task("ranking", total=len(pictures))
+    parts = f"{escape(options['path'])}.*.parts/*.safetensors"
+    seen, new = set(glob(parts)), 0
+
+    def step(done: int, total: int) -> None:
+        nonlocal new
+        for part in set(glob(parts)) - seen:
+            seen.add(part)
+            new += len(Rankings.load(part).ranks)
+        bar.update(task, completed=done, total=total)
+
+    def leave_out(place: int, reason: str) -> None:
+        bar.console.print(Text(f"no image: {pictures.paths[place]}: {reason}"), soft_wrap=True)
+        places.remove(place)
+
+    start = time.perf_counter()
+    places = list(range(len(pictures)))
+    while places:
+        true = None if labels is None else [labels[place] for place in places]
+        try:
+            rankings = golden_ranking(model, Images(pictures, places), labels=true, progress=step, **options)
+        except NoImage as error:
+            # What is ranked is kept. Where one file is broken, others are: they are all found before it goes on, so
+            # that files are read twice at most, and once where all is well.
+            rest = places[error.index + 1 :]
+            leave_out(places[error.index], error.reason)
+            for place in rest:
+                _, image = pictures[place]
+                if isinstance(image, str):
+                    leave_out(place, image)
+        else:
+            return Ranked(rankings, places, new, len(pictures) - len(places), time.perf_counter() - start)
+    raise click.UsageError(f"expected images, got {len(pictures)} files that are none, such as {pictures.paths[0]!r}")
+
+
+def show(model: nn.Module, pictures: Pictures, place: int, ranks: Tensor) -> Shown:
+    """A file's image as the model sees it, and its ranks (P,) as they lie on it."""
+    tower = tower_of(model)
+    height, width = (side // tower.patch for side in tower.image_size)
+    image = looks(cast(Tensor, pictures[place][1]), pictures.preprocess)
+    name = os.fsencode(os.path.join(*Path(pictures.paths[place]).parts[-2:])).decode(errors="replace")
+    seen = image[:, : height * tower.patch, : width * tower.patch]
+    return Shown(seen, ranks.view(height, width), name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}")
+
+
+def looks(image: Tensor, preprocess: Preprocess) -> Tensor:
+    """A preprocessed image (3,H,W) in [0, 1], as it looks: what black and white become is black and white again."""
+    black, white = (preprocess(Image.new("RGB", (64, 64), shade)) for shade in ("black", "white"))
+    return ((image - black) / (white - black)).clamp(0, 1)
+
+
+def write(ranked: Ranked, path: str, form: str, stream: TextIO) -> None:
+    """What was ranked, as a table, as JSON or as CSV."""
+    about = ranked.rankings.about
+    record = {
+        **{"file": path, "images": len(ranked.places), "ranked": ranked.new, "patches": ranked.patches},
+        **{option: about[option] for option in OPTIONS},
+        "seconds": round(ranked.seconds, 3),
+        "images_per_second": None if ranked.speed is None else round(ranked.speed, 3),
+    }
+    if form == "csv":
+        write_csv([record], stream)
+    elif form == "json":
+        json.dump(record, stream, indent=2)
+        stream.write("\n")
+    else:
+        table = Table("images", "ranked", "patches", "seconds", "images/s", "file")
+        speed = "" if ranked.speed is None else f"{ranked.speed:.2f}"
+        cells = (len(ranked.places), ranked.new, ranked.patches, f"{ranked.seconds:.2f}", speed, path)
+        table.add_row(*(Text(str(cell)) for cell in cells))
+        write_table(table, stream)

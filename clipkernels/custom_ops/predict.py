@@ -1,0 +1,28 @@
+"""`predict_scores` on the Triton backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipkernels.custom_ops import plain, register
+from clipkernels.reference import Mixer
+
+
+def predict_scores(x: Tensor, mixer: Mixer, prefix: int) -> Tensor:
+    *weights, eps = mixer
+    call = _predict if plain(x, *weights) else torch.ops.clipkernels.predict_scores
+    return call(x, weights, eps, prefix)
+
+
+def _predict(x: Tensor, weights: list[Tensor], eps: float, prefix: int) -> Tensor:
+    from clipkernels.kernels.predict import predict_scores as launch
+
+    return launch(x, weights, eps, prefix)
+
+
+def _fake(x: Tensor, weights: list[Tensor], eps: float, prefix: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] - prefix, dtype=torch.float32)
+
+
+register("predict_scores(Tensor x, Tensor[] weights, float eps, int prefix) -> Tensor", _predict, _fake)

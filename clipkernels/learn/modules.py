@@ -1,0 +1,41 @@
+"""Small modules in safetensors files that say what they are for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from clipkernels.files import read_tensors, write_tensors
+
+ABOUT = "clipkernels"
+Made = TypeVar("Made", bound=nn.Module)
+
+
+def save_module(path: str | os.PathLike[str], module: Any, kind: str, sizes: Sequence[str]) -> None:
+    """Writes a module's weights, the sizes that it was made with and its `about`, whole or not at all."""
+    said = {"format": kind, **{name: getattr(module, name) for name in sizes}, "about": module.about}
+    write_tensors(path, module.state_dict(), {ABOUT: json.dumps(said)})
+
+
+def load_module(cls: type[Made], path: str | os.PathLike[str], kind: str, sizes: Sequence[str]) -> Made:
+    """What `save_module` wrote, in fp32, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    tensors, header = read_tensors(path)
+    try:
+        said = json.loads(header.get(ABOUT, ""))
+        if said["format"] != kind:
+            raise ValueError(f"format {said['format']!r}")
+        made: Any = cls
+        module: Made = made(**{name: int(said[name]) for name in sizes}, about=dict(said["about"]))
+        module.load_state_dict(tensors)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"expected a file of format {kind}, got {path}: {' '.join(str(error).split())}") from error
+    return module.eval()

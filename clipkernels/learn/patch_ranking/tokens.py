@@ -1,0 +1,283 @@
+"""Learnt tokens that stand beside an image's patches and make up for those that a predictor lets go.
+
+    block d < D begins with [CLS, P_d, patches];  coupled to a context c_d of the text, P_d = M_d c_d + b_d
+
+They are never pruned; each of the first D blocks begins with its own, the others go on with what the last of these
+makes of them. Coupled, the same contexts replace the first words of every prompt in the blocks of the text tower. How
+many there are, and how deep, the paper does not say: here it is as in MaPLe (arXiv 2210.03117). A reconstruction.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from clipkernels import adapters
+from clipkernels.adapters import Tower
+from clipkernels.classifier import evaluating
+from clipkernels.heads.given import check_labels, check_positive
+from clipkernels.identity import check_tower, digest_of, fingerprint
+from clipkernels.learn.modules import load_module, save_module
+from clipkernels.methods import PatchRanking
+from clipkernels.patch import encode_image, patched
+
+FORMAT = "clipkernels.visual_tokens.1"
+SIZES = ("count", "depth", "width", "text_width")
+DEVIATION = 0.02
+
+
+class VisualTokens(nn.Module):
+    """Tokens for the first blocks of a tower, of their own or made of contexts of the text.
+
+    Args:
+        count: T tokens.
+        depth: D blocks that begin with tokens of their own.
+        width: C of the tower.
+        text_width: of the text tower, whose contexts they are then made of; 0 for tokens of their own.
+        about: what is known of the tower: "tower", its fingerprint.
+    Raises:
+        ValueError: no token or no block.
+    Source: Patch Ranking, arXiv 2409.14607, section 3.3; MaPLe, arXiv 2210.03117.
+    """
+
+    def __init__(
+        self, count: int, depth: int, width: int, text_width: int = 0, *, about: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        if min(count, depth) < 1:
+            raise ValueError(f"count and depth must be at least one, got {count} and {depth}")
+        self.count, self.depth, self.width, self.text_width = count, depth, width, text_width
+        self.about = dict(about or {})
+        if text_width:
+            self.context = nn.Parameter(DEVIATION * torch.randn(depth, count, text_width))
+            self.maps = nn.ModuleList(nn.Linear(text_width, width) for _ in range(depth))
+        else:
+            self.own = nn.Parameter(DEVIATION * torch.randn(depth, count, width))
+
+    def forward(self) -> Tensor:
+        """The tokens (D,T,C) of each block."""
+        if not self.text_width:
+            return self.own
+        return torch.stack([made(context) for made, context in zip(self.maps, self.context, strict=True)])
+
+    @contextmanager
+    def prompting(self, model: Any) -> Iterator[None]:
+        """The text tower with the contexts in place of the first words of every prompt, where there are contexts.
+
+        Raises:
+            ValueError: a text tower without blocks of open_clip's, or of another width.
+        """
+        hooks = []
+        try:
+            if self.text_width:
+                text = _text_tower(model)
+                for context, block in zip(self.context, text.resblocks, strict=False):
+                    hooks.append(
+                        block.register_forward_pre_hook(_replacing(context, getattr(text, "batch_first", True)))
+                    )
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def check_tower(self, tower: Tower) -> None:
+        """Raises ValueError unless these were trained for the tower."""
+        if self.width != tower.width or self.depth > len(tower.blocks):
+            wanted = f"a tower of width {self.width} and at least {self.depth} blocks"
+            raise ValueError(f"the learnt tokens are for {wanted}, got {tower.width} and {len(tower.blocks)}")
+        if "tower" in self.about:
+            check_tower(self.about["tower"], tower.owner, "the learnt tokens", self.about)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes them, and what they are for, as safetensors, by way of a temporary file that is renamed."""
+        save_module(path, self, FORMAT, SIZES)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> VisualTokens:
+        """What `save` wrote, in fp32, on the CPU.
+
+        Raises:
+            ValueError: the file is none of these.
+            OSError: it cannot be read.
+        """
+        return load_module(cls, path, FORMAT, SIZES)
+
+    def __repr__(self) -> str:
+        coupled = f", text_width={self.text_width}" if self.text_width else ""
+        return f"VisualTokens(count={self.count}, depth={self.depth}{coupled}, sha256={digest_of(self)})"
+
+
+class FittedTokens(NamedTuple):
+    """Learnt tokens and the mean loss of each epoch."""
+
+    tokens: VisualTokens
+    losses: list[float]
+
+
+@torch.enable_grad()
+def fit_tokens(
+    model: Any,
+    tokenizer: Callable[[list[str]], Tensor],
+    prompts: Mapping[str, Sequence[str]],
+    images: Tensor | Sequence[Tensor],
+    labels: Tensor,
+    method: PatchRanking,
+    *,
+    count: int = 2,
+    depth: int = 9,
+    coupled: bool = False,
+    epochs: int = 5,
+    batch_size: int = 4,
+    lr: float = 0.0035,
+    weight_decay: float = 5e-4,
+    scale: float = 100.0,
+    seed: int = 0,
+    progress: Callable[[int, float], object] | None = None,
+) -> FittedTokens:
+    """Tokens trained on a few labelled images, through the pruned tower; nothing else learns.
+
+    SGD with momentum .9 on cross-entropy, its learning rate falling along a cosine. Model and predictor are frozen
+    meanwhile and in eval mode; then everything is as it was.
+
+    Args:
+        model: a CLIP with `encode_image` and `encode_text`, in fp32 or fp64.
+        tokenizer: a list of n texts to token ids (n,T).
+        prompts: the sentences of each class, such as `clipkernels.support.photo` makes.
+        images: (n,3,S,S) preprocessed, or a sequence of (3,S,S).
+        labels: (n,) int64, into the classes of `prompts`.
+        method: how the tower is pruned; tokens that it has are not used.
+        count: tokens beside the patches.
+        depth: blocks that begin with tokens of their own; all of them in a shallower tower.
+        coupled: make them of contexts that the text tower has, too, in place of each prompt's first words.
+        epochs: times that every image is seen.
+        batch_size: images of a step.
+        lr: learning rate at the start.
+        weight_decay: of SGD.
+        scale: what cosines are multiplied by.
+        seed: of the tokens and the order of the images.
+        progress: called after each epoch with its number from 1 and its mean loss.
+    Returns:
+        FittedTokens, for `ck.PatchRanking(…, tokens=…)`. With coupled ones, class embeddings must be made under
+        `tokens.prompting(model)`, as `ck.Classifier` does.
+    Raises:
+        ValueError: labels or images that do not fit, numbers out of range, a half-precision model, a text tower
+            without blocks of open_clip's for `coupled`.
+        RuntimeError: in inference mode.
+    Source: Patch Ranking, arXiv 2409.14607, section 3.3; the numbers are MaPLe's, arXiv 2210.03117.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("fit_tokens needs gradients: expected to be called outside of torch.inference_mode()")
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
+    check_positive(lr=lr, scale=scale)
+    tower = adapters.find(model)
+    like = tower.like
+    if like.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"model must be float32 or float64 to train through, got {like.dtype}")
+    labels = check_labels(labels, len(images), len(prompts)).to(like.device)
+    if not len(images):
+        raise ValueError("images must be at least one, got none")
+    width = _text_tower(model).width if coupled else 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        depth = min(depth, len(tower.blocks))
+        about = {"tower": fingerprint(tower.owner), "keep": method.keep, "block": method.block, "images": len(images)}
+        tokens = VisualTokens(count, depth, tower.width, width, about=about).to(like)
+    sentences = [sentence for each in prompts.values() for sentence in each]
+    sizes = [len(each) for each in prompts.values()]
+    ids = tokenizer(sentences).to(like.device)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(tokens.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(images) // batch_size))
+    losses = []
+    with evaluating(model), _frozen(model), patched(model, replace(method, tokens=tokens)):
+        if coupled:
+            _begin_as_words(model, tokens, ids)
+        else:
+            text = _text(model, ids, sizes).detach()
+        for epoch in range(epochs):
+            total = 0.0
+            for batch in torch.randperm(len(images), generator=generator).split(batch_size):
+                if coupled:
+                    with tokens.prompting(model):
+                        text = _text(model, ids, sizes)
+                pixels = torch.stack([images[index] for index in batch.tolist()]).to(like)
+                logits = scale * normalize(encode_image(model, pixels).embedding) @ text.T
+                loss = cross_entropy(logits, labels[batch.to(like.device)])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += float(loss.detach()) * len(batch)
+            losses.append(total / len(images))
+            if progress is not None:
+                progress(epoch + 1, losses[-1])
+    return FittedTokens(tokens.cpu().eval(), losses)
+
+
+def _text(model: Any, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Class embeddings (K,E), with gradients."""
+    rows = normalize(model.encode_text(ids)).split(list(sizes))
+    return torch.stack([normalize(each.mean(0), dim=0) for each in rows])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The model without a parameter that asks for gradients."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def _text_tower(model: Any) -> Any:
+    """The module that holds the blocks of a text tower.
+
+    Raises:
+        ValueError: it has none of open_clip's or OpenAI's.
+    """
+    text = getattr(getattr(model, "text", model), "transformer", None)
+    if not hasattr(text, "resblocks"):
+        raise ValueError(f"coupled tokens need a text tower of open_clip's own, got {type(model).__name__}")
+    return text
+
+
+def _replacing(context: Tensor, batch_first: bool) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A hook that puts contexts (T,C) in place of what enters a block at the places after the first."""
+    places = slice(1, 1 + len(context))
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = arguments[0] if batch_first else arguments[0].transpose(0, 1)
+        own = context.to(x).expand(x.shape[0], -1, -1)
+        x = torch.cat([x[:, : places.start], own, x[:, places.stop :]], 1)
+        return (x if batch_first else x.transpose(0, 1), *arguments[1:])
+
+    return hook
+
+
+@torch.no_grad()
+def _begin_as_words(model: Any, tokens: VisualTokens, ids: Tensor) -> None:
+    """The first contexts as the words that they take the place of: what enters the first block there."""
+    seen: list[Tensor] = []
+    text = _text_tower(model)
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen.append(arguments[0] if getattr(text, "batch_first", True) else arguments[0].transpose(0, 1))
+
+    handle = text.resblocks[0].register_forward_pre_hook(hook)
+    try:
+        model.encode_text(ids[:1])
+    finally:
+        handle.remove()
+    tokens.context[0].copy_(seen[0][0, 1 : 1 + tokens.count])

@@ -1,0 +1,392 @@
+"""Patch Ranking's predictor, its method and its learnt tokens: against literal forms, through a tower's life, and what
+they learn."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+import clipkernels as ck
+from clipkernels import support
+from clipkernels.learn.patch_ranking import (
+    Rankings,
+    RankPredictor,
+    VisualTokens,
+    fit_predictor,
+    fit_tokens,
+    golden_ranking,
+    overlap,
+)
+from clipkernels.learn.patch_ranking.predictor import target
+from clipkernels.testing import open_clip_tower, patch_ranking, randomized
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CLASSES = ("cat", "dog", "ship")
+PROMPTS = support.photo(CLASSES, ("a photo of a {}.",))
+
+
+def mixed(predictor, x):
+    """Scores of tokens entering the block, by torch's own modules."""
+    pooled = nn.functional.adaptive_avg_pool1d(x, predictor.channels)
+    act = nn.functional.gelu
+    pooled = pooled + predictor.token_out(act(predictor.token_in(predictor.norm1(pooled).mT))).mT
+    pooled = pooled + predictor.channel_out(act(predictor.channel_in(predictor.norm2(pooled))))
+    return predictor.score(pooled)[:, predictor.prefix :, 0]
+
+
+def literal(model, method, images):
+    """The embedding by the host's own blocks, learnt tokens behind the patches as the paper draws them."""
+    visual, predictor, tokens = model.visual, method.predictor, method.tokens
+    own = [] if tokens is None else list(tokens())
+    x, added = visual._embeds(images), 0
+    for index, host in enumerate(visual.transformer.resblocks):
+        whole = x[:, : x.shape[1] - added]
+        if index == method.block:
+            scores = mixed(predictor, whole)
+            keep = math.ceil(method.keep * scores.shape[1])
+            kept = scores.topk(keep).indices.sort(1).values + predictor.prefix
+            picked = [x[i : i + 1, [*range(predictor.prefix), *kept[i].tolist()]] for i in range(len(x))]
+            x = torch.cat([torch.cat(picked), x[:, x.shape[1] - added :]], 1)
+            whole = x[:, : x.shape[1] - added]
+        if index < len(own):
+            added = own[index].shape[0]
+            x = torch.cat([whole, own[index].expand(len(x), -1, -1)], 1)
+        x = host(x)
+    return visual.ln_post(x)[:, 0] @ visual.proj
+
+
+def small(layers=4):
+    return randomized(open_clip_tower("ViT-B-32", layers, width=64, image_size=32, patch_size=8)).double()
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("block", [0, 2, 3])
+@pytest.mark.parametrize("learnt", [0, 2])
+@torch.no_grad()
+def test_a_patched_tower_computes_the_literal_form(keep, block, learnt):
+    model, images = small(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    method = patch_ranking(model, keep, block, learnt)
+    expected, dense = literal(model, method, images), model.encode_image(images)
+    ck.patch(model, method)
+    torch.testing.assert_close(model.encode_image(images), expected, atol=1e-9, rtol=1e-9)
+    encoded = ck.encode_image(model, images, tokens=True, cls_path=True, source=True)
+    torch.testing.assert_close(encoded.embedding, expected, atol=1e-9, rtol=1e-9)
+    kept = math.ceil(keep * 16)
+    assert encoded.tokens.shape == (3, 1 + kept, 512) and encoded.cls_path.shape == (3, 4, 64)
+    if kept < 16:
+        rows = [sorted(row for row in image[0].tolist() if row >= 0) for image in encoded.source]
+        assert rows == [list(range(1, 1 + kept))] * 3
+    ck.unpatch(model)
+    assert torch.equal(model.encode_image(images), dense)
+
+
+@torch.no_grad()
+def test_intermediate_states_have_every_patch_at_its_place_and_no_learnt_token():
+    model, images = small(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    ck.patch(model, patch_ranking(model, 0.5, 2, learnt=3))
+    states = model.visual.forward_intermediates(images, output_fmt="NLC")["image_intermediates"]
+    assert [tuple(state.shape) for state in states] == [(2, 16, 64)] * 4
+    assert [(state == 0).all(-1).sum(1).tolist() for state in states] == [[0, 0], [0, 0], [8, 8], [8, 8]]
+
+
+def test_a_predictor_of_a_vit_b16_has_the_parameters_and_operations_of_the_paper():
+    predictor = RankPredictor(197)
+    assert sum(parameter.numel() for parameter in predictor.parameters()) == 46_246
+    assert predictor.macs == pytest.approx(7.27e6, abs=0.005e6)
+
+
+@pytest.mark.parametrize(("gone", "gmacs"), [(50, 14.16), (60, 13.48), (78, 12.27), (100, 10.80)])
+def test_a_pruned_b16_has_the_published_gmacs_and_those_of_the_predictor(gone, gmacs):
+    plan = ck.PatchRanking(RankPredictor(197), keep=(196 - gone) / 196).plan(tokens=197, blocks=12)
+    assert plan.tokens == (197, 197, 197, *[197 - gone] * 10)
+    assert plan.gmacs(768) - RankPredictor(197).macs / 1e9 == pytest.approx(gmacs, abs=0.005)
+
+
+def test_learnt_tokens_count_in_every_block():
+    tokens = VisualTokens(2, 9, 768)
+    plan = ck.PatchRanking(RankPredictor(197), tokens=tokens).plan(tokens=197, blocks=12)
+    assert plan.tokens == (199, 199, 199, *[1 + 118 + 2] * 9, 1 + 118)
+    without = ck.PatchRanking(RankPredictor(197)).plan(tokens=197, blocks=12)
+    assert 0 < plan.gmacs(768) - without.gmacs(768) < 0.2
+
+
+def test_scores_are_those_of_torchs_own_modules_and_carry_no_gradient():
+    predictor = RankPredictor(17, 5).double()
+    x = torch.randn(3, 17, 100, dtype=torch.float64, requires_grad=True)
+    came = predictor(x)
+    torch.testing.assert_close(came, mixed(predictor, x).detach(), atol=1e-12, rtol=1e-12)
+    assert not came.requires_grad
+    led = torch.cat([x[:, :5], torch.full((3, 2, 100), float("nan"), dtype=x.dtype), x[:, 5:]], 1)
+    assert torch.equal(predictor(led, 7), came)
+
+
+@torch.no_grad()
+def test_weights_follow_the_tower_and_never_enter_its_state(tiny, images):
+    method, keys = patch_ranking(tiny), list(tiny.state_dict())
+    ck.patch(tiny, method)
+    expected = tiny.encode_image(images)
+    assert list(tiny.state_dict()) == keys and not any("predictor" in name for name, _ in tiny.named_parameters())
+    tiny.double()
+    torch.testing.assert_close(tiny.encode_image(images.double()).float(), expected, atol=1e-5, rtol=1e-4)
+    assert method.predictor.score.weight.dtype == torch.float32
+    tiny.to(torch.bfloat16)
+    assert tiny.encode_image(images.bfloat16()).isfinite().all()
+    tiny.float()
+    assert tiny.encode_image(images).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_patched_tower_copies_and_pickles_with_its_predictor(tiny, images):
+    ck.patch(tiny, patch_ranking(tiny, learnt=2))
+    expected = tiny.encode_image(images)
+    twin = copy.deepcopy(tiny)
+    file = io.BytesIO()
+    torch.save(tiny, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for each in (twin, loaded):
+        assert torch.equal(each.encode_image(images), expected)
+        assert ck.method_of(each).predictor is not ck.method_of(tiny).predictor
+    nn.init.zeros_(ck.method_of(twin).predictor.channel_in.weight)
+    assert torch.equal(tiny.encode_image(images), expected)
+
+
+def test_a_later_mismatch_raises(tiny, images):
+    ck.patch(tiny, patch_ranking(tiny))
+    for parameter in tiny.visual.parameters():
+        parameter.data = parameter.data.double()
+    with pytest.raises(ValueError, match=r"must be torch.float64 on cpu, got torch.float32"):
+        tiny.encode_image(images.double())
+
+
+@torch.no_grad()
+def test_it_runs_under_autocast(tiny, images):
+    ck.patch(tiny, patch_ranking(tiny, learnt=2))
+    expected = tiny.encode_image(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        came = tiny.encode_image(images)
+    assert nn.functional.cosine_similarity(came.float(), expected).min() > 0.99
+
+
+def test_gradients_reach_learnt_tokens_and_the_tower_through_the_pruning():
+    model, images = small(3), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    method = patch_ranking(model, 0.5, 1, learnt=1)
+    ck.patch(model, method)
+
+    def embed(own):
+        with torch.no_grad():
+            method.tokens.own.copy_(own)
+        return ck.encode_image(model, images).embedding
+
+    embedding = ck.encode_image(model, images).embedding
+    weights = torch.randn_like(embedding)
+    (embedding * weights).sum().backward()
+    grad = method.tokens.own.grad.clone()
+    assert all(parameter.grad is None for parameter in method.predictor.parameters())
+    assert model.visual.conv1.weight.grad.abs().sum() > 0
+    base, towards = method.tokens.own.detach().clone(), torch.randn_like(grad)
+    with torch.no_grad():
+        up, down = ((embed(base + sign * 1e-6 * towards) * weights).sum() for sign in (1, -1))
+    assert ((up - down) / 2e-6).item() == pytest.approx((grad * towards).sum().item(), rel=1e-4)
+
+
+def test_checkpointing_gives_the_same_gradients(tiny, images):
+    method = patch_ranking(tiny, learnt=2)
+    ck.patch(tiny, method)
+    grads = []
+    for recompute in (False, True):
+        tiny.set_grad_checkpointing(recompute)
+        method.tokens.zero_grad()
+        tiny.encode_image(images).square().sum().backward()
+        grads.append(method.tokens.own.grad.clone())
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"predictor": None}, TypeError, "predictor must be a RankPredictor, got NoneType"),
+        ({"tokens": 3}, TypeError, "tokens must be VisualTokens or None, got int"),
+        ({"keep": 0}, ValueError, r"keep must be a number in \(0, 1\], got 0"),
+        ({"block": 2}, ValueError, "block must be that of the predictor, 3, got 2"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ck.PatchRanking(**{"predictor": RankPredictor(65), **arguments})
+
+
+def test_a_predictor_for_another_tower_is_refused_and_the_model_stays_as_it_was(tiny, images):
+    rankings = golden_ranking(tiny, images, score="feature", step=32, window=4, stride=4)
+    predictor = fit_predictor(rankings, epochs=1).predictor
+    tokens = VisualTokens(2, 2, 128)
+    assert ck.patch(tiny, ck.PatchRanking(predictor, tokens=tokens)) is tiny
+    half = copy.deepcopy(ck.unpatch(tiny)).half()
+    ck.patch(half, ck.PatchRanking(predictor))
+    ck.patch(tiny.visual, ck.PatchRanking(predictor))  # the same tower by another door
+    ck.unpatch(tiny)
+    ck.patch(tiny, ck.EViT(0.5))
+    with torch.no_grad():
+        tiny.visual.transformer.resblocks[0].mlp.c_fc.bias[0] += 1
+    with pytest.raises(ValueError, match=r"expected the tower of the predictor .*, got another one"):
+        ck.patch(tiny, ck.PatchRanking(predictor))
+    other = RankPredictor(50)
+    with pytest.raises(ValueError, match="the predictor is for 50 tokens, 1 of them prefix, got 65 and 1"):
+        ck.patch(tiny, ck.PatchRanking(other))
+    with pytest.raises(ValueError, match="the predictor is for block 6, got a tower of 6 blocks"):
+        ck.patch(tiny, ck.PatchRanking(RankPredictor(65, block=6)))
+    with pytest.raises(ValueError, match=r"the predictor is for a tower with image size \[224, 224\], got one with \["):
+        ck.patch(tiny, ck.PatchRanking(RankPredictor(65, about={"image_size": [224, 224]})))
+    with pytest.raises(ValueError, match="learnt tokens are for a tower of width 64 and at least 2 blocks, got 128"):
+        ck.patch(tiny, ck.PatchRanking(RankPredictor(65), tokens=VisualTokens(2, 2, 64)))
+    assert ck.method_of(tiny) == ck.EViT(0.5)
+
+
+def ranked(images=64, patches=16):
+    """Rankings that the features tell: the first channel says how long a patch stays."""
+    features = torch.randn(images, 1 + patches, 64, generator=torch.Generator().manual_seed(0))
+    order = features[:, 1:, 0].argsort(1, descending=True)
+    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(patches).expand(images, -1))
+    return Rankings(ranks, features, {"prefix": 1, "block": 2})
+
+
+def test_the_target_is_the_published_one():
+    ranks = torch.randperm(196, generator=torch.Generator().manual_seed(0))[None]
+    v = torch.tensor([0.0 if rank < 146 else -5 - 0.1 * rank for rank in ranks[0].tolist()])
+    torch.testing.assert_close(target(ranks, 50)[0], v.softmax(0))
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_a_predictor_learns_what_features_tell(margin):
+    told = []
+    fitted = fit_predictor(
+        ranked(1024), keep=0.5, margin=margin, epochs=30, lr=5e-3, progress=lambda *line: told.append(line)
+    )
+    assert fitted.overlaps[-1] > 0.9 and fitted.losses[-1] < fitted.losses[0]
+    assert told[-1] == (30, fitted.losses[-1], fitted.overlaps[-1])
+    assert not fitted.predictor.training and fitted.predictor.block == 2
+
+
+def test_training_is_deterministic_and_leaves_the_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, other = (fit_predictor(ranked(), epochs=2) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert repr(one.predictor) == repr(other.predictor) != repr(fit_predictor(ranked(), epochs=2, seed=1).predictor)
+
+
+def test_overlap_counts_what_goes_in_both():
+    ranks = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    assert overlap(-ranks.float(), ranks, 2) == 1
+    assert overlap(ranks.float(), ranks, 2) == 0
+    assert overlap(torch.zeros(2, 4), ranks, 2) == 0.5  # the last two go
+
+
+def test_a_predictor_comes_back_as_it_was_saved(tmp_path):
+    predictor = fit_predictor(ranked(), epochs=1, token_hidden=16).predictor
+    predictor.save(tmp_path / "predictor.safetensors")
+    loaded = RankPredictor.load(tmp_path / "predictor.safetensors")
+    assert repr(loaded) == repr(predictor) and loaded.about == predictor.about and not loaded.training
+    tokens = VisualTokens(2, 3, 8, text_width=4, about={"keep": 0.5})
+    tokens.save(tmp_path / "tokens.safetensors")
+    again = VisualTokens.load(tmp_path / "tokens.safetensors")
+    assert repr(again) == repr(tokens) and torch.equal(again(), tokens()) and again.about == {"keep": 0.5}
+    with pytest.raises(ValueError, match=r"expected a file of format clipkernels.rank_predictor.1, got .*tokens"):
+        RankPredictor.load(tmp_path / "tokens.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"keep": 1.0}, r"keep must be in \(0, 1\)"),
+        ({"held_out": 1.0}, r"held_out in \[0, 1\)"),
+        ({"epochs": 0}, "epochs and batch_size must be at least one, got 0 and 64"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+    ],
+)
+def test_training_refuses_what_it_cannot_do(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        fit_predictor(ranked(), **wrong)
+    with pytest.raises(RuntimeError, match="needs gradients"), torch.inference_mode():
+        fit_predictor(ranked())
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_learnt_tokens_fit_a_few_images_and_leave_the_model_alone(tiny, coupled):
+    images, labels = torch.randn(12, 3, 32, 32), torch.arange(12) % 3
+    _, _, tokenizer = ck.bundled()
+    tiny.train()
+    tiny.logit_scale.requires_grad_(False)
+    asking = [parameter.requires_grad for parameter in tiny.parameters()]
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    ck.patch(tiny, ck.EViT(0.5))
+    told = []
+    fitted = fit_tokens(
+        tiny, tokenizer, PROMPTS, images, labels, patch_ranking(tiny, 0.6, 3), coupled=coupled, epochs=15,
+        progress=lambda *line: told.append(line),
+    )  # fmt: skip
+    assert fitted.losses[-1] < 0.8 * fitted.losses[0] and told[-1] == (15, fitted.losses[-1])
+    assert ck.method_of(tiny) == ck.EViT(0.5) and tiny.training
+    assert [parameter.requires_grad for parameter in tiny.parameters()] == asking
+    assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
+    assert all(parameter.grad is None for parameter in tiny.parameters())
+    assert not any(block._forward_pre_hooks for block in tiny.transformer.resblocks)
+    again = fit_tokens(
+        tiny, tokenizer, PROMPTS, images, labels, patch_ranking(tiny, 0.6, 3), coupled=coupled, epochs=15
+    )
+    assert repr(again.tokens) == repr(fitted.tokens)
+
+
+@torch.no_grad()
+def test_coupled_tokens_are_made_of_the_contexts_that_the_text_has(tiny, images):
+    _, _, tokenizer = ck.bundled()
+    tokens = VisualTokens(2, 4, 128, text_width=128)
+    torch.testing.assert_close(tokens()[1], tokens.context[1] @ tokens.maps[1].weight.T + tokens.maps[1].bias)
+    plain = support.class_embeddings(tiny, tokenizer, PROMPTS)
+    with tokens.prompting(tiny):
+        prompted = support.class_embeddings(tiny, tokenizer, PROMPTS)
+        x = tiny.token_embedding(tokenizer([PROMPTS["cat"][0]])) + tiny.positional_embedding
+        seen = []
+        for block in tiny.transformer.resblocks:
+            block.register_forward_hook(lambda _, args, out: seen.append(args[0][:, :4].clone()))
+        tiny.transformer(x, attn_mask=tiny.attn_mask)
+        for entered, context in zip(seen, tokens.context, strict=False):
+            assert torch.equal(entered[0, 1:3], context)
+    assert torch.equal(support.class_embeddings(tiny, tokenizer, PROMPTS), plain)
+    assert not torch.allclose(prompted, plain)
+    method = ck.PatchRanking(patch_ranking(tiny).predictor, 0.5, tokens=tokens)
+    classifier = ck.Classifier(tiny, tokenizer, CLASSES, method=method)
+    expected = 100 * normalize(literal(ck.unpatch(tiny), method, images)) @ prompted.T
+    ck.patch(tiny, method)
+    torch.testing.assert_close(classifier(images), expected, atol=1e-3, rtol=1e-4)
+    wanted = pytest.raises(ValueError, match="coupled tokens need a text tower of open_clip's own, got Module")
+    with wanted, tokens.prompting(nn.Module()):
+        pass
+
+
+def test_contexts_begin_as_the_words_whose_place_they_take(tiny):
+    _, _, tokenizer = ck.bundled()
+    images, labels = torch.randn(1, 3, 32, 32), torch.tensor([0])
+    fitted = fit_tokens(
+        tiny, tokenizer, PROMPTS, images, labels, patch_ranking(tiny), coupled=True, depth=1, epochs=1, lr=1e-12
+    )
+    with fitted.tokens.prompting(tiny):
+        prompted = support.class_embeddings(tiny, tokenizer, PROMPTS)
+    torch.testing.assert_close(prompted, support.class_embeddings(tiny, tokenizer, PROMPTS), atol=1e-5, rtol=1e-5)
+
+
+def test_training_tokens_refuses_what_it_cannot_do(tiny):
+    _, _, tokenizer = ck.bundled()
+    images, labels, method = torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), patch_ranking(tiny)
+    with pytest.raises(ValueError, match="labels must be from 0 to 2, got 0 to 3"):
+        fit_tokens(tiny, tokenizer, PROMPTS, images, torch.tensor([0, 3]), method)
+    with pytest.raises(ValueError, match="images must be at least one, got none"):
+        fit_tokens(tiny, tokenizer, PROMPTS, images[:0], labels[:0], method)
+    with pytest.raises(ValueError, match=r"model must be float32 or float64 .*, got torch\.bfloat16"):
+        fit_tokens(tiny.bfloat16(), tokenizer, PROMPTS, images, labels, method)
+    with pytest.raises(RuntimeError, match="needs gradients"), torch.inference_mode():
+        fit_tokens(tiny, tokenizer, PROMPTS, images, labels, method)
