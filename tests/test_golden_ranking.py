@@ -14,50 +14,9 @@ import clipkernels as ck
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import windows_of
 from clipkernels.testing import open_clip_tower, randomized, timm_tower
+from literal_ranking import literal_ranking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def literal(model, images, score, classes, labels, window, stride, step, block):
-    """What goes when, one variant at a time: the whole tower each time, the host's own modules, no tensor tricks."""
-    tower = ck.tower_of(model)
-    side, prefix, ranks = tower.image_size[0] // tower.patch, tower.prefix, []
-    edge = side - window
-    starts = sorted({*range(0, edge + 1, stride), edge})
-
-    def embed(image, patches):
-        x, rope = tower.embed(image[None])
-        for host in tower.blocks[:block]:
-            x = tower.run_block(host, x, rope)
-        x = x[:, [*range(prefix), *(prefix + patch for patch in sorted(patches))]]
-        for host in tower.blocks[block:]:
-            x = tower.run_block(host, x, None if rope is None else rope[..., sorted(patches), :])
-        return normalize(tower.pool(x)[0], dim=0)
-
-    for image, label in zip(images, labels, strict=True):
-        every = set(range(side * side))
-        whole, left, gone = embed(image, every), every, []
-        while left:
-            tried = {}
-            for top in starts:
-                for across in starts:
-                    within = {(top + i) * side + across + j for i in range(window) for j in range(window)} & left
-                    if not within:
-                        continue
-                    if prefix or left - within:
-                        z = embed(image, left - within)
-                        shares = (100 * z @ classes.T).softmax(0)
-                        value = {"label": shares[label], "confidence": shares.max(), "feature": z @ whole}[score].item()
-                    else:
-                        value = float("-inf")
-                    for patch in within:
-                        tried.setdefault(patch, []).append(value)
-            means = {patch: sum(values) / len(values) for patch, values in tried.items()}
-            leaving = sorted(left, key=lambda patch: (-means[patch], patch))[:step]
-            gone += leaving
-            left = left - set(leaving)
-        ranks.append([side * side - 1 - gone.index(patch) for patch in range(side * side)])
-    return torch.tensor(ranks)
 
 
 def given(model, classes=5):
@@ -81,7 +40,7 @@ def test_rankings_are_those_of_a_literal_loop(score, window, stride):
     options = {"score": score, "window": window, "stride": stride, "step": 3, "block": 1}
     came = golden_ranking(model, images, text=classes, labels=labels, batch_size=7, **options)
     with torch.no_grad():
-        expected = literal(model, images, classes=classes, labels=labels, **options)
+        expected = literal_ranking(model, images, classes=classes, labels=labels, **options)
     assert torch.equal(came.ranks, expected)
 
 
@@ -103,7 +62,7 @@ def test_rankings_on_other_towers_are_those_of_the_loop(name, block):
     options = {"score": "label", "window": 2, "stride": 1, "step": 6, "block": block}
     came = golden_ranking(model, images[:2], text=classes, labels=labels[:2], **options)
     with torch.no_grad():
-        expected = literal(model, images[:2], classes=classes, labels=labels[:2], **options)
+        expected = literal_ranking(model, images[:2], classes=classes, labels=labels[:2], **options)
     assert torch.equal(came.ranks, expected)
 
 

@@ -316,7 +316,7 @@ def test_the_last_block_runs_for_the_cls_row_alone(tiny, images, method):
     tiny.encode_image(images)
     ck.encode_image(tiny, images)
     ck.encode_image(tiny, images, tokens=True)
-    assert rows == [1, 1, method.plan(tokens=65, blocks=6).tokens[-1]]
+    assert rows == [1, 1, method.plan(tokens=65, blocks=6).passes[-1][1]]
 
 
 @torch.no_grad()
