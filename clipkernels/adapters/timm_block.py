@@ -57,7 +57,8 @@ class TimmBlock:
         q, k, v = _project_qkv(attn, x, rows)
         q, k = attn.q_norm(q), attn.k_norm(k)
         if rope is not None:
-            q, k = (_turn(part, rope, attn).type_as(v) for part in (q, k))
+            # A few rows alone are none of patches.
+            q, k = (q if rows is not None else _turn(q, rope, attn)).type_as(v), _turn(k, rope, attn).type_as(v)
         return q, k, v
 
     def project(self, out: Tensor, fused: bool) -> Branch:
@@ -116,10 +117,8 @@ def _project_qkv(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor
 
 
 def _turn(x: Tensor, rope: Tensor, attn: Any) -> Tensor:
-    """x (B,H,M,D) with its patches turned by their table (…,P,2·D); rows that are all prefix are left alone."""
-    prefix = attn.num_prefix_tokens
-    if x.shape[2] <= prefix:
-        return x
+    """x (B,H,N,D) with its last P tokens, the patches, turned by their table (…,P,2·D)."""
+    prefix = x.shape[2] - rope.shape[-2]
     half = {"half": True} if getattr(attn, "rotate_half", False) else {}  # old timm knows no such layout
     turned = apply_rot_embed_cat(x[:, :, prefix:], rope, **half)
     return torch.cat([x[:, :, :prefix], turned], 2)
