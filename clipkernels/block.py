@@ -97,7 +97,8 @@ def forward(
         size: (B,N) patches behind each token, None before any merge.
         prefix: leading tokens that no step touches.
         proportional: weigh keys by size.
-        rows: compute these leading rows alone (then step is ignored: it moves no prefix token), or None for all.
+        rows: compute these leading rows alone (then a step after attention is ignored: it moves no prefix token), or
+            None for all.
         track: also return where each row went.
         normed: norm1 of x, where the block before has computed it.
         rope: the host's rotary table (…,P,2·D) of the patches, sines then cosines, or None; it goes where they go.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from clipkernels.adapters import UnsupportedTower
 from clipkernels.heads import Head, ZeroShot
 from clipkernels.methods import Method
-from clipkernels.patch import check_images, encode_image, patch
+from clipkernels.patch import check_images, encode_image, method_of, patch
 
 PROMPTS_PER_BATCH = 256
 
@@ -57,10 +58,10 @@ class Classifier:
             self.head = cast(Head, head)
         else:
             make = cast(Callable[[Tensor], Head], head)
-            learnt = getattr(method, "tokens", None)
-            with nullcontext() if learnt is None else learnt.prompting(model):
-                text = class_embeddings(model, tokenizer, prompts)
-            self.head = make(text)
+            # Learnt tokens may be coupled to what the text tower reads.
+            learnt = getattr(method or _method_of(model), "tokens", None)
+            embed = getattr(learnt, "class_embeddings", class_embeddings)
+            self.head = make(embed(model, tokenizer, prompts))
         self.model: Any = model if method is None else patch(model, method)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -83,6 +84,14 @@ class Classifier:
         """Lets a head that adapts forget what it has seen; nothing happens with another."""
         if hasattr(self.head, "reset"):
             self.head.reset()
+
+
+def _method_of(model: nn.Module) -> Method | None:
+    """The method that a model is patched with, if it can be."""
+    try:
+        return method_of(model)
+    except UnsupportedTower:
+        return None
 
 
 def prompts_of(classes: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipkernels.adapters import Tower
+
 SAMPLE = 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,6 +51,13 @@ def same_tower(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     one in bfloat16."""
     common = [name for name in one if name in other]
     return bool(common) and one[common[0]] == other[common[0]]
+
+
+def whole(tower: Tower) -> nn.Module:
+    """What a tower is known by, by whichever door it came: all of it but what a library keeps outside of it, such as
+    the head of open_clip's TimmModel and the projection of transformers' CLIPModel."""
+    found: nn.Module = getattr(tower.root, "trunk", tower.root)
+    return found
 
 
 def digest_of(module: nn.Module) -> str:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Method(Protocol):
     """Anything hashable with a `plan`: a new method needs nothing else.
 
-    One that brings weights also has `weights(tower)`: the modules `tower.run` takes by name, `predictor` and `learnt`;
-    it raises ValueError where they were made for another tower.
+    One that brings weights also has `weights()`, the modules that `tower.run` takes by name, `predictor` and `learnt`,
+    and `check_tower(tower)`, which raises ValueError where they were made for another tower.
     """
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
@@ -261,18 +261,20 @@ class PatchRanking:
         if block >= blocks:
             raise ValueError(f"the predictor is for block {block}, got a tower of {blocks} blocks")
         steps: list[Step | None] = [None] * blocks
-        keep = math.ceil(self.keep * (tokens - prefix))
+        keep = count_of(self.keep, tokens - prefix)
         if keep < tokens - prefix:
             steps[block] = Predict(keep, self.predictor.macs)
         return Plan(tuple(steps), tokens, prefix, 0 if self.tokens is None else self.tokens.count)
 
-    def weights(self, tower: Tower) -> dict[str, nn.Module]:
-        """Predictor and learnt tokens, where they are for this tower; else raises ValueError."""
+    def weights(self) -> dict[str, nn.Module]:
+        """Predictor and learnt tokens."""
+        return {"predictor": self.predictor} | ({} if self.tokens is None else {"learnt": self.tokens})
+
+    def check_tower(self, tower: Tower) -> None:
+        """Raises ValueError unless predictor and learnt tokens are for this tower."""
         self.predictor.check_tower(tower)
-        if self.tokens is None:
-            return {"predictor": self.predictor}
-        self.tokens.check_tower(tower)
-        return {"predictor": self.predictor, "learnt": self.tokens}
+        if self.tokens is not None:
+            self.tokens.check_tower(tower)
 
 
 class PerBlock(tuple[int, ...]):
@@ -302,6 +304,11 @@ def named_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < depth:
             raise ValueError(f"blocks must be ints in [0, {depth - 1}] on a tower of {depth} blocks, got {block!r}")
     return tuple(sorted(set(blocks)))
+
+
+def count_of(keep: float, patches: int) -> int:
+    """⌈keep·patches⌉, where a share that is a whole number of patches but for its rounding is that number."""
+    return math.ceil(keep * patches - 1e-9)
 
 
 def _check_keep(keep: float) -> None:

@@ -82,7 +82,8 @@ def patch(model: Model, method: Method) -> Model:
     Args:
         model: a model of open_clip, transformers, timm or OpenAI's clip, its image tower, or one that holds such.
         method: `Dense`, `EViT`, `ToMe` or anything with their `plan`. One with weights of its own, such as
-            `PatchRanking`, runs with copies of them where those of the tower are, unless they are there already.
+            `PatchRanking`, runs with them if they have the tower's device and dtype, else with copies, which are made
+            anew when the tower moves.
     Raises:
         UnsupportedTower: the tower cannot be served, or its block computes something else than expected.
         ValueError: the method does not fit the tower, or its weights were made for another.
@@ -93,24 +94,32 @@ def patch(model: Model, method: Method) -> Model:
         raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
     tower = adapters.find(model)
     plan = _plan(method, tower, tower.tokens)
-    weights = _beside(method.weights(tower) if hasattr(method, "weights") else {}, tower)
-    owner: Any = tower.owner
-    before = owner.__dict__.get(_SLOT)
+    check: Any = getattr(method, "check_tower", None)
+    if check is not None:
+        check(tower)
+    weights = _beside(method, tower.owner)
+    before = tower.owner.__dict__.get(_SLOT)
     if before is None:
         verify(tower)
-        owner.__dict__.pop("forward", None)  # its class's own, left behind by a hook, would outlive the class
-        owner.__class__ = _subclass(owner.__class__, tower.__class__)
-    owner.__dict__[_SLOT] = _Patch(method, weights, plan, _reads(tower), tower.__class__, _Weak(tower.root))
     try:
-        for host in tower.blocks:
-            pack(tower.projections(host))
+        _install(tower, _Patch(method, weights, plan, _reads(tower), tower.__class__, _Weak(tower.root)))
     except BaseException:  # no memory, most likely
         unpatch(model)
         if before is not None:
-            owner.__class__ = _subclass(owner.__class__, tower.__class__)
-            owner.__dict__[_SLOT] = before
+            _install(tower, before)
         raise
     return model
+
+
+def _install(tower: Tower, slot: _Patch) -> None:
+    """Has a tower run what a slot says, its separate projections side by side."""
+    owner: Any = tower.owner
+    if _SLOT not in owner.__dict__:
+        owner.__dict__.pop("forward", None)  # its class's own, left behind by a hook, would outlive the class
+        owner.__class__ = _subclass(owner.__class__, tower.__class__)
+    owner.__dict__[_SLOT] = slot
+    for host in tower.blocks:
+        pack(tower.projections(host))
 
 
 def unpatch(model: Model) -> Model:
@@ -136,12 +145,16 @@ def unpatch(model: Model) -> Model:
 @contextmanager
 def patched(model: Model, method: Method) -> Iterator[Model]:
     """The model patched for the length of a `with` block; then whatever was there before, another method included."""
-    before = method_of(model)
+    before = adapters.find(model).owner.__dict__.get(_SLOT)
     patch(model, method)
     try:
         yield model
     finally:
-        unpatch(model) if before is None else patch(model, before)
+        unpatch(model)
+        if before is not None:
+            tower = adapters.find(model)
+            # The tower may have learnt or moved meanwhile.
+            _install(tower, before._replace(weights=_beside(before.method, tower.owner)))
 
 
 def method_of(model: nn.Module) -> Method | None:
@@ -241,14 +254,17 @@ def _for_pool(ran: Ran, plan: Plan, whole: bool) -> Tensor:
     return unmerge(ran.x, ran.sources, plan.prefix) if plan.merges and whole else ran.x
 
 
-def _beside(weights: Mapping[str, nn.Module], tower: Tower) -> dict[str, nn.Module]:
-    """Modules on the device and in the dtype of a tower: themselves where they are that, else copies."""
-    like = tower.like
-    there = {
-        name: all(p.device == like.device and p.dtype == like.dtype for p in module.parameters())
-        for name, module in weights.items()
-    }
-    return {name: module if there[name] else copy.deepcopy(module).to(like) for name, module in weights.items()}
+def _beside(method: Method, owner: nn.Module) -> dict[str, nn.Module]:
+    """The weights that come with a method, on the device and in the dtype of the blocks that an owner holds: the
+    modules themselves where they are that, else copies."""
+    if not hasattr(method, "weights"):
+        return {}
+    like = next(parameter for parameter in owner.parameters() if parameter.ndim > 1)  # norms may be wider
+    made: dict[str, nn.Module] = {}
+    for name, module in method.weights().items():
+        there = all(p.device == like.device and p.dtype == like.dtype for p in module.parameters())
+        made[name] = module if there else copy.deepcopy(module).to(like)
+    return made
 
 
 def _reads(tower: Tower) -> tuple[bool, bool]:
@@ -335,7 +351,7 @@ def _subclass(base: Any, tower: Any) -> Any:
             found = tower(slot.root.ref(), self)
             for host in found.blocks:
                 pack(found.projections(host))
-            self.__dict__[_SLOT] = slot._replace(weights=_beside(slot.weights, found))
+            self.__dict__[_SLOT] = slot._replace(weights=_beside(slot.method, self))
         return self
 
     namespace = {

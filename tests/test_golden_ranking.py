@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 import clipkernels as ck
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import windows_of
-from clipkernels.testing import open_clip_tower, randomized, timm_tower
+from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 from literal_ranking import literal_ranking
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,22 +44,33 @@ def test_rankings_are_those_of_a_literal_loop(score, window, stride):
     assert torch.equal(came.ranks, expected)
 
 
-TOWERS = {
-    "no CLS, a query pools": lambda: timm_tower("vit_base_patch16_siglip_224", 3, **SMALL),
-    "CLS and four registers": lambda: timm_tower("vit_base_patch14_reg4_dinov2", 3, **{**SMALL, "img_size": 56}),
-    "rotary embeddings, separate projections": lambda: timm_tower("eva02_base_patch16_clip_224", 3, **SMALL),
-    "averages": lambda: open_clip_tower("ViT-H-14-CLIPA", 3, width=64, image_size=56, head_width=64),
-}
 SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
+TOWERS = {
+    "no CLS, a query pools": ("timm", lambda: timm_tower("vit_base_patch16_siglip_224", 3, **SMALL)),
+    "CLS, four registers": ("timm", lambda: timm_tower("vit_base_patch14_reg4_dinov2", 3, **{**SMALL, "img_size": 56})),
+    "rotary, separate projections": ("timm", lambda: timm_tower("eva02_base_patch16_clip_224", 3, **SMALL)),
+    "averages": ("open_clip", lambda: open_clip_tower("ViT-H-14-CLIPA", 3, width=64, image_size=56, head_width=64)),
+    "CLIP of transformers": ("transformers", lambda: transformers_tower("CLIPModel", 3, **SIZES)),
+    "SigLIP of transformers": ("transformers", lambda: transformers_tower("SiglipModel", 3, **SIZES)),
+    "sequence first, norms in fp32": ("clip.model", lambda: openai_tower(3, 64, 16, 64, 32)),
+}
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.parametrize("name", TOWERS)
 def test_rankings_on_other_towers_are_those_of_the_loop(name, block):
-    if "open" not in TOWERS[name].__code__.co_names[0]:
-        pytest.importorskip("timm", reason="timm is not installed")
-    model, images, classes, labels = given(TOWERS[name]())
-    options = {"score": "label", "window": 2, "stride": 1, "step": 6, "block": block}
+    library, make = TOWERS[name]
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    model, images, classes, labels = given(make())
+    # OpenAI's norms are fp32 alone: probabilities that hang on the last bits may fall either way.
+    options = {
+        "score": "feature" if library == "clip.model" else "label",
+        "window": 2,
+        "stride": 1,
+        "step": 6,
+        "block": block,
+    }
     came = golden_ranking(model, images[:2], text=classes, labels=labels[:2], **options)
     with torch.no_grad():
         expected = literal_ranking(model, images[:2], classes=classes, labels=labels[:2], **options)
@@ -173,6 +184,18 @@ def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypat
     assert file.read_bytes() == held
 
 
+def test_two_runs_on_one_file_lose_nothing(tmp_path):
+    model, images, *_ = small()
+    file = tmp_path / "ranks.safetensors"
+    options = {"score": "feature", "block": 1, "path": file}
+
+    def another(done, total):
+        golden_ranking(model, images[1:], **options)
+
+    golden_ranking(model, images[:1], progress=another, **options)
+    assert len(Rankings.load(file).ranks) == 3 and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
 KILLED = """
 import sys, torch, clipkernels as ck
 from clipkernels.learn.patch_ranking import golden, golden_ranking
@@ -200,6 +223,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
     again = subprocess.run([*command, files[1]], check=True, capture_output=True, text=True)
     assert time.monotonic() - start < 600 and int(again.stdout.split()[0]) > 4
     assert files[1].read_bytes() == files[0].read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +240,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
         ({"labels": None}, 'labels must be the true classes \\(n,\\) for score="label", got none'),
         ({"labels": torch.tensor([0, 1])}, r"labels must be \(3,\) torch.int64, got \(2,\)"),
         ({"labels": torch.tensor([0, 1, 5])}, "labels must be from 0 to 4, got 0 to 5"),
+        ({"images": torch.randn(0, 3, 32, 32), "labels": []}, "images must be at least one, got none"),
         ({"images": torch.randn(3, 3, 40, 40)}, r"images must be \(B,3,32,32\)"),
     ],
 )

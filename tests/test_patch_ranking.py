@@ -4,6 +4,7 @@ they learn."""
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from clipkernels.learn.patch_ranking import (
     golden_ranking,
     overlap,
 )
+from clipkernels.learn.patch_ranking.contexts import replacing, text_tower
 from clipkernels.learn.patch_ranking.predictor import target
-from clipkernels.testing import open_clip_tower, patch_ranking, randomized
+from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ("cat", "dog", "ship")
@@ -155,6 +157,47 @@ def test_a_patched_tower_copies_and_pickles_with_its_predictor(tiny, images):
     assert torch.equal(tiny.encode_image(images), expected)
 
 
+def trained(model, images):
+    """A predictor that knows its tower."""
+    rankings = golden_ranking(model, images, score="feature", step=32, window=4, stride=4)
+    return fit_predictor(rankings, epochs=1).predictor
+
+
+def test_what_was_there_comes_back_though_the_tower_has_learnt_or_moved(tiny, images):
+    method = ck.PatchRanking(trained(tiny, images))
+    ck.patch(tiny, method)
+    with torch.no_grad():
+        for parameter in tiny.visual.parameters():
+            parameter.mul_(1.01)
+    with ck.patched(tiny, ck.Dense()):
+        tiny.double()
+    assert ck.method_of(tiny) is method
+    with torch.no_grad():
+        assert tiny.encode_image(images.double()).isfinite().all()
+
+
+@torch.no_grad()
+def test_blocks_without_their_tower_change_their_dtype(tiny, images):
+    for method in (ck.EViT(0.5), patch_ranking(tiny, learnt=2)):
+        ck.patch(tiny, method)
+        x = tiny.visual._embeds(images)
+        for alone in (pickle.loads(pickle.dumps(tiny.visual.transformer)), copy.deepcopy(tiny.visual.transformer)):
+            assert alone.double()(x.double()).dtype == torch.float64
+            assert alone.to(torch.bfloat16)(x.bfloat16()).isfinite().all()
+
+
+@torch.no_grad()
+def test_weights_that_went_down_and_up_again_are_what_they_were(tiny, images):
+    method = patch_ranking(tiny, learnt=2)
+    ck.patch(tiny, method)
+    expected = tiny.encode_image(images)
+    state = {name: value.clone() for name, value in tiny.state_dict().items()}
+    tiny.bfloat16().float().load_state_dict(state)
+    torch.testing.assert_close(tiny.encode_image(images), expected, atol=1e-5, rtol=1e-5)
+    tiny.to("meta").to_empty(device="cpu").load_state_dict(state)
+    torch.testing.assert_close(tiny.encode_image(images), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_later_mismatch_raises(tiny, images):
     ck.patch(tiny, patch_ranking(tiny))
     for parameter in tiny.visual.parameters():
@@ -221,8 +264,7 @@ def test_what_is_no_configuration_is_refused(arguments, error, message):
 
 
 def test_a_predictor_for_another_tower_is_refused_and_the_model_stays_as_it_was(tiny, images):
-    rankings = golden_ranking(tiny, images, score="feature", step=32, window=4, stride=4)
-    predictor = fit_predictor(rankings, epochs=1).predictor
+    predictor = trained(tiny, images)
     tokens = VisualTokens(2, 2, 128)
     assert ck.patch(tiny, ck.PatchRanking(predictor, tokens=tokens)) is tiny
     half = copy.deepcopy(ck.unpatch(tiny)).half()
@@ -230,10 +272,15 @@ def test_a_predictor_for_another_tower_is_refused_and_the_model_stays_as_it_was(
     ck.patch(tiny.visual, ck.PatchRanking(predictor))  # the same tower by another door
     ck.unpatch(tiny)
     ck.patch(tiny, ck.EViT(0.5))
-    with torch.no_grad():
-        tiny.visual.transformer.resblocks[0].mlp.c_fc.bias[0] += 1
-    with pytest.raises(ValueError, match=r"expected the tower of the predictor .*, got another one"):
-        ck.patch(tiny, ck.PatchRanking(predictor))
+    visual = tiny.visual
+    for weight in (visual.conv1.weight, visual.positional_embedding, visual.transformer.resblocks[0].mlp.c_fc.bias):
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(2)
+        with pytest.raises(ValueError, match=r"expected the tower of the predictor .*, got another one"):
+            ck.patch(tiny, ck.PatchRanking(predictor))
+        with torch.no_grad():
+            weight.copy_(before)
     other = RankPredictor(50)
     with pytest.raises(ValueError, match="the predictor is for 50 tokens, 1 of them prefix, got 65 and 1"):
         ck.patch(tiny, ck.PatchRanking(other))
@@ -252,6 +299,19 @@ def ranked(images=64, patches=16):
     order = features[:, 1:, 0].argsort(1, descending=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(patches).expand(images, -1))
     return Rankings(ranks, features, {"prefix": 1, "block": 2})
+
+
+def test_features_that_are_no_numbers_are_refused():
+    rankings = ranked()
+    rankings.features[3, 2] = float("nan")
+    with pytest.raises(ValueError, match="rankings must have finite features, got 1 images whose are not"):
+        fit_predictor(rankings)
+
+
+def test_shares_that_are_whole_patches_keep_so_many():
+    for gone in range(196):
+        plan = ck.PatchRanking(RankPredictor(197), (196 - gone) / 196).plan(197, 12)
+        assert plan.tokens[-1] == 197 - gone
 
 
 def test_the_target_is_the_published_one():
@@ -306,6 +366,8 @@ def test_a_predictor_comes_back_as_it_was_saved(tmp_path):
         ({"held_out": 1.0}, r"held_out in \[0, 1\)"),
         ({"epochs": 0}, "epochs and batch_size must be at least one, got 0 and 64"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"keep": 0.99}, "keep must let at least one of 16 patches go, got 0.99"),
+        ({"margin": float("nan")}, "margin must be a finite number from 0, got nan"),
     ],
 )
 def test_training_refuses_what_it_cannot_do(wrong, message):
@@ -347,15 +409,16 @@ def test_coupled_tokens_are_made_of_the_contexts_that_the_text_has(tiny, images)
     tokens = VisualTokens(2, 4, 128, text_width=128)
     torch.testing.assert_close(tokens()[1], tokens.context[1] @ tokens.maps[1].weight.T + tokens.maps[1].bias)
     plain = support.class_embeddings(tiny, tokenizer, PROMPTS)
-    with tokens.prompting(tiny):
-        prompted = support.class_embeddings(tiny, tokenizer, PROMPTS)
-        x = tiny.token_embedding(tokenizer([PROMPTS["cat"][0]])) + tiny.positional_embedding
-        seen = []
-        for block in tiny.transformer.resblocks:
+    prompted, seen = tokens.class_embeddings(tiny, tokenizer, PROMPTS), []
+    with replacing(tiny, tokens.context):
+        handles = [
             block.register_forward_hook(lambda _, args, out: seen.append(args[0][:, :4].clone()))
-        tiny.transformer(x, attn_mask=tiny.attn_mask)
-        for entered, context in zip(seen, tokens.context, strict=False):
-            assert torch.equal(entered[0, 1:3], context)
+            for block in tiny.transformer.resblocks
+        ]
+        tiny.encode_text(tokenizer([PROMPTS["cat"][0]]))
+    for entered, context, handle in zip(seen, tokens.context, handles, strict=False):
+        assert torch.equal(entered[0, 1:3], context)
+        handle.remove()
     assert torch.equal(support.class_embeddings(tiny, tokenizer, PROMPTS), plain)
     assert not torch.allclose(prompted, plain)
     method = ck.PatchRanking(patch_ranking(tiny).predictor, 0.5, tokens=tokens)
@@ -363,9 +426,54 @@ def test_coupled_tokens_are_made_of_the_contexts_that_the_text_has(tiny, images)
     expected = 100 * normalize(literal(ck.unpatch(tiny), method, images)) @ prompted.T
     ck.patch(tiny, method)
     torch.testing.assert_close(classifier(images), expected, atol=1e-3, rtol=1e-4)
-    wanted = pytest.raises(ValueError, match="coupled tokens need a text tower of open_clip's own, got Module")
-    with wanted, tokens.prompting(nn.Module()):
-        pass
+    again = ck.Classifier(tiny, tokenizer, CLASSES)  # as it is patched
+    assert torch.equal(again(images), classifier(images))
+
+
+@torch.no_grad()
+def test_contexts_go_into_openais_text_tower_too():
+    pytest.importorskip("clip.model", reason="openai-clip is not installed")
+    model = randomized(openai_tower(2, 64, 8, 64, 32))
+    width, ids = model.transformer.width, torch.arange(48).view(3, 16)
+    contexts = torch.randn(1, 2, width)
+    with replacing(model, contexts):
+        together = model.encode_text(ids)
+        alone = torch.cat([model.encode_text(row[None]) for row in ids])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(together, model.encode_text(ids))
+
+
+def test_contexts_that_would_leave_nothing_of_the_prompts_are_refused(tiny):
+    _, _, tokenizer = ck.bundled()
+    tokens = VisualTokens(2, 2, 128, text_width=128)
+    for template, names in (
+        ("{}", ("aa", "bb")),
+        ("{}", ("a", "bird")),
+        ("a photo of a {}.", ("x" * 99, "x" * 99 + "y")),
+    ):
+        with pytest.raises(ValueError, match="prompts must differ after their first 2 tokens"):
+            tokens.class_embeddings(tiny, tokenizer, support.photo(names, (template,)))
+    with pytest.raises(ValueError, match="prompts must differ after their first 100 tokens"):
+        VisualTokens(100, 2, 128, text_width=128).class_embeddings(tiny, tokenizer, PROMPTS)
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="prompts must differ"):
+        prompts = support.photo(("aa", "bb"), ("{}",))
+        fit_tokens(tiny, tokenizer, prompts, images, labels, patch_ranking(tiny), coupled=True)
+
+
+def test_contexts_of_another_text_tower_are_refused(tiny):
+    _, _, tokenizer = ck.bundled()
+    images, labels = torch.randn(3, 3, 32, 32), torch.arange(3)
+    fitted = fit_tokens(tiny, tokenizer, PROMPTS, images, labels, patch_ranking(tiny), coupled=True, epochs=1)
+    fitted.tokens.class_embeddings(tiny, tokenizer, PROMPTS)
+    with torch.no_grad():
+        tiny.transformer.resblocks[1].mlp.c_fc.bias[0] += 1
+    with pytest.raises(ValueError, match=r"expected the tower of the learnt tokens' text .*, got another one"):
+        fitted.tokens.class_embeddings(tiny, tokenizer, PROMPTS)
+    with pytest.raises(ValueError, match="the contexts are for a text tower of width 64, got 128"):
+        VisualTokens(2, 2, 128, text_width=64).class_embeddings(tiny, tokenizer, PROMPTS)
+    with pytest.raises(ValueError, match="coupled tokens need a text tower of open_clip's own, got Module"):
+        text_tower(nn.Module())
 
 
 def test_contexts_begin_as_the_words_whose_place_they_take(tiny):
@@ -374,9 +482,23 @@ def test_contexts_begin_as_the_words_whose_place_they_take(tiny):
     fitted = fit_tokens(
         tiny, tokenizer, PROMPTS, images, labels, patch_ranking(tiny), coupled=True, depth=1, epochs=1, lr=1e-12
     )
-    with fitted.tokens.prompting(tiny):
-        prompted = support.class_embeddings(tiny, tokenizer, PROMPTS)
+    prompted = fitted.tokens.class_embeddings(tiny, tokenizer, PROMPTS)
     torch.testing.assert_close(prompted, support.class_embeddings(tiny, tokenizer, PROMPTS), atol=1e-5, rtol=1e-5)
+
+
+def test_training_that_is_stopped_leaves_the_model_as_it_was(tiny):
+    _, _, tokenizer = ck.bundled()
+    images, labels = torch.randn(3, 3, 32, 32), torch.arange(3)
+    ck.patch(tiny.train(), ck.EViT(0.5))
+
+    def stop(epoch, loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_tokens(tiny, tokenizer, PROMPTS, images, labels, patch_ranking(tiny), coupled=True, epochs=2, progress=stop)
+    assert ck.method_of(tiny) == ck.EViT(0.5) and tiny.training
+    assert all(parameter.requires_grad for parameter in tiny.visual.parameters())
+    assert not any(block._forward_pre_hooks for block in tiny.transformer.resblocks)
 
 
 def test_training_tokens_refuses_what_it_cannot_do(tiny):

@@ -78,7 +78,7 @@ def parse_methods(methods: str | None, predictor: str | None, tower: Tower) -> d
             elif kind == "patch-ranking":
                 keep = float(number)
                 ranking = PatchRanking(load_predictor(predictor), keep)
-                ranking.weights(tower)
+                ranking.check_tower(tower)
                 chosen[f"PatchRanking(keep={keep:g})"] = ranking
             else:
                 raise ValueError("no such method")

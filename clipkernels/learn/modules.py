@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from clipkernels.files import read_tensors, write_tensors
 
 ABOUT = "clipkernels"
 Made = TypeVar("Made", bound=nn.Module)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The generator of the CPU, and no other, begun anew; then as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def save_module(path: str | os.PathLike[str], module: Any, kind: str, sizes: Sequence[str]) -> None:
@@ -34,7 +44,8 @@ def load_module(cls: type[Made], path: str | os.PathLike[str], kind: str, sizes:
         if said["format"] != kind:
             raise ValueError(f"format {said['format']!r}")
         made: Any = cls
-        module: Made = made(**{name: int(said[name]) for name in sizes}, about=dict(said["about"]))
+        with seeded(0):  # which leaves the generator of others alone
+            module: Made = made(**{name: int(said[name]) for name in sizes}, about=dict(said["about"]))
         module.load_state_dict(tensors)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"expected a file of format {kind}, got {path}: {' '.join(str(error).split())}") from error

@@ -23,7 +23,7 @@ from clipkernels.adapters import Tower
 from clipkernels.classifier import evaluating
 from clipkernels.heads import ZeroShot
 from clipkernels.heads.given import check_labels
-from clipkernels.identity import fingerprint
+from clipkernels.identity import fingerprint, whole
 from clipkernels.learn.patch_ranking.rankings import Rankings, Store
 from clipkernels.learn.patch_ranking.variants import Entering, embed, enter
 from clipkernels.patch import check_images
@@ -88,13 +88,16 @@ def golden_ranking(
     Returns:
         Rankings: ranks (n,P) int64, 0 for the patch that stays longest; and what enters the block, channels pooled.
     Raises:
-        ValueError: options that do not fit the tower or each other, images of another size, labels out of range, or a
-            file of rankings that were made otherwise.
+        ValueError: options that do not fit the tower or each other, no images or some of another size, labels out of
+            range, or a file of rankings that were made otherwise.
         UnsupportedTower: as in `ck.patch`.
-    Guarantees: deterministic, interrupted or not. Of equal scores the lower index goes first; NaN counts as -inf.
+    Guarantees: deterministic for the same images in the same order and the same `batch_size`, interrupted or not; else
+        but for rounding. Of equal scores the lower index goes first; NaN counts as -inf.
         Probabilities are fp64 numbers, so that those near one still differ.
     Source: Patch Ranking, arXiv 2409.14607, section 3.1. Its scores are of single patches or of disjoint windows.
     """
+    if not len(images):
+        raise ValueError("images must be at least one, got none")
     tower = adapters.find(model)
     grid = _grid(tower)
     _check(tower, grid, score, window, stride, step, block, batch_size)
@@ -104,7 +107,7 @@ def golden_ranking(
         path,
         {
             **{"score": score, "window": window, "stride": stride, "step": step, "block": block},
-            "tower": fingerprint(tower.owner),
+            "tower": fingerprint(whole(tower)),
             "image_size": list(tower.image_size),
             "tokens": tower.tokens,
             "prefix": tower.prefix,

@@ -19,9 +19,10 @@ from torch.nn.functional import kl_div
 from clipkernels import ops
 from clipkernels.adapters import Tower
 from clipkernels.heads.given import check_positive
-from clipkernels.identity import check_tower, digest_of
-from clipkernels.learn.modules import load_module, save_module
+from clipkernels.identity import check_tower, digest_of, whole
+from clipkernels.learn.modules import load_module, save_module, seeded
 from clipkernels.learn.patch_ranking.rankings import Rankings
+from clipkernels.methods import count_of
 from clipkernels.reference.order import strongest_first
 from clipkernels.reference.predict import Mixer, mix
 
@@ -101,18 +102,17 @@ class RankPredictor(nn.Module):
 
     def check_tower(self, tower: Tower) -> None:
         """Raises ValueError unless this was trained for the tower."""
-        expected = {name: self.about.get(name) for name in ("tokens", "prefix", "blocks", "width", "image_size")}
-        expected |= {"tokens": self.tokens, "prefix": self.prefix}
+        about = {**self.about, "tokens": self.tokens, "prefix": self.prefix}
         came = {
             **{"tokens": tower.tokens, "prefix": tower.prefix, "blocks": len(tower.blocks), "width": tower.width},
             "image_size": list(tower.image_size),
         }
-        for name, wanted in expected.items():
-            if wanted is not None and wanted != came[name]:
+        for name, found in came.items():
+            if about.get(name, found) != found:
                 said = name.replace("_", " ")
-                raise ValueError(f"the predictor is for a tower with {said} {wanted}, got one with {came[name]}")
+                raise ValueError(f"the predictor is for a tower with {said} {about[name]}, got one with {found}")
         if "tower" in self.about:
-            check_tower(self.about["tower"], tower.owner, "the predictor", self.about)
+            check_tower(self.about["tower"], whole(tower), "the predictor", self.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the weights, and what they are for, as safetensors, by way of a temporary file that is renamed."""
@@ -166,7 +166,7 @@ def fit_predictor(
         keep: share of the patches that stay, in (0, 1); of those that go it learns the order, too, so that a larger
             share can be kept with the same predictor.
         held_out: share of the images, drawn by the seed, that are not trained on and whose overlap is told.
-        margin: weight, 0 or more, of another loss, max(0, 1 - (ŝᵢ - ŝⱼ)), over 1,000 random pairs, i staying longer.
+        margin: weight, 0 or more, of another loss, max(0, 1 - (ŝᵢ - ŝⱼ)), for 1,000 random pairs, i staying longer.
         epochs: times that every image is seen.
         batch_size: images of a step.
         lr: learning rate at the start.
@@ -198,14 +198,16 @@ def fit_predictor(
     test, train = order[: round(held_out * len(order))], order[round(held_out * len(order)) :]
     if not len(train):
         raise ValueError(f"rankings must be of at least one image that is not held out, got {len(order)} images")
+    wrong = int((~rankings.features.isfinite()).flatten(1).any(1).sum())
+    if wrong:
+        raise ValueError(f"rankings must have finite features, got {wrong} images whose are not")
     _, tokens, channels = rankings.features.shape
     about = rankings.about
     prefix, patches = about["prefix"], rankings.ranks.shape[1]
-    gone = patches - math.ceil(keep * patches)
+    gone = patches - count_of(keep, patches)
     if not gone:
         raise ValueError(f"keep must let at least one of {patches} patches go, got {keep}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         predictor = RankPredictor(
             tokens, prefix, about["block"], channels=channels, token_hidden=token_hidden, channel_hidden=channel_hidden,
             about={**about, "keep": keep, "images": len(train)},

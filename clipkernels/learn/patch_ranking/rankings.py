@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -76,17 +77,26 @@ class Store:
             return
         key = sha256(json.dumps(self.about).encode()).hexdigest()[:8]
         self.parts = Path(f"{self.path}.{key}.parts")
+        self._recall()
+
+    def _recall(self) -> None:
+        """Takes in what is on disk and not known yet."""
+        assert self.path is not None
         for file in (self.path, *sorted(self.parts.glob("*.safetensors"))):
-            if file.exists():
+            try:
                 tensors, said = _read(file)
-                if said != self.about:
-                    wrong = ", ".join(f"{name} {said.get(name)!r}" for name in about if said.get(name) != about[name])
-                    raise ValueError(f"expected rankings made as these are, got {file} with {wrong}: choose another")
-                if self.text is not None and not ZeroShot(self.text).same(tensors.get("text", torch.empty(0, 0))):
-                    raise ValueError(f"expected rankings by the same classes and prompts, got {file}: choose another")
-                rows = zip(tensors["ranks"].long(), tensors["features"], strict=True)
-                self.rows.update(zip(map(bytes, tensors["sha256"].numpy()), rows, strict=True))
-                self.read += [file] if file != self.path else []
+            except FileNotFoundError:  # not there yet, or another run has just put it into the whole
+                continue
+            wrong = ", ".join(f"{name} {said.get(name)!r}" for name in self.about if said.get(name) != self.about[name])
+            if wrong:
+                raise ValueError(f"expected rankings made as these are, got {file} with {wrong}: choose another")
+            if self.text is not None and not ZeroShot(self.text).same(tensors.get("text", torch.empty(0, 0))):
+                wanted = "expected rankings by the same classes and prompts"
+                raise ValueError(f"{wanted}, got {file}: choose another, or delete it")
+            rows = zip(tensors["ranks"].long(), tensors["features"], strict=True)
+            for digest, row in zip(map(bytes, tensors["sha256"].numpy()), rows, strict=True):
+                self.rows.setdefault(digest, row)
+            self.read += [file] if file != self.path else []
 
     def add(self, digests: Sequence[bytes], ranks: Tensor, features: Tensor) -> None:
         """Keeps the rankings of some images, on disk at once."""
@@ -100,11 +110,12 @@ class Store:
     def finish(self, digests: Sequence[bytes]) -> Rankings:
         """The rankings of these images, in their order; the file holds them so, then what it held of others."""
         if self.path is not None:
+            self._recall()  # another run may have finished meanwhile
             self._write(self.path, list(dict.fromkeys([*digests, *self.rows])))
-            for part in self.read:  # another run may have left others meanwhile
+            for part in self.read:
                 part.unlink(missing_ok=True)
-            if self.parts.is_dir() and not any(self.parts.iterdir()):
-                self.parts.rmdir()
+            if not any(self.parts.glob("*.safetensors")):  # what a kill left half written goes, too
+                shutil.rmtree(self.parts, ignore_errors=True)
         return Rankings(*self._stacked(digests), self.about, _table(digests))
 
     def _write(self, path: Path, digests: Sequence[bytes]) -> None:

@@ -21,10 +21,11 @@ from torch.nn.functional import cross_entropy, normalize
 
 from clipkernels import adapters
 from clipkernels.adapters import Tower
-from clipkernels.classifier import evaluating
+from clipkernels.classifier import class_embeddings, evaluating
 from clipkernels.heads.given import check_labels, check_positive
-from clipkernels.identity import check_tower, digest_of, fingerprint
-from clipkernels.learn.modules import load_module, save_module
+from clipkernels.identity import check_tower, digest_of, fingerprint, whole
+from clipkernels.learn.modules import load_module, save_module, seeded
+from clipkernels.learn.patch_ranking.contexts import check_prompts, first_words, replacing, text_tower
 from clipkernels.methods import PatchRanking
 from clipkernels.patch import encode_image, patched
 
@@ -41,7 +42,7 @@ class VisualTokens(nn.Module):
         depth: D blocks that begin with tokens of their own.
         width: C of the tower.
         text_width: of the text tower, whose contexts they are then made of; 0 for tokens of their own.
-        about: what is known of the tower: "tower", its fingerprint.
+        about: what is known of the towers: "tower" and "text", their fingerprints.
     Raises:
         ValueError: no token or no block.
     Source: Patch Ranking, arXiv 2409.14607, section 3.3; MaPLe, arXiv 2210.03117.
@@ -67,25 +68,23 @@ class VisualTokens(nn.Module):
             return self.own
         return torch.stack([made(context) for made, context in zip(self.maps, self.context, strict=True)])
 
-    @contextmanager
-    def prompting(self, model: Any) -> Iterator[None]:
-        """The text tower with the contexts in place of the first words of every prompt, where there are contexts.
+    def class_embeddings(
+        self, model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
+    ) -> Tensor:
+        """Class embeddings (K,E) fp32; where there are contexts, with them in place of the first words of every prompt.
 
         Raises:
-            ValueError: a text tower without blocks of open_clip's, or of another width.
+            ValueError: a text tower without blocks of open_clip's, or another than the one they were trained for;
+                prompts that do not differ after the words that are replaced.
         """
-        hooks = []
-        try:
-            if self.text_width:
-                text = _text_tower(model)
-                for context, block in zip(self.context, text.resblocks, strict=False):
-                    hooks.append(
-                        block.register_forward_pre_hook(_replacing(context, getattr(text, "batch_first", True)))
-                    )
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        if not self.text_width:
+            return class_embeddings(model, tokenizer, prompts)
+        if "text" in self.about:
+            check_tower(self.about["text"], text_tower(model), "the learnt tokens' text", self.about)
+        ids = tokenizer([sentence for each in prompts.values() for sentence in each])
+        check_prompts(model, ids, [len(each) for each in prompts.values()], self.count)
+        with replacing(model, self.context):
+            return class_embeddings(model, tokenizer, prompts)
 
     def check_tower(self, tower: Tower) -> None:
         """Raises ValueError unless these were trained for the tower."""
@@ -93,7 +92,7 @@ class VisualTokens(nn.Module):
             wanted = f"a tower of width {self.width} and at least {self.depth} blocks"
             raise ValueError(f"the learnt tokens are for {wanted}, got {tower.width} and {len(tower.blocks)}")
         if "tower" in self.about:
-            check_tower(self.about["tower"], tower.owner, "the learnt tokens", self.about)
+            check_tower(self.about["tower"], whole(tower), "the learnt tokens", self.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes them, and what they are for, as safetensors, by way of a temporary file that is renamed."""
@@ -164,11 +163,12 @@ def fit_tokens(
         seed: of the tokens and the order of the images.
         progress: called after each epoch with its number from 1 and its mean loss.
     Returns:
-        FittedTokens, for `ck.PatchRanking(…, tokens=…)`. With coupled ones, class embeddings must be made under
-        `tokens.prompting(model)`, as `ck.Classifier` does.
+        FittedTokens, for `ck.PatchRanking(…, tokens=…)`. With coupled ones, class embeddings are made by
+        `tokens.class_embeddings`, as `ck.Classifier` does.
     Raises:
-        ValueError: labels or images that do not fit, numbers out of range, a half-precision model, a text tower
-            without blocks of open_clip's for `coupled`.
+        ValueError: labels or images that do not fit, numbers out of range, a half-precision model, a model that is no
+            CLIP; for `coupled` a text tower without blocks of open_clip's, or prompts that do not differ after the
+            words that are replaced.
         RuntimeError: in inference mode.
     Source: Patch Ranking, arXiv 2409.14607, section 3.3; the numbers are MaPLe's, arXiv 2210.03117.
     """
@@ -177,6 +177,9 @@ def fit_tokens(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
     check_positive(lr=lr, scale=scale)
+    missing = [name for name in ("encode_image", "encode_text") if not hasattr(model, name)]
+    if missing:
+        raise ValueError(f"model must be a CLIP, got {type(model).__name__} without {', '.join(missing)}")
     tower = adapters.find(model)
     like = tower.like
     if like.dtype not in (torch.float32, torch.float64):
@@ -184,29 +187,31 @@ def fit_tokens(
     labels = check_labels(labels, len(images), len(prompts)).to(like.device)
     if not len(images):
         raise ValueError("images must be at least one, got none")
-    width = _text_tower(model).width if coupled else 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        depth = min(depth, len(tower.blocks))
-        about = {"tower": fingerprint(tower.owner), "keep": method.keep, "block": method.block, "images": len(images)}
-        tokens = VisualTokens(count, depth, tower.width, width, about=about).to(like)
-    sentences = [sentence for each in prompts.values() for sentence in each]
     sizes = [len(each) for each in prompts.values()]
-    ids = tokenizer(sentences).to(like.device)
+    ids = tokenizer([sentence for each in prompts.values() for sentence in each]).to(like.device)
+    about: dict[str, Any] = {"tower": fingerprint(whole(tower)), "images": len(images)}
+    about |= {"keep": method.keep, "block": method.block}
+    width = 0
+    if coupled:
+        check_prompts(model, ids, sizes, count)
+        about["text"], width = fingerprint(text_tower(model)), text_tower(model).width
+    with seeded(seed):
+        tokens = VisualTokens(count, min(depth, len(tower.blocks)), tower.width, width, about=about).to(like)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(tokens.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(images) // batch_size))
     losses = []
     with evaluating(model), _frozen(model), patched(model, replace(method, tokens=tokens)):
         if coupled:
-            _begin_as_words(model, tokens, ids)
+            with torch.no_grad():
+                tokens.context[0].copy_(first_words(model, ids[:1], count))
         else:
-            text = _text(model, ids, sizes).detach()
+            text = class_embeddings(model, tokenizer, prompts).to(like)
         for epoch in range(epochs):
             total = 0.0
             for batch in torch.randperm(len(images), generator=generator).split(batch_size):
                 if coupled:
-                    with tokens.prompting(model):
+                    with replacing(model, tokens.context):
                         text = _text(model, ids, sizes)
                 pixels = torch.stack([images[index] for index in batch.tolist()]).to(like)
                 logits = scale * normalize(encode_image(model, pixels).embedding) @ text.T
@@ -239,45 +244,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
-
-
-def _text_tower(model: Any) -> Any:
-    """The module that holds the blocks of a text tower.
-
-    Raises:
-        ValueError: it has none of open_clip's or OpenAI's.
-    """
-    text = getattr(getattr(model, "text", model), "transformer", None)
-    if not hasattr(text, "resblocks"):
-        raise ValueError(f"coupled tokens need a text tower of open_clip's own, got {type(model).__name__}")
-    return text
-
-
-def _replacing(context: Tensor, batch_first: bool) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A hook that puts contexts (T,C) in place of what enters a block at the places after the first."""
-    places = slice(1, 1 + len(context))
-
-    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = arguments[0] if batch_first else arguments[0].transpose(0, 1)
-        own = context.to(x).expand(x.shape[0], -1, -1)
-        x = torch.cat([x[:, : places.start], own, x[:, places.stop :]], 1)
-        return (x if batch_first else x.transpose(0, 1), *arguments[1:])
-
-    return hook
-
-
-@torch.no_grad()
-def _begin_as_words(model: Any, tokens: VisualTokens, ids: Tensor) -> None:
-    """The first contexts as the words that they take the place of: what enters the first block there."""
-    seen: list[Tensor] = []
-    text = _text_tower(model)
-
-    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen.append(arguments[0] if getattr(text, "batch_first", True) else arguments[0].transpose(0, 1))
-
-    handle = text.resblocks[0].register_forward_pre_hook(hook)
-    try:
-        model.encode_text(ids[:1])
-    finally:
-        handle.remove()
-    tokens.context[0].copy_(seen[0][0, 1 : 1 + tokens.count])
