@@ -145,8 +145,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--score", choices=SCORES, default="label", help="of the rankings that are learnt from")
     parser.add_argument("--seeds", type=int, default=5, help="predictors, sets of few shots and random rankings")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where rankings are kept")
-    parser.add_argument("--predictor", type=Path, metavar="FILE", help="write the first block's first predictor here")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where rankings and predictors are kept")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the accuracies")
     return parser.parse_args()
@@ -184,14 +183,15 @@ def rows(done: set[tuple[int, float, str]], arguments: argparse.Namespace, bar: 
         predictors = []
         for seed in range(arguments.seeds):
             bar.update(task, description=f"block {block}: predictor {seed}", total=None)
-            predictors.append(fit_predictor(study.ranked, seed=seed, held_out=0).predictor)
-        if arguments.predictor and block == int(arguments.blocks.split(",")[0]):
-            predictors[0].save(arguments.predictor)
+            file = arguments.work / f"predictor-{arguments.score}-{block}-{arguments.ranked}-{seed}.safetensors"
+            if not file.exists():
+                fit_predictor(study.ranked, seed=seed, held_out=0).predictor.save(file)
+            predictors.append(RankPredictor.load(file))
         for gone in GONE:
             for name, make in makers(study, gone, predictors).items():
                 if (block, gone, name) not in done:
                     bar.update(task, description=f"block {block}, {gone:.0%} gone: {name}", total=None)
-                    yield row(study, gone, name, *make())
+                    yield row(study, gone, name, make())
 
 
 def speeds(arguments: argparse.Namespace) -> dict[str, Any]:
