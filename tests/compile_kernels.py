@@ -135,7 +135,7 @@ def launches(tower: str, dtype: torch.dtype) -> None:
         rank.cls_scores(q, k, sized, prefix)
     for by_rank in (False, True):
         rank.reduce_scores(per_head, by_rank, h)
-    for g, ht, hc in ((64, 32, 256), (64, 64, 1024)):
+    for g, ht, hc in ((64, 32, 256), (64, 64, 1024), (64, 64, 128), (16, 16, 128)):
         token, channel = ((ht, n), (ht,), (n, ht), (n,)), ((hc, g), (hc,), (g, hc), (g,))
         weights = [empty(*size) for size in ((g,), (g,), *token, (g,), (g,), *channel, (g,), (1,))]
         predict.predict_scores(x, weights, 1e-5, prefix)

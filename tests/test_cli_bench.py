@@ -432,7 +432,7 @@ def test_a_tower_that_cannot_be_served_is_one_line(resnet: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "evit:0.5,prune:3"], "such as evit:0.7,tome:8,tca:0.1, got 'prune:3': no such method"),
+        (["--methods", "evit:0.5,prune:3"], "patch-ranking:0.6, got 'prune:3': no such method"),
         (["--methods", "evit"], "got 'evit': could not convert"),
         (["--methods", "evit:2"], "got 'evit:2': keep must be a number in (0, 1], got 2.0"),
         (["--methods", "tome:-1"], "got 'tome:-1': r must be a non-negative int"),

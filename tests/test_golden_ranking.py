@@ -184,6 +184,15 @@ def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypat
     assert file.read_bytes() == held
 
 
+def test_what_is_none_is_left_out():
+    model, images, classes, labels = small()
+    expected = golden_ranking(model, images[::2], text=classes, labels=labels[::2], block=1)
+    came = golden_ranking(model, [images[0], None, images[2]], text=classes, labels=labels, block=1)
+    assert torch.equal(came.ranks, expected.ranks) and came.new == 2
+    with pytest.raises(ValueError, match="images must be at least one, got 2 that are None"):
+        golden_ranking(model, [None, None], score="feature", block=1)
+
+
 def test_two_runs_on_one_file_lose_nothing(tmp_path):
     model, images, *_ = small()
     file = tmp_path / "ranks.safetensors"
@@ -218,7 +227,9 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
     run.kill()
     run.wait()
     assert not files[1].exists() and len(list(tmp_path.glob("killed*.parts/*.safetensors"))) >= 2
-    (next(tmp_path.glob("killed*.parts")) / ".half-written").write_text("")
+    half = next(tmp_path.glob("killed*.parts")) / ".half-written"
+    half.write_text("")
+    os.utime(half, (0, 0))
     start = time.monotonic()
     again = subprocess.run([*command, files[1]], check=True, capture_output=True, text=True)
     assert time.monotonic() - start < 600 and int(again.stdout.split()[0]) > 4

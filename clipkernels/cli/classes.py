@@ -13,7 +13,7 @@ def read_classes(classes: str | None, file: str | None) -> list[str]:
     """The class names, from the command line or from a file."""
     if (classes is None) == (file is None):
         raise click.UsageError(f"expected --classes or --classes-file, got {'neither' if file is None else 'both'}")
-    parts = Path(file).read_text(encoding="utf-8").splitlines() if file else (classes or "").split(",")
+    parts = Path(file).read_text(encoding="utf-8-sig").splitlines() if file else (classes or "").split(",")
     return [part.strip() for part in parts if part.strip()]
 
 

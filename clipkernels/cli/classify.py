@@ -66,8 +66,8 @@ Example:
 @click.option(
     "--keep",
     type=float,
-    help="Share of patches kept, by evit in every step, by patch-ranking in its one  [default: 0.7; 0.6 for "
-    "patch-ranking]",
+    help="Share of patches kept, by evit in every step, by patch-ranking in its one  [default: 0.7; for "
+    "patch-ranking the share that its predictor was trained for]",
 )
 @click.option("--r", type=int, default=8, show_default=True, help="tome: tokens merged per block.")
 @click.option("--rate", type=float, default=0.035, show_default=True, help="tca: what is dropped, such as 0.1.")

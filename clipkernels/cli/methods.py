@@ -39,8 +39,8 @@ def choose_method(
     except ValueError:
         raise click.UsageError(f"expected --blocks such as 3,6,9, got {blocks!r}") from None
     if method == "patch-ranking":
-        learnt = None if tokens is None else VisualTokens.load(tokens)
-        return PatchRanking(load_predictor(predictor), 0.6 if keep is None else keep, tokens=learnt)
+        learnt, loaded = None if tokens is None else VisualTokens.load(tokens), load_predictor(predictor)
+        return PatchRanking(loaded, loaded.about.get("keep", 0.6) if keep is None else keep, tokens=learnt)
     if method == "evit":
         return EViT(0.7 if keep is None else keep, named)
     if method == "tca":
@@ -63,6 +63,10 @@ def parse_methods(methods: str | None, predictor: str | None, tower: Tower) -> d
     if methods is None:
         return choose_methods(tower)
     chosen: dict[str, Method | None] = {HOST: None, "Dense()": Dense()}
+    ranking = None
+    if any(part.startswith("patch-ranking") for part in parts):
+        ranking = load_predictor(predictor)
+        ranking.check_tower(tower)
     for part in parts:
         kind, _, number = part.partition(":")
         try:
@@ -75,15 +79,13 @@ def parse_methods(methods: str | None, predictor: str | None, tower: Tower) -> d
             elif kind == "tca":
                 rate = float(number)
                 chosen[f"TCA(rate={rate:g})"] = TCA(rate)
-            elif kind == "patch-ranking":
+            elif kind == "patch-ranking" and ranking is not None:
                 keep = float(number)
-                ranking = PatchRanking(load_predictor(predictor), keep)
-                ranking.check_tower(tower)
-                chosen[f"PatchRanking(keep={keep:g})"] = ranking
+                chosen[f"PatchRanking(keep={keep:g})"] = PatchRanking(ranking, keep)
             else:
                 raise ValueError("no such method")
         except ValueError as error:
-            wanted = "expected --methods such as evit:0.7,tome:8,tca:0.1"
+            wanted = "expected --methods such as evit:0.7,tome:8,tca:0.1,patch-ranking:0.6"
             raise click.UsageError(f"{wanted}, got {part!r}: {error}") from error
     for method in chosen.values():
         plan_for(tower, method or Dense())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +64,17 @@ def check_file(path: str, option: str = "--output") -> None:
         raise click.UsageError(
             f"expected a file that can be written for {option}, got {path}: {error.strerror}"
         ) from error
+
+
+def refuse_same(files: Mapping[str, str | None]) -> None:
+    """Raises click.UsageError where two options name one file, or one that is to hold results names stdout."""
+    seen: dict[str, str] = {}
+    for option, path in files.items():
+        if path == "-":
+            raise click.UsageError(f"expected a file for {option}, got {path}")
+        other = option if path is None else seen.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise click.UsageError(f"expected {option} and {other} to differ, got {path} for both")
 
 
 def write_table(table: Table, stream: TextIO) -> None:

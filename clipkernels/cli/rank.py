@@ -8,7 +8,6 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from glob import escape, glob
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast, get_args
 
@@ -24,7 +23,7 @@ from clipkernels.cli.classes import folders_of, read_classes, read_labels
 from clipkernels.cli.heads import given
 from clipkernels.cli.images import Pictures, find
 from clipkernels.cli.models import DTYPES, choose_device, load_clip
-from clipkernels.cli.output import check_file, opened, progress, write_csv, write_table
+from clipkernels.cli.output import check_file, opened, progress, refuse_same, write_csv, write_table
 from clipkernels.cli.plot import Shown, draw_rankings, plot_format
 from clipkernels.data import Preprocess
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
@@ -99,14 +98,15 @@ def rank(
 
     That takes thousands of forwards per image of a ViT-B/16; train-predictor learns from it what to keep in one.
 
-    IMAGES are files, folders or quoted globs, as in classify. What is ranked is on disk at once: the same command goes
-    on where it was stopped, and one with more images ranks those alone. A file that is no image is named on stderr, the
-    others still run, and the exit status is then 1.
+    IMAGES are files, folders or quoted globs, as in classify. What is ranked is on disk every few images: the same
+    command goes on where it was stopped, and one with more images ranks those alone. A file that is no image is named
+    on stderr, the others still run, and the exit status is then 1.
     """
     score = score or ("label" if folder_labels else "confidence")
     try:
         check_score(context, score)
         check_file(output)
+        refuse_same({"--output": output, "--picture": picture})
         drawn = plot_format(picture, "--picture") if picture else None
         paths = list(find(images))
         names: list[str] = []
@@ -157,11 +157,10 @@ def check_score(context: click.Context, score: str) -> None:
 
 
 class Ranked(NamedTuple):
-    """Rankings of the files at `places`, how many of them are new, how many files were no images, and seconds."""
+    """Rankings of the files at `places`, how many files were no images, and seconds."""
 
     rankings: Rankings
     places: list[int]
-    new: int
     failures: int
     seconds: float
 
@@ -172,41 +171,40 @@ class Ranked(NamedTuple):
     @property
     def speed(self) -> float | None:
         """New images per second, None without any."""
-        return self.new / self.seconds if self.new else None
+        return self.rankings.new / self.seconds if self.rankings.new else None
 
     def summary(self) -> str:
         """What was done, in one line."""
-        parts = [f"{len(self.places)} images of {self.patches} patches, {self.new} ranked in {self.seconds:.2f} s"]
+        assert self.rankings.sha256 is not None
+        new, different = self.rankings.new, len({bytes(row) for row in self.rankings.sha256.numpy()})
+        parts = [f"{len(self.places)} images of {self.patches} patches, {new} ranked in {self.seconds:.2f} s"]
         parts[0] += "" if self.speed is None else f": {self.speed:.2f} images/s"
-        if len(self.places) > self.new:
-            parts.append(f"{len(self.places) - self.new} were ranked already")
-        if self.failures:
-            parts.append(f"{self.failures} no image")
-        return "; ".join(parts)
+        counts = {
+            "were ranked already": different - new,
+            "given twice": len(self.places) - different,
+            "no image": self.failures,
+        }
+        return "; ".join([*parts, *(f"{count} {what}" for what, count in counts.items() if count)])
 
 
-class NoImage(Exception):
-    """A file that was to be ranked and is no image: which of them, and why."""
+class Images(Sequence[Tensor | None]):
+    """Preprocessed images (3,S,S) of some files, read when they are asked for; None for one that is no image, which
+    `failed` then holds and a bar names."""
 
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(reason)
-        self.index, self.reason = index, reason
-
-
-class Images(Sequence[Tensor]):
-    """Preprocessed images (3,S,S) of some files, read when they are asked for."""
-
-    def __init__(self, pictures: Pictures, places: Sequence[int]) -> None:
-        self.pictures, self.places = pictures, places
+    def __init__(self, pictures: Pictures, bar: Progress) -> None:
+        self.pictures, self.bar = pictures, bar
+        self.failed: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.pictures)
 
     def __getitem__(self, index: Any) -> Any:
-        _, image = self.pictures[self.places[index]]
-        if isinstance(image, str):
-            raise NoImage(index, image)
-        return image
+        _, image = self.pictures[index]
+        if not isinstance(image, str):
+            return image
+        self.failed.add(index)
+        self.bar.console.print(Text(f"no image: {self.pictures.paths[index]}: {image}"), soft_wrap=True)
+        return None
 
 
 def rank_files(
@@ -218,39 +216,21 @@ def rank_files(
         click.UsageError: none is an image.
         ValueError: as in `golden_ranking`.
     """
-    task = bar.add_task("ranking", total=len(pictures))
-    parts = f"{escape(options['path'])}.*.parts/*.safetensors"
-    seen, new = set(glob(parts)), 0
+    task, images = bar.add_task("ranking", total=len(pictures)), Images(pictures, bar)
 
     def step(done: int, total: int) -> None:
-        nonlocal new
-        for part in set(glob(parts)) - seen:
-            seen.add(part)
-            new += len(Rankings.load(part).ranks)
         bar.update(task, completed=done, total=total)
 
-    def leave_out(place: int, reason: str) -> None:
-        bar.console.print(Text(f"no image: {pictures.paths[place]}: {reason}"), soft_wrap=True)
-        places.remove(place)
-
     start = time.perf_counter()
-    places = list(range(len(pictures)))
-    while places:
-        true = None if labels is None else [labels[place] for place in places]
-        try:
-            rankings = golden_ranking(model, Images(pictures, places), labels=true, progress=step, **options)
-        except NoImage as error:
-            # What is ranked is kept. Where one file is broken, others are: they are all found before it goes on, so
-            # that files are read twice at most, and once where all is well.
-            rest = places[error.index + 1 :]
-            leave_out(places[error.index], error.reason)
-            for place in rest:
-                _, image = pictures[place]
-                if isinstance(image, str):
-                    leave_out(place, image)
-        else:
-            return Ranked(rankings, places, new, len(pictures) - len(places), time.perf_counter() - start)
-    raise click.UsageError(f"expected images, got {len(pictures)} files that are none, such as {pictures.paths[0]!r}")
+    try:
+        rankings = golden_ranking(model, images, labels=labels, progress=step, **options)
+    except ValueError as error:
+        if len(images.failed) < len(images):
+            raise
+        came = f"{len(pictures)} files that are none, such as {pictures.paths[0]!r}"
+        raise click.UsageError(f"expected images, got {came}") from error
+    places = [place for place in range(len(images)) if place not in images.failed]
+    return Ranked(rankings, places, len(images.failed), time.perf_counter() - start)
 
 
 def show(model: nn.Module, pictures: Pictures, place: int, ranks: Tensor) -> Shown:
@@ -273,7 +253,7 @@ def write(ranked: Ranked, path: str, form: str, stream: TextIO) -> None:
     """What was ranked, as a table, as JSON or as CSV."""
     about = ranked.rankings.about
     record = {
-        **{"file": path, "images": len(ranked.places), "ranked": ranked.new, "patches": ranked.patches},
+        **{"file": path, "images": len(ranked.places), "ranked": ranked.rankings.new, "patches": ranked.patches},
         **{option: about[option] for option in OPTIONS},
         "seconds": round(ranked.seconds, 3),
         "images_per_second": None if ranked.speed is None else round(ranked.speed, 3),
@@ -286,6 +266,6 @@ def write(ranked: Ranked, path: str, form: str, stream: TextIO) -> None:
     else:
         table = Table("images", "ranked", "patches", "seconds", "images/s", "file")
         speed = "" if ranked.speed is None else f"{ranked.speed:.2f}"
-        cells = (len(ranked.places), ranked.new, ranked.patches, f"{ranked.seconds:.2f}", speed, path)
+        cells = (len(ranked.places), ranked.rankings.new, ranked.patches, f"{ranked.seconds:.2f}", speed, path)
         table.add_row(*(Text(str(cell)) for cell in cells))
         write_table(table, stream)

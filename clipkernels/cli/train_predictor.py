@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import click
 import torch
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from clipkernels.cli.models import choose_device
-from clipkernels.cli.output import check_file, opened, progress, write_csv, write_table
+from clipkernels.cli.output import check_file, opened, progress, refuse_same, write_csv, write_table
 from clipkernels.cli.plot import draw_training, plot_format
 from clipkernels.learn.patch_ranking import Rankings, fit_predictor
+from clipkernels.methods import count_of
 
 EXAMPLE = """\b
 Example:
@@ -59,13 +60,14 @@ def train_predictor(
 ) -> None:
     """Train a predictor of what stays, for classify --method patch-ranking, on the RANKINGS that rank left.
 
-    Several files must be of one tower and the same options; an image that is in two counts once. The overlap is the
-    share of the patches that golden rankings let go first, on the images held out, that the predictor lets go, too.
+    Several files must be of one tower and the same options; an image that is in two, with the same label, counts once.
+    The overlap is the share of the patches that golden rankings let go first, on the images held out, that the
+    predictor lets go, too.
     """
     try:
         check_file(output)
-        if os.path.realpath(output) in map(os.path.realpath, rankings):
-            raise click.UsageError(f"expected another file than the rankings for --output, got {output}")
+        for path in rankings:
+            refuse_same({"RANKINGS": path, "--output": output, "--plot": plot})
         drawn = plot_format(plot) if plot else None
         where = choose_device(device)
         found = read(rankings)
@@ -91,7 +93,7 @@ def train_predictor(
                 progress=step,
             )
             seconds = time.perf_counter() - start
-            chance = 1 - math.ceil(keep * patches) / patches
+            chance = 1 - count_of(keep, patches) / patches
             fitted.predictor.save(output)
             if picture is not None and drawn is not None:
                 title = f"a predictor of what stays, {keep:g} of {patches} patches, of {images} images"
@@ -133,11 +135,11 @@ def read(paths: Sequence[str]) -> Rankings:
     joined = found[0]._replace(
         ranks=torch.cat([each.ranks for each in found]),
         features=torch.cat([each.features for each in found]),
-        sha256=torch.cat([each.sha256 for each in found if each.sha256 is not None]),
+        sha256=torch.cat([cast(Tensor, each.sha256) for each in found]),
     )
+    assert joined.sha256 is not None
     # An image that was both trained on and held out would make the overlap better than it is.
-    digests = map(bytes, joined.sha256.numpy()) if joined.sha256 is not None else ()
-    first = {digest: row for row, digest in reversed(list(enumerate(digests)))}
+    first = {digest: row for row, digest in reversed(list(enumerate(map(bytes, joined.sha256.numpy()))))}
     return joined.take(torch.tensor(sorted(first.values())))
 
 

@@ -122,13 +122,13 @@ def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend
         ValueError: shapes, dtypes or devices that do not fit.
     Guarantees: the GELU is exact; sums and norms in fp32, products of halves from operands rounded to halves on the
         triton backend; deterministic; a NaN spoils every score of its image and no other. Widths G and Ht of 16, 32
-        or 64 with an Hc of 16 or a larger power of two have a kernel, which `auto` takes for halves alone. What is
+        or 64 with an Hc of 128 or a larger power of two have a kernel, which `auto` takes for halves alone. What is
         trained is `reference.mix`, which is differentiable.
     Source: the predictor of Patch Ranking, arXiv 2409.14607.
     """
     checks.check_predict(x, mixer, prefix)
     pooled, token, channel = (bias.shape[0] for bias in (mixer.norm1_bias, mixer.token_in_bias, mixer.channel_in_bias))
-    served = {pooled, token} <= _MIXER_WIDTHS and channel >= 16 and channel & (channel - 1) == 0
+    served = {pooled, token} <= _MIXER_WIDTHS and channel >= 128 and channel & (channel - 1) == 0
     if x.dtype == torch.float32:  # until measured: no matrix unit multiplies it exactly, and an image has one program
         served = served and _backend.asked(backend) == "triton"
     name = f"predict_scores of widths {pooled}, {token} and {channel}"

@@ -51,7 +51,7 @@ class Search(NamedTuple):
 
 def golden_ranking(
     model: nn.Module,
-    images: Tensor | Sequence[Tensor],
+    images: Tensor | Sequence[Tensor | None],
     *,
     score: Score = "label",
     text: Tensor | None = None,
@@ -72,7 +72,8 @@ def golden_ranking(
 
     Args:
         model: what `ck.patch` takes, with a tower whose patches are a grid.
-        images: (n,3,S,S) preprocessed, or a sequence of (3,S,S), which are taken one by one.
+        images: (n,3,S,S) preprocessed, or a sequence of (3,S,S), which are taken one by one, those that are None left
+            out.
         score: "label", the probability of the true class; "confidence", the largest of any class; "feature", the cosine
             to the embedding of the whole image.
         text: class embeddings (K,E) for the first two; need not be normalised.
@@ -117,7 +118,7 @@ def golden_ranking(
         classes,
     )
     search = Search(block, windows_of(grid, window, stride).to(tower.like.device), step, batch_size)
-    digests: list[bytes] = []
+    digests: list[bytes | None] = []
     with torch.inference_mode(), evaluating(model):
         together = min(IMAGES, -(-4 * batch_size // len(search.windows)))
         for group in _groups(images, true, tower.image_size, store, digests, together):
@@ -129,7 +130,9 @@ def golden_ranking(
                 progress(len(digests), len(images))
         if progress is not None:
             progress(len(images), len(images))
-    return store.finish(digests)
+    if not any(digests):
+        raise ValueError(f"images must be at least one, got {len(images)} that are None")
+    return store.finish([digest for digest in digests if digest is not None])
 
 
 def windows_of(grid: tuple[int, int], window: int, stride: int) -> Tensor:
@@ -210,11 +213,11 @@ def _score(tower: Tower, entering: Entering, alive: Tensor, search: Search, scor
 
 
 def _groups(
-    images: Tensor | Sequence[Tensor],
+    images: Tensor | Sequence[Tensor | None],
     labels: Sequence[int] | None,
     size: tuple[int, int],
     store: Store,
-    digests: list[bytes],
+    digests: list[bytes | None],
     together: int,
 ) -> Iterator[dict[bytes, tuple[Tensor, int]]]:
     """Images that are not ranked yet, so many at a time, with labels, by their digests; `digests` gets all of them.
@@ -225,6 +228,9 @@ def _groups(
     waiting: dict[bytes, tuple[Tensor, int]] = {}
     for index in range(len(images)):
         image = images[index]
+        if image is None:
+            digests.append(None)
+            continue
         check_images(image[None], size)
         label = -1 if labels is None else labels[index]
         digest = _digest(image, label)

@@ -180,7 +180,7 @@ def fit_predictor(
     Returns:
         Fitted.
     Raises:
-        ValueError: numbers out of range, or no image to train on.
+        ValueError: numbers out of range, no image to train on, features that are not finite, or a loss that is not.
         RuntimeError: in inference mode.
     Source: Patch Ranking, arXiv 2409.14607, section 3.2; the target and the numbers are those of its released code.
     """
@@ -232,6 +232,8 @@ def fit_predictor(
             schedule.step()
             total += float(loss.detach()) * len(batch)
         losses.append(total / len(train))
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"lr must be one that training survives, got {lr}: the loss of epoch {epoch + 1} is none")
         with torch.no_grad():
             scores = mix(features[test], predictor.mixer(), prefix)
         overlaps.append(overlap(scores, ranks[test], gone) if len(test) else math.nan)

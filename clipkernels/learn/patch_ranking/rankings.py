@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads import ZeroShot
 
 FORMAT, ABOUT = "clipkernels.rankings.1", "clipkernels"
+STALE = 3600
+"""Seconds after which a half-written file is one that was left behind."""
 
 
 class Rankings(NamedTuple):
@@ -32,12 +35,14 @@ class Rankings(NamedTuple):
     features (n,S,G): fp32, the S = prefix + P tokens that enter the block, their channels pooled to G.
     about: how they were ranked, and on which tower.
     sha256 (n,32): uint8, of each image and, where that was asked, its label; None where it is not known.
+    new: how many different images were ranked for this, rather than before.
     """
 
     ranks: Tensor
     features: Tensor
     about: dict[str, Any]
     sha256: Tensor | None = None
+    new: int = 0
 
     def take(self, index: Tensor | slice) -> Rankings:
         """Some of the images."""
@@ -72,6 +77,7 @@ class Store:
     ) -> None:
         self.path, self.about, self.text = None if path is None else Path(path), dict(about), text
         self.read: list[Path] = []
+        self.new = 0
         self.rows: dict[bytes, tuple[Tensor, Tensor]] = {}
         if self.path is None:
             return
@@ -82,7 +88,8 @@ class Store:
     def _recall(self) -> None:
         """Takes in what is on disk and not known yet."""
         assert self.path is not None
-        for file in (self.path, *sorted(self.parts.glob("*.safetensors"))):
+        # The whole last: whoever finishes meanwhile writes it before its parts go.
+        for file in (*sorted(self.parts.glob("*.safetensors")), self.path):
             try:
                 tensors, said = _read(file)
             except FileNotFoundError:  # not there yet, or another run has just put it into the whole
@@ -102,10 +109,19 @@ class Store:
         """Keeps the rankings of some images, on disk at once."""
         rows = zip(ranks.cpu(), features.float().cpu(), strict=True)
         self.rows.update(zip(digests, rows, strict=True))
-        if self.path is not None:
+        self.new += len(digests)
+        if self.path is None:
+            return
+        part = self.parts / f"{uuid4().hex}.safetensors"
+        for last in (False, True):
             self.parts.mkdir(parents=True, exist_ok=True)
-            self.read.append(self.parts / f"{uuid4().hex}.safetensors")
-            self._write(self.read[-1], digests)
+            try:
+                self._write(part, digests)
+                break
+            except FileNotFoundError:  # another run has finished and removed the folder
+                if last:
+                    raise
+        self.read.append(part)
 
     def finish(self, digests: Sequence[bytes]) -> Rankings:
         """The rankings of these images, in their order; the file holds them so, then what it held of others."""
@@ -114,9 +130,12 @@ class Store:
             self._write(self.path, list(dict.fromkeys([*digests, *self.rows])))
             for part in self.read:
                 part.unlink(missing_ok=True)
-            if not any(self.parts.glob("*.safetensors")):  # what a kill left half written goes, too
-                shutil.rmtree(self.parts, ignore_errors=True)
-        return Rankings(*self._stacked(digests), self.about, _table(digests))
+            with suppress(OSError):  # there is none, or another run is writing there
+                for left in self.parts.iterdir():
+                    if left.name.startswith(".") and time.time() - left.stat().st_mtime > STALE:
+                        left.unlink()
+                self.parts.rmdir()
+        return Rankings(*self._stacked(digests), self.about, _table(digests), self.new)
 
     def _write(self, path: Path, digests: Sequence[bytes]) -> None:
         ranks, features = self._stacked(digests)
