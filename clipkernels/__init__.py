@@ -6,9 +6,10 @@ from clipkernels import backend, ops, support
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
 from clipkernels.data import bundled
+from clipkernels.encode import Encoded, encode_image
 from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
 from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
-from clipkernels.patch import Encoded, encode_image, method_of, patch, patched, tower_of, unpatch
+from clipkernels.patch import method_of, patch, patched, tower_of, unpatch
 from clipkernels.plan import Condense, Merge, Plan, Predict, Prune
 
 __version__ = "0.1.0"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.encode import check_images, encode_image
 from clipkernels.heads import Head, ZeroShot
 from clipkernels.methods import Method
-from clipkernels.patch import check_images, encode_image, method_of, patch
+from clipkernels.patch import method_of, patch
 
 PROMPTS_PER_BATCH = 256
 

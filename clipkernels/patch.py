@@ -1,4 +1,4 @@
-"""patch, unpatch, patched: give a tower a method and take it back, and read everything a forward can hand back.
+"""patch, unpatch, patched: give a tower a method and take it back.
 
 Patching swaps the class of the one module that runs the blocks for a subclass of its own type whose loop keeps all
 token state in locals. The method sits in the instance's `__dict__`, outside `state_dict` and `parameters()`.
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from clipkernels import adapters
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.packing import pack, unpack
-from clipkernels.methods import Dense, Method
+from clipkernels.methods import Method
 from clipkernels.plan import Plan
 from clipkernels.tower import Ran, run, unmerge
 from clipkernels.verify import refuse_replaced, verify
 
 Model = TypeVar("Model", bound=nn.Module)
-_SLOT = "_clipkernels"
+SLOT = "_clipkernels"
 
 
 class _Weak:
@@ -54,23 +54,6 @@ class _Patch(NamedTuple):
     root: _Weak
 
 
-class Encoded(NamedTuple):
-    """What one forward of an image tower hands back.
-
-    embedding (B,E): what the host's own encode_image returns, not normalised (CoCa's normalises unless told not to).
-    tokens (B,N',E): all tokens after the final norm and projection, prefix first; CoCa's queries where those pool.
-    cls_path (B,L,C): the CLS token after every block.
-    source (B,S,P) int32: after each of the S steps the row that holds each patch, -1 where it is gone.
-    prefix: the leading rows of tokens that are no patches.
-    """
-
-    embedding: Tensor
-    tokens: Tensor | None = None
-    cls_path: Tensor | None = None
-    source: Tensor | None = None
-    prefix: int = 1
-
-
 def patch(model: Model, method: Method) -> Model:
     """The model, its image tower now running `method`, in place; patching again replaces the method.
 
@@ -93,12 +76,12 @@ def patch(model: Model, method: Method) -> Model:
     if isinstance(method, type) or not callable(getattr(method, "plan", None)):
         raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
     tower = adapters.find(model)
-    plan = _plan(method, tower, tower.tokens)
+    plan = planned(method, tower, tower.tokens)
     check: Any = getattr(method, "check_tower", None)
     if check is not None:
         check(tower)
     weights = _beside(method, tower.owner)
-    before = tower.owner.__dict__.get(_SLOT)
+    before = tower.owner.__dict__.get(SLOT)
     if before is None:
         verify(tower)
     try:
@@ -114,10 +97,10 @@ def patch(model: Model, method: Method) -> Model:
 def _install(tower: Tower, slot: _Patch) -> None:
     """Has a tower run what a slot says, its separate projections side by side."""
     owner: Any = tower.owner
-    if _SLOT not in owner.__dict__:
+    if SLOT not in owner.__dict__:
         owner.__dict__.pop("forward", None)  # its class's own, left behind by a hook, would outlive the class
         owner.__class__ = _subclass(owner.__class__, tower.__class__)
-    owner.__dict__[_SLOT] = slot
+    owner.__dict__[SLOT] = slot
     for host in tower.blocks:
         pack(tower.projections(host))
 
@@ -130,13 +113,13 @@ def unpatch(model: Model) -> Model:
     """
     tower = adapters.find(model)
     owner: Any = tower.owner
-    if _SLOT in owner.__dict__:
+    if SLOT in owner.__dict__:
         if "_unpatched" not in type(owner).__dict__:
             raise UnsupportedTower(f"the class of the tower was changed after patching, to {type(owner).__name__}")
         refuse_replaced(tower)
         owner.__dict__.pop("forward", None)
         owner.__class__ = type(owner)._unpatched
-        del owner.__dict__[_SLOT]
+        del owner.__dict__[SLOT]
         for host in tower.blocks:
             unpack(tower.projections(host))
     return model
@@ -145,7 +128,7 @@ def unpatch(model: Model) -> Model:
 @contextmanager
 def patched(model: Model, method: Method) -> Iterator[Model]:
     """The model patched for the length of a `with` block; then whatever was there before, another method included."""
-    before = adapters.find(model).owner.__dict__.get(_SLOT)
+    before = adapters.find(model).owner.__dict__.get(SLOT)
     patch(model, method)
     try:
         yield model
@@ -159,7 +142,7 @@ def patched(model: Model, method: Method) -> Iterator[Model]:
 
 def method_of(model: nn.Module) -> Method | None:
     """The method a model is patched with, or None."""
-    slot = adapters.find(model).owner.__dict__.get(_SLOT)
+    slot = adapters.find(model).owner.__dict__.get(SLOT)
     return None if slot is None else slot.method
 
 
@@ -172,84 +155,7 @@ def tower_of(model: nn.Module) -> Tower:
     return adapters.find(model)
 
 
-def encode_image(
-    model: nn.Module,
-    images: Tensor,
-    tokens: bool = False,
-    cls_path: bool = False,
-    source: bool = False,
-    anchors: Tensor | None = None,
-) -> Encoded:
-    """The embedding of images and, where asked for, what led to it; on patched and unpatched towers.
-
-    On open_clip's ResNets, which have no CLS path and no steps, every position of the last feature map asks the
-    attention pool, and the mean position, row 0 of the tokens, gives the embedding.
-
-    Composed of the host's own parts: hooks on its norms and MLPs fire, hooks on the whole tower do not.
-
-    Args:
-        model: what `patch` takes, or an open_clip ResNet.
-        images: (B,3,S,S) preprocessed, in the tower's dtype and on its device.
-        tokens: also return all tokens after final norm and projection.
-        cls_path: also return the CLS token after every block.
-        source: also return where each patch went.
-        anchors: (A,L,C) CLS tokens after every block, such as `ck.Reservoir` has: where a method condenses, attention
-            sees, as one more token, the anchor most like the image so far. Rows of zeros are no anchors; one at least
-            must be more. Where patches are ranked by what they receive, they receive from the anchor too.
-    Returns:
-        Encoded.
-    Raises:
-        ValueError: images of another size than the tower's, or anchors of another depth or width.
-        UnsupportedTower: as in `patch`; or a ResNet asked for `cls_path` or `source`, or given anchors.
-    """
-    resnet = adapters.find_resnet(model)
-    if resnet is not None:
-        if cls_path or source or anchors is not None:
-            raise UnsupportedTower("expected a ViT for cls_path, source and anchors, got a ResNet")
-        check_images(images, resnet.image_size)
-        asked = resnet.tokens(images)
-        return Encoded(asked[:, 0], asked if tokens else None)
-    tower = adapters.find(model)
-    check_images(images, tower.image_size)
-    if (cls_path or anchors is not None) and not tower.has_cls:
-        wanted = "expected a tower with a CLS token for cls_path and anchors"
-        raise UnsupportedTower(f"{wanted}, got {type(tower.root).__name__}")
-    depth = len(tower.blocks)
-    if anchors is not None and (anchors.ndim != 3 or anchors.shape[1:] != (depth, tower.width) or not len(anchors)):
-        raise ValueError(f"anchors must be (A,{depth},{tower.width}) with A ≥ 1, got {tuple(anchors.shape)}")
-    refuse_replaced(tower)
-    x, rope = tower.embed(images)
-    slot = tower.owner.__dict__.get(_SLOT)
-    plan = _plan(Dense() if slot is None else slot.method, tower, x.shape[1])
-    rows = tower.prefix if tower.pools_cls and not (tokens or source) else None
-    whole = not tower.pools_cls
-    track = source or (plan.merges and whole)
-    anchors = None if anchors is None else anchors.to(x.device)
-    weights = {} if slot is None else slot.weights
-    ran = run(tower, x, plan, rope=rope, rows=rows, track=track, path=cls_path, anchors=anchors, **weights)
-    pooled = _for_pool(ran, plan, whole)
-    return Encoded(
-        embedding=tower.pool(pooled),
-        tokens=tower.project(pooled if tower.pools_by_query else ran.x) if tokens else None,
-        cls_path=torch.stack(ran.path, 1) if cls_path else None,
-        source=_stacked(ran.sources, x, plan) if source else None,
-        prefix=plan.prefix,
-    )
-
-
-def check_images(images: Tensor, size: tuple[int, int]) -> None:
-    """Raises ValueError unless images are (B,3,*size)."""
-    if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size):
-        came = ",".join(str(n) for n in images.shape)
-        raise ValueError(f"images must be (B,3,{size[0]},{size[1]}), got ({came})")
-
-
-def _stacked(sources: list[Tensor], x: Tensor, plan: Plan) -> Tensor:
-    empty = torch.empty(x.shape[0], 0, plan.entry - plan.prefix, dtype=torch.int32, device=x.device)
-    return torch.stack(sources, 1).int() if sources else empty
-
-
-def _for_pool(ran: Ran, plan: Plan, whole: bool) -> Tensor:
+def for_pool(ran: Ran, plan: Plan, whole: bool) -> Tensor:
     """What is handed on: where more than CLS is read, merged tokens go back to the places they stand for."""
     return unmerge(ran.x, ran.sources, plan.prefix) if plan.merges and whole else ran.x
 
@@ -272,7 +178,7 @@ def _reads(tower: Tower) -> tuple[bool, bool]:
     return tower.pools_cls, tower.hands_out
 
 
-def _plan(method: Method, tower: Tower, tokens: int, prefix: int | None = None) -> Plan:
+def planned(method: Method, tower: Tower, tokens: int, prefix: int | None = None) -> Plan:
     depth, prefix = len(tower.blocks), tower.prefix if prefix is None else prefix
     plan = method.plan(tokens=tokens, blocks=depth, prefix=prefix)
     if not isinstance(plan, Plan):
@@ -307,11 +213,11 @@ def _run_patched(
         blocks: stop after so many.
         whole: every row is read, whatever the pool reads.
     """
-    slot = owner.__dict__[_SLOT]
+    slot = owner.__dict__[SLOT]
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
     if (x.shape[1], len(tower.blocks), _reads(tower)) != (plan.entry, len(plan.steps), slot.reads):
         # A loop that outlived its tower goes on with the prefix it had.
-        plan = _plan(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
+        plan = planned(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
     # Whoever takes states or hooks the owner may read any row.
     whole = whole or not adapters.reads_cls_alone(tower)
     rows = plan.prefix if not (whole or take or owner._forward_hooks) else None
@@ -320,7 +226,7 @@ def _run_patched(
         visible = None
     asked: dict[str, Any] = {"rows": rows, "track": bool(take) or (plan.merges and whole), "take": take}
     ran = run(tower, x, plan, rope=rope, visible=visible, blocks=blocks, **asked, **slot.weights)
-    return _for_pool(ran, plan, whole), ran.taken
+    return for_pool(ran, plan, whole), ran.taken
 
 
 def _refuse_padding(visible: Tensor, plan: Plan) -> None:
@@ -346,12 +252,12 @@ def _subclass(base: Any, tower: Any) -> Any:
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         base._apply(self, fn, recurse)
-        slot = self.__dict__.get(_SLOT)
+        slot = self.__dict__.get(SLOT)
         if slot is not None:  # what moved or changed its dtype lies apart again
             found = tower(slot.root.ref(), self)
             for host in found.blocks:
                 pack(found.projections(host))
-            self.__dict__[_SLOT] = slot._replace(weights=_beside(slot.method, self))
+            self.__dict__[SLOT] = slot._replace(weights=_beside(slot.method, self))
         return self
 
     namespace = {

@@ -12,7 +12,7 @@ from clipkernels.heads.tip import TipAdapter, TipX
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
-    from clipkernels.patch import Encoded
+    from clipkernels.encode import Encoded
 
 __all__ = ["CALIP", "Head", "Reservoir", "TipAdapter", "TipX", "ZeroShot"]
 

@@ -18,7 +18,7 @@ from clipkernels.heads.search import grid, search
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
-    from clipkernels.patch import Encoded
+    from clipkernels.encode import Encoded
 
 
 class CALIP:

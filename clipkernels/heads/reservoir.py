@@ -23,7 +23,7 @@ from clipkernels.heads.presets import PRESETS, Preset
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
-    from clipkernels.patch import Encoded
+    from clipkernels.encode import Encoded
 
 FORMAT = "clipkernels.reservoir.1"
 

@@ -25,7 +25,7 @@ from clipkernels.heads.zero_shot import ZeroShot
 from clipkernels.reference.precision import exactly
 
 if TYPE_CHECKING:
-    from clipkernels.patch import Encoded
+    from clipkernels.encode import Encoded
 
 # Numbers of a product of the support with itself that are held at once.
 PIECE = 1 << 24

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 if TYPE_CHECKING:
-    from clipkernels.patch import Encoded
+    from clipkernels.encode import Encoded
 
 
 class ZeroShot:

@@ -23,7 +23,7 @@ from clipkernels.heads.given import check_labels, check_numbers, check_positive,
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
-    from clipkernels.patch import Encoded
+    from clipkernels.encode import Encoded
 
 FORMAT = "clipkernels.calip_fs.1"
 MAPS = tuple(f"{part}_{side}" for side in ("text", "image") for part in ("query", "key", "value", "out"))

@@ -27,10 +27,11 @@ from torch.nn.functional import normalize
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import evaluating
 from clipkernels.data import Preprocess
+from clipkernels.encode import encode_image
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.identity import fingerprint
 from clipkernels.methods import Dense
-from clipkernels.patch import encode_image, method_of
+from clipkernels.patch import method_of
 
 Progress = Callable[[str, int, int], object]
 """Called with what is being done, how many are, and of how many."""

@@ -21,12 +21,12 @@ from torch.nn.functional import normalize
 from clipkernels import adapters
 from clipkernels.adapters import Tower
 from clipkernels.classifier import evaluating
+from clipkernels.encode import check_images
 from clipkernels.heads import ZeroShot
 from clipkernels.heads.given import check_labels
 from clipkernels.identity import fingerprint, whole
 from clipkernels.learn.patch_ranking.rankings import Rankings, Store
 from clipkernels.learn.patch_ranking.variants import Entering, embed, enter
-from clipkernels.patch import check_images
 from clipkernels.reference.order import strongest_first
 from clipkernels.reference.predict import pool_channels
 
@@ -154,16 +154,16 @@ def _rank(
     batch, tokens = entering.x.shape[:2]
     if classes is None:
         every = torch.arange(tokens, device=images.device).expand(batch, -1)
-        whole = normalize(embed(tower, entering, torch.arange(batch, device=images.device), every).double())
+        dense = normalize(embed(tower, entering, torch.arange(batch, device=images.device), every).double())
     else:
-        whole = None
+        dense = None
     alive = torch.ones(batch, tokens - tower.prefix, dtype=torch.bool, device=images.device)
     ranks = torch.zeros_like(alive, dtype=torch.int64)
 
     def scores(embeddings: Tensor, image: Tensor) -> Tensor:
         embeddings = normalize(embeddings.double())
-        if whole is not None:
-            return (embeddings * whole[image]).sum(1)
+        if dense is not None:
+            return (embeddings * dense[image]).sum(1)
         assert classes is not None
         shares = (100 * embeddings @ classes.T).softmax(1)
         return shares.gather(1, labels[image][:, None])[:, 0] if score == "label" else shares.amax(1)

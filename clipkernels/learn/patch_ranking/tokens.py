@@ -22,12 +22,13 @@ from torch.nn.functional import cross_entropy, normalize
 from clipkernels import adapters
 from clipkernels.adapters import Tower
 from clipkernels.classifier import class_embeddings, evaluating
+from clipkernels.encode import encode_image
 from clipkernels.heads.given import check_labels, check_positive
 from clipkernels.identity import check_tower, digest_of, fingerprint, whole
 from clipkernels.learn.modules import load_module, save_module, seeded
 from clipkernels.learn.patch_ranking.contexts import check_prompts, first_words, replacing, text_tower
 from clipkernels.methods import PatchRanking
-from clipkernels.patch import encode_image, patched
+from clipkernels.patch import patched
 
 FORMAT = "clipkernels.visual_tokens.1"
 SIZES = ("count", "depth", "width", "text_width")
