@@ -51,7 +51,7 @@ from tiny_clip import read
 
 BATCH = 50  # what fits the cache is faster
 ROUNDS = 7
-GONE = (0.2, 0.4, 0.6)
+GONE = (0.0, 0.2, 0.4, 0.6)
 SHOTS = 16
 TEMPLATE = "a photo of a {}."
 SCORES = ("label", "confidence", "feature")
@@ -238,13 +238,14 @@ class Outcome(NamedTuple):
 
 def makers(study: Study, gone: float, predictors: list[RankPredictor]) -> dict[str, Callable[[], Outcome]]:
     """Every row of a block and a share, and what makes it."""
+    if not gone:
+        return {"learnt tokens": partial(with_tokens, study, [ck.PatchRanking(predictors[0], 1.0)] * study.seeds)}
     patches = study.ranked.ranks.shape[1]
     spare = round(gone * patches)
     keep, before = (patches - spare) / patches, study.block - 1
     merged = [*[0] * before, min(spare, patches // 2), spare - min(spare, patches // 2)]
     learnt = [ck.PatchRanking(predictor, keep) for predictor in predictors]
     chance = [ck.PatchRanking(at_random(study, seed), keep) for seed in range(study.seeds)]
-    every = ck.PatchRanking(predictors[0], 1.0)
     made: dict[str, Callable[[], Outcome]] = {
         f"golden, {score}": partial(given, study, keep, rankings) for score, rankings in study.golden.items()
     }
@@ -253,7 +254,6 @@ def makers(study: Study, gone: float, predictors: list[RankPredictor]) -> dict[s
         "predictor + learnt tokens": partial(with_tokens, study, learnt),
         "random": partial(plain, study, chance),
         "random + learnt tokens": partial(with_tokens, study, chance),
-        "nothing gone + learnt tokens": partial(with_tokens, study, [every] * study.seeds),
         "EViT without fusing": partial(plain, study, [ck.EViT(keep, (before,), fuse=False)]),
         "EViT": partial(plain, study, [ck.EViT(keep, (before,))]),
         "ToMe": partial(plain, study, [ck.ToMe(merged)]),

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from clipkernels.backend import interpreting
 from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
-from clipkernels.methods import PatchRanking
-from clipkernels.patch import tower_of
+from clipkernels.methods import Method, PatchRanking
+from clipkernels.patch import patch, tower_of
 
 
 def budget(came: Tensor, exact: Tensor, eager: Tensor) -> float:
@@ -176,6 +176,16 @@ def patch_ranking(model: nn.Module, keep: float = 0.5, block: int = 1, learnt: i
     if tokens is not None:
         nn.init.normal_(tokens.own)
     return PatchRanking(predictor, keep, tokens=tokens)
+
+
+def given_to(model: nn.Module, method: Method | partial[Method]) -> nn.Module:
+    """The model patched with a method, or with what makes one for it."""
+    return patch(model, method(model) if isinstance(method, partial) else method)
+
+
+def named(method: Method | partial[Method]) -> str:
+    """The name of a method, or of what makes one, that is the same in every process."""
+    return method.func.__name__ if isinstance(method, partial) else str(method)
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -7,7 +7,15 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import clipkernels as ck
-from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
+from clipkernels.testing import (
+    given_to,
+    open_clip_tower,
+    openai_tower,
+    patch_ranking,
+    randomized,
+    timm_tower,
+    transformers_tower,
+)
 
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1), partial(patch_ranking, learnt=2)]
 SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
@@ -53,8 +61,7 @@ TOWERS = {
 
 def build(name, method, sizes=(1, 2, 3, 5)):
     torch._dynamo.reset()
-    model = randomized(TOWERS[name]())
-    ck.patch(model, method(model) if isinstance(method, partial) else method)
+    model = given_to(randomized(TOWERS[name]()), method)
     generator = torch.Generator().manual_seed(0)
     return ck.tower_of(model), [torch.randn(n, 3, 64, 64, generator=generator) for n in sizes]
 

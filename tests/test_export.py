@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
+from clipkernels.testing import (
+    given_to,
+    open_clip_tower,
+    openai_tower,
+    patch_ranking,
+    randomized,
+    timm_tower,
+    transformers_tower,
+)
 
 # One step each, so that what follows it runs in the second block.
 METHODS = {
@@ -93,8 +101,7 @@ class Call(nn.Module):
 
 def build(name, method):
     """What a user would export, and images for the trace and for two other batch sizes."""
-    model, chosen = randomized(TOWERS[name]()), METHODS[method]
-    ck.patch(model, chosen(model) if isinstance(chosen, partial) else chosen)
+    model = given_to(randomized(TOWERS[name]()), METHODS[method])
     module = Embedding(model) if name == "transformers" else getattr(model, "visual", model)
     generator = torch.Generator().manual_seed(0)
     return module, [torch.randn(n, 3, 64, 64, generator=generator) for n in (2, 1, 5)]

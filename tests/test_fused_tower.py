@@ -9,16 +9,21 @@ from torch import nn
 pytest.importorskip("open_clip", reason="open_clip is not installed, whose towers these are")
 
 import clipkernels as ck
-from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
+from clipkernels.testing import (
+    given_to,
+    named,
+    open_clip_tower,
+    openai_tower,
+    patch_ranking,
+    randomized,
+    timm_tower,
+    transformers_tower,
+)
 
 RANDOM = ck.EViT(0.5, fuse=False, score="random")
 LEARNT = partial(patch_ranking, learnt=2)
 METHODS = [ck.Dense(), ck.EViT(0.5), RANDOM, ck.ToMe(3), ck.ToMe(2, proportional=False), ck.TCA(0.1), LEARNT]
 SMALL = {"width": 128, "image_size": 64, "patch_size": 16}
-
-
-def named(method):
-    return "PatchRanking" if isinstance(method, partial) else str(method)
 
 
 def tower(name="ViT-B-32", **vision):
@@ -43,8 +48,7 @@ def on(monkeypatch, triton):
 )
 @torch.no_grad()
 def test_a_tower_gives_the_embedding_of_the_reference(device, on, name, vision, method):
-    model = tower(name, **vision)
-    ck.patch(model, method(model) if isinstance(method, partial) else method).to(device)
+    model = given_to(tower(name, **vision), method).to(device)
     on("reference")
     expected = model.encode_image(images(device))
     on("triton")

@@ -7,15 +7,19 @@ import torch
 
 import clipkernels as ck
 from clipkernels.cases import CASES, SHAPES, Source, flat
-from clipkernels.testing import open_clip_tower, patch_ranking, randomized, timm_tower, transformers_tower
+from clipkernels.testing import (
+    given_to,
+    named,
+    open_clip_tower,
+    patch_ranking,
+    randomized,
+    timm_tower,
+    transformers_tower,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 CUDA = torch.device("cuda")
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1), partial(patch_ranking, learnt=2)]
-
-
-def named(method):
-    return "PatchRanking" if isinstance(method, partial) else str(method)
 
 
 @pytest.mark.parametrize("op", CASES)
@@ -65,8 +69,7 @@ def tower(name, method):
     library, _, kind = name.partition(" ")
     pytest.importorskip(library, reason=f"{library} is not installed")
     make = {"open_clip": open_clip_tower, "timm": timm_tower, "transformers": transformers_tower}[library]
-    model = randomized(make(kind)).to(CUDA, torch.bfloat16)
-    ck.patch(model, method(model) if isinstance(method, partial) else method)
+    model = given_to(randomized(make(kind)).to(CUDA, torch.bfloat16), method)
     found = ck.tower_of(model)
     return found, torch.randn(2, 4, 3, *found.image_size, device=CUDA, dtype=torch.bfloat16)
 
