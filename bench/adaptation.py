@@ -37,7 +37,7 @@ from clipkernels.timing import Clock, gmacs_for, measure, plan_for
 from corruptions import STREAMS, STRENGTHS, Stream, corrupt
 from literal_tca import Reservoir as LiteralReservoir
 from literal_tca import stream
-from rows import resume, write
+from rows import header_of, resume, write
 from tiny_clip import read
 
 BATCH = 32
@@ -57,13 +57,7 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    options = {name: getattr(arguments, name) for name in ("study", "limit", "shuffles", "seed", "threads")}
-    header = {
-        "environment": environment(),
-        "model": "the CLIP that ships with clipkernels",
-        "images": arguments.images.name,
-        **options,
-    }
+    header = header_of(arguments, "study", "limit", "shuffles", "seed", "threads")
     records = resume(arguments.out, header)
     photos, classes = read(arguments.images)
     if arguments.study == "speed":

@@ -31,8 +31,8 @@ import clipkernels as ck
 from clipkernels import support
 from clipkernels.cli.info import environment
 from clipkernels.learn.calip_fs import FewShotCALIP
-from rows import resume, write
-from tiny_clip import read
+from rows import deviation, header_of, resume, write
+from tiny_clip import few, read
 
 BATCH = 256
 ROUNDS = 9
@@ -69,14 +69,7 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    names = ("limit", "pool_limit", "seeds", "per_class", "threads")
-    header = {
-        "environment": environment(),
-        "model": "the CLIP that ships with clipkernels",
-        "images": arguments.images.name,
-        "pool": arguments.pool.name,
-        **{name: getattr(arguments, name) for name in names},
-    }
+    header = header_of(arguments, "limit", "pool_limit", "seeds", "per_class", "threads")
     records = resume(arguments.out, header)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         for rows in accuracies({row["tower"] for row in records}, arguments, bar):
@@ -210,9 +203,7 @@ def trained(text: Tensor, labelled: Features, shots: int, fit: Features, seed: i
 
 def drawn(labelled: Features, shots: int, seed: int) -> Features:
     """So many images of each class, drawn at random."""
-    order = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(labelled.labels)))
-    ordered = labelled.labels[order]
-    return labelled.take(torch.cat([order[ordered == k][:shots] for k in ordered.unique().tolist()]))
+    return labelled.take(few(labelled.labels, shots, seed))
 
 
 def rows(tower: str, heads: dict[str, Maker], seen: Features, seeds: int) -> list[dict[str, Any]]:
@@ -234,8 +225,8 @@ def rows(tower: str, heads: dict[str, Maker], seen: Features, seeds: int) -> lis
         gain = [value - base for value, base in zip(values, shares["zero-shot"], strict=True)]
         found = {"tower": tower, "head": name, "accuracy": statistics.mean(values), "gain": statistics.mean(gain)}
         spread = {
-            "accuracy_sd": _deviation(values),
-            "gain_sd": _deviation(gain),
+            "accuracy_sd": deviation(values),
+            "gain_sd": deviation(gain),
             "least": min(values),
             "most": max(values),
         }
@@ -244,10 +235,6 @@ def rows(tower: str, heads: dict[str, Maker], seen: Features, seeds: int) -> lis
         }
         records.append({**rounded, "seeds": seeds, "commit": environment()["commit"]})
     return records
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def draw(records: Sequence[dict[str, Any]]) -> Table:

@@ -14,7 +14,6 @@ too. The study of speed times golden rankings against the same loop over images,
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -43,11 +42,12 @@ from clipkernels.learn.patch_ranking import (
     golden_ranking,
     overlap,
 )
+from clipkernels.methods import count_of
 from clipkernels.timing import plan_for
 from clipkernels.tower import run
 from literal_ranking import literal_ranking
-from rows import resume, write
-from tiny_clip import read
+from rows import deviation, header_of, resume, write
+from tiny_clip import few, read
 
 BATCH = 50  # what fits the cache is faster
 ROUNDS = 7
@@ -106,14 +106,7 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    names = ("limit", "golden", "ranked", "score", "seeds", "threads")
-    header = {
-        "environment": environment(),
-        "model": "the CLIP that ships with clipkernels",
-        "images": arguments.images.name,
-        "pool": arguments.pool.name,
-        **{name: getattr(arguments, name) for name in names},
-    }
+    header = header_of(arguments, "limit", "golden", "ranked", "score", "seeds", "threads")
     if arguments.study == "speed":
         found = speeds(arguments)
         console.print(found)
@@ -174,14 +167,10 @@ def rows(done: set[tuple[int, float, str]], arguments: argparse.Namespace, bar: 
 
     for block in (int(block) for block in arguments.blocks.split(",")):
         tried = images.take(slice(0, arguments.golden))
-        ranked, golden = (
-            rank("pool", pool, arguments.score, block),
-            {s: rank("images", tried, s, block) for s in SCORES},
-        )
-        study = Study(
-            block, images, pool, classes, text, ranked, golden, arguments.score, arguments.seeds, torch.empty(0)
-        )
-        study = replace(study, dense=right(study, images, ck.Dense()))
+        ranked = rank("pool", pool, arguments.score, block)
+        golden = {score: rank("images", tried, score, block) for score in SCORES}
+        dense = right(text, images, ck.Dense())
+        study = Study(block, images, pool, classes, text, ranked, golden, arguments.score, arguments.seeds, dense)
         predictors = []
         for seed in range(arguments.seeds):
             bar.update(task, description=f"block {block}: predictor {seed}", total=None)
@@ -278,14 +267,14 @@ def given(study: Study, keep: float, rankings: Rankings) -> Outcome:
     def tell(batch: slice) -> None:
         told.scores = scores[batch]
 
-    return Outcome([right(study, images, method, tell)], [agreement(study, scores, keep)], method)
+    return Outcome([right(study.text, images, method, tell)], [agreement(study, scores, keep)], method)
 
 
 def plain(study: Study, methods: Sequence[Any]) -> Outcome:
     """Methods as they are."""
     scores = [scores_of(study, method) for method in methods]
     overlaps = [agreement(study, each, methods[0].keep) for each in scores if each is not None]
-    return Outcome([right(study, study.images, method) for method in methods], overlaps, methods[0])
+    return Outcome([right(study.text, study.images, method) for method in methods], overlaps, methods[0])
 
 
 def with_tokens(study: Study, methods: Sequence[ck.PatchRanking]) -> Outcome:
@@ -293,22 +282,15 @@ def with_tokens(study: Study, methods: Sequence[ck.PatchRanking]) -> Outcome:
     _, _, tokenizer = ck.bundled()
     made = []
     for seed, method in enumerate(methods):
-        few = shots(study.pool, seed)
+        some = study.pool.take(few(study.pool.labels, SHOTS, seed))
         prompts = support.photo(study.classes, (TEMPLATE,))
-        fitted = fit_tokens(ck.bundled()[0], tokenizer, prompts, few.images, few.labels, method, seed=seed)
+        fitted = fit_tokens(ck.bundled()[0], tokenizer, prompts, some.images, some.labels, method, seed=seed)
         made.append(replace(method, tokens=fitted.tokens))
-    return Outcome([right(study, study.images, method) for method in made], [], made[0])
-
-
-def shots(pool: Photos, seed: int) -> Photos:
-    """So many images of each class, drawn at random."""
-    order = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(pool.labels)))
-    ordered = pool.labels[order]
-    return pool.take(torch.cat([order[ordered == k][:SHOTS] for k in ordered.unique().tolist()]))
+    return Outcome([right(study.text, study.images, method) for method in made], [], made[0])
 
 
 @torch.inference_mode()
-def right(study: Study, images: Photos, method: Any, tell: Callable[[slice], None] | None = None) -> Tensor:
+def right(text: Tensor, images: Photos, method: Any, tell: Callable[[slice], None] | None = None) -> Tensor:
     """Which images a patched tower names right, (n,)."""
     model = ck.patch(ck.bundled()[0], method)
     found = []
@@ -316,7 +298,7 @@ def right(study: Study, images: Photos, method: Any, tell: Callable[[slice], Non
         batch = slice(start, start + BATCH)
         if tell is not None:
             tell(batch)
-        logits = ck.ZeroShot(study.text)(model.encode_image(images.images[batch]))
+        logits = ck.ZeroShot(text)(model.encode_image(images.images[batch]))
         found.append(logits.argmax(1) == images.labels[batch])
     return torch.cat(found)
 
@@ -347,7 +329,7 @@ def entering(tower: Any, images: Tensor, block: int) -> Tensor:
 def agreement(study: Study, scores: Tensor, keep: float) -> float:
     """The overlap with the golden ranking of the kind that predictors learn from."""
     ranks = study.golden[study.score].ranks
-    return overlap(scores, ranks, ranks.shape[1] - math.ceil(keep * ranks.shape[1]))
+    return overlap(scores, ranks, ranks.shape[1] - count_of(keep, ranks.shape[1]))
 
 
 def row(study: Study, gone: float, name: str, outcome: Outcome) -> dict[str, Any]:
@@ -368,10 +350,6 @@ def row(study: Study, gone: float, name: str, outcome: Outcome) -> dict[str, Any
         **{"block": study.block, "gone": gone, "method": name, **rounded, "images": images},
         **{"seeds": len(accuracies), "mmacs": round(1000 * cost, 2), "commit": environment()["commit"]},
     }
-
-
-def deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def draw(records: Sequence[dict[str, Any]]) -> Table:

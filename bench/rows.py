@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from clipkernels.cli.info import environment
 from clipkernels.cli.output import write_csv
 from clipkernels.files import replacing
 from clipkernels.timing import Speed
@@ -53,3 +55,15 @@ def resume(out: Path | None, header: Mapping[str, Any]) -> list[dict[str, Any]]:
     if before != {**header, "environment": header["environment"] | kept}:
         raise SystemExit(f"error: {source} was taken with other options or versions: choose another --out")
     return rows
+
+
+def header_of(arguments: Any, *names: str) -> dict[str, Any]:
+    """How a study of the bundled CLIP was made: where, on which images, with which of its options."""
+    files = {name: getattr(arguments, name).name for name in ("images", "pool") if hasattr(arguments, name)}
+    options = {name: getattr(arguments, name) for name in names}
+    return {"environment": environment(), "model": "the CLIP that ships with clipkernels", **files, **options}
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation of several values, 0 of one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0

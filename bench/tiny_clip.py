@@ -159,6 +159,13 @@ def read(source: Path) -> tuple[scenes.Images, list[str]]:
     return scenes.Images(np.stack([image for _, image in found]), labels), classes
 
 
+def few(labels: Tensor, shots: int, seed: int) -> Tensor:
+    """Where so many images of each class are, drawn at random, of labels (n,)."""
+    order = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(labels)))
+    ordered = labels[order]
+    return torch.cat([order[ordered == k][:shots] for k in ordered.unique().tolist()])
+
+
 def decode(data: bytes) -> np.ndarray:
     image = Image.open(io.BytesIO(data)).convert("RGB")
     return np.asarray(image if image.size == (32, 32) else image.resize((32, 32), Image.Resampling.BICUBIC))

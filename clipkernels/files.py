@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -32,6 +33,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def digest_table(digests: Sequence[bytes]) -> Tensor:
+    """SHA-256 digests as rows of a tensor (n,32) uint8."""
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:

@@ -224,8 +224,9 @@ def _run_patched(
     if visible is not None and (any(plan.steps) or plan.learnt):
         _refuse_padding(visible, plan)
         visible = None
-    asked: dict[str, Any] = {"rows": rows, "track": bool(take) or (plan.merges and whole), "take": take}
-    ran = run(tower, x, plan, rope=rope, visible=visible, blocks=blocks, **asked, **slot.weights)
+    track = bool(take) or (plan.merges and whole)
+    state: dict[str, Any] = {"rope": rope, "visible": visible, **slot.weights}
+    ran = run(tower, x, plan, rows=rows, track=track, take=take, blocks=blocks, **state)
     return for_pool(ran, plan, whole), ran.taken
 
 

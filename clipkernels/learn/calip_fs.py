@@ -21,6 +21,7 @@ from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.calip import patches_of
 from clipkernels.heads.given import check_labels, check_numbers, check_positive, check_some, normalize_as
 from clipkernels.heads.zero_shot import ZeroShot
+from clipkernels.learn.modules import check_training
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
@@ -118,10 +119,7 @@ class FewShotCALIP(nn.Module):
             ValueError: features or labels that do not fit, no image, epochs or a batch_size below one.
             RuntimeError: in inference mode.
         """
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("fit needs gradients: expected to be called outside of torch.inference_mode()")
-        if epochs < 1 or batch_size < 1:
-            raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
+        check_training("fit", epochs, batch_size)
         embedding, _ = patches_of(features)
         check_some(len(embedding))
         labels = check_labels(labels, len(embedding), len(self.text)).to(embedding.device)

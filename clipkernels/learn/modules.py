@@ -25,6 +25,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def check_training(name: str, epochs: int, batch_size: int) -> None:
+    """Raises RuntimeError where nothing can be trained, ValueError for counts that train nothing."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} needs gradients: expected to be called outside of torch.inference_mode()")
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
+
+
 def save_module(path: str | os.PathLike[str], module: Any, kind: str, sizes: Sequence[str]) -> None:
     """Writes a module's weights, the sizes that it was made with and its `about`, whole or not at all."""
     said = {"format": kind, **{name: getattr(module, name) for name in sizes}, "about": module.about}

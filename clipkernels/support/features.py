@@ -28,7 +28,7 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import evaluating
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image
-from clipkernels.files import read_tensors, write_tensors
+from clipkernels.files import digest_table, read_tensors, write_tensors
 from clipkernels.identity import fingerprint
 from clipkernels.methods import Dense
 from clipkernels.patch import method_of
@@ -173,10 +173,9 @@ def write_features(
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes features (n,E) with the SHA-256 of their images and who encoded them, whole or not at all."""
-    table = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
     header = json.dumps({"format": FORMAT, "encoder": who._asdict(), **(about or {})})
     # One entry: safetensors writes several in any order, and the same features are to give the same file.
-    write_tensors(path, {"features": features, "sha256": table, **(more or {})}, {ABOUT: header})
+    write_tensors(path, {"features": features, "sha256": digest_table(digests), **(more or {})}, {ABOUT: header})
 
 
 def read_about(file: str | os.PathLike[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from clipkernels import ops
 from clipkernels.adapters import Tower
 from clipkernels.heads.given import check_positive
 from clipkernels.identity import check_tower, digest_of, whole
-from clipkernels.learn.modules import load_module, save_module, seeded
+from clipkernels.learn.modules import check_training, load_module, save_module, seeded
 from clipkernels.learn.patch_ranking.rankings import Rankings
 from clipkernels.methods import count_of
 from clipkernels.reference.order import strongest_first
@@ -79,9 +79,8 @@ class RankPredictor(nn.Module):
         """
         if prefix is not None and prefix > self.prefix:
             x = torch.cat([x[:, : self.prefix], x[:, prefix:]], 1)
-        weight = self.score.weight
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(weight.dtype)
+            x = x.to(self.score.weight.dtype)
         return ops.predict_scores(x, self.mixer(), self.prefix)
 
     def mixer(self) -> Mixer:
@@ -184,12 +183,9 @@ def fit_predictor(
         RuntimeError: in inference mode.
     Source: Patch Ranking, arXiv 2409.14607, section 3.2; the target and the numbers are those of its released code.
     """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("fit_predictor needs gradients: expected to be called outside of torch.inference_mode()")
+    check_training("fit_predictor", epochs, batch_size)
     if not 0 < keep < 1 or not 0 <= held_out < 1:
         raise ValueError(f"keep must be in (0, 1) and held_out in [0, 1), got {keep} and {held_out}")
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
     check_positive(lr=lr)
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin must be a finite number from 0, got {margin}")

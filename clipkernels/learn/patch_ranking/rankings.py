@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from clipkernels.files import read_tensors, write_tensors
+from clipkernels.files import digest_table, read_tensors, write_tensors
 from clipkernels.heads import ZeroShot
 
 FORMAT, ABOUT = "clipkernels.rankings.1", "clipkernels"
@@ -75,8 +75,9 @@ class Store:
     def __init__(
         self, path: str | os.PathLike[str] | None, about: Mapping[str, Any], text: Tensor | None = None
     ) -> None:
-        self.path, self.about, self.text = None if path is None else Path(path), dict(about), text
-        self.read: list[Path] = []
+        self.path, self.about = None if path is None else Path(path), dict(about)
+        self.asked = None if text is None else ZeroShot(text)
+        self.read: set[Path] = set()
         self.new = 0
         self.rows: dict[bytes, tuple[Tensor, Tensor]] = {}
         if self.path is None:
@@ -89,7 +90,8 @@ class Store:
         """Takes in what is on disk and not known yet."""
         assert self.path is not None
         # The whole last: whoever finishes meanwhile writes it before its parts go.
-        for file in (*sorted(self.parts.glob("*.safetensors")), self.path):
+        parts = (part for part in sorted(self.parts.glob("*.safetensors")) if part not in self.read)
+        for file in (*parts, self.path):
             try:
                 tensors, said = _read(file)
             except FileNotFoundError:  # not there yet, or another run has just put it into the whole
@@ -97,13 +99,13 @@ class Store:
             wrong = ", ".join(f"{name} {said.get(name)!r}" for name in self.about if said.get(name) != self.about[name])
             if wrong:
                 raise ValueError(f"expected rankings made as these are, got {file} with {wrong}: choose another")
-            if self.text is not None and not ZeroShot(self.text).same(tensors.get("text", torch.empty(0, 0))):
+            if self.asked is not None and not self.asked.same(tensors.get("text", torch.empty(0, 0))):
                 wanted = "expected rankings by the same classes and prompts"
                 raise ValueError(f"{wanted}, got {file}: choose another, or delete it")
             rows = zip(tensors["ranks"].long(), tensors["features"], strict=True)
             for digest, row in zip(map(bytes, tensors["sha256"].numpy()), rows, strict=True):
                 self.rows.setdefault(digest, row)
-            self.read += [file] if file != self.path else []
+            self.read |= {file} - {self.path}
 
     def add(self, digests: Sequence[bytes], ranks: Tensor, features: Tensor) -> None:
         """Keeps the rankings of some images, on disk at once."""
@@ -121,7 +123,7 @@ class Store:
             except FileNotFoundError:  # another run has finished and removed the folder
                 if last:
                     raise
-        self.read.append(part)
+        self.read.add(part)
 
     def finish(self, digests: Sequence[bytes]) -> Rankings:
         """The rankings of these images, in their order; the file holds them so, then what it held of others."""
@@ -135,22 +137,18 @@ class Store:
                     if left.name.startswith(".") and time.time() - left.stat().st_mtime > STALE:
                         left.unlink()
                 self.parts.rmdir()
-        return Rankings(*self._stacked(digests), self.about, _table(digests), self.new)
+        return Rankings(*self._stacked(digests), self.about, digest_table(digests), self.new)
 
     def _write(self, path: Path, digests: Sequence[bytes]) -> None:
         ranks, features = self._stacked(digests)
-        tensors = {"ranks": ranks.short(), "features": features, "sha256": _table(digests)}
-        if self.text is not None:
-            tensors["text"] = self.text.float().cpu()
+        tensors = {"ranks": ranks.short(), "features": features, "sha256": digest_table(digests)}
+        if self.asked is not None:
+            tensors["text"] = self.asked.text.float().cpu()
         write_tensors(path, tensors, {ABOUT: json.dumps({"format": FORMAT, **self.about})})
 
     def _stacked(self, digests: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         ranks, features = zip(*(self.rows[digest] for digest in digests), strict=True)
         return torch.stack(ranks), torch.stack(features)
-
-
-def _table(digests: Sequence[bytes]) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

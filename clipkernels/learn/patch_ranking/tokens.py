@@ -25,7 +25,7 @@ from clipkernels.classifier import class_embeddings, evaluating
 from clipkernels.encode import encode_image
 from clipkernels.heads.given import check_labels, check_positive
 from clipkernels.identity import check_tower, digest_of, fingerprint, whole
-from clipkernels.learn.modules import load_module, save_module, seeded
+from clipkernels.learn.modules import check_training, load_module, save_module, seeded
 from clipkernels.learn.patch_ranking.contexts import check_prompts, first_words, replacing, text_tower
 from clipkernels.methods import PatchRanking
 from clipkernels.patch import patched
@@ -173,10 +173,7 @@ def fit_tokens(
         RuntimeError: in inference mode.
     Source: Patch Ranking, arXiv 2409.14607, section 3.3; the numbers are MaPLe's, arXiv 2210.03117.
     """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("fit_tokens needs gradients: expected to be called outside of torch.inference_mode()")
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
+    check_training("fit_tokens", epochs, batch_size)
     check_positive(lr=lr, scale=scale)
     missing = [name for name in ("encode_image", "encode_text") if not hasattr(model, name)]
     if missing:
