@@ -3,12 +3,11 @@
     python bench/ranking.py --images cifar10-val.tar.gz --pool cifar10-train.tar.gz --work rankings --out ranking.csv
     python bench/ranking.py --images val_folder --pool train_folder --limit 500 --ranked 200 --golden 100 --seeds 2 \\
         --work quick --plot quick.png
-    python bench/ranking.py --images val_folder --pool train_folder --study speed --out ranking-speed.csv
 
 Rankings and training see the pool alone; everything is reported on the images, and nothing is chosen by them. Rows that
 say "golden" rank each image by trying, "label" with its true class: they show what a ranking can be worth, not what can
 be had. All rows of a block prune once, before its attention; EViT and ToMe do inside the block before, sparing its MLP,
-too. The study of speed times golden rankings against the same loop over images, rounds and windows.
+too.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,12 +43,10 @@ from clipkernels.learn.patch_ranking import (
 from clipkernels.methods import count_of
 from clipkernels.timing import plan_for
 from clipkernels.tower import run
-from literal_ranking import literal_ranking
 from rows import deviation, header_of, resume, write
 from tiny_clip import few, read
 
 BATCH = 50  # what fits the cache is faster
-ROUNDS = 7
 GONE = (0.0, 0.2, 0.4, 0.6)
 SHOTS = 16
 TEMPLATE = "a photo of a {}."
@@ -107,14 +103,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
     header = header_of(arguments, "limit", "golden", "ranked", "score", "seeds", "threads")
-    if arguments.study == "speed":
-        found = speeds(arguments)
-        console.print(found)
-        if arguments.out:
-            write([found], header, arguments.out)
-        return
-    if arguments.work is None:
-        raise SystemExit("error: expected --work DIR, where rankings are kept")
     records = resume(arguments.out, header)
     arguments.work.mkdir(parents=True, exist_ok=True)
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -132,7 +120,6 @@ def parse() -> argparse.Namespace:
     sources: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR|FILE.tar.gz"}
     parser.add_argument("--images", **sources, help="to report on: a sub-folder per class")
     parser.add_argument("--pool", **sources, help="to rank and to learn from: likewise")
-    parser.add_argument("--study", choices=("accuracy", "speed"), default="accuracy")
     parser.add_argument("--blocks", default="3", metavar="B,…", help="blocks before which patches go")
     parser.add_argument("--limit", type=int, default=5000, metavar="N", help="images to report on, drawn at random")
     parser.add_argument("--golden", type=int, default=1000, metavar="N", help="of these, how many are ranked by trying")
@@ -140,7 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--score", choices=SCORES, default="label", help="of the rankings that are learnt from")
     parser.add_argument("--seeds", type=int, default=5, help="predictors, sets of few shots and random rankings")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where rankings and predictors are kept")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="keeps rankings and predictors")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the accuracies")
     return parser.parse_args()
@@ -183,31 +170,6 @@ def rows(done: set[tuple[int, float, str]], arguments: argparse.Namespace, bar: 
                 if (block, gone, name) not in done:
                     bar.update(task, description=f"block {block}, {gone:.0%} gone: {name}", total=None)
                     yield row(study, gone, name, make())
-
-
-def speeds(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds per image of golden rankings and of the literal loop, CPU time, medians and the 10-90 % band of the ratio
-    over rounds; and whether both rank alike."""
-    photos, block = read(arguments.images)[0], int(arguments.blocks.split(",")[0])
-    model, images = ck.bundled()[0], prepared(photos, 16 * ROUNDS).images
-    ours, theirs, same = [], [], []
-    for part in images.split(16):
-        start = time.process_time()
-        ranks = golden_ranking(model, part, score="feature", block=block).ranks
-        between = time.process_time()
-        with torch.inference_mode():
-            literal = literal_ranking(model, part[:1], "feature", None, None, 2, 1, 10, block)
-        ours.append((between - start) / len(part))
-        theirs.append(time.process_time() - between)
-        same.append(torch.equal(ranks[:1], literal))
-    ratios = sorted(slow / fast for slow, fast in zip(theirs, ours, strict=True))
-    low, high = np.quantile(ratios, (0.1, 0.9))
-    return {
-        **{"block": block, "window": 2, "stride": 1, "step": 10, "seconds": round(statistics.median(ours), 4)},
-        **{"literal_seconds": round(statistics.median(theirs), 4), "speedup": round(statistics.median(ratios), 2)},
-        **{"speedup_p10": round(float(low), 2), "speedup_p90": round(float(high), 2)},
-        **{"alike": f"{sum(same)} of {len(same)}", "commit": environment()["commit"]},
-    }
 
 
 def prepared(photos: Any, limit: int) -> Photos:

@@ -1,4 +1,4 @@
-"""bench/ranking.py: every row is there, pruning as told is pruning as told, a study goes on where it was cut."""
+"""bench/ranking.py and ranking_speed.py: rows are there, pruned is what was told, a study goes on where it was cut."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 import clipkernels as ck
 import ranking
+import ranking_speed
 from clipkernels.cli.demo import QUICK, draw, save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,3 +52,9 @@ def test_the_study_has_every_row_and_goes_on_where_it_was_cut(tmp_path: Path, mo
     ranking.main()
     assert list(csv.DictReader(out.open())) == rows
     assert (tmp_path / "ranking.png").stat().st_size > 10_000
+
+
+def test_both_forms_are_timed_and_rank_alike(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking_speed, "IMAGES", 2)
+    row = ranking_speed.speed(images, block=5)
+    assert row["alike"] == "2 of 2" and row["speedup"] > 1
