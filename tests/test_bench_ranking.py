@@ -30,6 +30,7 @@ def test_what_is_given_is_what_stays(tiny: torch.nn.Module, images: torch.Tensor
 
 
 def test_the_study_has_every_row_and_goes_on_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     save({"digits": draw(QUICK, seed=0)["digits"]}, tmp_path)
     folder, out = tmp_path / "digits", tmp_path / "ranking.csv"
     options = ("--images", folder, "--pool", folder, "--limit", 6, "--golden", 3, "--ranked", 4, "--seeds", 2)
