@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("attention", "predict", "prune", "condense", "merge", "epilogue", "cross_attention", "affinity")
-TESTS += ("fused_tower", "gpu")
+TESTS += ("targeted_l1", "fused_tower", "gpu")
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 # Seconds for each part, 7.5 minutes together; tests and check share theirs.
 LIMITS = {"tests": 150, "check": 150, "ops": 160, "towers": 60, "compiled": 80}

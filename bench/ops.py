@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, one_hot, scaled_dot_product_attention
 
+import literal_distill
 import literal_heads
 from clipkernels.cases import CASES, SHAPES, Source, flat, judge
 from clipkernels.cli.info import environment
@@ -87,6 +88,7 @@ def literal_affinity(queries: Tensor, support: Tensor, hot: Tensor) -> Tensor:
 LITERAL: dict[str, Call] = {
     "calip_logits": lambda *inputs: literal_heads.calip_logits(*inputs, 0.5, 1.12, 0.02),
     "affinity": literal_affinity,
+    "targeted_l1": literal_distill.targeted_l1,
 }
 
 

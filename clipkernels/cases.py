@@ -163,6 +163,25 @@ def _predictor(source: Source) -> tuple[Tensor, ...]:
     return tuple(source.normal(*size) * (size[-1] ** -0.5 if len(size) == 2 else 1) for size in sizes)
 
 
+def _told(source: Source) -> tuple[Tensor, ...]:
+    """Tokens, a teacher's, weights, two in five of them selected, and a projection."""
+    size = (source.batch, source.shape.tokens)
+    teacher = source.units(*size)
+    weights, order = torch.rand(2, *size, generator=source.generator, device=source.device)
+    projection = source.normal(teacher.shape[2], source.shape.width) * source.shape.width**-0.5
+    return source.tokens(), teacher, weights, order.argsort(1) < _targets(source), projection
+
+
+def _targets(source: Source) -> int:
+    return math.ceil(0.4 * source.shape.tokens)
+
+
+def _untold(source: Source) -> int:
+    """Bytes of the tokens that are not selected, and of the teacher's."""
+    rows = source.batch * (source.shape.tokens - _targets(source))
+    return rows * (source.shape.width + source.units(1).shape[1]) * source.dtype.itemsize
+
+
 def _dropped(source: Source) -> int:
     """Bytes of the patches that are not kept."""
     return source.batch * (source.patches - source.keep) * source.shape.width * source.dtype.itemsize
@@ -247,6 +266,14 @@ CASES = {
         shared=1,
     ),
     "affinity": Case(_supported, _affinity, shared=3),
+    "targeted_l1": Case(
+        _told,
+        lambda source, backend, student, teacher, weights, mask, projection: ops.targeted_l1(
+            student, teacher, projection, weights, mask, backend=backend
+        ).to(student.dtype),  # as in `_affinity`
+        _untold,
+        shared=1,
+    ),
     "bias_act_quick_gelu": Case(
         lambda source: (source.tokens(4), source.vector(4)),
         lambda source, backend, x, bias: ops.bias_act(x, bias, "quick_gelu", backend=backend),

@@ -221,6 +221,30 @@ def check_affinity(
         _floating(weights=weights)
 
 
+def check_targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> None:
+    if student.ndim != 3 or not student.shape[2]:
+        raise ValueError(f"student must be (B,n,d) with d ≥ 1, got {_shape(student)}")
+    _floating(student=student)
+    batch, tokens, width = student.shape
+    if teacher.ndim != 3 or teacher.shape[:2] != student.shape[:2] or not teacher.shape[2]:
+        raise ValueError(f"teacher must be (B,n,E) = ({batch},{tokens},E) with E ≥ 1, got {_shape(teacher)}")
+    if tuple(projection.shape) != (teacher.shape[2], width):
+        raise ValueError(f"projection must be (E,d) = ({teacher.shape[2]},{width}), got {_shape(projection)}")
+    _same(student, projection=projection)
+    for name, tensor in (("weights", weights), ("mask", mask)):
+        if tuple(tensor.shape) != (batch, tokens):
+            raise ValueError(f"{name} must be (B,n) = ({batch},{tokens}), got {_shape(tensor)}")
+    for name, tensor in (("teacher", teacher), ("weights", weights), ("mask", mask)):
+        if tensor.device != student.device:
+            raise ValueError(f"{name} must be on {student.device} like student, got {tensor.device}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
+    _floating(teacher=teacher, weights=weights)
+    for name, tensor in (("teacher", teacher), ("weights", weights)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, for it gets none: detach it")
+
+
 def _check_tokens(x: Tensor) -> None:
     if x.ndim != 3:
         raise ValueError(f"x must be (B,N,C), got {_shape(x)}")

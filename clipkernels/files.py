@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+STALE = 3600
+"""Seconds after which a half-written file is one that was left behind."""
 
 
 @contextmanager
@@ -35,6 +39,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
         raise
 
 
+def sweep(folder: Path) -> None:
+    """Removes what writers that were killed left behind in a folder: temporary files that nobody writes any more."""
+    for left in folder.glob(".*.safetensors.*"):
+        with suppress(FileNotFoundError):  # another one sweeps, or the writer has just finished
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
+
+
 def digest_table(digests: Sequence[bytes]) -> Tensor:
     """SHA-256 digests as rows of a tensor (n,32) uint8."""
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
@@ -52,8 +64,8 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], a
         os.fsync(file.fileno())
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, on the CPU, and what is known about them.
+def map_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file where they lie in it, read when they are looked at, and what is known about them.
 
     Raises:
         ValueError: the file is no safetensors file.
@@ -61,7 +73,13 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     try:
         with safe_open(path, "pt") as file:
-            # Copied from where they lie in the file, which may be anywhere: products of aligned rows are faster.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"expected a safetensors file, got {path}: {error}") from error
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, on the CPU, and what is known about them; raises as `map_tensors`."""
+    tensors, about = map_tensors(path)
+    # Copied from where they lie in the file, which may be anywhere: products of aligned rows are faster.
+    return {name: tensor.clone() for name, tensor in tensors.items()}, about

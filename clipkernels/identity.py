@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +14,37 @@ from clipkernels.adapters import Tower
 
 SAMPLE = 4096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+IMAGE = ("visual.", "vision_model.", "visual_projection.", "trunk.")
+NEITHER = ("logit_", "text_decoder.")
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
+def fingerprint(model: nn.Module, half: Literal["image", "text"] = "image") -> dict[str, str]:
     """What tells a tower from any other: a SHA-256 for its own precision, and for both half ones if that is single:
     {"float32": …, "float16": …, "bfloat16": …}. A float16 tower and a bfloat16 one cannot be compared: each has lost
     what the other keeps.
 
     Each is over the names, the shapes and up to 4,096 values of the image tower's floating-point weights, in that
     precision, and over its activations, which distinguish a QuickGELU from a GELU with the same weights. A patched
-    tower has the fingerprint of the unpatched one, and so on every device.
+    tower has the fingerprint of the unpatched one, and so on every device. The text tower's is over all that is neither
+    the image tower's nor a scale, a bias of logits or a caption's decoder.
     """
-    ours = ("visual.", "vision_model.", "visual_projection.", "trunk.")
     states = {
         name.replace("_orig_mod.", ""): tensor
         for name, tensor in sorted(model.state_dict().items())
         if tensor.is_floating_point()
     }
-    within = ours if any(name.startswith(ours) for name in states) else ("",)
-    states = {name: tensor for name, tensor in states.items() if name.startswith(within)}
+    alone = not any(name.startswith(IMAGE) for name in states)
+
+    def within(name: str) -> bool:
+        if half == "text":
+            return not name.startswith((*IMAGE, *NEITHER))
+        return alone or name.startswith(IMAGE)
+
+    states = {name: tensor for name, tensor in states.items() if within(name)}
     samples = [_sample(tensor) for tensor in states.values()]
     lowest = max((DTYPES.index(t.dtype) for t in states.values() if t.dtype in DTYPES), default=0)
     modules = ((name.replace("_orig_mod.", ""), module) for name, module in model.named_modules())
-    acts = sorted({repr(module) for name, module in modules if name.startswith(within) and _acts(module)})
+    acts = sorted({repr(module) for name, module in modules if within(name) and _acts(module)})
     found = {}
     for dtype in DTYPES if lowest == 0 else DTYPES[lowest : lowest + 1]:
         digest = sha256(json.dumps([acts, [(name, list(t.shape)) for name, t in states.items()]]).encode())
@@ -51,6 +59,11 @@ def same_tower(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     one in bfloat16."""
     common = [name for name in one if name in other]
     return bool(common) and one[common[0]] == other[common[0]]
+
+
+def abridged(tower: Mapping[str, str]) -> str:
+    """A fingerprint as it is shown."""
+    return ", ".join(f"{dtype} {digest[:8]}" for dtype, digest in tower.items())
 
 
 def whole(tower: Tower) -> nn.Module:
@@ -73,13 +86,14 @@ def check_tower(tower: Mapping[str, str], model: nn.Module, where: object, about
     own = fingerprint(model)
     if not same_tower(tower, own):
         named = f"{about.get('model') or 'unnamed'}, {about.get('pretrained') or 'no tag'}"
-        shown = [", ".join(f"{dtype} {digest[:8]}" for dtype, digest in each.items()) for each in (tower, own)]
         if tower and not set(tower) & set(own):
             raise ValueError(
                 f"expected the tower of {where} ({named}) in float32 or {next(iter(tower))}, got {next(iter(own))}: "
                 "the two cannot be compared"
             )
-        raise ValueError(f"expected the tower of {where} ({named}; {shown[0]}), got another one ({shown[1]})")
+        raise ValueError(
+            f"expected the tower of {where} ({named}; {abridged(tower)}), got another one ({abridged(own)})"
+        )
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -28,7 +28,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clipkernels.kernels import affinity, attention, condense, cross_attention, epilogue, merge, predict, prune, rank
+from clipkernels.kernels import (
+    affinity,
+    attention,
+    condense,
+    cross_attention,
+    epilogue,
+    merge,
+    predict,
+    prune,
+    rank,
+    targeted_l1,
+)
 
 KERNELS = Path(prune.__file__).parent
 # Target, bytes that may spill, bytes of shared memory that one program may take.
@@ -57,7 +68,8 @@ TOWERS = {
     "L-14-280": (401, 1024, 16, 1),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-SIZES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+SIZES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SIZES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 # What the PTX must hold where inputs are half precision: loads of 16 bytes, and matrix instructions.
 WIDE_LOADS = {
     "_affinity_kernel",
@@ -71,8 +83,12 @@ WIDE_LOADS = {
     "_add_norm_kernel",
     "_cls_kernel",
     "_predict_kernel",
+    "_distance_kernel",
+    "_student_kernel",
+    "_projection_kernel",
 }
 MATRIX = {"_affinity_kernel", "_attend_kernel", "_attention_kernel", "_predict_kernel"}
+MATRIX |= {"_distance_kernel", "_student_kernel", "_projection_kernel"}
 
 
 def main() -> None:
@@ -174,6 +190,12 @@ def launches(tower: str, dtype: torch.dtype) -> None:
     cross_attention.calip_terms(visual, empty(b, embedding), text, 0.5)
     cross_attention.attend(visual, text, 0.5)
     cross_attention.attend(text, visual, 0.5)
+    teacher, projection = empty(b, n, embedding), empty(embedding, width)
+    importance, mask = empty(b, n, dtype=torch.float32), empty(b, n, dtype=torch.bool)
+    targeted_l1.targeted_l1(x, teacher, projection, importance, mask, False)
+    _, signs, order = targeted_l1.targeted_l1(x, teacher, projection, importance, mask, True)
+    targeted_l1.student_gradient(projection, importance, signs, order)
+    targeted_l1.projection_gradient(x, importance, signs, order, embedding)
 
 
 def compile_for(target: str, tower: str, dtype: str, stems: list[str]) -> list[dict[str, object]]:

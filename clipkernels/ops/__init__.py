@@ -5,6 +5,7 @@ tokens (CLS, registers) are never scored, dropped or merged. Ties go to the lowe
 backend. Choices carry no gradient: signals, ranks and matches come back detached.
 """
 
+from clipkernels.ops.distill import targeted_l1
 from clipkernels.ops.epilogue import add_norm, bias_act
 from clipkernels.ops.features import affinity, calip_logits, cross_attention
 from clipkernels.ops.tokens import (
@@ -38,4 +39,5 @@ __all__ = [
     "predict_scores",
     "prune_tokens",
     "rank_tokens",
+    "targeted_l1",
 ]

@@ -14,6 +14,7 @@ from clipkernels.reference.merge import Match, Merged, match_tokens, merge_token
 from clipkernels.reference.order import Heads, reduce_heads
 from clipkernels.reference.predict import Mixer, changed, mix, pool_channels, predict_scores
 from clipkernels.reference.prune import Pruned, prune_tokens
+from clipkernels.reference.targeted_l1 import targeted_l1
 
 __all__ = [
     "Act",
@@ -43,4 +44,5 @@ __all__ = [
     "rank_tokens",
     "reduce_heads",
     "sort_by_class",
+    "targeted_l1",
 ]

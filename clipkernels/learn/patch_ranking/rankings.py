@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
@@ -20,12 +19,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from clipkernels.files import digest_table, read_tensors, write_tensors
+from clipkernels.files import digest_table, read_tensors, sweep, write_tensors
 from clipkernels.heads import ZeroShot
 
 FORMAT, ABOUT = "clipkernels.rankings.1", "clipkernels"
-STALE = 3600
-"""Seconds after which a half-written file is one that was left behind."""
 
 
 class Rankings(NamedTuple):
@@ -133,9 +130,7 @@ class Store:
             for part in self.read:
                 part.unlink(missing_ok=True)
             with suppress(OSError):  # there is none, or another run is writing there
-                for left in self.parts.iterdir():
-                    if left.name.startswith(".") and time.time() - left.stat().st_mtime > STALE:
-                        left.unlink()
+                sweep(self.parts)
                 self.parts.rmdir()
         return Rankings(*self._stacked(digests), self.about, digest_table(digests), self.new)
 

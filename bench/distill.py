@@ -1,0 +1,332 @@
+"""What distilling the bundled CLIP is worth to a student that answers questions about photographs, by its labels.
+
+    python bench/distill.py --images cifar10-val.tar.gz --pool cifar10-train.tar.gz --work features --out distill.csv
+    python bench/distill.py --images val_folder --pool train_folder --limit 300 --labelled 600 --seeds 2 --steps 100 \\
+        --work quick --plot quick.png
+
+The student, a small transformer over patches and letters, starts from nothing. It is taught on questions about images
+of the pool and reported on others, as they are and shifted: letters masked, images blurred and noisy. All methods of a
+seed share labels, order and first weights; nothing is chosen by the images that are reported on. The teacher says what
+an answer means by the captions of the classes that it leaves, for it has never read an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+import clipkernels as ck
+from clipkernels import support
+from clipkernels.cli.info import environment
+from clipkernels.data.tokenizer import END, PAD, VOCABULARY
+from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache
+from clipkernels.learn.modules import seeded
+from questions import Asked, Question, ask, questions_of, shifted
+from ranking import prepared
+from rows import deviation, header_of, resume, write
+from tiny_clip import read
+
+BATCH = 64
+SHARES = (0.01, 0.05, 0.2, 1.0)
+SPLITS = ("clean", "shifted")
+LR, WARMUP, EPOCHS = 1e-3, 50, 60
+WIDTH, LAYERS, HEADS = 64, 2, 2
+LETTERS = (1 + ord("a"), 1 + ord("z"))
+MASK = END + 1
+TEMPLATE = "a photo of a {}."
+NONE = "no distillation"
+METHODS: dict[str, dict[str, Any] | None] = {
+    NONE: None,
+    "plain": {"keep": 1.0, "temperature": math.inf, "weight": None},
+    "targeted, weight 1": {"weight": None},
+    "targeted": {},
+}
+
+
+class Student(nn.Module):
+    """Patches and letters in one transformer, and an answer (B,2) from the token that stands before them."""
+
+    def __init__(self, size: int, patch: int, length: int) -> None:
+        super().__init__()
+        self.patches = (size // patch) ** 2
+        self.embed = nn.Conv2d(3, WIDTH, patch, patch)
+        self.letters = nn.Embedding(VOCABULARY + 1, WIDTH)
+        self.places = nn.Parameter(0.02 * torch.randn(1 + self.patches + length, WIDTH))
+        self.first = nn.Parameter(0.02 * torch.randn(WIDTH))
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.answer = nn.Linear(WIDTH, 2)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Answered:
+        patches = self.embed(images).flatten(2).mT
+        first = self.first.expand(len(images), 1, -1)
+        x = torch.cat([first, patches, self.letters(tokens)], 1) + self.places
+        padding = pad(tokens == PAD, (1 + self.patches, 0))
+        x = self.blocks(x, src_key_padding_mask=padding)
+        visual, text = x[:, 1 : 1 + self.patches], x[:, 1 + self.patches :]
+        return Answered(self.answer(x[:, 0]), x[:, 0], visual, text)
+
+
+class Answered(NamedTuple):
+    """Logits (B,2), the first token (B,C), the patches (B,P,C) and the letters (B,T,C)."""
+
+    logits: Tensor
+    pooled: Tensor
+    visual: Tensor
+    text: Tensor
+
+
+class Run(NamedTuple):
+    """One training: the share of the labels, the method, the seed."""
+
+    share: float
+    method: str
+    seed: int
+
+
+class School(NamedTuple):
+    """What all runs share: what is taught and asked, the questions, their letters (q,T), and what the teacher takes
+    their answers for, (q,2,E)."""
+
+    taught: Asked
+    asked: Asked
+    questions: list[Question]
+    tokens: Tensor
+    answers: Tensor
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    header = header_of(arguments, "limit", "labelled", "seeds", "steps", "threads")
+    records = resume(arguments.out, header)
+    done = {(row["share"], row["method"], row["seed"]) for row in records}
+    every = [Run(share, method, seed) for seed in range(arguments.seeds) for share in SHARES for method in METHODS]
+    left = [run for run in every if run not in done]
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("the teacher", total=None)
+        remember(arguments, lambda n: bar.update(task, completed=n, total=arguments.labelled))
+        bar.update(task, description="students", completed=0, total=len(left))
+        for rows in trained(left, arguments):
+            records += rows
+            bar.update(task, advance=1)
+            if arguments.out:  # a long run that is cut short keeps what it has
+                write(records, header, arguments.out)
+    found = summary(records)
+    console.print(draw(found))
+    if arguments.plot:
+        plot(found, arguments.plot)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sources: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR|FILE.tar.gz"}
+    parser.add_argument("--images", **sources, help="to report on: a sub-folder per class")
+    parser.add_argument("--pool", **sources, help="to learn from: likewise")
+    parser.add_argument("--limit", type=int, default=3000, metavar="N", help="images to report on, drawn at random")
+    parser.add_argument("--labelled", type=int, default=8000, metavar="N", help="images of the pool with an answer")
+    parser.add_argument("--seeds", type=int, default=5, help="sets of labels, orders and first weights")
+    parser.add_argument("--steps", type=int, default=600, help="of a training with all labels")
+    parser.add_argument("--threads", type=int, default=1, help="of each training")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the teacher's features are kept")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="a row per training and split; a .json beside it")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the accuracies")
+    return parser.parse_args()
+
+
+@cache
+def school_of(images: Path, pool: Path, limit: int, labelled: int) -> School:
+    """Images, questions and answers; the same in every process."""
+    photos, classes = read(images)
+    others, same = read(pool)
+    if same != classes:
+        raise SystemExit(f"error: expected --pool with the classes of --images ({', '.join(classes)}), got {same}")
+    model, _, tokenizer = ck.bundled()
+    questions = questions_of(classes)
+    taught, asked = prepared(others, labelled), prepared(photos, limit)
+    tokens = tokenizer([question.text for question in questions])
+    captions = support.class_embeddings(model, tokenizer, support.photo(classes, (TEMPLATE,)))
+    means = [torch.stack([captions[list(says)].mean(0) for says in question.says]) for question in questions]
+    return School(
+        ask(taught.images, taught.labels, questions, seed=0),
+        ask(asked.images, asked.labels, questions, seed=1),
+        questions,
+        tokens[:, : int((tokens != PAD).sum(1).max())],
+        torch.stack(means),
+    )
+
+
+@cache
+def cache_of(work: Path) -> TeacherCache:
+    """What the teacher said."""
+    model, _, tokenizer = ck.bundled()
+    return TeacherCache(work, Teacher(model, tokenizer))
+
+
+def here(arguments: argparse.Namespace) -> School:
+    return school_of(arguments.images, arguments.pool, arguments.limit, arguments.labelled)
+
+
+def remember(arguments: argparse.Namespace, progress: Callable[[int], None]) -> None:
+    """Has the teacher look at every image and read every question, once for all runs."""
+    school, kept = here(arguments), cache_of(arguments.work)
+    kept.add(texts=[question.text for question in school.questions])
+    for start in range(0, len(school.taught.labels), 256):
+        kept.add(images=[school.taught.images[start : start + 256]])
+        progress(start)
+
+
+def trained(runs: Sequence[Run], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of every run, as they come."""
+    if arguments.jobs == 1:
+        yield from (rows_of(run, arguments) for run in runs)
+        return
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(rows_of, run, arguments) for run in runs]):
+            yield done.result()
+
+
+def rows_of(run: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One student taught, and how many questions of either split it answers."""
+    torch.set_num_threads(arguments.threads)
+    start = time.process_time()
+    school = here(arguments)
+    student = taught(run, school, cache_of(arguments.work), arguments.steps)
+    seconds = time.process_time() - start
+    images, tokens = school.asked.images, school.tokens[school.asked.questions]
+    splits = {"clean": (images, tokens), "shifted": shifted(images, tokens, MASK, LETTERS, seed=0)}
+    found = []
+    for name, (seen, said) in splits.items():
+        right = correct(student, seen, said, school.asked.labels)
+        found.append({**run._asdict(), "split": name, "accuracy": round(100 * right, 2), "seconds": round(seconds, 1)})
+    return [{**row, "images": len(images), "commit": environment()["commit"]} for row in found]
+
+
+def taught(run: Run, school: School, kept: TeacherCache, steps: int) -> Student:
+    """A student after its training."""
+    generator = torch.Generator().manual_seed(run.seed)
+    every = school.taught
+    some = every.take(torch.randperm(len(every.labels), generator=generator)[: round(run.share * len(every.labels))])
+    tower = ck.tower_of(ck.bundled()[0])
+    with seeded(run.seed):
+        student = Student(tower.image_size[0], tower.patch, school.tokens.shape[1])
+    options, distil = METHODS[run.method], None
+    if options is not None:
+        with seeded(run.seed):
+            distil = TargetedDistillation(kept, text=WIDTH, visual=WIDTH, **options)
+    parts = [student] if distil is None else [student, distil]
+    optimizer = torch.optim.AdamW([each for part in parts for each in part.parameters()], LR, weight_decay=0.05)
+    # So small a set is learnt by heart long before that.
+    steps = min(steps, math.ceil(EPOCHS * len(some.labels) / BATCH))
+    for step, index in zip(range(steps), batches(len(some.labels), generator), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        batch = some.take(index)
+        said = school.tokens[batch.questions]
+        answered = student(batch.images, said)
+        loss = cross_entropy(answered.logits, batch.labels)
+        if distil is not None:
+            texts = [school.questions[at].text for at in batch.questions.tolist()]
+            features = kept(batch.images, texts)
+            words, there = (
+                None if part is None else part[:, : said.shape[1]] for part in (features.words, features.words_mask)
+            )
+            features = features._replace(words=words, words_mask=there, answers=school.answers[batch.questions])
+            found = distil(
+                features,
+                text=answered.text,
+                visual=answered.visual,
+                text_pooled=answered.pooled,
+                visual_pooled=answered.pooled,
+                logits=answered.logits,
+                labels=batch.labels,
+            )
+            loss = loss + found.loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return student.eval()
+
+
+def batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of so many instances in ever new orders, without end."""
+    while True:
+        yield from torch.randperm(count, generator=generator).split(BATCH)
+
+
+@torch.inference_mode()
+def correct(student: Student, images: Tensor, tokens: Tensor, labels: Tensor) -> float:
+    """The share of the questions that are answered right."""
+    parts = zip(images.split(500), tokens.split(500), strict=True)
+    return float((torch.cat([student(*part).logits.argmax(1) for part in parts]) == labels).double().mean())
+
+
+def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds, of the accuracy and of what it is above that without distillation."""
+    found = []
+    accuracy = {(row["split"], row["share"], row["method"], row["seed"]): row["accuracy"] for row in records}
+    for split, share, method in dict.fromkeys(
+        key[:3] for key in sorted(accuracy, key=lambda key: SPLITS.index(key[0]))
+    ):
+        seeds = sorted(key[3] for key in accuracy if key[:3] == (split, share, method))
+        own = [accuracy[split, share, method, seed] for seed in seeds]
+        base = [accuracy.get((split, share, NONE, seed), math.nan) for seed in seeds]
+        over = [a - b for a, b in zip(own, base, strict=True)]
+        found.append(
+            {
+                **{"split": split, "share": share, "method": method, "seeds": len(seeds)},
+                **{"accuracy": statistics.mean(own), "accuracy_sd": deviation(own)},
+                **{"over": statistics.mean(over), "over_sd": deviation(over)},
+            }
+        )
+    return sorted(found, key=lambda row: (SPLITS.index(row["split"]), row["share"], list(METHODS).index(row["method"])))
+
+
+def draw(found: Sequence[dict[str, Any]]) -> Table:
+    """The summary for people."""
+    title = "questions answered right in %, and above the student that was not distilled: mean ± sd over seeds"
+    table = Table("images", "labels", "method", "seeds", "accuracy", "above", title=title)
+    for row in found:
+        accuracy, over = (f"{row[key]:.2f} ± {row[key + '_sd']:.2f}" for key in ("accuracy", "over"))
+        table.add_row(row["split"], f"{row['share']:.0%}", row["method"], str(row["seeds"]), accuracy, over)
+    return table
+
+
+def plot(found: Sequence[dict[str, Any]], file: Path) -> None:
+    """Accuracy by the share of the labels, one panel for images as they are, one for shifted ones."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    for axes, split in zip(figure.subplots(1, len(SPLITS), sharey=True), SPLITS, strict=True):
+        for method in METHODS:
+            line = [row for row in found if (row["split"], row["method"]) == (split, method)]
+            values, bars = ([row[key] for row in line] for key in ("accuracy", "accuracy_sd"))
+            axes.errorbar([100 * row["share"] for row in line], values, yerr=bars, fmt="o-", capsize=3, label=method)
+        axes.set(xlabel="labels, %", ylabel="questions answered right, %", title=split, xscale="log")
+        axes.set_xticks([100 * share for share in SHARES], [f"{share:.0%}" for share in SHARES])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
