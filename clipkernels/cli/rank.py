@@ -63,7 +63,7 @@ Example:
 @click.option(
     "--shuffle", type=int, metavar="SEED", help="Take the images in a random order  [default: 0 with --limit]"
 )
-@click.option("--batch-size", type=int, default=128, show_default=True, help="Variants of images that run at once.")
+@click.option("--batch-size", type=int, default=64, show_default=True, help="Variants of images that run at once.")
 @click.option("--model", "name", help="open_clip model  [default: the small one that ships with the package]")
 @click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")

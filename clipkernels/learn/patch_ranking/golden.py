@@ -60,7 +60,7 @@ def golden_ranking(
     stride: int = 1,
     step: int = 10,
     block: int = 3,
-    batch_size: int = 128,
+    batch_size: int = 64,
     path: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Rankings:
