@@ -6,8 +6,10 @@
 
 The student, a small transformer over patches and letters, starts from nothing. It is taught on questions about images
 of the pool and reported on others, as they are and shifted: letters masked, images blurred and noisy. All methods of a
-seed share labels, order and first weights; nothing is chosen by the images that are reported on. The teacher says what
-an answer means by the captions of the classes that it leaves, for it has never read an answer.
+seed share labels, order, first weights and dropout; nothing is chosen by the images that are reported on. The teacher
+says what an answer means by the captions of the classes that it leaves, for it has never read an answer. It was itself
+trained on CIFAR-10's training photographs with captions of their classes: where these are the pool, it has seen all
+labels.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ import clipkernels as ck
 from clipkernels import support
 from clipkernels.cli.info import environment
 from clipkernels.data.tokenizer import END, PAD, VOCABULARY
-from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache
+from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache, TeacherFeatures
 from clipkernels.learn.modules import seeded
-from questions import Asked, Question, ask, questions_of, shifted
+from questions import MASKED, NOISE, Asked, Question, ask, masked, questions_of, shifted
 from ranking import prepared
 from rows import deviation, header_of, resume, write
 from tiny_clip import read
@@ -45,8 +47,10 @@ from tiny_clip import read
 BATCH = 64
 SHARES = (0.01, 0.05, 0.2, 1.0)
 SPLITS = ("clean", "shifted")
-LR, WARMUP, EPOCHS = 1e-3, 50, 60
-WIDTH, LAYERS, HEADS = 64, 2, 2
+LR, WARMUP = 1e-3, 0.05  # of the steps
+EPOCHS, FEWEST = 60, 300  # passes over few labels at most, but so many steps at least
+MISSING = 0.05  # of the letters, in training, whatever the method: a student has to know what a gap is
+WIDTH, LAYERS, HEADS, DROPOUT = 64, 2, 2, 0.1
 LETTERS = (1 + ord("a"), 1 + ord("z"))
 MASK = END + 1
 TEMPLATE = "a photo of a {}."
@@ -69,7 +73,7 @@ class Student(nn.Module):
         self.letters = nn.Embedding(VOCABULARY + 1, WIDTH)
         self.places = nn.Parameter(0.02 * torch.randn(1 + self.patches + length, WIDTH))
         self.first = nn.Parameter(0.02 * torch.randn(WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, DROPOUT, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.answer = nn.Linear(WIDTH, 2)
 
@@ -115,7 +119,7 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    header = header_of(arguments, "limit", "labelled", "seeds", "steps", "threads")
+    header = {**header_of(arguments, "limit", "labelled", "seeds", "steps", "threads"), "settings": settings()}
     records = resume(arguments.out, header)
     done = {(row["share"], row["method"], row["seed"]) for row in records}
     every = [Run(share, method, seed) for seed in range(arguments.seeds) for share in SHARES for method in METHODS]
@@ -133,6 +137,13 @@ def main() -> None:
     console.print(draw(found))
     if arguments.plot:
         plot(found, arguments.plot)
+
+
+def settings() -> dict[str, Any]:
+    """What else a figure depends on."""
+    names = ("BATCH", "LR", "WARMUP", "EPOCHS", "FEWEST", "MISSING", "WIDTH", "LAYERS", "HEADS", "DROPOUT")
+    found = {name.lower(): globals()[name] for name in names}
+    return {**found, "masked": MASKED, "noise": NOISE, "methods": repr(METHODS)}
 
 
 def parse() -> argparse.Namespace:
@@ -189,9 +200,7 @@ def remember(arguments: argparse.Namespace, progress: Callable[[int], None]) -> 
     """Has the teacher look at every image and read every question, once for all runs."""
     school, kept = here(arguments), cache_of(arguments.work)
     kept.add(texts=[question.text for question in school.questions])
-    for start in range(0, len(school.taught.labels), 256):
-        kept.add(images=[school.taught.images[start : start + 256]])
-        progress(start)
+    kept.add(images=school.taught.images.split(256), progress=lambda _, came, __: progress(came))
 
 
 def trained(runs: Sequence[Run], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -207,63 +216,63 @@ def trained(runs: Sequence[Run], arguments: argparse.Namespace) -> Iterator[list
 def rows_of(run: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One student taught, and how many questions of either split it answers."""
     torch.set_num_threads(arguments.threads)
+    school, kept = here(arguments), cache_of(arguments.work)
     start = time.process_time()
-    school = here(arguments)
-    student = taught(run, school, cache_of(arguments.work), arguments.steps)
+    student, weight = taught(run, school, kept, arguments.steps)
     seconds = time.process_time() - start
     images, tokens = school.asked.images, school.tokens[school.asked.questions]
     splits = {"clean": (images, tokens), "shifted": shifted(images, tokens, MASK, LETTERS, seed=0)}
-    found = []
-    for name, (seen, said) in splits.items():
-        right = correct(student, seen, said, school.asked.labels)
-        found.append({**run._asdict(), "split": name, "accuracy": round(100 * right, 2), "seconds": round(seconds, 1)})
-    return [{**row, "images": len(images), "commit": environment()["commit"]} for row in found]
+    rows = []
+    for split, seen in splits.items():
+        right = round(100 * correct(student, *seen, school.asked.labels), 2)
+        row = {
+            **run._asdict(),
+            "split": split,
+            "accuracy": right,
+            "weight": None if weight is None else round(weight, 3),
+        }
+        rows.append({**row, "images": len(images), "seconds": round(seconds, 1), "commit": environment()["commit"]})
+    return rows
 
 
-def taught(run: Run, school: School, kept: TeacherCache, steps: int) -> Student:
-    """A student after its training."""
+def taught(run: Run, school: School, kept: TeacherCache, steps: int) -> tuple[Student, float | None]:
+    """A student after its training, and the mean weight of the distances in it."""
     generator = torch.Generator().manual_seed(run.seed)
-    every = school.taught
+    every, tower = school.taught, ck.tower_of(ck.bundled()[0])
     some = every.take(torch.randperm(len(every.labels), generator=generator)[: round(run.share * len(every.labels))])
-    tower = ck.tower_of(ck.bundled()[0])
+    steps = min(steps, max(FEWEST, EPOCHS * math.ceil(len(some.labels) / BATCH)))
     with seeded(run.seed):
         student = Student(tower.image_size[0], tower.patch, school.tokens.shape[1])
-    options, distil = METHODS[run.method], None
-    if options is not None:
-        with seeded(run.seed):
-            distil = TargetedDistillation(kept, text=WIDTH, visual=WIDTH, **options)
-    parts = [student] if distil is None else [student, distil]
-    optimizer = torch.optim.AdamW([each for part in parts for each in part.parameters()], LR, weight_decay=0.05)
-    # So small a set is learnt by heart long before that.
-    steps = min(steps, math.ceil(EPOCHS * len(some.labels) / BATCH))
-    for step, index in zip(range(steps), batches(len(some.labels), generator), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        batch = some.take(index)
-        said = school.tokens[batch.questions]
-        answered = student(batch.images, said)
-        loss = cross_entropy(answered.logits, batch.labels)
-        if distil is not None:
-            texts = [school.questions[at].text for at in batch.questions.tolist()]
-            features = kept(batch.images, texts)
-            words, there = (
-                None if part is None else part[:, : said.shape[1]] for part in (features.words, features.words_mask)
-            )
-            features = features._replace(words=words, words_mask=there, answers=school.answers[batch.questions])
-            found = distil(
-                features,
-                text=answered.text,
-                visual=answered.visual,
-                text_pooled=answered.pooled,
-                visual_pooled=answered.pooled,
-                logits=answered.logits,
-                labels=batch.labels,
-            )
-            loss = loss + found.loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return student.eval()
+        options, weights = METHODS[run.method], []
+        distil = None if options is None else TargetedDistillation(kept, text=WIDTH, visual=WIDTH, **options)
+        torch.manual_seed(run.seed)  # whatever was made, dropout is the same
+        parts = [part for part in (student, distil) if part is not None]
+        optimizer = torch.optim.AdamW([each for part in parts for each in part.parameters()], LR, weight_decay=0.05)
+        for step, index in zip(range(steps), batches(len(some.labels), generator), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = LR * min(1, (step + 1) / (WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            batch = some.take(index)
+            answered = student(batch.images, masked(school.tokens[batch.questions], MASK, LETTERS, MISSING, generator))
+            loss = cross_entropy(answered.logits, batch.labels)
+            if distil is not None:
+                states = {"visual": answered.visual, "text": answered.text}
+                states |= {"visual_pooled": answered.pooled, "text_pooled": answered.pooled, "logits": answered.logits}
+                found = distil(said(kept, school, batch), **states, labels=batch.labels)
+                weights.append(float(found.weight.mean()))
+                loss = loss + found.loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return student.eval(), round(statistics.mean(weights), 3) if weights else None
+
+
+def said(kept: TeacherCache, school: School, batch: Asked) -> TeacherFeatures:
+    """What the teacher says of a batch, as many letters as the student has."""
+    found = kept(batch.images, [school.questions[at].text for at in batch.questions.tolist()])
+    assert found.words is not None and found.words_mask is not None
+    letters = school.tokens.shape[1]
+    words, mask = found.words[:, :letters], found.words_mask[:, :letters]
+    return found._replace(words=words, words_mask=mask, answers=school.answers[batch.questions])
 
 
 def batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:

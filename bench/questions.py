@@ -69,11 +69,15 @@ def ask(images: Tensor, labels: Tensor, questions: Sequence[Question], seed: int
     return Asked(images, torch.tensor(asked), torch.tensor(right))
 
 
-def shifted(images: Tensor, tokens: Tensor, masked: int, letters: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+def shifted(images: Tensor, tokens: Tensor, mask: int, letters: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
     """Images blurred to half their size, with noise, and token ids of which some letters are masked."""
     generator = torch.Generator().manual_seed(seed)
     small = interpolate(avg_pool2d(images, 2), scale_factor=2.0)
     noise = torch.randn(images.shape, generator=generator) * (NOISE * images.std())
-    gone = torch.rand(tokens.shape, generator=generator) < MASKED
-    gone &= (tokens >= letters[0]) & (tokens <= letters[1])
-    return small + noise, torch.where(gone, masked, tokens)
+    return small + noise, masked(tokens, mask, letters, MASKED, generator)
+
+
+def masked(tokens: Tensor, mask: int, letters: tuple[int, int], share: float, generator: torch.Generator) -> Tensor:
+    """Token ids of which a share of the letters, ids from the first to the last, is another id."""
+    gone = torch.rand(tokens.shape, generator=generator) < share
+    return torch.where(gone & (tokens >= letters[0]) & (tokens <= letters[1]), mask, tokens)

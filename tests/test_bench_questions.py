@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import clipkernels as ck
 import distill
 import questions
 from clipkernels.cli.demo import QUICK, draw, save
@@ -43,11 +44,29 @@ def test_questions_are_answered_right_and_neither_answer_gives_itself_away() -> 
 def test_a_shift_masks_letters_alone_and_blurs_images() -> None:
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     tokens = torch.arange(200).repeat(4, 1)
-    seen, said = questions.shifted(images, tokens, masked=999, letters=(50, 149), seed=0)
+    seen, said = questions.shifted(images, tokens, mask=999, letters=(50, 149), seed=0)
     changed = said != tokens
     assert (said[changed] == 999).all() and not changed[:, :50].any() and not changed[:, 150:].any()
     assert 0.15 < changed[:, 50:150].float().mean() < 0.35
     assert seen.shape == images.shape and 0 < (seen - images).std() < 2 * images.std()
+
+
+def test_a_training_is_the_same_whatever_ran_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    every = questions.questions_of(CLASSES)
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    asked = questions.ask(images, torch.arange(4).repeat(3), every, seed=0)
+    tokens = ck.bundled()[2]([question.text for question in every])
+    school = distill.School(asked, asked, every, tokens, torch.randn(len(every), 2, 128))
+    kept = distill.cache_of(tmp_path)
+    monkeypatch.setattr(distill, "FEWEST", 3)
+    found = []
+    for method in (distill.NONE, "targeted", "targeted"):
+        torch.manual_seed(len(found))
+        state = torch.random.get_rng_state()
+        found.append(distill.taught(distill.Run(1.0, method, 0), school, kept, 3)[0].state_dict())
+        assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(found[1][name], found[2][name]) for name in found[1])
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[1])
 
 
 def test_the_study_has_every_row_and_goes_on_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

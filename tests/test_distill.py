@@ -129,6 +129,13 @@ def test_any_part_of_it_may_be_left_out(missing: str) -> None:
     assert same(distil(taught, **own, labels=LABELS).loss, literal(distil, taught, own, LABELS)[0])
 
 
+@pytest.mark.parametrize(("name", "needs"), [("text_pooled", "text"), ("visual_pooled", "image")])
+def test_a_pooled_state_alone_asks_for_what_it_is_compared_with(name: str, needs: str) -> None:
+    taught, own, distil = features(), states(), objective(weight=None)
+    found = distil(TeacherFeatures(**{needs: getattr(taught, needs)}), **{name: own[name]})
+    assert same(found.loss, literal(distil, taught, {name: own[name]}, LABELS)[0])
+
+
 @pytest.mark.parametrize("branch", ["text", "visual"])
 def test_one_branch_alone_asks_for_nothing_of_the_other(branch: str) -> None:
     taught, own = features(), states()
@@ -234,6 +241,38 @@ def test_the_weight_is_that_of_the_true_answer_and_carries_no_gradient() -> None
     assert torch.equal(less.weight, torch.zeros(B))
 
 
+def test_an_instance_without_a_true_answer_weighs_nothing() -> None:
+    taught, own = features(), states()
+    labels = torch.tensor([3, -100, 4, A])
+    found = objective()(taught, **own, labels=labels)
+    all_known = objective()(taught, **own, labels=LABELS)
+    assert (found.weight[[1, 3]] == 0).all() and torch.equal(found.weight[[0, 2]], all_known.weight[[0, 2]])
+
+
+def test_what_a_prior_has_below_zero_is_zero() -> None:
+    taught, own, distil = features(), states(), objective()
+    prior = torch.randn(T, generator=torch.Generator().manual_seed(0))
+    results = [distil(taught, **own, labels=LABELS, prior=each).loss for each in (prior, prior.clamp(min=0))]
+    assert torch.equal(*results)
+
+
+def test_a_batch_of_nothing_is_worth_nothing() -> None:
+    taught = TeacherFeatures(*(None if each is None else each[:0] for each in features()))
+    found = objective()(taught, **{name: each[:0] for name, each in states().items()}, labels=LABELS[:0])
+    assert found.loss == 0 and found.distance.shape == (0,)
+
+
+def test_states_in_half_precision_are_projected_in_it() -> None:
+    taught, distil = features(torch.float32), objective(torch.float32)
+    own = {name: each.detach().bfloat16().requires_grad_() for name, each in states(torch.float32).items()}
+    own["text_pooled"] = own["text_pooled"].detach().float().requires_grad_()
+    found = distil(taught, **own, labels=LABELS)
+    wide = distil(taught, **{name: each.float() for name, each in own.items()}, labels=LABELS)
+    assert found.loss.dtype == torch.float32 and 0 < (found.loss - wide.loss).abs() < 0.01 * wide.loss
+    found.loss.backward()
+    assert own["text"].grad.dtype == torch.bfloat16 and distil.text.weight.grad.dtype == torch.float32
+
+
 def test_a_teacher_and_a_student_without_any_confidence_weigh_nothing() -> None:
     taught, own = features(torch.float32), states(torch.float32)
     hopeless = torch.full((B, A), 300.0)
@@ -324,6 +363,7 @@ def test_only_the_projections_are_its_state() -> None:
     ("options", "message"),
     [
         ({}, "expected the width of the student's text or visual states, got neither"),
+        ({"text": 0}, "widths must be at least one, got 12 of the teacher, text=0, visual=None"),
         ({"text": 4, "keep": 0}, "keep must be a number in (0, 1], got 0"),
         ({"text": 4, "keep": math.nan}, "keep must be a number in (0, 1], got nan"),
         ({"text": 4, "temperature": 0.0}, "temperature must be positive, got 0.0"),
@@ -347,7 +387,10 @@ def test_what_it_cannot_be_made_with_is_named(options: dict[str, Any], message: 
         ({"image": None}, "expected features.image, got none"),
         ({"words": None}, "expected features.words, got none"),
         ({"text": torch.zeros(B, T, 3)}, f"text must be (4,7,{D}), got (4,7,3)"),
-        ({"text": torch.zeros(B, T + 1, D)}, "the teacher's mask must be (4,8), got (4,7)"),
+        (
+            {"text": torch.zeros(B, T + 1, D)},
+            "features.words, one for each of the student's tokens, must be (4,8,12), got (4,7,12)",
+        ),
         (
             {"visual": torch.zeros(B, P + 1, V), "regions_mask": None},
             "features.regions, one for each of the student's tokens, must be (4,11,12), got (4,10,12)",
@@ -355,8 +398,16 @@ def test_what_it_cannot_be_made_with_is_named(options: dict[str, Any], message: 
         ({"visual_pooled": torch.zeros(B, 3)}, f"visual_pooled must be (4,{V}), got (4,3)"),
         ({"logits": torch.zeros(B, A + 1)}, "logits must be (4,5), got (4,6)"),
         ({"labels": LABELS[:2]}, "labels must be (4), got (2)"),
+        ({"image": torch.zeros(3)}, f"features.image must be (4,{E}), got (3)"),
         ({"image": torch.zeros(B, 3)}, f"features.image must be (4,{E}), got (4,3)"),
-        ({"visual_mask": torch.ones(B, 2, dtype=torch.bool)}, "the student's mask must be (4,10), got (4,2)"),
+        ({"visual_mask": torch.ones(B, 2, dtype=torch.bool)}, "visual_mask must be (4,10), got (4,2)"),
+        ({"text_mask": torch.ones(B, T, dtype=torch.int64)}, "text_mask must be torch.bool, got torch.int64"),
+        ({"words_mask": torch.ones(B, T)}, "features.words_mask must be torch.bool, got torch.float32"),
+        ({"labels": LABELS.double()}, "labels must be torch.int64, got torch.float64"),
+        ({"prior": torch.ones(T + 1)}, "prior must be (7), got (8)"),
+        ({"prior": torch.ones(B, 1)}, "prior must be (4,7), got (4,1)"),
+        ({"text": torch.zeros(B, T, D, device="meta")}, "text must be on cpu like the projections, got meta"),
+        ({"regions": torch.zeros(B, P, E, device="meta")}, "must be on cpu like the projections, got meta"),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:

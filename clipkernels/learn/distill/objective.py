@@ -53,7 +53,7 @@ class _Branch(NamedTuple):
 
 
 class TargetedDistillation(nn.Module):
-    """The objective with its projections, a module to be trained beside the student: `loss = task + distil(…).loss`.
+    """The objective with its projections, a module to be trained with the student: `loss = task + distil(…).loss`.
 
     Plain distillation, of all tokens alike and with weight 1, is keep=1, temperature=math.inf and weight=None.
 
@@ -87,6 +87,8 @@ class TargetedDistillation(nn.Module):
         width = teacher if isinstance(teacher, int) else teacher.width
         if text is None and visual is None:
             raise ValueError("expected the width of the student's text or visual states, got neither")
+        if min(width, *(each for each in (text, visual) if each is not None)) < 1:
+            raise ValueError(f"widths must be at least one, got {width} of the teacher, text={text}, visual={visual}")
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be a number in (0, 1], got {keep!r}")
         if not temperature > 0:
@@ -119,89 +121,100 @@ class TargetedDistillation(nn.Module):
         A student whose tokens are not the teacher's needs features that were aligned to them: `TeacherFeatures.align`.
 
         Args:
-            features: what the teacher says of the batch; `text` and `image` always, `words` and `regions` with the
-                states of the branch, `answers` where the weight asks the teacher.
+            features: what the teacher says of the batch: `words` and `image` with `text`, `regions` and `text` with
+                `visual`, `text` with `text_pooled`, `image` with `visual_pooled`; `image` and `answers` with a weight.
             text: (B,n_t,d) the student's text states, one for each of the teacher's words, padding included.
             text_pooled: (B,d) its state of the whole text.
             text_mask: (B,n_t) bool, False for padding, beside what the teacher leaves out.
-            prior: (B,n_t) or (n_t,) q ≥ 0, such as 1 for content words and 0 for others; None is all ones.
+            prior: (B,n_t) or (n_t,) q, such as 1 for content words and 0 for others; below 0 is 0; None is all ones.
             visual: (B,n_v,d) the student's visual states, one for each of the teacher's regions.
             visual_pooled: (B,d) its state of the whole image.
             visual_mask: (B,n_v) bool, False for padding.
             logits: (B,a) the student's answers, where the weight asks it.
-            labels: (B,) int64 the true answers, where there is a weight.
+            labels: (B,) int64 the true answers, where there is a weight; an instance with another than 0..a-1, such as
+                cross-entropy's -100, weighs nothing.
         Returns:
             Distilled.
         Raises:
-            ValueError: shapes that do not fit, states without their branch, or what a term needs and is not given.
-        Guarantees: no (B,n,E) of the student is ever in memory; no host sync; no gradient through relevance, choice and
-            weight.
+            ValueError: shapes, dtypes or devices that do not fit, states without their branch, or what a term needs and
+                is not given.
+        Guarantees: no (B,n,E) of the student is made, but by the reference where a graph is made of it; no host sync on
+            triton; no gradient through relevance, choice and weight. Projections work in the dtype of the states, or of
+            autocast. Under DistributedDataParallel this belongs in the module that is wrapped, with the student.
         """
-        image, sentence = _needed(features.image, "features.image"), _needed(features.text, "features.text")
-        _expect("features.image", image, (len(image), self.width))
-        _expect("features.text", sentence, (len(image), self.width))
-        weight = self._weights(image, features.answers, logits, labels)
-        words = _both(features.words_mask, text_mask, text)
-        regions = _both(features.regions_mask, visual_mask, visual)
-        told = self._branch("text", self.text, text, text_pooled, features.words, sentence, image, words, prior)
-        seen = self._branch("visual", self.visual, visual, visual_pooled, features.regions, image, sentence, regions)
+        told = self._branch("text", text, text_pooled, text_mask, features, prior)
+        seen = self._branch("visual", visual, visual_pooled, visual_mask, features, None)
         terms = [*told.terms, *seen.terms]
         if not terms:
             raise ValueError("expected states of the student, text, text_pooled, visual or visual_pooled, got none")
         distance = torch.stack(terms).sum(0)
-        return Distilled(self.strength * (weight * distance).mean(), distance, weight, told.share, seen.share)
+        weight = self._weights(len(distance), distance.device, features, logits, labels)
+        loss = self.strength * (weight * distance).sum() / max(1, len(distance))
+        return Distilled(loss, distance, weight, told.share, seen.share)
 
     def _branch(
         self,
-        name: str,
-        projection: nn.Linear | None,
+        name: Literal["text", "visual"],
         hidden: Tensor | None,
         pooled: Tensor | None,
-        guide: Tensor | None,
-        whole: Tensor,
-        other: Tensor,
-        mask: Tensor | None,
-        prior: Tensor | None = None,
+        own: Tensor | None,
+        features: TeacherFeatures,
+        prior: Tensor | None,
     ) -> _Branch:
         """The terms (B,) of the tokens and of the whole, of a branch, and ρ̂."""
         terms: list[Tensor] = []
-        share = None
-        if projection is None:
-            if hidden is not None or pooled is not None:
-                raise ValueError(f"expected no {name} states, got some: make this with {name}= their width")
+        state, share, projection = pooled if hidden is None else hidden, None, getattr(self, name)
+        if state is None:
             return _Branch(terms, share)
-        if hidden is not None and mask is not None:
-            _expect(name, hidden, (len(whole), *hidden.shape[1:-1], projection.in_features))
-            named = "features.words" if name == "text" else "features.regions"
-            guide = _needed(guide, named)
-            _expect(f"{named}, one for each of the student's tokens,", guide, (*hidden.shape[:2], self.width))
+        if projection is None:
+            raise ValueError(f"expected no {name} states, got some: make this with {name}= their width")
+        batch, device = len(state), projection.weight.device
+        parts = ("words", "words_mask", "image") if name == "text" else ("regions", "regions_mask", "text")
+        if hidden is not None:
+            tokens = (batch, *hidden.shape[1:-1])
+            _expect(name, hidden, (*tokens[:2], projection.in_features), device)
+            guide, there, other = (getattr(features, part) for part in parts)
+            named = f"features.{parts[0]}, one for each of the student's tokens,"
+            guide = _expect(named, _needed(guide, f"features.{parts[0]}"), (*tokens, self.width), device)
+            named = f"features.{parts[2]}"
+            other = _expect(named, _needed(other, named), (batch, self.width), device)
+            mask = torch.ones(tokens, dtype=torch.bool, device=device)
+            for named, each in ((f"features.{parts[1]}", there), (f"{name}_mask", own)):
+                mask = mask if each is None else mask & _expect(named, each, tokens, device, torch.bool)
+            if prior is not None:
+                _expect("prior", prior, tokens if prior.ndim > 1 else tokens[1:], device)
             relevance = relevance_of(guide, other, mask, self.temperature, prior)
             chosen = choose(relevance, mask, self.keep)
             share = shares(relevance, chosen)
-            terms.append(ops.targeted_l1(hidden, guide, projection.weight, share, chosen))
+            terms.append(ops.targeted_l1(hidden, guide, projection.weight.to(hidden.dtype), share, chosen))
         if pooled is not None:
-            _expect(f"{name}_pooled", pooled, (len(whole), projection.in_features))
-            one = torch.ones(len(whole), 1, device=pooled.device)
-            terms.append(ops.targeted_l1(pooled[:, None], whole[:, None], projection.weight, one, one.bool()))
+            named = "features.text" if name == "text" else "features.image"
+            whole = getattr(features, named.removeprefix("features."))
+            whole = _expect(named, _needed(whole, named), (batch, self.width), device)
+            _expect(f"{name}_pooled", pooled, (batch, projection.in_features), device)
+            one = torch.ones(batch, 1, device=device)
+            weight = projection.weight.to(pooled.dtype)
+            terms.append(ops.targeted_l1(pooled[:, None], whole[:, None], weight, one, one.bool()))
         return _Branch(terms, share)
 
     @torch.no_grad()
-    def _weights(self, image: Tensor, answers: Tensor | None, logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def _weights(
+        self, batch: int, device: torch.device, features: TeacherFeatures, logits: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
         """w (B,) fp32."""
-        batch = image.shape[0]
         if self.weight is None:
-            return torch.ones(batch, device=image.device)
-        labels = _needed(labels, f"labels with weight {self.weight!r}")
-        answers = _needed(answers, f"features.answers with weight {self.weight!r}")
-        _expect("labels", labels, (batch,))
-        _expect("features.answers", answers, (batch, *answers.shape[1:-1], self.width))
+            return torch.ones(batch, device=device)
+        with_it = f" with weight {self.weight!r}"
+        labels = _expect("labels", _needed(labels, "labels" + with_it), (batch,), device, torch.int64)
+        image = _expect("features.image", _needed(features.image, "features.image"), (batch, self.width), device)
+        answers = _needed(features.answers, "features.answers" + with_it)
+        _expect("features.answers", answers, (batch, *answers.shape[1:-1], self.width), device)
         with exactly(image):
             alike = (normalize(answers.float(), dim=-1) @ normalize(image.float(), dim=-1)[..., None])[..., 0]
             teacher = _confidence(self.scale * alike, labels)
             if self.weight == "teacher":
                 return teacher
-            logits = _needed(logits, f"logits with weight {self.weight!r}")
-            _expect("logits", logits, tuple(answers.shape[:2]))
+            logits = _expect("logits", _needed(logits, "logits" + with_it), tuple(answers.shape[:2]), device)
             student = _confidence(logits.float(), labels)
             if self.weight == "teacher_minus_student":
                 return (teacher - student).clamp(min=0)
@@ -230,7 +243,7 @@ def relevance_of(
         alike = (tokens @ widened(other)[..., None])[..., 0] / length.clamp(min=1e-12)
         alike = (alike / temperature).masked_fill(~mask, float("-inf"))
         share = torch.where(mask, (alike - alike.logsumexp(1, keepdim=True)).exp(), 0)  # NaN where all is padding
-    return share if prior is None else torch.where(mask, share * prior.to(share.dtype), 0)
+    return share if prior is None else torch.where(mask, share * prior.to(share.dtype).clamp(min=0), 0)
 
 
 @torch.no_grad()
@@ -250,19 +263,10 @@ def shares(relevance: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _confidence(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.softmax(1).gather(1, labels[:, None])[:, 0]
-
-
-def _both(there: Tensor | None, own: Tensor | None, hidden: Tensor | None) -> Tensor | None:
-    """The tokens (B,n) of a student that are no padding, neither the teacher's nor its own."""
-    if hidden is None:
-        return None
-    mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    for name, each in (("the teacher's", there), ("the student's", own)):
-        if each is not None:
-            _expect(f"{name} mask", each, tuple(mask.shape))
-            mask = mask & each
-    return mask
+    """The probability of the true answer, (B,); 0 where there is none."""
+    known = (labels >= 0) & (labels < logits.shape[1])
+    found = logits.softmax(1).gather(1, torch.where(known, labels, 0)[:, None])[:, 0]
+    return torch.where(known, found, 0)
 
 
 def _needed(tensor: Tensor | None, name: str) -> Tensor:
@@ -271,7 +275,15 @@ def _needed(tensor: Tensor | None, name: str) -> Tensor:
     return tensor
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _expect(
+    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The tensor, if it is of this shape, on this device, and of this dtype, None for any."""
     if tuple(tensor.shape) != shape:
         wanted, came = (",".join(map(str, size)) for size in (shape, tensor.shape))
         raise ValueError(f"{name} must be ({wanted}), got ({came})")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the projections, got {tensor.device}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    return tensor
