@@ -37,7 +37,7 @@ import clipkernels as ck
 from clipkernels import support
 from clipkernels.cli.info import environment
 from clipkernels.data.tokenizer import END, PAD, VOCABULARY
-from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache, TeacherFeatures
+from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache, TeacherFeatures, align_grid
 from clipkernels.learn.modules import seeded
 from questions import MASKED, NOISE, Asked, Question, ask, masked, questions_of, shifted
 from ranking import prepared
@@ -50,6 +50,7 @@ SPLITS = ("clean", "shifted")
 LR, WARMUP = 1e-3, 0.05  # of the steps
 EPOCHS, FEWEST = 60, 300  # passes over few labels at most, but so many steps at least
 MISSING = 0.05  # of the letters, in training, whatever the method: a student has to know what a gap is
+SIDE = 4  # patches of the student, half as many as the teacher has
 WIDTH, LAYERS, HEADS, DROPOUT = 64, 2, 2, 0.1
 LETTERS = (1 + ord("a"), 1 + ord("z"))
 MASK = END + 1
@@ -66,14 +67,15 @@ METHODS: dict[str, dict[str, Any] | None] = {
 class Student(nn.Module):
     """Patches and letters in one transformer, and an answer (B,2) from the token that stands before them."""
 
-    def __init__(self, size: int, patch: int, length: int) -> None:
+    def __init__(self, patch: int, length: int) -> None:
         super().__init__()
-        self.patches = (size // patch) ** 2
+        self.patches = SIDE**2
         self.embed = nn.Conv2d(3, WIDTH, patch, patch)
         self.letters = nn.Embedding(VOCABULARY + 1, WIDTH)
         self.places = nn.Parameter(0.02 * torch.randn(1 + self.patches + length, WIDTH))
         self.first = nn.Parameter(0.02 * torch.randn(WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, DROPOUT, "gelu", batch_first=True, norm_first=True)
+        self.drop = nn.Dropout(DROPOUT)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         self.answer = nn.Linear(WIDTH, 2)
 
@@ -82,7 +84,7 @@ class Student(nn.Module):
         first = self.first.expand(len(images), 1, -1)
         x = torch.cat([first, patches, self.letters(tokens)], 1) + self.places
         padding = pad(tokens == PAD, (1 + self.patches, 0))
-        x = self.blocks(x, src_key_padding_mask=padding)
+        x = self.blocks(self.drop(x), src_key_padding_mask=padding)
         visual, text = x[:, 1 : 1 + self.patches], x[:, 1 + self.patches :]
         return Answered(self.answer(x[:, 0]), x[:, 0], visual, text)
 
@@ -141,7 +143,7 @@ def main() -> None:
 
 def settings() -> dict[str, Any]:
     """What else a figure depends on."""
-    names = ("BATCH", "LR", "WARMUP", "EPOCHS", "FEWEST", "MISSING", "WIDTH", "LAYERS", "HEADS", "DROPOUT")
+    names = ("BATCH", "LR", "WARMUP", "EPOCHS", "FEWEST", "MISSING", "SIDE", "WIDTH", "LAYERS", "HEADS", "DROPOUT")
     found = {name.lower(): globals()[name] for name in names}
     return {**found, "masked": MASKED, "noise": NOISE, "methods": repr(METHODS)}
 
@@ -239,10 +241,12 @@ def taught(run: Run, school: School, kept: TeacherCache, steps: int) -> tuple[St
     """A student after its training, and the mean weight of the distances in it."""
     generator = torch.Generator().manual_seed(run.seed)
     every, tower = school.taught, ck.tower_of(ck.bundled()[0])
+    grid = tower.image_size[0] // tower.patch
+    places = align_grid((SIDE, SIDE), (grid, grid))
     some = every.take(torch.randperm(len(every.labels), generator=generator)[: round(run.share * len(every.labels))])
     steps = min(steps, max(FEWEST, EPOCHS * math.ceil(len(some.labels) / BATCH)))
     with seeded(run.seed):
-        student = Student(tower.image_size[0], tower.patch, school.tokens.shape[1])
+        student = Student(tower.image_size[0] // SIDE, school.tokens.shape[1])
         options, weights = METHODS[run.method], []
         distil = None if options is None else TargetedDistillation(kept, text=WIDTH, visual=WIDTH, **options)
         torch.manual_seed(run.seed)  # whatever was made, dropout is the same
@@ -257,7 +261,7 @@ def taught(run: Run, school: School, kept: TeacherCache, steps: int) -> tuple[St
             if distil is not None:
                 states = {"visual": answered.visual, "text": answered.text}
                 states |= {"visual_pooled": answered.pooled, "text_pooled": answered.pooled, "logits": answered.logits}
-                found = distil(said(kept, school, batch), **states, labels=batch.labels)
+                found = distil(said(kept, school, batch).align(regions=places), **states, labels=batch.labels)
                 weights.append(float(found.weight.mean()))
                 loss = loss + found.loss
             optimizer.zero_grad()
