@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from torch import Tensor
 
 STALE = 3600
 """Seconds after which a half-written file is one that was left behind."""
+TEMPORARY = r"\.[0-9a-f]{32}\.safetensors\.[a-z0-9_]{8}"
+"""What `replacing` calls a file beside one that is named by a UUID."""
 
 
 @contextmanager
@@ -39,12 +42,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
         raise
 
 
-def sweep(folder: Path) -> None:
-    """Removes what writers that were killed left behind in a folder: temporary files that nobody writes any more."""
-    for left in folder.glob(".*.safetensors.*"):
-        with suppress(FileNotFoundError):  # another one sweeps, or the writer has just finished
-            if time.time() - left.stat().st_mtime > STALE:
-                left.unlink()
+def sweep(folder: Path, names: str = r"\..*") -> None:
+    """Removes what writers that were killed left behind: files of such names that nobody writes any more. All hidden
+    ones, in a folder that is nobody else's; `TEMPORARY`, where a user may keep something beside ours."""
+    for left in folder.iterdir():
+        if re.fullmatch(names, left.name):
+            with suppress(FileNotFoundError):  # another one sweeps, or the writer has just finished
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
 
 
 def digest_table(digests: Sequence[bytes]) -> Tensor:

@@ -35,7 +35,44 @@ def test_what_a_teacher_cut_off_or_spells_otherwise_has_no_piece_and_moves_no_ot
     assert align_words(["one", "two", "three"], ["one</w>", "tw"]) == [0, 1, -1]
     assert align_words(["one", "two"], ["", "<|startoftext|>"]) == [-1, -1]
     assert align_words(["the", "cafe", "closed"], ["the</w>", "cafÃ©</w>", "closed</w>"]) == [0, 1, 2]
+    assert align_words(["the", "café", "closed"], ["the</w>", "cafÃ©</w>", "closed</w>"]) == [0, 1, 2]
     assert align_words(["STRASSE", "3"], ["straße</w>", "3</w>"]) == [0, 1]
+
+
+def bytewise(text):
+    """What GPT-2's tokenizer writes for the bytes of a text, by its published table."""
+    ranges = (range(33, 127), range(161, 173), range(174, 256))
+    table = {byte: chr(byte) for some in ranges for byte in some}
+    for byte in range(256):
+        table.setdefault(byte, chr(256 + len(table) - 188))
+    return "".join(table[byte] for byte in text.encode())
+
+
+def test_bytes_are_read_as_the_characters_they_spell():
+    assert bytewise(" é\n") == "ĠÃ©Ċ"
+    student = ["[CLS]", "две", "кош", "##ки", "и", "猫", "[SEP]"]
+    teacher = ["", *(bytewise(word) + "</w>" for word in ("две", "кошки", "и", "猫")), ""]
+    assert align_words(student, teacher) == [-1, 1, 2, 2, 3, 4, -1]
+    roberta = ["<s>", bytewise("две"), bytewise(" ко"), bytewise("шки"), bytewise(" и"), bytewise(" 猫"), "</s>"]
+    assert align_words(roberta, teacher) == [-1, 1, 2, 2, 3, 4, -1]
+    assert align_words(student, roberta) == [-1, 1, 2, 3, 4, 5, -1]
+    for byte in range(256):  # each byte alone, beside others, where it is a character of its own
+        if byte < 128 and chr(byte).isprintable() and byte != 32:
+            assert align_words([chr(byte) * 2], ["", bytewise(2 * chr(byte))]) == [1]
+
+
+def test_a_character_whose_bytes_are_cut_apart_belongs_to_each_piece():
+    whole, cut = bytewise("猫が"), [bytewise("猫が")[:2], bytewise("猫が")[2:4], bytewise("猫が")[4:]]
+    assert align_words(["猫", "が"], cut) == [0, 1]
+    assert align_words(cut, ["猫", "が"]) == [0, 0, 1]
+    assert align_words(cut, ["", whole + "</w>"]) == [1, 1, 1]
+    assert align_words(["狗", "が"], cut) == [-1, 1]  # no bytes alone are alike
+    assert align_words(["猫", "が"], [whole[:5]]) == [0, -1]  # the teacher's text ends within a character
+
+
+def test_plain_accents_are_no_bytes():
+    assert align_words(["Straße", "für", "éé"], ["stra", "ße", "für", "éé"]) == [0, 2, 3]
+    assert align_words(["für"], [bytewise("für")]) == align_words([bytewise("für")], ["für"]) == [0]
 
 
 def test_marks_that_are_text_stay_text():

@@ -12,7 +12,7 @@ from torch import nn
 
 import clipkernels as ck
 from clipkernels.adapters import text
-from clipkernels.identity import fingerprint, same_tower
+from clipkernels.identity import fingerprint, same_glance, same_tower, stamp
 from clipkernels.learn.distill import Teacher, TeacherFeatures, align_words
 from clipkernels.testing import openai_tower, patch_ranking, randomized, timm_tower
 
@@ -87,7 +87,13 @@ def of_transformers(family):
     words = {"hidden_size": width, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
     words |= {"vocab_size": 64, "max_position_embeddings": 32 if family == "AltCLIPModel" else 16, "project_dim": 48}
     words |= {"bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 0, "projection_size": 64}
-    return maker(maker.config_class(vision_config=vision, text_config=words, projection_dim=32))
+    model = maker(maker.config_class(vision_config=vision, text_config=words, projection_dim=32))
+    if family in ("AltCLIPModel", "ChineseCLIPModel"):
+        try:
+            model.get_text_features(input_ids=torch.ones(1, 4, dtype=torch.int64))
+        except TypeError as error:  # such as 4.57, whose ChineseCLIP projects a pooled row that it does not have
+            pytest.skip(f"{family}.get_text_features of transformers {transformers.__version__} is broken: {error}")
+    return model
 
 
 def of_openai():
@@ -101,7 +107,7 @@ def captured(module, call):
     handle = module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     call()
     handle.remove()
-    return seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1]
+    return seen[-1] if isinstance(seen[-1], torch.Tensor) else seen[-1][0]
 
 
 def words_of(norm, project):
@@ -125,7 +131,7 @@ TOWERS = {
         @ m.text.text_projection,
     ),
     "averages": (
-        wrapped, Letters(), lambda m, ids, host: m.text.proj(captured(m.text.transformer, lambda: host(ids))[0]),
+        wrapped, Letters(), lambda m, ids, host: m.text.proj(captured(m.text.transformer, lambda: host(ids))),
     ),
     "CLIP of transformers": (
         lambda: of_transformers("CLIPModel"), Letters(padding=63),
@@ -142,6 +148,14 @@ TOWERS = {
     "MetaCLIP2": (
         lambda: of_transformers("MetaClip2Model"), Letters(padding=1),
         words_of(lambda m: m.text_model.final_layer_norm, lambda m: m.text_projection),
+    ),
+    "AltCLIP": (
+        lambda: of_transformers("AltCLIPModel"), Letters(),
+        words_of(lambda m: m.text_model.transformation, lambda m: m.text_projection),
+    ),
+    "ChineseCLIP": (
+        lambda: of_transformers("ChineseCLIPModel"), Letters(),
+        words_of(lambda m: m.text_model.encoder, lambda m: m.text_projection),
     ),
     "OpenAI's": (of_openai, Letters(), words_of(lambda m: m.ln_final, by_matrix(lambda m: m))),
 }  # fmt: skip
@@ -192,6 +206,33 @@ def test_marks_and_padding_are_no_words(empty, some, row, words):
     assert marks.words(torch.tensor([row, some]))[0].nonzero().flatten().tolist() == words
 
 
+@pytest.mark.parametrize(
+    ("empty", "some"),
+    [
+        ([0, 0, 0, 8, 9], [0, 0, 8, 3, 9]),  # a start and an end behind the padding
+        ([9, 9, 9, 8, 9], [9, 9, 8, 3, 9]),  # which is the end again
+        ([0, 0, 0, 0, 9], [0, 0, 0, 3, 9]),  # no start
+        ([0, 0, 0, 0, 8], [0, 0, 0, 8, 3]),  # no end
+        ([0, 0, 0, 0, 0], [0, 0, 0, 0, 3]),  # neither
+        ([8, 9, 0, 0, 0], [8, 9, 0, 0, 0]),  # no text has any word
+        ([8, 9], [8, 9]),
+        ([8, 3, 9, 4, 0], [8, 3, 9, 4, 0]),
+    ],
+)
+def test_a_tokenizer_that_pads_before_a_text_is_refused(empty, some):
+    with pytest.raises(
+        ValueError, match=r"tokenizer must put its padding behind a text, got ids .* padding_side to right"
+    ):
+        text.Marks.of(torch.tensor([empty, some]))
+
+
+def test_a_tokenizer_with_other_marks_for_some_texts_is_refused():
+    with pytest.raises(
+        ValueError, match=r"the same marks around each text, got 0 words of no text and .*1, 0.* of some"
+    ):
+        text.Marks.of(torch.tensor([[8, 9, 0, 0, 0], [8, 3, 9, 0, 0], [8, 9, 0, 0, 0]]))
+
+
 @torch.no_grad()
 def test_images_texts_and_answers_are_what_the_model_embeds(tiny, images):
     model, _, tokenizer = ck.bundled()
@@ -217,8 +258,14 @@ def test_answers_are_joined_as_told(tiny):
     for join in ("Q: {}? A: {}", lambda one, other: f"Q: {one}? A: {other}"):
         came = Teacher(tiny, tokenizer, join=join)(texts=["{why}"], answers=["yes {}"]).answers
         torch.testing.assert_close(came[0], expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r'join must hold \{\} for the text and for the answer, got "\{\}"'):
-        Teacher(tiny, tokenizer, join="{}")
+    kept = Teacher(tiny, tokenizer, join="{{why}} {}: {}")(texts=["is it red"], answers=["no"]).answers
+    torch.testing.assert_close(kept[0], tiny.encode_text(tokenizer(["{why} is it red: no"])), rtol=1e-5, atol=1e-5)
+    for join in ("{}", "{} {} {name}", "{0} {1}", "{} {!r}", "{} {:>9}", "{} {} {", "{} {} {}"):
+        with pytest.raises(
+            ValueError, match=r"join must hold \{\} for the text and for the answer, and no other field"
+        ) as e:
+            Teacher(tiny, tokenizer, join=join)
+        assert str(e.value).endswith(f'got "{join}"')
 
 
 def test_each_text_is_read_once_and_many_in_parts(tiny, monkeypatch):
@@ -237,7 +284,7 @@ def test_each_text_is_read_once_and_many_in_parts(tiny, monkeypatch):
     torch.testing.assert_close(came.words, expected.words, rtol=1e-5, atol=1e-5)
 
 
-def test_texts_of_different_lengths_are_filled_up(tiny, monkeypatch):
+def test_texts_of_different_lengths_are_filled_up(monkeypatch):
     from clipkernels.learn.distill import teacher as module
 
     monkeypatch.setattr(module, "PROMPTS_PER_BATCH", 1)
@@ -248,9 +295,23 @@ def test_texts_of_different_lengths_are_filled_up(tiny, monkeypatch):
     assert not came.words[0, 6:].any() and came.words[0, :6].any(1).all()
 
 
-def test_no_texts_give_nothing_of_the_right_shapes(tiny):
-    came = Teacher(tiny, ck.bundled()[2])(texts=[])
-    assert came.text.shape == (0, 128) and came.words.shape == (0, 64, 128) == (*came.words_mask.shape, 128)
+@pytest.mark.parametrize("method", [None, ck.EViT(0.5), ck.ToMe(4), ck.TCA(0.1)])
+def test_an_empty_batch_gives_nothing_of_the_right_shapes(method, tiny, images):
+    if method is not None:
+        ck.patch(tiny, method)
+    came = Teacher(tiny, ck.bundled()[2])(images[:0], [], ["yes", "no", "perhaps"])
+    assert came.image.shape == came.text.shape == (0, 128) and came.answers.shape == (0, 3, 128)
+    assert came.words.shape == came.regions.shape == (0, 64, 128) == (*came.words_mask.shape, 128)
+    assert came.regions_mask is None if method is None else came.regions_mask.shape == (0, 64)
+    with pytest.raises(ValueError, match=r"images must be \(B,3,32,32\), got"):
+        Teacher(tiny, ck.bundled()[2])(images[:0, ..., :16])
+
+
+def test_an_empty_batch_of_a_resnet_and_of_no_answers(resnet, tiny):
+    model = randomized(open_clip.create_model(resnet))
+    teacher = Teacher(model, open_clip.get_tokenizer("ViT-B-32", context_length=16))
+    assert teacher(torch.empty(0, 3, 32, 32)).regions.shape == (0, 1, 32)
+    assert Teacher(tiny, ck.bundled()[2])(texts=[], answers=[]).answers.shape == (0, 0, 128)
 
 
 REDUCED = {
@@ -411,12 +472,29 @@ def test_a_text_tower_that_does_something_else_than_expected_is_refused(tiny):
             out = super().forward_intermediates(*args, **options)
             return {**out, "text_intermediates": [1.1 * each for each in out["text_intermediates"]]}
 
-    for kind, match in (
-        (Scaled, r"the host's own text embedding, got one that is off by 9\.1e-02"),
-        (Gated, "none that"),
-    ):
+    class Brief(open_clip.CLIP):
+        def encode_text(self, text, normalize=False):
+            return (1 + 0.1 * (text[:, 2:3] == 63)) * super().encode_text(text, normalize)  # of one letter
+
+    off = r"the host's own text embedding, got one that is off by 9\.1e-02"
+    for kind, match in ((Scaled, off), (Brief, off), (Gated, "none that")):
         with pytest.raises(ck.UnsupportedTower, match=match):
             Teacher(randomized(kind(32, VISION, TEXT)), Letters())
+
+    class Narrow(open_clip.CustomTextCLIP):
+        def encode_text(self, text, normalize=False):
+            return (1 + 0.1 * (text.shape[1] < 16)) * super().encode_text(text, normalize)
+
+    def growing(texts):
+        return Letters(None, None, 1, min(16, 3 + max(map(len, texts))))(texts)
+
+    Teacher(siglip(), growing)
+    model = randomized(Narrow(32, VISION, {**TEXT, "no_causal_mask": True, "pool_type": "last"}))
+    Teacher(model, Letters(None, None, 1))
+    with pytest.raises(ck.UnsupportedTower, match=off):
+        Teacher(model, growing)
+    with pytest.raises(ValueError, match="as many ids as the text tower reads, got 4: The size of tensor a"):
+        Teacher(clip(), growing)
 
 
 def test_what_does_not_fit_is_an_error(tiny, images):
@@ -432,11 +510,21 @@ def test_what_does_not_fit_is_an_error(tiny, images):
         r"answers must be a list of strings, or one for each text, got \[\]": (None, ["a"], []),
         "expected answers for 2 texts, got them for 1": (None, ["a", "b"], [["yes"]]),
         r"expected 2 answers for each text, got \['yes'\]": (None, ["a", "b"], [["yes", "no"], ["yes"]]),
+        r"images must be \(B,3,S,S\), got list": ([images[0]],),
+        "texts must be a list of strings, got 3 at 1": (None, ["a", 3]),
+        "texts must be a list of strings, got None at 0": (images, [None, "a", "b"]),
+        "texts must be a list of strings, got 3$": (None, 3),
+        "or one for each text, got 1 at 0": (None, ["a", "b"], [1, 2]),
+        "or one for each text, got 2 at 1": (None, ["a", "b"], [["no"], 2]),
+        "or one for each text, got 'no' at 1": (None, ["a", "b"], [["no"], "no"]),
+        "or one for each text, got 5 at 1": (None, ["a", "b"], [["no", 5], ["yes", "no"]]),
+        "or one for each text, got 7$": (None, ["a"], 7),
+        r"expected answers for each text, got \[\[\], \[\]\]": (None, ["a", "b"], [[], []]),
     }
     for match, arguments in wrong.items():
         with pytest.raises(ValueError, match=match):
             teacher(*arguments)
-    with pytest.raises(ValueError, match=r"tokenizer must give ids \(2,T\) of 2 texts, got list"):
+    with pytest.raises(ValueError, match=r"tokenizer must give ids \(3,T\) of 3 texts, got list"):
         Teacher(tiny, lambda texts: [[1, 2]])
     narrow = clip()
     narrow.visual.proj = nn.Parameter(torch.randn(64, 16))
@@ -452,6 +540,8 @@ def test_either_tower_the_method_and_the_tokenizer_tell_teachers_apart(tiny):
     def same(model, tokenizer):
         other = Teacher(model, tokenizer).about
         towers = [same_tower(about[name], other[name]) for name in ("image tower", "text tower")]
+        read = "reading of a few texts"
+        assert same_glance(about[read], other[read]) or tokenizer is not ck.bundled()[2]
         return [*towers, about["method"] == other["method"], about["tokenizer"] == other["tokenizer"]]
 
     assert same(ck.patch(copy.deepcopy(tiny), ck.Dense()), tokenizer) == [True] * 4
@@ -475,7 +565,45 @@ def test_the_text_towers_fingerprint_leaves_out_scales_and_a_decoder():
     assert fingerprint(one, "text") == fingerprint(other, "text") and fingerprint(one) != fingerprint(other)
 
 
-def test_a_tokenizer_of_transformers_is_padded_to_the_towers_length():
+@pytest.mark.parametrize("weights", ["fresh", "random"])
+def test_what_a_text_tower_does_beside_its_weights_tells_it_apart(weights):
+    def made(dtype=torch.float32, **options):
+        torch.manual_seed(0)
+        model = open_clip.CustomTextCLIP(32, VISION, {**TEXT, **options})
+        return Teacher((randomized(model) if weights == "random" else model).to(dtype), Letters())
+
+    def same(other):
+        found = other.about
+        assert same_tower(about["text tower"], found["text tower"])
+        return same_glance(about["reading of a few texts"], found["reading of a few texts"])
+
+    about = made().about
+    for option in ({"heads": 4}, {"heads": 1}, {"no_causal_mask": True}, {"pool_type": "last"}, {"pool_type": "first"}):
+        assert not same(made(**option)), option
+    assert same(made()) and same(made(torch.float16)) and same(made(torch.bfloat16))
+    assert same(made(pool_type="eos", eos_id=63))  # another way to say where the end is
+    assert not same_glance([], about["reading of a few texts"])
+
+
+def test_a_stamp_tells_when_weights_were_written_replaced_or_moved(tiny):
+    seen = [stamp(tiny)]
+    assert stamp(tiny) == seen[0]
+    with torch.no_grad():
+        tiny.ln_final.bias.add_(1)
+    seen.append(stamp(tiny))
+    tiny.load_state_dict(tiny.state_dict())
+    seen.append(stamp(tiny))
+    tiny.half()
+    seen.append(stamp(tiny))
+    tiny.ln_final.bias = nn.Parameter(torch.zeros(128))
+    assert len({*seen, stamp(tiny)}) == 5
+    with torch.inference_mode():
+        frozen = copy.deepcopy(tiny)
+    assert stamp(frozen) == stamp(frozen)
+
+
+def words_tokenizer(**options):
+    """One of transformers', of 64 whole words."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -485,15 +613,41 @@ def test_a_tokenizer_of_transformers_is_padded_to_the_towers_length():
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 62), ("</s>", 63)])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>", **options
     )
-    teacher = Teacher(randomized(of_transformers("CLIPModel")), tokenizer)
+    return tokenizer
+
+
+def test_a_tokenizer_of_transformers_is_padded_to_the_towers_length():
+    teacher = Teacher(randomized(of_transformers("CLIPModel")), words_tokenizer())
     came = teacher(texts=["a cat sat", "a"])
     assert came.words.shape == (2, 16, 32) and came.words_mask.sum(1).tolist() == [3, 1]
     assert teacher.pieces("a cat sat") == ["", "a", "cat", "sat", *[""] * 12]
     with torch.no_grad():
         ids = torch.tensor([[62, 2, 3, 4, 63], [62, 2, 63, 0, 0]])
         torch.testing.assert_close(came.text, teacher.reads.host(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_tokenizer_of_transformers_that_pads_before_a_text_is_asked_otherwise_and_left_as_it_is():
+    model, tokenizer = randomized(of_transformers("CLIPModel")), words_tokenizer(padding_side="left")
+    before = tokenizer(["a cat", "a"], padding=True)["input_ids"]
+    held = {name: repr(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
+    expected = Teacher(model, words_tokenizer())(texts=["a cat sat", "a"])
+    came = Teacher(model, tokenizer)(texts=["a cat sat", "a"])
+    assert torch.equal(came.words, expected.words) and torch.equal(came.words_mask, expected.words_mask)
+    assert {name: repr(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"} == held
+    assert tokenizer.padding_side == "left" and tokenizer(["a cat", "a"], padding=True)["input_ids"] == before
+
+    class Old:
+        """One that cannot be asked."""
+
+        model_max_length, padding_side = 16, "left"
+
+        def __call__(self, texts, padding, truncation, max_length, return_tensors):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="must pad behind a text, got Old that pads before it: set its padding_side"):
+        Teacher(model, Old())
 
 
 def test_pieces_stand_beside_the_words_they_were_cut_into():
@@ -532,24 +686,48 @@ def test_features_are_aligned_to_a_students_own_tokens():
     }.items():
         with pytest.raises(ValueError, match=match):
             features.align(wrong)
+    none = features._replace(words=words[:, :0], words_mask=mask[:, :0]).align(torch.tensor([-1, -1]))
+    assert none.words.shape == (2, 2, 8) and not none.words.any() and not none.words_mask.any()
+    with pytest.raises(ValueError, match="words must be from -1 to -1, got 0 to 0"):
+        none._replace(words=words[:, :0]).align(torch.tensor([0]))
     with pytest.raises(ValueError, match="expected features with regions, got none"):
         features._replace(regions=None).align(regions=torch.tensor([0]))
 
 
-@pytest.mark.parametrize("name", ["CLIP of transformers", "SigLIP of transformers", "SigLIP2", "OpenAI's", "averages"])
+SEEING = ["CLIP of transformers", "SigLIP of transformers", "SigLIP2", "AltCLIP", "ChineseCLIP", "OpenAI's", "averages"]
+EVIT, FUSED, TOME, TCA = ck.EViT(0.5, fuse=False), ck.EViT(0.5), ck.ToMe(4), ck.TCA(0.1)
+
+
+@pytest.mark.parametrize(("name", "method"), [
+    *((name, None) for name in SEEING),
+    *((name, TOME) for name in SEEING),
+    *(("SigLIP of transformers", method) for method in (EVIT, FUSED, TCA)),
+    *(("SigLIP2", method) for method in (EVIT, FUSED, TCA)),
+])  # fmt: skip
 @torch.no_grad()
-def test_images_beside_texts_are_served_on_other_towers(name):
+def test_images_beside_texts_are_served_on_other_towers(name, method):
     make, tokenizer, _ = TOWERS[name]
     model = randomized(make()).eval()
+    if method is not None:
+        ck.patch(model, method)
     tower = ck.tower_of(model)
     images = torch.randn(2, 3, *tower.image_size, generator=torch.Generator().manual_seed(0))
-    teacher = Teacher(model, tokenizer)
-    came = teacher(images, ["a cat", "a dog"], ["yes"])
-    torch.testing.assert_close(came.image, tower.encode(images), rtol=1e-4, atol=1e-4)
-    assert came.regions.shape == (2, 16, teacher.width) == (2, 16, came.answers.shape[-1])
-    ck.patch(model, ck.ToMe(4))
-    reduced = teacher(images)
-    assert reduced.regions_mask.all() and not torch.allclose(reduced.regions, came.regions, atol=1e-3)
+    came = Teacher(model, tokenizer)(images, ["a cat", "a dog"], ["yes"])
+    encoded = ck.encode_image(model, images, tokens=True, source=True)
+    torch.testing.assert_close(came.image, encoded.embedding)
+    if method is None:
+        torch.testing.assert_close(came.image, tower.encode(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(came.regions, encoded.tokens[:, encoded.prefix :])
+        assert came.regions_mask is None and came.regions.shape == (2, 16, came.answers.shape[-1])
+        return
+    assert encoded.tokens.shape[1] < 16 + encoded.prefix and encoded.prefix == ("SigLIP" not in name)
+    for row in range(2):
+        for patch, holder in enumerate(encoded.source[row, -1].tolist()):
+            assert came.regions_mask[row, patch] == (holder >= 0)
+            expected = encoded.tokens[row, holder] if holder >= 0 else torch.zeros_like(encoded.tokens[row, 0])
+            torch.testing.assert_close(came.regions[row, patch], expected)
+    assert came.regions_mask.all() == (method is not EVIT)
+    assert len(encoded.source[:, -1].unique()) > 2
 
 
 def test_weights_in_half_precision_of_openai_are_served():

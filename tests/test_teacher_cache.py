@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import clipkernels as ck
 from clipkernels.files import map_tensors, write_tensors
 from clipkernels.learn.distill import Teacher, TeacherCache, TeacherFeatures
+from clipkernels.learn.distill import cache as module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["is it a cat", "is it red", "is it a cat"]
@@ -42,7 +44,15 @@ def counting(model):
     return Counting(model, ck.bundled()[2])
 
 
+def behind(mask):
+    """What is behind the last word of each text (B,T)."""
+    return mask.flip(1).cumsum(1).flip(1) == 0
+
+
 def assert_rounded(came, expected, dtype):
+    if expected.words is not None:
+        assert came.words.shape == expected.words.shape and not came.words[behind(expected.words_mask)].any()
+        expected = expected._replace(words=expected.words * ~behind(expected.words_mask)[..., None])
     for name, one, other in zip(TeacherFeatures._fields, came, expected, strict=True):
         if other is None or other.dtype == torch.bool:
             assert one is other is None or torch.equal(one, other), name
@@ -82,7 +92,8 @@ def test_nothing_is_encoded_twice(tiny, images, tmp_path):
         progress=lambda *each: seen.append(each),
     )
     assert new == 5 and teacher.images == [2, 1] and teacher.texts == [["a", "b"]]
-    assert seen[0] == ("image", 1, 0) and ("image", 7, 3) in seen and seen[-1] == ("text", 3, 2)
+    assert [each[:2] for each in seen] == [("image", came + 1) for came in range(7)] + [("text", n) for n in (1, 2, 3)]
+    assert [each[2] for each in seen] == [0, 2, 2, 2, 2, 2, 3, 0, 0, 2]
     assert len(list(tmp_path.iterdir())) == 3
     assert cache.add(images, ["b"]) == 0
     cache(images.flip(0), ["b", "c", "a"])
@@ -148,13 +159,28 @@ def test_half_a_file_is_never_seen_and_is_swept_when_it_is_old(tiny, images, tmp
         with pytest.raises(OSError, match="no space left"):
             TeacherCache(tmp_path, teacher).add(images)
     assert not list(tmp_path.iterdir())
-    for name, age in ((".0.safetensors.old", 7200), (".1.safetensors.new", 60)):
+    own = "0123456789abcdef" * 2
+    old, new = f".{own}.safetensors.ab_de4gh", f".{own}.safetensors.ab_de5gh"
+    others = [".0.safetensors.old", f".{own}.safetensors.rsync-x", ".model.safetensors.ab_de4gh", "notes.txt"]
+    for name in (old, new, *others):
         (tmp_path / name).write_bytes(b"half")
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-    (tmp_path / "notes.txt").write_text("mine")
+        os.utime(tmp_path / name, (time.time() - (60 if name == new else 7200),) * 2)
     assert TeacherCache(tmp_path, teacher).add(images) == 3
-    assert {"notes.txt", ".1.safetensors.new"} < {file.name for file in tmp_path.iterdir()}
-    assert not (tmp_path / ".0.safetensors.old").exists()
+    left = {file.name for file in tmp_path.iterdir()}
+    assert {new, *others} < left and old not in left
+
+
+def test_a_folder_that_is_refused_is_not_swept(tiny, images, tmp_path):
+    left = tmp_path / f".{'0' * 32}.safetensors.abcdefgh"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    save_file({"image": images}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="features of a teacher alone"):
+        TeacherCache(tmp_path, counting(tiny))
+    assert left.exists()
+    (tmp_path / "a.safetensors").unlink()
+    TeacherCache(tmp_path, counting(tiny))
+    assert not left.exists()
 
 
 ENDLESS = """
@@ -198,6 +224,66 @@ def test_what_another_process_has_kept_meanwhile_is_not_encoded_again(tiny, imag
     first.add(images, ["a"])
     second(images, ["a", "a", "a"])
     assert second.add(images, ["a"]) == 0 and other.images == other.texts == []
+    second.add(images.flip(1))
+    first.add(images.flip(2))
+    assert first.add(images.flip(1)) == second.add(images.flip(2)) == 0
+
+
+def test_a_folder_is_listed_only_when_another_has_written(tiny, images, tmp_path, monkeypatch):
+    cache, other = TeacherCache(tmp_path, counting(tiny)), TeacherCache(tmp_path, counting(tiny))
+    listed, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
+    for turn in range(3):
+        cache(images.roll(turn, 3), TEXTS)
+    assert not listed
+    other.add(images.roll(5, 3))
+    listed.clear()
+    cache(images.roll(5, 3), ["one", "two", "three"])
+    assert len(listed) == 1 and len(cache.teacher.images) == 3
+
+
+def test_few_files_are_mapped_at_a_time(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAPS", 4)
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    cache = TeacherCache(tmp_path, counting(tiny), batch_size=1)
+    cache.add(images)
+    cache(images[:1])
+    for _ in range(2):
+        assert_rounded(cache(images), cache.teacher(images), torch.float16)
+        maps = Path("/proc/self/maps")
+        if maps.exists():
+            assert sum(str(tmp_path) in line for line in maps.read_text().splitlines()) == len(cache.maps) == 4
+    cache(images[-4:-3])
+    last = list(cache.maps)[-1]  # used last, and so the last to go
+    cache(images[:3])
+    assert last in cache.maps
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_loader_may_fill_the_same_memory_again(whole, tiny, images, tmp_path):
+    def filled():
+        buffer = torch.empty_like(images[:1] if whole else images[0])
+        for image in images:
+            buffer.copy_(image)
+            yield buffer
+
+    cache = TeacherCache(tmp_path, counting(tiny))
+    assert cache.add(filled()) == 3
+    expected = Teacher(tiny, ck.bundled()[2])(images)
+    assert_rounded(cache(images), expected, torch.float16)
+    assert cache.teacher.images == [3]
+
+
+def test_images_that_wait_hold_themselves_alone(tiny, images, tmp_path, monkeypatch):
+    cache = TeacherCache(tmp_path, counting(tiny))
+    waited, encode = [], cache._encode
+    monkeypatch.setattr(
+        cache, "_encode", lambda kind, items, whole: waited.extend(items.values()) or encode(kind, items, whole)
+    )
+    cache.add([images.requires_grad_(), images[:1].expand(3, -1, -1, -1) + 1, images.mT])
+    assert len(waited) == 7
+    for name, image in waited:
+        assert image.untyped_storage().nbytes() == 4 * 3 * 32 * 32 and not image.requires_grad, name
 
 
 @pytest.mark.parametrize(
@@ -205,6 +291,7 @@ def test_what_another_process_has_kept_meanwhile_is_not_encoded_again(tiny, imag
     [
         ("visual.ln_post.bias", r"another image tower \(float32 .* instead of float32"),
         ("ln_final.bias", r"another text tower \(float32"),
+        ("heads", r"another reading of a few texts \(as by other heads, .*\): choose another folder"),
         ("method", r"another method \(host instead of EViT\(keep=0\.5"),
         ("tokenizer", r"another tokenizer \([0-9a-f]{16} instead of [0-9a-f]{16}\): choose another folder"),
         ("dtype", r"another dtype \(float16 instead of bfloat16\)"),
@@ -220,6 +307,9 @@ def test_features_of_another_teacher_are_refused(change, match, tiny, images, tm
         tokenizer.context_length = 32
     elif change == "dtype":
         dtype = torch.bfloat16
+    elif change == "heads":
+        for block in other.transformer.resblocks:
+            block.attn.num_heads, block.attn.head_dim = 2 * block.attn.num_heads, block.attn.head_dim // 2
     else:
         with torch.no_grad():
             other.get_parameter(change).add_(1e-3)
@@ -243,8 +333,44 @@ def test_a_teacher_that_was_patched_meanwhile_is_refused(tiny, images, tmp_path)
     cache.add(images[:2])
     ck.patch(tiny, ck.EViT(0.5))
     cache(images[:2])  # nothing is encoded
-    with pytest.raises(ValueError, match=r"with the method host, got EViT\(keep=0\.5"):
+    with pytest.raises(ValueError, match=r"opened, got one with another method \(EViT\(keep=0\.5.* instead of host\)"):
         cache(images)
+
+
+@pytest.mark.parametrize(
+    ("weight", "tower"), [("visual.ln_post.bias", "image"), ("ln_final.bias", "text"), ("text_projection", "text")]
+)
+def test_a_teacher_whose_weights_have_changed_meanwhile_is_refused(weight, tower, tiny, images, tmp_path):
+    cache = TeacherCache(tmp_path, counting(tiny))
+    cache.add(images[:2], ["a"])
+    with torch.no_grad():
+        tiny.get_parameter(weight).add_(1e-3)
+    cache(images[:2], ["a", "a"])
+    for asked in ((images,), (None, ["b"])):
+        with pytest.raises(ValueError, match=rf"opened, got one with another {tower} tower \(float32 .*another folder"):
+            cache(*asked)
+    assert len(list(tmp_path.iterdir())) == 2
+    with torch.no_grad():
+        tiny.get_parameter(weight).copy_(ck.bundled()[0].get_parameter(weight))
+    assert cache.add(images) == 1  # it is itself again
+
+
+def test_a_teacher_may_be_cast_meanwhile(tiny, images, tmp_path):
+    cache = TeacherCache(tmp_path, counting(tiny))
+    cache.add(images[:2])
+    tiny.half()
+    assert cache.add(images) == 1
+    torch.testing.assert_close(cache(images).image, cache.teacher(images).image, rtol=1e-2, atol=1e-2)
+
+
+def test_a_folder_is_found_from_anywhere(tiny, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = TeacherCache("features", counting(tiny), batch_size=1)
+    cache.add(images[:1])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cache.add(images) == 2 and cache(images).image.shape == (3, 128)
+    assert not list(Path().iterdir())
 
 
 def test_other_files_are_refused(tiny, images, tmp_path):
@@ -252,26 +378,43 @@ def test_other_files_are_refused(tiny, images, tmp_path):
     with pytest.raises(ValueError, match=r"expected a safetensors file, got .*a\.safetensors"):
         TeacherCache(tmp_path, counting(tiny))
     save_file({"image": images}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"features of a teacher alone, got .*a\.safetensors in it: choose another"):
+    with pytest.raises(ValueError, match=r"of a teacher alone, got .*a\.safetensors in it, of format None .*: choose"):
         TeacherCache(tmp_path, counting(tiny))
     write_tensors(tmp_path / "a.safetensors", {"image": images}, {"clipkernels": json.dumps({"format": "other"})})
     with pytest.raises(ValueError, match="features of a teacher alone"):
         TeacherCache(tmp_path, counting(tiny))
 
 
-def test_features_that_are_not_finite_are_not_kept(tiny, images, tmp_path):
-    teacher = counting(tiny)
-    cache = TeacherCache(tmp_path, teacher)
+def test_features_that_are_not_finite_are_not_kept_but_those_beside_them_are(tiny, images, tmp_path):
+    cache = TeacherCache(tmp_path, counting(tiny))
+    expected = cache.teacher(images)
     images[1, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="expected image features that are finite in float16, got others of the image"):
-        cache(images)
-    assert not list(tmp_path.iterdir())
+    known = module.known_by(images[1]).hex()
+    for ask in (cache, lambda x: cache.add([x[:1], x[1:]])):
+        with pytest.raises(
+            ValueError, match=rf"finite in float16, got others of image 1, .* \(SHA-256 {known}\), one of 1"
+        ):
+            ask(images)
+    assert [len(load_file(file)["image"]) for file in tmp_path.iterdir()] == [2]
+    assert cache.add(images[[0, 2]]) == 0
+    assert_rounded(
+        cache(images[[2, 0]]), TeacherFeatures(*(x if x is None else x[[2, 0]] for x in expected)), torch.float16
+    )
+    with pytest.raises(ValueError, match=r"others of image 2, counted from 0 .* the other 0 are kept"):
+        cache(images[[0, 2, 1, 1]])
+
+
+def test_a_text_whose_features_are_not_finite_is_named(tiny, tmp_path):
     with torch.no_grad():
         tiny.text_projection.mul_(1e6)
-    large = TeacherCache(tmp_path / "other", counting(tiny))
-    with pytest.raises(ValueError, match="expected text features that are finite in float16"):
-        large.add(texts=["a"])
-    assert TeacherCache(tmp_path / "other", counting(tiny), torch.bfloat16).add(texts=["a"]) == 1
+    large = TeacherCache(tmp_path, counting(tiny))
+    known = sha256(b"a").hexdigest()
+    with pytest.raises(ValueError, match=rf"finite in float16, got others of text 0, .* {known}\), one of 2 in"):
+        large.add(texts=["a", "b"])
+    with pytest.raises(ValueError, match=r"got others of the text 'a' \(SHA-256"):
+        large(texts=["a"])
+    assert not list(tmp_path.iterdir())
+    assert TeacherCache(tmp_path, counting(tiny), torch.bfloat16).add(texts=["a"]) == 1
 
 
 def test_texts_of_different_lengths_are_filled_up(tiny, tmp_path):
@@ -280,21 +423,56 @@ def test_texts_of_different_lengths_are_filled_up(tiny, tmp_path):
     cache.add(texts=["a"])
     made = teacher.read(["b"])
     short = TeacherFeatures(text=made.text, words=made.words[:, :9], words_mask=made.words_mask[:, :9])
-    cache._write("text", [sha256(b"b").digest()], short)
+    cache._write("text", ["b"], [sha256(b"b").digest()], short)
     came = cache(texts=["b", "a", "b"])
     assert came.words.shape == (3, 64, 128) and not came.words[0, 9:].any() and not came.words_mask[2, 9:].any()
-    torch.testing.assert_close(came.words[2, :9], made.words[0, :9], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(came.words[2, :2], made.words[0, :2], rtol=2e-3, atol=2e-3)
     assert cache(texts=["b"]).words.shape == (1, 9, 128)
+    assert cache(texts=["b", "a"]).words.shape == (2, 64, 128)
+
+
+def test_padding_is_not_kept(tiny, tmp_path):
+    teacher = counting(tiny)
+    cache = TeacherCache(tmp_path, teacher)
+    texts = ["is it a cat", "", "a"]
+    cache.add(texts=texts)
+    (file,) = tmp_path.iterdir()
+    kept = load_file(file)
+    words = teacher.read(texts).words_mask.sum(1).tolist()
+    assert kept["words"].shape == (3, 1 + words[0], 128) and kept["words_mask"].shape == (3, 64) and words[1] == 0
+    assert_rounded(cache(texts=texts), teacher(texts=texts), torch.float16)
+    assert cache.add(texts=[" "]) == 1  # of no words
+    assert_rounded(cache(texts=[" ", "a"]), teacher(texts=[" ", "a"]), torch.float16)
+    alone = cache(texts=[" "])
+    assert alone.words.shape == (1, 64, 128) and not alone.words.any() and not alone.words_mask.any()
+
+
+def test_an_empty_batch_is_one_of_nothing(tiny, images, tmp_path):
+    cache = TeacherCache(tmp_path, counting(tiny))
+    for method in (None, ck.EViT(0.5, fuse=False)):
+        if method is not None:
+            cache = TeacherCache(tmp_path / "other", counting(ck.patch(tiny, method)))
+        for asked in (cache, cache.teacher):
+            came = asked(images[:0], [], ["yes", "no"])
+            shapes = [tuple(x.shape) if x is not None else None for x in came]
+            mask = None if method is None else (0, 64)
+            assert shapes == [(0, 128), (0, 128), (0, 64, 128), (0, 64, 128), mask, (0, 64), (0, 2, 128)]
+            assert all(x is None or x.dtype in (torch.float32, torch.bool) for x in came)
+            assert asked(images[:0]).regions.shape == (0, 64, 128) and asked(images[:0], [], []).answers.shape[:2] == (
+                0,
+                0,
+            )
+    assert cache.add(images[:0], []) == 0
 
 
 def test_files_are_read_where_they_lie(tiny, images, tmp_path):
     teacher = counting(tiny)
     TeacherCache(tmp_path, teacher, batch_size=1).add(images)
     cache = TeacherCache(tmp_path, teacher)
-    assert not any(cache.files.values())
+    assert not cache.maps
     cache(images[1:2])
-    (file,) = [file for file, tensors in cache.files.items() if tensors]
-    assert torch.equal(load_file(file)["regions"], cache.files[file]["regions"])
+    ((file, mapped),) = cache.maps.items()
+    assert torch.equal(load_file(file)["regions"], mapped["regions"])
     with open("/proc/self/maps") as maps:
         assert file.name in maps.read()
 
@@ -305,13 +483,18 @@ def test_what_does_not_fit_is_an_error(tiny, images, tmp_path):
         r"images must be \(3,S,S\) or \(B,3,S,S\) one after .* size, got \(32, 32\)": {"images": images[0]},
         r"of one size, got \(3, 3, 16, 16\)": {"images": [images[0], images[..., :16, :16]]},
         "one after the other, of one size, got list": {"images": [["path"]]},
-        "texts must be strings one after the other, got the string 'a cat'": {"texts": "a cat"},
+        "texts must come one after the other, got 'a cat'": {"texts": "a cat"},
+        "texts must come one after the other, got None": {"texts": None},
+        "images must come one after the other, got None": {"images": None},
+        "texts must be strings one after the other, got 3 at 1": {"texts": ["a", 3]},
     }
     for match, arguments in wrong.items():
         with pytest.raises(ValueError, match=match):
             cache.add(**arguments)
     with pytest.raises(ValueError, match="one text for each image, got 3 images and 1 texts"):
         cache(images, ["a"])
+    with pytest.raises(ValueError, match="texts must be a list of strings, got None at 0"):
+        cache(texts=[None])
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float16, .*, got torch\.int8"):
         TeacherCache(tmp_path, counting(tiny), torch.int8)
     with pytest.raises(ValueError, match="batch_size must be at least one, got 0"):

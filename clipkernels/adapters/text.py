@@ -1,13 +1,16 @@
 """Where the parts of each library's text tower are: what it makes of token ids, word by word and as a whole.
 
-The host's own modules and its public intermediates are composed; which of its rows it pools is never asked, but the
-pooled row is looked for among those that are handed out, once, by `verify`.
+The words of open_clip's and of transformers' models are public intermediates, which are projected here. OpenAI's clip
+and the towers of transformers that open_clip wraps hand out none: for these a few lines of the host's forward are
+retraced, of its own modules (`OpenAIText`, `WrappedText`). So is which row is pooled, where no pooled one is handed out
+(OpenAI's clip, ChineseCLIP). When a teacher is made, `verify` compares the embeddings of its tower with the host's own.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -102,7 +105,7 @@ class OpenCLIPText:
 
 
 class WrappedText:
-    """A text tower of transformers as open_clip wraps it, with a pooler and a projection of its own."""
+    """A text tower of transformers as open_clip wraps it, with a pooler and a projection of its own; retraced."""
 
     pools_row = False
 
@@ -157,7 +160,7 @@ class TransformersText:
 
 
 class OpenAIText:
-    """The text half of OpenAI's clip, which runs sequence-first and has no intermediates to give."""
+    """The text half of OpenAI's clip, which runs sequence-first and has no intermediates to give; retraced."""
 
     pools_row = True
 
@@ -221,15 +224,31 @@ class Marks(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor) -> Marks:
-        """The marks of a tokenizer by its ids (2,T) of no text and of some."""
-        empty, some = ids.tolist()
+        """The marks of a tokenizer by its ids (n,T) of no text, of a short one and of others.
+
+        Raises:
+            ValueError: it puts no padding behind a text, or nothing between the marks of one.
+        """
+        empty, some = ids[0].tolist(), ids[1].tolist()
         padding = empty[-1]
-        while empty and empty[-1] == padding:
-            empty.pop()
+        around, short = _stripped(empty, padding), _stripped(some, padding)
         start = 0
-        while start < len(empty) and empty[start] == some[start]:
+        while start < len(around) and around[start] == some[start]:
             start += 1
-        return cls(start, tuple(empty[start:]), padding)
+        # What is behind a text grows shorter with it; what is before it is no padding.
+        if not len(around) < len(short) < len(some) or some[start] == padding:
+            raise ValueError(
+                f"tokenizer must put its padding behind a text, got ids {empty!r:.60} of no text and {some!r:.60} of a "
+                "short one: set its padding_side to right"
+            )
+        marks = cls(start, tuple(around[start:]), padding)
+        counts = marks.words(ids).sum(1).tolist()
+        if counts[0] or not all(counts[1:]):
+            raise ValueError(
+                f"tokenizer must put the same marks around each text, got {counts[0]} words of no text and "
+                f"{counts[1:]} of some, by ids {ids.tolist()!r:.200}"
+            )
+        return marks
 
     def words(self, ids: Tensor) -> Tensor:
         """Which of ids (B,T) are words; bool."""
@@ -243,17 +262,32 @@ class Marks(NamedTuple):
         return (place >= self.start) & (place < length[:, None])
 
 
+def _stripped(ids: list[int], padding: int) -> list[int]:
+    """Ids without the padding at their end."""
+    length = len(ids)
+    while length and ids[length - 1] == padding:
+        length -= 1
+    return ids[:length]
+
+
 def ids_of(tokenizer: Any, texts: list[str], context: int | None) -> Tensor:
-    """The token ids (n,T) int64 of texts. One of transformers' tokenizers, which does neither unless asked, pads and
-    cuts to the length that a tower was trained with.
+    """The token ids (n,T) int64 of texts. One of transformers' tokenizers, which does neither unless asked, pads behind
+    them and cuts to the length that a tower was trained with, whichever side it is set to pad.
 
     Raises:
-        ValueError: the tokenizer gives something else.
+        ValueError: the tokenizer gives something else, or pads before a text and cannot be asked otherwise.
     """
     if hasattr(tokenizer, "model_max_length"):
         length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
-        made = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return made["input_ids"]
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
+        if "padding_side" in signature(tokenizer).parameters:
+            options["padding_side"] = "right"
+        elif getattr(tokenizer, "padding_side", "right") != "right":
+            raise ValueError(
+                f"tokenizer must pad behind a text, got {type(tokenizer).__name__} that pads before it: set its "
+                "padding_side to right"
+            )
+        return tokenizer(texts, return_tensors="pt", **options)["input_ids"]
     ids = tokenizer(texts)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(texts):
         came = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__

@@ -8,8 +8,9 @@ TargetedDistillation    the objective, with the projections that it needs
 
 from clipkernels.learn.distill.align import align_grid, align_words
 from clipkernels.learn.distill.cache import TeacherCache
+from clipkernels.learn.distill.features import TeacherFeatures
 from clipkernels.learn.distill.objective import Distilled, TargetedDistillation
-from clipkernels.learn.distill.teacher import Teacher, TeacherFeatures
+from clipkernels.learn.distill.teacher import Teacher
 
 __all__ = [
     "Distilled",

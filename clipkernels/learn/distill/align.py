@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 SPECIAL = re.compile(r"\[[A-Z]+\d*\]|<[^<>\s]+>")
+PRINTED = [byte for byte in range(256) if chr(byte).isprintable() and not chr(byte).isspace()]
+OTHERS = [byte for byte in range(256) if byte not in PRINTED]
+BYTES = {chr(byte): byte for byte in PRINTED} | {chr(256 + place): byte for place, byte in enumerate(OTHERS)}
+"""What byte-level BPE writes for each byte: printable Latin-1 for itself, the others from U+0100 on."""
 
 
 def align_words(student_pieces: Sequence[str], teacher_pieces: Sequence[str]) -> list[int]:
     """For each piece of a student's tokenizer the teacher's piece of the same text that covers most of it.
 
-    Pieces are compared by their characters, without case, space and the marks of WordPiece ("##"), byte-level BPE
-    ("Ġ"), SentencePiece ("▁") and CLIP ("</w>"). Where the two differ, as where one drops accents or cuts the text, the
-    rest is matched in order.
+    Pieces are compared by their characters, without case, space and the marks of WordPiece ("##"), SentencePiece ("▁")
+    and CLIP ("</w>"). Byte-level BPE, GPT-2's and CLIP's, is decoded; a character whose bytes are cut apart belongs to
+    each piece that has some of them. Where the two differ, as where one drops accents or cuts the text, the rest is
+    matched in order.
 
     Args:
         student_pieces: n strings, in the order of the text.
@@ -31,7 +36,8 @@ def align_words(student_pieces: Sequence[str], teacher_pieces: Sequence[str]) ->
     covers: list[Counter[int]] = [Counter() for _ in student_pieces]
     for start, at, size in SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks():
         for offset in range(size):
-            covers[owners[start + offset]][holders[at + offset]] += 1
+            for owner in owners[start + offset]:
+                covers[owner].update(holders[at + offset])
     # The first of the largest counts is the earlier piece: characters come in the order of the text.
     return [max(cover, key=lambda piece: cover[piece]) if cover else -1 for cover in covers]
 
@@ -55,8 +61,9 @@ def align_grid(student: tuple[int, int], teacher: tuple[int, int]) -> Tensor:
     return (rows[:, None] * teacher[1] + columns).flatten()
 
 
-def rows_at(x: Tensor, index: Tensor) -> Tensor:
+def rows_or_zeros(x: Tensor, index: Tensor) -> Tensor:
     """The rows (B,n,E) of x (B,N,E) at index (B,n), zeros where that is negative."""
+    x = x if x.shape[1] else x.new_zeros(len(x), 1, x.shape[2])
     found = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
     return found.masked_fill((index < 0)[..., None], 0)
 
@@ -76,18 +83,41 @@ def aligned(name: str, x: Tensor | None, mask: Tensor | None, index: Tensor) -> 
         raise ValueError(f"{name} must be from -1 to {count - 1}, got {int(index.min())} to {int(index.max())}")
     index = index.to(x.device).expand(batch, -1)
     there = index >= 0
-    return rows_at(x, index), there if mask is None else there & mask.gather(1, index.clamp(min=0))
+    rows = rows_or_zeros(x, index)
+    return rows, there if mask is None else rows_or_zeros(mask[..., None], index)[..., 0]
 
 
-def _spelled(pieces: Sequence[str]) -> tuple[str, list[int]]:
-    """The characters of all pieces, and the piece that each belongs to."""
-    spelled, owners = "", []
+def _spelled(pieces: Sequence[str]) -> tuple[str, list[list[int]]]:
+    """The characters of all pieces, and the pieces that each belongs to."""
+    written: list[tuple[str, int | None, int]] = []  # a character, the byte that it may stand for, its piece
     for index, piece in enumerate(pieces):
         piece = piece.removesuffix("</w>")
         if SPECIAL.fullmatch(piece):
             continue
         piece = piece.removeprefix("##") if len(piece) > 2 else piece
-        characters = "".join(piece.replace("Ġ", "").replace("▁", "").casefold().split())
-        spelled += characters
-        owners += [index] * len(characters)
+        bytewise = all(character in BYTES for character in piece)
+        written += [(character, BYTES[character] if bytewise else None, index) for character in piece]
+    spelled, owners, place = "", [], 0
+    while place < len(written):
+        character, size = _decoded([byte for _, byte, _ in written[place : place + 4]])
+        if not size:  # no byte, or no whole character: plain text, such as a WordPiece with an accent
+            character, size = written[place][0], 1
+        plain = "".join(character.replace("Ġ", "").replace("▁", "").casefold().split())
+        spelled += plain
+        owners += [sorted({piece for _, _, piece in written[place : place + size]})] * len(plain)
+        place += size
     return spelled, owners
+
+
+def _decoded(codes: Sequence[int | None]) -> tuple[str, int]:
+    """The character that up to four bytes begin with in UTF-8, and how many of them are its own; none, and 0, where
+    they begin with none."""
+    for size in range(1, len(codes) + 1):
+        head = [code for code in codes[:size] if code is not None]
+        if len(head) < size:
+            break
+        try:
+            return bytes(head).decode(), size
+        except UnicodeDecodeError:
+            continue
+    return "", 0

@@ -1,40 +1,31 @@
-"""What a frozen teacher says, kept on disk: encoded once, known again by its content.
-
-FOLDER/….safetensors   a few images: image (n,E), where asked regions (n,P,E) and, where some are gone, regions_mask;
-                       or a few texts: text (n,E), where asked words (n,T,E) and words_mask (n,T); and sha256 (n,32)
-                       uint8 of each image or text; in the header, by whom
-"""
+"""What a frozen teacher says, kept on disk: encoded once, known again by its content."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from clipkernels.classifier import PROMPTS_PER_BATCH
-from clipkernels.files import digest_table, map_tensors, sweep, write_tensors
-from clipkernels.identity import abridged, same_tower
-from clipkernels.learn.distill.teacher import Answers, Teacher, TeacherFeatures, features_of
+from clipkernels.files import TEMPORARY, map_tensors, sweep
+from clipkernels.learn.distill import kept
+from clipkernels.learn.distill.features import Answers, TeacherFeatures, features_of
+from clipkernels.learn.distill.kept import FIELDS, Kind, known_by
+from clipkernels.learn.distill.teacher import Teacher
 
-Kind = Literal["image", "text"]
 Progress = Callable[[str, int, int], object]
 """Called with "image" or "text", how many came, and how many of them were encoded."""
 
-FORMAT, ABOUT = "clipkernels.teacher.1", "clipkernels"
-FIELDS: dict[Kind, tuple[str, ...]] = {
-    "image": ("image", "regions", "regions_mask"),
-    "text": ("text", "words", "words_mask"),
-}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 THREADS = min(8, os.cpu_count() or 1)
+MAPS = 256
+"""Files that are mapped at a time: a process may map some 65,000, all libraries and tensors among them."""
 
 
 class TeacherCache:
@@ -44,13 +35,17 @@ class TeacherCache:
     it loses no more than the batch in hand. Two that encode the same at the same time both keep it, which is harmless.
     What is looked up is read from where it lies in the files, and no file is held in memory.
 
+    `add` first what is known beforehand: it is kept in files of a batch each. What is missing in a call is kept at once
+    in files of its own, up to three a call, which are never joined: another process may be reading them.
+
     An image is known by the SHA-256 of its preprocessed values, its shape and its dtype, a text by that of its UTF-8.
-    Looking up 64 images of a ViT-B/16 with their regions takes some 50 ms of one CPU core, of which 30 are for hashing;
-    what is on a GPU is copied for that: give images on the CPU, and a device.
+    What is on a GPU is copied for that: give images on the CPU, and a device. Of a text nothing is kept behind its last
+    word: there `words` are zeros, where the teacher has its end and its padding. They are as many as the teacher's; of
+    a tokenizer that pads to the longest of its batch, there may be more.
 
     Args:
         folder: made if it is not there.
-        teacher: who says what is not there yet; it is to stay as it is.
+        teacher: who says what is not there yet; it is to stay as it is, but may move, or lose precision.
         dtype: in which features are kept: torch.float16, torch.bfloat16 or torch.float32.
         batch_size: images that are encoded together, and kept in one file.
     Raises:
@@ -71,17 +66,19 @@ class TeacherCache:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least one, got {batch_size}")
-        self.folder, self.teacher, self.dtype = Path(folder), teacher, dtype
+        self.folder, self.teacher, self.dtype = Path(folder).resolve(), teacher, dtype
         self.sizes: dict[Kind, int] = {"image": batch_size, "text": PROMPTS_PER_BATCH}
-        self.about = {**teacher.about, "dtype": str(dtype).removeprefix("torch.")}
+        self.stamp, self.about = teacher.stamp, self._about()
         self.joined = teacher.joined
-        self.files: dict[Path, dict[str, Tensor]] = {}
+        self.files: set[str] = set()
+        self.maps: dict[Path, dict[str, Tensor]] = {}  # the least recently used first
+        self.listed = -1
         self.places: dict[tuple[Kind, bool], dict[bytes, tuple[Path, int]]] = {
             (kind, whole): {} for kind in FIELDS for whole in (False, True)
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        sweep(self.folder)
         self._recall()
+        sweep(self.folder, TEMPORARY)
 
     @property
     def width(self) -> int:
@@ -106,14 +103,16 @@ class TeacherCache:
             words: keep what it says of each token too.
             progress: called after each image and each text.
         Raises:
-            ValueError: images of another shape, a string in place of texts, or features that are not finite in the
-                cache's dtype, which are not kept; a teacher that was patched otherwise meanwhile.
+            ValueError: images of another shape, something else than strings for texts; features that are not finite in
+                the cache's dtype, which are not kept, while the others of their batch are; a teacher that was patched
+                otherwise or has other weights than when the cache was opened.
             OSError: a file cannot be written.
         """
-        if isinstance(texts, str):
-            raise ValueError(f"texts must be strings one after the other, got the string {texts!r}")
-        total = self._add("image", _each(images), regions, progress)
-        return total + self._add("text", texts, words, progress)
+        for name, given in (("images", images), ("texts", texts)):
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise ValueError(f"{name} must come one after the other, got {given!r:.100}")
+        total = self._add("image", _images(images), regions, progress)
+        return total + self._add("text", _strings(texts), words, progress)
 
     def __call__(
         self,
@@ -125,8 +124,8 @@ class TeacherCache:
         words: bool = True,
         device: torch.device | str | None = None,
     ) -> TeacherFeatures:
-        """What the teacher says, as it says it itself, but rounded to the cache's dtype; what is missing is encoded and
-        kept, in files of its own.
+        """What the teacher says, as it says it itself, but rounded to the cache's dtype, and with zeros for `words`
+        behind a text's last; what is missing is encoded and kept.
 
         Args:
             images, texts, answers, regions, words: as of `Teacher`.
@@ -145,138 +144,134 @@ class TeacherCache:
         """`image`, and `regions` with their mask, in the cache's dtype, on the CPU."""
         images = images.detach().cpu()
         with ThreadPoolExecutor(THREADS) as pool:
-            digests = list(pool.map(_digest, images))
-        self._encode("image", dict(zip(digests, images, strict=True)), regions)
+            digests = list(pool.map(known_by, images))
+        named: dict[bytes, tuple[str, Tensor]] = {}
+        for place, (digest, image) in enumerate(zip(digests, images, strict=True)):
+            named.setdefault(digest, (f"image {place}, counted from 0", image))
+        self._encode("image", named, regions)
         return self._look_up("image", digests, regions) if digests else self.teacher.see(images, regions)
 
     def read(self, texts: Sequence[str], words: bool = True) -> TeacherFeatures:
         """`text`, and `words` with their mask, in the cache's dtype, on the CPU."""
-        digests = [_digest(text) for text in texts]
-        self._encode("text", dict(zip(digests, texts, strict=True)), words)
+        digests = [known_by(text) for text in texts]
+        named = ((f"the text {text!r:.60}", text) for text in texts)
+        self._encode("text", dict(zip(digests, named, strict=True)), words)
         return self._look_up("text", digests, words) if digests else self.teacher.read(texts, words)
 
+    def _about(self) -> dict[str, Any]:
+        return {**self.teacher.about, "dtype": str(self.dtype).removeprefix("torch.")}
+
     def _add(self, kind: Kind, items: Iterable[Any], whole: bool, progress: Progress | None) -> int:
-        waiting: dict[bytes, Any] = {}
+        waiting: dict[bytes, tuple[str, Any]] = {}
         came = new = 0
         for item in items:
-            came += 1
-            digest = _digest(item)
+            if progress is not None and came:
+                progress(kind, came, new)
+            # A loader may fill the same memory again, and a view would hold the whole batch.
+            own = item if isinstance(item, str) else item.detach().to("cpu", copy=True)
+            digest = known_by(own)
             if digest not in self.places[kind, whole]:
-                waiting[digest] = item
+                waiting.setdefault(digest, (f"{kind} {came}, counted from 0", own))
+            came += 1
             if len(waiting) == self.sizes[kind]:
                 new += self._encode(kind, waiting, whole)
                 waiting = {}
-            if progress is not None:
-                progress(kind, came, new)
         new += self._encode(kind, waiting, whole)
         if progress is not None and came:
             progress(kind, came, new)
         return new
 
-    def _encode(self, kind: Kind, items: Mapping[bytes, Any], whole: bool) -> int:
-        """Has the teacher say what is not there of some images or texts, batch by batch, and keeps it; how many."""
+    def _encode(self, kind: Kind, items: Mapping[bytes, tuple[str, Any]], whole: bool) -> int:
+        """Has the teacher say what is not there of some images or texts, each with its name, batch by batch, and keeps
+        it; how many."""
         there = self.places[kind, whole]
         if all(digest in there for digest in items):
             return 0
         self._recall()  # another process may have them
         missing = [digest for digest in items if digest not in there]
-        if missing and self.teacher.method != self.about["method"]:
-            raise ValueError(
-                f"expected the teacher as it was when its cache was made, with the method {self.about['method']}, got "
-                f"{self.teacher.method}"
-            )
         for start in range(0, len(missing), self.sizes[kind]):
+            self._check_teacher()
             digests = missing[start : start + self.sizes[kind]]
-            batch = [items[digest] for digest in digests]
+            names, batch = zip(*(items[digest] for digest in digests), strict=True)
             made = self.teacher.see(torch.stack(batch), whole) if kind == "image" else self.teacher.read(batch, whole)
-            self._write(kind, digests, made)
+            self._write(kind, names, digests, made)
         return len(missing)
 
-    def _write(self, kind: Kind, digests: Sequence[bytes], made: TeacherFeatures) -> None:
-        tensors = {}
-        for name in FIELDS[kind]:
-            found: Tensor | None = getattr(made, name)
-            if found is None:
-                continue
-            tensors[name] = found.cpu() if found.dtype == torch.bool else found.to("cpu", self.dtype)
-            fine = tensors[name].flatten(1).isfinite().all(1)
-            if not fine.all():
-                wrong = digests[int(fine.int().argmin())].hex()
-                raise ValueError(
-                    f"expected {name} features that are finite in {self.about['dtype']}, got others of the {kind} of "
-                    f"SHA-256 {wrong}"
-                )
-        file = self.folder / f"{uuid4().hex}.safetensors"
-        header = json.dumps({"format": FORMAT, "teacher": self.about})
-        write_tensors(file, {**tensors, "sha256": digest_table(digests)}, {ABOUT: header})
-        self._keep(file, digests, tensors)
+    def _check_teacher(self) -> None:
+        """Raises ValueError unless the teacher is the one that files name."""
+        stamp = self.teacher.stamp
+        if stamp == self.stamp:
+            return
+        differ = kept.differences(self._about(), self.about)
+        if differ:
+            raise ValueError(
+                f"expected the teacher as it was when its cache was opened, got one with another {differ}: open one in "
+                "another folder"
+            )
+        self.stamp = stamp  # it has moved, or was cast
+
+    def _write(self, kind: Kind, names: Sequence[str], digests: Sequence[bytes], made: TeacherFeatures) -> None:
+        """Keeps what is finite; raises ValueError where something is not."""
+        tensors = kept.tensors_of(kind, made, self.dtype)
+        fine = kept.finite(tensors).tolist()
+        rows = [row for row, each in enumerate(fine) if each]
+        if len(rows) < len(fine):
+            tensors = {name: found[rows] for name, found in tensors.items()}
+        if rows:
+            own, before = [digests[row] for row in rows], self.folder.stat().st_mtime_ns
+            file = self.folder / f"{uuid4().hex}.safetensors"
+            kept.write(file, own, tensors, self.about)
+            self._keep(file, own, tensors)
+            # Nobody else has written since; one that writes meanwhile is seen after the next change, or encoded again.
+            if before == self.listed:
+                self.listed = self.folder.stat().st_mtime_ns
+        if len(rows) < len(fine):
+            first, wrong = fine.index(False), len(fine) - len(rows)
+            raise ValueError(
+                f"expected features that are finite in {self.about['dtype']}, got others of {names[first]} (SHA-256 "
+                f"{digests[first].hex()}), one of {wrong} in its batch; the other {len(rows)} are kept"
+            )
 
     def _recall(self) -> None:
         """Takes in what is in the folder and not known yet."""
-        for file in sorted(set(self.folder.glob("*.safetensors")) - set(self.files)):
-            tensors, header = map_tensors(file)
-            self._check(file, header)
-            self._keep(file, list(map(bytes, tensors["sha256"].numpy())), tensors)
+        changed = self.folder.stat().st_mtime_ns
+        if changed == self.listed:
+            return
+        for name in sorted(set(os.listdir(self.folder)) - self.files):
+            if name.endswith(".safetensors"):
+                tensors, header = map_tensors(self.folder / name)
+                kept.check(self.folder / name, header, self.about)
+                self._keep(self.folder / name, list(map(bytes, tensors["sha256"].numpy())), tensors)
+        self.listed = changed
 
     def _keep(self, file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
         """Takes in where the features of some images or texts are."""
-        self.files[file] = {}
+        self.files.add(file.name)
         kind: Kind = "image" if "image" in tensors else "text"
         for whole in (False, True) if FIELDS[kind][1] in tensors else (False,):
             for row, digest in enumerate(digests):
                 self.places[kind, whole].setdefault(digest, (file, row))
 
-    def _check(self, file: Path, header: Mapping[str, str]) -> None:
-        """Raises ValueError unless a file holds features of this teacher."""
-        try:
-            said = json.loads(header.get(ABOUT, ""))
-        except ValueError:
-            said = None
-        if not isinstance(said, dict) or said.get("format") != FORMAT:
-            raise ValueError(f"expected a folder with features of a teacher alone, got {file} in it: choose another")
-        differ = []
-        for name, own in self.about.items():
-            its = said.get("teacher", {}).get(name)
-            if isinstance(own, dict):
-                if not same_tower(its or {}, own):
-                    differ.append(f"{name} ({abridged(its or {})} instead of {abridged(own)})")
-            elif its != own:
-                differ.append(f"{name} ({its} instead of {own})")
-        if differ:
-            raise ValueError(
-                f"expected features of this teacher, got {file} by one with another {', '.join(differ)}: choose "
-                "another folder"
-            )
-
     def _look_up(self, kind: Kind, digests: Sequence[bytes], whole: bool) -> TeacherFeatures:
         """The rows of these, in their order."""
-        rows: dict[Path, tuple[list[int], list[int]]] = {}
+        found: dict[Path, tuple[list[int], list[int]]] = {}
         for place, digest in enumerate(digests):
             file, row = self.places[kind, whole][digest]
-            places, index = rows.setdefault(file, ([], []))
+            rows, places = found.setdefault(file, ([], []))
+            rows.append(row)
             places.append(place)
-            index.append(row)
-        found: dict[str, Tensor] = {}
-        for name in FIELDS[kind] if whole else FIELDS[kind][:1]:
-            parts = [self._mapped(file).get(name) for file in rows]
-            there = [part for part in parts if part is not None]
-            if not there:
-                continue
-            # Texts may have been padded to different lengths.
-            longest = max(part.shape[1] for part in there)
-            found[name] = there[0].new_zeros(len(digests), longest, *there[0].shape[2:])
-            for part, (places, index) in zip(there, rows.values(), strict=True):
-                found[name][places, : part.shape[1]] = part[index]
-        return TeacherFeatures(**found)
+        return kept.gathered(kind, whole, len(digests), ((self._mapped(file), *each) for file, each in found.items()))
 
     def _mapped(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a file, where they lie in it."""
-        if not self.files[file]:
-            self.files[file] = map_tensors(file)[0]
-        return self.files[file]
+        tensors = self.maps.pop(file, None) or map_tensors(file)[0]
+        self.maps[file] = tensors
+        for oldest in list(self.maps)[:-MAPS]:
+            self.maps.pop(oldest, None)
+        return tensors
 
 
-def _each(images: Iterable[Tensor]) -> Iterator[Tensor]:
+def _images(images: Iterable[Tensor]) -> Iterator[Tensor]:
     """Images (3,S,S) of batches and of images.
 
     Raises:
@@ -291,11 +286,9 @@ def _each(images: Iterable[Tensor]) -> Iterator[Tensor]:
         yield from item if item.ndim == 4 else (item,)
 
 
-def _digest(item: Tensor | str) -> bytes:
-    """By what an image or a text is known."""
-    if isinstance(item, str):
-        return sha256(item.encode()).digest()
-    plain = item.detach().cpu().contiguous()
-    known = sha256(str((tuple(plain.shape), plain.dtype)).encode())
-    known.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-    return known.digest()
+def _strings(texts: Iterable[str]) -> Iterator[str]:
+    """Texts as they come; raises ValueError for what is none."""
+    for place, each in enumerate(texts):
+        if not isinstance(each, str):
+            raise ValueError(f"texts must be strings one after the other, got {each!r:.100} at {place}")
+        yield each

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels import ops
-from clipkernels.learn.distill.teacher import TeacherFeatures
+from clipkernels.learn.distill.features import TeacherFeatures
 from clipkernels.reference.order import inverse_of, strongest_first
 from clipkernels.reference.precision import exactly, widened
 

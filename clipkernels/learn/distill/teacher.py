@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import Any, NamedTuple, Protocol
+from string import Formatter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,58 +16,15 @@ from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower, text
 from clipkernels.classifier import PROMPTS_PER_BATCH, evaluating
 from clipkernels.encode import encode_image
-from clipkernels.identity import fingerprint
-from clipkernels.learn.distill.align import aligned, rows_at
+from clipkernels.identity import fingerprint, glance, stamp
+from clipkernels.learn.distill.align import rows_or_zeros
+from clipkernels.learn.distill.features import Answers, TeacherFeatures, features_of
 from clipkernels.methods import Dense
 from clipkernels.patch import method_of
 
-Answers = Sequence[str] | Sequence[Sequence[str]]
 Join = str | Callable[[str, str], str]
 
-PROBE = ("", "Is it 2 o'clock already? Then 10 naïve foxes jump over the lazy dog!")
-
-
-class TeacherFeatures(NamedTuple):
-    """What a frozen CLIP says of B pairs of an image and a text, nothing normalised; what is not known is None.
-
-    image (B,E): embeddings.
-    text (B,E): likewise.
-    regions (B,P,E): each patch after the final norm and the projection.
-    words (B,T,E): each token of the text, likewise.
-    regions_mask (B,P): bool, False where a patch is gone; None where all are there.
-    words_mask (B,T): bool, True for words: no padding, no start and no end; None where all are.
-    answers (B,a,E): embeddings of the text with each of a answers.
-    """
-
-    image: Tensor | None = None
-    text: Tensor | None = None
-    regions: Tensor | None = None
-    words: Tensor | None = None
-    regions_mask: Tensor | None = None
-    words_mask: Tensor | None = None
-    answers: Tensor | None = None
-
-    def align(self, words: Tensor | None = None, regions: Tensor | None = None) -> TeacherFeatures:
-        """These features with one word for each of a student's n tokens, and one region for each of its m patches.
-
-        Args:
-            words: (B,n) or (n,) int64 the teacher's token for each of the student's, -1 for none, such as `align_words`
-                gives; None leaves the words as they are.
-            regions: (B,m) or (m,) int64 the teacher's patch for each of the student's, likewise, such as `align_grid`
-                gives.
-        Returns:
-            TeacherFeatures with words (B,n,E) and regions (B,m,E), zeros at -1, and masks that are False there.
-        Raises:
-            ValueError: an index of another shape or dtype or out of range, or features without what is aligned.
-        """
-        made = self
-        if words is not None:
-            rows, mask = aligned("words", self.words, self.words_mask, words)
-            made = made._replace(words=rows, words_mask=mask)
-        if regions is not None:
-            rows, mask = aligned("regions", self.regions, self.regions_mask, regions)
-            made = made._replace(regions=rows, regions_mask=mask)
-        return made
+PROBE = ("", "a", "Is it 2 o'clock already? Then 10 naïve foxes jump over the lazy dog!")
 
 
 class Teacher:
@@ -78,28 +36,36 @@ class Teacher:
     model that is patched is a cheaper teacher, whose regions are what is left of each patch.
 
     Args:
-        model: a CLIP of open_clip, transformers or OpenAI's clip, patched or not, such as `ck.patch` takes; or with one
-            of open_clip's ResNets, whose regions are the positions of the last feature map.
-        tokenizer: n texts to token ids (n,T) like open_clip's, or one of transformers', which pads to the length that
-            the text tower has.
+        model: a CLIP with both of its towers, patched or not: of open_clip (CLIP, CustomTextCLIP, CoCa, with timm's and
+            transformers' towers inside), of transformers (CLIP, SigLIP, SigLIP2, MetaCLIP2, ChineseCLIP, AltCLIP) or of
+            OpenAI's clip. One of open_clip's ResNets may see: its regions are the positions of the last feature map. A
+            tower of timm's alone, or a vision model of transformers', cannot teach: it reads nothing.
+        tokenizer: n texts to token ids (n,T), padded behind the text, like open_clip's; or one of transformers', which
+            pads to the length that the text tower has.
         join: what a text and one of its answers make together, with a `{}` for either, or a callable of both.
     Raises:
         UnsupportedTower: an image or a text tower that cannot be served, or a text tower whose words are not what it
             pools.
-        ValueError: embeddings of different widths, or a tokenizer that gives something else.
+        ValueError: embeddings of different widths, a tokenizer that gives something else, or another `join`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: text.Tokenizer, *, join: Join = "{} {}") -> None:
         self.model, self.tokenizer, self.join = model, tokenizer, join
-        if isinstance(join, str) and join.count("{}") != 2:
-            raise ValueError(f'join must hold {{}} for the text and for the answer, got "{join}"')
+        if isinstance(join, str) and not _joins(join):
+            raise ValueError(f'join must hold {{}} for the text and for the answer, and no other field, got "{join}"')
         self.reads = text.find(model)
         tower = None if adapters.find_resnet(model) is not None else adapters.find(model)
         self.queries = tower is not None and tower.pools_by_query
         self.probe = text.ids_of(tokenizer, list(PROBE), self.reads.context)
         self.marks = text.Marks.of(self.probe)
-        with self._frozen():
-            self.width = text.verify(self.reads, self.probe.to(self.device))
+        probes = {ids.shape[1]: ids for ids in (text.ids_of(tokenizer, [PROBE[1]], self.reads.context), self.probe)}
+        for length, ids in probes.items():  # two where the tokenizer pads to the longest
+            try:
+                with self._frozen():
+                    self.width = text.verify(self.reads, ids.to(self.device))
+            except RuntimeError as error:
+                wanted = f"tokenizer must give as many ids as the text tower reads, got {length}"
+                raise ValueError(f"{wanted}: {' '.join(str(error).split())}") from error
         if tower is not None and tower.out != self.width:
             raise ValueError(f"expected embeddings of one width, got {tower.out} of images and {self.width} of texts")
 
@@ -117,11 +83,19 @@ class Teacher:
     @property
     def about(self) -> dict[str, Any]:
         """What features depend on besides what is seen and read: the image tower and the text tower, by `fingerprint`;
-        the method; the tokenizer, by the ids that it gives of a sentence."""
+        what that makes of a few texts, by `glance`; the method; the tokenizer, by the ids that it gives of them."""
         probe = self.probe.cpu().contiguous()
         ids = sha256(str(tuple(probe.shape)).encode() + probe.numpy().tobytes()).hexdigest()[:16]
         image, sentences = fingerprint(self.model), fingerprint(self.model, "text")
-        return {"image tower": image, "text tower": sentences, "method": self.method, "tokenizer": ids}
+        with self._frozen():
+            read = glance(self.reads.host(self.probe.to(self.device)))
+        known = {"image tower": image, "text tower": sentences, "reading of a few texts": read}
+        return {**known, "method": self.method, "tokenizer": ids}
+
+    @property
+    def stamp(self) -> tuple[Any, ...]:
+        """What is another one once the model was patched otherwise or its weights were written, replaced or moved."""
+        return self.method, *stamp(self.model)
 
     def __call__(
         self,
@@ -144,14 +118,17 @@ class Teacher:
         Returns:
             TeacherFeatures, fp32, on the device of the model; what was not asked is None.
         Raises:
-            ValueError: nothing to see or to read, images of another size than the tower's, a string in place of a list,
-                or numbers of images, texts and answers that do not fit.
+            ValueError: nothing to see or to read, images of another size than the tower's, something else than a list
+                of strings, or numbers of images, texts and answers that do not fit.
             UnsupportedTower: regions of a tower whose learned queries are all that it hands out: pass regions=False.
         """
         return features_of(self, images, texts, answers, regions, words)
 
     def see(self, images: Tensor, regions: bool = True) -> TeacherFeatures:
         """`image` of images (B,3,S,S), and `regions` with `regions_mask` where asked."""
+        if images.ndim == 4 and not len(images):  # hosts cannot reshape an empty batch
+            one = self.see(images.new_zeros(1, *images.shape[1:]), regions)
+            return TeacherFeatures(*(None if x is None else x[:0] for x in one))
         resnet = adapters.find_resnet(self.model) is not None
         if regions and self.queries:
             raise UnsupportedTower(
@@ -167,7 +144,9 @@ class Teacher:
         if source is None or not source.shape[1]:
             return TeacherFeatures(image=seen.embedding.float(), regions=tokens[:, seen.prefix :])
         holder = source[:, -1].long()
-        return TeacherFeatures(image=seen.embedding.float(), regions=rows_at(tokens, holder), regions_mask=holder >= 0)
+        return TeacherFeatures(
+            image=seen.embedding.float(), regions=rows_or_zeros(tokens, holder), regions_mask=holder >= 0
+        )
 
     def read(self, texts: Sequence[str], words: bool = True) -> TeacherFeatures:
         """`text` of texts, and `words` with `words_mask` where asked."""
@@ -218,72 +197,13 @@ class Teacher:
             yield
 
 
-class Source(Protocol):
-    """What sees and reads: a teacher, or what it said before."""
-
-    def see(self, images: Tensor, regions: bool = True) -> TeacherFeatures:
-        """`image`, and `regions` with their mask."""
-
-    def read(self, texts: Sequence[str], words: bool = True) -> TeacherFeatures:
-        """`text`, and `words` with their mask, of different texts."""
-
-    def joined(self, sentence: str, answer: str) -> str:
-        """A text with one of its answers."""
-
-
-def features_of(
-    source: Source,
-    images: Tensor | None,
-    texts: Sequence[str] | None,
-    answers: Answers | None,
-    regions: bool,
-    words: bool,
-) -> TeacherFeatures:
-    """What a source says, which reads each different text once; arguments and errors as of `Teacher`."""
-    if images is None and texts is None:
-        raise ValueError("expected images or texts, got neither")
-    if images is not None and images.ndim != 4:
-        raise ValueError(f"images must be (B,3,S,S), got {tuple(images.shape)}")
-    if isinstance(texts, str):
-        raise ValueError(f"texts must be a list of strings, got the string {texts!r}")
-    if images is not None and texts is not None and len(images) != len(texts):
-        raise ValueError(f"expected one text for each image, got {len(images)} images and {len(texts)} texts")
-    together = None if answers is None else _joined(source, texts, answers)
-    made = TeacherFeatures() if images is None else source.see(images, regions)
-    if texts is None:
-        return made
-    once = {sentence: row for row, sentence in enumerate(dict.fromkeys(texts))}
-    read, rows = source.read(list(once), words), torch.tensor([once[each] for each in texts], dtype=torch.int64)
-    for name, found in read._asdict().items():
-        if found is not None:
-            made = made._replace(**{name: found[rows.to(found.device)]})
-    if together is None:
-        return made
-    once = {sentence: row for row, sentence in enumerate(dict.fromkeys(each for row in together for each in row))}
-    embedded = source.read(list(once), False).text
-    assert embedded is not None
-    index = torch.tensor([[once[each] for each in row] for row in together], dtype=torch.int64, device=embedded.device)
-    return made._replace(answers=embedded[index.view(len(together), -1)])
-
-
-def _joined(source: Source, texts: Sequence[str] | None, answers: Answers) -> list[list[str]]:
-    """Each text with each of its answers.
-
-    Raises:
-        ValueError: no texts, a string in place of a list, no answers, or more for one text than for another.
-    """
-    if texts is None:
-        raise ValueError("expected texts with the answers, got none")
-    if isinstance(answers, str) or not len(answers):
-        raise ValueError(f"answers must be a list of strings, or one for each text, got {answers!r:.100}")
-    shared = isinstance(answers[0], str)
-    if not shared and len(answers) != len(texts):
-        raise ValueError(f"expected answers for {len(texts)} texts, got them for {len(answers)}")
-    lists = [answers] * len(texts) if shared else answers
-    wrong = [each for each in lists if isinstance(each, str) or not each or len(each) != len(lists[0])]
-    if wrong:
-        raise ValueError(f"expected {len(lists[0])} answers for each text, got {wrong[0]!r:.100}")
-    return [[source.joined(one, str(answer)) for answer in each] for one, each in zip(texts, lists, strict=True)]
+def _joins(join: str) -> bool:
+    """Whether a format string has two fields, both `{}`."""
+    try:
+        fields = [field[1:] for field in Formatter().parse(join) if field[1] is not None]
+    except ValueError:  # such as a single brace
+        return False
+    return fields == [("", "", None)] * 2
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
