@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command and under eight minutes: tests, check, operations, towers.
+"""Everything that needs a GPU, in one command and under eight minutes: tests, check, operations, a loss, towers.
 
     make gpu PYTHON=python3 OUT=results
     python bench/gpu.py --parts ops towers --out results
@@ -29,7 +29,7 @@ TESTS = ("attention", "predict", "prune", "condense", "merge", "epilogue", "cros
 TESTS += ("targeted_l1", "fused_tower", "gpu")
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 # Seconds for each part, 7.5 minutes together; tests and check share theirs.
-LIMITS = {"tests": 150, "check": 150, "ops": 160, "towers": 60, "compiled": 80}
+LIMITS = {"tests": 150, "check": 150, "ops": 125, "distill": 35, "towers": 60, "compiled": 80}
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     if not importlib.util.find_spec("open_clip"):
         print("open_clip is not installed: no towers", flush=True)
     failed = []
-    for together in (("tests", "check"), ("ops",), ("towers",), ("compiled",)):
+    for together in (("tests", "check"), ("ops",), ("distill",), ("towers",), ("compiled",)):
         stage = {name: command for name, command in runs.items() if name.split("-")[0] in together}
         failed += run(stage, arguments.out)
     print(f"results in {arguments.out}")
@@ -81,6 +81,8 @@ def commands(out: Path) -> dict[str, list[str]]:
     quick = ["--benchmark-max-time=0.02", "--benchmark-min-rounds=7", "--benchmark-warmup=off"]
     made["ops"] = [*pytest, "bench/ops.py", "-k", "bfloat16", *quick, f"--deadline={LIMITS['ops'] - 15}"]
     made["ops"] += [f"--rows={out / 'ops.csv'}", "--benchmark-columns=median", "--benchmark-sort=name"]
+    made["distill"] = [*python, "bench/distill_cost.py", "--device", "cuda", "--dtype", "bfloat16", "--batch", "256"]
+    made["distill"] += ["--rounds", "31", "--out", str(out / "distill-cost-bf16.csv")]
     if importlib.util.find_spec("open_clip"):
         towers = [*python, "bench/towers.py", "--dtype", "bfloat16", "--rounds", "15"]
         made["towers"] = [*towers, "--models", *MODELS, "--batch", "256", "1", "32"]

@@ -27,6 +27,7 @@ from torch.nn.functional import normalize, one_hot
 
 import clipkernels as ck
 import literal_heads
+import resident
 from clipkernels import ops
 from clipkernels.cli.info import environment
 from clipkernels.timing import Clock, measure
@@ -137,20 +138,12 @@ def draw(found: list[dict[str, Any]], clock: Clock) -> Table:
 
 
 def most_held(name: str, kind: str, threads: int) -> int:
-    """Bytes that one call holds at most beyond what was held before it, by what Linux says of this process."""
+    """Bytes that one call holds at most beyond what was held before it."""
     torch.set_num_threads(threads)
     case = case_of(name)
     with torch.inference_mode():
         torch.randn(256, 256) @ torch.randn(256, 256)  # what the library allocates once
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        case.forms[kind](*case.inputs)
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+        return resident.most_held(partial(case.forms[kind], *case.inputs))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def targeted_l1(student: Tensor, teacher: Tensor, weights: Tensor, mask: Tensor, projection: Tensor) -> Tensor:
-    """(B,n,d), (B,n,E), (B,n), (B,n), (E,d) -> (B,)."""
+def targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """(B,n,d), (B,n,E), (E,d), (B,n), (B,n) -> (B,)."""
     return (mask * weights * (student @ projection.T - teacher).abs().mean(2)).sum(1)

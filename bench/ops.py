@@ -88,7 +88,7 @@ def literal_affinity(queries: Tensor, support: Tensor, hot: Tensor) -> Tensor:
 LITERAL: dict[str, Call] = {
     "calip_logits": lambda *inputs: literal_heads.calip_logits(*inputs, 0.5, 1.12, 0.02),
     "affinity": literal_affinity,
-    "targeted_l1": literal_distill.targeted_l1,
+    "targeted_l1": lambda h, g, weights, mask, p: literal_distill.targeted_l1(h, g, p, weights, mask),
 }
 
 

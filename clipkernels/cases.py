@@ -62,6 +62,11 @@ class Source:
         self.keep = math.ceil(0.7 * self.patches)
         self.classes, self.support = (1000, 16_000) if shape.width >= 512 else (20, 150)
 
+    @property
+    def embedding(self) -> int:
+        """The width of embeddings, as that of such a tower is or as wide as a small tower."""
+        return {768: 512, 1024: 768}.get(self.shape.width, self.shape.width)
+
     def normal(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.generator, device=self.device).to(self.dtype)
 
@@ -92,9 +97,8 @@ class Source:
         return torch.randint(-2, 3, size, generator=self.generator, device=self.device).to(self.dtype)
 
     def units(self, *size: int) -> Tensor:
-        """Embeddings of length one, as wide as those of such a tower are or as a small tower is."""
-        width = {768: 512, 1024: 768}.get(self.shape.width, self.shape.width)
-        return normalize(self.normal(*size, width).float(), dim=-1).to(self.dtype)
+        """Embeddings of length one."""
+        return normalize(self.normal(*size, self.embedding).float(), dim=-1).to(self.dtype)
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views q, k, v (B,H,N,D) of a packed projection (B,N,3·C)."""
@@ -168,7 +172,7 @@ def _told(source: Source) -> tuple[Tensor, ...]:
     size = (source.batch, source.shape.tokens)
     teacher = source.units(*size)
     weights, order = torch.rand(2, *size, generator=source.generator, device=source.device)
-    projection = source.normal(teacher.shape[2], source.shape.width) * source.shape.width**-0.5
+    projection = source.normal(source.embedding, source.shape.width) * source.shape.width**-0.5
     return source.tokens(), teacher, weights, order.argsort(1) < _targets(source), projection
 
 
@@ -179,7 +183,7 @@ def _targets(source: Source) -> int:
 def _untold(source: Source) -> int:
     """Bytes of the tokens that are not selected, and of the teacher's."""
     rows = source.batch * (source.shape.tokens - _targets(source))
-    return rows * (source.shape.width + source.units(1).shape[1]) * source.dtype.itemsize
+    return rows * (source.shape.width + source.embedding) * source.dtype.itemsize
 
 
 def _dropped(source: Source) -> int:

@@ -3,9 +3,9 @@
     v = P h - g;  out_b = Σ_i w_bi · ‖v_bi‖₁ / E over the selected i
     c_bi = w_bi · grad_b / E;  grad of h_bi = c_bi · sign(v_bi) P;  grad of P = Σ_bi c_bi · sign(v_bi)ᵀ h_bi
 
-The r selected rows of all instances, numbered by a running count of the mask, are the rows of one matrix: its tiles are
-full however little each instance selects, programs beyond the last row end at once, and the host need not know r. P h
-is never in memory; where a gradient is wanted its signs are, in two bits.
+The r selected rows of all instances, by a running count of the mask, are one matrix: tiles are full however little an
+instance selects, and the host need not know r. P h is never in memory; its signs are where a gradient is wanted, in two
+bits. For that of P each c·sign(v) is rounded to the input dtype, as h is: .3 of the error budget at worst.
 
 Reads r·(d + E) elements and writes r·E/4 bytes of signs; the gradient of h reads these and writes B·n·d, zeros too;
 that of P reads r·d and these, and adds up to GROUPS parts of 4·E·d bytes. 2·r·d·E operations each, P from cache. At
@@ -27,9 +27,9 @@ CHUNK = 512  # rows that a group takes at a time
 @triton.jit(do_not_specialize=["rows"])
 def _order_kernel(count_ptr, order_ptr, rows, BLOCK: tl.constexpr):
     """Where the selected rows are, then where the others are, and in the end how many are selected."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     count = tl.load(count_ptr + offs, mask=offs < rows, other=0)
-    before = tl.load(count_ptr + offs - 1, mask=(offs > 0) & (offs < rows), other=0)
+    before = tl.load(count_ptr + offs - 1, mask=(offs > 0) & (offs < rows), other=0)  # [BLOCK]
     total = tl.load(count_ptr + rows - 1)
     tl.store(order_ptr + tl.where(count > before, before, total + offs - count), offs, mask=offs < rows)
     tl.store(order_ptr + rows, total, mask=tl.program_id(0) == 0)
@@ -45,9 +45,7 @@ def _rows(x_ptr, index, n, stride_xb, stride_xn):
 def _tile(row_ptr, offs_c, mask_r, C, WIDE: tl.constexpr):
     """Columns of rows, 0 beyond their ends."""
     x = tl.load(row_ptr[:, None] + offs_c[None, :], mask=mask_r[:, None] & (offs_c < C)[None, :], other=0.0)
-    if WIDE:
-        x = x.to(tl.float32)
-    return x
+    return x.to(tl.float32) if WIDE else x
 
 
 @triton.jit
@@ -75,16 +73,16 @@ def _distance_kernel(
     total = tl.load(order_ptr + rows)
     if first < total:
         here, mask_e = offs_r < total, offs_e < E
-        index = tl.load(order_ptr + offs_r, mask=here, other=0)
+        index = tl.load(order_ptr + offs_r, mask=here, other=0)  # [BLOCK]
         row_ptr = _rows(student_ptr, index, n, stride_sb, stride_sn)
         v = tl.zeros([BLOCK, BLOCK], tl.float32)
         for start in range(0, D, STEP):
             offs_d = start + tl.arange(0, STEP)
-            h = _tile(row_ptr, offs_d, here, D, WIDE)
-            p = _tile(projection_ptr + offs_e * D, offs_d, mask_e, D, WIDE)
-            v = tl.dot(h, tl.trans(p), v, input_precision="ieee")
-        v -= _tile(_rows(teacher_ptr, index, n, stride_tb, stride_tn), offs_e, here, E, True)
-        v = tl.where(mask_e[None, :], v, 0.0)
+            h = _tile(row_ptr, offs_d, here, D, WIDE)  # [BLOCK, STEP]
+            p = _tile(projection_ptr + offs_e.to(tl.int64) * D, offs_d, mask_e, D, WIDE)  # [BLOCK, STEP]
+            v = tl.dot(h, tl.trans(p), v, input_precision="ieee")  # [BLOCK, BLOCK]
+        g = _tile(_rows(teacher_ptr, index, n, stride_tb, stride_tn), offs_e, here, E, True)  # [BLOCK, BLOCK]
+        v = tl.where(mask_e[None, :], v - g, 0.0)
         tl.store(part_ptr + tile.to(tl.int64) * rows + index, tl.sum(tl.abs(v), 1), mask=here)
         if LEARNS:
             codes = (v > 0).to(tl.int32) + 2 * (v < 0).to(tl.int32)
@@ -92,8 +90,8 @@ def _distance_kernel(
             WORDS: tl.constexpr = (E + SIGNS - 1) // SIGNS
             offs_w = tile * (BLOCK // SIGNS) + tl.arange(0, BLOCK // SIGNS)
             to = signs_ptr + offs_r.to(tl.int64)[:, None] * WORDS + offs_w[None, :]
-            codes = tl.sum(codes, 2).to(tl.int64).to(tl.int32)  # of triton 3.2 the interpreter sums to int64
-            tl.store(to, codes, mask=here[:, None] & (offs_w < WORDS)[None, :])
+            words = tl.sum(codes, 2).to(tl.int64).to(tl.int32)  # of triton 3.2 the interpreter sums to int64
+            tl.store(to, words, mask=here[:, None] & (offs_w < WORDS)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
@@ -106,12 +104,11 @@ def _add_kernel(
     start = 0
     while start < n:
         offs_n = start + tl.arange(0, BLOCK)
-        chosen = tl.load(mask_ptr + batch * n + offs_n, mask=offs_n < n, other=0) != 0
+        chosen = tl.load(mask_ptr + batch * n + offs_n, mask=offs_n < n, other=0) != 0  # [BLOCK]
         distance = tl.zeros([BLOCK], tl.float32)
         for tile in range(TILES):
             distance += tl.load(part_ptr + tl.cast(rows, tl.int64) * tile + batch * n + offs_n, mask=chosen, other=0.0)
-        weight = tl.load(weight_ptr + batch * n + offs_n, mask=chosen, other=0.0).to(tl.float32)
-        weighted += weight * distance
+        weighted += tl.load(weight_ptr + batch * n + offs_n, mask=chosen, other=0.0).to(tl.float32) * distance
         start += BLOCK
     tl.store(out_ptr + batch, tl.sum(weighted, 0) / E)
 
@@ -131,10 +128,10 @@ def _student_kernel(
     if first < total:
         for start in range(0, E, STEP):
             offs_e = start + tl.arange(0, STEP)
-            p = _tile(projection_ptr + offs_e * D, offs_d, offs_e < E, D, WIDE)
-            signs = _unpack(signs_ptr, offs_r, total, start, E, BLOCK, STEP)
-            grad = tl.dot(signs.to(p.dtype), p, grad, input_precision="ieee")
-    index = tl.load(order_ptr + offs_r, mask=offs_r < rows, other=0)
+            p = _tile(projection_ptr + offs_e.to(tl.int64) * D, offs_d, offs_e < E, D, WIDE)  # [STEP, BLOCK]
+            signs = _unpack(signs_ptr, offs_r, total, start, E, BLOCK, STEP)  # [BLOCK, STEP]
+            grad = tl.dot(signs.to(p.dtype), p, grad, input_precision="ieee")  # [BLOCK, BLOCK]
+    index = tl.load(order_ptr + offs_r, mask=offs_r < rows, other=0)  # [BLOCK]
     scale = tl.load(scale_ptr + index, mask=offs_r < total, other=0.0)
     grad = tl.where((offs_r < total)[:, None], grad * scale[:, None], 0.0)
     to = grad_ptr + index.to(tl.int64)[:, None] * D + offs_d[None, :]
@@ -160,11 +157,12 @@ def _projection_kernel(
         for start in range(0, CHUNK, STEP):
             offs_r = begin + start + tl.arange(0, STEP)
             here = offs_r < total
-            index = tl.load(order_ptr + offs_r, mask=here, other=0)
-            h = _tile(_rows(student_ptr, index, n, stride_sb, stride_sn), offs_d, here, D, WIDE)
+            index = tl.load(order_ptr + offs_r, mask=here, other=0)  # [STEP]
+            h = _tile(_rows(student_ptr, index, n, stride_sb, stride_sn), offs_d, here, D, WIDE)  # [STEP, BLOCK]
             scale = tl.load(scale_ptr + index, mask=here, other=0.0)
-            signs = _unpack(signs_ptr, offs_r, total, first, E, STEP, BLOCK) * scale[:, None]
-            grad = tl.dot(tl.trans(signs.to(h.dtype)), h, grad, input_precision="ieee")
+            factor = _unpack(signs_ptr, offs_r, total, first, E, STEP, BLOCK) * scale[:, None]  # [STEP, BLOCK]
+            factor = factor.to(student_ptr.dtype.element_ty).to(h.dtype)  # rounded alike where h is widened
+            grad = tl.dot(tl.trans(factor), h, grad, input_precision="ieee")  # [BLOCK, BLOCK]
         begin += groups * CHUNK
     to = part_ptr + (group.to(tl.int64) * E + offs_e)[:, None] * D + offs_d[None, :]
     tl.store(to, grad, mask=(offs_e < E)[:, None] & (offs_d < D)[None, :])
@@ -172,13 +170,11 @@ def _projection_kernel(
 
 def config(width: int, embedding: int, dtype: torch.dtype, over_rows: bool = False) -> dict[str, int]:
     """Sides of a tile, elements to a step of a product, warps and stages; the batch must not change them."""
-    if dtype == torch.float32:  # without tensor cores
-        return {"BLOCK": 64, "STEP": 16, "num_warps": 4, "num_stages": 2}
-    if width % 8 or embedding % 8:  # no wide loads: an address for each element
-        return {"BLOCK": 64, "STEP": 32, "num_warps": 8, "num_stages": 2}
+    narrow = bool(width % 8 or embedding % 8)  # loads: an address for each element
+    if narrow or dtype == torch.float32:  # which has no tensor cores
+        return {"BLOCK": 64, "STEP": 16, "num_warps": 8 if narrow else 4, "num_stages": 2}
     # In a product over rows the signs of a step are unpacked, scaled and turned in registers.
-    step, stages = (32, 2) if over_rows else (64, 3)
-    return {"BLOCK": 128, "STEP": step, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK": 128, "STEP": 32 if over_rows else 64, "num_warps": 8, "num_stages": 2 if over_rows else 3}
 
 
 def targeted_l1(
@@ -194,10 +190,9 @@ def targeted_l1(
     signs = order.new_empty(rows if learns else 0, triton.cdiv(embedding, SIGNS.value))
     if rows == 0:
         return student.new_zeros(batch, dtype=torch.float32), signs, order.zero_()
-    out = torch.empty(batch, dtype=torch.float32, device=student.device)
     student, teacher = (x if x.stride(2) == 1 else x.contiguous() for x in (student, teacher))
-    mask, tiles = mask.contiguous().view(torch.uint8), triton.cdiv(embedding, blocks["BLOCK"])
-    part = torch.empty(tiles, rows, dtype=torch.float32, device=student.device)
+    mask, tiles = mask.contiguous(), triton.cdiv(embedding, blocks["BLOCK"])
+    out, part = (torch.empty(size, dtype=torch.float32, device=student.device) for size in (batch, (tiles, rows)))
     with torch.cuda.device_of(student):
         _order_kernel[(triton.cdiv(rows, 1024),)](
             mask.view(-1).cumsum(0, dtype=torch.int32), order, rows, BLOCK=1024, enable_fp_fusion=True, num_warps=4
@@ -209,7 +204,7 @@ def targeted_l1(
             enable_fp_fusion=True, **blocks,
         )  # fmt: skip
         _add_kernel[(batch,)](
-            part, weights.contiguous(), mask, out, rows, tokens,
+            part, weights.contiguous(), mask.view(torch.uint8), out, rows, tokens,
             E=embedding, TILES=tiles, BLOCK=128, enable_fp_fusion=True, num_warps=4,
         )  # fmt: skip
     return out, signs, order
@@ -238,16 +233,18 @@ def projection_gradient(student: Tensor, scale: Tensor, signs: Tensor, order: Te
     if rows == 0:
         return student.new_zeros(embedding, width)
     short = student.dtype == torch.float16  # of range: the largest factor is made 1
-    most = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny) if short else scale.new_ones(())
+    if short:
+        most = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        scale = scale / most
     student = student if student.stride(2) == 1 else student.contiguous()
     groups = min(GROUPS, triton.cdiv(rows, CHUNK))
     tiles = triton.cdiv(embedding, blocks["BLOCK"]) * triton.cdiv(width, blocks["BLOCK"])
     part = torch.empty(groups, embedding, width, dtype=torch.float32, device=student.device)
     with torch.cuda.device_of(student):
         _projection_kernel[(tiles * groups,)](
-            signs, student, scale.contiguous() / most, order, part, rows, tokens, groups,
+            signs, student, scale.contiguous(), order, part, rows, tokens, groups,
             student.stride(0), student.stride(1),
             D=width, E=embedding, WIDE=not isinstance(_projection_kernel, triton.JITFunction), CHUNK=CHUNK,
             enable_fp_fusion=True, **blocks,
         )  # fmt: skip
-    return (part.sum(0) * most).to(student.dtype)
+    return (part.sum(0) * most if short else part.sum(0)).to(student.dtype)

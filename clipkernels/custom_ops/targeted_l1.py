@@ -57,6 +57,10 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
     return grad_student, None, grad_projection, None, None, None
 
 
+def _refuse(ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError("targeted_l1 is differentiable once: its gradients have none")
+
+
 def _launch_student(projection: Tensor, scale: Tensor, signs: Tensor, order: Tensor) -> Tensor:
     from clipkernels.kernels.targeted_l1 import student_gradient as launch
 
@@ -89,9 +93,11 @@ register(
     "targeted_l1_student(Tensor projection, Tensor scale, Tensor signs, Tensor order) -> Tensor",
     _launch_student,
     _fake_student,
+    _refuse,
 )
 register(
     "targeted_l1_projection(Tensor student, Tensor scale, Tensor signs, Tensor order, SymInt embedding) -> Tensor",
     _launch_projection,
     _fake_projection,
+    _refuse,
 )

@@ -35,12 +35,16 @@ def targeted_l1(
         (B,) fp32 (fp64 for fp64 inputs); 0 for an instance of which nothing is selected.
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a teacher or weights that require a gradient.
+        RuntimeError: a second derivative, once it is asked for; create_graph=True alone is none.
     Guarantees: differentiable in student and projection, once, with sign(0) = 0; nothing of the shape (B,n,E) is made,
-        forward or backward, unless a graph or a transform of torch.func is made of the reference; fp32 accumulation;
-        deterministic. On triton no host sync, and an instance's value and gradient do not depend on the others.
+        forward or backward: the reference holds at most 2¹⁷ of its numbers at once, 2²¹ on a GPU, unless it is
+        compiled, exported, traced, transformed by torch.func or asked for several gradients (is_grads_batched); fp32
+        accumulation; deterministic. On triton no host sync, an instance's value and gradient do not depend on the
+        others, and for the gradient of projection each token's factor wᵢ·grad/E is rounded to the dtype of student.
     Source: the distance of CLIP-TD, arXiv 2201.05729, as reconstructed here: only its abstract was at hand.
     """
-    if torch.is_autocast_enabled(student.device.type):
+    # `is_autocast_available`, which older compilers cannot trace, would say the same.
+    if not student.is_meta and torch.is_autocast_enabled(student.device.type):
         narrow = torch.get_autocast_dtype(student.device.type)
         student, projection = (
             x.to(narrow) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (student, projection)
