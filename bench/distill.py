@@ -227,12 +227,7 @@ def rows_of(run: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for split, seen in splits.items():
         right = round(100 * correct(student, *seen, school.asked.labels), 2)
-        row = {
-            **run._asdict(),
-            "split": split,
-            "accuracy": right,
-            "weight": None if weight is None else round(weight, 3),
-        }
+        row = {**run._asdict(), "split": split, "accuracy": right, "weight": weight}
         rows.append({**row, "images": len(images), "seconds": round(seconds, 1), "commit": environment()["commit"]})
     return rows
 
@@ -261,7 +256,7 @@ def taught(run: Run, school: School, kept: TeacherCache, steps: int) -> tuple[St
             if distil is not None:
                 states = {"visual": answered.visual, "text": answered.text}
                 states |= {"visual_pooled": answered.pooled, "text_pooled": answered.pooled, "logits": answered.logits}
-                found = distil(said(kept, school, batch).align(regions=places), **states, labels=batch.labels)
+                found = distil(said(kept, school, batch, places), **states, labels=batch.labels)
                 weights.append(float(found.weight.mean()))
                 loss = loss + found.loss
             optimizer.zero_grad()
@@ -270,13 +265,11 @@ def taught(run: Run, school: School, kept: TeacherCache, steps: int) -> tuple[St
     return student.eval(), round(statistics.mean(weights), 3) if weights else None
 
 
-def said(kept: TeacherCache, school: School, batch: Asked) -> TeacherFeatures:
-    """What the teacher says of a batch, as many letters as the student has."""
+def said(kept: TeacherCache, school: School, batch: Asked, places: Tensor) -> TeacherFeatures:
+    """What the teacher says of a batch: of as many letters as the student has, and of each of its patches."""
     found = kept(batch.images, [school.questions[at].text for at in batch.questions.tolist()])
-    assert found.words is not None and found.words_mask is not None
-    letters = school.tokens.shape[1]
-    words, mask = found.words[:, :letters], found.words_mask[:, :letters]
-    return found._replace(words=words, words_mask=mask, answers=school.answers[batch.questions])
+    found = found.align(words=torch.arange(school.tokens.shape[1]), regions=places)
+    return found._replace(answers=school.answers[batch.questions])
 
 
 def batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -296,9 +289,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds, of the accuracy and of what it is above that without distillation."""
     found = []
     accuracy = {(row["split"], row["share"], row["method"], row["seed"]): row["accuracy"] for row in records}
-    for split, share, method in dict.fromkeys(
-        key[:3] for key in sorted(accuracy, key=lambda key: SPLITS.index(key[0]))
-    ):
+    for split, share, method in dict.fromkeys(key[:3] for key in accuracy):
         seeds = sorted(key[3] for key in accuracy if key[:3] == (split, share, method))
         own = [accuracy[split, share, method, seed] for seed in seeds]
         base = [accuracy.get((split, share, NONE, seed), math.nan) for seed in seeds]

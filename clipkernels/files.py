@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -9,12 +10,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+ABOUT = "clipkernels"
+"""Where the header of a file of ours says what it is, as JSON."""
 STALE = 3600
 """Seconds after which a half-written file is one that was left behind."""
 TEMPORARY = r"\.[0-9a-f]{32}\.safetensors\.[a-z0-9_]{8}"
@@ -88,3 +92,12 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     tensors, about = map_tensors(path)
     # Copied from where they lie in the file, which may be anywhere: products of aligned rows are faster.
     return {name: tensor.clone() for name, tensor in tensors.items()}, about
+
+
+def said_of(header: Mapping[str, str]) -> dict[str, Any]:
+    """What the header of a file says of it, its "format" among it; nothing where the file is another's."""
+    try:
+        said = json.loads(header.get(ABOUT, ""))
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from clipkernels.files import read_tensors, write_tensors
+from clipkernels.files import ABOUT, read_tensors, said_of, write_tensors
 
-ABOUT = "clipkernels"
 Made = TypeVar("Made", bound=nn.Module)
 
 
@@ -47,10 +46,10 @@ def load_module(cls: type[Made], path: str | os.PathLike[str], kind: str, sizes:
         OSError: it cannot be read.
     """
     tensors, header = read_tensors(path)
+    said = said_of(header)
     try:
-        said = json.loads(header.get(ABOUT, ""))
-        if said["format"] != kind:
-            raise ValueError(f"format {said['format']!r}")
+        if said.get("format") != kind:
+            raise ValueError(f"format {said.get('format')!r}")
         made: Any = cls
         with seeded(0):  # which leaves the generator of others alone
             module: Made = made(**{name: int(said[name]) for name in sizes}, about=dict(said["about"]))

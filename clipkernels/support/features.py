@@ -20,7 +20,6 @@ from uuid import uuid4
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -28,7 +27,7 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import evaluating
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image
-from clipkernels.files import digest_table, read_tensors, write_tensors
+from clipkernels.files import ABOUT, digest_table, map_tensors, read_tensors, said_of, write_tensors
 from clipkernels.identity import fingerprint
 from clipkernels.methods import Dense
 from clipkernels.patch import method_of
@@ -38,7 +37,7 @@ Progress = Callable[[str, int, int], object]
 Report = Callable[[str], object]
 """Called with a line about what was left out."""
 
-FORMAT, ABOUT = "clipkernels.features.1", "clipkernels"
+FORMAT = "clipkernels.features.1"
 THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -185,16 +184,8 @@ def read_about(file: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it is no safetensors file.
         OSError: it cannot be read.
     """
-    try:
-        with safe_open(file, "pt") as tensors:
-            header = tensors.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"expected a safetensors file, got {file}: {error}") from error
-    try:
-        about = json.loads(header.get(ABOUT, ""))
-    except ValueError:
-        return {}
-    return about if isinstance(about, dict) and about.get("format") == FORMAT and "encoder" in about else {}
+    about = said_of(map_tensors(file)[1])
+    return about if about.get("format") == FORMAT and "encoder" in about else {}
 
 
 def forget_parts(cache: str | os.PathLike[str], who: Encoder) -> None:

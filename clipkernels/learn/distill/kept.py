@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clipkernels.files import digest_table, write_tensors
+from clipkernels.files import ABOUT, digest_table, said_of, write_tensors
 from clipkernels.identity import abridged, same_glance, same_tower
 from clipkernels.learn.distill.features import TeacherFeatures
-from clipkernels.learn.modules import ABOUT
 
 Kind = Literal["image", "text"]
 About = Mapping[str, Any]
@@ -69,15 +68,11 @@ def write(file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor], a
 
 def check(file: Path, header: Mapping[str, str], about: About) -> None:
     """Raises ValueError unless a file holds features of this teacher."""
-    try:
-        said = json.loads(header.get(ABOUT, ""))
-    except ValueError:
-        said = None
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
-        came = said.get("format") if isinstance(said, dict) else None
+    said = said_of(header)
+    if said.get("format") != FORMAT:
         raise ValueError(
-            f"expected a folder with features of a teacher alone, got {file} in it, of format {came!r} instead of "
-            f"{FORMAT!r}: choose another"
+            f"expected a folder with features of a teacher alone, got {file} in it, of format {said.get('format')!r} "
+            f"instead of {FORMAT!r}: choose another"
         )
     differ = differences(said.get("teacher", {}), about)
     if differ:

@@ -19,10 +19,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from clipkernels.files import digest_table, read_tensors, sweep, write_tensors
+from clipkernels.files import ABOUT, digest_table, read_tensors, said_of, sweep, write_tensors
 from clipkernels.heads import ZeroShot
 
-FORMAT, ABOUT = "clipkernels.rankings.1", "clipkernels"
+FORMAT = "clipkernels.rankings.1"
 
 
 class Rankings(NamedTuple):
@@ -149,11 +149,8 @@ class Store:
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of rankings, and how they were made."""
     tensors, header = read_tensors(path)
-    try:
-        about = json.loads(header.get(ABOUT, ""))
-    except ValueError:
-        about = None
-    said = about.pop("format", None) if isinstance(about, dict) else None
+    about = said_of(header)
+    said = about.pop("format", None)
     if said != FORMAT or not {"ranks", "features", "sha256"} <= set(tensors):
         raise ValueError(f"expected rankings, as golden_ranking writes them, got {path} with format {said!r}")
     return tensors, about
