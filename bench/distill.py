@@ -55,12 +55,13 @@ WIDTH, LAYERS, HEADS, DROPOUT = 64, 2, 2, 0.1
 LETTERS = (1 + ord("a"), 1 + ord("z"))
 MASK = END + 1
 TEMPLATE = "a photo of a {}."
+STRENGTH = 3.0  # the best of .1, .3, 1, 3 and 10 on 3000 other photographs of the pool, with another seed
 NONE = "no distillation"
 METHODS: dict[str, dict[str, Any] | None] = {
     NONE: None,
-    "plain": {"keep": 1.0, "temperature": math.inf, "weight": None},
-    "targeted, weight 1": {"weight": None},
-    "targeted": {},
+    "plain": {"strength": STRENGTH, "keep": 1.0, "temperature": math.inf, "weight": None},
+    "targeted, weight 1": {"strength": STRENGTH, "weight": None},
+    "targeted": {"strength": STRENGTH},
 }
 
 
