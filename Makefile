@@ -39,7 +39,7 @@ compile: $(VENV)/.installed-test  ## compile every kernel for every target, no G
 	$(BIN)/python tests/compile_kernels.py --all --write bench/results/compiled.csv $(ARGS)
 
 # Without .venv: where the GPU is, PYTHON has torch and triton already, and there may be no network.
-gpu:  ## tests, check and benchmarks on a GPU with PYTHON as it is, nothing installed; OUT= for another folder
+gpu:  ## tests, check and benchmarks on a GPU with PYTHON as it is; goes on where it ended; OUT= for another folder
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 dist: $(VENV)/.installed-test  ## build wheel and sdist, and check their metadata

@@ -6,10 +6,11 @@
     pytest bench/ops.py --deadline 200     # what has not begun after 200 s is skipped
 
 A case is first checked against the fp64 reference and fails without a time if it is wrong. Inputs are several sets
-used in turn, more than a cache holds; on CUDA one run is a CUDA graph of at least `CALLS` calls. `extra_info` and
-`--rows` hold shape, dtype and environment, the bytes that must move (each input and output once), and what follows:
-microseconds per call (median, 20 % and 80 %), GB/s, the share of what a copy on this device reaches in the same
-session, and TFLOP/s where there are matrix products.
+used in turn, more than a cache holds but at the smallest batches; on CUDA one run is a CUDA graph of at least `CALLS`
+calls. `extra_info` and `--rows` hold shape, dtype and environment, the bytes that must move (each input and output
+once), the operations of matrix products, and what follows: microseconds per call (median, 20 % and 80 %), GB/s and
+TFLOP/s, and the share of the floor: the longer of the times that a copy of those bytes and a large product of so many
+operations take on this device in the same session.
 
 Variants: `reference`; on CUDA also `compiled` (torch.compile of the reference) and `triton`, and for attention `auto`,
 SDPA with a score kernel. Beside them `sdpa`, attention without any signal, `topk`, pruning as users write it, and
@@ -36,12 +37,13 @@ import literal_distill
 import literal_heads
 from clipkernels.cases import CASES, SHAPES, Source, flat, judge
 from clipkernels.cli.info import environment
+from ways import matmul_rate
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 BATCHES = (1, 8, 64, 256) if CUDA else (1, 8)
 DTYPES = (torch.bfloat16, torch.float32, *([torch.float16] if CUDA else []))
-TOWERS = ("B-32", "B-16", "L-14", "L-14-336")
+TOWERS = ("B-32", "B-16", "L-14", "L-14-336", *(["SO400M-14-384"] if CUDA else []))
 # What the sets of inputs hold together at least, beyond any cache, and how many there are at most.
 BYTES, SETS = (1 << 28, 32) if CUDA else (1 << 24, 4)
 # Calls in a CUDA graph, so that starting it and waiting for it do not count.
@@ -54,6 +56,8 @@ def variants(op: str) -> list[str]:
     fused = ["triton", "compiled"] if CUDA else []
     if op.startswith("attention"):
         return ["reference", *fused, *(["auto"] if CUDA else []), "sdpa"]
+    if op == "targeted_l1" and CUDA:  # whose reference waits for the host to count the selected tokens
+        return ["triton", "literal", "literal_compiled"]
     if op in LITERAL:
         return ["reference", *fused, "literal", *(["literal_compiled"] if CUDA else [])]
     return ["reference", *fused, *(["topk"] if op in ("prune_tokens", "prune_tokens_heads_fuse_norm") else [])]
@@ -92,6 +96,13 @@ LITERAL: dict[str, Call] = {
 }
 
 
+def several(op: str, source: Source) -> list[tuple[Tensor, ...]]:
+    """Sets of inputs, more than a cache holds but at the smallest batches."""
+    first = CASES[op].inputs(source)
+    sets = math.ceil(BYTES / sum(tensor.nbytes for tensor in first))
+    return [first, *(CASES[op].inputs(source) for _ in range(max(2, min(SETS, sets)) - 1))]
+
+
 def literal_inputs(op: str, source: Source, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What a published formula takes in place of a case's inputs."""
     if op != "affinity":
@@ -111,6 +122,29 @@ def topk(source: Source, x: Tensor, scores: Tensor, *norm: Tensor) -> tuple[Tens
     fused = mean.scatter(1, index, 0.0)[:, None].to(x.dtype) @ patches
     tokens = torch.cat([prefix, kept, fused], 1)
     return tokens, index, layer_norm(tokens, x.shape[-1:], *norm)
+
+
+def products(op: str, source: Source) -> int | None:
+    """Operations of the matrix products that an operation asks for; None where there are none."""
+    shape, batch = source.shape, source.batch
+    n, looks = shape.tokens, batch * source.patches * source.classes * source.embedding
+    pooled, tokens, channels = 64, 32, 256  # as `cases` has them
+    found = {
+        "rank_tokens": 2 * batch * n * shape.width,
+        "predict_scores": 4 * batch * n * pooled * (tokens + channels),
+        "match_tokens": 2 * batch * (n // 2) * (n - n // 2) * (shape.width // shape.heads),
+        "cross_attention": 6 * looks,
+        "calip_logits": 4 * looks,
+        "affinity": 2 * batch * source.support * source.embedding,
+        "targeted_l1": 2 * batch * math.ceil(0.4 * n) * shape.width * source.embedding,
+    }
+    return 4 * batch * n**2 * shape.width if op.startswith("attention") else found.get(op)
+
+
+@pytest.fixture(scope="session")
+def multiplied() -> dict[torch.dtype, float]:
+    """TFLOP/s of a large product of random matrices, by dtype; before any graph is captured."""
+    return {dtype: matmul_rate(dtype, DEVICE) for dtype in DTYPES}
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +170,7 @@ def test_op(
     benchmark: Any,
     request: pytest.FixtureRequest,
     copied: float,
+    multiplied: dict[torch.dtype, float],
     op: str,
     variant: str,
     shape: str,
@@ -145,9 +180,7 @@ def test_op(
     """Time of one call of one operation."""
     case = CASES[op]
     source = Source(SHAPES[shape], batch, dtype, DEVICE)
-    inputs = [case.inputs(source)]
-    sets = math.ceil(BYTES / sum(tensor.nbytes for tensor in inputs[0]))
-    inputs += [case.inputs(source) for _ in range(max(2, min(SETS, sets)) - 1)]
+    inputs = several(op, source)
     call = build(op, variant, source)
     own = [literal_inputs(op, source, some) for some in inputs] if "literal" in variant else inputs
     with torch.inference_mode():
@@ -160,9 +193,10 @@ def test_op(
         benchmark.group = f"{op} {shape} b{batch} {dtype}"
         benchmark(run)
     moved = sum(tensor.nbytes for tensor in (*inputs[0], *came)) - case.unread(source)
-    flops = 4 * batch * source.shape.tokens**2 * source.shape.width if op.startswith("attention") else None
+    flops = products(op, source)
     info = {"op": op, "variant": variant, **source.shape._asdict(), "tower": shape, "batch": batch}
-    info |= {"dtype": str(dtype).removeprefix("torch."), "bytes": moved, "copy_gb_per_s": copied}
+    info |= {"dtype": str(dtype).removeprefix("torch."), "bytes": moved, "copy_gb_per_s": copied, "flops": flops}
+    info |= {"matmul_tflop_per_s": multiplied[dtype]}
     if benchmark.stats is not None:
         seconds = benchmark.stats.stats.median / calls
         times = [1e6 * value / calls for value in benchmark.stats.stats.data]
@@ -170,6 +204,8 @@ def test_op(
         info |= {"microseconds": 1e6 * seconds, "p20": fifths[0], "p80": fifths[3], "rounds": len(times)}
         info |= {"gb_per_s": moved / seconds / 1e9, "of_copy": moved / seconds / 1e9 / copied}
         info |= {"tflop_per_s": flops and flops / seconds / 1e12}
+        floor = max(moved / copied / 1e9, (flops or 0) / multiplied[dtype] / 1e12)
+        info |= {"floor_microseconds": 1e6 * floor, "of_floor": floor / seconds}
     benchmark.extra_info |= info | environment()
     if request.config.getoption("--rows") and benchmark.stats is not None:
         append(benchmark.extra_info, Path(request.config.getoption("--rows")))

@@ -15,6 +15,11 @@ from clipkernels.cli.output import write_csv
 from clipkernels.files import replacing
 from clipkernels.timing import Speed
 
+MORE = 75
+"""The exit status of a run that its deadline cut short."""
+ANYWHERE = ("cpu", "driver", "commit", "date")
+"""What may differ between two machines, or two days, of one measurement: every row has its own."""
+
 
 def draw(title: str, rows: Sequence[Speed]) -> Table:
     """The rows for people."""
@@ -50,11 +55,30 @@ def resume(out: Path | None, header: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     before = json.loads(source.read_text(encoding="utf-8"))
     rows: list[dict[str, Any]] = before.pop("rows")
-    changes = ("commit", "date")  # every row names its commit
-    kept = {name: before["environment"].get(name) for name in changes}
+    kept = {name: before["environment"].get(name) for name in ANYWHERE}
     if before != {**header, "environment": header["environment"] | kept}:
         raise SystemExit(f"error: {source} was taken with other options or versions: choose another --out")
     return rows
+
+
+def unfinished(out: Path | None) -> list[str]:
+    """What earlier runs began, in order: it goes last, for it may have ended them."""
+    file = out and out.with_suffix(".begun")
+    return file.read_text(encoding="utf-8").splitlines() if file is not None and file.exists() else []
+
+
+def begin(out: Path | None, name: str) -> None:
+    """Notes that something is begun."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.with_suffix(".begun").open("a", encoding="utf-8") as file:
+            file.write(f"{name}\n")
+
+
+def stamp() -> dict[str, Any]:
+    """When, of what and under which driver a row is measured."""
+    now = environment()
+    return {name: now[name] for name in ("driver", "commit", "date")}
 
 
 def header_of(arguments: Any, *names: str) -> dict[str, Any]:

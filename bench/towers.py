@@ -1,13 +1,17 @@
 """Images per second and reduction efficiency η of random-weight CLIP towers, every variant interleaved with dense.
 
     python bench/towers.py --models ViT-B-16 --batch 1 8 32 --threads 1 --clock process --out towers.csv
+    python bench/towers.py --models ViT-L-14 --dtype bfloat16 --batch 1 256 --plain --graphs 8   # on a GPU
+    python bench/towers.py --models ViT-B-16 --compile default max-autotune --compiled dense "Dense()" "EViT(keep=0.7)"
     python bench/towers.py --models ViT-B-16 --peer tome=../ToMe
     python bench/towers.py --models transformers:CLIPModel timm:vit_base_patch16_siglip_224 clip:ViT-B-16
     pytest bench/towers.py -k "B-32 and b8" --benchmark-json=towers.json
 
 η = (t_dense / t_reduced) ÷ (GMACs_dense / GMACs_reduced), dense being the fastest dense variant of the run and the
-GMACs those that each side ran. Under pytest each round of a benchmark first times both dense variants, so that its
-`extra_info` holds a paired speed-up and η too. A tower whose result is wrong stops the run before anything is timed.
+GMACs those that each side ran. A row also has the memory that a batch takes at the peak, and its arithmetic as a
+share of what a large matrix product reached in the same run. A run goes on where its file ends; what cannot run is
+named, and a tower whose result is wrong is never timed. Under pytest each round of a benchmark first times both dense
+variants, so that its `extra_info` holds a paired speed-up and η too.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Mapping
-from functools import lru_cache
-from itertools import cycle
+from contextlib import nullcontext
+from functools import lru_cache, partial
+from itertools import cycle, product
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import open_clip
@@ -29,36 +36,60 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import clipkernels as ck
+from clipkernels.cli.demo import HOST
 from clipkernels.cli.info import environment
-from clipkernels.testing import open_clip_tower, openai_tower, timm_tower, transformers_tower
+from clipkernels.cli.measure import compile_each, room_to_compile
+from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, timm_tower, transformers_tower
 from clipkernels.timing import Speed, Times, Variant, plan_for, tabulate, time_variants, vary
-from rows import draw, write
+from rows import MORE, begin, draw, resume, stamp, unfinished, write
+from ways import held, in_graphs, launches, lost, matmul_rate, plain, runs
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-R = {"ViT-B-32": 4, "ViT-B-16": 13, "ViT-L-14": 7}
+R = {"ViT-B-32": 4, "ViT-B-16": 13, "ViT-L-14": 7, "ViT-L-14-336": 16, "ViT-SO400M-14-SigLIP-384": 20}
 LIBRARIES = ("open_clip", "transformers", "timm", "clip")
 ON_CPU = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
 BATCHES = dict.fromkeys(R, (1, 32, 256)) if CUDA else ON_CPU
 ROUNDS = 20 if CUDA else 5
 NAMES = "open_clip models, or transformers:CLASS (a ViT-B/16), timm:MODEL, clip:ViT-B-16"
+OPTIONS = ("rounds", "clock", "seed", "only", "plain", "graphs", "compile", "compiled", "launches", "peer")
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    records = []
+    started, failed = monotonic(), []
+    taken = {name: getattr(arguments, name) for name in OPTIONS}
+    header = {"environment": environment(), **taken, "peer": arguments.peer and arguments.peer.name}
+    records = resume(arguments.out, header)
+    done = {(row["model"], row["dtype"], row["batch"]) for row in records}
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for name in arguments.models:
-        for dtype in arguments.dtype:
-            for batch in arguments.batch:
-                rows = paired(name, DTYPES[dtype], batch, arguments)
-                console.print(draw(f"{name} {dtype}, batch {batch}, {arguments.threads} threads", rows))
-                records += [{"model": name, "dtype": dtype, "batch": batch, **row.record()} for row in rows]
-                if arguments.out:  # a long run that is cut short keeps what it has
-                    taken = {name: getattr(arguments, name) for name in ("rounds", "clock", "seed")}
-                    write(records, {"environment": environment(), **taken}, arguments.out)
+    every = [(name, dtype, batch) for batch, name, dtype in product(arguments.batch, arguments.models, arguments.dtype)]
+    begun = unfinished(arguments.out)
+    left = sorted((each for each in every if each not in done), key=lambda each: str(each) in begun)
+    for at, (name, dtype, batch) in enumerate(left):
+        if at and monotonic() - started > arguments.deadline:
+            print(f"{len(left) - at} of {len(every)} left: the same command goes on with them", flush=True)
+            sys.exit(MORE)
+        begin(arguments.out, str((name, dtype, batch)))
+        try:
+            rows, whole = paired(name, DTYPES[dtype], batch, arguments)
+        except Exception:  # no memory, no compiler, a wrong result: the others are still worth measuring
+            traceback.print_exc()
+            failed.append(f"{name} {dtype} b{batch}")
+            if lost():
+                sys.exit(MORE)
+            continue
+        console.print(draw(f"{name} {dtype}, batch {batch}, {arguments.threads} threads", [row for row, _ in rows]))
+        said = {"model": name, "dtype": dtype, "batch": batch}
+        records += [{**said, **row.record(), **more, **stamp()} for row, more in rows]
+        if arguments.out:  # a long run that is cut short keeps what it has
+            write(records, header, arguments.out)
+        if not whole:  # a capture that fails may leave random numbers and streams as they were in it
+            sys.exit(MORE)
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} could not be measured")
 
 
 def parse() -> argparse.Namespace:
@@ -73,12 +104,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: CPU time, one thread")
+    parser.add_argument("--plain", action="store_true", help="every method in plain PyTorch, too, at the same schedule")
     parser.add_argument(
-        "--compile", nargs="+", default=[], metavar="MODE", help="every variant under torch.compile as well"
+        "--graphs", type=int, default=0, metavar="B", help="up to this batch every variant from a CUDA graph, too"
     )
+    parser.add_argument("--compile", nargs="+", default=[], metavar="MODE", help="variants under torch.compile, too")
+    parser.add_argument(
+        "--compiled", nargs="+", default=[""], metavar="VARIANT", help="which: those whose names begin so"
+    )
+    parser.add_argument("--launches", action="store_true", help="count them, too, which disturbs later timings")
     parser.add_argument(
         "--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe, run on timm's ViT-B/16"
     )
+    parser.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing later")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
     arguments = parser.parse_args()
     unknown = sorted({name for name in arguments.models if ":" not in name} - set(open_clip.list_models()))
@@ -87,6 +125,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"expected {NAMES}, got {', '.join(unknown)}")
     if arguments.clock == "process" and arguments.threads != 1:
         parser.error(f"expected --threads 1 with --clock process, got {arguments.threads}")
+    if (arguments.graphs or arguments.launches) and not CUDA:
+        parser.error("expected a GPU with --graphs and --launches, got none")
     if arguments.peer:
         peer, _, path = arguments.peer.partition("=")
         if peer != "tome" or not (Path(path) / "tome" / "patch" / "timm.py").is_file():
@@ -97,8 +137,12 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def paired(name: str, dtype: torch.dtype, batch: int, arguments: argparse.Namespace) -> list[Speed]:
-    """The rows of one model, dtype and batch size, all variants interleaved."""
+def paired(
+    name: str, dtype: torch.dtype, batch: int, arguments: argparse.Namespace
+) -> tuple[list[tuple[Speed, dict[str, Any]]], bool]:
+    """The rows of one model, dtype and batch size, all variants interleaved, and what else is known of each; and
+    whether every graph could be captured."""
+    rate = matmul_rate(dtype, DEVICE, arguments.clock)
     peers: dict[str, Variant] = {}
     if arguments.peer:
         from peer_tome import peer_tome
@@ -108,30 +152,64 @@ def paired(name: str, dtype: torch.dtype, batch: int, arguments: argparse.Namesp
         model = build(name, dtype)
     tower = ck.tower_of(model)
     batches = images(tower, batch, dtype)
-    wanted = ("dense (host)", *arguments.only)
-    chosen = {label: method for label, method in methods(name).items() if label.startswith(wanted)}
-    variants = vary(model, chosen)
-    check(model, chosen, batches[0])
+    chosen = {
+        label: method for label, method in methods(name, model).items() if label.startswith((HOST, *arguments.only))
+    }
+    chosen = {label: method for label, method in chosen.items() if right(model, label, method, batches[0])}
+    eager = vary(model, chosen)
+    if arguments.plain:
+        eager |= {f"{label}, plain": plain(variant) for label, variant in eager.items() if label != HOST}
+    variants = eager
+    some = {label: eager[label] for label in chosen if label.startswith(tuple(arguments.compiled))}
     for mode in arguments.compile:
-        for label, variant in list(variants.items()):
-            if "compiled" not in label:
-                compiled = torch.compile(variant.encode, mode=mode)
-                variants[f"{label}, compiled {mode}"] = variant._replace(encode=compiled)
-    variants = {**variants, "dense (host) again": variants["dense (host)"], **peers}
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{name} {dtype} b{batch}", total=(arguments.rounds + 1) * len(variants))
+        variants = variants | compile_each(some, mode)
+    graphs = in_graphs(eager, batches[0]) if batch <= arguments.graphs else {}
+    whole = len(graphs) == len(eager) or batch > arguments.graphs
+    variants = {**variants, **graphs}
+    variants = {**variants, f"{HOST} again": variants[HOST], **peers}
+    with (
+        Progress(console=Console(stderr=True), transient=True) as bar,
+        room_to_compile(len(variants)) if arguments.compile else nullcontext(),
+    ):
+        variants = {label: variant for label, variant in variants.items() if runs(label, variant, batches[0], HOST)}
+        peers = {label: variant for label, variant in peers.items() if label in variants}
+        warmup = 3 if arguments.compile else 1  # the second call of a compiled one may record a graph
+        task = bar.add_task(f"{name} {dtype} b{batch}", total=(arguments.rounds + warmup) * len(variants))
         times = time_variants(
             variants,
             batches,
             arguments.rounds,
-            seed=arguments.seed,
-            clock=arguments.clock,
+            warmup,
+            arguments.seed,
+            arguments.clock,
             progress=lambda: bar.advance(task),
         )
+        known = {label: {"peak_mib": held(label, variant, batches[0])} for label, variant in variants.items()}
+        if arguments.launches:
+            for label, variant in variants.items():
+                known[label]["launches"] = launches(partial(variant.encode, batches[0]))
     rows = tabulate(times, variants, tower, batch)
     if peers:
         rows += tabulate(times, peers, tower, batch, baseline="timm (host)")
-    return rows
+    return [(row, {**known[row.name], **arithmetic(row, batch, rate)}) for row in rows], whole
+
+
+def right(model: nn.Module, label: str, method: ck.Method | None, images: Tensor) -> bool:
+    """Whether a method is right on a model; one that is not is named, and never timed."""
+    try:
+        check(model, {label: method}, images)
+    except Exception as error:  # a wrong result, or a kernel that this device refuses
+        if label == HOST or lost():
+            raise
+        print(f"left out, {label}: {str(error).splitlines()[:1]}", flush=True)
+        return False
+    return True
+
+
+def arithmetic(row: Speed, batch: int, rate: float) -> dict[str, float]:
+    """What a row computes in a second, in TFLOP/s, beside what a large matrix product does."""
+    reached = 2 * row.gmacs_run * batch / row.seconds.median / 1e3
+    return {"tflop_per_s": round(reached, 4), "of_matmul": round(reached / rate, 4), "matmul_tflop_per_s": rate}
 
 
 @lru_cache(maxsize=2)
@@ -139,25 +217,28 @@ def build(name: str, dtype: torch.dtype) -> nn.Module:
     """The model with random weights, its image tower whole, its text tower a stub."""
     torch.manual_seed(0)
     library, _, kind = name.rpartition(":")
-    if library == "transformers":
-        model = transformers_tower(kind, 12)
-    elif library == "timm":
-        model = timm_tower(kind, None, num_classes=0)
-    else:
-        model = openai_tower(12) if library == "clip" else open_clip_tower(kind, None)
+    with DEVICE:  # a large tower is drawn faster there
+        if library == "transformers":
+            model = transformers_tower(kind, 12)
+        elif library == "timm":
+            model = timm_tower(kind, None, num_classes=0)
+        else:
+            model = openai_tower(12) if library == "clip" else open_clip_tower(kind, None)
     return model.to(DEVICE, dtype)
 
 
-def methods(name: str) -> dict[str, ck.Method | None]:
-    """What runs on a model, by name; None is the host library's own forward."""
+def methods(name: str, model: nn.Module) -> dict[str, ck.Method | None]:
+    """What runs on a model, by name; None is the host library's own forward. Predictors have random weights."""
     r = R.get(name, 13 if ":" in name else 8)
     return {
-        "dense (host)": None,
+        HOST: None,
         "Dense()": ck.Dense(),
         "EViT(keep=0.7)": ck.EViT(0.7),
         "EViT(keep=0.5)": ck.EViT(0.5),
         f"ToMe(r={r})": ck.ToMe(r),
+        "TCA(rate=0.035)": ck.TCA(0.035),
         "TCA(rate=0.1)": ck.TCA(0.1),
+        "PatchRanking(keep=0.6)": patch_ranking(model, 0.6, 3),
     }
 
 
@@ -189,7 +270,9 @@ def check(model: nn.Module, methods: Mapping[str, ck.Method | None], images: Ten
             assert error <= allowed, f"{name}: relative error {error:.1e} against the host is above {allowed:.1e}"
 
 
-@pytest.mark.parametrize("variant", ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe", "TCA"])
+@pytest.mark.parametrize(
+    "variant", [HOST, "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe", "TCA(rate=0.1)", "PatchRanking"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "batch"),
@@ -199,12 +282,12 @@ def test_tower(benchmark: Any, name: str, batch: int, dtype: str, variant: str) 
     """Time of one batch; every round times both dense variants first."""
     model = build(name, DTYPES[dtype])
     tower = ck.tower_of(model)
-    chosen = {label: method for label, method in methods(name).items() if label.startswith(variant)}
+    chosen = {label: method for label, method in methods(name, model).items() if label.startswith(variant)}
     variant = next(iter(chosen))
     batches = images(tower, batch, DTYPES[dtype])
     check(model, chosen, batches[0])
-    variants = vary(model, {"dense (host)": None, "Dense()": ck.Dense(), **chosen})
-    seconds: dict[str, list[float]] = {"dense (host)": [], "Dense()": []}
+    variants = vary(model, {HOST: None, "Dense()": ck.Dense(), **chosen})
+    seconds: dict[str, list[float]] = {HOST: [], "Dense()": []}
 
     def run() -> None:
         variants[variant].encode(next(turn))

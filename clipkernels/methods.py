@@ -55,8 +55,11 @@ class EViT:
         score: "cls", or "random": one fixed subset per block and seed for all images, for comparison. Its fused
             token weighs the patches by the random scores, which add up to one over all patches.
         seed: of the random subsets.
+        multiple: keep as many more patches as make the tokens left a multiple of this, where there are as many: counts
+            such as 8 or 16 suit some matrix units. 1 is the published schedule.
     Raises:
-        ValueError: keep outside (0, 1], an unknown score, or, from `plan`, a block the tower does not have.
+        ValueError: keep outside (0, 1], an unknown score, a multiple below 1, or, from `plan`, a block the tower does
+            not have.
     Source: EViT, arXiv 2202.07800, section 3.2.
     """
 
@@ -65,9 +68,11 @@ class EViT:
     fuse: bool = True
     score: Literal["cls", "random"] = "cls"
     seed: int = 0
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         _check_keep(self.keep)
+        _check_multiple(self.multiple)
         if self.score not in ("cls", "random"):
             raise ValueError(f'score must be "cls" or "random", got {self.score!r}')
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -79,7 +84,7 @@ class EViT:
         steps: list[Step | None] = [None] * blocks
         for block in named_blocks(self.blocks, blocks):
             patches = tokens - prefix
-            keep = math.ceil(self.keep * patches)
+            keep = _rounded(math.ceil(self.keep * patches), prefix + self.fuse, patches - 1, self.multiple)
             if keep == patches:
                 continue
             ranked = self.score == "cls"
@@ -104,6 +109,7 @@ class TCA:
             rank by the attention received, which is a mean already: there the two are one.
         seed: of the first centre, another place among the merging patches for each block but the same for all images;
             None is the highest score.
+        multiple: as in `EViT`; the patches that are kept more are not fused.
     Raises:
         ValueError: arguments out of range, or, from `plan`, a block the tower does not have, or a rate that leaves a
             block nothing to keep, merge or fuse, naming the block and the rates that would do.
@@ -115,8 +121,10 @@ class TCA:
     centers: int = 2
     score: Literal["rank", "attention"] = "rank"
     seed: int | None = None
+    multiple: int = 1
 
     def __post_init__(self) -> None:
+        _check_multiple(self.multiple)
         if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
             raise ValueError(f"rate must be a number in [0, 1), got {self.rate!r}")
         if isinstance(self.centers, bool) or not isinstance(self.centers, int) or self.centers < 1:
@@ -141,6 +149,7 @@ class TCA:
                 )
                 raise ValueError(f"{wrong}: {self._valid(entry, blocks, prefix)}")
             keep, merge = split
+            keep = _rounded(keep, prefix + self.centers + 1, patches - merge - 1, self.multiple)
             first = 0 if self.seed is None else random.Random(self.seed * blocks + block).randrange(merge)
             step = Condense(keep, merge, self.centers, "rank" if self.score == "rank" else "mean", first)
             steps[block], tokens = step, step.leaves(tokens, prefix)
@@ -230,6 +239,7 @@ class PatchRanking:
         block: zero-based block before which the others go; None is the one that the predictor is for.
         tokens: learnt ones that stand beside the patches in every block, from
             `clipkernels.learn.patch_ranking.fit_tokens`, or None.
+        multiple: as in `EViT`.
     Raises:
         ValueError: keep outside (0, 1], a block that is not the predictor's, or, from `plan`, tokens or blocks of
             another tower than the predictor's.
@@ -241,8 +251,10 @@ class PatchRanking:
     keep: float = 0.6
     block: int | None = None
     tokens: VisualTokens | None = None
+    multiple: int = 1
 
     def __post_init__(self) -> None:
+        _check_multiple(self.multiple)
         if not hasattr(self.predictor, "macs"):
             raise TypeError(f"predictor must be a RankPredictor, got {type(self.predictor).__name__}")
         if self.tokens is not None and not hasattr(self.tokens, "count"):
@@ -261,10 +273,11 @@ class PatchRanking:
         if block >= blocks:
             raise ValueError(f"the predictor is for block {block}, got a tower of {blocks} blocks")
         steps: list[Step | None] = [None] * blocks
-        keep = count_of(self.keep, tokens - prefix)
+        learnt = 0 if self.tokens is None else self.tokens.count
+        keep = _rounded(count_of(self.keep, tokens - prefix), prefix + learnt, tokens - prefix, self.multiple)
         if keep < tokens - prefix:
             steps[block] = Predict(keep, self.predictor.macs)
-        return Plan(tuple(steps), tokens, prefix, 0 if self.tokens is None else self.tokens.count)
+        return Plan(tuple(steps), tokens, prefix, learnt)
 
     def weights(self) -> dict[str, nn.Module]:
         """Predictor and learnt tokens."""
@@ -314,6 +327,18 @@ def count_of(keep: float, patches: int) -> int:
 def _check_keep(keep: float) -> None:
     if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
         raise ValueError(f"keep must be a number in (0, 1], got {keep!r}")
+
+
+def _check_multiple(multiple: int) -> None:
+    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"multiple must be a positive int, got {multiple!r}")
+
+
+def _rounded(keep: int, others: int, most: int, multiple: int) -> int:
+    """The least count of `keep` or more that makes a multiple with the others; `keep` itself where that is above
+    `most`."""
+    more = keep + -(keep + others) % multiple
+    return more if more <= most else keep
 
 
 def _checked_blocks(blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -20,6 +20,8 @@ from PIL import Image
 
 import clipkernels as ck
 import corruptions
+import ways
+from clipkernels import backend
 from clipkernels.cases import Shape
 from clipkernels.cli.demo import QUICK, draw, save
 from clipkernels.data import scenes
@@ -41,7 +43,7 @@ def unshared(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
 
 
-ops, towers, gpu, adaptation = load("ops"), load("towers"), load("gpu"), load("adaptation")
+ops, towers, adaptation = load("ops"), load("towers"), load("adaptation")
 
 
 @pytest.fixture
@@ -168,29 +170,129 @@ def test_the_paired_run_writes_rows_and_environment(
     towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, 2, "--rounds", 1, "--threads", 1, "--out", file)
     rows = list(csv.DictReader(file.open(encoding="utf-8")))
     variants = ["dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe(r=4)"]
-    variants += ["TCA(rate=0.1)", "dense (host) again"]
+    variants += ["TCA(rate=0.035)", "TCA(rate=0.1)", "PatchRanking(keep=0.6)", "dense (host) again"]
     assert [(row["batch"], row["variant"]) for row in rows] == [(batch, name) for batch in "12" for name in variants]
     report = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     assert report["environment"]["threads"] == 1
     assert [row["variant"] for row in report["rows"]] == 2 * variants
     for row in report["rows"]:
         dense = next(other for other in report["rows"] if other["variant"] == row["baseline"])
+        assert row["peak_mib"] > 0
+        rate = 2 * row["gmacs_run"] * row["batch"] / row["milliseconds"]
+        assert (row["tflop_per_s"], row["of_matmul"]) == pytest.approx((rate, rate / row["matmul_tflop_per_s"]), 0.02)
         assert row["efficiency"] == pytest.approx(row["speedup"] * row["gmacs_run"] / dense["gmacs_run"], rel=0.02)
+
+
+def test_a_paired_run_ends_in_time_and_goes_on_where_its_file_ends(
+    monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "towers.csv"
+    options = ["--models", "ViT-B-32", "--batch", 1, 2, "--rounds", 1, "--threads", 1, "--only", "Dense()"]
+    began = iter([0.0, 9.0])
+    monkeypatch.setattr(towers, "monotonic", lambda: next(began))
+    with pytest.raises(SystemExit) as ended:
+        towers_main(monkeypatch, *options, "--deadline", 5, "--out", file)
+    assert ended.value.code == towers.MORE and "1 of 2 left" in capsys.readouterr().out
+    first = list(csv.DictReader(file.open(encoding="utf-8")))
+    monkeypatch.undo()
+    monkeypatch.setattr(towers, "build", lambda name, dtype: ck.bundled()[0].to(dtype))
+    towers_main(monkeypatch, *options, "--out", file)
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
+    assert rows[:3] == first and [row["batch"] for row in rows] == ["1"] * 3 + ["2"] * 3
+    with pytest.raises(SystemExit, match="was taken with other options"):
+        towers_main(monkeypatch, *options[:-1], "EViT", "--out", file)
+
+
+def test_a_plain_variant_runs_the_same_plan_on_the_reference(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    (variant,) = towers.vary(tiny, {"EViT": ck.EViT(0.5)}).values()
+    images, asked, choose = torch.randn(2, 3, 32, 32), [], backend.choose
+
+    def noted(wanted: str, *given: Any, **more: Any) -> str:
+        asked.append(backend.asked(wanted))
+        return choose(wanted, *given, **more)
+
+    with torch.inference_mode():
+        expected = variant.encode(images)
+        monkeypatch.setattr(backend, "choose", noted)
+        came = ways.plain(variant).encode(images)
+    assert set(asked) == {"reference"} and torch.equal(came, expected)
+    assert "CLIPKERNELS_BACKEND" not in os.environ
+
+
+def test_a_batch_that_cannot_be_measured_is_named_and_the_others_are(
+    monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, paired = tmp_path / "towers.csv", towers.paired
+
+    def full(name: str, dtype: torch.dtype, batch: int, arguments: Any) -> Any:
+        if batch == 1:
+            raise torch.OutOfMemoryError("no room")
+        return paired(name, dtype, batch, arguments)
+
+    monkeypatch.setattr(towers, "paired", full)
+    options = ["--models", "ViT-B-32", "--rounds", 1, "--threads", 1, "--only", "Dense()", "--out", file]
+    with pytest.raises(SystemExit, match="error: ViT-B-32 float32 b1 could not be measured"):
+        towers_main(monkeypatch, *options, "--batch", 1, 2)
+    assert "no room" in capsys.readouterr().err
+    assert [row["batch"] for row in csv.DictReader(file.open(encoding="utf-8"))] == ["2"] * 3
+    # The next run leaves what ended this one to the end.
+    monkeypatch.setattr(towers, "paired", paired)
+    towers_main(monkeypatch, *options, "--batch", 1, 3)
+    assert [row["batch"] for row in csv.DictReader(file.open(encoding="utf-8"))] == ["2"] * 3 + ["3"] * 3 + ["1"] * 3
+
+
+def test_a_method_that_is_wrong_or_does_not_run_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check, plain = towers.check, towers.plain
+
+    def picky(model: Any, methods: Any, images: torch.Tensor) -> None:
+        assert "EViT(keep=0.5)" not in methods, "EViT is wrong"
+        check(model, methods, images)
+
+    def refusing(variant: Any) -> Any:
+        def encode(images: torch.Tensor) -> Any:
+            raise RuntimeError("no kernel")
+
+        return variant._replace(encode=encode) if variant.method == ck.Dense() else plain(variant)
+
+    monkeypatch.setattr(towers, "check", picky)
+    monkeypatch.setattr(towers, "plain", refusing)
+    options = ["--models", "ViT-B-32", "--batch", 1, "--rounds", 1, "--threads", 1, "--only", "Dense()", "EViT"]
+    towers_main(monkeypatch, *options, "--plain", "--out", tmp_path / "towers.csv")
+    said = capsys.readouterr().out
+    assert "left out, EViT(keep=0.5): ['EViT is wrong" in said and "left out, Dense(), plain: ['no kernel']" in said
+    names = [row["variant"] for row in csv.DictReader((tmp_path / "towers.csv").open(encoding="utf-8"))]
+    evit = ["EViT(keep=0.7)", "EViT(keep=0.7), plain"]
+    assert names == ["dense (host)", "Dense()", *evit, "dense (host) again"]
 
 
 def test_some_variants_can_be_chosen_and_each_of_them_compiled(
     monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path
 ) -> None:
     asked = []
-    monkeypatch.setattr(torch, "compile", lambda encode, mode: asked.append(mode) or encode)
-    options = ["--only", "Dense", "EViT(keep=0.7)", "--compile", "default", "--rounds", 1, "--threads", 1]
+    monkeypatch.setattr(torch, "compile", lambda encode, mode, dynamic: asked.append((mode, dynamic)) or encode)
+    options = ["--only", "Dense", "EViT(keep=0.7)", "--compile", "default", "--compiled", "dense", "EViT"]
+    options += ["--rounds", 1, "--threads", 1]
     file = tmp_path / "towers.csv"
     towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, *options, "--out", file)
     with file.open(encoding="utf-8", newline="") as stream:
         names = [row["variant"] for row in csv.DictReader(stream)]
     plain = ["dense (host)", "Dense()", "EViT(keep=0.7)"]
-    assert names == [*plain, *(f"{name}, compiled default" for name in plain), "dense (host) again"]
-    assert asked == ["default"] * 3
+    compiled = ["dense (host), compiled default", "EViT(keep=0.7), compiled default"]
+    assert names == [*plain, *compiled, "dense (host) again"]
+    assert asked == [("default", False)] * 2
+
+
+def test_no_plain_variant_is_compiled_for_a_compiler_would_keep_its_own_choice(
+    monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda encode, mode, dynamic: encode)
+    options = ["--only", "Dense()", "--compile", "default", "--plain", "--rounds", 1, "--threads", 1]
+    towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, *options, "--out", tmp_path / "towers.csv")
+    with (tmp_path / "towers.csv").open(encoding="utf-8", newline="") as stream:
+        names = {row["variant"] for row in csv.DictReader(stream)}
+    assert {name for name in names if "Dense()" in name} == {"Dense()", "Dense(), plain", "Dense(), compiled default"}
 
 
 def test_a_tower_that_differs_from_the_host_is_never_timed(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
@@ -239,56 +341,25 @@ def test_what_has_not_begun_by_the_deadline_is_skipped() -> None:
     options = ["-q", "-rs", "-k", "prune_tokens-reference-B-32-b1-float32", "--deadline", "0"]
     command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options]
     done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "not begun within 0 s" in done.stdout
+    assert done.returncode == towers.MORE and "not begun within 0 s" in done.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would run")
-def test_without_a_gpu_the_campaign_says_so_and_writes_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, BENCH / "gpu.py", "--out", tmp_path / "results"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: expected a CUDA or ROCm device, got none")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_campaign_names_scripts_that_exist_and_collects_tests(tmp_path: Path) -> None:
-    commands = gpu.commands(tmp_path)
-    named = [word for command in commands.values() for word in command if word.endswith(".py")]
-    assert named and all((BENCH.parent / word).is_file() for word in named)
-    assert {name.split("-")[0] for name in commands} == set(gpu.LIMITS)
-    assert sum(gpu.LIMITS.values()) - gpu.LIMITS["check"] < 480
-    chosen = commands["ops"].index("-k") + 2
-    collect = [*commands["ops"][:chosen], "--collect-only"]
-    done = subprocess.run(collect, cwd=BENCH.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "bfloat16" in done.stdout and "float32" not in done.stdout, done.stdout
-
-
-def test_the_campaign_keeps_what_a_slow_part_wrote_and_reports_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu, "LIMITS", {"tests": 2, "check": 30})
-    slow = [sys.executable, "-u", "-c", "import time; print('half'); time.sleep(60)"]
-    wrong = [sys.executable, "-c", "print('one failed'); raise SystemExit(1)"]
-    right = [sys.executable, "-c", "print('all passed')"]
-    failed = gpu.run({"tests": slow, "check-a": wrong, "check-b": right}, tmp_path)
-    assert failed == ["tests", "check-a"]
-    said = capsys.readouterr().out.splitlines()
-    assert "stopped at its time limit" in said[0] and said[0].endswith("half")
-    assert "exit status 1" in said[1] and said[1].endswith("one failed")
-    assert "ok" in said[2] and (tmp_path / "check-b.log").read_text() == "all passed\n"
-
-
-def test_rows_are_appended_as_they_are_measured_and_urgent_ones_come_first(tmp_path: Path) -> None:
+def test_rows_are_appended_as_they_are_measured_and_those_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
-    options = ["-q", "-k", "bias_act_gelu-reference-B-32 and float32", "--deadline", "500", "--rows", rows]
-    command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options, "--benchmark-max-time=0.01"]
+    options = ["-q", "--deadline", "500", "--rows", rows, "--benchmark-max-time=0.01"]
     environment = unshared({**os.environ, "OMP_NUM_THREADS": "1"})
-    for _ in range(2):
+    for chosen in ("b1 and not b16", "float32", "float32"):
+        command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options]
+        command += ["-k", f"bias_act_gelu-reference-B-32 and float32 and {chosen}"]
         done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     with rows.open(newline="") as file:
         came = list(csv.DictReader(file))
-    assert [row["batch"] for row in came] == ["1", "8"] * 2
+    assert [row["batch"] for row in came] == ["1", "8"]
     assert all(float(row["p20"]) <= float(row["microseconds"]) <= float(row["p80"]) for row in came)
+    for row in came:
+        floor = float(row["bytes"]) / float(row["copy_gb_per_s"]) / 1e9
+        assert float(row["of_floor"]) == pytest.approx(floor / float(row["microseconds"]) * 1e6)
 
 
 def test_the_study_of_streams_runs_goes_on_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

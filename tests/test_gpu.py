@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import clipkernels as ck
+import ways
 from clipkernels.cases import CASES, SHAPES, Source, flat
 from clipkernels.testing import (
     given_to,
@@ -16,6 +17,7 @@ from clipkernels.testing import (
     timm_tower,
     transformers_tower,
 )
+from clipkernels.timing import vary
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 CUDA = torch.device("cuda")
@@ -130,3 +132,19 @@ def test_a_reservoir_from_a_file_goes_on_where_the_model_is(tmp_path):
     classifier = ck.Classifier(model, tokenizer, ("cat", "dog"), method=ck.TCA(0.1), head=ck.Reservoir)
     classifier.head.load(tmp_path / "reservoir.safetensors")
     assert classifier(images[:8].to(CUDA)).isfinite().all() and classifier.head.seen == 32
+
+
+@pytest.mark.parametrize("name", ["open_clip ViT-B-32", "timm vit_base_patch16_siglip_224"])
+@torch.inference_mode()
+def test_the_benches_ways_to_run_a_tower_give_what_it_gives(name):
+    """The host's own forward, and a method on kernels and in plain PyTorch, from Python and from a graph."""
+    found, images = tower(name, ck.EViT(0.5))
+    model = found.root
+    variants = vary(ck.unpatch(model), {"host": None, "EViT": ck.EViT(0.5)})
+    variants["plain"] = ways.plain(variants["EViT"])
+    for label, variant in variants.items():
+        graph = ways.captured(variant, images[0])
+        for some in images:
+            torch.testing.assert_close(graph.encode(some), variant.encode(some), rtol=0.02, atol=0.02)
+        assert 10 < ways.launches(partial(variant.encode, images[0])) < 200, label
+    assert ways.matmul_rate(torch.bfloat16, CUDA) > 1

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import clipkernels as ck
+from clipkernels.learn.patch_ranking import RankPredictor
 from clipkernels.plan import Merge, Plan, Prune
 
 B16 = {"width": 768, "patch": 16, "out": 512}
@@ -93,6 +94,31 @@ def test_ideal_speedups_of_four_towers_at_keep_half():
     assert came == pytest.approx([1.85, 1.99, 3.17, 3.27], abs=0.005)
 
 
+@pytest.mark.parametrize("multiple", [8, 16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda multiple: ck.EViT(0.7, multiple=multiple),
+        lambda multiple: ck.EViT(0.5, fuse=False, multiple=multiple),
+        lambda multiple: ck.TCA(0.1, multiple=multiple),
+        lambda multiple: ck.PatchRanking(RankPredictor(197), multiple=multiple),
+    ],
+)
+def test_a_multiple_keeps_the_fewest_more_that_make_one(make, multiple):
+    def left(multiple):
+        plan = make(multiple).plan(tokens=197, blocks=12)
+        return [after for step, after in zip(plan.steps, plan.tokens[1:], strict=True) if step]
+
+    # Each step takes the share of what came, so only the first is the published count rounded up.
+    assert left(multiple)[0] == -(-left(1)[0] // multiple) * multiple
+    assert all(tokens % multiple == 0 for tokens in left(multiple))
+
+
+def test_a_multiple_that_does_not_fit_leaves_the_published_count():
+    assert ck.EViT(0.5, multiple=64).plan(10, 12).tokens == ck.EViT(0.5).plan(10, 12).tokens
+    assert ck.EViT(1.0, multiple=8).plan(197, 12).steps == (None,) * 12
+
+
 def test_random_subsets_differ_by_block_and_by_seed():
     seeds = [
         step.seed for seed in (0, 1) for step in ck.EViT(0.5, score="random", seed=seed).plan(50, 12).steps if step
@@ -110,6 +136,8 @@ def test_random_subsets_differ_by_block_and_by_seed():
         (lambda: ck.EViT(0.5, score="best"), 'score must be "cls" or "random", got \'best\''),
         (lambda: ck.EViT(0.5, blocks=3), r"blocks must be a tuple of ints such as \(3, 6, 9\), got 3"),
         (lambda: ck.EViT(0.5, seed=-1), "seed must be a non-negative int, got -1"),
+        (lambda: ck.EViT(0.5, multiple=0), "multiple must be a positive int, got 0"),
+        (lambda: ck.TCA(0.1, multiple=1.5), "multiple must be a positive int, got 1.5"),
         (lambda: ck.EViT(0.5, blocks=(12,)).plan(197, 12), r"blocks must be ints in \[0, 11\].*got 12"),
         (lambda: ck.EViT(0.5, blocks=(-1,)).plan(197, 12), "got -1"),
         (lambda: ck.ToMe(-1), "r must be a non-negative int"),

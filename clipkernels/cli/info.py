@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ DISTRIBUTIONS = {
     "transformers": "transformers",
     "numpy": "numpy",
 }
+
+COMMIT = "CLIPKERNELS_COMMIT"
+"""The variable that names the commit of a copy that has no git beside it."""
 
 EXAMPLE = """\b
 Example:
@@ -82,7 +86,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "threads": torch.get_num_threads(),
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12") or os.environ.get(COMMIT),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
@@ -110,6 +114,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def _output(*command: str) -> str | None:
     """What a command prints, run where this file lies; None where it fails or does not exist."""
     try:
