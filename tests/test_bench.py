@@ -363,6 +363,7 @@ def test_rows_are_appended_as_they_are_measured_and_those_that_are_there_are_not
 
 
 def test_the_study_of_streams_runs_goes_on_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     save(draw(QUICK, seed=0), tmp_path)
     out = tmp_path / "study" / "shift.csv"
     arguments = ["--images", tmp_path / "digits", "--limit", 12, "--shuffles", 2, "--out", out]

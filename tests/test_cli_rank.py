@@ -502,7 +502,7 @@ def test_classify_keeps_what_a_predictor_ranks_highest(
 ) -> None:
     result = classify(*files, "--method", "patch-ranking", "--predictor", predictor, *options)
     assert result.exit_code == 0, result.output
-    assert f"keep={keep}, block=3, tokens=None), tokens {tokens}\n" in result.stderr
+    assert f"keep={keep}, block=3, tokens=None, multiple=1), tokens {tokens}\n" in result.stderr
     model, _, tokenizer = ck.bundled()
     method = ck.PatchRanking(RankPredictor.load(predictor), keep)
     classifier = ck.Classifier(model, tokenizer, digits.CLASSES, method=method)
