@@ -1,13 +1,12 @@
 """`--deadline` and `--rows`: a long run of benchmarks that ends in time, keeps what it measured and goes on with it."""
 
-import csv
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from rows import MORE, begin, unfinished
+from rows import MORE, begin, read_csv, unfinished
 
 START = time.monotonic()
 # What a run that may be cut short measures first.
@@ -59,10 +58,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _done(rows: Path) -> set[tuple[str, ...]]:
     """What a file has rows of."""
-    if not rows.exists():
-        return set()
-    with rows.open(encoding="utf-8", newline="") as file:
-        return {tuple(row[key] for key in ("op", "variant", "tower", "batch", "dtype")) for row in csv.DictReader(file)}
+    return {tuple(row[key] for key in ("op", "variant", "tower", "batch", "dtype")) for row in read_csv(rows)}
 
 
 def _names(item: pytest.Item) -> tuple[str, ...] | None:

@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 
 from clipkernels.cases import CASES, SHAPES, Source
+from clipkernels.cli.output import write_csv
 from clipkernels.files import replacing
+from rows import read_csv
 
 METRICS = (
     "gpu__time_duration.sum",
@@ -61,9 +63,7 @@ def main() -> None:
             return
         rows += [{"op": op, "tower": tower, "batch": batch, **row} for row in found]
         with replacing(arguments.out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, {name: None for row in rows for name in row}, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+            write_csv(rows, file)
     print(f"{len(rows)} launches in {arguments.out}")
 
 
@@ -86,10 +86,7 @@ def call(op: str, tower: str, batch: int) -> None:
 
 def furthest(table: Path, count: int = 2) -> list[tuple[str, str, str]]:
     """The operations, with shape and batch, whose kernels are furthest from their floor: one row of each operation."""
-    if not table.exists():
-        return []
-    with table.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["variant"] == "triton"]
+    rows = [row for row in read_csv(table) if row["variant"] == "triton"]
     largest = max((int(row["batch"]) for row in rows), default=0)
     rows = sorted((row for row in rows if int(row["batch"]) == largest), key=lambda row: float(row["of_floor"]))
     first: dict[str, tuple[str, str, str]] = {}

@@ -36,8 +36,8 @@ from rows import MORE, stamp
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-TESTS = ("attention", "predict", "prune", "condense", "merge", "epilogue", "cross_attention", "affinity", "targeted_l1")
-DEVICE_TESTS = ("fused_tower", "gpu")
+TESTS = ("attention", "predict", "prune", "condense", "merge", "epilogue", "cross_attention", "affinity")
+TESTS += ("targeted_l1", "fused_tower", "gpu")
 MODELS = ("ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-L-14-336", "ViT-SO400M-14-SigLIP-384", "transformers:CLIPModel")
 BATCHES = ("256", "1", "32", "8", "64")
 COMPILED = ("dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe", "TCA", "PatchRanking")
@@ -139,7 +139,7 @@ def commands(out: Path, peer: str | None = None) -> dict[str, list[str]]:
     python = [sys.executable, "-u"]
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     spread = ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    made = {"tests": [*pytest, "-v", *spread, *(f"tests/test_{name}.py" for name in (*TESTS, *DEVICE_TESTS))]}
+    made = {"tests": [*pytest, "-v", *spread, *(f"tests/test_{name}.py" for name in TESTS)]}
     for dtype in ("bfloat16", "float32", "float16"):
         made[f"check-{dtype}"] = [*python, "-m", "clipkernels", "check", "--dtype", dtype, "--format", "csv"]
         made[f"check-{dtype}"] += ["--output", str(out / f"check-{dtype}.csv"), "--quiet"]

@@ -12,7 +12,6 @@ is missed is written by hand into reasons.json there, {target: reason}, and come
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipkernels.files import replacing
+from rows import read_csv
 from targets import AUTOTUNED, PEER, Row, efficiencies, fastest, grouped, reduced, targets, way_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,10 +76,8 @@ def parse() -> argparse.Namespace:
 
 def read(folder: Path) -> Measured:
     """Whatever is there of a campaign's files."""
-    ops, towers, environment, reasons = [], [], {}, {}
-    if (folder / "ops.csv").exists():
-        ops = [{key: number(value) for key, value in row.items()} for row in rows_of(folder / "ops.csv")]
-        environment = ops[-1] if ops else {}
+    ops = [{key: number(value) for key, value in row.items()} for row in read_csv(folder / "ops.csv")]
+    towers, environment, reasons = [], ops[-1] if ops else {}, {}
     for name in TOWERS:
         if (folder / f"{name}.json").exists():
             taken = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -88,12 +86,6 @@ def read(folder: Path) -> Measured:
     if (folder / "reasons.json").exists():
         reasons = json.loads((folder / "reasons.json").read_text(encoding="utf-8"))
     return Measured(folder, ops, towers, environment, reasons)
-
-
-def rows_of(table: Path) -> list[dict[str, str]]:
-    """The rows of a CSV."""
-    with table.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def number(text: str) -> Any:
@@ -145,7 +137,7 @@ def towers_told(towers: Sequence[Row]) -> list[tuple[str, ...]]:
     """A line for each tower and method: images a second and η of its fastest way, by batch."""
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for (model, batch), rows in grouped(towers).items():
-        etas = efficiencies(towers, batch)
+        etas = efficiencies(rows, batch)
         for name, (row, _) in fastest(rows).items():
             eta = f", η {etas[f'{model} {name}']:.2f}" if reduced(row) else ""
             said = f"{per_second(row)}/s{eta} ({way_of(row)})"
@@ -200,7 +192,7 @@ def tables(found: Measured) -> str:
         told = [[str(value) for value in gain.values()] for gain in gains]
         lines += ["", "## Keep counts rounded up", "", *markdown(list(gains[0]), told)]
     for name, title in WHOLE.items():
-        rows = rows_of(found.folder / f"{name}.csv") if (found.folder / f"{name}.csv").exists() else []
+        rows = read_csv(found.folder / f"{name}.csv")
         if rows:
             lines += ["", f"## {title}", "", *markdown(list(rows[0]), [list(row.values()) for row in rows])]
     return "\n".join([*lines, ""])

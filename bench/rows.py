@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,14 @@ def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: 
                 write_csv(records, file)
             else:
                 json.dump({**header, "rows": records}, file, indent=1)
+
+
+def read_csv(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; none where there is no such file."""
+    if not table.exists():
+        return []
+    with table.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def resume(out: Path | None, header: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What a block's four matrix products take by the number of tokens: which counts tile badly, and what rounding gains.
 
     python bench/staircase.py --out staircase.csv --plot staircase.png
-    python bench/staircase.py --models ViT-B-16 --batch 32 256 --multiples 8 16 --out staircase.csv
+    python bench/staircase.py --models B-16 --batch 32 256 --multiples 8 16 --out staircase.csv
 
 The products of B·N rows are timed for every N up to the tower's. A count tiles badly where a larger one takes less.
 Then every plan's products are added up as published, and with its keep counts rounded up (`EViT(…, multiple=8)`).

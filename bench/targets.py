@@ -7,7 +7,7 @@ has that: so a variant of one run can be held against one of another.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from clipkernels.cli.demo import HOST
@@ -139,27 +139,31 @@ def base(rows: Sequence[Row]) -> Best | None:
     return max((best for best in speeds(rows) if not reduced(best.row)), key=lambda best: best.speed, default=None)
 
 
-def efficiencies(towers: Sequence[Row], batch: int) -> dict[str, float]:
-    """η of each method's fastest way against the fastest dense variant, by model and method."""
-    found = {}
-    for (model, here), rows in grouped(towers).items():
+def beside_dense(towers: Sequence[Row]) -> Iterator[tuple[str, int, str, Best, Best]]:
+    """Model, batch and name of every method that reduces, its fastest way and the fastest dense variant there."""
+    for (model, batch), rows in grouped(towers).items():
         full = base(rows)
         for name, best in fastest(rows).items():
-            if here == batch and full is not None and reduced(best.row):
-                saved = full.row["gmacs_run"] / best.row["gmacs_run"]
-                found[f"{model} {name}"] = best.speed / full.speed / saved
-    return found
+            if full is not None and reduced(best.row):
+                yield model, batch, name, best, full
+
+
+def efficiencies(towers: Sequence[Row], batch: int) -> dict[str, float]:
+    """η of each method's fastest way against the fastest dense variant, by model and method."""
+    return {
+        f"{model} {name}": best.speed / full.speed * best.row["gmacs_run"] / full.row["gmacs_run"]
+        for model, here, name, best, full in beside_dense(towers)
+        if here == batch
+    }
 
 
 def speedups(towers: Sequence[Row]) -> dict[str, float]:
     """How many times faster each method's fastest way is than the fastest dense variant."""
-    found = {}
-    for (model, batch), rows in grouped(towers).items():
-        full = base(rows)
-        for name, best in fastest(rows).items():
-            if batch in (1, 32, 256) and full is not None and reduced(best.row):
-                found[f"{model} {name} b{batch}"] = best.speed / full.speed
-    return found
+    return {
+        f"{model} {name} b{batch}": best.speed / full.speed
+        for model, batch, name, best, full in beside_dense(towers)
+        if batch in (1, 32, 256)
+    }
 
 
 def dense(towers: Sequence[Row], other: str) -> dict[str, float]:

@@ -42,7 +42,7 @@ from clipkernels.cli.measure import compile_each, room_to_compile
 from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, timm_tower, transformers_tower
 from clipkernels.timing import Speed, Times, Variant, plan_for, tabulate, time_variants, vary
 from rows import MORE, begin, draw, resume, stamp, unfinished, write
-from ways import held, in_graphs, launches, lost, matmul_rate, plain, runs
+from ways import held, in_graphs, launches, lost, matmul_rate, plain, run_once, serves
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -155,7 +155,11 @@ def paired(
     chosen = {
         label: method for label, method in methods(name, model).items() if label.startswith((HOST, *arguments.only))
     }
-    chosen = {label: method for label, method in chosen.items() if right(model, label, method, batches[0])}
+    chosen = {
+        label: method
+        for label, method in chosen.items()
+        if serves(label, partial(check, model, {label: method}, batches[0]), HOST)
+    }
     eager = vary(model, chosen)
     if arguments.plain:
         eager |= {f"{label}, plain": plain(variant) for label, variant in eager.items() if label != HOST}
@@ -165,13 +169,16 @@ def paired(
         variants = variants | compile_each(some, mode)
     graphs = in_graphs(eager, batches[0]) if batch <= arguments.graphs else {}
     whole = len(graphs) == len(eager) or batch > arguments.graphs
-    variants = {**variants, **graphs}
-    variants = {**variants, f"{HOST} again": variants[HOST], **peers}
+    variants = {**variants, **graphs, f"{HOST} again": variants[HOST], **peers}
     with (
         Progress(console=Console(stderr=True), transient=True) as bar,
         room_to_compile(len(variants)) if arguments.compile else nullcontext(),
     ):
-        variants = {label: variant for label, variant in variants.items() if runs(label, variant, batches[0], HOST)}
+        variants = {
+            label: variant
+            for label, variant in variants.items()
+            if serves(label, partial(run_once, variant, batches[0]), HOST)
+        }
         peers = {label: variant for label, variant in peers.items() if label in variants}
         warmup = 3 if arguments.compile else 1  # the second call of a compiled one may record a graph
         task = bar.add_task(f"{name} {dtype} b{batch}", total=(arguments.rounds + warmup) * len(variants))
@@ -192,18 +199,6 @@ def paired(
     if peers:
         rows += tabulate(times, peers, tower, batch, baseline="timm (host)")
     return [(row, {**known[row.name], **arithmetic(row, batch, rate)}) for row in rows], whole
-
-
-def right(model: nn.Module, label: str, method: ck.Method | None, images: Tensor) -> bool:
-    """Whether a method is right on a model; one that is not is named, and never timed."""
-    try:
-        check(model, {label: method}, images)
-    except Exception as error:  # a wrong result, or a kernel that this device refuses
-        if label == HOST or lost():
-            raise
-        print(f"left out, {label}: {str(error).splitlines()[:1]}", flush=True)
-        return False
-    return True
 
 
 def arithmetic(row: Speed, batch: int, rate: float) -> dict[str, float]:

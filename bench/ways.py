@@ -81,19 +81,23 @@ def lost() -> bool:
     return False
 
 
-@torch.inference_mode()
-def runs(label: str, variant: Variant, images: Tensor, needed: str) -> bool:
-    """Whether a variant, warm from here on, gives finite embeddings; one that does not is named, unless it is
-    needed: then it raises."""
+def serves(label: str, attempt: Callable[[], object], needed: str) -> bool:
+    """Whether an attempt at a variant raises nothing; one that does is named, unless it is needed: then it raises."""
     try:
-        came: Any = variant.encode(images)
-        assert came.isfinite().all(), "the embedding is not finite"
-    except Exception as error:  # what a compiler refuses, too
+        attempt()
+    except Exception as error:  # a wrong result, what a compiler or a device refuses
         if label == needed or lost():
             raise
         print(f"left out, {label}: {str(error).splitlines()[:1]}", flush=True)
         return False
     return True
+
+
+@torch.inference_mode()
+def run_once(variant: Variant, images: Tensor) -> None:
+    """Warms a variant; raises where its embeddings are not finite."""
+    came: Any = variant.encode(images)
+    assert came.isfinite().all(), "the embedding is not finite"
 
 
 @torch.inference_mode()
