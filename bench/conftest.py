@@ -1,17 +1,19 @@
 """`--deadline` and `--rows`: a long run of benchmarks that ends in time, keeps what it measured and goes on with it."""
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from rows import MORE, begin, read_csv, unfinished
+from rows import MORE, TRIES, begin, begun, read_csv
 
 START = time.monotonic()
 # What a run that may be cut short measures first.
 BATCHES, TOWERS = (256, 1, 64, 8), ("B-16", "L-14", "B-32", "L-14-336", "SO400M-14-384")
-LATE = pytest.StashKey[int]()
+LATE, GIVEN_UP = pytest.StashKey[int](), pytest.StashKey[int]()
+TRIED = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.stash[LATE] = 0
+    config.stash[LATE], config.stash[GIVEN_UP], config.stash[TRIED] = 0, 0, Counter()
     if config.getoption("--rows"):
         done = _done(Path(config.getoption("--rows")))
         config.hook.pytest_deselected(items=[item for item in items if _names(item) in done])
@@ -28,14 +30,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--deadline") is not None:
         items.sort(key=_urgency)
     if config.getoption("--rows"):
-        begun = unfinished(Path(config.getoption("--rows")))
-        items.sort(key=lambda item: item.nodeid in begun)
+        config.stash[TRIED] = begun(Path(config.getoption("--rows")))
+        items.sort(key=lambda item: config.stash[TRIED][item.nodeid])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    deadline = item.config.getoption("--deadline")
+    deadline, stash = item.config.getoption("--deadline"), item.config.stash
+    if stash[TRIED][item.nodeid] >= TRIES:
+        stash[GIVEN_UP] += 1
+        pytest.skip(f"begun {stash[TRIED][item.nodeid]} times, never measured")
     if deadline is not None and time.monotonic() - START > deadline:
-        item.config.stash[LATE] += 1
+        stash[LATE] += 1
         pytest.skip(f"not begun within {deadline:.0f} s")
     if item.config.getoption("--rows"):
         begin(Path(item.config.getoption("--rows")), item.nodeid)
@@ -50,8 +55,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.exitstatus == pytest.ExitCode.OK and session.config.stash.get(LATE, 0):
+    ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)  # what failed is tried once more, then given up
+    if session.exitstatus in ended and session.config.stash.get(LATE, 0):
         session.exitstatus = MORE
+    elif session.exitstatus == pytest.ExitCode.OK and session.config.stash.get(GIVEN_UP, 0):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("--rows"):
         session.exitstatus = pytest.ExitCode.OK  # all were there
 
@@ -75,5 +83,5 @@ def _urgency(item: pytest.Item) -> tuple[bool, int, int]:
     but for the formulas as published, which targets are about."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     batch, tower = params.get("batch"), params.get("shape")
-    slow = params.get("variant") == "compiled"
+    slow = params.get("variant") in ("compiled", "topk_compiled")
     return slow, *(order.index(value) if value in order else -1 for order, value in ((BATCHES, batch), (TOWERS, tower)))

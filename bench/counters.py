@@ -54,7 +54,7 @@ def main() -> None:
     for op, tower, batch in chosen:
         command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
         command += ["--metrics", ",".join(METRICS)]
-        command += ["--kernel-name", "regex:^_.*_kernel", "--target-processes", "all"]
+        command += ["--kernel-name", "regex:^_.*_kernel", "--target-processes", "application-only"]
         command += [sys.executable, __file__, "--call", op, tower, batch]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = parsed(done.stdout.splitlines())

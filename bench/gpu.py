@@ -8,24 +8,27 @@
 
 It installs nothing and needs no network: torch, triton, pytest, pytest-benchmark, click, rich and matplotlib must be
 there, and open_clip, timm and transformers for the towers, which are left out without open_clip. Tests and checks run
-beside each other, everything else by itself. A call takes the parts that had the fewest turns first, begins none that
-could do nothing before `--limit`, and stops then; what takes long writes as it measures and goes on in the next call:
-call until nothing is left. Results are CSV, JSON and logs in one folder per device, where `done.json` says how far
-every part is, and of which commit. The last thing a call does is to render them (`bench/report.py`).
-CLIPKERNELS_COMMIT names the commit of a copy without git.
+beside each other, everything else by itself, part after part, what failed last. A call begins nothing that could do
+nothing before `--limit`, and stops then; what takes long writes as it measures and goes on in the next call: call until
+nothing is left. What comes before `compiled` takes some forty minutes of a fast GPU, the rest hours (estimates).
+Results are CSV, JSON and logs in one folder per device, where `done.json` says how far every part is, and of which
+commit. The last thing a call does is to render them (`bench/report.py`). CLIPKERNELS_COMMIT names the commit of a copy
+without git.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,43 +41,46 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 TESTS = ("attention", "predict", "prune", "condense", "merge", "epilogue", "cross_attention", "affinity")
 TESTS += ("targeted_l1", "fused_tower", "gpu")
-MODELS = ("ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-L-14-336", "ViT-SO400M-14-SigLIP-384", "transformers:CLIPModel")
+MODELS = ("ViT-B-16", "ViT-L-14", "ViT-B-16-quickgelu", "ViT-B-32", "ViT-L-14-336", "ViT-SO400M-14-SigLIP-384")
+MODELS += ("transformers:CLIPModel",)
 BATCHES = ("256", "1", "32", "8", "64")
-COMPILED = ("dense (host)", "Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe", "TCA", "PatchRanking")
-AUTOTUNED = ("dense (host)", "Dense()", "EViT(keep=0.7)")
+# A compiler takes minutes for some: each by itself, beside the host.
+COMPILED = ("Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe", "TCA(rate=0.035)", "TCA(rate=0.1)", "PatchRanking")
+AUTOTUNED = ("Dense()", "EViT(keep=0.7)")
 
 
 class Part(NamedTuple):
-    """Seconds that a part may take of one call, and what it takes to begin and do the longest piece that it can go on
-    after; None where it begins anew."""
+    """Seconds that a part may take, where it begins anew in every call; or what it takes to begin and do the longest
+    piece that it can go on after, in as many calls as it needs."""
 
-    limit: float
+    limit: float = math.inf
     piece: float | None = None
 
 
 PARTS = {
-    "towers": Part(300, 80),
-    "tests": Part(140),
-    "check": Part(140),
-    "ops": Part(150, 30),
-    "compiled": Part(430, 300),
-    "autotuned": Part(430, 330),
-    "tuned": Part(300, 150),
-    "launches": Part(90, 40),
-    "peer": Part(120, 60),
-    "distill": Part(45),
-    "staircase": Part(200),
+    "tests": Part(280),
+    "check": Part(280),
+    "towers": Part(piece=90),
+    "ops": Part(piece=60),
+    "dense": Part(piece=150),
+    "launches": Part(piece=50),
     "counters": Part(120),
+    "distill": Part(90),
+    "peer": Part(piece=60),
+    "staircase": Part(200),
+    "compiled": Part(piece=250),
+    "tuned": Part(piece=150),
+    "inductor": Part(430),
 }
 BESIDE = ("tests", "check")  # each other
 
 
 class Done(NamedTuple):
-    """How far a command is: whole, in how many calls, in how many seconds of its last one; what it said last, and of
-    which driver, commit and day that is."""
+    """How far a command is: whole, or failed when it last ran; how many seconds that took and what it said last, of
+    which driver, commit and day."""
 
     whole: bool
-    turns: int
+    failed: bool
     seconds: float
     said: str
     driver: str | None
@@ -94,16 +100,17 @@ def main() -> None:
         sys.exit("error: expected a CUDA or ROCm device, got none; `--list` prints what would run")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is stopped, too
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if not importlib.util.find_spec("open_clip"):
-        print("open_clip is not installed: no towers", flush=True)
-    started, done, failed = time.monotonic(), read(arguments.out), []
+    started, done = time.monotonic(), read(arguments.out)
     for name in [name for name in runs if part_of(name) in arguments.again]:
         forget(runs[name])
         done.pop(name, None)
-    for stage in stages(runs, done):
+    failed: list[str] = []
+    while True:
         left = arguments.limit - (time.monotonic() - started)
-        if left >= max(PARTS[part_of(name)].piece or PARTS[part_of(name)].limit for name in stage):
-            failed += run({name: runs[name] for name in stage}, arguments.out, left, done)
+        stage = following([name for name in runs if name not in failed], done, left)
+        if not stage:
+            break
+        failed += run({name: runs[name] for name in stage}, arguments.out, left, done)
     print(f"results in {arguments.out}")
     render = [sys.executable, str(ROOT / "bench" / "report.py"), str(arguments.out)]
     render += ["--readme", str(ROOT / "README.md")] if arguments.out.parent == RESULTS else []
@@ -138,27 +145,39 @@ def commands(out: Path, peer: str | None = None) -> dict[str, list[str]]:
     """What each part runs."""
     python = [sys.executable, "-u"]
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    spread = ["-n", "6"] if importlib.util.find_spec("xdist") else []
-    made = {"tests": [*pytest, "-v", *spread, *(f"tests/test_{name}.py" for name in TESTS)]}
+    # Names, so that a run that is stopped says what it was at.
+    tests = [*python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations=20"]
+    tests += [*(["-n", "8"] if find_spec("xdist") else []), *(f"tests/test_{name}.py" for name in TESTS)]
+    made = {"tests": [*tests, "-k", "not compiled_tower"]}
     for dtype in ("bfloat16", "float32", "float16"):
         made[f"check-{dtype}"] = [*python, "-m", "clipkernels", "check", "--dtype", dtype, "--format", "csv"]
         made[f"check-{dtype}"] += ["--output", str(out / f"check-{dtype}.csv"), "--quiet"]
     quick = ["--benchmark-max-time=0.02", "--benchmark-min-rounds=7", "--benchmark-warmup=off"]
-    # A compiler takes seconds for each: at the largest and the smallest batch.
-    made["ops"] = [*pytest, "bench/ops.py", "-k", "bfloat16 and not (compiled and (b8 or b64))", *quick]
-    made["ops"] += ["--benchmark-columns=median", "--benchmark-sort=name", "--rows", str(out / "ops.csv")]
-    if importlib.util.find_spec("open_clip"):
-        towers = [*python, "bench/towers.py", "--dtype", "bfloat16", "--models"]
-        made["towers"] = [*towers, *MODELS, "--batch", *BATCHES, "--rounds", "15", "--plain", "--graphs", "8"]
-        made["towers"] += ["--out", str(out / "towers-bf16.csv")]
-        for part, mode, some in (("compiled", "default", COMPILED), ("autotuned", "max-autotune", AUTOTUNED)):
-            made[part] = [*towers, *MODELS, "--batch", *BATCHES[:3], "--rounds", "15", "--only", *some]
-            made[part] += ["--compile", mode, "--compiled", *some, "--out", str(out / f"towers-bf16-{part}.csv")]
-        made["launches"] = [*towers, *MODELS, "--batch", "1", "--rounds", "1", "--launches"]
+    quick += ["--benchmark-columns=median", "--benchmark-sort=name", "--rows", str(out / "ops.csv")]
+    # A compiler takes seconds for each: at the largest and the smallest batch, later but for the published formulas.
+    some = "bfloat16 and not (compiled and (b8 or b64))"
+    made["ops"] = [*pytest, "bench/ops.py", "-k", f"{some} and (literal or not compiled)", *quick]
+    if imports("open_clip"):
+        towers = [*python, "bench/towers.py", "--dtype", "bfloat16", "--rounds", "9"]
+        every, first = ["--models", *MODELS, "--batch", *BATCHES], ["--models", *MODELS[:2], "--batch", *BATCHES[:2]]
+        made["towers"] = [*towers, *every, "--plain", "--graphs", "8", "--out", str(out / "towers-bf16.csv")]
+        made["launches"] = [*towers, "--models", *MODELS, "--batch", "1", "--launches"]
         made["launches"] += ["--out", str(out / "launches.csv")]
         if peer:
-            made["peer"] = [*towers, "ViT-B-16", "--batch", *BATCHES, "--rounds", "15", "--peer", peer]
+            made["peer"] = [*towers, "--models", "ViT-B-16", "--batch", *BATCHES, "--peer", peer]
             made["peer"] += ["--out", str(out / "towers-bf16-peer.csv")]
+        for mode, methods in (("default", COMPILED), ("max-autotune", AUTOTUNED)):
+            for method in methods:
+                name = f"{mode}-{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}"
+                options = ["--graphs", "1", "--only", method, "--compile", mode]
+                options += ["--out", str(out / f"towers-bf16-{name}.csv")]
+                if method == COMPILED[0]:  # whatever η is against: the usual towers at once, the others after the rest
+                    made[f"dense-{mode}"] = [*towers, *first, *options]
+                else:  # the host is compiled above
+                    options += ["--compiled", method]
+                made[f"compiled-{name}"] = [*towers, *every, *options]
+    made["compiled-ops"] = [*pytest, "bench/ops.py", "-k", f"{some} and compiled", *quick]
+    made["inductor"] = [*tests, "-k", "compiled_tower"]
     made["tuned"] = [*python, "bench/tune.py", "--out", str(out / "tuned.csv")]
     made["distill"] = [*python, "bench/distill_cost.py", "--device", "cuda", "--dtype", "bfloat16", "--batch", "256"]
     made["distill"] += ["--rounds", "31", "--out", str(out / "distill-cost-bf16.csv")]
@@ -166,6 +185,16 @@ def commands(out: Path, peer: str | None = None) -> dict[str, list[str]]:
     made["staircase"] += ["--plot", str(out / "staircase.png")]
     made["counters"] = [*python, "bench/counters.py", "--ops", str(out / "ops.csv"), "--out", str(out / "counters.csv")]
     return made
+
+
+def imports(package: str) -> bool:
+    """Whether a package is here with all that it needs; says what is missing."""
+    try:
+        import_module(package)
+    except ImportError as error:
+        print(f"{package} is left out: {error}", flush=True)
+        return False
+    return True
 
 
 def part_of(name: str) -> str:
@@ -190,19 +219,21 @@ def forget(command: list[str]) -> None:
                 table.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def stages(runs: dict[str, list[str]], done: dict[str, Done]) -> list[list[str]]:
-    """What is not whole, side by side where that disturbs nobody: those that had the fewest turns first."""
-    ahead = [name for name in runs if name not in done or not done[name].whole]
-    if "ops" in ahead:  # of which counters look at the slowest
+def following(names: list[str], done: dict[str, Done], left: float) -> list[str]:
+    """What comes next, side by side where that disturbs nobody: the first part that is not whole and can do something
+    in the seconds that are left, what failed last."""
+
+    def failed(name: str) -> bool:
+        return name in done and done[name].failed
+
+    ahead = [name for name in names if name not in done or not done[name].whole]
+    if "ops" in ahead and not failed("ops"):  # of which counters look at the slowest
         ahead = [name for name in ahead if name != "counters"]
-    beside = [name for name in ahead if part_of(name) in BESIDE]
-    found = [*([beside] if beside else []), *([name] for name in ahead if name not in beside)]
-    order = list(PARTS)
-
-    def turn(stage: list[str]) -> tuple[int, int]:
-        return min(done[name].turns if name in done else 0 for name in stage), order.index(part_of(stage[0]))
-
-    return sorted(found, key=turn)
+    ahead = [name for name in ahead if left >= (PARTS[part_of(name)].piece or PARTS[part_of(name)].limit)]
+    ahead.sort(key=lambda name: (failed(name), list(PARTS).index(part_of(name))))
+    if ahead and part_of(ahead[0]) in BESIDE:
+        return [name for name in ahead if part_of(name) in BESIDE and failed(name) == failed(ahead[0])]
+    return ahead[:1]
 
 
 def paths() -> dict[str, str]:
@@ -232,12 +263,11 @@ def run(stage: dict[str, list[str]], out: Path, left: float, done: dict[str, Don
             lines = (out / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
             told, took = lines[-1] if lines else "no output", time.monotonic() - started
             print(f"{name}: {said} after {took:.0f} s: {told}", flush=True)
-            turns = done[name].turns + 1 if name in done else 1
-            done[name] = Done(status == 0, turns, round(took), told, **stamp())
+            done[name] = Done(status == 0, status not in (0, MORE), round(took), told, **stamp())
             with replacing(out / "done.json") as temporary:
                 whole = {name: each._asdict() for name, each in done.items()}
                 Path(temporary).write_text(json.dumps(whole, indent=1), encoding="utf-8")
-            failed += [name] if status not in (0, MORE) else []
+            failed += [name] if done[name].failed else []
     finally:
         for process in begun.values():
             stop(process)

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 from clipkernels.files import replacing
 from rows import read_csv
-from targets import AUTOTUNED, PEER, Row, efficiencies, fastest, grouped, reduced, targets, way_of
+from targets import Row, efficiencies, fastest, grouped, targets, way_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
-TOWERS = ("towers-bf16", "towers-bf16-compiled", AUTOTUNED, PEER)
 # Tables that are shown as they are, and what each is.
 WHOLE = {
     "launches": "Launches of one image",
@@ -78,11 +77,10 @@ def read(folder: Path) -> Measured:
     """Whatever is there of a campaign's files."""
     ops = [{key: number(value) for key, value in row.items()} for row in read_csv(folder / "ops.csv")]
     towers, environment, reasons = [], ops[-1] if ops else {}, {}
-    for name in TOWERS:
-        if (folder / f"{name}.json").exists():
-            taken = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-            environment = taken["environment"]
-            towers += [{**row, "run": name} for row in taken["rows"]]
+    for file in sorted(folder.glob("towers-bf16*.json")):
+        taken = json.loads(file.read_text(encoding="utf-8"))
+        environment = taken["environment"]
+        towers += [{**row, "run": file.stem} for row in taken["rows"]]
     if (folder / "reasons.json").exists():
         reasons = json.loads((folder / "reasons.json").read_text(encoding="utf-8"))
     return Measured(folder, ops, towers, environment, reasons)
@@ -106,7 +104,7 @@ def summary(found: Measured, seen_from: Path) -> str:
     lines = [f"One {known.get('device')} ({versions}; commits {commits}), bf16, random weights, random images.", ""]
     lines += markdown(("target", "asked", "came: worst to best", "the worst is", "", "why"), targets_told(found))
     if found.towers:
-        lines += ["", "The fastest way of each, η against the fastest dense one of any way and whoever's:", ""]
+        lines += ["", "The fastest way of each; η against the fastest dense one, where the host was compiled, too:", ""]
         lines += markdown(("tower", "method", "batch 1", "batch 32", "batch 256"), towers_told(found.towers))
     for name in ("roofline", "efficiency"):
         picture = (found.folder / f"{name}.png").resolve()
@@ -139,7 +137,7 @@ def towers_told(towers: Sequence[Row]) -> list[tuple[str, ...]]:
     for (model, batch), rows in grouped(towers).items():
         etas = efficiencies(rows, batch)
         for name, (row, _) in fastest(rows).items():
-            eta = f", η {etas[f'{model} {name}']:.2f}" if reduced(row) else ""
+            eta = f", η {etas[f'{model} {name}']:.2f}" if f"{model} {name}" in etas else ""
             said = f"{per_second(row)}/s{eta} ({way_of(row)})"
             lines.setdefault((model, name), {})[batch] = said
     return [(*name, *(cells.get(batch, "") for batch in (1, 32, 256))) for name, cells in lines.items()]

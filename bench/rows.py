@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,22 @@ def resume(out: Path | None, header: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def unfinished(out: Path | None) -> list[str]:
-    """What earlier runs began, in order: it goes last, for it may have ended them."""
+TRIES = 2
+"""How often something is begun that ends the run it is in, before it is given up."""
+
+
+def begun(out: Path | None) -> Counter[str]:
+    """How often earlier runs began each thing."""
     file = out and out.with_suffix(".begun")
-    return file.read_text(encoding="utf-8").splitlines() if file is not None and file.exists() else []
+    return Counter(file.read_text(encoding="utf-8").splitlines() if file is not None and file.exists() else [])
+
+
+def ahead(every: Iterable[tuple[Any, ...]], done: Container[Any], out: Path | None) -> tuple[list[Any], list[str]]:
+    """What is not done, in order, but what earlier runs began goes last, for it may have ended them; and the names of
+    what they began too often."""
+    tried = begun(out)
+    left = sorted((each for each in every if each not in done), key=lambda each: tried[str(each)])
+    return [each for each in left if tried[str(each)] < TRIES], [str(e) for e in left if tried[str(e)] >= TRIES]
 
 
 def begin(out: Path | None, name: str) -> None:

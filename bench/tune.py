@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from clipkernels.backend import interpreting
-from clipkernels.cases import CASES, SHAPES, Source, flat
+from clipkernels.cases import CASES, SHAPES, Source, flat, judged
 from clipkernels.cli.info import environment
 from clipkernels.timing import measure
 from ops import CUDA, DEVICE, TOWERS, check, runner, several
-from rows import MORE, begin, resume, stamp, unfinished, write
+from rows import MORE, ahead, begin, resume, stamp, write
 
 BATCHES = (256, 1) if CUDA else (2,)
 ORDER = sorted(TOWERS, key=lambda tower: tower not in ("B-16", "L-14"))  # the usual ones first
@@ -90,9 +90,8 @@ def main() -> None:
     header = {"environment": environment(), "dtype": "bfloat16", "batches": list(BATCHES), "gain": GAIN}
     records = resume(arguments.out, header)
     done = {(row["op"], row["tower"]) for row in records}
-    every = [(op, tower) for tower, op in product(arguments.towers, arguments.ops)]
-    begun = unfinished(arguments.out)
-    left = sorted((each for each in every if each not in done), key=lambda each: str(each) in begun)
+    every = [(op, tower) for tower, op in product(arguments.towers, arguments.ops) if judged(op, SHAPES[tower])]
+    left, failed = ahead(every, done, arguments.out)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(left))
         for at, (op, tower) in enumerate(left):
@@ -101,12 +100,19 @@ def main() -> None:
                 sys.exit(MORE)
             bar.update(task, description=f"{op} {tower}")
             begin(arguments.out, str((op, tower)))
-            records.append(searched(op, tower))
+            try:
+                records.append(searched(op, tower))
+            except AssertionError as error:  # the others are still worth searching
+                print(error, flush=True)
+                failed.append(f"{op} {tower}")
+                continue
             if arguments.out:
                 write(records, header, arguments.out)
             bar.advance(task)
             row = records[-1]
             print(f"{op} {tower}: ×{row['gain']:.2f} {row['changed'] or 'as it is'} ({row['tried']} tried)", flush=True)
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} could not be searched")
 
 
 def parse() -> argparse.Namespace:

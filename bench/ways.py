@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -18,6 +19,12 @@ from clipkernels.timing import Clock, Variant, measure
 CHOICE = "CLIPKERNELS_BACKEND"
 SIDE = {"cuda": 8192, "cpu": 1024}
 """Of the square matrices whose product says what a device can do."""
+ROUNDED = 32
+"""Of the dtype's epsilons that two dense towers may differ by."""
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}
+"""Bytes of a tensor larger than any cache of the device."""
+AT_ONCE = {"cuda": 20, "cpu": 1}
+"""Runs that are timed together: starting and waiting for a GPU count for little then, and it leaves its idle clock."""
 
 
 def plain(variant: Variant) -> Variant:
@@ -65,8 +72,8 @@ def in_graphs(variants: Mapping[str, Variant], images: Tensor) -> dict[str, Vari
     for label, variant in variants.items():
         try:
             found[f"{label}, graph"] = captured(variant, images)
-        except RuntimeError as error:
-            print(f"no graph of {label}: {str(error).splitlines()[:1]}", flush=True)
+        except RuntimeError:
+            print(f"no graph of {label}:\n{traceback.format_exc()}", flush=True)
             break
     return found
 
@@ -85,19 +92,23 @@ def serves(label: str, attempt: Callable[[], object], needed: str) -> bool:
     """Whether an attempt at a variant raises nothing; one that does is named, unless it is needed: then it raises."""
     try:
         attempt()
-    except Exception as error:  # a wrong result, what a compiler or a device refuses
+    except Exception:  # a wrong result, what a compiler or a device refuses
         if label == needed or lost():
             raise
-        print(f"left out, {label}: {str(error).splitlines()[:1]}", flush=True)
+        print(f"left out, {label}:\n{traceback.format_exc()}", flush=True)
         return False
     return True
 
 
 @torch.inference_mode()
-def run_once(variant: Variant, images: Tensor) -> None:
-    """Warms a variant; raises where its embeddings are not finite."""
+def run_once(variant: Variant, images: Tensor, expected: Tensor | None = None) -> None:
+    """Warms a variant; raises where its embeddings are not finite, or not those expected, up to rounding."""
     came: Any = variant.encode(images)
     assert came.isfinite().all(), "the embedding is not finite"
+    if expected is not None:
+        error = ((came.double() - expected.double()).norm() / expected.double().norm()).item()
+        allowed = ROUNDED * torch.finfo(images.dtype).eps
+        assert error <= allowed, f"relative error {error:.1e} is above {allowed:.1e}"
 
 
 @torch.inference_mode()
@@ -125,6 +136,23 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, clock: Clock = "wall")
     side = SIDE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, side, side, device=device, generator=generator).to(dtype).unbind()
-    with torch.inference_mode():
-        times = measure({"product": lambda: a @ b}, rounds=7, warmup=2, clock=clock)
-    return round(2 * side**3 / times.of("product").median / 1e12, 4)
+    return round(2 * side**3 / _seconds(lambda: a @ b, device, clock) / 1e12, 4)
+
+
+def copy_rate(device: torch.device) -> float:
+    """GB/s, read and written, of copying a tensor larger than any cache of the device."""
+    x = torch.randn(COPIED[device.type] // 4, device=device)
+    y = torch.empty_like(x)
+    return round(2 * x.nbytes / _seconds(lambda: y.copy_(x), device) / 1e9, 2)
+
+
+@torch.inference_mode()
+def _seconds(run: Callable[[], object], device: torch.device, clock: Clock = "wall") -> float:
+    """Of one run among several at once, on a warm device."""
+    several = AT_ONCE[device.type]
+
+    def runs() -> None:
+        for _ in range(several):
+            run()
+
+    return measure({"": runs}, rounds=7, warmup=10, clock=clock).of("").median / several

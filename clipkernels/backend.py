@@ -45,11 +45,11 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
     said = 'backend="triton"' if backend == "triton" else "CLIPKERNELS_BACKEND=triton"
     if not kernel:
         raise RuntimeError(f"{said} was asked for, but {op} has no Triton kernel: expected auto or reference")
+    if dtype == torch.float64:
+        raise ValueError(f'the triton backend of {op} takes float32, float16 or bfloat16, got float64: use "reference"')
     obstacle = transforms() or _obstacle(device)
     if obstacle is not None:
         raise RuntimeError(f"{said} was asked for, but {obstacle}")
-    if dtype == torch.float64:
-        raise ValueError(f'the triton backend of {op} takes float32, float16 or bfloat16, got float64: use "reference"')
     return wanted
 
 

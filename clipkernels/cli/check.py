@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from clipkernels import backend
-from clipkernels.cases import CASES, SHAPES, Case, Shape, Source, flat, judge
+from clipkernels.cases import CASES, SHAPES, Case, Shape, Source, flat, judge, judged
 from clipkernels.cli.info import environment
 from clipkernels.cli.output import opened, progress, write_table
 
@@ -115,8 +115,7 @@ def _jobs(
     for name in chosen:
         for tower, shape in shapes.items():
             for dtype in dtypes:
-                # Exact similarities, which matching is compared by, need a head width of 64.
-                if name == "match_tokens" and shape.width != 64 * shape.heads:
+                if not judged(name, shape):
                     continue
                 yield name, tower, shape, dtype, runs
                 if device.type == "cuda" and name.startswith("attention"):  # which may be SDPA with a score kernel
@@ -138,7 +137,9 @@ def _row(
             if wrong is None and run_on == "triton":
                 wrong = _bits(case, source, inputs, came)
     except Exception as error:  # a kernel that does not launch is one of the things to be found out
-        return row | {"error": None, "allowed": None, "reference": None, "verdict": str(error).splitlines()[0]}
+        # A compiler says last what is wrong.
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
+        return row | {"error": None, "allowed": None, "reference": None, "verdict": said}
     figures = {"error": verdict.error, "allowed": verdict.allowed, "reference": verdict.eager}
     return row | figures | {"verdict": wrong or "ok"}
 
