@@ -13,6 +13,7 @@ too.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,6 @@ from clipkernels.learn.patch_ranking import (
     golden_ranking,
     overlap,
 )
-from clipkernels.methods import count_of
 from clipkernels.timing import plan_for
 from clipkernels.tower import run
 from rows import deviation, header_of, resume, write
@@ -291,7 +291,7 @@ def entering(tower: Any, images: Tensor, block: int) -> Tensor:
 def agreement(study: Study, scores: Tensor, keep: float) -> float:
     """The overlap with the golden ranking of the kind that predictors learn from."""
     ranks = study.golden[study.score].ranks
-    return overlap(scores, ranks, ranks.shape[1] - count_of(keep, ranks.shape[1]))
+    return overlap(scores, ranks, ranks.shape[1] - math.ceil(keep * ranks.shape[1]))
 
 
 def row(study: Study, gone: float, name: str, outcome: Outcome) -> dict[str, Any]:

@@ -30,6 +30,13 @@ _MIXER: dict[str, tuple[str, ...]] = {
 }
 
 
+def check_numbers(**named: float) -> None:
+    """Raises ValueError for what is no finite number."""
+    for name, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
 def check_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int) -> None:
     _check_queries(q, k, prefix)
     if v.shape != k.shape:
@@ -181,7 +188,8 @@ def check_cross_attention(visual: Tensor, text: Tensor, alpha: float) -> None:
         raise ValueError(f"alpha must be positive, got {alpha!r}")
 
 
-def check_calip(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> None:
+def check_calip(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float, beta2: float, beta3: float) -> None:
+    check_numbers(beta2=beta2, beta3=beta3)
     check_cross_attention(visual, text, alpha)
     if pooled.shape != (visual.shape[0], visual.shape[2]):
         raise ValueError(f"pooled must be (B,E) = ({visual.shape[0]},{visual.shape[2]}), got {_shape(pooled)}")
@@ -205,8 +213,7 @@ def check_affinity(
     _same(queries, support=support)
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
         raise ValueError(f"classes must be a positive int, got {classes!r}")
-    if not abs(beta) < float("inf"):
-        raise ValueError(f"beta must be a finite number, got {beta!r}")
+    check_numbers(beta=beta)
     rows = (len(support),)
     for name, tensor, shape in (("labels", labels, rows), ("offsets", offsets, (classes + 1,))):
         if tensor is None:
@@ -272,8 +279,12 @@ def _check_size(size: Tensor | None, like: Tensor, batch: int, tokens: int) -> N
 
 
 def _check_norm(norm: Norm | None, x: Tensor) -> None:
-    if norm is not None:
-        _check_vectors(x, **{"norm's weight": norm[0], "norm's bias": norm[1]})
+    if norm is None:
+        return
+    if len(norm) != 3:
+        raise ValueError(f"norm must be (weight, bias, eps), got {len(norm)} of them")
+    _check_vectors(x, **{"norm's weight": norm[0], "norm's bias": norm[1]})
+    check_numbers(**{"norm's eps": norm[2]})
 
 
 def _check_vectors(x: Tensor, **named: Tensor | None) -> None:

@@ -274,7 +274,7 @@ class PatchRanking:
             raise ValueError(f"the predictor is for block {block}, got a tower of {blocks} blocks")
         steps: list[Step | None] = [None] * blocks
         learnt = 0 if self.tokens is None else self.tokens.count
-        keep = _rounded(count_of(self.keep, tokens - prefix), prefix + learnt, tokens - prefix, self.multiple)
+        keep = _rounded(math.ceil(self.keep * (tokens - prefix)), prefix + learnt, tokens - prefix, self.multiple)
         if keep < tokens - prefix:
             steps[block] = Predict(keep, self.predictor.macs)
         return Plan(tuple(steps), tokens, prefix, learnt)
@@ -317,11 +317,6 @@ def named_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < depth:
             raise ValueError(f"blocks must be ints in [0, {depth - 1}] on a tower of {depth} blocks, got {block!r}")
     return tuple(sorted(set(blocks)))
-
-
-def count_of(keep: float, patches: int) -> int:
-    """⌈keep·patches⌉, where a share that is a whole number of patches but for its rounding is that number."""
-    return math.ceil(keep * patches - 1e-9)
 
 
 def _check_keep(keep: float) -> None:

@@ -20,7 +20,7 @@ from clipkernels import adapters
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.packing import pack, unpack
 from clipkernels.methods import Method
-from clipkernels.plan import Plan
+from clipkernels.plan import Plan, Predict
 from clipkernels.tower import Ran, run, unmerge
 from clipkernels.verify import refuse_replaced, verify
 
@@ -81,6 +81,7 @@ def patch(model: Model, method: Method) -> Model:
     if check is not None:
         check(tower)
     weights = _beside(method, tower.owner)
+    _suits(plan, weights)
     before = tower.owner.__dict__.get(SLOT)
     if before is None:
         verify(tower)
@@ -171,6 +172,15 @@ def _beside(method: Method, owner: nn.Module) -> dict[str, nn.Module]:
         there = all(p.device == like.device and p.dtype == like.dtype for p in module.parameters())
         made[name] = module if there else copy.deepcopy(module).to(like)
     return made
+
+
+def _suits(plan: Plan, weights: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError unless a plan's weights are there."""
+    ranks = any(isinstance(step, Predict) for step in plan.steps)
+    for name, asked, what in (("predictor", ranks, "Predict steps"), ("learnt", plan.learnt > 0, "learnt tokens")):
+        if asked and name not in weights:
+            came = ", ".join(weights) or "none"
+            raise ValueError(f"a plan with {what} needs a method whose weights() have {name!r}, got {came}")
 
 
 def _reads(tower: Tower) -> tuple[bool, bool]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -79,6 +80,23 @@ class guarded(TorchFunctionMode):
             around = torch.cat([buffer[: self.GUARD], buffer[self.GUARD + size :]])
             whole = around.isnan() if around.is_floating_point() else around == torch.iinfo(around.dtype).max
             assert whole.all(), f"a kernel stored outside of its output of {size} {buffer.dtype}"
+
+
+@contextmanager
+def placeless() -> Iterator[None]:
+    """Inside this context the interpreter sums products in fp64: NumPy's fp32 ones round by CPU, and on some a row
+    otherwise where it stands elsewhere in a block, which no GPU does."""
+    if not interpreting():
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def dot(_: Any, a: Any, b: Any, acc: Any, *options: Any) -> Any:
+        total = a.data.astype("float64") @ b.data.astype("float64") + acc.data
+        return type(acc)(total.astype(acc.data.dtype), acc.dtype.scalar)
+
+    with mock.patch.object(InterpreterBuilder, "create_dot", dot):
+        yield
 
 
 def strided(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from clipkernels import block
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.parts import replaced
-from clipkernels.backend import epilogues
+from clipkernels.backend import choose, epilogues
 from clipkernels.tower import refuse
 
 
@@ -46,11 +46,16 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
         rope = tower.rope_like(host, x.shape[1] - tower.prefix)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             expected = tower.run_block(probe, x, rope) - x
-            fused = epilogues(x)
-            came = block.forward(tower.parts(probe), x, None, None, tower.prefix, rope=rope, fused=fused).x - x
+            choose("auto", x.device, x.dtype, "attention")  # what was asked for may serve where the model goes later
     except Exception as error:  # whatever a module that cannot be copied or run in fp32 raises
         warnings.warn(f"block {index} could not be verified: {error}", stacklevel=4)
         return
+    try:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            parts = tower.parts(probe)
+            came = block.forward(parts, x, None, None, tower.prefix, rope=rope, fused=epilogues(x)).x - x
+    except Exception as error:  # its parts are not what they seem
+        raise UnsupportedTower(f"block {index}: its own forward runs, its parts do not: {error}") from error
     if not expected.isfinite().all():
         warnings.warn("the model's weights are not finite, its blocks could not be verified", stacklevel=4)
         return

@@ -129,6 +129,14 @@ def test_without_queries_it_is_empty_and_without_support_zero(device, backend, t
     assert torch.equal(came, torch.zeros(t, 10, device=device))
 
 
+def check_same(came, expected, backend):
+    """The same bits, but of the reference on a GPU: there index_add_ adds in any order."""
+    if backend == "triton" or not came.is_cuda:
+        assert torch.equal(came, expected)
+    else:
+        torch.testing.assert_close(came, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_support_that_is_sorted_already_gives_the_same_bits(device, backend, dtype):
     queries, support, labels = inputs(device, n=257, dtype=dtype)
@@ -139,8 +147,8 @@ def test_a_support_that_is_sorted_already_gives_the_same_bits(device, backend, d
     assert labels[order].tolist() == sorted(labels.tolist())
     assert offsets.tolist() == [sum(label < c for label in labels.tolist()) for c in range(11)]
     sorted_ones = (queries, support[order], labels[order], 10, 5.5, weights[order])
-    assert torch.equal(ck.ops.affinity(*sorted_ones, offsets=offsets, backend=backend), expected)
-    assert torch.equal(ck.ops.affinity(*sorted_ones, backend=backend), expected)
+    check_same(ck.ops.affinity(*sorted_ones, offsets=offsets, backend=backend), expected, backend)
+    check_same(ck.ops.affinity(*sorted_ones, backend=backend), expected, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,7 +186,7 @@ def test_any_strides_give_the_same_result(device, backend, dtype):
     expected = ck.ops.affinity(queries, support, labels, 10, 5.5, weights, backend=backend)
     gaps = (strided(queries), strided(support), strided(labels[:, None].expand(-1, 2).float())[:, 0].long())
     apart = weights.repeat_interleave(2)[::2]
-    assert torch.equal(ck.ops.affinity(*gaps, 10, 5.5, apart, backend=backend), expected)
+    check_same(ck.ops.affinity(*gaps, 10, 5.5, apart, backend=backend), expected, backend)
     turned = queries.T.contiguous().T, support.T.contiguous().T
     torch.testing.assert_close(ck.ops.affinity(*turned, labels, 10, 5.5, weights, backend=backend), expected)
     shared = ck.ops.affinity(queries[:1].expand(4, -1), support, labels, 10, 5.5, weights, backend=backend)
@@ -262,7 +270,7 @@ def test_autocast_changes_nothing(device, backend):
     queries, support, labels = inputs(device)
     expected = ck.ops.affinity(queries, support, labels, 10, 5.5, backend=backend)
     with torch.autocast(device.type, torch.bfloat16):
-        assert torch.equal(ck.ops.affinity(queries, support, labels, 10, 5.5, backend=backend), expected)
+        check_same(ck.ops.affinity(queries, support, labels, 10, 5.5, backend=backend), expected, backend)
 
 
 @pytest.mark.parametrize("weighed", [False, True])
@@ -335,6 +343,8 @@ def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
         ({"support": torch.ones(65, 24).half()}, "support must be torch.float32 on cpu, got torch.float16"),
         ({"labels": torch.zeros(64).long()}, r"labels must be \(65\) torch.int64 on cpu, got \(64\)"),
         ({"labels": torch.zeros(65).int()}, r"labels must be .* got \(65\) torch.int32 on cpu"),
+        ({"beta": "1"}, "beta must be a finite number, got '1'"),
+        ({"beta": float("inf")}, "beta must be a finite number, got inf"),
         ({"classes": 0}, "classes must be a positive int, got 0"),
         ({"classes": True}, "classes must be a positive int, got True"),
         ({"weights": torch.ones(64)}, r"weights must be \(n\) = \(65\) on cpu, got \(64\)"),

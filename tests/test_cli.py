@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -436,6 +437,27 @@ def test_info_names_the_backend_of_every_device() -> None:
     assert found["devices"][0]["device"] == "cpu"
     for device in found["devices"]:
         assert (device["backend"], device["why"]) == ck.backend.explain(torch.device(device["device"]))
+
+
+def test_a_backend_that_cannot_serve_is_one_line(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    result = run("classify", pictures / "digits", "--classes", DIGITS)
+    said = "error: CLIPKERNELS_BACKEND=triton was asked for, but the tensors are on the CPU"
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert result.stderr.startswith(said)
+
+
+def test_the_commit_is_that_of_this_package_and_of_no_checkout_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = import_module("clipkernels.cli.info")  # its command has the same name
+    monkeypatch.setenv("CLIPKERNELS_COMMIT", "given")
+    said = {"rev-parse": str(Path(ck.__file__).parents[1]), "describe": "abc-dirty"}
+    monkeypatch.setattr(info, "_output", lambda *command: said.get(command[1]))
+    assert info.environment()["commit"] == "abc-dirty"
+    said["rev-parse"] = str(tmp_path)
+    assert info.environment()["commit"] == "given"
 
 
 def test_info_as_a_table_holds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def literal(
                 share = {i: score / total_score for i, score in scores.items()}
                 if name == "text" and prior is not None:
                     share = {i: value * float(prior[b, i]) for i, value in share.items()}
-                best = sorted(real, key=lambda i: (-share[i], i))[: math.ceil(distil.keep * len(real) - 1e-9)]
+                best = sorted(real, key=lambda i: (-share[i], i))[: math.ceil(distil.keep * len(real))]
                 chosen.append(set(best))
                 of_chosen = sum(share[i] for i in best)
                 for i in best:

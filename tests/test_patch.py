@@ -281,6 +281,53 @@ def test_a_block_that_cannot_be_copied_is_patched_with_a_warning(tiny, images):
     assert tiny.encode_image(images).shape == (3, 128)
 
 
+def test_a_block_whose_parts_do_not_run_is_refused_and_left_as_it_was(tiny, images):
+    class Gained(nn.LayerNorm):
+        def forward(self, x, gain):
+            return super().forward(x) * gain
+
+    class Block(type(tiny.visual.transformer.resblocks[0])):
+        def forward(self, x, **_):
+            x = x + self.attention(self.ln_1(x, 1.0))
+            return x + self.mlp(self.ln_2(x))
+
+    block = tiny.visual.transformer.resblocks[0]
+    before = tiny.encode_image(images)
+    block.__class__, block.ln_1.__class__ = Block, Gained
+    with pytest.raises(ck.UnsupportedTower, match=r"block 0: its own forward runs, its parts do not: .*'gain'"):
+        ck.patch(tiny, ck.Dense())
+    assert ck.method_of(tiny) is None
+    torch.testing.assert_close(tiny.encode_image(images), before)
+
+
+def test_a_backend_that_may_serve_where_the_model_goes_is_a_warning(tiny, monkeypatch):
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.warns(UserWarning, match="block 0 could not be verified: CLIPKERNELS_BACKEND=triton was asked for"):
+        ck.patch(tiny, ck.Dense())
+
+
+@pytest.mark.parametrize(
+    ("steps", "learnt", "message"),
+    [
+        (
+            (None, ck.Predict(9, 0), None, None, None, None),
+            0,
+            r"a plan with Predict steps needs .* 'predictor', got none",
+        ),
+        ((None,) * 6, 2, r"a plan with learnt tokens needs a method whose weights\(\) have 'learnt', got none"),
+    ],
+)
+def test_a_plan_that_needs_weights_which_its_method_has_not_is_refused(tiny, steps, learnt, message):
+    class Bare:
+        def plan(self, tokens, blocks, prefix=1):
+            return ck.Plan(steps[:blocks], tokens, prefix, learnt)
+
+    with pytest.raises(ValueError, match=message):
+        ck.patch(tiny, Bare())
+    assert ck.method_of(tiny) is None
+
+
 def test_a_hook_that_cannot_be_copied_does_not_stop_the_check(tiny):
     import threading
 

@@ -308,10 +308,10 @@ def test_features_that_are_no_numbers_are_refused():
         fit_predictor(rankings)
 
 
-def test_shares_that_are_whole_patches_keep_so_many():
-    for gone in range(196):
-        plan = ck.PatchRanking(RankPredictor(197), (196 - gone) / 196).plan(197, 12)
-        assert plan.tokens[-1] == 197 - gone
+def test_a_share_keeps_as_many_patches_as_it_does_elsewhere():
+    for share in (0.07, 0.14, 0.28, 0.55, 0.56, 0.6, 147 / 196):
+        pruned = ck.EViT(share, blocks=(3,), fuse=False).plan(226, 12)
+        assert ck.PatchRanking(RankPredictor(226), share).plan(226, 12).tokens[-1] == pruned.tokens[-1]
 
 
 def test_the_target_is_the_published_one():

@@ -66,7 +66,8 @@ def check(x, mixer, prefix, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width", "prefix"), SIZES)
 def test_scores_are_within_budget_of_fp64(device, backend, dtype, tokens, width, prefix):
-    check(*inputs(device, 1, tokens, width, dtype), prefix, backend)
+    # A few scores of plain PyTorch may all be right by luck, which leaves no budget.
+    check(*inputs(device, 16 if tokens < 5 else 1, tokens, width, dtype), prefix, backend)
 
 
 @pytest.mark.slow

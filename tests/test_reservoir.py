@@ -195,6 +195,28 @@ def test_features_that_are_not_finite_are_not_remembered():
     )
 
 
+def test_an_image_that_is_not_finite_leaves_nothing_in_the_places_of_others():
+    """Class 2 gets fewer images than class 1: its last place stays empty, whatever else came."""
+    text = torch.eye(4, 16, dtype=torch.float64)
+    path = torch.randn(6, DEPTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    path[0, 1, 3] = float("nan")
+    head = ck.Reservoir(text)
+    head(ck.Encoded(text[[0, 1, 1, 2]], cls_path=path[:4]))
+    assert head.counts.tolist() == [0, 2, 1, 0] and all(tensor.isfinite().all() for tensor in head._entries)
+    assert head(ck.Encoded(text[:2], cls_path=path[4:])).isfinite().all()
+    assert head.anchors.isfinite().all()
+
+
+def test_anchors_that_a_caller_holds_stay_as_they_are():
+    encoded, text = features(40)
+    head = ck.Reservoir(text, scale=20)
+    head(part(encoded, 0, 20))
+    held = head.anchors
+    before = held.clone()
+    head(part(encoded, 20, 40))
+    assert torch.equal(held, before) and not torch.equal(head.anchors, before)
+
+
 def test_a_thousand_classes_and_sharp_weights_stay_finite():
     encoded, text = features(9, dtype=torch.float16, classes=1000)
     head = ck.Reservoir(text.float(), "food101")

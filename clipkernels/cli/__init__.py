@@ -13,6 +13,7 @@ from clipkernels.cli.bench import bench
 from clipkernels.cli.check import check
 from clipkernels.cli.classify import classify
 from clipkernels.cli.demo import demo
+from clipkernels.cli.images import first_line
 from clipkernels.cli.info import info
 from clipkernels.cli.rank import rank
 from clipkernels.cli.support import support
@@ -37,6 +38,9 @@ class OneLine(click.Group):
         except click.ClickException as error:
             click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
             status = error.exit_code
+        except RuntimeError as error:  # a backend that cannot serve, no memory
+            click.echo(f"error: {first_line(error)}", err=True)
+            status = 1
         except click.Abort:
             click.echo("error: interrupted", err=True)
             status = 130

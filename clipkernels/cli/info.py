@@ -86,7 +86,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "threads": torch.get_num_threads(),
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12") or os.environ.get(COMMIT),
+        "commit": _commit() or os.environ.get(COMMIT),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
@@ -112,6 +112,14 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package is in; None where it is installed, if inside another's checkout."""
+    top = _output("git", "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != Path(__file__).resolve().parents[2]:
+        return None
+    return _output("git", "describe", "--always", "--dirty", "--abbrev=12")
 
 
 @cache

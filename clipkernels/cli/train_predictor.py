@@ -19,7 +19,6 @@ from clipkernels.cli.models import choose_device
 from clipkernels.cli.output import check_file, opened, progress, refuse_same, write_csv, write_table
 from clipkernels.cli.plot import draw_training, plot_format
 from clipkernels.learn.patch_ranking import Rankings, fit_predictor
-from clipkernels.methods import count_of
 
 EXAMPLE = """\b
 Example:
@@ -93,7 +92,7 @@ def train_predictor(
                 progress=step,
             )
             seconds = time.perf_counter() - start
-            chance = 1 - count_of(keep, patches) / patches
+            chance = 1 - math.ceil(keep * patches) / patches
             fitted.predictor.save(output)
             if picture is not None and drawn is not None:
                 title = f"a predictor of what stays, {keep:g} of {patches} patches, of {images} images"

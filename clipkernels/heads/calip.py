@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from clipkernels import ops
-from clipkernels.heads.given import check_labels, check_numbers, check_positive, check_some, normalize_as
+from clipkernels.checks import check_numbers
+from clipkernels.heads.given import check_labels, check_positive, check_some, normalize_as
 from clipkernels.heads.presets import CALIP_PRESETS
 from clipkernels.heads.search import grid, search
 from clipkernels.heads.zero_shot import ZeroShot

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -27,13 +25,6 @@ def check_some(images: int) -> None:
     """Raises ValueError where there is no image to fit on."""
     if not images:
         raise ValueError("features must be of at least one image, got none")
-
-
-def check_numbers(**named: float) -> None:
-    """Raises ValueError for what is no finite number."""
-    for name, value in named.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def check_positive(**named: float) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels import ops
+from clipkernels.checks import check_numbers
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.entries import Entries, Evict, empty, keep, valid
-from clipkernels.heads.given import check_numbers, check_positive
+from clipkernels.heads.given import check_positive
 from clipkernels.heads.presets import PRESETS, Preset
 from clipkernels.heads.zero_shot import ZeroShot
 
@@ -250,15 +251,16 @@ class Reservoir:
         from_new = last >= capacity
         place = touched[:, None] * capacity + last.clamp_max(capacity - 1)
         image = order.gather(1, (last - capacity).clamp(0, rounds - 1))
-        settled = []
+        empty, settled = last == capacity + rounds, []
         for a, b in zip(old, new, strict=True):
-            choice = from_new.view(*from_new.shape, *[1] * (a.ndim - 2))
-            settled.append(torch.where(choice, b[image], a.flatten(0, 1)[place]))
+            narrow = [1] * (a.ndim - 2)
+            kept = torch.where(from_new.view(*last.shape, *narrow), b[image], a.flatten(0, 1)[place])
+            settled.append(kept.masked_fill(empty.view(*last.shape, *narrow), 0))  # of some image, finite or not
         # Cut short in between, these classes are empty.
         old.arrival[touched] = -1
         for tensor, values in list(zip(old, settled, strict=True))[:-1]:
             tensor[touched] = values
-        old.arrival[touched] = settled[-1].masked_fill(last == capacity + rounds, -1)
+        old.arrival[touched] = settled[-1].masked_fill(empty, -1)
         self._renew(touched)
 
     def _describe(self, logits: Tensor, path: Tensor) -> Entries:
@@ -293,7 +295,8 @@ class Reservoir:
         held = (arrival >= 0).to(unit.dtype)
         count = held.sum(1)
         mean = torch.einsum("tmlc,tml->tlc", unit, length * held[..., None]) / count.clamp_min(1)[:, None, None]
-        self._table[touched] = mean * (count >= 2)[:, None, None]
+        # Another table: forwards that hold the last one may not have come to their backward yet.
+        self._table = self._table.index_copy(0, touched, mean * (count >= 2)[:, None, None])
         if not self._anchored:  # once there, they stay: no class shrinks
             enough = self.counts >= 2
             self._anchored = bool(enough.all() if self.anchors_of == "all" else enough.any())

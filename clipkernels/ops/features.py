@@ -73,7 +73,7 @@ def calip_logits(
     Guarantees: the (B,K,E) classes are never made; otherwise as in `cross_attention`.
     Source: CALIP, arXiv 2209.14169, section 3.2.
     """
-    checks.check_calip(visual, pooled, text, alpha)
+    checks.check_calip(visual, pooled, text, alpha, beta2, beta3)
     chosen = _backend.choose(backend, visual.device, visual.dtype, "calip_logits")
     run = reference.calip_terms if chosen == "reference" else _cross_attention.calip_terms
     parts = run(visual, pooled, text, alpha)

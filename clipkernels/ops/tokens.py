@@ -53,9 +53,11 @@ def attention(
         out (B,H,M,D), and the signal, detached, or None.
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming what was expected and what came.
-    Guarantees: the N×N attention is never whole in memory for a signal; signals accumulate in fp32. On a GPU `auto` is
-        SDPA beside a score kernel wherever that is expected to be faster, and always if a gradient is wanted; one
-        fused launch, with the same bits for an image in any batch, is backend="triton".
+    Guarantees: the N×N attention is never whole in memory for a signal; signals accumulate in fp32. On the CPU in bf16,
+        up to 600 keys, where SDPA is slower, `out` rounds logits and probabilities to bf16: many times SDPA's error
+        where logits are large. On a GPU `auto` is SDPA beside a score kernel wherever that is expected to be faster,
+        and always if a gradient is wanted; one fused launch, with the same bits for an image in any batch, is
+        backend="triton".
     Source: the size bias is ToMe's proportional attention, arXiv 2210.09461, section 3.
     """
     checks.check_attention(q, k, v, size, signal, prefix)

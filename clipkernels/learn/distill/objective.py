@@ -251,7 +251,7 @@ def choose(relevance: Tensor, mask: Tensor, keep: float) -> Tensor:
     """Which ⌈keep·n⌉ of the n tokens that mask (B,n) leaves have the highest relevance (B,n), bool; ties to the lower
     index."""
     place = inverse_of(strongest_first(relevance.masked_fill(~mask, float("-inf"))))
-    count = (keep * mask.sum(1, keepdim=True, dtype=torch.float64) - 1e-9).ceil()
+    count = (keep * mask.sum(1, keepdim=True, dtype=torch.float64)).ceil()
     return mask & (place < count)
 
 

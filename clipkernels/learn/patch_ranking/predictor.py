@@ -22,7 +22,6 @@ from clipkernels.heads.given import check_positive
 from clipkernels.identity import check_tower, digest_of, whole
 from clipkernels.learn.modules import check_training, load_module, save_module, seeded
 from clipkernels.learn.patch_ranking.rankings import Rankings
-from clipkernels.methods import count_of
 from clipkernels.reference.order import strongest_first
 from clipkernels.reference.predict import Mixer, mix
 
@@ -200,7 +199,7 @@ def fit_predictor(
     _, tokens, channels = rankings.features.shape
     about = rankings.about
     prefix, patches = about["prefix"], rankings.ranks.shape[1]
-    gone = patches - count_of(keep, patches)
+    gone = patches - math.ceil(keep * patches)
     if not gone:
         raise ValueError(f"keep must let at least one of {patches} patches go, got {keep}")
     with seeded(seed):
