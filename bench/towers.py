@@ -170,7 +170,8 @@ def paired(
     whole = len(graphs) == len(eager) or batch > arguments.graphs
     variants = {**variants, **graphs, f"{HOST} again": variants[HOST], **peers}
     with torch.inference_mode():  # of those that choose nothing, so that rounding moves no token
-        full = {label: eager[label].encode(batches[0]) for label in eager if isinstance(eager[label].method, ck.Dense)}
+        dense = [label for label, method in chosen.items() if method is None or isinstance(method, ck.Dense)]
+        full = {label: eager[label].encode(batches[0]) for label in dense}
     with (
         Progress(console=Console(stderr=True), transient=True) as bar,
         room_to_compile(len(variants)) if arguments.compile else nullcontext(),
