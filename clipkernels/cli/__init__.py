@@ -38,12 +38,12 @@ class OneLine(click.Group):
         except click.ClickException as error:
             click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
             status = error.exit_code
+        except click.Abort:  # a RuntimeError, too
+            click.echo("error: interrupted", err=True)
+            status = 130
         except RuntimeError as error:  # a backend that cannot serve, no memory
             click.echo(f"error: {first_line(error)}", err=True)
             status = 1
-        except click.Abort:
-            click.echo("error: interrupted", err=True)
-            status = 130
         sys.exit(status)
 
 
