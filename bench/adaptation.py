@@ -37,7 +37,7 @@ from clipkernels.timing import Clock, gmacs_for, measure, plan_for
 from corruptions import STREAMS, STRENGTHS, Stream, corrupt
 from literal_tca import Reservoir as LiteralReservoir
 from literal_tca import stream
-from rows import header_of, resume, write
+from rows import header_of, resume, save, write
 from tiny_clip import read
 
 BATCH = 32
@@ -293,7 +293,7 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
     right.set_xticks(range(len(columns)), labels, rotation=40, ha="right")
     right.set(title="points above or below CLIP")
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    save(figure, file)
 
 
 if __name__ == "__main__":

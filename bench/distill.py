@@ -41,7 +41,7 @@ from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCach
 from clipkernels.learn.modules import seeded
 from questions import MASKED, NOISE, Asked, Question, ask, masked, questions_of, shifted
 from ranking import prepared
-from rows import deviation, header_of, resume, write
+from rows import deviation, header_of, resume, save, write
 from tiny_clip import read
 
 BATCH = 64
@@ -330,7 +330,7 @@ def plot(found: Sequence[dict[str, Any]], file: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    save(figure, file)
 
 
 if __name__ == "__main__":

@@ -158,24 +158,7 @@ def commands(out: Path, peer: str | None = None) -> dict[str, list[str]]:
     some = "bfloat16 and not (compiled and (b8 or b64))"
     made["ops"] = [*pytest, "bench/ops.py", "-k", f"{some} and (literal or not compiled)", *quick]
     if imports("open_clip"):
-        towers = [*python, "bench/towers.py", "--dtype", "bfloat16", "--rounds", "9"]
-        every, first = ["--models", *MODELS, "--batch", *BATCHES], ["--models", *MODELS[:2], "--batch", *BATCHES[:2]]
-        made["towers"] = [*towers, *every, "--plain", "--graphs", "8", "--out", str(out / "towers-bf16.csv")]
-        made["launches"] = [*towers, "--models", *MODELS, "--batch", "1", "--launches"]
-        made["launches"] += ["--out", str(out / "launches.csv")]
-        if peer:
-            made["peer"] = [*towers, "--models", "ViT-B-16", "--batch", *BATCHES, "--peer", peer]
-            made["peer"] += ["--out", str(out / "towers-bf16-peer.csv")]
-        for mode, methods in (("default", COMPILED), ("max-autotune", AUTOTUNED)):
-            for method in methods:
-                name = f"{mode}-{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}"
-                options = ["--graphs", "1", "--only", method, "--compile", mode]
-                options += ["--out", str(out / f"towers-bf16-{name}.csv")]
-                if method == COMPILED[0]:  # whatever η is against: the usual towers at once, the others after the rest
-                    made[f"dense-{mode}"] = [*towers, *first, *options]
-                else:  # the host is compiled above
-                    options += ["--compiled", method]
-                made[f"compiled-{name}"] = [*towers, *every, *options]
+        made |= of_towers([*python, "bench/towers.py", "--dtype", "bfloat16", "--rounds", "9"], out, peer)
     made["compiled-ops"] = [*pytest, "bench/ops.py", "-k", f"{some} and compiled", *quick]
     made["inductor"] = [*tests, "-k", "compiled_tower"]
     made["tuned"] = [*python, "bench/tune.py", "--out", str(out / "tuned.csv")]
@@ -184,6 +167,27 @@ def commands(out: Path, peer: str | None = None) -> dict[str, list[str]]:
     made["staircase"] = [*python, "bench/staircase.py", "--out", str(out / "staircase.csv")]
     made["staircase"] += ["--plot", str(out / "staircase.png")]
     made["counters"] = [*python, "bench/counters.py", "--ops", str(out / "ops.csv"), "--out", str(out / "counters.csv")]
+    return made
+
+
+def of_towers(towers: list[str], out: Path, peer: str | None) -> dict[str, list[str]]:
+    """What is run of whole towers: eager, plain and from graphs at once, under the compiler method by method."""
+    every, first = ["--models", *MODELS, "--batch", *BATCHES], ["--models", *MODELS[:2], "--batch", *BATCHES[:2]]
+    made = {"towers": [*towers, *every, "--plain", "--graphs", "8", "--out", str(out / "towers-bf16.csv")]}
+    made["launches"] = [*towers, "--models", *MODELS, "--batch", "1", "--launches", "--out", str(out / "launches.csv")]
+    if peer:
+        made["peer"] = [*towers, "--models", "ViT-B-16", "--batch", *BATCHES, "--peer", peer]
+        made["peer"] += ["--out", str(out / "towers-bf16-peer.csv")]
+    for mode, methods in (("default", COMPILED), ("max-autotune", AUTOTUNED)):
+        for method in methods:
+            name = f"{mode}-{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}"
+            options = ["--graphs", "1", "--only", method, "--compile", mode]
+            options += ["--out", str(out / f"towers-bf16-{name}.csv")]
+            if method == COMPILED[0]:  # whatever η is against: the usual towers at once, the others after the rest
+                made[f"dense-{mode}"] = [*towers, *first, *options]
+            else:  # the host is compiled above
+                options += ["--compiled", method]
+            made[f"compiled-{name}"] = [*towers, *every, *options]
     return made
 
 

@@ -31,7 +31,7 @@ import clipkernels as ck
 from clipkernels import support
 from clipkernels.cli.info import environment
 from clipkernels.learn.calip_fs import FewShotCALIP
-from rows import deviation, header_of, resume, write
+from rows import deviation, header_of, resume, save, write
 from tiny_clip import few, read
 
 BATCH = 256
@@ -261,7 +261,7 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    save(figure, file)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from clipkernels.learn.patch_ranking import (
 )
 from clipkernels.timing import plan_for
 from clipkernels.tower import run
-from rows import deviation, header_of, resume, write
+from rows import deviation, header_of, resume, save, write
 from tiny_clip import few, read
 
 BATCH = 50  # what fits the cache is faster
@@ -361,7 +361,7 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    save(figure, file)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipkernels.files import replacing
-from rows import read_csv
+from rows import read_csv, save
 from targets import Row, efficiencies, fastest, grouped, targets, way_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,8 +221,7 @@ def draw(picture: Callable[[Any, Sequence[Row]], None], rows: Sequence[Row], fil
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     picture(figure, rows)
-    with replacing(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    save(figure, file)
 
 
 def roofline(figure: Any, ops: Sequence[Row]) -> None:

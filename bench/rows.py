@@ -50,6 +50,12 @@ def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: 
                 json.dump({**header, "rows": records}, file, indent=1)
 
 
+def save(figure: Any, file: Path) -> None:
+    """A picture, in the format that its file is named for, which appears whole."""
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format=file.suffix[1:] or "png", dpi=110)
+
+
 def read_csv(table: Path) -> list[dict[str, str]]:
     """The rows of a CSV; none where there is no such file."""
     if not table.exists():

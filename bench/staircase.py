@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +26,8 @@ from torch import Tensor
 import clipkernels as ck
 from clipkernels.cases import SHAPES
 from clipkernels.cli.info import environment
-from rows import write
+from clipkernels.timing import measure
+from rows import save, write
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -97,19 +96,11 @@ def seconds_of(inputs: Sequence[Tensor], weights: Sequence[Sequence[Tensor]], ro
     multiply()
     run = multiply
     if CUDA:
-        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             multiply()
         run = graph.replay
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        if CUDA:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / len(weights))
-    return statistics.median(times)
+    return measure({"": run}, rounds).of("").median / len(weights)
 
 
 def excess(times: dict[int, float], tokens: int) -> float:
@@ -165,7 +156,7 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
             panel.plot([row["tokens"] for row in line], each, linewidth=0.8, label=model)
         panel.set(xlabel="tokens", ylabel="µs a token", title=f"batch {batch}")
         panel.legend()
-    figure.savefig(file, dpi=110)
+    save(figure, file)
 
 
 if __name__ == "__main__":

@@ -143,10 +143,11 @@ def fastest(rows: Sequence[Row]) -> dict[str, Best]:
 
 def base(rows: Sequence[Row]) -> Best | None:
     """The fastest dense variant of one model and batch, whoever's it is; None where the host was not compiled."""
-    full = {best.row["variant"]: best for best in speeds(rows) if not reduced(best.row)}
-    if any(f"{HOST}, compiled {mode}" not in full for mode in MODES):
+    full = [best for best in speeds(rows) if not reduced(best.row)]
+    compiled = {f"{HOST}, compiled {mode}" for mode in MODES}
+    if not compiled <= {best.row["variant"] for best in full}:
         return None
-    return max((best for best in speeds(rows) if not reduced(best.row)), key=lambda best: best.speed)
+    return max(full, key=lambda best: best.speed)
 
 
 def beside_dense(towers: Sequence[Row]) -> Iterator[tuple[str, int, str, Best, Best]]:

@@ -127,6 +127,23 @@ def parse() -> argparse.Namespace:
 def searched(op: str, tower: str) -> dict[str, Any]:
     """A row: an operation's own configuration at one shape, the best that was found, and what each takes."""
     sources = [Source(SHAPES[tower], batch, torch.bfloat16, DEVICE) for batch in BATCHES]
+    best, own, tried, rejected = search(op, tower, sources)
+    try:
+        for source in sources:
+            with configured(op, best, {}), torch.inference_mode():
+                inputs = CASES[op].inputs(source)
+                check(op, "triton", source, inputs, flat(CASES[op].call(source, "triton", *inputs)))
+    except AssertionError:  # right at the smallest batch alone
+        best = {}
+    changed = {".".join(place): [own[place], value] for place, value in best.items() if own[place] != value}
+    row = {"op": op, "tower": tower, "changed": json.dumps(changed) if changed else ""}
+    row |= beside(op, sources, best)
+    return {**row, "tried": tried, "rejected": rejected, **stamp()}
+
+
+def search(op: str, tower: str, sources: list[Source]) -> tuple[dict[Place, int], dict[Place, int], int, int]:
+    """The numbers that gain if they are changed, all numbers of the operation's own configuration, and how many
+    candidates were tried and how many of them rejected."""
     best: dict[Place, int] = {}
     own: dict[Place, int] = {}
     with configured(op, best, own):
@@ -150,17 +167,15 @@ def searched(op: str, tower: str) -> dict[str, Any]:
         if math.prod(fastest) < GAIN ** len(sources) * math.prod(times):
             break
         best[place], fastest = value, times
-    try:
-        for source in sources:
-            with configured(op, best, {}), torch.inference_mode():
-                inputs = CASES[op].inputs(source)
-                check(op, "triton", source, inputs, flat(CASES[op].call(source, "triton", *inputs)))
-    except AssertionError:  # right at the smallest batch alone
-        best = {}
-    changed = {".".join(place): [own[place], value] for place, value in best.items() if own[place] != value}
-    row = {"op": op, "tower": tower, "changed": json.dumps(changed) if changed else ""}
+    return best, own, tried, rejected
+
+
+def beside(op: str, sources: list[Source], best: Mapping[Place, int]) -> dict[str, float]:
+    """What an operation takes at each batch in its own configuration and in the best found, timed side by side, for
+    the best of many times is low by chance; and the gain over all."""
+    row: dict[str, float] = {}
     gains = []
-    for source in sources:  # the best of many times is low by chance: once more, beside its own
+    for source in sources:
         pair = {}
         for name, changes in (("own", {}), ("best", best)):
             with configured(op, changes, {}), torch.inference_mode():
@@ -170,8 +185,7 @@ def searched(op: str, tower: str) -> dict[str, Any]:
         gains.append(times.ratio("best", "own").median)
         for name, (_, calls) in pair.items():
             row[f"microseconds_b{source.batch}_{name}"] = round(1e6 * times.of(name).median / calls, 3)
-    gain = round(math.prod(gains) ** (1 / len(gains)), 4)
-    return {**row, "gain": gain, "tried": tried, "rejected": rejected, **stamp()}
+    return row | {"gain": round(math.prod(gains) ** (1 / len(gains)), 4)}
 
 
 @contextmanager
