@@ -292,7 +292,6 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
     labels = [kind if severity == "all" else f"severity {severity}" for kind, severity in columns]
     right.set_xticks(range(len(columns)), labels, rotation=40, ha="right")
     right.set(title="points above or below CLIP")
-    file.parent.mkdir(parents=True, exist_ok=True)
     save(figure, file)
 
 

@@ -329,7 +329,6 @@ def plot(found: Sequence[dict[str, Any]], file: Path) -> None:
         axes.set_xticks([100 * share for share in SHARES], [f"{share:.0%}" for share in SHARES])
         axes.grid(alpha=0.3)
         axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
     save(figure, file)
 
 

@@ -260,7 +260,6 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    file.parent.mkdir(parents=True, exist_ok=True)
     save(figure, file)
 
 

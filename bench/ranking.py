@@ -360,7 +360,6 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
         axes.set_xticks([100 * gone for gone in GONE])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
     save(figure, file)
 
 

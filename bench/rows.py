@@ -52,6 +52,7 @@ def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: 
 
 def save(figure: Any, file: Path) -> None:
     """A picture, in the format that its file is named for, which appears whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
         figure.savefig(temporary, format=file.suffix[1:] or "png", dpi=110)
 
