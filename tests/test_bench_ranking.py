@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import clipkernels as ck
 import ranking
 import ranking_speed
 from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.testing import open_clip_tower, randomized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,6 +58,13 @@ def test_the_study_has_every_row_and_goes_on_where_it_was_cut(tmp_path: Path, mo
 
 
 def test_both_forms_are_timed_and_rank_alike(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In fp64, because in fp32 some scores tie but for rounding.
+    tower = randomized(open_clip_tower("ViT-B-32", 4, width=64, image_size=32, patch_size=8)).double()
+    monkeypatch.setattr(ck, "bundled", lambda: (tower, None, None))
     monkeypatch.setattr(ranking_speed, "IMAGES", 2)
-    row = ranking_speed.speed(images, block=5)
-    assert row["alike"] == "2 of 2" and row["speedup"] > 1
+    clock = iter([0.0, 2.0, 5.0, 5.0, 6.0, 10.0])  # two images and one of them, then one image twice
+    monkeypatch.setattr(ranking_speed, "time", SimpleNamespace(process_time=lambda: next(clock)))
+    row = ranking_speed.speed(images.double(), block=3)
+    assert row["alike"] == "2 of 2"
+    assert (row["seconds"], row["literal_seconds"], row["speedup"]) == (1.0, 3.5, 3.5)
+    assert (row["speedup_p10"], row["speedup_p90"]) == (3.1, 3.9)

@@ -178,12 +178,20 @@ def test_a_stopped_generation_makes_nothing_twice_and_gives_identical_files(
 
 
 def test_more_images_per_class_keep_those_there_are(bundled: Any, stable: Any, tmp_path: Path) -> None:
-    generate(bundled, Spy(stable), tmp_path / "set", per_class=2)
-    spy = Spy(stable)
-    generate(bundled, spy, tmp_path / "set")
-    generate(bundled, Spy(stable), tmp_path / "whole")
+    few = generate(bundled, Spy(stable), tmp_path / "set", per_class=2)
+    before, spy = contents(tmp_path / "set"), Spy(stable)
+    found = generate(bundled, spy, tmp_path / "set")
+    whole = generate(bundled, Spy(stable), tmp_path / "whole")
     assert len(spy.calls) == 4
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    after, expected = contents(tmp_path / "set"), contents(tmp_path / "whole")
+    described, meant = (json.loads(files.pop("manifest.json")) for files in (after, expected))
+    for files in (before, after, expected):
+        files.pop("features.safetensors")
+    assert after == expected and all(after.get(name) == before[name] for name in before.keys() - {"manifest.json"})
+    assert torch.equal(found.features[[0, 1, 4, 5]], few.features)
+    # The others were encoded in another batch, and products of other sizes round otherwise.
+    torch.testing.assert_close(found.features, whole.features)
+    assert described["features"].pop("sha256") and meant["features"].pop("sha256") and described == meant
     with pytest.raises(ValueError, match=r"expected no images but the set's own in .*, got '0003.png': delete"):
         generate(bundled, spy, tmp_path / "set", per_class=3)
 
