@@ -35,11 +35,11 @@ format: $(VENV)/.installed-test  ## let ruff fix and format
 bench: $(VENV)/.installed-test  ## time the operations and the towers under pytest-benchmark
 	$(BIN)/python -m pytest bench/ops.py bench/towers.py $(ARGS)
 
-compile: $(VENV)/.installed-test  ## compile every kernel for every target, no GPU needed, and write the table
-	$(BIN)/python tests/compile_kernels.py --all --write bench/results/compiled.csv $(ARGS)
+compile: $(VENV)/.installed  ## compile every kernel for every target, no GPU needed, and write the table
+	$(BIN)/python tests/compile_kernels.py --all --write $(ARGS)
 
-# Without .venv: where the GPU is, PYTHON has torch and triton already, and there may be no network.
-gpu:  ## tests, check and benchmarks on a GPU with PYTHON as it is; goes on where it ended; OUT= for another folder
+# Without .venv, because a GPU machine has torch and triton already and may have no network.
+gpu:  ## ten minutes of what needs a GPU, with PYTHON as it is; the same command goes on; OUT= for the three files
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 dist: $(VENV)/.installed-test  ## build wheel and sdist, and check their metadata

@@ -10,8 +10,9 @@ import torch
 from rows import MORE, TRIES, begin, begun, read_csv
 
 START = time.monotonic()
-# What a run that may be cut short measures first.
-BATCHES, TOWERS = (256, 1, 64, 8), ("B-16", "L-14", "B-32", "L-14-336", "SO400M-14-384")
+# The order of a run that may be cut short, and the part of it that the targets are about.
+BATCHES, TOWERS = (256, 1, 64, 8), ("B-16", "L-14-336", "L-14", "B-32", "SO400M-14-384")
+FIRST_BATCHES, FIRST_TOWERS = BATCHES[:2], TOWERS[:2]
 LATE, GIVEN_UP = pytest.StashKey[int](), pytest.StashKey[int]()
 TRIED = pytest.StashKey[Counter[str]]()
 
@@ -78,10 +79,16 @@ def _names(item: pytest.Item) -> tuple[str, ...] | None:
     return params["op"], params["variant"], params["shape"], str(params["batch"]), dtype
 
 
-def _urgency(item: pytest.Item) -> tuple[bool, int, int]:
-    """Large batches first and small ones next, the usual tower first, and last what a compiler takes seconds for,
-    but for the formulas as published, which targets are about."""
+def _urgency(item: pytest.Item) -> tuple[bool, bool, int, int]:
+    """The key that sorts benchmarks: those of the targets first, those that take a compiler seconds last, and large
+    batches of the usual tower before the rest.
+
+    Of the plain references a target is about matching alone; of what is compiled, about published formulas.
+    """
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    batch, tower = params.get("batch"), params.get("shape")
-    slow = params.get("variant") in ("compiled", "topk_compiled")
-    return slow, *(order.index(value) if value in order else -1 for order, value in ((BATCHES, batch), (TOWERS, tower)))
+    op, variant, batch, tower = (params.get(name) for name in ("op", "variant", "batch", "shape"))
+    slow = variant in ("compiled", "topk_compiled")
+    plain = variant == "reference" and op != "match_tokens"
+    first = tower in FIRST_TOWERS and batch in FIRST_BATCHES and not plain
+    places = (order.index(value) if value in order else -1 for order, value in ((BATCHES, batch), (TOWERS, tower)))
+    return slow, not first, *places

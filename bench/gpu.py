@@ -1,288 +1,313 @@
-"""Everything that needs a GPU, in one command of under eight minutes that goes on where it ended.
+"""Everything that needs a GPU, in runs of ten minutes, each worth the most when it is interrupted.
 
-    make gpu PYTHON=python3 OUT=results
-    make gpu ARGS="--peer tome=../ToMe"      # facebookresearch/ToMe beside ours
-    make gpu ARGS="--parts ops towers"
-    make gpu ARGS="--again tests check"      # although they were done
-    make gpu ARGS=--list
+    make gpu                                         # with PYTHON and OUT= as `make help` says
+    make gpu ARGS="--list"                           # the steps with their estimates; needs no GPU
+    make gpu ARGS="--simulate 570 570"               # the schedule of two runs; needs no GPU
+    make gpu ARGS="--resume build/gpu/results.tar.gz"
+    make gpu ARGS="--steps tests ops"
+    make gpu ARGS="--again tests"                    # although it is done
+    make gpu ARGS="--peer tome=../ToMe"              # facebookresearch/ToMe beside ours
+    make gpu ARGS="--dry-run"                        # every step at toy sizes; needs no GPU
 
-It installs nothing and needs no network: torch, triton, pytest, pytest-benchmark, click, rich and matplotlib must be
-there, and open_clip, timm and transformers for the towers, which are left out without open_clip. Tests and checks run
-beside each other, everything else by itself, part after part, what failed last. A call begins nothing that could do
-nothing before `--limit`, and stops then; what takes long writes as it measures and goes on in the next call: call until
-nothing is left. What comes before `compiled` takes some forty minutes of a fast GPU, the rest hours (estimates).
-Results are CSV, JSON and logs in one folder per device, where `done.json` says how far every part is, and of which
-commit. The last thing a call does is to render them (`bench/report.py`). CLIPKERNELS_COMMIT names the commit of a copy
-without git.
+Nothing is installed and nothing is downloaded. Missing packages are named first, with the steps they cost
+(`bench/steps.py` has the steps, in order). A step starts only if it can achieve something before `--limit`, and a
+skipped step is named. Rows, logs and done.json are in one folder per device, bench/results/<device>. After every step
+the report and the archive of that folder are whole: an interrupted run costs one step. Three files have to be brought
+back, all in --out: results.tar.gz, report.md and log.txt. The same command goes on where the last run ended, on
+another machine with --resume. CLIPKERNELS_COMMIT names the commit of a copy without git.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from importlib import import_module
-from importlib.util import find_spec
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from steps import BASE, ROOT, Progress, Step, Visit, losses, missing_packages, next_visit, schedule, steps
 
-from clipkernels.files import replacing
-from rows import MORE, stamp
-
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-TESTS = ("attention", "predict", "prune", "condense", "merge", "epilogue", "cross_attention", "affinity")
-TESTS += ("targeted_l1", "fused_tower", "gpu")
-MODELS = ("ViT-B-16", "ViT-L-14", "ViT-B-16-quickgelu", "ViT-B-32", "ViT-L-14-336", "ViT-SO400M-14-SigLIP-384")
-MODELS += ("transformers:CLIPModel",)
-BATCHES = ("256", "1", "32", "8", "64")
-# A compiler takes minutes for some: each by itself, beside the host.
-COMPILED = ("Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe", "TCA(rate=0.035)", "TCA(rate=0.1)", "PatchRanking")
-AUTOTUNED = ("Dense()", "EViT(keep=0.7)")
-
-
-class Part(NamedTuple):
-    """Seconds that a part may take, where it begins anew in every call; or what it takes to begin and do the longest
-    piece that it can go on after, in as many calls as it needs."""
-
-    limit: float = math.inf
-    piece: float | None = None
-
-
-PARTS = {
-    "tests": Part(280),
-    "check": Part(280),
-    "towers": Part(piece=90),
-    "ops": Part(piece=60),
-    "dense": Part(piece=150),
-    "launches": Part(piece=50),
-    "counters": Part(120),
-    "distill": Part(90),
-    "peer": Part(piece=60),
-    "staircase": Part(200),
-    "compiled": Part(piece=250),
-    "tuned": Part(piece=150),
-    "inductor": Part(430),
-}
-BESIDE = ("tests", "check")  # each other
+LIMIT = 570.0
+# Seconds for the report and the archive after each step.
+OVERHEAD = 3.0
+# The exit status of a step that its deadline cut short, as in `rows.py`.
+MORE = 75
+DRY = "dry-run"
 
 
 class Done(NamedTuple):
-    """How far a command is: whole, or failed when it last ran; how many seconds that took and what it said last, of
-    which driver, commit and day."""
+    """The state of a step after its last visit: whole or failed, seconds, the last line that it printed, and the
+    driver, commit and date."""
 
     whole: bool
     failed: bool
     seconds: float
-    said: str
+    line: str
     driver: str | None
     commit: str | None
     date: str
 
 
+class Campaign:
+    """One run: its steps, the folder of results, the folder for what is brought back, and the time.
+
+    Args:
+        every: the steps.
+        folder: of rows, logs and done.json.
+        out: of the archive, the report and the log.
+        limit: seconds of the run.
+        started: `time.monotonic()` at its start.
+        dry: true where nothing is measured.
+    """
+
+    def __init__(
+        self, every: Sequence[Step], folder: Path, out: Path, limit: float, started: float, dry: bool = False
+    ) -> None:
+        self.every, self.folder, self.out, self.limit, self.started = every, folder, out, limit, started
+        self.dry, self.done, self.running = dry, read(folder), None
+        self.running: subprocess.Popen[bytes] | None
+
+    def run(self) -> list[str]:
+        """Visits steps until none can achieve anything; returns the names of those that failed."""
+        visits: dict[str, int] = {}
+        failed: list[str] = []
+        try:
+            while True:
+                progress = Progress(self.whole(visits) | set(failed), self.failed(), visits)
+                visit = next_visit(self.every, progress, self.left())
+                if visit is None:
+                    break
+                visits[visit.step.name] = visits.get(visit.step.name, 0) + 1
+                if self.visit(visit).failed:
+                    failed.append(visit.step.name)
+                self.publish()
+        finally:
+            self.stop()
+        for step in self.every:
+            if step.name not in self.whole(visits) and step.name not in visits:
+                self.say(f"skipped {step.name}: needs {step.least:.0f} s, {max(self.left(), 0):.0f} s are left")
+        return failed
+
+    def visit(self, visit: Visit) -> Done:
+        """Runs a step until it ends or its time is over, and notes its state."""
+        step, began = visit.step, time.monotonic()
+        log = self.folder / f"{step.name}.log"
+        deadline = [] if step.piece is None else ["--deadline", f"{max(visit.seconds - step.piece, 1):.0f}"]
+        # A step that is resumed may run into the time of the next one, never beyond the end of the run.
+        allowed = self.left() if step.piece is not None else min(self.left(), 1.5 * step.seconds)
+        with log.open("a", encoding="utf-8") as stream:
+            self.running = subprocess.Popen(
+                [sys.executable, "-u", *(["bench/dry_run.py"] if self.dry else []), *step.command, *deadline],
+                cwd=ROOT,
+                env=environment(self.dry),
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+        try:
+            status = self.running.wait(max(allowed, 0.1))
+            end = {0: "done", MORE: "more is left"}.get(status, f"exit status {status}")
+        except subprocess.TimeoutExpired:
+            self.stop()  # with its workers, which would disturb the timings
+            status, end = MORE if step.piece is not None else 1, "stopped at its time limit"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        took = time.monotonic() - began
+        self.say(f"{step.name}: {end} after {took:.0f} s: {lines[-1] if lines else 'no output'}")
+        failed = status not in (0, MORE)
+        if failed:
+            self.say("\n".join(f"    {line}" for line in lines[-30:]))
+        from rows import stamp
+
+        state = Done(status == 0, failed, round(took), lines[-1] if lines else "no output", **stamp())
+        self.done[step.name] = state
+        save_json({name: each._asdict() for name, each in self.done.items()}, self.folder / "done.json")
+        return state
+
+    def publish(self) -> None:
+        """Writes the report and the archive, each whole or not at all."""
+        from clipkernels.files import replacing
+        from report import render
+
+        try:
+            render(self.folder, None if self.dry or self.folder.parent != RESULTS else ROOT / "README.md")
+        except Exception:  # rows that cannot be drawn are still worth bringing back
+            self.say(f"no report:\n{traceback.format_exc()}")
+        with replacing(self.out / "results.tar.gz") as temporary, tarfile.open(temporary, "w:gz") as archive:
+            archive.add(self.folder, self.folder.name)
+        if (self.folder / "report.md").exists():
+            with replacing(self.out / "report.md") as temporary:
+                Path(temporary).write_bytes((self.folder / "report.md").read_bytes())
+
+    def whole(self, visits: Mapping[str, int]) -> set[str]:
+        """The steps that need no further visit."""
+        again = {step.name for step in self.every if step.always and step.name not in visits}
+        return {name for name, state in self.done.items() if state.whole} - again
+
+    def failed(self) -> set[str]:
+        """The steps whose last visit failed."""
+        return {name for name, state in self.done.items() if state.failed}
+
+    def left(self) -> float:
+        """Seconds until the run has to end."""
+        return self.limit - OVERHEAD - (time.monotonic() - self.started)
+
+    def say(self, line: str) -> None:
+        """Prints a line, and appends it to the log."""
+        print(line, flush=True)
+        with (self.out / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"{line}\n")
+
+    def stop(self) -> None:
+        """Ends the step that still runs, with every process that it started."""
+        if self.running is not None and self.running.poll() is None:
+            os.killpg(self.running.pid, signal.SIGKILL)
+            self.running.wait()
+
+
 def main() -> None:
+    started = time.monotonic()
     arguments = parse()
-    runs = commands(arguments.out, arguments.peer)
-    runs = {name: command for name, command in runs.items() if part_of(name) in arguments.parts}
-    if arguments.list:
-        for name, command in runs.items():
-            print(f"{name}: {' '.join(command)}")
+    missing = missing_packages()
+    every = steps(arguments.folder or RESULTS / "DEVICE", arguments.peer)
+    if arguments.list or arguments.simulate:
+        for line in listed(every) if arguments.list else schedule(every, arguments.simulate, OVERHEAD):
+            print(line)
         return
-    if not torch.cuda.is_available():
-        sys.exit("error: expected a CUDA or ROCm device, got none; `--list` prints what would run")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is stopped, too
+    for line in losses(every, missing):
+        print(line, flush=True)
+    if not BASE.keys().isdisjoint(missing):
+        sys.exit(f"error: expected {', '.join(BASE)}, got no {', '.join(name for name in BASE if name in missing)}")
+    folder = arguments.folder or RESULTS / device_name(arguments.dry_run)
+    chosen = [
+        step
+        for step in steps(folder, arguments.peer)
+        if step.name in (arguments.steps or [step.name]) and set(missing).isdisjoint(step.needs)
+    ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the step that runs
     arguments.out.mkdir(parents=True, exist_ok=True)
-    started, done = time.monotonic(), read(arguments.out)
-    for name in [name for name in runs if part_of(name) in arguments.again]:
-        forget(runs[name])
-        done.pop(name, None)
-    failed: list[str] = []
-    while True:
-        left = arguments.limit - (time.monotonic() - started)
-        stage = following([name for name in runs if name not in failed], done, left)
-        if not stage:
-            break
-        failed += run({name: runs[name] for name in stage}, arguments.out, left, done)
-    print(f"results in {arguments.out}")
-    render = [sys.executable, str(ROOT / "bench" / "report.py"), str(arguments.out)]
-    render += ["--readme", str(ROOT / "README.md")] if arguments.out.parent == RESULTS else []
-    subprocess.run(render, cwd=ROOT, env=paths(), check=False)
-    ahead = [name for name in runs if name not in done or not done[name].whole]
+    if arguments.resume:
+        unpack(arguments.resume, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in chosen:
+        if step.name in arguments.again:
+            forget(step, folder)
+    campaign = Campaign(chosen, folder, arguments.out, arguments.limit, started, arguments.dry_run)
+    failed = campaign.run()
+    ahead = [step.name for step in chosen if step.name not in campaign.done or not campaign.done[step.name].whole]
+    campaign.say(f"results in {folder}; archive, report and log in {arguments.out}")
     if ahead:
-        print(f"left: {', '.join(ahead)}; the same command goes on with them")
+        campaign.say(f"left: {', '.join(ahead)}; the same command goes on with them")
     if failed:
-        sys.exit(f"error: {', '.join(failed)} failed; see the logs there")
+        sys.exit(f"error: {', '.join(failed)} failed; the log has the last lines of each")
 
 
 def parse() -> argparse.Namespace:
+    names = [step.name for step in steps(RESULTS, "tome=PATH")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--again", nargs="+", choices=PARTS, default=[], metavar="PART", help="parts to measure anew")
-    parser.add_argument("--limit", type=float, default=450, metavar="SECONDS", help="what a call may take")
+    parser.add_argument("--steps", nargs="+", choices=names, metavar="STEP", help="these alone; --list names all")
+    parser.add_argument("--again", nargs="+", choices=names, default=[], metavar="STEP", help="measure them anew")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="SECONDS", help="of this run; default %(default)g"
+    )
     parser.add_argument("--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe to time beside ours")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default bench/results/<device>")
-    parser.add_argument("--list", action="store_true", help="print the commands instead of running them")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="of rows and logs; default bench/results/<device>")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="of the three files to bring back"
+    )
+    parser.add_argument("--resume", type=Path, metavar="FILE.tar.gz", help="go on after the run that wrote it")
+    parser.add_argument("--list", action="store_true", help="print the steps and run nothing")
+    parser.add_argument("--simulate", nargs="+", type=float, metavar="SECONDS", help="print the schedule of such runs")
+    parser.add_argument("--dry-run", action="store_true", help="run every step without a GPU; no figure means anything")
     arguments = parser.parse_args()
-    if arguments.out is None:
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
-        arguments.out = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower())
-    arguments.out = arguments.out.resolve()
+    if arguments.dry_run and arguments.folder is None:
+        arguments.folder = arguments.out / DRY
+    for name in ("folder", "out", "resume"):
+        if getattr(arguments, name) is not None:
+            setattr(arguments, name, getattr(arguments, name).resolve())
+    if arguments.resume and not arguments.resume.is_file():
+        parser.error(f"expected an archive that `make gpu` wrote for --resume, got {arguments.resume}")
     if arguments.peer:
         peer, _, path = arguments.peer.partition("=")
         arguments.peer = f"{peer}={Path(path).resolve()}"
     return arguments
 
 
-def commands(out: Path, peer: str | None = None) -> dict[str, list[str]]:
-    """What each part runs."""
-    python = [sys.executable, "-u"]
-    pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    # Names, so that a run that is stopped says what it was at.
-    tests = [*python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations=20"]
-    tests += [*(["-n", "8"] if find_spec("xdist") else []), *(f"tests/test_{name}.py" for name in TESTS)]
-    made = {"tests": [*tests, "-k", "not compiled_tower"]}
-    for dtype in ("bfloat16", "float32", "float16"):
-        made[f"check-{dtype}"] = [*python, "-m", "clipkernels", "check", "--dtype", dtype, "--format", "csv"]
-        made[f"check-{dtype}"] += ["--output", str(out / f"check-{dtype}.csv"), "--quiet"]
-    quick = ["--benchmark-max-time=0.02", "--benchmark-min-rounds=7", "--benchmark-warmup=off"]
-    quick += ["--benchmark-columns=median", "--benchmark-sort=name", "--rows", str(out / "ops.csv")]
-    # A compiler takes seconds for each: at the largest and the smallest batch, later but for the published formulas.
-    some = "bfloat16 and not (compiled and (b8 or b64))"
-    made["ops"] = [*pytest, "bench/ops.py", "-k", f"{some} and (literal or not compiled)", *quick]
-    if imports("open_clip"):
-        made |= of_towers([*python, "bench/towers.py", "--dtype", "bfloat16", "--rounds", "9"], out, peer)
-    made["compiled-ops"] = [*pytest, "bench/ops.py", "-k", f"{some} and compiled", *quick]
-    made["inductor"] = [*tests, "-k", "compiled_tower"]
-    made["tuned"] = [*python, "bench/tune.py", "--out", str(out / "tuned.csv")]
-    made["distill"] = [*python, "bench/distill_cost.py", "--device", "cuda", "--dtype", "bfloat16", "--batch", "256"]
-    made["distill"] += ["--rounds", "31", "--out", str(out / "distill-cost-bf16.csv")]
-    made["staircase"] = [*python, "bench/staircase.py", "--out", str(out / "staircase.csv")]
-    made["staircase"] += ["--plot", str(out / "staircase.png")]
-    made["counters"] = [*python, "bench/counters.py", "--ops", str(out / "ops.csv"), "--out", str(out / "counters.csv")]
-    return made
+def listed(every: Sequence[Step]) -> list[str]:
+    """A line for each step."""
+    return [
+        f"{step.name}: {step.seconds:.0f} s of {max(step.total, step.seconds):.0f}: python {' '.join(step.command)}"
+        for step in every
+    ]
 
 
-def of_towers(towers: list[str], out: Path, peer: str | None) -> dict[str, list[str]]:
-    """What is run of whole towers: eager, plain and from graphs at once, under the compiler method by method."""
-    every, first = ["--models", *MODELS, "--batch", *BATCHES], ["--models", *MODELS[:2], "--batch", *BATCHES[:2]]
-    made = {"towers": [*towers, *every, "--plain", "--graphs", "8", "--out", str(out / "towers-bf16.csv")]}
-    made["launches"] = [*towers, "--models", *MODELS, "--batch", "1", "--launches", "--out", str(out / "launches.csv")]
-    if peer:
-        made["peer"] = [*towers, "--models", "ViT-B-16", "--batch", *BATCHES, "--peer", peer]
-        made["peer"] += ["--out", str(out / "towers-bf16-peer.csv")]
-    for mode, methods in (("default", COMPILED), ("max-autotune", AUTOTUNED)):
-        for method in methods:
-            name = f"{mode}-{re.sub('[^a-z0-9]+', '-', method.lower()).strip('-')}"
-            options = ["--graphs", "1", "--only", method, "--compile", mode]
-            options += ["--out", str(out / f"towers-bf16-{name}.csv")]
-            if method == COMPILED[0]:  # whatever η is against: the usual towers at once, the others after the rest
-                made[f"dense-{mode}"] = [*towers, *first, *options]
-            else:  # the host is compiled above
-                options += ["--compiled", method]
-            made[f"compiled-{name}"] = [*towers, *every, *options]
-    return made
+def device_name(dry: bool) -> str:
+    """The folder's name for this machine's GPU; ends the program where there is none."""
+    import torch
+
+    if not dry and not torch.cuda.is_available():
+        sys.exit("error: expected a CUDA or ROCm device, got none; --list, --simulate and --dry-run need none")
+    return DRY if dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
 
 
-def imports(package: str) -> bool:
-    """Whether a package is here with all that it needs; says what is missing."""
-    try:
-        import_module(package)
-    except ImportError as error:
-        print(f"{package} is left out: {error}", flush=True)
-        return False
-    return True
+def environment(dry: bool) -> dict[str, str]:
+    """The environment of a step, in which the checkout's package and benches are found."""
+    given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if dry:
+        given.pop("TRITON_INTERPRET", None)
+    return given
 
 
-def part_of(name: str) -> str:
-    """The part that a command belongs to."""
-    return name.split("-")[0]
+def unpack(archive: Path, folder: Path) -> None:
+    """Puts the files of an archive into a folder, which must hold no results yet.
+
+    Raises:
+        SystemExit: it holds some, or the archive is of another device.
+    """
+    if (folder / "done.json").exists():
+        sys.exit(
+            f"error: expected no results in {folder} with --resume, got some: leave --resume out to go on with them"
+        )
+    with tarfile.open(archive) as packed:
+        outside = [name for name in packed.getnames() if Path(name).parts[0] != folder.name]
+        if outside:
+            sys.exit(f"error: expected results of {folder.name} in {archive}, got {outside[0]}")
+        packed.extractall(folder.parent, filter="data")
 
 
-def read(out: Path) -> dict[str, Done]:
-    """How far earlier calls came."""
-    file = out / "done.json"
+def read(folder: Path) -> dict[str, Done]:
+    """The states that earlier runs left in a folder."""
+    file = folder / "done.json"
     if not file.exists():
         return {}
-    return {name: Done(**said) for name, said in json.loads(file.read_text(encoding="utf-8")).items()}
+    return {name: Done(**state) for name, state in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
-def forget(command: list[str]) -> None:
-    """Removes what a command wrote, or it would go on after it."""
+def forget(step: Step, folder: Path) -> None:
+    """Removes the rows and the state of a step, so that it starts anew."""
     for option in ("--out", "--output", "--rows"):
-        if option in command:
-            table = Path(command[command.index(option) + 1])
+        if option in step.command:
+            table = Path(step.command[step.command.index(option) + 1])
             for suffix in (".csv", ".json", ".begun"):
                 table.with_suffix(suffix).unlink(missing_ok=True)
+    states = {name: each._asdict() for name, each in read(folder).items() if name != step.name}
+    save_json(states, folder / "done.json")
 
 
-def following(names: list[str], done: dict[str, Done], left: float) -> list[str]:
-    """What comes next, side by side where that disturbs nobody: the first part that is not whole and can do something
-    in the seconds that are left, what failed last."""
+def save_json(content: object, file: Path) -> None:
+    """Writes a file whole or not at all."""
+    from clipkernels.files import replacing
 
-    def failed(name: str) -> bool:
-        return name in done and done[name].failed
-
-    ahead = [name for name in names if name not in done or not done[name].whole]
-    if "ops" in ahead and not failed("ops"):  # of which counters look at the slowest
-        ahead = [name for name in ahead if name != "counters"]
-    ahead = [name for name in ahead if left >= (PARTS[part_of(name)].piece or PARTS[part_of(name)].limit)]
-    ahead.sort(key=lambda name: (failed(name), list(PARTS).index(part_of(name))))
-    if ahead and part_of(ahead[0]) in BESIDE:
-        return [name for name in ahead if part_of(name) in BESIDE and failed(name) == failed(ahead[0])]
-    return ahead[:1]
-
-
-def paths() -> dict[str, str]:
-    """The environment in which a checkout's package and its benches are found."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-
-
-def run(stage: dict[str, list[str]], out: Path, left: float, done: dict[str, Done]) -> list[str]:
-    """Runs commands beside each other, each until its limit, and notes how far they came; those that failed."""
-    started, begun, failed = time.monotonic(), {}, []
-    parts = {name: PARTS[part_of(name)] for name in stage}
-    try:
-        for name, command in stage.items():
-            part = parts[name]
-            last = [] if part.piece is None else ["--deadline", f"{min(part.limit, left) - part.piece:.0f}"]
-            with (out / f"{name}.log").open("a", encoding="utf-8") as log:
-                begun[name] = subprocess.Popen(
-                    [*command, *last], cwd=ROOT, env=paths(), stdout=log, stderr=log, start_new_session=True
-                )
-        for name, process in begun.items():
-            try:
-                status = process.wait(max(min(parts[name].limit, left) - (time.monotonic() - started), 0.1))
-                said = {0: "ok", MORE: "more is left"}.get(status, f"exit status {status}")
-            except subprocess.TimeoutExpired:
-                stop(process)  # with its workers, which would disturb the timings
-                status, said = MORE if parts[name].piece else 1, "stopped at its time limit"
-            lines = (out / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-            told, took = lines[-1] if lines else "no output", time.monotonic() - started
-            print(f"{name}: {said} after {took:.0f} s: {told}", flush=True)
-            done[name] = Done(status == 0, status not in (0, MORE), round(took), told, **stamp())
-            with replacing(out / "done.json") as temporary:
-                whole = {name: each._asdict() for name, each in done.items()}
-                Path(temporary).write_text(json.dumps(whole, indent=1), encoding="utf-8")
-            failed += [name] if done[name].failed else []
-    finally:
-        for process in begun.values():
-            stop(process)
-    return failed
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a command that still runs, and what it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with replacing(file) as temporary:
+        Path(temporary).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@
     OMP_NUM_THREADS=1 pytest bench/ops.py --benchmark-timer=time.process_time    # on a shared machine
     pytest bench/ops.py --deadline 200     # what has not begun after 200 s is skipped
 
-A case is first checked against the fp64 reference and fails without a time if it is wrong. Inputs are several sets
-used in turn, more than a cache holds but at the smallest batches; on CUDA one run is a CUDA graph of up to `MOST`
-calls, every set at least once. `extra_info` and `--rows` hold shape, dtype and environment, the bytes that must move
-(each input and output once), the operations of matrix products, and what follows: microseconds per call (median, 20 %
-and 80 %), GB/s and TFLOP/s, and the share of the floor: the longer of the times that a copy of those bytes and a large
-product of so many operations take on this device in the same session.
+A case is first checked against the fp64 reference, on two images, and fails without a time if it is wrong. Inputs are
+several sets used in turn, more than a cache holds but at the smallest batches; on CUDA one run is a CUDA graph of up to
+`MOST` calls, every set at least once. `extra_info` and `--rows` hold shape, dtype and environment, the bytes that must
+move (each input and output once), the operations of matrix products, and what follows: microseconds per call (median,
+20 % and 80 %), GB/s and TFLOP/s, and the share of the floor: the longer of the times that a copy of those bytes and a
+large product of so many operations take on this device in the same session.
 
 Variants: `reference`; on CUDA also `compiled` (torch.compile of the reference, which is then the form that exports,
 without scatters and stable sorts) and `triton`, and for attention `auto`, SDPA with a score kernel. Beside them `sdpa`,
@@ -23,9 +23,8 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-import time
 from collections.abc import Callable
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,8 @@ import literal_distill
 import literal_heads
 from clipkernels.cases import CASES, SHAPES, Source, flat, judge, judged
 from clipkernels.cli.info import environment
-from ways import copy_rate, matmul_rate
+from ways import CUDA, DEVICE, copy_rate, matmul_rate, replayed
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 BATCHES = (1, 8, 64, 256) if CUDA else (1, 8)
 DTYPES = (torch.bfloat16, torch.float32, *([torch.float16] if CUDA else []))
 TOWERS = ("B-32", "B-16", "L-14", "L-14-336", *(["SO400M-14-384"] if CUDA else []))
@@ -49,6 +46,8 @@ TOWERS = ("B-32", "B-16", "L-14", "L-14-336", *(["SO400M-14-384"] if CUDA else [
 BYTES, SETS = (1 << 28, 32) if CUDA else (1 << 24, 4)
 # Calls in a CUDA graph, so that starting it and waiting for it do not count: at most, as many as fit in these seconds.
 MOST, SPAN = 200, 5e-3
+# Images that a result is checked on.
+CHECKED = 2
 Call = Callable[..., Any]
 
 
@@ -181,11 +180,9 @@ def test_op(
     call = build(op, variant, source)
     own = [literal_inputs(op, source, some) for some in inputs] if "literal" in variant else inputs
     with torch.inference_mode():
+        check_small(op, variant, source)
         came = flat(call(*own[0]))
-        if variant.startswith(("topk", "literal")):  # ties may fall otherwise, halves are summed in halves
-            assert came[0].isfinite().all()
-        else:
-            check(op, variant, source, inputs[0], came)
+        assert came[0].isfinite().all()
         run, calls = runner(call, own)
         benchmark.group = f"{op} {shape} b{batch} {dtype}"
         benchmark(run)
@@ -218,6 +215,16 @@ def append(row: dict[str, Any], target: Path) -> None:
         writer.writerow(row)
 
 
+def check_small(op: str, variant: str, source: Source) -> None:
+    """Fails unless a variant is right at two images; a compiled one is checked at the batch it is compiled for."""
+    if variant.startswith(("topk", "literal")):  # which break ties otherwise, and sum halves in halves
+        return
+    batch = source.batch if variant == "compiled" else min(source.batch, CHECKED)
+    small = Source(source.shape, batch, source.dtype, source.device)
+    inputs = CASES[op].inputs(small)
+    check(op, variant, small, inputs, flat(build(op, variant, small)(*inputs)))
+
+
 def check(op: str, variant: str, source: Source, inputs: tuple[Tensor, ...], came: list[Tensor]) -> None:
     """Fails unless the results are right."""
     case = CASES[op]
@@ -229,29 +236,8 @@ def check(op: str, variant: str, source: Source, inputs: tuple[Tensor, ...], cam
 
 
 def runner(call: Call, inputs: list[tuple[Tensor, ...]]) -> tuple[Callable[[], object], int]:
-    """What to time, and how many calls it makes."""
+    """The run that is timed, and the number of calls that it makes."""
     if not CUDA:
         turn = cycle(inputs)
         return lambda: call(*next(turn)), 1
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm-up and compilation stay out of the graph
-        for some in inputs:
-            call(*some)
-        stream.synchronize()
-        start = time.perf_counter()
-        call(*inputs[0])
-        stream.synchronize()
-        took = time.perf_counter() - start
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, fit = torch.cuda.CUDAGraph(), min(int(SPAN / took), MOST)
-    turns = list(islice(cycle(inputs), max(fit, len(inputs))))
-    with torch.cuda.graph(graph):
-        for some in turns:
-            call(*some)
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay, len(turns)
+    return replayed(call, inputs, SPAN, MOST)

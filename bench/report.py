@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ WHOLE = {
     "tuned": "Configurations: a kernel's own and the fastest found",
     "counters": "Counters of the two kernels furthest from their floor",
     "distill-cost-bf16": "CLIP-TD's distance",
+    "check-first": "Against fp64, bf16, B/16",
     "check-bfloat16": "Against fp64, bf16",
     "check-float32": "Against fp64, fp32",
     "check-float16": "Against fp64, fp16",
@@ -49,18 +51,27 @@ class Measured(NamedTuple):
 
 def main() -> None:
     arguments = parse()
-    found = read(arguments.folder)
-    if found.ops:
-        draw(roofline, found.ops, arguments.folder / "roofline.png")
-    if found.towers:
-        draw(panels, found.towers, arguments.folder / "efficiency.png")
-    title = found.environment.get("device", arguments.folder.name)
-    text = f"# {title}\n\n{summary(found, arguments.folder)}{tables(found)}"
-    with replacing(arguments.folder / "report.md") as temporary:
+    print(render(arguments.folder, arguments.readme))
+
+
+def render(folder: Path, readme: Path | None = None) -> str:
+    """Writes the report and the pictures of a folder's results, and the summary into a README; returns the summary.
+
+    Without matplotlib there are no pictures.
+    """
+    found = read(folder)
+    if find_spec("matplotlib"):
+        if found.ops:
+            draw(roofline, found.ops, folder / "roofline.png")
+        if found.towers:
+            draw(panels, found.towers, folder / "efficiency.png")
+    title = found.environment.get("device", folder.name)
+    text = f"# {title}\n\n{summary(found, folder)}{tables(found)}"
+    with replacing(folder / "report.md") as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
-    if arguments.readme:
-        put(summary(found, arguments.readme.parent), arguments.readme)
-    print(summary(found, Path.cwd()))
+    if readme:
+        put(summary(found, readme.parent), readme)
+    return summary(found, Path.cwd())
 
 
 def parse() -> argparse.Namespace:
@@ -104,7 +115,7 @@ def summary(found: Measured, seen_from: Path) -> str:
     lines = [f"One {known.get('device')} ({versions}; commits {commits}), bf16, random weights, random images.", ""]
     lines += markdown(("target", "asked", "came: worst to best", "the worst is", "", "why"), targets_told(found))
     if found.towers:
-        lines += ["", "The fastest way of each; η against the fastest dense one, where the host was compiled, too:", ""]
+        lines += ["", "The fastest way of each; η against the fastest dense one that was measured:", ""]
         lines += markdown(("tower", "method", "batch 1", "batch 32", "batch 256"), towers_told(found.towers))
     for name in ("roofline", "efficiency"):
         picture = (found.folder / f"{name}.png").resolve()
@@ -127,6 +138,9 @@ def targets_told(found: Measured) -> list[tuple[str, ...]]:
         missed = sum(not target.met(value) for value in target.came.values())
         said = f"missed in {missed} of {len(order)}" if missed else "met"
         reason = found.reasons.get(target.what, "") if missed else ""
+        if target.without:
+            each = ", ".join(f"{where} {modes}" for where, modes in target.without.items())
+            reason = f"{reason}; host not measured under: {each}".removeprefix("; ")
         lines.append((target.what, target.asked, f"{worst:.2f} to {best:.2f}", where, said, reason))
     return lines
 

@@ -28,9 +28,8 @@ from clipkernels.cases import SHAPES
 from clipkernels.cli.info import environment
 from clipkernels.timing import measure
 from rows import save, write
+from ways import CUDA, DEVICE, replayed
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETS = 12 if CUDA else 2
 DEPTH = {"B-32": 12, "B-16": 12, "L-14": 24, "L-14-336": 24, "SO400M-14-384": 27}
@@ -94,12 +93,7 @@ def seconds_of(inputs: Sequence[Tensor], weights: Sequence[Sequence[Tensor]], ro
                 x @ weight.T
 
     multiply()
-    run = multiply
-    if CUDA:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            multiply()
-        run = graph.replay
+    run = replayed(multiply, [()])[0] if CUDA else multiply
     return measure({"": run}, rounds).of("").median / len(weights)
 
 

@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from time import monotonic
@@ -39,20 +39,15 @@ import clipkernels as ck
 from clipkernels.cli.demo import HOST
 from clipkernels.cli.info import environment
 from clipkernels.cli.measure import compile_each, room_to_compile
-from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, timm_tower, transformers_tower
 from clipkernels.timing import Speed, Times, Variant, plan_for, tabulate, time_variants, vary
+from models import LIBRARIES, NAMES, R, build, images, methods
 from rows import MORE, ahead, begin, draw, resume, stamp, write
-from ways import ROUNDED, held, in_graphs, launches, lost, matmul_rate, plain, run_once, serves
+from ways import CUDA, DEVICE, ROUNDED, held, in_graphs, launches, lost, matmul_rate, plain, run_once, serves
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-R = {"ViT-B-32": 4, "ViT-B-16": 13, "ViT-L-14": 7, "ViT-L-14-336": 16, "ViT-SO400M-14-SigLIP-384": 20}
-LIBRARIES = ("open_clip", "transformers", "timm", "clip")
 ON_CPU = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
 BATCHES = dict.fromkeys(R, (1, 32, 256)) if CUDA else ON_CPU
 ROUNDS = 20 if CUDA else 5
-NAMES = "open_clip models, or transformers:CLASS (a ViT-B/16), timm:MODEL, clip:ViT-B-16"
 OPTIONS = ("rounds", "clock", "seed", "only", "plain", "graphs", "compile", "compiled", "launches", "peer")
 
 
@@ -207,43 +202,6 @@ def arithmetic(row: Speed, batch: int, rate: float) -> dict[str, float]:
     """What a row computes in a second, in TFLOP/s, beside what a large matrix product does."""
     reached = 2 * row.gmacs_run * batch / row.seconds.median / 1e3
     return {"tflop_per_s": round(reached, 4), "of_matmul": round(reached / rate, 4), "matmul_tflop_per_s": rate}
-
-
-@lru_cache(maxsize=2)
-def build(name: str, dtype: torch.dtype) -> nn.Module:
-    """The model with random weights, its image tower whole, its text tower a stub."""
-    torch.manual_seed(0)
-    library, _, kind = name.rpartition(":")
-    with DEVICE:  # a large tower is drawn faster there
-        if library == "transformers":
-            model = transformers_tower(kind, 12)
-        elif library == "timm":
-            model = timm_tower(kind, None, num_classes=0)
-        else:
-            model = openai_tower(12) if library == "clip" else open_clip_tower(kind, None)
-    return model.to(DEVICE, dtype)
-
-
-def methods(name: str, model: nn.Module) -> dict[str, ck.Method | None]:
-    """What runs on a model, by name; None is the host library's own forward. Predictors have random weights."""
-    r = R.get(name, 13 if ":" in name else 8)
-    return {
-        HOST: None,
-        "Dense()": ck.Dense(),
-        "EViT(keep=0.7)": ck.EViT(0.7),
-        "EViT(keep=0.5)": ck.EViT(0.5),
-        f"ToMe(r={r})": ck.ToMe(r),
-        "TCA(rate=0.035)": ck.TCA(0.035),
-        "TCA(rate=0.1)": ck.TCA(0.1),
-        "PatchRanking(keep=0.6)": patch_ranking(model, 0.6, 3),
-    }
-
-
-def images(tower: Any, batch: int, dtype: torch.dtype, sets: int = 3) -> tuple[Tensor, ...]:
-    """Random image batches (B,3,S,S)."""
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    size = (sets, batch, 3, *tower.image_size)
-    return torch.randn(size, generator=generator, device=DEVICE).to(dtype).unbind()
 
 
 @torch.inference_mode()

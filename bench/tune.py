@@ -2,12 +2,14 @@
 
     python bench/tune.py --out tuned.csv
     python bench/tune.py --ops prune_tokens merge_tokens --towers B-16 --out tuned.csv
+    python bench/tune.py --towers B-16 L-14 --budget 16 --out tuned.csv    # ten minutes on a GPU
 
 From a kernel's own configuration it tries every number in it at half and at twice (stages one less, one more), takes
 the fastest if that gains 2 % over all batches together, and goes on from there. One configuration serves every batch,
 for an image has the same bits in each. A candidate whose result is not right, or that does not compile, is none. Rows
-name what changed: it goes into the kernel's `config` by hand, with `make compile` after it. A run goes on where its
-file ends.
+name what changed: it goes into the kernel's `config` by hand, with `make compile` after it. Candidates of a step are
+compiled beside each other, in `--jobs` processes, before they are timed one by one. A search stops where its budget of
+seconds ends, with the best until then. A run goes on where its file ends.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,8 +38,9 @@ from clipkernels.backend import interpreting
 from clipkernels.cases import CASES, SHAPES, Source, flat, judged
 from clipkernels.cli.info import environment
 from clipkernels.timing import measure
-from ops import CUDA, DEVICE, TOWERS, check, runner, several
+from ops import TOWERS, check, runner, several
 from rows import MORE, ahead, begin, resume, stamp, write
+from ways import CUDA, DEVICE
 
 BATCHES = (256, 1) if CUDA else (2,)
 ORDER = sorted(TOWERS, key=lambda tower: tower not in ("B-16", "L-14"))  # the usual ones first
@@ -43,6 +48,7 @@ ROUNDS = 9 if CUDA else 1
 GAIN = 1.02
 # The functions that configure an operation's launches: module and name.
 CHOSEN = {
+    "attention_sized": (("attention", "config"),),
     "attention_cls": (("attention", "config"),),
     "attention_received": (("attention", "config"),),
     "rank_tokens": (("rank", "config"), ("counting", "blocks")),
@@ -80,6 +86,8 @@ COVERS = {
 }
 Place = tuple[str, ...]
 """Where a number stands: the module, the function, and its name or names in what that returns."""
+Ahead = Callable[[str, str, Sequence[Mapping[Place, int]]], object]
+"""Called with an operation, a tower and the candidates that are timed next."""
 
 
 def main() -> None:
@@ -92,7 +100,7 @@ def main() -> None:
     done = {(row["op"], row["tower"]) for row in records}
     every = [(op, tower) for tower, op in product(arguments.towers, arguments.ops) if judged(op, SHAPES[tower])]
     left, failed = ahead(every, done, arguments.out)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar, compilers(arguments.jobs) as compile_ahead:
         task = bar.add_task("", total=len(left))
         for at, (op, tower) in enumerate(left):
             if at and time.monotonic() - started > arguments.deadline:
@@ -101,7 +109,7 @@ def main() -> None:
             bar.update(task, description=f"{op} {tower}")
             begin(arguments.out, str((op, tower)))
             try:
-                records.append(searched(op, tower))
+                records.append(searched(op, tower, arguments.budget, compile_ahead))
             except AssertionError as error:  # the others are still worth searching
                 print(error, flush=True)
                 failed.append(f"{op} {tower}")
@@ -119,15 +127,39 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=CHOSEN, default=list(CHOSEN), metavar="OP")
     parser.add_argument("--towers", nargs="+", choices=SHAPES, default=ORDER, metavar="SHAPE")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="of one operation and shape")
+    parser.add_argument("--jobs", type=int, default=8, metavar="N", help="processes that compile; default %(default)s")
     parser.add_argument("--deadline", type=float, default=math.inf, metavar="SECONDS", help="begin nothing later")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
     return parser.parse_args()
 
 
-def searched(op: str, tower: str) -> dict[str, Any]:
-    """A row: an operation's own configuration at one shape, the best that was found, and what each takes."""
+@contextmanager
+def compilers(jobs: int) -> Iterator[Ahead]:
+    """Yields a function that compiles candidates in `jobs` processes; their results are found on disk afterwards."""
+    if not CUDA or jobs < 2:
+        yield lambda op, tower, candidates: None
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+
+        def compile_ahead(op: str, tower: str, candidates: Sequence[Mapping[Place, int]]) -> None:
+            each = range(len(candidates))
+            list(pool.map(call_once, [op for _ in each], [tower for _ in each], candidates))
+
+        yield compile_ahead
+
+
+def call_once(op: str, tower: str, changes: Mapping[Place, int]) -> None:
+    """Compiles a candidate by calling it once, at the smallest batch; a candidate that cannot run is timed as none."""
+    source = Source(SHAPES[tower], BATCHES[-1], torch.bfloat16, DEVICE)
+    with configured(op, changes, {}), torch.inference_mode(), suppress(Exception):
+        CASES[op].call(source, "triton", *CASES[op].inputs(source))
+
+
+def searched(op: str, tower: str, budget: float, compile_ahead: Ahead) -> dict[str, Any]:
+    """A row: an operation's own configuration at one shape, the best that was found, and the time of each."""
     sources = [Source(SHAPES[tower], batch, torch.bfloat16, DEVICE) for batch in BATCHES]
-    best, own, tried, rejected = search(op, tower, sources)
+    best, own, tried, rejected = search(op, tower, sources, time.monotonic() + budget, compile_ahead)
     try:
         for source in sources:
             with configured(op, best, {}), torch.inference_mode():
@@ -141,9 +173,11 @@ def searched(op: str, tower: str) -> dict[str, Any]:
     return {**row, "tried": tried, "rejected": rejected, **stamp()}
 
 
-def search(op: str, tower: str, sources: list[Source]) -> tuple[dict[Place, int], dict[Place, int], int, int]:
-    """The numbers that gain if they are changed, all numbers of the operation's own configuration, and how many
-    candidates were tried and how many of them rejected."""
+def search(
+    op: str, tower: str, sources: list[Source], end: float, compile_ahead: Ahead
+) -> tuple[dict[Place, int], dict[Place, int], int, int]:
+    """The numbers that gain if they are changed, all numbers of the operation's own configuration, and the counts of
+    candidates that were tried and rejected; nothing is tried after `end`, by `time.monotonic`."""
     best: dict[Place, int] = {}
     own: dict[Place, int] = {}
     with configured(op, best, own):
@@ -153,7 +187,11 @@ def search(op: str, tower: str, sources: list[Source]) -> tuple[dict[Place, int]
     tried, rejected = 0, 0
     while True:
         found = {}
-        for place, value in neighbours({**own, **best}):
+        steps = list(neighbours({**own, **best}))
+        compile_ahead(op, tower, [{**best, place: value} for place, value in steps])
+        for place, value in steps:
+            if time.monotonic() > end:
+                break
             tried += 1
             with configured(op, {**best, place: value}, {}):
                 times = took(op, sources)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from clipkernels.cli.memory import peak
 from clipkernels.timing import Clock, Variant, measure
 
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 CHOICE = "CLIPKERNELS_BACKEND"
 SIDE = {"cuda": 8192, "cpu": 1024}
 """Of the square matrices whose product says what a device can do."""
@@ -64,6 +68,41 @@ def captured(variant: Variant, images: Tensor) -> Variant:
         return embedding
 
     return variant._replace(encode=encode)
+
+
+def replayed(
+    call: Callable[..., object], inputs: Sequence[Sequence[Tensor]], span: float = 0.0, most: int = 1
+) -> tuple[Callable[[], None], int]:
+    """A CUDA graph of several calls: what replays it and waits for the device, and the number of calls.
+
+    Args:
+        call: what is captured; the first runs compile it, outside the graph.
+        inputs: its arguments, used in turn, each at least once.
+        span: seconds that the calls of one graph should fill.
+        most: calls of one graph, unless there are more inputs.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for own in inputs:
+            call(*own)
+        stream.synchronize()
+        start = time.perf_counter()
+        call(*inputs[0])
+        stream.synchronize()
+        took = time.perf_counter() - start
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    turns = list(islice(cycle(inputs), max(min(int(span / took), most), len(inputs))))
+    with torch.cuda.graph(graph):
+        for own in turns:
+            call(*own)
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay, len(turns)
 
 
 def in_graphs(variants: Mapping[str, Variant], images: Tensor) -> dict[str, Variant]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import re
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import counters
 import gpu
 import report
 import staircase
+import steps
 import targets
 import tune
 from clipkernels.cases import Shape
@@ -28,117 +32,227 @@ BENCH = Path(__file__).parent.parent / "bench"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would run")
-def test_without_a_gpu_the_campaign_says_so_and_writes_nothing(tmp_path: Path) -> None:
+def test_without_a_gpu_the_campaign_stops_and_writes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, BENCH / "gpu.py", "--out", tmp_path / "results"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: expected a CUDA or ROCm device, got none")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_campaign_names_scripts_that_exist_and_options_that_they_have(tmp_path: Path) -> None:
-    commands = gpu.commands(tmp_path, "tome=.")
-    named = [word for command in commands.values() for word in command if word.endswith(".py")]
-    assert named and all((BENCH.parent / word).is_file() for word in named)
-    assert {gpu.part_of(name) for name in commands} == set(gpu.PARTS)
-    # Every part can begin in a call, and what can be cut short can do something before that.
-    assert all((part.piece or part.limit) <= 450 for part in gpu.PARTS.values())
-    for name, command in commands.items():
-        script = BENCH.parent / next((word for word in command if word.startswith("bench/")), "")
-        if script.suffix == ".py" and not name.endswith("ops"):
-            source = script.read_text(encoding="utf-8")
-            options = [word for word in command if word.startswith("--")]
-            assert all(f'"{option}"' in source for option in options), (name, options)
-            assert ("--deadline" in source) == (gpu.PARTS[gpu.part_of(name)].piece is not None)
+def test_every_step_names_a_script_and_options_that_exist(tmp_path: Path) -> None:
+    every = steps.steps(tmp_path, "tome=.")
+    assert len({step.name for step in every}) == len(every)
+    for step in every:
+        command = list(step.command)
+        script = next((word for word in command if word.endswith(".py")), "clipkernels/cli/check.py")
+        source = (BENCH.parent / script).read_text(encoding="utf-8")
+        assert all((BENCH.parent / word).is_file() for word in command if word.endswith(".py"))
+        if "pytest" in command:
+            source = (BENCH / "conftest.py").read_text(encoding="utf-8") if script.startswith("bench") else ""
+        else:
+            assert all(f'"{word}"' in source for word in command if word.startswith("--")), step
+        assert ('"--deadline"' in source) == (step.piece is not None), step
 
 
-def test_the_campaign_collects_what_it_means_to(tmp_path: Path) -> None:
-    command = gpu.commands(tmp_path)["ops"]
-    collect = [*command[: command.index("-k") + 2], "--collect-only"]
+def test_the_steps_collect_benchmarks_of_one_dtype(tmp_path: Path) -> None:
+    command = next(step.command for step in steps.steps(tmp_path) if step.name == "ops")
+    collect = [sys.executable, *command, "--collect-only"]
     done = subprocess.run(collect, cwd=BENCH.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "bfloat16" in done.stdout and "float32" not in done.stdout, done.stdout
 
 
-def test_the_campaign_keeps_what_a_slow_part_wrote_and_reports_it(
+def test_a_missing_package_is_named_with_the_steps_it_costs(tmp_path: Path) -> None:
+    every = steps.steps(tmp_path)
+    lines = "\n".join(steps.losses(every, ["ftfy", "transformers", "matplotlib"]))
+    assert "ftfy is missing: lost are kernels, towers, dense-default," in lines
+    assert "transformers is missing: lost are transformers\n" in lines
+    assert "matplotlib is missing: the pictures of the report are lost" in lines
+    assert "pip download" in lines and "--target site" in lines and "PYTHONPATH=" in lines
+    assert list(steps.losses(every, [])) == []
+    assert next(steps.losses(every, ["torch"])) == "torch is missing: every step is lost"
+
+
+def test_missing_packages_are_found_without_importing_torch() -> None:
+    code = "import steps, sys; steps.missing_packages(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def step(name: str, code: str = "print('done')", seconds: float = 30, **more: Any) -> steps.Step:
+    """A step that runs Python code."""
+    return steps.Step(name, ["-c", code], seconds, **more)
+
+
+def campaign(tmp_path: Path, every: list[steps.Step], limit: float = 100) -> gpu.Campaign:
+    folder = tmp_path / "a-gpu"
+    folder.mkdir(exist_ok=True)
+    return gpu.Campaign(every, folder, tmp_path, limit, time.monotonic())
+
+
+def archived(tmp_path: Path) -> set[str]:
+    """The names in the archive."""
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        return {Path(name).name for name in archive.getnames()}
+
+
+def test_every_step_is_visited_once_before_any_comes_again() -> None:
+    first, second = step("first", seconds=40, total=200, piece=10), step("second", seconds=50)
+    every = [first, second]
+    fresh = steps.Progress((), (), {})
+    assert steps.next_visit(every, fresh, 500) == steps.Visit(first, 40)
+    once = steps.Progress((), (), {"first": 1})
+    assert steps.next_visit(every, once, 460) == steps.Visit(second, 50)
+    # Too little is left for the second step, enough for a piece of the first.
+    assert steps.next_visit(every, once, 45) == steps.Visit(first, 45)
+    assert steps.next_visit(every, once, 9) is None
+    assert steps.next_visit(every, fresh._replace(failed=["first"]), 500) == steps.Visit(second, 50)
+    assert steps.next_visit(every, steps.Progress(["second"], ["first"], {}), 500) == steps.Visit(first, 40)
+
+
+def test_the_schedule_puts_the_denominators_into_the_first_ten_minutes(tmp_path: Path) -> None:
+    lines = list(steps.schedule(steps.steps(tmp_path), [570, 570], 3))
+    second = lines.index("run 2, 570 s")
+    begun = [line.split()[2].rstrip(":") for line in lines[1 : second - 1]]
+    expected = ["kernels", "ceilings", "first-check", "ops", "towers", "dense-default", "dense-max-autotune"]
+    assert begun[: len(expected)] == expected
+    assert all(float(line.split()[0]) <= 570 for line in lines if line.startswith(" "))
+    assert any("tests: 250 s, whole" in line for line in lines[second:])
+
+
+def test_a_run_keeps_the_rows_of_a_slow_step_and_reports_failures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = "import time; print('half', flush=True); time.sleep(60)"
+    more = "import sys; print(*sys.argv[1:]); raise SystemExit(75 * (sys.argv[-1] == '15'))"
+    every = [
+        step("slow", slow, 2),
+        step("wrong", "print('one failed'); raise SystemExit(1)"),
+        step("right", "print('all passed')"),
+        step("more", more, 20, total=90, piece=5),
+        step("long", seconds=500),
+    ]
+    run = campaign(tmp_path, every, 60)
+    assert run.run() == ["slow", "wrong"]
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "log.txt").read_text()
+    assert re.search(r"slow: stopped at its time limit after \d+ s: half\n", printed)
+    assert re.search(r"wrong: exit status 1 after \d+ s: one failed\n    one failed\n", printed)
+    assert re.search(r"right: done after \d+ s: all passed\n", printed)
+    # The first visit is limited to the estimate, less one piece; the second is not.
+    assert re.search(r"more: more is left after \d+ s: --deadline 15\n", printed)
+    assert re.search(r"more: done after \d+ s: --deadline [3-5]\d\n", printed)
+    assert re.search(r"skipped long: needs 500 s, \d+ s are left\n", printed)
+    assert gpu.read(run.folder) == run.done and [name for name in run.done if run.done[name].whole] == ["right", "more"]
+    assert {"done.json", "report.md", "slow.log", "right.log"} <= archived(tmp_path)
+    assert (tmp_path / "report.md").read_text().endswith(report.NOTHING)
+
+
+def test_archive_and_report_are_whole_after_every_step(tmp_path: Path) -> None:
+    """Each step looks at the archive that the step before it left."""
+    look = "import sys, tarfile; print(sorted(tarfile.open(r'{}').getnames()))"
+    every = [step("one"), step("two", look.format(tmp_path / "results.tar.gz"))]
+    run = campaign(tmp_path, every)
+    assert run.run() == [] and "a-gpu/one.log" in run.done["two"].line and "a-gpu/report.md" in run.done["two"].line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_run_costs_one_step_and_is_resumed_from_its_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts = {"tests": gpu.Part(8), "towers": gpu.Part(8, 3), "check": gpu.Part(30), "ops": gpu.Part(piece=10)}
-    monkeypatch.setattr(gpu, "PARTS", parts)
-    slow = [sys.executable, "-u", "-c", "import time; print('half'); time.sleep(60)"]
-    wrong = [sys.executable, "-c", "print('one failed'); raise SystemExit(1)"]
-    right = [sys.executable, "-c", "print('all passed')"]
-    some = [sys.executable, "-c", "import sys; print(*sys.argv[1:]); raise SystemExit(75)"]
-    done: dict[str, gpu.Done] = {}
-    stage = {"tests": slow, "towers": slow, "check-a": wrong, "check-b": right, "ops": some}
-    assert gpu.run(stage, tmp_path, 25, done) == ["tests", "check-a"]
-    said = capsys.readouterr().out.splitlines()
-    assert "stopped at its time limit" in said[0] and said[0].endswith("half")
-    assert "stopped at its time limit" in said[1]  # it goes on after what it wrote
-    assert "exit status 1" in said[2] and said[2].endswith("one failed")
-    assert "ok" in said[3] and (tmp_path / "check-b.log").read_text() == "all passed\n"
-    # It begins nothing that would not end before the campaign does.
-    assert "more is left" in said[4] and said[4].endswith("--deadline 15")
-    assert gpu.read(tmp_path) == done and [name for name in done if done[name].whole] == ["check-b"]
-    assert [name for name in done if done[name].failed] == ["tests", "check-a"]
-
-
-def test_nothing_that_a_call_began_runs_on_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "PARTS", {"tests": gpu.Part(30)})
-    begun: list[Any] = []
-    popen = subprocess.Popen
-
-    def interrupted(command: list[str], **options: Any) -> Any:
-        if begun:
-            raise KeyboardInterrupt
-        begun.append(popen(command, **options))
-        return begun[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", interrupted)
-    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with pytest.raises(KeyboardInterrupt):
-        gpu.run({"tests": sleeping, "tests-more": sleeping}, tmp_path, 25, {})
-    assert begun[0].poll() == -9
-
-
-def test_a_call_goes_on_with_what_the_last_one_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Every command notes that it ran. Ops does not fit in the first call; it is whole the second time that it runs,
-    and its table is gone when it begins anew."""
-    out = tmp_path / "results"
-    count = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.open('a').write('x'); "
-    tests = [sys.executable, "-c", count, str(tmp_path / "tests")]
-    ops = [sys.executable, "-c", count + "raise SystemExit(75 * (p.stat().st_size < 2))", str(out / "rows.csv")]
-    monkeypatch.setattr(gpu, "PARTS", {"tests": gpu.Part(30), "ops": gpu.Part(piece=60)})
-    monkeypatch.setattr(gpu, "commands", lambda out, peer: {"tests": tests, "ops": [*ops, "--rows", ops[-1]]})
+    """The second step kills the campaign; the archive then goes on elsewhere."""
+    count = "open(r'{}', 'a').write('x')"
+    kill = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(9)"
+    code = f"""
+import sys, time; sys.path.insert(0, r"{BENCH}")
+import gpu, steps
+from pathlib import Path
+every = [steps.Step("one", ["-c", "print(1)"], 5), steps.Step("two", ["-c", {kill!r}], 5)]
+folder = Path(r"{tmp_path}") / "first" / "a-gpu"; folder.mkdir(parents=True)
+gpu.Campaign(every, folder, folder.parent, 60, time.monotonic()).run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH.parent, capture_output=True, check=False)
+    assert done.returncode == -9
+    folder, marks = tmp_path / "second" / "a-gpu", {name: tmp_path / name for name in ("one", "two")}
+    every = [step(name, count.format(mark)) for name, mark in marks.items()]
+    monkeypatch.setattr(gpu, "steps", lambda *_: every)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "stamp", lambda: {"driver": "1", "commit": "abc", "date": "2026-11-22"})
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
-    calls = [(["--limit", "50"], 0, True), ([], 2, False), ([], 2, False), (["--again", "ops"], 2, False)]
-    for options, ran, left in calls:
-        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), *options])
+    monkeypatch.setattr("rows.stamp", lambda: {"driver": "1", "commit": "abc", "date": "2026-11-22"})
+    options = ["--folder", str(folder), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options, "--resume", str(tmp_path / "first" / "results.tar.gz")])
+    gpu.main()
+    assert not marks["one"].exists() and marks["two"].exists()
+    assert gpu.read(folder)["one"].whole and gpu.read(folder)["two"].whole
+    with pytest.raises(SystemExit, match="expected no results in"):
         gpu.main()
-        assert (tmp_path / "tests").stat().st_size == 1
-        assert ((out / "rows.csv").stat().st_size if ran else (out / "rows.csv").exists()) == ran
-        assert ("left: ops" in capsys.readouterr().out) == left
-    assert (out / "report.md").read_text().endswith(f"{report.NOTHING}")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options, "--again", "one"])
+    gpu.main()
+    assert marks["one"].read_text() == "x" and "one: done" in capsys.readouterr().out
 
 
-def test_what_failed_comes_last_and_timings_run_alone() -> None:
-    names = ["towers", "tests", "check-a", "check-b", "ops", "compiled-ops", "counters"]
-    last = gpu.Done(False, False, 9, "", None, None, "")
-    whole, failed = last._replace(whole=True), last._replace(failed=True)
-    assert gpu.following(names, {}, 400) == ["tests", "check-a", "check-b"]
-    done = {"tests": failed, "check-a": whole, "check-b": whole, "towers": last}
-    assert gpu.following(names, done, 400) == ["towers"]
-    done["towers"] = whole
-    assert gpu.following(names, done, 400) == gpu.following(names, done, 65) == ["ops"]
-    assert gpu.following(names, done, 50) == []  # counters look at what ops has measured
-    assert gpu.following(names, {**done, "ops": failed}, 400) == ["counters"]
-    done |= {"ops": whole, "counters": whole}
-    assert gpu.following(names, done, 400) == ["compiled-ops"]
-    done["compiled-ops"] = whole
-    assert gpu.following(names, done, 400) == ["tests"]
-    assert gpu.following(names, {**done, "tests": whole}, 400) == []
+def test_an_archive_of_another_device_is_refused(tmp_path: Path) -> None:
+    run = campaign(tmp_path, [step("one")])
+    run.run()
+    with pytest.raises(SystemExit, match=r"expected results of another-gpu in .*, got a-gpu"):
+        gpu.unpack(tmp_path / "results.tar.gz", tmp_path / "another-gpu")
+
+
+def test_nothing_that_a_run_began_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = campaign(tmp_path, [step("sleeping", "import time; time.sleep(60)")])
+
+    def interrupted(self: Any, timeout: float | None = None) -> int:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert run.running is not None and run.running.poll() == -9
+
+
+def test_a_step_that_is_measured_anew_loses_its_rows(tmp_path: Path) -> None:
+    run = campaign(tmp_path, [step("one"), step("two")])
+    run.run()
+    rows = run.folder / "one.csv"
+    rows.write_text("rows")
+    gpu.forget(steps.Step("one", ["--out", str(rows)], 1), run.folder)
+    assert not rows.exists() and list(gpu.read(run.folder)) == ["two"]
+
+
+def test_what_stays_on_the_machine_is_made_in_every_run(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    every = [step("kernels", f"open(r'{mark}', 'a').write('x')", always=True), step("one")]
+    for _ in range(2):
+        campaign(tmp_path, every).run()
+    assert mark.read_text() == "xx"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["ceilings", "first-check"],
+        pytest.param([], marks=pytest.mark.slow, id="every step"),
+    ],
+    ids=str,
+)
+def test_a_dry_run_walks_the_steps_and_writes_every_file(tmp_path: Path, names: list[str]) -> None:
+    command = [sys.executable, BENCH / "gpu.py", "--dry-run", "--out", tmp_path, "--limit", "3600"]
+    command += ["--steps", *names] if names else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    every = steps.steps(tmp_path / "dry-run")
+    chosen = [step for step in every if not names or step.name in names]
+    state = gpu.read(tmp_path / "dry-run")
+    assert {name for name in state if state[name].whole} == {step.name for step in chosen}
+    written = [
+        Path(step.command[list(step.command).index(option) + 1])
+        for step in chosen
+        for option in ("--out", "--output", "--rows", "--plot")
+        if option in step.command and step.name != "counters"  # there is no ncu
+    ]
+    assert written and all(file.stat().st_size for file in written)
+    assert {file.name for file in written} <= archived(tmp_path)
+    assert {"results.tar.gz", "report.md", "log.txt"} == {file.name for file in tmp_path.iterdir() if file.is_file()}
 
 
 def test_what_ended_every_run_that_began_it_is_given_up(tmp_path: Path) -> None:
@@ -208,8 +322,9 @@ def test_a_target_is_met_or_missed_by_what_was_measured(tmp_path: Path) -> None:
     peer = [tower_row("dense (host)", 1.0, 18.0), tower_row("EViT", 0.1, 11.0, speedup=10.0)]
     rows = {"towers_bf16": eager, "towers_bf16_max_autotune_dense": tuned, "towers_bf16_peer": peer}
     found = report.read(folder(tmp_path, ops, **rows))
-    # Without the host in every mode of the compiler nobody knows the best dense one.
-    assert targets.efficiencies(found.towers, 256) == targets.speedups(found.towers) == {}
+    # One mode of the compiler is enough for a figure, which names the other.
+    assert targets.speedups(found.towers) == pytest.approx({"ViT-B-16 EViT b256": (12 / 8) / (24 / 18)})
+    assert targets.unmeasured(found.towers, (256,)) == {"ViT-B-16 b256": "default"}
     found = report.read(folder(tmp_path, ops, **rows, towers_bf16_default_dense=compiled))
     came = {target.what: target for target in targets.targets(found.ops, found.towers)}
 
@@ -226,8 +341,17 @@ def test_a_target_is_met_or_missed_by_what_was_measured(tmp_path: Path) -> None:
     assert figures("beside the same in plain PyTorch, batch 256") == ({"ViT-B-16 EViT b256": 7 / 8}, [False])
     # The fastest dense one is the compiled host, 24/18 of the host; EViT is 12/8 of it. Plain and peers are not ours.
     assert figures("η of reduced towers, batch 256") == ({"ViT-B-16 EViT": (12 / 8) / (24 / 18) / (18 / 11)}, [False])
+    assert not came["η of reduced towers, batch 256"].without
     beside = figures("reduced towers beside the best dense, batch 1, 32 and 256")
     assert beside == ({"ViT-B-16 EViT b256": (12 / 8) / (24 / 18)}, [True])
+
+
+def test_at_batch_1_graphs_are_compared_with_graphs_and_the_fastest_way_with_the_host() -> None:
+    speeds = {"dense (host)": 1.0, "dense (host), graph": 2.0, "Dense(), graph": 2.5, "EViT": 0.9, "EViT, graph": 3.0}
+    rows = [tower_row(name, 1.0, 18.0, 1, speedup=speed, run="a") for name, speed in speeds.items()]
+    assert targets.beside_graph(rows) == pytest.approx({"ViT-B-16 EViT": 3.0 / 2.5})
+    assert targets.beside_host(rows) == pytest.approx({"ViT-B-16 EViT": 3.0})
+    assert targets.beside_graph([{**row, "batch": 32} for row in rows]) == {}
 
 
 def test_where_every_run_has_the_hosts_graph_that_is_what_runs_are_compared_by() -> None:
@@ -356,7 +480,7 @@ def test_the_search_follows_what_is_faster_and_says_what_changed(monkeypatch: py
 
     monkeypatch.setattr(tune, "took", took)
     monkeypatch.setattr(tune, "measure", measure)
-    row = tune.searched("merge_tokens", "tiny")
+    row = tune.searched("merge_tokens", "tiny", 60, lambda *_: None)
     assert json.loads(row["changed"]) == {"merge.merge_config.num_warps": [4, 8]}
     assert (row["gain"], row["microseconds_b2_own"], row["microseconds_b2_best"]) == (2.0, 2.0, 1.0)
     # Rows and warps, one step down and one up, twice; the numbers that cover rows and pairs stay.

@@ -24,11 +24,12 @@ from clipkernels.testing import placeless
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # For CPUs, where the interpreter takes a tenth of a second for what a GPU does in microseconds.
-SMALL = {"small": Shape(65, 128, 2, 1, 13), "small, no prefix": Shape(50, 192, 3, 0, 25)}
+SMALL = {"small": Shape(65, 128, 2, 1, 13), "small-no-prefix": Shape(50, 192, 3, 0, 25)}
 
 EXAMPLE = """\b
 Example:
   clipkernels check --ops prune_tokens,merge_tokens --dtype bfloat16
+  clipkernels check --shapes small --dtype float32
   clipkernels check --interpret --ops match_tokens --format json
 """
 
@@ -37,6 +38,7 @@ Example:
 @click.option("--device", "device_name", metavar="NAME", help="Where to run; default a GPU if there is one.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="May be repeated; default all.")
 @click.option("--ops", "names", metavar="NAME,…", help="Operations whose names begin so; default all.")
+@click.option("--shapes", "towers", metavar="NAME,…", help="Shapes, such as B-16; default all that suit the device.")
 @click.option("--interpret", is_flag=True, help="Run the kernels in Triton's interpreter, on the CPU.")
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
 @click.option("--output", metavar="FILE", help="Write there instead of to the screen.")
@@ -45,6 +47,7 @@ def check(
     device_name: str | None,
     dtypes: tuple[str, ...],
     names: str | None,
+    towers: str | None,
     interpret: bool,
     form: str,
     output: str | None,
@@ -67,8 +70,9 @@ def check(
     chosen = {name: case for name, case in CASES.items() if any(name.startswith(start) for start in asked)}
     if not chosen:
         raise click.UsageError(f"expected --ops among {', '.join(CASES)}, got {names}")
+    shapes = _shapes(towers, device)
     with progress(quiet) as bar, opened(output) as stream:
-        jobs = list(_jobs(chosen, dtypes or tuple(DTYPES), device))
+        jobs = list(_jobs(chosen, dtypes or tuple(DTYPES), device, shapes))
         task = bar.add_task("checking", total=len(jobs))
         rows = []
         for name, tower, shape, dtype, run_on in jobs:
@@ -105,15 +109,26 @@ def _device(name: str | None, interpret: bool) -> torch.device:
     return device
 
 
+def _shapes(towers: str | None, device: torch.device) -> dict[str, Shape]:
+    """The shapes of the named towers; all of a GPU's, or the small ones on a CPU, where none is named."""
+    if towers is None:
+        return SHAPES if device.type == "cuda" else SMALL
+    known = SMALL | SHAPES
+    names = [name.strip() for name in towers.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise click.UsageError(f"expected --shapes among {', '.join(known)}, got {', '.join(unknown)}")
+    return {name: known[name] for name in names}
+
+
 def _jobs(
-    chosen: dict[str, Case], dtypes: Sequence[str], device: torch.device
+    chosen: dict[str, Case], dtypes: Sequence[str], device: torch.device, shapes: dict[str, Shape]
 ) -> Iterator[tuple[str, str, Shape, str, str]]:
     runs = "triton" if device.type == "cuda" or backend.interpreting() else "reference"
     try:
         backend.choose(runs, device, torch.float32, "any op")
     except RuntimeError as error:
         raise click.UsageError(str(error)) from error
-    shapes = SHAPES if device.type == "cuda" else SMALL
     for name in chosen:
         for tower, shape in shapes.items():
             for dtype in dtypes:
