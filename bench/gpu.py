@@ -39,6 +39,8 @@ RESULTS = ROOT / "bench" / "results"
 LIMIT = 570.0
 # Seconds for the report and the archive after each step.
 OVERHEAD = 3.0
+# Seconds beyond its estimate, at least, that a step may take before it is stopped.
+PATIENCE = 30.0
 # The exit status of a step that its deadline cut short, as in `rows.py`.
 MORE = 75
 DRY = "dry-run"
@@ -102,8 +104,9 @@ class Campaign:
         step, began = visit.step, time.monotonic()
         log = self.folder / f"{step.name}.log"
         deadline = [] if step.piece is None else ["--deadline", f"{max(visit.seconds - step.piece, 1):.0f}"]
-        # A step that is resumed may run into the time of the next one, never beyond the end of the run.
-        allowed = self.left() if step.piece is not None else min(self.left(), 1.5 * step.seconds)
+        # A step that takes far longer than expected hangs, and the others are still worth their time.
+        patience = max(step.seconds, PATIENCE) if step.piece is None else 2 * step.piece
+        allowed = min(self.left(), visit.seconds + patience)
         with log.open("a", encoding="utf-8") as stream:
             self.running = subprocess.Popen(
                 [sys.executable, "-u", *(["bench/dry_run.py"] if self.dry else []), *step.command, *deadline],

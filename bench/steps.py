@@ -109,7 +109,7 @@ def steps(folder: Path, peer: str | None = None) -> list[Step]:
         return [*towers, *chosen, *graphs, *([] if method == "Dense()" else ["--compiled", method]), *out(run)]
 
     found = [
-        Step("kernels", ["bench/warm.py", *usual], 45, needs=open_clip, always=True),
+        Step("kernels", ["bench/warm.py", *usual], 45, always=True),
         Step("ceilings", ["bench/ceilings.py", "--out", str(folder / "ceilings.json")], 10),
         Step("first-check", check("check-first", "bfloat16", "--shapes", "B-16"), 40),
         Step("ops", [*ops, "bfloat16 and not compiled"], 110, 400, 10, benchmark),
