@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import clipkernels as ck
+from clipkernels import custom_ops
 from clipkernels.cases import CASES, Shape, Source, flat, judge
 from clipkernels.cli import main
 
@@ -61,26 +61,24 @@ def test_without_a_gpu_or_the_interpreter_the_reference_is_checked(monkeypatch):
     ids=["values", "choices"],
 )
 def test_a_wrong_kernel_is_found_out_and_the_exit_status_is_one(interpreted, monkeypatch, spoil, verdict):
-    monkeypatch.setattr(ck.ops.tokens._prune, "prune_tokens", spoil(ck.ops.tokens._prune.prune_tokens))
+    monkeypatch.setattr(custom_ops.prune, "prune_tokens", spoil(custom_ops.prune.prune_tokens))
     result = run("--ops", "prune_tokens", "--dtype", "float32", "--interpret", "--format", "json")
     assert result.exit_code == 1
     assert any(row["verdict"].startswith(verdict) for row in json.loads(result.stdout)["rows"])
 
 
 def test_a_kernel_that_depends_on_the_batch_or_the_run_is_found_out(interpreted, monkeypatch):
-    launch, seen = ck.ops.epilogue._epilogue.bias_act, []
+    launch, seen = custom_ops.epilogue.bias_act, []
 
     def drifts(x, bias, act):
         seen.append(1)
         return launch(x, bias, act) + (1e-7 if len(seen) % 2 else 0)
 
-    monkeypatch.setattr(ck.ops.epilogue._epilogue, "bias_act", drifts)
+    monkeypatch.setattr(custom_ops.epilogue, "bias_act", drifts)
     result = run("--ops", "bias_act_gelu_tanh", "--dtype", "float32", "--interpret", "--format", "json")
     assert result.exit_code == 1
     assert {row["verdict"] for row in json.loads(result.stdout)["rows"]} == {"a second run gives other bits"}
-    monkeypatch.setattr(
-        ck.ops.epilogue._epilogue, "bias_act", lambda x, b, act: launch(x, b, act) + 1e-7 * (len(x) - 1)
-    )
+    monkeypatch.setattr(custom_ops.epilogue, "bias_act", lambda x, b, act: launch(x, b, act) + 1e-7 * (len(x) - 1))
     result = run("--ops", "bias_act_gelu_tanh", "--dtype", "float32", "--interpret", "--format", "json")
     assert {row["verdict"] for row in json.loads(result.stdout)["rows"]} == {"the last image alone gives other bits"}
 
@@ -89,7 +87,7 @@ def test_a_kernel_that_does_not_launch_is_a_verdict(interpreted, monkeypatch):
     def fails(*_):
         raise RuntimeError("out of shared memory\nat line 1")
 
-    monkeypatch.setattr(ck.ops.epilogue._epilogue, "bias_act", fails)
+    monkeypatch.setattr(custom_ops.epilogue, "bias_act", fails)
     result = run("--ops", "bias_act_gelu", "--dtype", "float16", "--interpret")
     assert result.exit_code == 1 and "out of shared memory" in result.stdout
 

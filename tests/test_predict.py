@@ -231,7 +231,7 @@ def test_auto_takes_the_kernel_for_halves_alone(dtype, monkeypatch):
         return "reference"
 
     monkeypatch.delenv("CLIPKERNELS_BACKEND", raising=False)
-    monkeypatch.setattr(ck.ops.tokens._backend, "choose", choose)
+    monkeypatch.setattr(ck.backend, "choose", choose)
     ck.ops.predict_scores(*inputs("cpu", dtype=dtype))
     ck.ops.predict_scores(*inputs("cpu", dtype=dtype), backend="triton")
     assert asked == [dtype != torch.float32, True]

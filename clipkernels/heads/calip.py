@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipkernels import ops
-from clipkernels.checks import check_numbers
+from clipkernels.arguments import check_numbers
 from clipkernels.heads.given import check_labels, check_positive, check_some, normalize_as
 from clipkernels.heads.presets import CALIP_PRESETS
 from clipkernels.heads.search import grid, search

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels import ops
-from clipkernels.checks import check_numbers
+from clipkernels.arguments import check_numbers
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.entries import Entries, Evict, empty, keep, valid
 from clipkernels.heads.given import check_positive

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels import ops, reference
-from clipkernels.checks import check_numbers
+from clipkernels.arguments import check_numbers
 from clipkernels.heads.given import check_labels, check_positive, check_some
 from clipkernels.heads.search import Found, grid, search
 from clipkernels.heads.zero_shot import ZeroShot

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from clipkernels.checks import check_numbers
+from clipkernels.arguments import check_numbers
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.calip import patches_of
 from clipkernels.heads.given import check_labels, check_positive, check_some, normalize_as

@@ -5,18 +5,15 @@ tokens (CLS, registers) are never scored, dropped or merged. Ties go to the lowe
 backend. Choices carry no gradient: signals, ranks and matches come back detached.
 """
 
-from clipkernels.ops.distill import targeted_l1
+from clipkernels.ops.affinity import affinity
+from clipkernels.ops.attention import attention, rank_tokens
+from clipkernels.ops.condense import condense_tokens
+from clipkernels.ops.cross_attention import calip_logits, cross_attention
 from clipkernels.ops.epilogue import add_norm, bias_act
-from clipkernels.ops.features import affinity, calip_logits, cross_attention
-from clipkernels.ops.tokens import (
-    attention,
-    condense_tokens,
-    match_tokens,
-    merge_tokens,
-    predict_scores,
-    prune_tokens,
-    rank_tokens,
-)
+from clipkernels.ops.merge import match_tokens, merge_tokens
+from clipkernels.ops.predict import predict_scores
+from clipkernels.ops.prune import prune_tokens
+from clipkernels.ops.targeted_l1 import targeted_l1
 from clipkernels.reference import Added, Condensed, CrossAttended, Match, Merged, Mixer, Pruned
 
 __all__ = [

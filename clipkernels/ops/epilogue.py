@@ -1,4 +1,4 @@
-"""What follows a product: bias and activation, residual sum and LayerNorm."""
+"""Steps that follow a matrix product: `bias_act`, `add_norm`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from clipkernels import backend as _backend
-from clipkernels import checks, reference
+from clipkernels import reference
+from clipkernels.arguments import check_floating, check_norm, check_vectors, shape_of
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import epilogue as _epilogue
 from clipkernels.reference import Act, Added, Norm
@@ -29,7 +30,7 @@ def bias_act(x: Tensor, bias: Tensor | None, act: Act, *, backend: Backend = "au
     Guarantees: computed in fp32 on triton; deterministic; differentiable.
     Source: GELU, arXiv 1606.08415; quick_gelu is its sigmoid approximation, OpenAI CLIP's activation.
     """
-    checks.check_bias_act(x, bias, act)
+    _check_bias_act(x, bias, act)
     chosen = _backend.choose(backend, x.device, x.dtype, "bias_act")
     return (reference.bias_act if chosen == "reference" else _epilogue.bias_act)(x, bias, act)
 
@@ -59,6 +60,28 @@ def add_norm(
     Guarantees: statistics in fp32, of the sum as it is stored; deterministic; differentiable.
     Source: the pre-norm transformer block; LayerScale, arXiv 2103.17239.
     """
-    checks.check_add_norm(x, y, bias, scale, norm)
+    _check_add_norm(x, y, bias, scale, norm)
     chosen = _backend.choose(backend, x.device, torch.promote_types(x.dtype, y.dtype), "add_norm")
     return (reference.add_norm if chosen == "reference" else _epilogue.add_norm)(x, y, bias, scale, norm)
+
+
+def _check_bias_act(x: Tensor, bias: Tensor | None, act: str) -> None:
+    if x.ndim == 0:
+        raise ValueError(f"x must be (…,C), got {shape_of(x)}")
+    check_floating(x=x)
+    if act not in ("quick_gelu", "gelu", "gelu_tanh"):
+        raise ValueError(f'act must be "quick_gelu", "gelu" or "gelu_tanh", got {act!r}')
+    check_vectors(x, bias=bias)
+
+
+def _check_add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> None:
+    if x.ndim == 0:
+        raise ValueError(f"x must be (…,C), got {shape_of(x)}")
+    check_floating(x=x)
+    if y.shape != x.shape:
+        raise ValueError(f"y must be {shape_of(x)} like x, got {shape_of(y)}")
+    check_floating(y=y)
+    if y.device != x.device:
+        raise ValueError(f"y must be on {x.device} like x, got {y.device}")
+    check_vectors(x, bias=bias, scale=scale)
+    check_norm(norm, x)

@@ -1,4 +1,4 @@
-"""What a student is told by a frozen teacher: how far its projected tokens are from the teacher's."""
+"""Distance between projected student tokens and a teacher's: `targeted_l1`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from clipkernels import backend as _backend
-from clipkernels import checks, reference
+from clipkernels import reference
+from clipkernels.arguments import check_floating, check_same, shape_of
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import targeted_l1 as _targeted_l1
 
@@ -49,8 +50,32 @@ def targeted_l1(
         student, projection = (
             x.to(narrow) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (student, projection)
         )
-    checks.check_targeted_l1(student, teacher, projection, weights, mask)
+    _check_targeted_l1(student, teacher, projection, weights, mask)
     chosen = _backend.choose(backend, student.device, student.dtype, "targeted_l1")
     if chosen == "reference":
         return reference.targeted_l1(student, teacher, projection, weights, mask)
     return _targeted_l1.targeted_l1(student, teacher, projection, weights, mask)
+
+
+def _check_targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> None:
+    if student.ndim != 3 or not student.shape[2]:
+        raise ValueError(f"student must be (B,n,d) with d ≥ 1, got {shape_of(student)}")
+    check_floating(student=student)
+    batch, tokens, width = student.shape
+    if teacher.ndim != 3 or teacher.shape[:2] != student.shape[:2] or not teacher.shape[2]:
+        raise ValueError(f"teacher must be (B,n,E) = ({batch},{tokens},E) with E ≥ 1, got {shape_of(teacher)}")
+    if tuple(projection.shape) != (teacher.shape[2], width):
+        raise ValueError(f"projection must be (E,d) = ({teacher.shape[2]},{width}), got {shape_of(projection)}")
+    check_same(student, projection=projection)
+    for name, tensor in (("weights", weights), ("mask", mask)):
+        if tuple(tensor.shape) != (batch, tokens):
+            raise ValueError(f"{name} must be (B,n) = ({batch},{tokens}), got {shape_of(tensor)}")
+    for name, tensor in (("teacher", teacher), ("weights", weights), ("mask", mask)):
+        if tensor.device != student.device:
+            raise ValueError(f"{name} must be on {student.device} like student, got {tensor.device}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
+    check_floating(teacher=teacher, weights=weights)
+    for name, tensor in (("teacher", teacher), ("weights", weights)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, for it gets none: detach it")

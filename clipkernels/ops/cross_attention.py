@@ -1,13 +1,13 @@
-"""What heads do with encoded images: CALIP's cross-attention, and affinity to a support set."""
+"""Parameter-free attention between patches and classes: `cross_attention`, `calip_logits`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from clipkernels import backend as _backend
-from clipkernels import checks, reference
+from clipkernels import reference
+from clipkernels.arguments import check_floating, check_numbers, check_same, shape_of
 from clipkernels.backend import Backend
-from clipkernels.custom_ops import affinity as _affinity
 from clipkernels.custom_ops import cross_attention as _cross_attention
 from clipkernels.reference import CrossAttended
 
@@ -32,7 +32,7 @@ def cross_attention(visual: Tensor, text: Tensor, alpha: float = 0.5, *, backend
         reference; fp32 accumulation; deterministic. Differentiable on the reference alone.
     Source: CALIP, arXiv 2209.14169, section 3.2; its text divides by alpha, its code has ½.
     """
-    checks.check_cross_attention(visual, text, alpha)
+    _check_cross_attention(visual, text, alpha)
     chosen = _backend.choose(backend, visual.device, visual.dtype, "cross_attention")
     return (reference.cross_attention if chosen == "reference" else _cross_attention.cross_attention)(
         visual, text, alpha
@@ -73,52 +73,27 @@ def calip_logits(
     Guarantees: the (B,K,E) classes are never made; otherwise as in `cross_attention`.
     Source: CALIP, arXiv 2209.14169, section 3.2.
     """
-    checks.check_calip(visual, pooled, text, alpha, beta2, beta3)
+    _check_calip(visual, pooled, text, alpha, beta2, beta3)
     chosen = _backend.choose(backend, visual.device, visual.dtype, "calip_logits")
     run = reference.calip_terms if chosen == "reference" else _cross_attention.calip_terms
     parts = run(visual, pooled, text, alpha)
     return parts if terms else parts[0] + beta2 * parts[1] + beta3 * parts[2]
 
 
-def affinity(
-    queries: Tensor,
-    support: Tensor,
-    labels: Tensor,
-    classes: int,
-    beta: float,
-    weights: Tensor | None = None,
-    offsets: Tensor | None = None,
-    *,
-    backend: Backend = "auto",
-) -> Tensor:
-    """How near each query is to a class's support: Σ wⱼ·exp(-β(1 - q·fⱼ)) over the class's rows, (t,K).
+def _check_cross_attention(visual: Tensor, text: Tensor, alpha: float) -> None:
+    if visual.ndim != 3 or 0 in visual.shape[1:]:
+        raise ValueError(f"visual must be (B,P,E) with at least one patch, got {shape_of(visual)}")
+    check_floating(visual=visual)
+    if text.ndim != 2 or not len(text) or text.shape[1] != visual.shape[2]:
+        raise ValueError(f"text must be (K,E) with K ≥ 1 and E = {visual.shape[2]}, got {shape_of(text)}")
+    check_same(visual, text=text)
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be positive, got {alpha!r}")
 
-        (-beta * (1 - queries @ support.T)).exp() * weights @ one_hot(labels, classes)
 
-    Args:
-        queries: (t,E), L2-normalised in the source.
-        support: (n,E), likewise.
-        labels: (n,) int64 the class of each row of the support; what is not in 0..K-1 counts for none.
-        classes: K.
-        beta: sharpness β.
-        weights: (n,) of the rows, any float dtype; None is all ones.
-        offsets: (K+1,) int64 where each class begins, and where the last one ends, of a support whose labels ascend
-            and say the same; None has it sorted by the triton backend, at every call. See `reference.sort_by_class`.
-        backend: "auto", "triton" or "reference".
-    Returns:
-        (t,K) fp32 (fp64 for fp64 inputs); 0 for a class without support.
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-        RuntimeError: a gradient is wanted of the triton backend, which has none.
-    Guarantees: the (t,n) affinities are never whole in memory, unless autograd keeps them; fp32 accumulation, of halves
-        to 16 bits; deterministic on the CPU and on triton; no host sync. Differentiable on the reference alone.
-    Source: Tip-Adapter, arXiv 2111.03930, section 3.2.
-    """
-    checks.check_affinity(queries, support, labels, classes, beta, weights, offsets)
-    chosen = _backend.choose(backend, queries.device, queries.dtype, "affinity")
-    if chosen == "reference":
-        return reference.affinity(queries, support, labels, classes, beta, weights)
-    if offsets is None:
-        order, offsets = reference.sort_by_class(labels, classes)
-        support, weights = support[order], None if weights is None else weights[order]
-    return _affinity.affinity(queries, support, offsets, beta, weights)
+def _check_calip(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float, beta2: float, beta3: float) -> None:
+    check_numbers(beta2=beta2, beta3=beta3)
+    _check_cross_attention(visual, text, alpha)
+    if pooled.shape != (visual.shape[0], visual.shape[2]):
+        raise ValueError(f"pooled must be (B,E) = ({visual.shape[0]},{visual.shape[2]}), got {shape_of(pooled)}")
+    check_same(visual, pooled=pooled)

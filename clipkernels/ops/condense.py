@@ -1,0 +1,91 @@
+"""Patches kept, merged around centres and fused: `condense_tokens`."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from clipkernels import backend as _backend
+from clipkernels import reference
+from clipkernels.arguments import check_scores
+from clipkernels.backend import Backend
+from clipkernels.custom_ops import condense as _condense
+from clipkernels.ops.prune import check_prune
+from clipkernels.reference import Condensed, Heads, Norm
+
+
+def condense_tokens(
+    x: Tensor,
+    scores: Tensor,
+    keep: int,
+    merge: int,
+    centers: int,
+    weights: Tensor | None = None,
+    heads: Heads = "mean",
+    prefix: int = 1,
+    first: int = 0,
+    norm: Norm | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Condensed:
+    """The prefix, the `keep` best patches by descending score, the next `merge` as `centers` tokens, the rest fused.
+
+    Centres are chosen by K-centre greedy: each next one is the patch farthest (Euclidean) from its nearest centre;
+    every patch joins the nearest. A centre's token is Σ wᵢxᵢ / Σ wᵢ, wᵢ = 1/‖xᵢ-c‖, or 1 at distance 0. Equal
+    distances go to the higher score, or the earlier centre; a centre that no patch joins yields its own token.
+
+    Args:
+        x: (B,N,C) tokens.
+        scores: (B,P), or per head (B,H,P), then reduced by `heads`; any float dtype.
+        keep: patches kept.
+        merge: patches that merge, 1 to P - keep.
+        centers: tokens that they become, 1 to merge.
+        weights: (B,P), or (B,H,P) then averaged, of the patches in the fused token Σ weightᵢ·xᵢ, not renormalised;
+            None is the reduced scores. NaN and -inf weigh nothing.
+        heads: "mean" or "rank", as in `rank_tokens`.
+        prefix: leading tokens always kept.
+        first: the place of the first centre among the merging patches in descending score.
+        norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the result.
+        backend: "auto", "triton" or "reference".
+    Returns:
+        Condensed(tokens (B,prefix+keep+centers+1,C), source (B,P) int64 the row of tokens that holds each patch,
+        index (B,keep+centers) int64 the patch behind each kept row and each centre, normed).
+    Raises:
+        ValueError: shapes, dtypes, devices or counts that do not fit.
+    Guarantees: kept rows are bit-equal copies; distances and sums in fp32, from differences, so that a centre is at
+        distance 0 from itself; deterministic; differentiable in x and in what weighs the fused token, distances
+        being choices.
+    Source: TCA, arXiv 2410.14729, section 3.2.
+    """
+    _check_condense(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
+    dtypes = (tensor.dtype for tensor in (x, scores, weights) if tensor is not None)
+    dtype = reduce(torch.promote_types, dtypes)
+    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens")
+    run = reference.condense_tokens if chosen == "reference" else _condense.condense_tokens
+    return run(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
+
+
+def _check_condense(
+    x: Tensor,
+    scores: Tensor,
+    keep: int,
+    merge: int,
+    centers: int,
+    weights: Tensor | None,
+    heads: str,
+    prefix: int,
+    first: int,
+    norm: Norm | None,
+) -> None:
+    check_prune(x, scores, keep, heads, prefix, norm)
+    patches = x.shape[1] - prefix
+    if isinstance(merge, bool) or not isinstance(merge, int) or not 1 <= merge <= patches - keep:
+        raise ValueError(f"merge must be an int from 1 to P - keep = {patches - keep}, got {merge!r}")
+    if isinstance(centers, bool) or not isinstance(centers, int) or not 1 <= centers <= merge:
+        raise ValueError(f"centers must be an int from 1 to merge = {merge}, got {centers!r}")
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < merge:
+        raise ValueError(f"first must be an int from 0 to merge - 1 = {merge - 1}, got {first!r}")
+    if weights is not None:
+        check_scores(weights, x, patches, "weights")

@@ -1,0 +1,91 @@
+"""Scores of the patches by a trained predictor: `predict_scores`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipkernels import backend as _backend
+from clipkernels import reference
+from clipkernels.arguments import check_prefix, check_same, check_tokens, join_sizes, shape_of
+from clipkernels.backend import Backend
+from clipkernels.custom_ops import predict as _predict
+from clipkernels.reference import Mixer
+
+# Widths of a predictor that the registers of a program hold.
+_MIXER_WIDTHS = {16, 32, 64}
+# The axes of a predictor's weights.
+_MIXER: dict[str, tuple[str, ...]] = {
+    "norm1_weight": ("G",),
+    "norm1_bias": ("G",),
+    "token_in_weight": ("Ht", "N"),
+    "token_in_bias": ("Ht",),
+    "token_out_weight": ("N", "Ht"),
+    "token_out_bias": ("N",),
+    "norm2_weight": ("G",),
+    "norm2_bias": ("G",),
+    "channel_in_weight": ("Hc", "G"),
+    "channel_in_bias": ("Hc",),
+    "channel_out_weight": ("G", "Hc"),
+    "channel_out_bias": ("G",),
+    "score_weight": ("G",),
+    "score_bias": ("1",),
+}
+
+
+def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend = "auto") -> Tensor:
+    """Scores (B,P) fp32 of the patches by a small trained predictor, larger is more important.
+
+    Channels are pooled to G; one MLP mixes the tokens, one the channels, and a linear map makes a score of each row:
+
+        p = adaptive_avg_pool1d(x, G)
+        p = p + token_out(gelu(token_in(norm1(p).mT))).mT
+        p = p + channel_out(gelu(channel_in(norm2(p))))
+        (p @ score_weight + score_bias)[:, prefix:]
+
+    Args:
+        x: (B,N,C) tokens that enter a block.
+        mixer: weights for these N tokens, in the dtype of x and on its device; see `ops.Mixer`.
+        prefix: leading tokens that are mixed in but get no score.
+        backend: "auto", "triton" or "reference".
+    Returns:
+        (B,P) fp32 (fp64 for fp64 inputs), detached.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    Guarantees: the GELU is exact; sums and norms in fp32, products of halves from operands rounded to halves on the
+        triton backend; deterministic; a NaN spoils every score of its image and no other. Widths G and Ht of 16, 32
+        or 64 with an Hc of 128 or a larger power of two have a kernel, which `auto` takes for halves alone. What is
+        trained is `reference.mix`, which is differentiable.
+    Source: the predictor of Patch Ranking, arXiv 2409.14607.
+    """
+    _check_predict(x, mixer, prefix)
+    pooled, token, channel = (bias.shape[0] for bias in (mixer.norm1_bias, mixer.token_in_bias, mixer.channel_in_bias))
+    served = {pooled, token} <= _MIXER_WIDTHS and channel >= 128 and channel & (channel - 1) == 0
+    if x.dtype == torch.float32:  # until measured: no matrix unit multiplies it exactly, and an image has one program
+        served = served and _backend.asked(backend) == "triton"
+    name = f"predict_scores of widths {pooled}, {token} and {channel}"
+    chosen = _backend.choose(backend, x.device, x.dtype, name, served)
+    run = reference.predict_scores if chosen == "reference" else _predict.predict_scores
+    return run(x.detach(), reference.changed(mixer, lambda weight: weight.detach()), prefix)
+
+
+def _check_predict(x: Tensor, mixer: Mixer, prefix: int) -> None:
+    check_tokens(x)
+    if not x.shape[1] or not x.shape[2]:
+        raise ValueError(f"x must be (B,N,C) with N and C of at least 1, got {shape_of(x)}")
+    check_prefix(prefix, x.shape[1])
+    sizes = {"N": x.shape[1], "1": 1}
+    for letter, name in (("G", "norm1_weight"), ("Ht", "token_in_bias"), ("Hc", "channel_in_bias")):
+        vector = getattr(mixer, name)
+        if vector.ndim != 1 or not vector.shape[0]:
+            raise ValueError(f"{name} must be ({letter},) with {letter} of at least 1, got {shape_of(vector)}")
+        sizes[letter] = vector.shape[0]
+    for name, letters in _MIXER.items():
+        weight = getattr(mixer, name)
+        expected = tuple(sizes[letter] for letter in letters)
+        if tuple(weight.shape) != expected:
+            named = f"({letters[0]},)" if len(letters) == 1 else f"({join_sizes(letters)})"
+            raise ValueError(f"{name} must be {named} = ({join_sizes(expected)}), got {shape_of(weight)}")
+        check_same(x, **{name: weight})
+    if not 0 < mixer.eps < float("inf"):
+        raise ValueError(f"eps must be positive, got {mixer.eps!r}")
