@@ -42,7 +42,7 @@ from clipkernels.learn.patch_ranking import (
     overlap,
 )
 from clipkernels.timing import plan_for
-from clipkernels.tower import run
+from clipkernels.tower import TowerInput, run
 from rows import deviation, header_of, resume, save, write
 from tiny_clip import few, read
 
@@ -285,7 +285,7 @@ def scores_of(study: Study, method: Any) -> Tensor | None:
 def entering(tower: Any, images: Tensor, block: int) -> Tensor:
     """The tokens (B,N,C) of images that enter a block."""
     x, _ = tower.embed(images)
-    return run(tower, x, ck.Dense().plan(x.shape[1], len(tower.blocks), tower.prefix), blocks=block).x
+    return run(tower, TowerInput(x), ck.Dense().plan(x.shape[1], len(tower.blocks), tower.prefix), blocks=block).x
 
 
 def agreement(study: Study, scores: Tensor, keep: float) -> float:

@@ -61,58 +61,65 @@ class Predictor(Protocol):
         """Scores (B,P) of the patches of x (B,prefix+P,C)."""
 
 
-class Moved(NamedTuple):
-    """What a block leaves: x (B,M,C), the next block's norm1 of it or None, size (B,M) or None, rope for M tokens or
-    None, and to (B,N), the row each row went to (-1: gone), or None."""
+class TokenState(NamedTuple):
+    """The tokens between two blocks, and the tensors that travel with them.
+
+    x (B,N,C): the tokens.
+    normed (B,N,C): norm1 of x, where the block before has computed it, or None.
+    size (B,N): patches behind each token, None before any merge.
+    rope (…,P,2·D): the host's rotary table of the patches, sines then cosines, or None.
+    """
 
     x: Tensor
-    normed: Tensor | None
-    size: Tensor | None
-    rope: Tensor | None
+    normed: Tensor | None = None
+    size: Tensor | None = None
+    rope: Tensor | None = None
+
+
+class BlockOutput(NamedTuple):
+    """The tokens that leave a block, and `to` (B,N), the row that each entering row went to (-1: gone), or None."""
+
+    state: TokenState
     to: Tensor | None
 
 
 def forward(
     parts: Parts,
-    x: Tensor,
+    state: TokenState,
     step: Step | None,
-    size: Tensor | None,
     prefix: int,
+    *,
     proportional: bool = False,
     rows: int | None = None,
     track: bool = False,
-    normed: Tensor | None = None,
-    rope: Tensor | None = None,
     after: Norm | None = None,
     fused: bool = False,
     anchors: Tensor | None = None,
     predictor: Predictor | None = None,
-) -> Moved:
+) -> BlockOutput:
     """One block.
 
     Args:
         parts: the host's block.
-        x: (B,N,C).
-        step: what happens to the tokens, or None.
-        size: (B,N) patches behind each token, None before any merge.
+        state: the tokens that enter.
+        step: the operation on the tokens, or None.
         prefix: leading tokens that no step touches.
         proportional: weigh keys by size.
-        rows: compute these leading rows alone (then a step after attention is ignored: it moves no prefix token), or
-            None for all.
-        track: also return where each row went.
-        normed: norm1 of x, where the block before has computed it.
-        rope: the host's rotary table (…,P,2·D) of the patches, sines then cosines, or None; it goes where they go.
-        after: norm1 of the block that follows, to be computed with the last sum.
+        rows: compute these leading rows alone, or None for all. A step after attention is ignored then, because it
+            moves no prefix token.
+        track: also return the row that each row went to.
+        after: norm1 of the block that follows, computed with the last sum.
         fused: sums, norms and activations run as kernels.
-        anchors: (A,C) CLS tokens, rows of zeros being none: attention sees the one most like an image's own as one
-            more token, which then goes. None for no such token.
-        predictor: what ranks for a `Predict`.
+        anchors: (A,C) CLS tokens, rows of zeros being none. Attention sees the one most like an image's own as one more
+            token, which then goes. None for no such token.
+        predictor: ranks the patches for a `Predict`.
     """
-    to = None
+    (x, normed, size, rope), to = state, None
     if isinstance(step, Predict):
         assert predictor is not None
         norm1 = parts.norm1 if fused else None
-        x, normed, size, rope, to = _prune(x, predictor(x, prefix), step.keep, False, size, rope, prefix, norm1, track)
+        kept = Prune(step.keep, fuse=False)
+        (x, normed, size, rope), to = _prune(state, predictor(x, prefix), kept, prefix, norm1, track)
         step = None
     step = step if rows is None else None
     # Merging compares the keys themselves: their mean over heads is part of matching.
@@ -130,11 +137,12 @@ def forward(
     norm2 = parts.norm2 if fused else None
     backend: Backend = "auto" if fused else "reference"
     branch = parts.project(out, fused)
-    x, normed = ops.add_norm(x if rows is None else x[:, :rows], *branch, None if step else norm2, backend=backend)
+    read = x if rows is None else x[:, :rows]
+    x, normed = ops.add_norm(read, branch.y, branch.bias, branch.scale, None if step else norm2, backend=backend)
     if isinstance(step, Prune):
         if scores is None:
             scores = _random_scores(x.shape[1] - prefix, step.seed, x.device).expand(x.shape[0], -1)
-        x, normed, size, rope, to = _prune(x, scores, step.keep, step.fuse, size, rope, prefix, norm2, track)
+        (x, normed, size, rope), to = _prune(TokenState(x, None, size, rope), scores, step, prefix, norm2, track)
     elif isinstance(step, Condense):
         assert scores is not None
         condensed = ops.condense_tokens(
@@ -142,7 +150,7 @@ def forward(
         )
         leading = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
         to = torch.cat([leading, condensed.source], 1) if track else None
-        rope = None if rope is None else gathered(rope, condensed.index, unplaced=True)
+        rope = None if rope is None else gather_rope(rope, condensed.index, unplaced=True)
         size = None if size is None else _condensed_sizes(size, condensed, prefix)
         x, normed = condensed.tokens, condensed.normed
     elif isinstance(step, Merge):
@@ -150,33 +158,26 @@ def forward(
         lead = max(prefix - 1, 0)
         match = ops.match_tokens(k[:, :, lead:], step.r, prefix - lead)
         to = _merged_to(match, x.shape[1], lead) if track else None
-        rope = None if rope is None else gathered(rope, _merged_from(match, x.shape[1] - lead, prefix - lead))
+        rope = None if rope is None else gather_rope(rope, _merged_from(match, x.shape[1] - lead, prefix - lead))
         rest = None if size is None else size[:, lead:]
         merged = ops.merge_tokens(x[:, lead:], match, rest, None if lead else norm2)
         x, size, normed = merged if not lead else _led_by(x[:, :lead], merged)
-    x, normed = ops.add_norm(x, *parts.mlp(x, normed, fused), after, backend=backend)
-    return Moved(x, normed, size, rope, to)
+    branch = parts.mlp(x, normed, fused)
+    x, normed = ops.add_norm(x, branch.y, branch.bias, branch.scale, after, backend=backend)
+    return BlockOutput(TokenState(x, normed, size, rope), to)
 
 
-def _prune(
-    x: Tensor,
-    scores: Tensor,
-    keep: int,
-    fuse: bool,
-    size: Tensor | None,
-    rope: Tensor | None,
-    prefix: int,
-    norm: Norm | None,
-    track: bool,
-) -> Moved:
-    """What pruning leaves, `normed` by the norm that follows."""
+def _prune(state: TokenState, scores: Tensor, step: Prune, prefix: int, norm: Norm | None, track: bool) -> BlockOutput:
+    """The tokens after pruning, `normed` by the norm that follows."""
+    x, _, size, rope = state
+    keep, fuse = step.keep, step.fuse
     pruned = ops.prune_tokens(x, scores, keep, fuse, prefix=prefix, norm=norm)
     to = _pruned_to(pruned.index, keep, fuse, x.shape[1], prefix) if track else None
-    rope = None if rope is None else gathered(rope, pruned.index, fuse)
+    rope = None if rope is None else gather_rope(rope, pruned.index, fuse)
     if size is not None:
         # A fused token is an ordinary patch from here on.
         size = torch.cat([size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(x.shape[0], fuse)], 1)
-    return Moved(pruned.tokens, pruned.normed, size, rope, to)
+    return BlockOutput(TokenState(pruned.tokens, pruned.normed, size, rope), to)
 
 
 def _led_by(leading: Tensor, merged: ops.Merged) -> tuple[Tensor, Tensor, None]:
@@ -206,7 +207,7 @@ def _unplaced(rope: Tensor) -> Tensor:
     return torch.cat([rope, torch.cat([torch.zeros_like(sines), torch.ones_like(cosines)], -1)], -2)
 
 
-def gathered(rope: Tensor, index: Tensor, unplaced: bool = False) -> Tensor:
+def gather_rope(rope: Tensor, index: Tensor, unplaced: bool = False) -> Tensor:
     """The rows (B,·,P',2·D) of a rotary table (…,P,2·D) for the patches at index (B,P'), and with `unplaced` for a
     fused token."""
     batch = index.shape[0]  # len() would fix it in a graph that is exported

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.methods import Dense
-from clipkernels.patch import SLOT, for_pool, planned
 from clipkernels.plan import Plan
-from clipkernels.tower import run
+from clipkernels.tower import SLOT, TowerInput, decide_reads, planned, run, unmerge_for_pool
 from clipkernels.verify import refuse_replaced
 
 
@@ -82,18 +81,16 @@ def encode_image(
     x, rope = tower.embed(images)
     slot = tower.owner.__dict__.get(SLOT)
     plan = planned(Dense() if slot is None else slot.method, tower, x.shape[1])
-    rows = tower.prefix if tower.pools_cls and not (tokens or source) else None
-    whole = not tower.pools_cls
-    track = source or (plan.merges and whole)
+    reads = decide_reads(plan, whole=not tower.pools_cls, every_row=tokens, source=source, path=cls_path)
     anchors = None if anchors is None else anchors.to(x.device)
     weights = {} if slot is None else slot.weights
-    ran = run(tower, x, plan, rope=rope, rows=rows, track=track, path=cls_path, anchors=anchors, **weights)
-    pooled = for_pool(ran, plan, whole)
+    output = run(tower, TowerInput(x, rope, anchors=anchors), plan, reads, **weights)
+    pooled = unmerge_for_pool(output, plan, reads)
     return Encoded(
         embedding=tower.pool(pooled),
-        tokens=tower.project(pooled if tower.pools_by_query else ran.x) if tokens else None,
-        cls_path=torch.stack(ran.path, 1) if cls_path else None,
-        source=_stacked(ran.sources, x, plan) if source else None,
+        tokens=tower.project(pooled if tower.pools_by_query else output.x) if tokens else None,
+        cls_path=torch.stack(output.path, 1) if cls_path else None,
+        source=_stacked(output.sources, x, plan) if source else None,
         prefix=plan.prefix,
     )
 

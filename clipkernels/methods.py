@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from clipkernels.plan import Condense, Merge, Plan, Predict, Prune, Step
 
@@ -17,7 +17,32 @@ if TYPE_CHECKING:
     from torch import nn
 
     from clipkernels.adapters import Tower
-    from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
+
+
+class Predictor(Protocol):
+    """A trained ranking of the patches that enter one block, such as `learn.patch_ranking.RankPredictor`.
+
+    block: zero-based block before whose attention it ranks.
+    tokens, prefix: the sequence it is trained for.
+    macs: multiply-accumulates for one image.
+    """
+
+    block: int
+    tokens: int
+    prefix: int
+
+    @property
+    def macs(self) -> int: ...
+
+    def check_tower(self, tower: Tower) -> None: ...
+
+
+class LearntTokens(Protocol):
+    """Tokens trained to stand beside the patches, such as `learn.patch_ranking.VisualTokens`; `count` per block."""
+
+    count: int
+
+    def check_tower(self, tower: Tower) -> None: ...
 
 
 class Method(Protocol):
@@ -180,32 +205,33 @@ class ToMe:
     """Merge r tokens per block, each into its most similar neighbour.
 
     Args:
-        r: an int for every block; a list with one int per block, padded with 0; or a tuple (r, inflection), from -1
-            (many at first, none at the end) over 0 (constant) to 1. Clamped per block to half of the tokens after
+        r: an int for every block, or one int per block, padded with 0. Clamped per block to half of the tokens after
             the prefix.
+        inflect: from -1 (many merges in the first blocks, none in the last) over 0 (constant) to 1; 0 where r is given
+            per block.
         proportional: weigh keys by the size of their token in the attention of later blocks.
     Raises:
-        ValueError: a negative r, an r that is no int, an inflection outside [-1, 1], or, from `plan`, a list longer
-            than the tower.
+        ValueError: a negative r, an r that is no int, an inflect outside [-1, 1] or beside an r per block, or, from
+            `plan`, more entries than the tower has blocks.
     Source: ToMe, arXiv 2210.09461, section 3; the inflected schedule is that of its released code.
     """
 
-    r: int | Sequence[int] | tuple[int, float]
+    r: int | Sequence[int]
+    inflect: float = 0.0
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        r = self.r
-        inflected = isinstance(r, tuple) and len(r) == 2 and not isinstance(r, PerBlock)
-        counts = [r] if isinstance(r, int) or not isinstance(r, Sequence) else list(r)
-        for count in counts[:1] if inflected else counts:
+        counts = tuple(self.r) if isinstance(self.r, Sequence) else None
+        for count in (self.r,) if counts is None else counts:
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"r must be a non-negative int, one per block, or (r, inflection), got {r!r}")
-        if inflected:
-            inflection = counts[1]
-            if isinstance(inflection, bool) or not isinstance(inflection, (int, float)) or not -1 <= inflection <= 1:
-                raise ValueError(f"inflection must be a number in [-1, 1], got {inflection!r}")
-        elif not isinstance(r, int):
-            object.__setattr__(self, "r", PerBlock(int(count) for count in counts))
+                raise ValueError(f"r must be a non-negative int, or one per block, got {self.r!r}")
+        inflect = self.inflect
+        if isinstance(inflect, bool) or not isinstance(inflect, (int, float)) or not -1 <= inflect <= 1:
+            raise ValueError(f"inflect must be a number in [-1, 1], got {inflect!r}")
+        if counts is not None:
+            if inflect:
+                raise ValueError(f"inflect must be 0 beside an r per block, got {inflect!r}")
+            object.__setattr__(self, "r", counts)
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         entry = tokens
@@ -218,11 +244,8 @@ class ToMe:
 
     def _schedule(self, blocks: int) -> list[int]:
         if isinstance(self.r, int):
-            return [self.r] * blocks
-        if not isinstance(self.r, PerBlock):
-            first, inflection = int(self.r[0]), self.r[1]
-            low = int(first * (1 - inflection))
-            high = 2 * first - low
+            low = int(self.r * (1 - self.inflect))
+            high = 2 * self.r - low
             return [int(low + block * (high - low) / max(1, blocks - 1)) for block in range(blocks)]
         if len(self.r) > blocks:
             raise ValueError(f"r must have at most one entry per block, {blocks} here, got {len(self.r)}")
@@ -247,10 +270,10 @@ class PatchRanking:
     Source: Patch Ranking, arXiv 2409.14607.
     """
 
-    predictor: RankPredictor
+    predictor: Predictor
     keep: float = 0.6
     block: int | None = None
-    tokens: VisualTokens | None = None
+    tokens: LearntTokens | None = None
     multiple: int = 1
 
     def __post_init__(self) -> None:
@@ -281,28 +304,14 @@ class PatchRanking:
 
     def weights(self) -> dict[str, nn.Module]:
         """Predictor and learnt tokens."""
-        return {"predictor": self.predictor} | ({} if self.tokens is None else {"learnt": self.tokens})
+        found: dict[str, Any] = {"predictor": self.predictor}
+        return found | ({} if self.tokens is None else {"learnt": self.tokens})
 
     def check_tower(self, tower: Tower) -> None:
         """Raises ValueError unless predictor and learnt tokens are for this tower."""
         self.predictor.check_tower(tower)
         if self.tokens is not None:
             self.tokens.check_tower(tower)
-
-
-class PerBlock(tuple[int, ...]):
-    """One int per block, hashable; shown as, and never equal to anything but, such a list: [8, 1] is not (8, 1)."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return repr(list(self))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PerBlock) and tuple(self) == tuple(other)
-
-    def __hash__(self) -> int:
-        return hash((PerBlock, tuple(self)))
 
 
 def named_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:

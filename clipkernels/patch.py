@@ -7,51 +7,22 @@ token state in locals. The method sits in the instance's `__dict__`, outside `st
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipkernels import adapters
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.packing import pack, unpack
 from clipkernels.methods import Method
 from clipkernels.plan import Plan, Predict
-from clipkernels.tower import Ran, run, unmerge
+from clipkernels.tower import SLOT, Slot, WeakModule, planned, pool_of, run_patched
 from clipkernels.verify import refuse_replaced, verify
 
 Model = TypeVar("Model", bound=nn.Module)
-SLOT = "_clipkernels"
-
-
-class _Weak:
-    """A module held without owning it, so that no cycle keeps a dropped model alive; it follows copies and pickles."""
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.ref = (lambda: None) if module is None else weakref.ref(module)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Weak:
-        module = self.ref()
-        return self if module is None else _Weak(memo.get(id(module), module))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Weak, (self.ref(),)
-
-
-class _Patch(NamedTuple):
-    """What a patched owner carries: its method, the weights that come with it, the plan for its usual tokens with what
-    was read of the result when it was made, and how to find the tower around it."""
-
-    method: Method
-    weights: Mapping[str, nn.Module]
-    plan: Plan
-    reads: tuple[bool, bool]
-    tower: Any
-    root: _Weak
 
 
 def patch(model: Model, method: Method) -> Model:
@@ -80,13 +51,13 @@ def patch(model: Model, method: Method) -> Model:
     check: Any = getattr(method, "check_tower", None)
     if check is not None:
         check(tower)
-    weights = _beside(method, tower.owner)
-    _suits(plan, weights)
+    weights = _weights_on_device_of(method, tower.owner)
+    _check_weights(plan, weights)
     before = tower.owner.__dict__.get(SLOT)
     if before is None:
         verify(tower)
     try:
-        _install(tower, _Patch(method, weights, plan, _reads(tower), tower.__class__, _Weak(tower.root)))
+        _install(tower, Slot(method, weights, plan, pool_of(tower), tower.__class__, WeakModule(tower.root)))
     except BaseException:  # no memory, most likely
         unpatch(model)
         if before is not None:
@@ -95,7 +66,7 @@ def patch(model: Model, method: Method) -> Model:
     return model
 
 
-def _install(tower: Tower, slot: _Patch) -> None:
+def _install(tower: Tower, slot: Slot) -> None:
     """Has a tower run what a slot says, its separate projections side by side."""
     owner: Any = tower.owner
     if SLOT not in owner.__dict__:
@@ -138,7 +109,7 @@ def patched(model: Model, method: Method) -> Iterator[Model]:
         if before is not None:
             tower = adapters.find(model)
             # The tower may have learnt or moved meanwhile.
-            _install(tower, before._replace(weights=_beside(before.method, tower.owner)))
+            _install(tower, before._replace(weights=_weights_on_device_of(before.method, tower.owner)))
 
 
 def method_of(model: nn.Module) -> Method | None:
@@ -156,12 +127,7 @@ def tower_of(model: nn.Module) -> Tower:
     return adapters.find(model)
 
 
-def for_pool(ran: Ran, plan: Plan, whole: bool) -> Tensor:
-    """What is handed on: where more than CLS is read, merged tokens go back to the places they stand for."""
-    return unmerge(ran.x, ran.sources, plan.prefix) if plan.merges and whole else ran.x
-
-
-def _beside(method: Method, owner: nn.Module) -> dict[str, nn.Module]:
+def _weights_on_device_of(method: Method, owner: nn.Module) -> dict[str, nn.Module]:
     """The weights that come with a method, on the device and in the dtype of the blocks that an owner holds: the
     modules themselves where they are that, else copies."""
     if not hasattr(method, "weights"):
@@ -174,84 +140,13 @@ def _beside(method: Method, owner: nn.Module) -> dict[str, nn.Module]:
     return made
 
 
-def _suits(plan: Plan, weights: Mapping[str, nn.Module]) -> None:
+def _check_weights(plan: Plan, weights: Mapping[str, nn.Module]) -> None:
     """Raises ValueError unless a plan's weights are there."""
     ranks = any(isinstance(step, Predict) for step in plan.steps)
     for name, asked, what in (("predictor", ranks, "Predict steps"), ("learnt", plan.learnt > 0, "learnt tokens")):
         if asked and name not in weights:
             came = ", ".join(weights) or "none"
             raise ValueError(f"a plan with {what} needs a method whose weights() have {name!r}, got {came}")
-
-
-def _reads(tower: Tower) -> tuple[bool, bool]:
-    """What of its result a tower reads, on which plans depend."""
-    return tower.pools_cls, tower.hands_out
-
-
-def planned(method: Method, tower: Tower, tokens: int, prefix: int | None = None) -> Plan:
-    depth, prefix = len(tower.blocks), tower.prefix if prefix is None else prefix
-    plan = method.plan(tokens=tokens, blocks=depth, prefix=prefix)
-    if not isinstance(plan, Plan):
-        raise ValueError(f"the plan of {method!r} must be a ck.Plan, got {type(plan).__name__}")
-    if (plan.entry, len(plan.steps), plan.prefix) != (tokens, depth, prefix):
-        raise ValueError(
-            f"the plan of {method!r} must start at {tokens} tokens, {prefix} of them prefix, and have {depth} "
-            f"steps, got {plan.entry}, {plan.prefix} and {len(plan.steps)}"
-        )
-    if plan.merges and plan.drops and not adapters.reads_cls_alone(tower):
-        raise ValueError("a plan that merges tokens and drops others needs a tower that pools CLS, got another pool")
-    return plan if tower.pools_cls else plan.ranked_by("received")
-
-
-def _run_patched(
-    owner: nn.Module,
-    x: Tensor,
-    rope: Tensor | None = None,
-    visible: Tensor | None = None,
-    take: Collection[int] = (),
-    blocks: int | None = None,
-    whole: bool = False,
-) -> tuple[Tensor, list[Tensor]]:
-    """The loop of a patched owner: what its host goes on with, and what leaves the blocks in `take`.
-
-    Args:
-        owner: that runs.
-        x: (B,N,C) entering the first block.
-        rope: the rotary table of its patches, or None.
-        visible: (B,N) 0 for padding, or None.
-        take: blocks whose result is returned too, every patch at its place.
-        blocks: stop after so many.
-        whole: every row is read, whatever the pool reads.
-    """
-    slot = owner.__dict__[SLOT]
-    tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
-    if (x.shape[1], len(tower.blocks), _reads(tower)) != (plan.entry, len(plan.steps), slot.reads):
-        # A loop that outlived its tower goes on with the prefix it had.
-        plan = planned(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
-    # Whoever takes states or hooks the owner may read any row.
-    whole = whole or not adapters.reads_cls_alone(tower)
-    rows = plan.prefix if not (whole or take or owner._forward_hooks) else None
-    if visible is not None and (any(plan.steps) or plan.learnt):
-        _refuse_padding(visible, plan)
-        visible = None
-    track = bool(take) or (plan.merges and whole)
-    state: dict[str, Any] = {"rope": rope, "visible": visible, **slot.weights}
-    ran = run(tower, x, plan, rows=rows, track=track, take=take, blocks=blocks, **state)
-    return for_pool(ran, plan, whole), ran.taken
-
-
-def _refuse_padding(visible: Tensor, plan: Plan) -> None:
-    """Raises ValueError where a mask (B,N) hides tokens, which no step may keep, or the pool will be given it again."""
-    if torch.compiler.is_compiling() or not visible.all():
-        raise ValueError(
-            "a tower that prunes or merges takes images without padding, got a mask that may hide patches: give images "
-            "that fill it, or patch with ck.Dense()"
-        )
-    if plan.prunes:
-        raise ValueError(
-            "a pool that is given the mask of all patches cannot read the few that pruning leaves: merge with ck.ToMe, "
-            "ask ck.encode_image, or use transformers 5, which leaves out a mask that hides nothing"
-        )
 
 
 @cache
@@ -268,16 +163,22 @@ def _subclass(base: Any, tower: Any) -> Any:
             found = tower(slot.root.ref(), self)
             for host in found.blocks:
                 pack(found.projections(host))
-            self.__dict__[SLOT] = slot._replace(weights=_beside(slot.method, self))
+            self.__dict__[SLOT] = slot._replace(weights=_weights_on_device_of(slot.method, self))
         return self
+
+    def extra_repr(self: nn.Module) -> str:
+        slot = self.__dict__.get(SLOT)
+        mark = [] if slot is None else [f"clipkernels: {slot.method}"]
+        return ", ".join([*mark, *filter(None, [base.extra_repr(self)])])
 
     namespace = {
         "_apply": _apply,
+        "extra_repr": extra_repr,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
     }
-    return type(base.__name__, (base,), {**namespace, "_unpatched": base, **tower.overrides(_run_patched)})
+    return type(base.__name__, (base,), {**namespace, "_unpatched": base, **tower.overrides(run_patched)})
 
 
 def _rebuild(base: Any, tower: Any) -> nn.Module:

@@ -14,6 +14,7 @@ from clipkernels import block
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.parts import replaced
 from clipkernels.backend import choose, epilogues
+from clipkernels.block import TokenState
 from clipkernels.tower import refuse
 
 
@@ -53,7 +54,8 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             parts = tower.parts(probe)
-            came = block.forward(parts, x, None, None, tower.prefix, rope=rope, fused=epilogues(x)).x - x
+            output = block.forward(parts, TokenState(x, rope=rope), None, tower.prefix, fused=epilogues(x))
+            came = output.state.x - x
     except Exception as error:  # its parts are not what they seem
         raise UnsupportedTower(f"block {index}: its own forward runs, its parts do not: {error}") from error
     if not expected.isfinite().all():

@@ -223,11 +223,11 @@ def test_the_average_pool_weighs_merged_tokens_by_size():
 
 def _last_tokens(model, images):
     """What leaves the last block, before norm and projection, of a patched tower."""
-    from clipkernels.tower import run
+    from clipkernels.tower import TowerInput, run
 
     tower = ck.tower_of(model)
     plan = ck.method_of(model).plan(tower.tokens, len(tower.blocks))
-    return run(tower, tower.embed(images)[0], plan).x
+    return run(tower, TowerInput(tower.embed(images)[0]), plan).x
 
 
 def _refused():

@@ -510,3 +510,10 @@ def test_data_parallel_replicas_run_their_own_weights(tiny, images, method):
         parameter.add_(1)
     pooled = tiny.visual._pool(replica(x))[0] @ tiny.visual.proj
     assert torch.equal(pooled, expected)
+
+
+def test_a_patched_model_prints_its_method(tiny):
+    before = repr(tiny)
+    ck.patch(tiny, ck.EViT(0.5))
+    assert "clipkernels: EViT(keep=0.5" in repr(tiny.visual.transformer)
+    assert repr(ck.unpatch(tiny)) == before

@@ -42,9 +42,9 @@ def _merged(method, tokens=197, blocks=12):
 
 
 def test_tome_inflection_falls_rises_or_stays():
-    assert _merged(ck.ToMe((13, -1))) == [26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0]
-    assert _merged(ck.ToMe((13, 1))) == [0, 2, 4, 7, 9, 11, 14, 16, 18, 21, 23, 26]
-    assert _merged(ck.ToMe((13, 0))) == [13] * 12
+    assert _merged(ck.ToMe(13, inflect=-1)) == [26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0]
+    assert _merged(ck.ToMe(13, inflect=1)) == [0, 2, 4, 7, 9, 11, 14, 16, 18, 21, 23, 26]
+    assert _merged(ck.ToMe(13, inflect=0)) == [13] * 12
 
 
 def test_tome_list_is_one_r_per_block_padded_with_zero():
@@ -144,7 +144,9 @@ def test_random_subsets_differ_by_block_and_by_seed():
         (lambda: ck.ToMe(1.5), "r must be a non-negative int"),
         (lambda: ck.ToMe(True), "r must be a non-negative int"),
         (lambda: ck.ToMe([3, -1]), "r must be a non-negative int"),
-        (lambda: ck.ToMe((8, 2)), r"inflection must be a number in \[-1, 1\], got 2"),
+        (lambda: ck.ToMe(8, inflect=2), r"inflect must be a number in \[-1, 1\], got 2"),
+        (lambda: ck.ToMe(8, inflect=True), r"inflect must be a number in \[-1, 1\], got True"),
+        (lambda: ck.ToMe([8, 1], inflect=0.5), "inflect must be 0 beside an r per block, got 0.5"),
         (lambda: ck.ToMe([1] * 13).plan(197, 12), "at most one entry per block, 12 here, got 13"),
     ],
 )
@@ -154,14 +156,17 @@ def test_bad_settings_are_refused_with_what_was_expected(make, message):
 
 
 def test_methods_are_hashable_values():
-    assert len({ck.EViT(0.7), ck.EViT(0.7), ck.ToMe([8, 8]), ck.ToMe([8, 8]), ck.ToMe((8, 0)), ck.Dense()}) == 4
+    methods = {ck.EViT(0.7), ck.EViT(0.7), ck.ToMe([8, 8]), ck.ToMe((8, 8)), ck.ToMe(8, inflect=1), ck.Dense()}
+    assert len(methods) == 4
 
 
-def test_a_list_of_two_is_not_a_pair_of_r_and_inflection():
-    assert ck.ToMe([8, 1]) != ck.ToMe((8, 1))
+def test_an_r_per_block_is_the_same_as_a_tuple_and_as_a_list():
+    assert ck.ToMe([8, 1]) == ck.ToMe((8, 1)) != ck.ToMe(8, inflect=1)
+    plan = ck.ToMe(r=(8, 1)).plan(tokens=197, blocks=2)
+    assert plan.tokens == (197, 189, 188)
     assert _merged(dataclasses.replace(ck.ToMe([8, 1]), proportional=False), blocks=2) == [8, 1]
     assert _merged(eval(repr(ck.ToMe([8, 1])), {"ToMe": ck.ToMe}), blocks=2) == [8, 1]
-    assert _merged(eval(repr(ck.ToMe((8, 1))), {"ToMe": ck.ToMe}), blocks=3) == [0, 8, 16]
+    assert _merged(eval(repr(ck.ToMe(8, inflect=1)), {"ToMe": ck.ToMe}), blocks=3) == [0, 8, 16]
     assert _merged(ck.ToMe(range(3)), blocks=4) == [0, 1, 2, 0]
 
 

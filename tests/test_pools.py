@@ -5,7 +5,7 @@ import torch
 
 import clipkernels as ck
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
-from clipkernels.tower import run, unmerge
+from clipkernels.tower import Reads, TowerInput, run, unmerge
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
 NARROW = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
@@ -50,8 +50,8 @@ def twins(tower):
 @torch.no_grad()
 def test_merging_equal_tokens_changes_nothing(tower):
     x, rope = twins(tower)
-    dense = run(tower, x, ck.Dense().plan(tower.tokens, 3, tower.prefix), rope=rope).x
-    ran = run(tower, x, ck.ToMe([PAIRS]).plan(tower.tokens, 3, tower.prefix), rope=rope, track=True)
+    dense = run(tower, TowerInput(x, rope), ck.Dense().plan(tower.tokens, 3, tower.prefix)).x
+    ran = run(tower, TowerInput(x, rope), ck.ToMe([PAIRS]).plan(tower.tokens, 3, tower.prefix), Reads(track=True))
     assert ran.x.shape[1] == tower.tokens - PAIRS
     restored = unmerge(ran.x, ran.sources, tower.prefix)
     torch.testing.assert_close(restored, dense, rtol=1e-4, atol=1e-4)
@@ -62,9 +62,9 @@ def test_merging_equal_tokens_changes_nothing(tower):
 def test_without_sizes_it_would(tower):
     """The same without proportional attention differs, so the test above can fail."""
     x, rope = twins(tower)
-    dense = run(tower, x, ck.Dense().plan(tower.tokens, 3, tower.prefix), rope=rope).x
+    dense = run(tower, TowerInput(x, rope), ck.Dense().plan(tower.tokens, 3, tower.prefix)).x
     plan = ck.ToMe([PAIRS], proportional=False).plan(tower.tokens, 3, tower.prefix)
-    ran = run(tower, x, plan, rope=rope, track=True)
+    ran = run(tower, TowerInput(x, rope), plan, Reads(track=True))
     assert not torch.allclose(unmerge(ran.x, ran.sources, tower.prefix), dense, rtol=1e-4, atol=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_the_prefix_comes_out_in_front_and_apart(tower):
     x, rope = twins(tower)
     for method in (ck.EViT(0.3), ck.ToMe(8)):
         plan = method.plan(tower.tokens, 3, tower.prefix)
-        ran = run(tower, x, plan.ranked_by("received"), rope=rope, track=True)
+        ran = run(tower, TowerInput(x, rope), plan.ranked_by("received"), Reads(track=True))
         assert ran.x.shape[1] == plan.tokens[-1]
         for source in ran.sources:
             assert ((source < 0) | (source >= tower.prefix)).all()

@@ -185,7 +185,7 @@ def test_merging_first_and_condensing_then_keeps_sizes(tiny, images):
             merge, condense = ck.Merge(10), ck.Condense(keep=30, merge=10, centers=2)
             return ck.Plan((merge, condense, *[None] * (blocks - 2)), tokens, prefix)
 
-    from clipkernels.tower import run
+    from clipkernels.tower import Reads, TowerInput, run
 
     ck.patch(tiny, Both())
     tower = ck.tower_of(tiny)
@@ -199,7 +199,7 @@ def test_merging_first_and_condensing_then_keeps_sizes(tiny, images):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ck.ops, "attention", spy)
-        ran = run(tower, tower.embed(images)[0], plan, track=True)
+        ran = run(tower, TowerInput(tower.embed(images)[0]), plan, Reads(track=True))
     sizes, source = seen[2], ran.sources[-1]
     assert sizes.shape == (3, 34) and torch.equal(sizes[:, -1], torch.ones(3))
     for image in range(3):
@@ -250,10 +250,10 @@ def test_a_pool_that_reads_all_tokens_sees_every_patch_where_its_token_is():
     ck.patch(model, ck.TCA(0.1))
     encoded = ck.encode_image(model, images, source=True)
     tower = ck.tower_of(model)
-    from clipkernels.tower import run
+    from clipkernels.tower import TowerInput, run
 
     plan = ck.TCA(0.1).plan(tower.tokens, 2).ranked_by("received")
-    last = run(tower, tower.embed(images)[0], plan).x[0]
+    last = run(tower, TowerInput(tower.embed(images)[0]), plan).x[0]
     mean = last[encoded.source[0, -1].long()].mean(0)
     expected = layer_norm(mean, mean.shape, model.visual.ln_post.weight, model.visual.ln_post.bias) @ model.visual.proj
     torch.testing.assert_close(encoded.embedding[0], expected, atol=1e-3, rtol=1e-3)

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 import clipkernels as ck
 from clipkernels import block as one_block
 from clipkernels.testing import assert_within_budget, patch_ranking, randomized, timm_tower
-from clipkernels.tower import run
+from clipkernels.tower import Reads, TowerInput, run
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8), ck.TCA(0.1)]
@@ -131,7 +131,7 @@ def test_registers_are_never_dropped_merged_or_moved(name):
             for parameter in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
                 parameter.zero_()
         plan = method.plan(tower.tokens, 3, tower.prefix)
-        ran = run(tower, x, plan.ranked_by("received"), rope=rope, track=True)
+        ran = run(tower, TowerInput(x, rope), plan.ranked_by("received"), Reads(track=True))
         assert torch.equal(ran.x[:, : tower.prefix], x[:, : tower.prefix])
         assert ran.x.shape[1] == plan.tokens[-1] < x.shape[1]
         assert all(((source < 0) | (source >= tower.prefix)).all() for source in ran.sources)
@@ -194,13 +194,14 @@ def test_a_merged_token_has_its_targets_place():
     model, images = build("vit_pe_core_base_patch16_224")
     tower = ck.tower_of(model)
     x, rope = tower.embed(images)
-    moved = one_block.forward(tower.parts(tower.blocks[0]), x, ck.Merge(5), None, 1, track=True, rope=rope)
+    state = one_block.TokenState(x, rope=rope)
+    merged, to = one_block.forward(tower.parts(tower.blocks[0]), state, ck.Merge(5), 1, track=True)
     for image in range(2):
-        for row in range(1, moved.x.shape[1]):
-            held = (moved.to[image] == row).nonzero()[:, 0]
+        for row in range(1, merged.x.shape[1]):
+            held = (to[image] == row).nonzero()[:, 0]
             # Targets are at odd positions; what did not merge is by itself.
             place = held[held % 2 == 1] if len(held) > 1 else held
-            assert torch.equal(moved.rope[image, 0, row - 1], rope[place[0] - 1])
+            assert torch.equal(merged.rope[image, 0, row - 1], rope[place[0] - 1])
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_clip_224", "eva02_base_patch16_clip_224"])
@@ -272,7 +273,7 @@ def test_checkpointing_runs_every_block_again(name, monkeypatch):
     model, images = build(name)
     ck.patch(model, ck.EViT(0.5)).set_grad_checkpointing(True)
     runs, once = [], one_block.forward
-    monkeypatch.setattr(one_block, "forward", lambda *arguments: runs.append(1) or once(*arguments))
+    monkeypatch.setattr(one_block, "forward", lambda *given, **options: runs.append(1) or once(*given, **options))
     model(images).sum().backward()
     assert len(runs) == 6
     runs.clear()

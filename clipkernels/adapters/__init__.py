@@ -109,7 +109,7 @@ class Tower(Protocol):
 
     @staticmethod
     def overrides(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        """The owner's methods while patched; `run` is `patch._run_patched`."""
+        """The owner's methods while patched; `run` is `tower.run_patched`."""
 
 
 def reads_cls_alone(tower: Tower) -> bool:

@@ -14,7 +14,7 @@ from clipkernels.adapters import Tower
 from clipkernels.backend import epilogues
 from clipkernels.plan import Plan
 from clipkernels.reference import Norm
-from clipkernels.tower import refuse, run
+from clipkernels.tower import Reads, TowerInput, refuse, run
 
 
 class Entering(NamedTuple):
@@ -57,7 +57,7 @@ class Projected(NamedTuple):
 def enter(tower: Tower, images: Tensor, at: int) -> Entering:
     """What images (b,3,S,S) are when they enter a block."""
     x, rope = tower.embed(images)
-    x = run(tower, x, _dense(tower, x.shape[1]), rope=rope, blocks=at).x
+    x = run(tower, TowerInput(x, rope), _dense(tower, x.shape[1]), blocks=at).x
     host = tower.blocks[at]
     refuse(tower, host, at)
     q, k, v = tower.parts(host).qkv(x, None, None, rope)
@@ -71,12 +71,14 @@ def embed(tower: Tower, entering: Entering, image: Tensor, kept: Tensor) -> Tens
     q, k, v = (part[at, :, kept].transpose(1, 2) for part in (entering.q, entering.k, entering.v))
     if rope is not None:
         each = rope[image] if rope.ndim > 3 and rope.shape[0] > 1 else rope
-        rope = block.gathered(each, kept[:, tower.prefix :] - tower.prefix)
+        rope = block.gather_rope(each, kept[:, tower.prefix :] - tower.prefix)
     parts: Any = Projected(tower.parts(tower.blocks[entering.block]), q, k, v)
     rows = tower.prefix if tower.pools_cls else None
     after, last = entering.block + 1, entering.block == len(tower.blocks) - 1
-    x = block.forward(parts, x, None, None, tower.prefix, rows=rows if last else None, fused=epilogues(x)).x
-    return tower.pool(run(tower, x, _dense(tower, kept.shape[1]), rope=rope, rows=rows, first=after).x)
+    state = block.TokenState(x)
+    x = block.forward(parts, state, None, tower.prefix, rows=rows if last else None, fused=epilogues(x)).state.x
+    plan = _dense(tower, kept.shape[1])
+    return tower.pool(run(tower, TowerInput(x, rope), plan, Reads(rows), first=after).x)
 
 
 def _dense(tower: Tower, tokens: int) -> Plan:
