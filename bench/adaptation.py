@@ -31,9 +31,9 @@ from rich.table import Table
 from torch import Tensor
 
 import clipkernels as ck
-from clipkernels.cli.info import environment
 from clipkernels.heads.presets import PRESETS
-from clipkernels.timing import Clock, gmacs_for, measure, plan_for
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import Clock, gmacs_for, measure, plan_for
 from corruptions import STREAMS, STRENGTHS, Stream, corrupt
 from literal_tca import Reservoir as LiteralReservoir
 from literal_tca import stream

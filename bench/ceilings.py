@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from clipkernels.cli.info import environment
 from clipkernels.files import replacing
+from clipkernels.measure.environment import environment
 from ways import CUDA, DEVICE, copy_rate, matmul_rate
 
 

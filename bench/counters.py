@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from clipkernels.cases import CASES, SHAPES, Source
-from clipkernels.cli.output import write_csv
-from clipkernels.files import replacing
+from clipkernels.files import replacing, write_csv
+from clipkernels.testing.cases import CASES, SHAPES, Source
 from rows import read_csv
 
 METRICS = (

@@ -35,10 +35,10 @@ from torch.nn.functional import cross_entropy, pad
 
 import clipkernels as ck
 from clipkernels import support
-from clipkernels.cli.info import environment
 from clipkernels.data.tokenizer import END, PAD, VOCABULARY
 from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache, TeacherFeatures, align_grid
 from clipkernels.learn.modules import seeded
+from clipkernels.measure.environment import environment
 from questions import MASKED, NOISE, Asked, Question, ask, masked, questions_of, shifted
 from ranking import prepared
 from rows import deviation, header_of, resume, save, write

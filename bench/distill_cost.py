@@ -28,9 +28,9 @@ from torch import Tensor
 import literal_distill
 import resident
 from clipkernels import ops
-from clipkernels.cli.info import environment
-from clipkernels.cli.memory import peak
-from clipkernels.timing import Clock, measure
+from clipkernels.measure.environment import environment
+from clipkernels.measure.memory import peak
+from clipkernels.measure.timing import Clock, measure
 from rows import write
 
 LOSSES = {"text": (50,), "image": (197,), "both": (50, 197)}

@@ -52,9 +52,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 import clipkernels as ck
-from clipkernels.cli.info import environment
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import Speed, Times, Variant, measure, tabulate
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
-from clipkernels.timing import Speed, Times, Variant, measure, tabulate
 from rows import draw, resume, write
 
 TOWERS: dict[str, Callable[[int | None], nn.Module]] = {

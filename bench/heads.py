@@ -29,8 +29,8 @@ from torch import Tensor
 
 import clipkernels as ck
 from clipkernels import support
-from clipkernels.cli.info import environment
 from clipkernels.learn.calip_fs import FewShotCALIP
+from clipkernels.measure.environment import environment
 from rows import deviation, header_of, resume, save, write
 from tiny_clip import few, read
 

@@ -29,8 +29,8 @@ import clipkernels as ck
 import literal_heads
 import resident
 from clipkernels import ops
-from clipkernels.cli.info import environment
-from clipkernels.timing import Clock, measure
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import Clock, measure
 from rows import write
 
 COMPUTATIONS = ("CALIP", "Tip-Adapter", "TIP-X")

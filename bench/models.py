@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import clipkernels as ck
-from clipkernels.cli.demo import HOST
+from clipkernels.measure.timing import HOST
 from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, timm_tower, transformers_tower
 from ways import DEVICE
 

@@ -35,8 +35,8 @@ from torch.nn.functional import layer_norm, one_hot, scaled_dot_product_attentio
 
 import literal_distill
 import literal_heads
-from clipkernels.cases import CASES, SHAPES, Source, flat, judge, judged
-from clipkernels.cli.info import environment
+from clipkernels.measure.environment import environment
+from clipkernels.testing.cases import CASES, SHAPES, Source, flat, judge, judged
 from ways import CUDA, DEVICE, copy_rate, matmul_rate, replayed
 
 BATCHES = (1, 8, 64, 256) if CUDA else (1, 8)

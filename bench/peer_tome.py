@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.timing import Variant
+from clipkernels.measure.timing import Variant
 
 
 def peer_tome(path: Path, dtype: torch.dtype, device: torch.device, r: int) -> tuple[nn.Module, dict[str, Variant]]:

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 import clipkernels as ck
 from clipkernels import support
-from clipkernels.cli.info import environment
 from clipkernels.learn.patch_ranking import (
     Rankings,
     RankPredictor,
@@ -41,7 +40,8 @@ from clipkernels.learn.patch_ranking import (
     golden_ranking,
     overlap,
 )
-from clipkernels.timing import plan_for
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import plan_for
 from clipkernels.tower import TowerInput, run
 from rows import deviation, header_of, resume, save, write
 from tiny_clip import few, read

@@ -21,8 +21,8 @@ from rich import print
 from torch import Tensor
 
 import clipkernels as ck
-from clipkernels.cli.info import environment
 from clipkernels.learn.patch_ranking import golden_ranking
+from clipkernels.measure.environment import environment
 from literal_ranking import literal_ranking
 from ranking import prepared
 from rows import header_of, write

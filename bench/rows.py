@@ -12,10 +12,9 @@ from typing import Any
 
 from rich.table import Table
 
-from clipkernels.cli.info import environment
-from clipkernels.cli.output import write_csv
-from clipkernels.files import replacing
-from clipkernels.timing import Speed
+from clipkernels.files import replacing, write_csv
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import Speed
 
 MORE = 75
 """The exit status of a run that its deadline cut short."""

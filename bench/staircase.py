@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor
 
 import clipkernels as ck
-from clipkernels.cases import SHAPES
-from clipkernels.cli.info import environment
-from clipkernels.timing import measure
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import measure
+from clipkernels.testing.cases import SHAPES
 from rows import save, write
 from ways import CUDA, DEVICE, replayed
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from clipkernels.cli.demo import HOST
+from clipkernels.measure.timing import HOST
 
 Row = dict[str, Any]
 PEER = "towers-bf16-peer"

@@ -36,10 +36,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import clipkernels as ck
-from clipkernels.cli.demo import HOST
-from clipkernels.cli.info import environment
-from clipkernels.cli.measure import compile_each, room_to_compile
-from clipkernels.timing import Speed, Times, Variant, plan_for, tabulate, time_variants, vary
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import HOST, Speed, Times, Variant, plan_for, tabulate, time_variants, vary
+from clipkernels.measure.towers import compile_each, room_to_compile
 from models import LIBRARIES, NAMES, R, build, images, methods
 from rows import MORE, ahead, begin, draw, resume, stamp, write
 from ways import CUDA, DEVICE, ROUNDED, held, in_graphs, launches, lost, matmul_rate, plain, run_once, serves

@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from clipkernels.backend import interpreting
-from clipkernels.cases import CASES, SHAPES, Source, flat, judged
-from clipkernels.cli.info import environment
-from clipkernels.timing import measure
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import measure
+from clipkernels.testing.cases import CASES, SHAPES, Source, flat, judged
 from ops import TOWERS, check, runner, several
 from rows import MORE, ahead, begin, resume, stamp, write
 from ways import CUDA, DEVICE

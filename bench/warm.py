@@ -20,9 +20,8 @@ from typing import NamedTuple
 import torch
 
 import clipkernels as ck
-from clipkernels.cases import CASES, SHAPES, Source
-from clipkernels.cli.demo import HOST
-from clipkernels.timing import vary
+from clipkernels.measure.timing import HOST, vary
+from clipkernels.testing.cases import CASES, SHAPES, Source
 from models import build, images, methods
 from ways import DEVICE
 

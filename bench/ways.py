@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from clipkernels.cli.memory import peak
-from clipkernels.timing import Clock, Variant, measure
+from clipkernels.measure.memory import peak
+from clipkernels.measure.timing import Clock, Variant, measure
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,3 +102,12 @@ def said_of(header: Mapping[str, str]) -> dict[str, Any]:
     except ValueError:
         return {}
     return said if isinstance(said, dict) else {}
+
+
+def write_csv(records: Sequence[Mapping[str, Any]], stream: TextIO) -> None:
+    """Records with the same keys as CSV with a header; several numbers, such as token counts, are one cell."""
+    writer = csv.DictWriter(stream, records[0], lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        joined = {key: " ".join(map(str, cell)) for key, cell in record.items() if isinstance(cell, tuple | list)}
+        writer.writerow({**record, **joined})

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clipkernels as ck
 from clipkernels import reference
 from clipkernels.backend import interpreting
-from clipkernels.cases import PLAIN
 from clipkernels.reference.affinity import ROWS
 from clipkernels.testing import assert_within_budget, strided
+from clipkernels.testing.cases import PLAIN
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -23,9 +23,9 @@ import clipkernels as ck
 import corruptions
 import ways
 from clipkernels import backend
-from clipkernels.cases import Shape
 from clipkernels.cli.demo import QUICK, draw, save
 from clipkernels.data import scenes
+from clipkernels.testing.cases import Shape
 
 BENCH = Path(__file__).parent.parent / "bench"
 

@@ -24,8 +24,8 @@ import staircase
 import steps
 import targets
 import tune
-from clipkernels.cases import Shape
-from clipkernels.timing import Times
+from clipkernels.measure.timing import Times
+from clipkernels.testing.cases import Shape
 from rows import ahead, begin
 
 BENCH = Path(__file__).parent.parent / "bench"

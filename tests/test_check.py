@@ -10,8 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from clipkernels import custom_ops
-from clipkernels.cases import CASES, Shape, Source, flat, judge
 from clipkernels.cli import main
+from clipkernels.testing.cases import CASES, Shape, Source, flat, judge
 
 CPU = torch.device("cpu")
 

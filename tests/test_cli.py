@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,12 @@ from safetensors.torch import save_file
 
 import clipkernels as ck
 from clipkernels.cli import main
-from clipkernels.cli.demo import KINDS, QUICK, choose_methods, draw, save
-from clipkernels.cli.output import opened
+from clipkernels.cli.demo import KINDS, QUICK, draw, save
+from clipkernels.cli.parts.methods import choose_methods
+from clipkernels.cli.parts.output import opened
 from clipkernels.data import digits, scenes
-from clipkernels.timing import gmacs_for, plan_for
+from clipkernels.measure import environment
+from clipkernels.measure.timing import gmacs_for, plan_for
 
 DIGITS = ",".join(digits.CLASSES)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -451,13 +452,12 @@ def test_a_backend_that_cannot_serve_is_one_line(pictures: Path, monkeypatch: py
 def test_the_commit_is_that_of_this_package_and_of_no_checkout_around_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = import_module("clipkernels.cli.info")  # its command has the same name
     monkeypatch.setenv("CLIPKERNELS_COMMIT", "given")
     said = {"rev-parse": str(Path(ck.__file__).parents[1]), "describe": "abc-dirty"}
-    monkeypatch.setattr(info, "_output", lambda *command: said.get(command[1]))
-    assert info.environment()["commit"] == "abc-dirty"
+    monkeypatch.setattr(environment, "_output", lambda *command: said.get(command[1]))
+    assert environment.environment()["commit"] == "abc-dirty"
     said["rev-parse"] = str(tmp_path)
-    assert info.environment()["commit"] == "given"
+    assert environment.environment()["commit"] == "given"
 
 
 def test_info_as_a_table_holds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

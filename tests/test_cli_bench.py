@@ -20,11 +20,11 @@ from torch._dynamo.testing import CompileCounter
 
 import clipkernels as ck
 from clipkernels.cli import main
-from clipkernels.cli.demo import choose_methods
-from clipkernels.cli.measure import compare, nearest
-from clipkernels.cli.memory import peak
+from clipkernels.cli.parts.methods import choose_methods
 from clipkernels.data import scenes
-from clipkernels.timing import gmacs_for, plan_for
+from clipkernels.measure.fidelity import compare, nearest
+from clipkernels.measure.memory import peak
+from clipkernels.measure.timing import gmacs_for, plan_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--rounds", 2, "--batch-size", 4)

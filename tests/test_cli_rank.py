@@ -21,8 +21,8 @@ import clipkernels as ck
 from clipkernels import support
 from clipkernels.cli import main
 from clipkernels.cli.demo import QUICK, draw, save
-from clipkernels.cli.images import Pictures
 from clipkernels.data import digits
+from clipkernels.images import Pictures
 from clipkernels.learn.patch_ranking import (
     Rankings,
     RankPredictor,

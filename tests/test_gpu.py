@@ -7,7 +7,7 @@ import torch
 
 import clipkernels as ck
 import ways
-from clipkernels.cases import CASES, SHAPES, Source, flat
+from clipkernels.measure.timing import Variant, vary
 from clipkernels.testing import (
     given_to,
     named,
@@ -17,7 +17,7 @@ from clipkernels.testing import (
     timm_tower,
     transformers_tower,
 )
-from clipkernels.timing import Variant, vary
+from clipkernels.testing.cases import CASES, SHAPES, Source, flat
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 CUDA = torch.device("cuda")

@@ -150,7 +150,7 @@ def test_without_triton_everything_runs_on_the_reference() -> None:
 sys.modules["triton"] = None
 import torch
 import clipkernels as ck
-from clipkernels.cases import CASES, Shape, Source, flat, judge
+from clipkernels.testing.cases import CASES, Shape, Source, flat, judge
 torch.set_num_threads(1)
 source = Source(Shape(21, 128, 2, 1, 4), 2, torch.float32, torch.device("cpu"))
 for name, case in CASES.items():

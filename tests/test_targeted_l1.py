@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipkernels as ck
 from clipkernels.backend import interpreting
-from clipkernels.cases import PLAIN
 from clipkernels.testing import assert_within_budget, guarded, strided
+from clipkernels.testing.cases import PLAIN
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FEW = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]

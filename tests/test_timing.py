@@ -11,7 +11,7 @@ import torch
 
 import clipkernels as ck
 from clipkernels import timing
-from clipkernels.timing import Band, Times, Variant, efficiency, measure, tabulate, vary
+from clipkernels.measure.timing import Band, Times, Variant, efficiency, measure, tabulate, vary
 
 B16: Any = SimpleNamespace(tokens=197, blocks=range(12), prefix=1, width=768, patch=16, out=512, mlp_ratio=4.0)
 

@@ -13,11 +13,11 @@ from clipkernels.cli.bench import bench
 from clipkernels.cli.check import check
 from clipkernels.cli.classify import classify
 from clipkernels.cli.demo import demo
-from clipkernels.cli.images import first_line
 from clipkernels.cli.info import info
 from clipkernels.cli.rank import rank
 from clipkernels.cli.support import support
 from clipkernels.cli.train_predictor import train_predictor
+from clipkernels.images import first_line
 
 
 class OneLine(click.Group):

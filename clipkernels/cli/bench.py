@@ -9,21 +9,23 @@ from typing import Any, TextIO, cast
 
 import click
 import torch
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipkernels.adapters import Tower
-from clipkernels.cli.images import Pictures, collate, find
-from clipkernels.cli.info import environment
-from clipkernels.cli.measure import TIMED, Row, Settings, measure
-from clipkernels.cli.methods import parse_methods
-from clipkernels.cli.models import DTYPES, LIBRARIES, Preprocess, choose_device, load
-from clipkernels.cli.output import opened, progress, schedule, write_csv, write_table
-from clipkernels.cli.plot import draw_plot, plot_format
+from clipkernels.cli.parts.methods import parse_methods
+from clipkernels.cli.parts.models import LIBRARIES, Preprocess, choose_device, load
+from clipkernels.cli.parts.output import opened, progress, schedule, write_table
+from clipkernels.cli.parts.plot import draw_plot, plot_format
+from clipkernels.files import write_csv
+from clipkernels.images import Pictures, collate, find
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import Clock
+from clipkernels.measure.towers import DTYPES, TIMED, Row, Settings, measure
 from clipkernels.patch import tower_of
-from clipkernels.timing import Clock
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 COLUMNS = ("variant", "mode", "tokens", "GMACs", "ideal", "ms", "images/s", "speed-up", "η", "cosine", "same", "MiB")
@@ -155,7 +157,8 @@ def bench(
             progress() as bar,
         ):
             model = loaded.model.to(where)
-            rows = measure(model, name or "the bundled CLIP", chosen, images, dict.fromkeys(precisions), settings, bar)
+            observer = Bar(bar, name or "the bundled CLIP")
+            rows = measure(model, chosen, images, dict.fromkeys(precisions), settings, observer)
             run = {"library": library, "model": name or "bundled", "weights": loaded.weights, "images": len(images)}
             run |= {"image_source": "files" if paths else "random", "batch": batch_size}
             notes = [note.format(n=len(images)) for note in NOTES]
@@ -169,6 +172,25 @@ def bench(
         torch.set_num_threads(before)
     if failures:
         context.exit(1)
+
+
+class Bar:
+    """A progress bar on stderr that warns by the tower's name."""
+
+    def __init__(self, bar: Progress, tower: str) -> None:
+        self.bar, self.tower, self.task = bar, tower, bar.add_task("", total=None)
+
+    def start(self, total: int) -> None:
+        self.bar.update(self.task, total=total)
+
+    def describe(self, name: str) -> None:
+        self.bar.update(self.task, description=name)
+
+    def advance(self) -> None:
+        self.bar.advance(self.task)
+
+    def warn(self, line: str) -> None:
+        self.bar.console.print(Text(f"warning: {self.tower}, {line}"), soft_wrap=True)
 
 
 def check_clock(clock: str, device: torch.device) -> None:

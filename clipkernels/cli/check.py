@@ -17,10 +17,10 @@ from rich.text import Text
 from torch import Tensor
 
 from clipkernels import backend
-from clipkernels.cases import CASES, SHAPES, Case, Shape, Source, flat, judge, judged
-from clipkernels.cli.info import environment
-from clipkernels.cli.output import opened, progress, write_table
+from clipkernels.cli.parts.output import opened, progress, write_table
+from clipkernels.measure.environment import environment
 from clipkernels.testing import placeless
+from clipkernels.testing.cases import CASES, SHAPES, Case, Shape, Source, flat, judge, judged
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # For CPUs, where the interpreter takes a tenth of a second for what a GPU does in microseconds.

@@ -16,19 +16,20 @@ from torch.utils.data import DataLoader
 
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
-from clipkernels.cli.classes import read_classes, read_labels
-from clipkernels.cli.guesses import Guess, writer
-from clipkernels.cli.heads import check_head, choose_head, kept
-from clipkernels.cli.images import Pictures, collate, find
-from clipkernels.cli.methods import choose_method
-from clipkernels.cli.models import DTYPES, choose_device, load_clip
-from clipkernels.cli.output import opened, progress, schedule
+from clipkernels.cli.parts.classes import read_classes, read_labels
+from clipkernels.cli.parts.guesses import Guess, writer
+from clipkernels.cli.parts.heads import check_head, choose_head, kept
+from clipkernels.cli.parts.methods import choose_method
+from clipkernels.cli.parts.models import choose_device, load_clip
+from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, PRESETS
+from clipkernels.images import Pictures, collate, find
+from clipkernels.measure.timing import plan_for
+from clipkernels.measure.towers import DTYPES
 from clipkernels.methods import Dense
 from clipkernels.patch import method_of, tower_of
 from clipkernels.support import SupportSet
-from clipkernels.timing import plan_for
 
 MANY = 256
 

@@ -17,17 +17,16 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from clipkernels.adapters import Tower
 from clipkernels.classifier import Classifier
-from clipkernels.cli.info import environment
-from clipkernels.cli.output import opened, progress, quietly, schedule, write_csv, write_table
+from clipkernels.cli.parts.methods import choose_methods
+from clipkernels.cli.parts.output import opened, progress, quietly, schedule, write_table
 from clipkernels.data import bundled, digits, scenes
-from clipkernels.methods import Dense, EViT, Method, ToMe
+from clipkernels.files import write_csv
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import Speed, tabulate, time_variants, vary
 from clipkernels.patch import patched, tower_of
-from clipkernels.timing import Speed, gmacs_for, plan_for, tabulate, time_variants, vary
 
 HELD_OUT_SEED = 1_000_000
-HOST = "dense (host)"
 METHODS = 5
 BATCH = 128
 KINDS = ("digits", "scenes_seen", "scenes_unseen")
@@ -159,19 +158,6 @@ def save(pictures: Mapping[str, Pictures], folder: Path) -> None:
             path = folder / kind / classes[label] / f"{index:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-
-
-def choose_methods(tower: Tower) -> dict[str, Method | None]:
-    """The rows of a table; ToMe's r is the one whose GMACs come closest to those of EViT at keep 0.7."""
-
-    def gmacs(method: Method) -> float:
-        return gmacs_for(tower, plan_for(tower, method))
-
-    target = gmacs(EViT(0.7))
-    r = min(range(1, tower.tokens), key=lambda r: abs(gmacs(ToMe(r)) - target))
-    chosen: list[Method] = [Dense(), EViT(0.7), EViT(0.5), ToMe(r)]
-    names = ("Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", f"ToMe(r={r})")
-    return {HOST: None, **dict(zip(names, chosen, strict=True))}
 
 
 def bundled_rows(pictures: Mapping[str, Pictures], size: Size, seed: int, step: Callable[[], object]) -> list[Row]:

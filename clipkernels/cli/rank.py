@@ -19,15 +19,17 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from clipkernels.classifier import class_embeddings
-from clipkernels.cli.classes import folders_of, read_classes, read_labels
-from clipkernels.cli.heads import given
-from clipkernels.cli.images import Pictures, find
-from clipkernels.cli.models import DTYPES, choose_device, load_clip
-from clipkernels.cli.output import check_file, opened, progress, refuse_same, write_csv, write_table
-from clipkernels.cli.plot import Shown, draw_rankings, plot_format
+from clipkernels.cli.parts.classes import folders_of, read_classes, read_labels
+from clipkernels.cli.parts.heads import given
+from clipkernels.cli.parts.models import choose_device, load_clip
+from clipkernels.cli.parts.output import check_file, opened, progress, refuse_same, write_table
+from clipkernels.cli.parts.plot import Shown, draw_rankings, plot_format
 from clipkernels.data import Preprocess
+from clipkernels.files import write_csv
+from clipkernels.images import Pictures, find
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
+from clipkernels.measure.towers import DTYPES
 from clipkernels.patch import tower_of
 from clipkernels.support import PHOTO, photo
 

@@ -11,10 +11,12 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from clipkernels.cli.classes import read_classes
-from clipkernels.cli.heads import given
-from clipkernels.cli.models import DTYPES, choose_device, load_clip, loading
-from clipkernels.cli.output import opened, progress, write_csv, write_table
+from clipkernels.cli.parts.classes import read_classes
+from clipkernels.cli.parts.heads import given
+from clipkernels.cli.parts.models import choose_device, load_clip, loading
+from clipkernels.cli.parts.output import opened, progress, write_table
+from clipkernels.files import write_csv
+from clipkernels.measure.towers import DTYPES
 from clipkernels.support import (
     ENSEMBLE,
     PHOTO,

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from clipkernels.cli.models import choose_device
-from clipkernels.cli.output import check_file, opened, progress, refuse_same, write_csv, write_table
-from clipkernels.cli.plot import draw_training, plot_format
+from clipkernels.cli.parts.models import choose_device
+from clipkernels.cli.parts.output import check_file, opened, progress, refuse_same, write_table
+from clipkernels.cli.parts.plot import draw_training, plot_format
+from clipkernels.files import write_csv
 from clipkernels.learn.patch_ranking import Rankings, fit_predictor
 
 EXAMPLE = """\b

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import os
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, TextIO
+from typing import TextIO
 
 import click
 from rich.console import Console
@@ -80,15 +79,6 @@ def refuse_same(files: Mapping[str, str | None]) -> None:
 def write_table(table: Table, stream: TextIO) -> None:
     """The table on a stream, as wide as the terminal, or as wide as it needs where there is none."""
     Console(file=stream, width=None if stream.isatty() else 200, highlight=False).print(table)
-
-
-def write_csv(records: Sequence[Mapping[str, Any]], stream: TextIO) -> None:
-    """Records with the same keys as CSV with a header; several numbers, such as token counts, are one cell."""
-    writer = csv.DictWriter(stream, records[0], lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        joined = {key: " ".join(map(str, cell)) for key, cell in record.items() if isinstance(cell, tuple | list)}
-        writer.writerow({**record, **joined})
 
 
 def schedule(tokens: Sequence[int]) -> str:

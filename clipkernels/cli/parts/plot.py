@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 import click
 from torch import Tensor
 
-from clipkernels.cli.images import first_line
-from clipkernels.cli.output import quietly
+from clipkernels.cli.parts.output import quietly
+from clipkernels.images import first_line
 
 FORMATS = ("png", "svg", "pdf")
 MARKS = "osD^vPX*<>hp"

@@ -25,6 +25,8 @@ from clipkernels.patch import patch, tower_of
 from clipkernels.plan import Plan
 
 Clock = Literal["wall", "process"]
+HOST = "dense (host)"
+"""The host library's own forward among variants."""
 
 
 class Band(NamedTuple):

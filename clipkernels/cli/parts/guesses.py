@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TextIO
 from rich.table import Table
 from rich.text import Text
 
-from clipkernels.cli.output import write_table
+from clipkernels.cli.parts.output import write_table
 
 
 class Guess(NamedTuple):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import click
 
 from clipkernels.adapters import Tower
-from clipkernels.cli.demo import HOST, choose_methods
-from clipkernels.cli.heads import given
+from clipkernels.cli.parts.heads import given
 from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
+from clipkernels.measure.timing import HOST, gmacs_for, plan_for
 from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
-from clipkernels.timing import plan_for
 
 
 def choose_method(
@@ -90,6 +89,19 @@ def parse_methods(methods: str | None, predictor: str | None, tower: Tower) -> d
     for method in chosen.values():
         plan_for(tower, method or Dense())
     return chosen
+
+
+def choose_methods(tower: Tower) -> dict[str, Method | None]:
+    """The rows of a table; ToMe's r is the one whose GMACs come closest to those of EViT at keep 0.7."""
+
+    def gmacs(method: Method) -> float:
+        return gmacs_for(tower, plan_for(tower, method))
+
+    target = gmacs(EViT(0.7))
+    r = min(range(1, tower.tokens), key=lambda r: abs(gmacs(ToMe(r)) - target))
+    chosen: list[Method] = [Dense(), EViT(0.7), EViT(0.5), ToMe(r)]
+    names = ("Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", f"ToMe(r={r})")
+    return {HOST: None, **dict(zip(names, chosen, strict=True))}
 
 
 def load_predictor(path: str | None) -> RankPredictor:

@@ -19,7 +19,7 @@ from clipkernels import ops, reference
 from clipkernels.backend import Backend
 from clipkernels.plan import Signal
 from clipkernels.reference import Heads
-from clipkernels.testing import budget
+from clipkernels.testing.budget import budget
 
 # Units of eps(dtype)·‖f‖∞ that plain PyTorch may be off.
 PLAIN = 16

@@ -17,12 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clipkernels.cli.images import first_line
-from clipkernels.cli.output import quietly
+from clipkernels.cli.parts.output import quietly
 from clipkernels.data import Preprocess, bundled
+from clipkernels.images import first_line
 from clipkernels.patch import tower_of
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("open_clip", "transformers", "timm")
 
 

@@ -1,0 +1,1 @@
+"""Speed, memory and fidelity of towers, and the environment that a figure is kept with."""
