@@ -36,11 +36,11 @@ bench: $(VENV)/.installed-test  ## time the operations and the towers under pyte
 	$(BIN)/python -m pytest bench/ops.py bench/towers.py $(ARGS)
 
 compile: $(VENV)/.installed  ## compile every kernel for every target, no GPU needed, and write the table
-	$(BIN)/python tests/compile_kernels.py --all --write $(ARGS)
+	$(BIN)/python tests/ops/compile_kernels.py --all --write $(ARGS)
 
 # Without .venv, because a GPU machine has torch and triton already and may have no network.
 gpu:  ## ten minutes of what needs a GPU, with PYTHON as it is; the same command goes on; OUT= for the three files
-	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) -m bench.gpu.campaign $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 dist: $(VENV)/.installed-test  ## build wheel and sdist, and check their metadata
 	rm -rf dist

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rows import MORE, TRIES, begin, begun, read_csv
+from bench.result_files import MORE, TRIES, begin, begun, read_csv
 
 START = time.monotonic()
 # The order of a run that may be cut short, and the part of it that the targets are about.

@@ -1,7 +1,7 @@
 """Towers exported to ONNX and by `torch.export`: parity with PyTorch, operators, images per second and η on the CPU.
 
-    python bench/export.py --towers open_clip timm --batch 1 8 --rounds 5 --out export.csv
-    python bench/export.py --towers clip --layers 2 --batch 1 --rounds 1
+    python -m bench.export --towers open_clip timm --batch 1 8 --rounds 5 --out export.csv
+    python -m bench.export --towers clip --layers 2 --batch 1 --rounds 1
 
 One random-weight B/16 tower of each library, as the library has it and patched, with a dynamic batch:
 
@@ -52,10 +52,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 import clipkernels as ck
+from bench.result_files import draw, resume, write
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Speed, Times, Variant, measure, tabulate
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
-from rows import draw, resume, write
 
 TOWERS: dict[str, Callable[[int | None], nn.Module]] = {
     "open_clip": lambda layers: open_clip_tower("ViT-B-16", layers),

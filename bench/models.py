@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import clipkernels as ck
+from bench.runners import DEVICE
 from clipkernels.measure.timing import HOST
 from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, timm_tower, transformers_tower
-from ways import DEVICE
 
 R = {"ViT-B-32": 4, "ViT-B-16": 13, "ViT-L-14": 7, "ViT-L-14-336": 16, "ViT-SO400M-14-SigLIP-384": 20}
 LIBRARIES = ("open_clip", "transformers", "timm", "clip")

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, one_hot, scaled_dot_product_attention
 
-import literal_distill
-import literal_heads
+from bench.naive import distill as literal_distill
+from bench.naive import heads as literal_heads
+from bench.runners import CUDA, DEVICE, copy_rate, matmul_rate, replayed
 from clipkernels.measure.environment import environment
 from clipkernels.testing.cases import CASES, SHAPES, Source, flat, judge, judged
-from ways import CUDA, DEVICE, copy_rate, matmul_rate, replayed
 
 BATCHES = (1, 8, 64, 256) if CUDA else (1, 8)
 DTYPES = (torch.bfloat16, torch.float32, *([torch.float16] if CUDA else []))

@@ -1,10 +1,10 @@
 """Images per second and reduction efficiency η of random-weight CLIP towers, every variant interleaved with dense.
 
-    python bench/towers.py --models ViT-B-16 --batch 1 8 32 --threads 1 --clock process --out towers.csv
-    python bench/towers.py --models ViT-L-14 --dtype bfloat16 --batch 1 256 --plain --graphs 8   # on a GPU
-    python bench/towers.py --models ViT-B-16 --compile default max-autotune --compiled dense "Dense()" "EViT(keep=0.7)"
-    python bench/towers.py --models ViT-B-16 --peer tome=../ToMe
-    python bench/towers.py --models transformers:CLIPModel timm:vit_base_patch16_siglip_224 clip:ViT-B-16
+    python -m bench.towers --models ViT-B-16 --batch 1 8 32 --threads 1 --clock process --out towers.csv
+    python -m bench.towers --models ViT-L-14 --dtype bfloat16 --batch 1 256 --plain --graphs 8   # on a GPU
+    python -m bench.towers --models ViT-B-16 --compile default max-autotune --compiled dense "Dense()" "EViT(keep=0.7)"
+    python -m bench.towers --models ViT-B-16 --peer tome=../ToMe
+    python -m bench.towers --models transformers:CLIPModel timm:vit_base_patch16_siglip_224 clip:ViT-B-16
     pytest bench/towers.py -k "B-32 and b8" --benchmark-json=towers.json
 
 η = (t_dense / t_reduced) ÷ (GMACs_dense / GMACs_reduced), dense being the fastest dense variant of the run and the
@@ -36,12 +36,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import clipkernels as ck
+from bench.models import LIBRARIES, NAMES, R, build, images, methods
+from bench.result_files import MORE, ahead, begin, draw, resume, stamp, write
+from bench.runners import CUDA, DEVICE, ROUNDED, held, in_graphs, launches, lost, matmul_rate, plain, run_once, serves
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import HOST, Speed, Times, Variant, plan_for, tabulate, time_variants, vary
 from clipkernels.measure.towers import compile_each, room_to_compile
-from models import LIBRARIES, NAMES, R, build, images, methods
-from rows import MORE, ahead, begin, draw, resume, stamp, write
-from ways import CUDA, DEVICE, ROUNDED, held, in_graphs, launches, lost, matmul_rate, plain, run_once, serves
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_CPU = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
@@ -138,7 +138,7 @@ def paired(
     rate = matmul_rate(dtype, DEVICE, arguments.clock)
     peers: dict[str, Variant] = {}
     if arguments.peer:
-        from peer_tome import peer_tome
+        from bench.naive.tome_peer import peer_tome
 
         model, peers = peer_tome(arguments.peer, dtype, DEVICE, R[name])
     else:

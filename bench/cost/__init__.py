@@ -1,0 +1,1 @@
+"""Time and memory of heads, distillation and rankings beside their naive forms."""

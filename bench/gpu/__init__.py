@@ -1,0 +1,1 @@
+"""The GPU campaign: its steps, its report, and the searches beside it."""

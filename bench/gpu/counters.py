@@ -1,0 +1,107 @@
+"""What a GPU's counters say of the two kernels furthest from their floor: `ncu` on a few calls of each.
+
+    python -m bench.gpu.counters --ops bench/results/nvidia-h200/ops.csv --out counters.csv
+    python -m bench.gpu.counters --call prune_tokens B-16 256     # what ncu is run on
+
+It takes the operations whose Triton form has the smallest `of_floor` at the largest batch of a table that `ops.py`
+wrote. Where ncu is missing or may not read the counters it says so and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from bench.result_files import read_csv
+from clipkernels.files import replacing, write_csv
+from clipkernels.testing.cases import CASES, SHAPES, Source
+
+METRICS = (
+    "gpu__time_duration.sum",
+    "dram__bytes.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__t_sector_hit_rate.pct",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+)
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.call:
+        op, tower, batch = arguments.call
+        call(op, tower, int(batch))
+        return
+    if not arguments.ops or not arguments.out:
+        sys.exit("error: expected --ops and --out, or --call")
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        print("ncu is not installed: no counters")
+        return
+    chosen = furthest(arguments.ops)
+    if not chosen:
+        sys.exit(f"error: expected rows of Triton kernels in {arguments.ops}, got none")
+    rows: list[dict[str, str]] = []
+    for op, tower, batch in chosen:
+        command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
+        command += ["--metrics", ",".join(METRICS)]
+        command += ["--kernel-name", "regex:^_.*_kernel", "--target-processes", "application-only"]
+        command += [sys.executable, __file__, "--call", op, tower, batch]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = parsed(done.stdout.splitlines())
+        if done.returncode or not found:
+            print(f"ncu could not read the counters of {op} {tower} b{batch}: {(done.stdout + done.stderr)[-300:]}")
+            return
+        rows += [{"op": op, "tower": tower, "batch": batch, **row} for row in found]
+        with replacing(arguments.out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            write_csv(rows, file)
+    print(f"{len(rows)} launches in {arguments.out}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", type=Path, metavar="FILE.csv", help="what `ops.py --rows` wrote")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv")
+    parser.add_argument("--call", nargs=3, metavar=("OP", "SHAPE", "BATCH"), help="call it three times, and no more")
+    return parser.parse_args()
+
+
+def call(op: str, tower: str, batch: int) -> None:
+    """A few calls of one operation's kernels."""
+    case = CASES[op]
+    source = Source(SHAPES[tower], batch, torch.bfloat16, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    inputs = case.inputs(source)
+    for _ in range(3):
+        case.call(source, "triton", *inputs)
+
+
+def furthest(table: Path, count: int = 2) -> list[tuple[str, str, str]]:
+    """The operations, with shape and batch, whose kernels are furthest from their floor: one row of each operation."""
+    rows = [row for row in read_csv(table) if row["variant"] == "triton"]
+    largest = max((int(row["batch"]) for row in rows), default=0)
+    rows = sorted((row for row in rows if int(row["batch"]) == largest), key=lambda row: float(row["of_floor"]))
+    first: dict[str, tuple[str, str, str]] = {}
+    for row in rows:
+        first.setdefault(row["op"], (row["op"], row["tower"], row["batch"]))
+    return list(first.values())[:count]
+
+
+def parsed(lines: Iterable[str]) -> list[dict[str, str]]:
+    """The launches of what ncu prints: a table between its own lines, whose second row has the units."""
+    table = [line for line in lines if line.startswith('"')]
+    rows = list(csv.DictReader(table))
+    units, launches = (rows[0], rows[1:]) if rows else ({}, [])
+    named = {name: f"{name} [{units[name]}]" if units[name] else name for name in METRICS if name in units}
+    return [{"kernel": row["Kernel Name"], **{named[name]: row[name] for name in named}} for row in launches]
+
+
+if __name__ == "__main__":
+    main()

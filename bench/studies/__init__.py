@@ -1,0 +1,1 @@
+"""Studies of accuracy on the bundled CLIP."""

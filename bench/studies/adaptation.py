@@ -1,0 +1,300 @@
+"""What TCA gains on a stream whose images shift: accuracy and images/s of the bundled CLIP, adapting or not.
+
+    python -m bench.studies.adaptation --images cifar10-val.tar.gz --out adaptation.csv --plot adaptation.png
+    python -m bench.studies.adaptation --images photos --limit 200 \\
+        --shuffles 1     # a folder with one sub-folder per class
+    python -m bench.studies.adaptation --images cifar10-val.tar.gz --study presets --out presets.csv
+    python -m bench.studies.adaptation --images cifar10-val.tar.gz --study speed --out speed.csv
+
+A stream is the images of one kind in random order: clean, or corrupted with a severity from 1 to 5 drawn for each
+image (the strengths are those of CIFAR-10-C where it has the corruption). A reservoir starts empty with each stream, or
+goes on through all of them one after another ("continual"). What does not adapt gives the same in every order. EViT,
+random pruning and ToMe have the schedules whose GMACs come closest to those of TCA. Nothing is chosen by
+these images: settings are the published ones, and the study of presets has all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+import clipkernels as ck
+from bench.naive.tca import Reservoir as LiteralReservoir
+from bench.naive.tca import stream
+from bench.result_files import header_of, resume, save, write
+from bench.studies.corruptions import STREAMS, STRENGTHS, Stream, corrupt
+from bench.studies.tiny_clip import read
+from clipkernels.heads.presets import PRESETS
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import Clock, gmacs_for, measure, plan_for
+
+BATCH = 32
+ROUNDS = 15
+RATES = (0.035, 0.1)  # the paper's "R=0.9" and "R=0.7"
+TEMPLATES = ("a photo of a {}.",)
+
+
+class Variant(NamedTuple):
+    """A method and what makes its head of the class embeddings."""
+
+    method: ck.Method | None
+    head: Callable[..., Any] = ck.ZeroShot
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    header = header_of(arguments, "study", "limit", "shuffles", "seed", "threads")
+    records = resume(arguments.out, header)
+    photos, classes = read(arguments.images)
+    if arguments.study == "speed":
+        records = speeds(photos.images, classes, arguments, console)
+    else:
+        streams = corrupt(photos.images, photos.labels, arguments.limit, arguments.seed)
+        study = shift if arguments.study == "shift" else presets
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            for rows in study(streams, classes, {row["variant"] for row in records}, arguments, bar):
+                records += rows
+                if arguments.out:  # a long run that is cut short keeps what it has
+                    write(records, header, arguments.out)
+        console.print(draw(records))
+    if arguments.out:
+        write(records, header, arguments.out)
+    if arguments.plot:
+        plot(records, arguments.plot)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR|FILE.tar.gz", help="a sub-folder per class")
+    parser.add_argument("--study", choices=["shift", "presets", "speed"], default="shift")
+    parser.add_argument("--limit", type=int, default=2000, metavar="N", help="images of a stream, drawn at random")
+    parser.add_argument("--shuffles", type=int, default=3, help="orders that the streams are taken in")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, the corruptions and the orders")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the shift study")
+    arguments = parser.parse_args()
+    if arguments.plot and arguments.study != "shift":
+        parser.error(f"expected --study shift with --plot, got {arguments.study}")
+    return arguments
+
+
+def variants() -> dict[str, Variant]:
+    """What is compared, the adapting ones with ImageNet's settings, which stand in for unknown data."""
+    tower = ck.tower_of(ck.bundled()[0])
+
+    def gmacs(method: ck.Method) -> float:
+        return gmacs_for(tower, plan_for(tower, method))
+
+    patches, made = tower.tokens - tower.prefix, {"CLIP": Variant(None)}
+    for rate in RATES:
+        target = gmacs(ck.TCA(rate))
+        keep = min((n / patches for n in range(1, patches)), key=lambda keep: abs(gmacs(ck.EViT(keep)) - target))
+        r = min(range(1, tower.tokens), key=lambda r: abs(gmacs(ck.ToMe(r)) - target))
+        made |= {
+            f"EViT(keep={keep:.3f})": Variant(ck.EViT(keep)),
+            f"EViT(keep={keep:.3f}, random)": Variant(ck.EViT(keep, score="random")),
+            f"ToMe(r={r})": Variant(ck.ToMe(r)),
+            f"TCA(rate={rate})": Variant(ck.TCA(rate)),
+        }
+    made["CLIP + reservoir"] = Variant(None, ck.Reservoir)
+    return made | {f"TCA(rate={rate}) + reservoir": Variant(ck.TCA(rate), ck.Reservoir) for rate in RATES}
+
+
+def shift(
+    streams: dict[str, Stream], classes: Sequence[str], done: set[str], arguments: argparse.Namespace, bar: Progress
+) -> Iterator[list[dict[str, Any]]]:
+    """For each variant, adapting ones with and without a fresh start per stream, its rows: one per stream and severity,
+    and their means."""
+    task = bar.add_task("", total=None)
+    for name, variant in variants().items():
+        adapts = variant.head is not ck.ZeroShot
+        for continual in (False, True) if adapts else (False,):
+            label = f"{name}, continual" if continual else name
+            if label in done:
+                continue
+            bar.update(task, description=label)
+            right = [
+                run(variant, streams, classes, seed, continual) for seed in range(arguments.shuffles if adapts else 1)
+            ]
+            yield summarize(label, variant.method, right, streams)
+
+
+def presets(
+    streams: dict[str, Stream], classes: Sequence[str], done: set[str], arguments: argparse.Namespace, bar: Progress
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of the milder TCA with every published preset, and with every other choice under ImageNet's."""
+    choices: dict[str, dict[str, Any]] = {name: {"preset": name} for name in PRESETS}
+    choices |= {f"evict={rule}": {"evict": rule} for rule in ("similarity", "uncertainty", "fifo")}
+    choices |= {"correction=linear": {"correction": "linear"}, "self_vote=False": {"self_vote": False}}
+    choices |= {"anchors=all": {"anchors": "all"}}
+    method = ck.TCA(0.035)
+    task = bar.add_task("", total=len(choices) + 1)
+    for name, settings in {"no reservoir": None, **choices}.items():
+        bar.update(task, description=name, advance=1)
+        if name not in done:
+            variant = Variant(method) if settings is None else Variant(method, partial(ck.Reservoir, **settings))
+            count = arguments.shuffles if settings is not None else 1
+            right = [run(variant, streams, classes, seed, False) for seed in range(count)]
+            yield [row for row in summarize(name, method, right, streams) if row["severity"] == "all"]
+
+
+@torch.inference_mode()
+def run(
+    variant: Variant, streams: dict[str, Stream], classes: Sequence[str], seed: int, continual: bool
+) -> dict[str, Tensor]:
+    """Which images of each stream get their class, in one order of the images and of the streams."""
+    model, _, tokenizer = ck.bundled()
+    classifier = ck.Classifier(model, tokenizer, classes, TEMPLATES, variant.method, variant.head)
+    rng = np.random.default_rng([seed, 1])
+    right = {}
+    for kind in rng.permutation(STREAMS):
+        if not continual:
+            classifier.reset()
+        some = streams[kind]
+        order = torch.from_numpy(rng.permutation(len(some.labels)))
+        found = torch.cat([classifier(some.images[part]).argmax(1) for part in order.split(BATCH)])
+        right[kind] = torch.empty(len(order), dtype=torch.bool)
+        right[kind][order] = found == some.labels[order]
+    return right
+
+
+def summarize(
+    label: str, method: ck.Method | None, right: Sequence[dict[str, Tensor]], streams: dict[str, Stream]
+) -> list[dict[str, Any]]:
+    """Rows of accuracy in per cent: mean, least and most over the orders; "all" is the mean of what it sums up."""
+    tower = ck.tower_of(ck.bundled()[0])
+    gmacs = gmacs_for(tower, plan_for(tower, method or ck.Dense()))
+    rows = []
+
+    def add(kind: str, severity: object, shares: list[float]) -> None:
+        low, high = round(min(shares), 2), round(max(shares), 2)
+        accuracy = {"accuracy": round(statistics.mean(shares), 2), "least": low, "most": high, "orders": len(shares)}
+        found = {"variant": label, "gmacs": round(gmacs, 5), "stream": kind, "severity": severity}
+        rows.append({**found, **accuracy, "commit": environment()["commit"]})
+
+    def share(of: dict[str, Tensor], kind: str, severity: int | None = None) -> float:
+        chosen = of[kind] if severity is None else of[kind][streams[kind].severity == severity]
+        return 100 * chosen.double().mean().item()
+
+    for kind in STREAMS:
+        add(kind, "all", [share(of, kind) for of in right])
+    shifted = tuple(STRENGTHS)
+    add("shifted", "all", [statistics.mean(share(of, kind) for kind in shifted) for of in right])
+    for severity in range(1, 6):
+        add("shifted", severity, [statistics.mean(share(of, kind, severity) for kind in shifted) for of in right])
+    return rows
+
+
+def speeds(
+    images: np.ndarray, classes: Sequence[str], arguments: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Images/s of whole streams, all interleaved, and ratios within rounds: CPU time of one thread, or wall time."""
+    clock: Clock = "process" if arguments.threads == 1 else "wall"
+    _, preprocess, tokenizer = ck.bundled()
+    count = min(arguments.limit, 128)
+    batch = torch.stack([preprocess(Image.fromarray(image)) for image in images[:count]])
+    calls: dict[str, Callable[[], object]] = {}
+    for name, variant in variants().items():
+        classifier = ck.Classifier(ck.bundled()[0], tokenizer, classes, TEMPLATES, variant.method, variant.head)
+        for size in (BATCH, 1) if "TCA" in name and variant.head is ck.Reservoir else (BATCH,):
+            calls[f"{name}, batch {size}"] = partial(whole, classifier, batch, size)
+    text = ck.Classifier(ck.bundled()[0], tokenizer, classes, TEMPLATES).head.text
+    for rate in RATES:
+        model = ck.bundled()[0]
+        calls[f"TCA(rate={rate}) + reservoir, literal loop"] = partial(literally, model, batch, ck.TCA(rate), text)
+    with torch.inference_mode(), Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("timing", total=(ROUNDS + 1) * len(calls))
+        times = measure(calls, ROUNDS, seed=arguments.seed, clock=clock, progress=lambda: bar.advance(task))
+    rows = []
+    evits = [name for name in calls if name.startswith("EViT") and "random" not in name]
+    for name in calls:
+        rate = next((rate for rate in RATES if f"TCA(rate={rate})" in name), None)
+        row: dict[str, Any] = {"variant": name, "images_per_second": round(count / times.of(name).median, 2)}
+        for against in ("literal", "evit"):
+            loop, peer = f"TCA(rate={rate}) + reservoir, literal loop", evits[RATES.index(rate)] if rate else ""
+            ratio = times.ratio(name, loop if against == "literal" else peer) if rate else (None,) * 3
+            names = (f"over_{against}", f"over_{against}_p10", f"over_{against}_p90")
+            row |= {key: value and round(value, 3) for key, value in zip(names, ratio, strict=True)}
+        rows.append({**row, "threads": torch.get_num_threads(), "commit": environment()["commit"]})
+    table = Table("variant", "images/s", "× the literal loop", "× EViT of as many GMACs", title=f"{clock} time")
+    for row in rows:
+        cells = [f"{row[key]:.2f}" if row[key] else "" for key in ("over_literal", "over_evit")]
+        table.add_row(row["variant"], f"{row['images_per_second']:.1f}", *cells)
+    console.print(table)
+    return rows
+
+
+def whole(classifier: ck.Classifier, images: Tensor, size: int) -> None:
+    """A stream from its start, in batches."""
+    classifier.reset()
+    for part in images.split(size):
+        classifier(part)
+
+
+def literally(model: Any, images: Tensor, method: ck.TCA, text: Tensor) -> None:
+    """A stream from its start, read literally."""
+    stream(model, images, method, LiteralReservoir(text, *PRESETS["imagenet"]))
+
+
+def draw(records: Sequence[dict[str, Any]]) -> Table:
+    """Accuracy per stream for people, with the spread of the orders."""
+    table = Table("variant", "GMACs", *STREAMS, "shifted", title="accuracy, %: mean over orders, ± half their spread")
+    for name in dict.fromkeys(row["variant"] for row in records):
+        rows = [row for row in records if row["variant"] == name and row["severity"] == "all"]
+        cells = [
+            f"{row['accuracy']:.1f}" + (f" ± {(row['most'] - row['least']) / 2:.1f}" if row["orders"] > 1 else "")
+            for row in rows
+        ]
+        table.add_row(name, f"{rows[0]['gmacs']:.4f}", *cells)
+    return table
+
+
+def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
+    """Accuracy of each variant on clean and shifted images, and by how much it differs from CLIP's, everywhere."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["variant"] for row in records))
+    found = {(row["variant"], row["stream"], row["severity"]): row for row in records}
+    columns = [(kind, "all") for kind in (*STREAMS, "shifted")] + [("shifted", severity) for severity in range(1, 6)]
+    figure = Figure(figsize=(13, 0.42 * len(names) + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.6))
+    for kind, colour in (("clean", "C0"), ("shifted", "C1")):
+        rows = [found[name, kind, "all"] for name in names]
+        means = [row["accuracy"] for row in rows]
+        bars = [[row["accuracy"] - row["least"] for row in rows], [row["most"] - row["accuracy"] for row in rows]]
+        left.errorbar(means, range(len(names)), xerr=bars, fmt="o", color=colour, capsize=3, label=kind)
+        left.axvline(found["CLIP", kind, "all"]["accuracy"], color=colour, linewidth=0.8, linestyle=":")
+    left.set(xlabel="accuracy, %; bars: all orders of the stream")
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.grid(alpha=0.3)
+    left.legend(loc="lower left")
+    apart = [[found[(name, *at)]["accuracy"] - found[("CLIP", *at)]["accuracy"] for at in columns] for name in names]
+    right.imshow(apart, cmap="RdBu", vmin=-8, vmax=8, aspect="auto")
+    for y, line in enumerate(apart):
+        for x, value in enumerate(line):
+            right.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize="small")
+    labels = [kind if severity == "all" else f"severity {severity}" for kind, severity in columns]
+    right.set_xticks(range(len(columns)), labels, rotation=40, ha="right")
+    right.set(title="points above or below CLIP")
+    save(figure, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What only a GPU can show: CUDA graphs, Inductor's code around the operators, and no host synchronisation."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import clipkernels as ck
+from bench import runners
+from clipkernels.measure.timing import Variant, vary
+from clipkernels.testing import (
+    given_to,
+    named,
+    open_clip_tower,
+    patch_ranking,
+    randomized,
+    timm_tower,
+    transformers_tower,
+)
+from clipkernels.testing.cases import CASES, SHAPES, Source, flat
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+CUDA = torch.device("cuda")
+METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1), partial(patch_ranking, learnt=2)]
+
+
+@pytest.mark.parametrize("op", CASES)
+@torch.inference_mode()
+def test_an_operation_replays_from_a_cuda_graph(op):
+    case, source = CASES[op], Source(SHAPES["B-16"], 2, torch.bfloat16, CUDA)
+    inputs, others = case.inputs(source), case.inputs(source)
+    expected = flat(case.call(source, "triton", *others))
+    case.call(source, "triton", *inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        came = flat(case.call(source, "triton", *inputs))
+    for tensor, other in zip(inputs, others, strict=True):
+        tensor.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(came, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", CASES)
+@torch.inference_mode()
+def test_no_operation_waits_for_the_gpu(op):
+    case, source = CASES[op], Source(SHAPES["B-32"], 2, torch.bfloat16, CUDA)
+    inputs = case.inputs(source)
+    case.call(source, "triton", *inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.call(source, "triton", *inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("op", CASES)
+@torch.inference_mode()
+def test_an_operation_compiles_with_inductor(op):
+    torch._dynamo.reset()
+    case, source = CASES[op], Source(SHAPES["B-32"], 2, torch.bfloat16, CUDA)
+    inputs = case.inputs(source)
+    compiled = torch.compile(lambda *inputs: case.call(source, "triton", *inputs), fullgraph=True)
+    expected = flat(case.call(source, "triton", *inputs))
+    assert all(torch.equal(one, other) for one, other in zip(flat(compiled(*inputs)), expected, strict=True))
+
+
+def tower(name, method):
+    """The bf16 tower of one library, patched, and images for it."""
+    library, _, kind = name.partition(" ")
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    make = {"open_clip": open_clip_tower, "timm": timm_tower, "transformers": transformers_tower}[library]
+    model = given_to(randomized(make(kind)).to(CUDA, torch.bfloat16), method)
+    found = ck.tower_of(model)
+    return found, torch.randn(2, 4, 3, *found.image_size, device=CUDA, dtype=torch.bfloat16)
+
+
+TOWERS = (
+    "open_clip ViT-B-32",
+    "timm vit_base_patch16_siglip_224",
+    "timm eva02_base_patch16_clip_224",
+    "transformers CLIPModel",
+)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("method", METHODS, ids=named)
+@pytest.mark.parametrize("name", TOWERS)
+@torch.inference_mode()
+def test_a_compiled_tower_gives_the_embedding_of_the_eager_one(name, method, mode):
+    if mode != "default" and not name.startswith("open_clip") and method != METHODS[1]:
+        pytest.skip("one method in every mode is enough for the other libraries: each compiles for minutes")
+    torch._dynamo.reset()
+    found, (images, _) = tower(name, method)
+    expected = found.encode(images).float()
+    came = torch.compile(found.encode, fullgraph=True, mode=mode)(images).float()
+    assert torch.nn.functional.cosine_similarity(came, expected).min() > 0.99
+
+
+@pytest.mark.parametrize("method", METHODS, ids=named)
+@pytest.mark.parametrize("name", TOWERS)
+@torch.inference_mode()
+def test_a_tower_replays_from_a_cuda_graph(name, method):
+    found, images = tower(name, method)
+    expected = found.encode(images[1])
+    came = runners.captured(Variant(found.encode, method, exact=False), images[0]).encode(images[1])
+    torch.cuda.synchronize()
+    torch.testing.assert_close(came, expected, atol=2e-2, rtol=2e-2)
+
+
+@torch.inference_mode()
+def test_a_reservoir_from_a_file_goes_on_where_the_model_is(tmp_path):
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    model, _, tokenizer = ck.bundled()
+    images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    on_cpu = ck.Classifier(model, tokenizer, ("cat", "dog"), method=ck.TCA(0.1), head=ck.Reservoir)
+    for batch in images.split(8):
+        on_cpu(batch)
+    on_cpu.head.save(tmp_path / "reservoir.safetensors")
+    model.to(CUDA)
+    classifier = ck.Classifier(model, tokenizer, ("cat", "dog"), method=ck.TCA(0.1), head=ck.Reservoir)
+    classifier.head.load(tmp_path / "reservoir.safetensors")
+    assert classifier(images[:8].to(CUDA)).isfinite().all() and classifier.head.seen == 32
+
+
+@pytest.mark.parametrize("name", ["open_clip ViT-B-32", "timm vit_base_patch16_siglip_224"])
+@torch.inference_mode()
+def test_the_benches_ways_to_run_a_tower_give_what_it_gives(name):
+    """The host's own forward, and a method on kernels and in plain PyTorch, from Python and from a graph."""
+    found, images = tower(name, ck.EViT(0.5))
+    model = found.root
+    variants = vary(ck.unpatch(model), {"host": None, "EViT": ck.EViT(0.5)})
+    variants["plain"] = runners.plain(variants["EViT"])
+    for label, variant in variants.items():
+        graph = runners.captured(variant, images[0])
+        for some in images:
+            torch.testing.assert_close(graph.encode(some), variant.encode(some), rtol=0.02, atol=0.02)
+        assert 10 < runners.launches(partial(variant.encode, images[0])) < 200, label
+    assert runners.matmul_rate(torch.bfloat16, CUDA) > 1

@@ -1,0 +1,371 @@
+"""Support sets: generation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn.functional import normalize
+
+from clipkernels import support
+from clipkernels.support import SupportSet, diffusion
+from tests.support.fixtures import contents, names, retrieve
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Spy:
+    """A pipeline that notes how it is called, and flags the calls it is told to."""
+
+    def __init__(self, pipeline: Any, flagged: Callable[[int], bool] = lambda call: False) -> None:
+        self.pipeline, self.components, self.flagged = pipeline, pipeline.components, flagged
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, **arguments: Any) -> Any:
+        seeds = [generator.initial_seed() for generator in arguments["generator"]]
+        self.calls.append({**arguments, "generator": seeds})
+        images = self.pipeline(**arguments).images
+        return SimpleNamespace(images=images, nsfw_content_detected=[self.flagged(seed) for seed in seeds])
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed for call in self.calls for seed in call["generator"]]
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Stable Diffusion pipeline of a few thousand random weights."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = ["<|startoftext|>", "<|pad|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {token: index for index, token in enumerate(tokens)} | {"<|endoftext|>": 63}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="<|endoftext|>", model_max_length=77
+    )
+    shape = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=16,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            **shape,
+        )
+        vae = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **shape
+        )
+        text = transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                bos_token_id=0,
+                eos_token_id=63,
+                pad_token_id=1,
+            )
+        )
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=diffusers.PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    yield pipeline
+
+
+SAID = {"zebra": ["a zebra.", "some stripes.", "an animal."], "apple": ["a fruit."]}
+FEW = {"per_class": 4, "steps": 2}
+
+
+def generate(bundled: Any, pipeline: Any, folder: Path, **options: Any) -> SupportSet:
+    return support.generate(bundled[0], bundled[1], SAID, pipeline, folder, **{**FEW, **options})
+
+
+def test_the_published_settings_are_the_defaults(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    spy = Spy(stable)
+    found = support.generate(*bundled[:2], {"apple": ["a fruit."]}, spy, tmp_path / "set", per_class=1)
+    assert (spy.calls[0]["guidance_scale"], spy.calls[0]["num_inference_steps"]) == (9.5, 85)
+    assert found.about["settings"].items() >= {"guidance": 9.5, "steps": 85, "per_class": 1}.items()
+    assert support.generate.__kwdefaults__ is not None and support.generate.__kwdefaults__["per_class"] == 100
+
+
+def test_prompts_take_turns_and_every_image_has_a_seed_of_its_own(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    spy = Spy(stable)
+    generate(bundled, spy, tmp_path / "set", guidance=3.0)
+    assert [call["prompt"] for call in spy.calls] == [
+        *(["a zebra."], ["some stripes."], ["an animal."], ["a zebra."]),
+        *4 * (["a fruit."],),
+    ]
+    assert {call["guidance_scale"] for call in spy.calls} == {3.0}
+    assert {call["num_inference_steps"] for call in spy.calls} == {2}
+    assert len(set(spy.seeds)) == 8
+    again = Spy(stable)
+    generate(bundled, again, tmp_path / "other", seed=1)
+    assert not set(again.seeds) & set(spy.seeds)
+
+
+def test_generated_images_are_those_of_the_pipeline(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    spy = Spy(stable)
+    found = generate(bundled, spy, tmp_path / "set")
+    noise = torch.Generator().manual_seed(spy.seeds[1])
+    (expected,) = stable(prompt=["some stripes."], guidance_scale=9.5, num_inference_steps=2, generator=[noise]).images
+    with Image.open(tmp_path / "set" / "zebra" / "0001.png") as image:
+        assert image.tobytes() == expected.tobytes()
+        recipe = json.loads(image.info["clipkernels"])
+    assert recipe.items() >= {"prompt": "some stripes.", "index": 1, "seed": 0, "attempt": 0}.items()
+    assert names(found) == 2 * [["0000.png", "0001.png", "0002.png", "0003.png"]]
+    with torch.no_grad():
+        images = torch.stack([bundled[1](Image.open(image.path)) for image in found.images])
+        torch.testing.assert_close(found.features, normalize(bundled[0].encode_image(images), dim=1))
+
+
+def test_a_generated_set_is_saved_and_loads(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    found = generate(bundled, stable, tmp_path / "set")
+    loaded = SupportSet.load(tmp_path / "set", bundled[0])
+    assert loaded.about["kind"] == "SD" and loaded.classes == ("zebra", "apple")
+    assert torch.equal(loaded.features, found.features) and loaded.labels.tolist() == 4 * [0] + 4 * [1]
+
+
+def test_a_stopped_generation_makes_nothing_twice_and_gives_identical_files(
+    bundled: Any, stable: Any, tmp_path: Path, encoded: list[int]
+) -> None:
+    whole = Spy(stable)
+    generate(bundled, whole, tmp_path / "whole")
+
+    def stop(seed: int) -> bool:
+        if len(first.calls) == 6:
+            raise KeyboardInterrupt
+        return False
+
+    first, second = Spy(stable, stop), Spy(stable)
+    with pytest.raises(KeyboardInterrupt):
+        generate(bundled, first, tmp_path / "set")
+    assert len(list((tmp_path / "set").rglob("*.png"))) == 5
+    generate(bundled, second, tmp_path / "set")
+    assert first.seeds[:5] + second.seeds == whole.seeds
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    third = Spy(stable)
+    del encoded[:]
+    generate(bundled, third, tmp_path / "set")
+    assert third.calls == [] and encoded == []
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
+def test_more_images_per_class_keep_those_there_are(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    few = generate(bundled, Spy(stable), tmp_path / "set", per_class=2)
+    before, spy = contents(tmp_path / "set"), Spy(stable)
+    found = generate(bundled, spy, tmp_path / "set")
+    whole = generate(bundled, Spy(stable), tmp_path / "whole")
+    assert len(spy.calls) == 4
+    after, expected = contents(tmp_path / "set"), contents(tmp_path / "whole")
+    described, meant = (json.loads(files.pop("manifest.json")) for files in (after, expected))
+    for files in (before, after, expected):
+        files.pop("features.safetensors")
+    assert after == expected and all(after.get(name) == before[name] for name in before.keys() - {"manifest.json"})
+    assert torch.equal(found.features[[0, 1, 4, 5]], few.features)
+    # The others were encoded in another batch, and products of other sizes round otherwise.
+    torch.testing.assert_close(found.features, whole.features)
+    assert described["features"].pop("sha256") and meant["features"].pop("sha256") and described == meant
+    with pytest.raises(ValueError, match=r"expected no images but the set's own in .*, got '0003.png': delete"):
+        generate(bundled, spy, tmp_path / "set", per_class=3)
+
+
+def test_several_images_per_call_are_the_same_images(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    one, three = Spy(stable), Spy(stable)
+    generate(bundled, one, tmp_path / "one")
+    generate(bundled, three, tmp_path / "three", images_per_call=3)
+    assert [len(call["prompt"]) for call in three.calls] == [3, 1, 3, 1]
+    assert three.seeds == one.seeds
+    for path in (tmp_path / "one").rglob("*.png"):
+        both = [
+            Image.open(folder / path.relative_to(tmp_path / "one")) for folder in (path.parents[1], tmp_path / "three")
+        ]
+        ours, theirs = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).int() for image in both)
+        assert (ours - theirs).abs().max() <= 1
+
+
+@pytest.mark.parametrize("change", [{"guidance": 3.0}, {"steps": 3}, {"seed": 1}, {"prompts": {"zebra": ["a horse."]}}])
+def test_a_folder_of_images_made_in_another_way_is_refused(
+    change: dict[str, Any], bundled: Any, stable: Any, tmp_path: Path
+) -> None:
+    generate(bundled, stable, tmp_path / "set")
+    before, spy = contents(tmp_path / "set"), Spy(stable)
+    prompts = change.pop("prompts", SAID)
+    what = next(iter(change), "prompt")
+    with pytest.raises(ValueError, match=f"expected .*0000.png to be made with {what} .* choose another folder"):
+        support.generate(*bundled[:2], prompts, spy, tmp_path / "set", **{**FEW, **change})
+    assert spy.calls == [] and contents(tmp_path / "set") == before
+
+
+def test_images_of_another_pipeline_or_of_none_are_refused(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    generate(bundled, stable, tmp_path / "set")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    components = {**stable.components, "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)}
+    other = diffusers.StableDiffusionPipeline(**components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="to be made with pipeline"):
+        generate(bundled, other, tmp_path / "set")
+    shutil.copy(tmp_path / "set" / "apple" / "0001.png", tmp_path / "set" / "apple" / "0000.png")
+    with pytest.raises(ValueError, match="to be made with index 0, got 1"):
+        generate(bundled, stable, tmp_path / "set")
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "apple" / "0000.png")
+    with pytest.raises(ValueError, match=r"expected an image that was generated here, got .*0000.png"):
+        generate(bundled, stable, tmp_path / "set")
+
+
+def test_a_flagged_image_is_tried_again_from_other_noise(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    plain = Spy(stable)
+    generate(bundled, plain, tmp_path / "plain")
+    bad = plain.seeds[2]
+    spy = Spy(stable, lambda seed: seed == bad)
+    found = generate(bundled, spy, tmp_path / "set")
+    assert len(spy.calls) == 9 and spy.calls[3]["prompt"] == ["an animal."] and spy.seeds[3] not in plain.seeds
+    assert found.counts.tolist() == [4, 4]
+    assert json.loads(Image.open(tmp_path / "set" / "zebra" / "0002.png").info["clipkernels"])["attempt"] == 1
+    again = Spy(stable)
+    generate(bundled, again, tmp_path / "set")
+    assert again.calls == []
+
+
+def test_an_image_that_stays_flagged_is_reported_and_left_out(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    plain = Spy(stable)
+    generate(bundled, plain, tmp_path / "plain")
+    bad = {diffusion._seed(0, "apple", 1, attempt) for attempt in range(3)}
+    assert plain.seeds[5] in bad
+    lines: list[str] = []
+    spy = Spy(stable, lambda seed: seed in bad)
+    found = generate(bundled, spy, tmp_path / "set", retries=2, report=lines.append)
+    assert lines == ["no image 1 of 'apple': flagged 3 times"]
+    assert names(found)[1] == ["0000.png", "0002.png", "0003.png"] and len(spy.calls) == 10
+    for retries in (1, 2):
+        again = Spy(stable, lambda seed: seed in bad)
+        generate(bundled, again, tmp_path / "set", retries=retries, report=lines.append)
+        assert again.calls == [] and lines[1:] == retries * lines[:1]
+    more = Spy(stable, lambda seed: seed in bad)
+    assert generate(bundled, more, tmp_path / "set", retries=3).counts.tolist() == [4, 4]
+
+
+def test_a_class_whose_images_are_all_flagged_is_named(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    apples = {diffusion._seed(0, "apple", index, attempt) for index in range(4) for attempt in range(2)}
+    spy = Spy(stable, lambda seed: seed in apples)
+    with pytest.raises(ValueError, match="expected an image that is not flagged of every class, got none for 'apple'"):
+        generate(bundled, spy, tmp_path / "set", retries=1, report=lambda line: None)
+
+
+def test_a_set_of_another_kind_is_not_overwritten(bundled: Any, stable: Any, photos: Path, tmp_path: Path) -> None:
+    retrieve(bundled, photos, per_class=1).save(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"expected a support set of kind SD in .*set, got LC"):
+        generate(bundled, stable, tmp_path / "set")
+    generate(bundled, stable, tmp_path / "made")
+    before = contents(tmp_path / "made")
+    with pytest.raises(ValueError, match=r"expected a support set of kind LC in .*made, got SD"):
+        retrieve(bundled, photos, per_class=1).save(tmp_path / "made")
+    assert contents(tmp_path / "made") == before
+
+
+def test_the_same_images_serve_another_tower_once_they_are_encoded_again(
+    bundled: Any, stable: Any, tmp_path: Path, tiny: Any, encoded: list[int]
+) -> None:
+    generate(bundled, Spy(stable), tmp_path / "set")
+    with torch.no_grad():
+        tiny.visual.proj.mul_(-1)
+    spy = Spy(stable)
+    del encoded[:]
+    found = support.generate(tiny, bundled[1], SAID, spy, tmp_path / "set", **FEW)
+    assert spy.calls == [] and encoded == [8]
+    torch.testing.assert_close(found.features, SupportSet.load(tmp_path / "set", tiny).features)
+    with pytest.raises(ValueError, match="got another one"):
+        SupportSet.load(tmp_path / "set", bundled[0])
+
+
+def test_a_pipeline_is_loaded_from_a_folder_of_safetensors(bundled: Any, stable: Any, tmp_path: Path) -> None:
+    stable.save_pretrained(tmp_path / "pipeline")
+    loaded = support.load_pipeline(tmp_path / "pipeline")
+    assert diffusion._identity(loaded) == diffusion._identity(stable)
+    generate(bundled, tmp_path / "pipeline", tmp_path / "set", per_class=1)
+    generate(bundled, stable, tmp_path / "same", per_class=1)
+    found = SupportSet.load(tmp_path / "set", bundled[0])
+    assert found.about["settings"]["source"] == str(tmp_path / "pipeline")
+    ours, same = (contents(tmp_path / name) for name in ("set", "same"))
+    assert ours.pop("manifest.json") != same.pop("manifest.json")  # which names the pipeline's folder
+    assert ours == same
+
+
+def test_a_pipeline_that_would_be_unpickled_is_refused(stable: Any, tmp_path: Path) -> None:
+    stable.save_pretrained(tmp_path / "pipeline")
+    weights = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        support.load_pipeline(tmp_path / "pipeline")
+
+
+def test_without_diffusers_the_extra_is_named(bundled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match=r"pip install clipkernels\[diffusion\]"):
+        generate(bundled, "somebody/something", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_class": 0}, "per_class must be a positive int, got 0"),
+        ({"steps": 1.5}, "steps must be a positive int, got 1.5"),
+        ({"images_per_call": 0}, "images_per_call must be a positive int, got 0"),
+        ({"retries": -1}, "retries must be an int of at least 0, got -1"),
+    ],
+)
+def test_wrong_arguments_of_generate_are_one_line(
+    bundled: Any, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(bundled, None, tmp_path / "set", **options)
+
+
+@pytest.mark.parametrize("kept", [0, 60, -200])
+def test_a_broken_image_is_named_for_deletion(kept: int, bundled: Any, stable: Any, tmp_path: Path) -> None:
+    generate(bundled, stable, tmp_path / "set")
+    before = contents(tmp_path / "set")
+    file = tmp_path / "set" / "zebra" / "0002.png"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"got '?.*0002.png'?.* delete (it|them), and"):
+        generate(bundled, stable, tmp_path / "set", report=lambda line: None)
+    file.unlink()
+    generate(bundled, stable, tmp_path / "set")
+    assert contents(tmp_path / "set") == before
+
+
+def test_pipelines_without_components_are_told_apart_by_their_type() -> None:
+    class Bare:
+        pass
+
+    class Other:
+        pass
+
+    assert diffusion._identity(Bare()) == diffusion._identity(Bare()) != diffusion._identity(Other())
+    assert diffusion._identity(contents) != diffusion._identity(generate)

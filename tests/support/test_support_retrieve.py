@@ -1,0 +1,498 @@
+"""Support sets: retrieval from the user's own images."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import clipkernels as ck
+from clipkernels import support
+from clipkernels.data import digits
+from clipkernels.files import read_tensors
+from clipkernels.support import SupportSet, collection, features, folders
+from clipkernels.support.features import read_about
+from tests.support.fixtures import NAMES, names, prompts_of, retrieve
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@torch.no_grad()
+def test_retrieval_is_a_literal_argsort(bundled: Any, photos: Path) -> None:
+    model, preprocess, tokenizer = bundled
+    found = retrieve(bundled, photos, per_class=7)
+    paths = sorted(photos.rglob("*.png"))
+    images = normalize(model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths])), dim=1)
+    prompts = prompts_of(NAMES)
+    expected = []
+    for name in NAMES:
+        text = normalize(model.encode_text(tokenizer(prompts[name])), dim=1)
+        expected += (images @ text.T).amax(1).argsort(descending=True, stable=True)[:7].tolist()
+    assert [image.path for image in found.images] == [str(paths[row]) for row in expected]
+    assert found.labels.tolist() == [0] * 7 + [1] * 7 + [2] * 7
+    torch.testing.assert_close(found.features, images[expected])
+    assert found.features.dtype == torch.float32 and not found.features.is_inference()
+
+
+def test_ties_go_to_the_lower_index_however_many_there_are() -> None:
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    rows = normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    many = rows[[3, 2, 1, 0] * 50]
+    index = faiss.IndexFlatIP(16)
+    index.add(many.numpy())
+    best = [(rows[0] @ rows.T).argsort(descending=True)[1].item(), 0]
+    first = [row for row in range(200) if 3 - row % 4 == 0]
+    second = [row for row in range(200) if 3 - row % 4 == best[0]]
+    assert collection._nearest(index, many, rows[:1], 3, None) == first[:3]
+    assert collection._nearest(index, many, rows[:1], 60, None) == first + second[:10]
+    assert collection._nearest(index, many, rows[:1], 300, 0.99) == first
+
+
+def test_labels_follow_the_order_of_the_classes_not_of_the_folders(bundled: Any, photos: Path, tmp_path: Path) -> None:
+    retrieve(bundled, photos, ["zebra", "apple"], per_class=2).save(tmp_path / "set")
+    loaded = SupportSet.load(tmp_path / "set", bundled[0])
+    assert loaded.classes == ("zebra", "apple")
+    assert loaded.labels.tolist() == [0, 0, 1, 1] and loaded.labels.dtype == torch.int64
+    assert [Path(image.path).parent.name for image in loaded.images] == ["zebra", "zebra", "apple", "apple"]
+    text = support.class_embeddings(bundled[0], bundled[2], loaded.prompts)
+    assert torch.equal(text, support.class_embeddings(bundled[0], bundled[2], prompts_of(["zebra", "apple"])))
+
+
+def test_an_image_may_serve_several_classes(bundled: Any, photos: Path) -> None:
+    found = retrieve(bundled, photos, per_class=1000)
+    assert found.counts.tolist() == [60, 60, 60]
+
+
+def test_classes_without_a_hit_are_named(bundled: Any, photos: Path) -> None:
+    whole = retrieve(bundled, photos, per_class=1)
+    scores = [
+        (feature @ collection.prompt_embeddings(*bundled[::2], prompts_of([name]))[0].T).max().item()
+        for name, feature in zip(NAMES, whole.features, strict=True)
+    ]
+    least = min(scores)
+    empty = NAMES[scores.index(least)]
+    with pytest.raises(ValueError, match=f"expected an image with a score of at least .* got none for '{empty}'$"):
+        retrieve(bundled, photos, minimum=least + 1e-4)
+    assert retrieve(bundled, photos, minimum=least - 1e-4).counts.min() == 1
+
+
+def test_files_with_the_same_content_count_once(bundled: Any, photos: Path) -> None:
+    before = names(retrieve(bundled, photos, per_class=5))
+    for path in list(photos.rglob("*.png")):
+        shutil.copy(path, photos / "2" / f"z{path.name}")
+    assert names(retrieve(bundled, photos, per_class=5)) == before
+
+
+def test_files_that_are_no_image_are_reported_and_the_others_still_serve(bundled: Any, photos: Path) -> None:
+    before = names(retrieve(bundled, photos, per_class=60))
+    (photos / "broken.png").write_bytes((photos / "0" / "00.png").read_bytes()[:99])
+    (photos / "text.jpg").write_text("no image")
+    (photos / "notes.txt").write_text("not tried")
+    lines: list[str] = []
+    found = retrieve(bundled, photos, per_class=60, report=lines.append)
+    assert names(found) == before
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["no image", str(photos / "broken.png")],
+        ["no image", str(photos / "text.jpg")],
+    ]
+    with pytest.warns(UserWarning, match=r"no image: .*broken"):
+        retrieve(bundled, photos)
+
+
+def test_a_collection_is_encoded_once(bundled: Any, photos: Path, encoded: list[int]) -> None:
+    first = retrieve(bundled, photos, batch_size=16)
+    assert encoded == [16, 16, 16, 12]
+    (file,) = photos.parent.glob("photos.*.safetensors")
+    again = [
+        retrieve(bundled, photos),
+        retrieve(bundled, photos, cache=file),
+        retrieve(bundled, file),
+        retrieve(bundled, shutil.copy(file, photos.parent / "saved")),
+    ]
+    assert len(encoded) == 4
+    for each in again:
+        assert torch.equal(each.features, first.features) and each.images == first.images
+    assert sorted(path.name for path in photos.parent.iterdir()) == sorted(["photos", file.name, "saved"])
+
+
+def test_only_what_is_new_or_changed_is_encoded(bundled: Any, photos: Path, encoded: list[int]) -> None:
+    retrieve(bundled, photos)
+    (photos / "0" / "00.png").unlink()
+    (photos / "1" / "01.png").rename(photos / "2" / "moved.png")
+    Image.new("RGB", (40, 40), "red").save(photos / "2" / "02.png")
+    Image.new("RGB", (40, 40), "blue").save(photos / "new.png")
+    del encoded[:]
+    found = retrieve(bundled, photos, per_class=1000)
+    assert encoded == [2]
+    assert found.counts.tolist() == [60, 60, 60]
+    assert not any(image.path.endswith("00.png") for image in found.images)
+
+
+def test_a_stopped_run_goes_on_with_the_same_result(
+    bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
+) -> None:
+    whole = retrieve(bundled, photos, cache=photos.parent / "whole", batch_size=8)
+    counted = features.encode_image
+    del encoded[:]
+
+    def stopped(model: Any, images: Tensor) -> Any:
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return counted(model, images)
+
+    monkeypatch.setattr(features, "encode_image", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(bundled, photos, cache=photos.parent / "parts", batch_size=8)
+    assert encoded == [8, 8, 8]
+    monkeypatch.setattr(features, "encode_image", counted)
+    found = retrieve(bundled, photos, cache=photos.parent / "parts", batch_size=8)
+    assert encoded == [8, 8, 8, 8, 8, 8, 8, 4]
+    assert torch.equal(found.features, whole.features)
+    assert (photos.parent / "parts").read_bytes() == (photos.parent / "whole").read_bytes()
+    assert sorted(path.name for path in photos.parent.iterdir()) == ["parts", "photos", "whole"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
+def test_a_killed_run_loses_nothing(bundled: Any, photos: Path, encoded: list[int]) -> None:
+    code = f"""
+import os, signal
+import clipkernels as ck
+from clipkernels import support
+from clipkernels.support import features
+encode_image, done = features.encode_image, []
+def killed(model, images):
+    if len(done) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(1)
+    return encode_image(model, images)
+features.encode_image = killed
+support.retrieve(*ck.bundled(), support.photo(["one"]), {str(photos)!r}, batch_size=16)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = retrieve(bundled, photos, batch_size=16)
+    assert encoded == [12]
+    assert torch.equal(found.features, retrieve(bundled, photos, cache=photos.parent / "whole", batch_size=16).features)
+
+
+def test_progress_says_what_is_done(bundled: Any, photos: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    retrieve(bundled, photos, progress=lambda *step: seen.append(step))
+    assert seen == [("encoding", done, 60) for done in range(1, 61)] + [("retrieving", done, 3) for done in (1, 2, 3)]
+
+
+def test_a_method_or_preprocessing_of_ones_own_has_its_own_features(
+    tiny: Any, bundled: Any, photos: Path, encoded: list[int]
+) -> None:
+    plain = retrieve(bundled, photos)
+    ck.patch(tiny, ck.EViT(0.5))
+    pruned = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos)
+    assert len(encoded) == 2 and not torch.equal(plain.features, pruned.features)
+    ck.patch(tiny, ck.Dense())
+    dense = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos)
+    assert len(encoded) == 2 and torch.equal(plain.features, dense.features)
+    (file, _) = sorted(
+        photos.parent.glob("*.safetensors"), key=lambda path: "EViT" in read_tensors(path)[1]["clipkernels"]
+    )
+    ck.patch(tiny, ck.EViT(0.5))
+    with pytest.raises(ValueError, match=r"by this tower, method and preprocessing, got .* of others"):
+        support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos, cache=file)
+
+
+def test_the_features_of_one_folder_are_not_overwritten_with_those_of_another(bundled: Any, photos: Path) -> None:
+    cache = photos.parent / "cache"
+    retrieve(bundled, photos, cache=cache)
+    before = cache.read_bytes()
+    with pytest.raises(ValueError, match=r"expected features of .*1 by this tower.* of others: name another file"):
+        retrieve(bundled, photos / "1", cache=cache)
+    assert cache.read_bytes() == before
+
+
+def test_a_file_of_other_features_is_no_collection(bundled: Any, photos: Path, tmp_path: Path) -> None:
+    retrieve(bundled, photos, per_class=1).save(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"expected the features of a collection, got .*features.safetensors"):
+        retrieve(bundled, tmp_path / "set" / "features.safetensors")
+
+
+def test_saved_features_of_another_tower_are_refused(bundled: Any, photos: Path, tiny: Any) -> None:
+    retrieve(bundled, photos, name="bundled")
+    (file,) = photos.parent.glob("photos.*.safetensors")
+    with torch.no_grad():
+        tiny.visual.proj.add_(0.01)
+    with pytest.raises(ValueError, match=r"expected the tower of .*photos.*bundled, no tag; .* got another one"):
+        support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), file)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_class": 0}, "per_class must be a positive int, got 0"),
+        ({"minimum": 2.0}, "minimum must be a cosine, from -1 to 1, got 2.0"),
+        ({"minimum": float("nan")}, "minimum must be a cosine"),
+        ({"collection": "gone"}, "got gone, which is not there"),
+        ({"collection": __file__}, "expected a safetensors file, got"),
+        ({"collection": __file__, "cache": "x"}, "expected a folder of images with cache, got the file"),
+    ],
+)
+def test_wrong_arguments_of_retrieve_are_one_line(
+    bundled: Any, photos: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        retrieve(bundled, **{"photos": options.pop("collection", photos), **options})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_without_images_is_refused(bundled: Any, drawn: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected a collection with images, got none in"):
+        retrieve(bundled, tmp_path / "empty")
+
+
+def test_without_faiss_the_extra_is_named_before_anything_is_done(
+    bundled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"pip install clipkernels\[support\]"):
+        retrieve(bundled, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_features_that_are_not_finite_are_reported(tiny: Any, bundled: Any, photos: Path) -> None:
+    def preprocess(image: Image.Image) -> Tensor:
+        return bundled[1](image) * (float("nan") if image.size == (9, 9) else 1)
+
+    Image.new("RGB", (9, 9)).save(photos / "bad.png")
+    lines: list[str] = []
+    prompts = support.photo(["one"])
+    found = support.retrieve(tiny, preprocess, bundled[2], prompts, photos, per_class=99, report=lines.append)
+    assert len(found.images) == 60 and found.features.isfinite().all()
+    assert lines == [f"no features: {photos / 'bad.png'}: the model gives numbers that are not finite"]
+
+
+def test_a_model_is_left_in_its_mode(tiny: Any, bundled: Any, photos: Path) -> None:
+    tiny.train()
+    tiny.visual.eval()
+    before = [module.training for module in tiny.modules()]
+    found = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos)
+    assert [module.training for module in tiny.modules()] == before
+    assert torch.equal(found.features, retrieve(bundled, photos, cache=photos.parent / "other").features)
+
+
+def test_an_open_clip_resnet_encodes_too(bundled: Any, photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = {"context_length": 64, "vocab_size": 259, "width": 64, "heads": 1, "layers": 1}
+    model: Any = open_clip.CLIP(32, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}, text).eval()
+    support.retrieve(model, *bundled[1:], prompts_of(NAMES), photos, per_class=2).save(tmp_path / "set")
+    assert SupportSet.load(tmp_path / "set", model).features.shape == (6, 32)
+
+
+def test_an_image_with_other_metadata_is_another_file_with_the_same_features(bundled: Any, photos: Path) -> None:
+    info = PngInfo()
+    info.add_text("by", "somebody")
+    with Image.open(photos / "0" / "00.png") as image:
+        image.save(photos / "0" / "00b.png", pnginfo=info)
+    found = retrieve(bundled, photos, per_class=99)
+    twins = [row for row, image in enumerate(found.images) if Path(image.path).name in ("00.png", "00b.png")][:2]
+    torch.testing.assert_close(found.features[twins[0]], found.features[twins[1]])
+    assert found.counts.tolist() == [61, 61, 61]
+
+
+def test_an_empty_collection_leaves_its_features_alone(bundled: Any, photos: Path) -> None:
+    retrieve(bundled, photos)
+    (file,) = photos.parent.glob("*.safetensors")
+    before = file.read_bytes()
+    shutil.rmtree(photos)
+    photos.mkdir()
+    with pytest.raises(ValueError, match="expected a collection with images, got none in"):
+        retrieve(bundled, photos)
+    assert file.read_bytes() == before
+
+
+def test_a_file_that_cannot_be_read_is_no_file_that_is_no_image(
+    bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrieve(bundled, photos)
+    (file,) = photos.parent.glob("*.safetensors")
+    before, read_bytes = file.read_bytes(), Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == "07.png":
+            raise OSError(5, "Input/output error", str(path))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(Path, "read_bytes", fail)
+        retrieve(bundled, photos)
+    assert file.read_bytes() == before
+
+
+def test_features_of_a_file_keep_the_encoder_that_made_them(tiny: Any, bundled: Any, photos: Path) -> None:
+    plain = retrieve(bundled, photos, cache=photos.parent / "cache")
+    ck.patch(tiny, ck.EViT(0.5))
+
+    def other(image: Image.Image) -> Tensor:
+        return bundled[1](image.rotate(90))
+
+    found = support.retrieve(tiny, other, bundled[2], prompts_of(NAMES), photos.parent / "cache")
+    assert found.about == {**plain.about, "settings": found.about["settings"]}
+    assert torch.equal(found.features, plain.features)
+
+
+def test_preprocessings_that_print_alike_have_features_of_their_own(bundled: Any, photos: Path) -> None:
+    def turned(angle: int) -> Any:
+        def preprocess(image: Image.Image) -> Tensor:
+            return bundled[1](image.rotate(angle))
+
+        return preprocess
+
+    one, other = turned(0), turned(90)
+    first, second = (
+        support.retrieve(bundled[0], each, bundled[2], prompts_of(NAMES), photos, per_class=60) for each in (one, other)
+    )
+    assert not torch.equal(first.features, second.features)
+    assert len(list(photos.parent.glob("*.safetensors"))) == 2
+
+
+def test_a_preprocessing_that_is_left_to_chance_is_refused(bundled: Any, photos: Path) -> None:
+    def preprocess(image: Image.Image) -> Tensor:
+        return bundled[1](image) + torch.rand(())
+
+    with pytest.raises(ValueError, match="preprocess must make the same of the same image, got two different tensors"):
+        support.retrieve(bundled[0], preprocess, bundled[2], prompts_of(NAMES), photos)
+
+
+def test_text_embeddings_that_are_not_finite_are_refused(tiny: Any, bundled: Any, photos: Path) -> None:
+    encode_text = tiny.encode_text
+
+    def broken(tokens: Tensor) -> Tensor:
+        rows = encode_text(tokens)
+        rows[len(digits.TEMPLATES) :] = float("nan")
+        return rows
+
+    tiny.encode_text = broken
+    with pytest.raises(ValueError, match="expected finite text embeddings, got others for 'zero'"):
+        support.retrieve(tiny, *bundled[1:], prompts_of(["seven", "zero"]), photos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_tower_of_open_clip_encodes(dtype: torch.dtype, tiny: Any, bundled: Any, photos: Path) -> None:
+    open_clip.model.convert_weights_to_lp(tiny, dtype)
+    assert next(tiny.parameters()).dtype == torch.float32
+    who = features.encoder_of(tiny, bundled[1])
+    paths = [str(path) for path in sorted(photos.rglob("*.png"))[:3]]
+    seen: list[torch.dtype] = []
+    tiny.visual.conv1.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    encoding = features.encode(
+        tiny, bundled[1], who, paths, photos.parent / "cache", batch_size=3, progress=None, report=print
+    )
+    assert seen == [dtype] and encoding.features.shape[0] == 3
+
+
+@pytest.mark.parametrize("hidden", [".thumbnails/small.png", "0/.git/deep/small.png", ".small.png"])
+def test_what_is_hidden_is_not_retrieved(hidden: str, photos: Path) -> None:
+    before = folders.find_images(photos)
+    (photos / hidden).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(photos / "0" / "00.png", photos / hidden)
+    assert folders.find_images(photos) == before and len(before) == 60
+
+
+def test_features_on_another_drive_keep_the_whole_path(
+    bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relpath = os.path.relpath
+
+    def other(path: Any, start: Any) -> str:
+        if Path(start) == photos.parent:
+            raise ValueError("path is on mount 'C:', start on mount 'D:'")
+        return relpath(path, start)
+
+    monkeypatch.setattr(os.path, "relpath", other)
+    found = retrieve(bundled, photos, cache=photos.parent / "cache")
+    assert read_about(photos.parent / "cache")["folder"] == str(photos)
+    assert retrieve(bundled, photos.parent / "cache").images == found.images
+
+
+def test_where_nothing_can_lie_beside_a_collection_a_cache_is_asked_for(
+    bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"expected cache \(--cache\) for /, got none"):
+        retrieve(bundled, Path(photos.anchor))
+    with pytest.raises(ValueError, match=r"expected cache \(--cache\) to be a file, got the folder"):
+        retrieve(bundled, photos, cache=photos.parent)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write where others may not
+    with pytest.raises(ValueError, match=r"expected cache \(--cache\) for .*photos, got none: .* cannot be written"):
+        retrieve(bundled, photos)
+
+
+def test_an_image_that_the_preprocessing_rejects_is_reported(bundled: Any, photos: Path) -> None:
+    def preprocess(image: Image.Image) -> Tensor:
+        if image.size == (9, 9):
+            raise RuntimeError("smaller than\nthe crop")
+        return bundled[1](image)
+
+    Image.new("RGB", (9, 9)).save(photos / "small.png")
+    lines: list[str] = []
+    found = support.retrieve(
+        bundled[0], preprocess, bundled[2], prompts_of(["one"]), photos, per_class=99, report=lines.append
+    )
+    assert len(found.images) == 60
+    assert lines == [f"no image: {photos / 'small.png'}: smaller than the crop"]
+
+
+def test_features_that_did_not_change_are_not_written_again(bundled: Any, photos: Path) -> None:
+    retrieve(bundled, photos)
+    (file,) = photos.parent.glob("*.safetensors")
+    before = file.stat()
+    retrieve(bundled, photos)
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    (photos / "0" / "00.png").rename(photos / "0" / "99.png")
+    retrieve(bundled, photos)
+    names = retrieve(bundled, file, per_class=60).images
+    assert str(photos / "0" / "99.png") in [image.path for image in names]
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_features_of_ones_own_are_a_collection(array: bool, bundled: Any, photos: Path, tmp_path: Path) -> None:
+    whole = retrieve(bundled, photos, per_class=60)
+    rows, paths = whole.features[:60], [image.path for image in whole.images[:60]]
+    given: Any = (3 * rows).numpy() if array else 3 * rows
+    found = retrieve(bundled, (given, paths), per_class=5)
+    expected = retrieve(bundled, photos, per_class=5)
+    assert found.images == expected.images
+    torch.testing.assert_close(found.features, expected.features)
+    assert (found.about["method"], found.about["preprocess"]) == ("given", "given")
+    found.save(tmp_path / "set")
+    assert torch.equal(SupportSet.load(tmp_path / "set", bundled[0]).features, found.features)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows, paths: (rows[:, :-1], paths), r"expected features \(n,\d+\) of this model, got \(3, \d+\)"),
+        (lambda rows, paths: (rows, paths[1:]), r"expected floating-point features \(n,E\) of 2 files, got \(3,"),
+        (lambda rows, paths: (rows.int(), paths), r"got \(3, \d+\) torch.int32"),
+        (lambda rows, paths: (rows / 0, paths), "expected finite features, got others"),
+        (lambda rows, paths: (rows, [paths[0], *paths[:2]]), "expected files that differ, got 1 of them again"),
+        (lambda rows, paths: (rows[:0], []), "expected a collection with images, got none in features in memory"),
+    ],
+)
+def test_features_of_ones_own_that_do_not_fit_are_refused(
+    change: Any, message: str, bundled: Any, photos: Path
+) -> None:
+    whole = retrieve(bundled, photos, ["one"], per_class=3)
+    with pytest.raises(ValueError, match=message):
+        retrieve(bundled, change(whole.features, [image.path for image in whole.images]))
