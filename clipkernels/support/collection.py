@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from clipkernels.classifier import prompt_embeddings
 from clipkernels.data import Preprocess
 from clipkernels.files import read_tensors
-from clipkernels.identity import check_tower, fingerprint
+from clipkernels.fingerprint import check_fingerprint, fingerprint
 from clipkernels.support.features import (
     Encoder,
     Encoding,
@@ -179,7 +179,7 @@ def _relative(path: Path, start: Path) -> str:
 def _read_collection(model: nn.Module, file: Path) -> Encoding:
     """The features of a file that `_encode_folder` wrote with this tower, by the encoder that it names."""
     about = _header(file)
-    check_tower(about["encoder"]["tower"], model, file, about)
+    check_fingerprint(about["encoder"]["tower"], model, file, about)
     folder = os.path.normpath(file.resolve().parent / about["folder"])
     names, digests = _listing(file)
     features = read_tensors(file)[0]["features"]

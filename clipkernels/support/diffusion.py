@@ -22,7 +22,7 @@ from torch import nn
 
 from clipkernels.data import Preprocess
 from clipkernels.files import replacing
-from clipkernels.identity import fingerprint
+from clipkernels.fingerprint import fingerprint
 from clipkernels.support.features import Progress, Report, encode, encoder_of
 from clipkernels.support.folders import folder_names, images_in, refuse_others
 from clipkernels.support.manifest import classes_before

@@ -28,7 +28,7 @@ from clipkernels.classifier import evaluating
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image
 from clipkernels.files import ABOUT, digest_table, map_tensors, read_tensors, said_of, write_tensors
-from clipkernels.identity import fingerprint
+from clipkernels.fingerprint import fingerprint
 from clipkernels.methods import Dense
 from clipkernels.patch import method_of
 

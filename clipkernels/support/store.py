@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipkernels.data import Preprocess
 from clipkernels.files import read_tensors
-from clipkernels.identity import check_tower
+from clipkernels.fingerprint import check_fingerprint
 from clipkernels.support.features import (
     THREADS,
     Encoder,
@@ -123,7 +123,7 @@ class SupportSet(NamedTuple):
         """
         root = Path(folder)
         manifest = read_manifest(root)
-        check_tower(manifest["tower"], model, root, manifest)
+        check_fingerprint(manifest["tower"], model, root, manifest)
         expected = manifest["features"]
         came = hash_of(root / FEATURES) if (root / FEATURES).is_file() else "no file"
         if came != expected["sha256"]:
@@ -173,7 +173,7 @@ def refresh(
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    check_tower(manifest["tower"], model, root, manifest)
+    check_fingerprint(manifest["tower"], model, root, manifest)
     if not all("file" in image for each in manifest["classes"] for image in each["images"]):
         raise ValueError(f"expected a support set with copies of its images, got {folder} without")
     paths = {

@@ -12,7 +12,7 @@ from torch import nn
 
 import clipkernels as ck
 from clipkernels.adapters import text
-from clipkernels.identity import fingerprint, same_glance, same_tower, stamp
+from clipkernels.fingerprint import fingerprint, same_probe, same_tower, weights_version
 from clipkernels.learn.distill import Teacher, TeacherFeatures, align_words
 from clipkernels.testing import openai_tower, patch_ranking, randomized, timm_tower
 
@@ -541,7 +541,7 @@ def test_either_tower_the_method_and_the_tokenizer_tell_teachers_apart(tiny):
         other = Teacher(model, tokenizer).about
         towers = [same_tower(about[name], other[name]) for name in ("image tower", "text tower")]
         read = "reading of a few texts"
-        assert same_glance(about[read], other[read]) or tokenizer is not ck.bundled()[2]
+        assert same_probe(about[read], other[read]) or tokenizer is not ck.bundled()[2]
         return [*towers, about["method"] == other["method"], about["tokenizer"] == other["tokenizer"]]
 
     assert same(ck.patch(copy.deepcopy(tiny), ck.Dense()), tokenizer) == [True] * 4
@@ -575,31 +575,31 @@ def test_what_a_text_tower_does_beside_its_weights_tells_it_apart(weights):
     def same(other):
         found = other.about
         assert same_tower(about["text tower"], found["text tower"])
-        return same_glance(about["reading of a few texts"], found["reading of a few texts"])
+        return same_probe(about["reading of a few texts"], found["reading of a few texts"])
 
     about = made().about
     for option in ({"heads": 4}, {"heads": 1}, {"no_causal_mask": True}, {"pool_type": "last"}, {"pool_type": "first"}):
         assert not same(made(**option)), option
     assert same(made()) and same(made(torch.float16)) and same(made(torch.bfloat16))
     assert same(made(pool_type="eos", eos_id=63))  # another way to say where the end is
-    assert not same_glance([], about["reading of a few texts"])
+    assert not same_probe([], about["reading of a few texts"])
 
 
 def test_a_stamp_tells_when_weights_were_written_replaced_or_moved(tiny):
-    seen = [stamp(tiny)]
-    assert stamp(tiny) == seen[0]
+    seen = [weights_version(tiny)]
+    assert weights_version(tiny) == seen[0]
     with torch.no_grad():
         tiny.ln_final.bias.add_(1)
-    seen.append(stamp(tiny))
+    seen.append(weights_version(tiny))
     tiny.load_state_dict(tiny.state_dict())
-    seen.append(stamp(tiny))
+    seen.append(weights_version(tiny))
     tiny.half()
-    seen.append(stamp(tiny))
+    seen.append(weights_version(tiny))
     tiny.ln_final.bias = nn.Parameter(torch.zeros(128))
-    assert len({*seen, stamp(tiny)}) == 5
+    assert len({*seen, weights_version(tiny)}) == 5
     with torch.inference_mode():
         frozen = copy.deepcopy(tiny)
-    assert stamp(frozen) == stamp(frozen)
+    assert weights_version(frozen) == weights_version(frozen)
 
 
 def words_tokenizer(**options):

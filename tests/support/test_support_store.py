@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clipkernels as ck
-from clipkernels import identity, support
+from clipkernels import fingerprint, support
 from clipkernels.data import digits
 from clipkernels.support import SupportSet, features, folders
 from tests.support.fixtures import NAMES, contents, retrieve
@@ -132,7 +132,7 @@ def test_a_patched_tower_is_the_same_tower(
     found = retrieve(bundled, photos, per_class=2)
     found.save(tmp_path / "set")
     ck.patch(tiny, method)
-    assert identity.fingerprint(tiny) == identity.fingerprint(bundled[0])
+    assert fingerprint.fingerprint(tiny) == fingerprint.fingerprint(bundled[0])
     assert torch.equal(SupportSet.load(tmp_path / "set", tiny).features, found.features)
 
 
@@ -146,14 +146,14 @@ def test_towers_are_compared_in_the_lower_of_their_precisions(
             weight.add_(1e-4 * torch.randn_like(weight))  # beyond what the bundled weights' fp16 holds
     kinds = {name: support.photo(["one"]) for name in ("wide", "narrow")}
     support.retrieve(tiny, *bundled[1:], kinds["wide"], photos, per_class=2).save(tmp_path / "wide")
-    wide = identity.fingerprint(tiny)
+    wide = fingerprint.fingerprint(tiny)
     tiny.to(dtype)
-    narrow = identity.fingerprint(tiny)
-    assert len(wide) > len(narrow) and identity.same_tower(wide, narrow)
+    narrow = fingerprint.fingerprint(tiny)
+    assert len(wide) > len(narrow) and fingerprint.same_tower(wide, narrow)
     assert SupportSet.load(tmp_path / "wide", tiny).features.dtype == torch.float32
     with torch.no_grad():
         tiny.visual.conv1.weight[0, 0, 0, 0] += 1
-    assert not identity.same_tower(wide, identity.fingerprint(tiny))
+    assert not fingerprint.same_tower(wide, fingerprint.fingerprint(tiny))
 
 
 def test_half_towers_of_different_kinds_cannot_be_compared(
@@ -165,25 +165,25 @@ def test_half_towers_of_different_kinds_cannot_be_compared(
             weight.copy_(0.05 * torch.randn_like(weight))
     wide, half = deepcopy(tiny), deepcopy(tiny).half()
     support.retrieve(half, *bundled[1:], support.photo(["one"]), photos, per_class=2).save(tmp_path / "set")
-    assert list(identity.fingerprint(half)) == ["float16"]
+    assert list(fingerprint.fingerprint(half)) == ["float16"]
     assert len(SupportSet.load(tmp_path / "set", wide).features) == 2
     message = r"set \(.*\) in float32 or float16, got bfloat16: the two cannot be compared"
     for brain in (deepcopy(wide).bfloat16(), deepcopy(half).bfloat16()):
         with pytest.raises(ValueError, match=message):
             SupportSet.load(tmp_path / "set", brain)
-    assert not identity.same_tower({}, {})
+    assert not fingerprint.same_tower({}, {})
 
 
 def test_the_text_tower_does_not_count(bundled: Any, tiny: Any) -> None:
     with torch.no_grad():
         tiny.text_projection.add_(1)
-    assert identity.fingerprint(tiny) == identity.fingerprint(bundled[0])
+    assert fingerprint.fingerprint(tiny) == fingerprint.fingerprint(bundled[0])
 
 
 def test_a_compiled_model_is_the_same_tower(bundled: Any) -> None:
     compiled = torch.nn.Module()
     compiled._orig_mod = bundled[0]  # as torch.compile holds it
-    assert identity.fingerprint(compiled) == identity.fingerprint(bundled[0])
+    assert fingerprint.fingerprint(compiled) == fingerprint.fingerprint(bundled[0])
 
 
 def test_altered_features_are_refused(bundled: Any, photos: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clipkernels.files import ABOUT, digest_table, said_of, write_tensors
-from clipkernels.identity import abridged, same_glance, same_tower
+from clipkernels.fingerprint import short_fingerprint, same_probe, same_tower
 from clipkernels.learn.distill.features import TeacherFeatures
 
 Kind = Literal["image", "text"]
@@ -88,9 +88,9 @@ def differences(came: About, expected: About) -> str:
         its = came.get(name)
         if isinstance(own, dict):
             if not same_tower(its or {}, own):
-                differ.append(f"{name} ({abridged(its or {})} instead of {abridged(own)})")
+                differ.append(f"{name} ({short_fingerprint(its or {})} instead of {short_fingerprint(own)})")
         elif isinstance(own, list):
-            if not same_glance(its or [], own):
+            if not same_probe(its or [], own):
                 differ.append(f"{name} (as by other heads, another mask or another row that is pooled)")
         elif its != own:
             differ.append(f"{name} ({its} instead of {own})")

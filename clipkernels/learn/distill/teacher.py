@@ -16,7 +16,7 @@ from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower, text
 from clipkernels.classifier import PROMPTS_PER_BATCH, evaluating
 from clipkernels.encode import encode_image
-from clipkernels.identity import fingerprint, glance, stamp
+from clipkernels.fingerprint import fingerprint, output_probe, weights_version
 from clipkernels.learn.distill.align import rows_or_zeros
 from clipkernels.learn.distill.features import Answers, TeacherFeatures, features_of
 from clipkernels.methods import Dense
@@ -88,14 +88,14 @@ class Teacher:
         ids = sha256(str(tuple(probe.shape)).encode() + probe.numpy().tobytes()).hexdigest()[:16]
         image, sentences = fingerprint(self.model), fingerprint(self.model, "text")
         with self._frozen():
-            read = glance(self.reads.host(self.probe.to(self.device)))
+            read = output_probe(self.reads.host(self.probe.to(self.device)))
         known = {"image tower": image, "text tower": sentences, "reading of a few texts": read}
         return {**known, "method": self.method, "tokenizer": ids}
 
     @property
     def stamp(self) -> tuple[Any, ...]:
         """What is another one once the model was patched otherwise or its weights were written, replaced or moved."""
-        return self.method, *stamp(self.model)
+        return self.method, *weights_version(self.model)
 
     def __call__(
         self,

@@ -24,7 +24,7 @@ from clipkernels.classifier import evaluating
 from clipkernels.encode import check_images
 from clipkernels.heads import ZeroShot
 from clipkernels.heads.given import check_labels
-from clipkernels.identity import fingerprint, whole
+from clipkernels.fingerprint import fingerprint, fingerprinted_module
 from clipkernels.learn.patch_ranking.rankings import Rankings, Store
 from clipkernels.learn.patch_ranking.variants import Entering, embed, enter
 from clipkernels.reference.order import strongest_first
@@ -108,7 +108,7 @@ def golden_ranking(
         path,
         {
             **{"score": score, "window": window, "stride": stride, "step": step, "block": block},
-            "tower": fingerprint(whole(tower)),
+            "tower": fingerprint(fingerprinted_module(tower)),
             "image_size": list(tower.image_size),
             "tokens": tower.tokens,
             "prefix": tower.prefix,

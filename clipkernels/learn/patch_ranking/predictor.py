@@ -19,7 +19,7 @@ from torch.nn.functional import kl_div
 from clipkernels import ops
 from clipkernels.adapters import Tower
 from clipkernels.heads.given import check_positive
-from clipkernels.identity import check_tower, digest_of, whole
+from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprinted_module
 from clipkernels.learn.modules import check_training, load_module, save_module, seeded
 from clipkernels.learn.patch_ranking.rankings import Rankings
 from clipkernels.reference.order import strongest_first
@@ -110,7 +110,7 @@ class RankPredictor(nn.Module):
                 said = name.replace("_", " ")
                 raise ValueError(f"the predictor is for a tower with {said} {about[name]}, got one with {found}")
         if "tower" in self.about:
-            check_tower(self.about["tower"], whole(tower), "the predictor", self.about)
+            check_fingerprint(self.about["tower"], fingerprinted_module(tower), "the predictor", self.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the weights, and what they are for, as safetensors, by way of a temporary file that is renamed."""

@@ -24,7 +24,7 @@ from clipkernels.adapters import Tower
 from clipkernels.classifier import class_embeddings, evaluating
 from clipkernels.encode import encode_image
 from clipkernels.heads.given import check_labels, check_positive
-from clipkernels.identity import check_tower, digest_of, fingerprint, whole
+from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprint, fingerprinted_module
 from clipkernels.learn.modules import check_training, load_module, save_module, seeded
 from clipkernels.learn.patch_ranking.contexts import check_prompts, first_words, replacing, text_tower
 from clipkernels.methods import PatchRanking
@@ -81,7 +81,7 @@ class VisualTokens(nn.Module):
         if not self.text_width:
             return class_embeddings(model, tokenizer, prompts)
         if "text" in self.about:
-            check_tower(self.about["text"], text_tower(model), "the learnt tokens' text", self.about)
+            check_fingerprint(self.about["text"], text_tower(model), "the learnt tokens' text", self.about)
         ids = tokenizer([sentence for each in prompts.values() for sentence in each])
         check_prompts(model, ids, [len(each) for each in prompts.values()], self.count)
         with replacing(model, self.context):
@@ -93,7 +93,7 @@ class VisualTokens(nn.Module):
             wanted = f"a tower of width {self.width} and at least {self.depth} blocks"
             raise ValueError(f"the learnt tokens are for {wanted}, got {tower.width} and {len(tower.blocks)}")
         if "tower" in self.about:
-            check_tower(self.about["tower"], whole(tower), "the learnt tokens", self.about)
+            check_fingerprint(self.about["tower"], fingerprinted_module(tower), "the learnt tokens", self.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes them, and what they are for, as safetensors, by way of a temporary file that is renamed."""
@@ -187,7 +187,7 @@ def fit_tokens(
         raise ValueError("images must be at least one, got none")
     sizes = [len(each) for each in prompts.values()]
     ids = tokenizer([sentence for each in prompts.values() for sentence in each]).to(like.device)
-    about: dict[str, Any] = {"tower": fingerprint(whole(tower)), "images": len(images)}
+    about: dict[str, Any] = {"tower": fingerprint(fingerprinted_module(tower)), "images": len(images)}
     about |= {"keep": method.keep, "block": method.block}
     width = 0
     if coupled:

@@ -17,7 +17,7 @@ SAMPLE, GLANCE = 4096, 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 IMAGE = ("visual.", "vision_model.", "visual_projection.", "trunk.")
 NEITHER = ("logit_", "text_decoder.")
-ALIKE = 0.1
+PROBE_ATOL = 0.1
 """How far embeddings of one tower may be apart, of their length: bfloat16 moves them by 0.03, other heads by 0.2."""
 
 
@@ -64,7 +64,7 @@ def same_tower(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     return bool(common) and one[common[0]] == other[common[0]]
 
 
-def glance(embeddings: Tensor) -> list[list[float]]:
+def output_probe(embeddings: Tensor) -> list[list[float]]:
     """A few values of embeddings (n,E), each row of length one: what a tower makes of known inputs tells what its
     weights do not, such as how many heads it has, which row it pools and whether it looks ahead."""
     some = embeddings[:, :: max(1, embeddings.shape[1] // GLANCE)][:, :GLANCE].cpu().float()
@@ -72,13 +72,13 @@ def glance(embeddings: Tensor) -> list[list[float]]:
     return [[round(value, 4) for value in row] for row in rows]
 
 
-def same_glance(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> bool:
+def same_probe(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> bool:
     """Whether two glances are of one tower, in whatever precision and on whatever device."""
     first, second = torch.tensor(one), torch.tensor(other)
-    return first.shape == second.shape and bool(((first - second).norm(dim=-1) <= ALIKE).all())
+    return first.shape == second.shape and bool(((first - second).norm(dim=-1) <= PROBE_ATOL).all())
 
 
-def stamp(model: nn.Module) -> tuple[tuple[int, int], ...]:
+def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """What is another one once weights were written in place, replaced or moved; cheap, and for this process alone.
 
     What is written by way of `.data` goes unnoticed.
@@ -87,12 +87,12 @@ def stamp(model: nn.Module) -> tuple[tuple[int, int], ...]:
     return tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in tensors)
 
 
-def abridged(tower: Mapping[str, str]) -> str:
+def short_fingerprint(tower: Mapping[str, str]) -> str:
     """A fingerprint as it is shown."""
     return ", ".join(f"{dtype} {digest[:8]}" for dtype, digest in tower.items())
 
 
-def whole(tower: Tower) -> nn.Module:
+def fingerprinted_module(tower: Tower) -> nn.Module:
     """What a tower is known by, by whichever door it came: all of it but what a library keeps outside of it, such as
     the head of open_clip's TimmModel and the projection of transformers' CLIPModel."""
     found: nn.Module = getattr(tower.root, "trunk", tower.root)
@@ -107,7 +107,7 @@ def digest_of(module: nn.Module) -> str:
     return digest.hexdigest()[:8]
 
 
-def check_tower(tower: Mapping[str, str], model: nn.Module, where: object, about: Mapping[str, Any]) -> None:
+def check_fingerprint(tower: Mapping[str, str], model: nn.Module, where: object, about: Mapping[str, Any]) -> None:
     """Raises ValueError unless a model's tower is the one that something on disk was made with."""
     own = fingerprint(model)
     if not same_tower(tower, own):
@@ -118,7 +118,7 @@ def check_tower(tower: Mapping[str, str], model: nn.Module, where: object, about
                 "the two cannot be compared"
             )
         raise ValueError(
-            f"expected the tower of {where} ({named}; {abridged(tower)}), got another one ({abridged(own)})"
+            f"expected the tower of {where} ({named}; {short_fingerprint(tower)}), got another one ({short_fingerprint(own)})"
         )
 
 
