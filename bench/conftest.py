@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.result_files import MORE, TRIES, begin, begun, read_csv
+from bench.result_files import EXIT_DEADLINE, TRIES, attempts, note_attempt, read_csv
 
 START = time.monotonic()
 # The order of a run that may be cut short, and the part of it that the targets are about.
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--deadline") is not None:
         items.sort(key=_urgency)
     if config.getoption("--rows"):
-        config.stash[TRIED] = begun(Path(config.getoption("--rows")))
+        config.stash[TRIED] = attempts(Path(config.getoption("--rows")))
         items.sort(key=lambda item: config.stash[TRIED][item.nodeid])
 
 
@@ -44,7 +44,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         stash[LATE] += 1
         pytest.skip(f"not begun within {deadline:.0f} s")
     if item.config.getoption("--rows"):
-        begin(Path(item.config.getoption("--rows")), item.nodeid)
+        note_attempt(Path(item.config.getoption("--rows")), item.nodeid)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -52,13 +52,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            pytest.exit(f"the device is lost: {error}", returncode=MORE)
+            pytest.exit(f"the device is lost: {error}", returncode=EXIT_DEADLINE)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     ended = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)  # what failed is tried once more, then given up
     if session.exitstatus in ended and session.config.stash.get(LATE, 0):
-        session.exitstatus = MORE
+        session.exitstatus = EXIT_DEADLINE
     elif session.exitstatus == pytest.ExitCode.OK and session.config.stash.get(GIVEN_UP, 0):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.getoption("--rows"):

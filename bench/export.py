@@ -97,7 +97,7 @@ class Embedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tower = ck.tower_of(self.model)
-        if ck.method_of(self.model) is None or not tower.hands_out:
+        if ck.method_of(self.model) is None or not tower.returns_tokens:
             return tower.encode(images)
         return ck.encode_image(self.model, images).embedding
 

@@ -37,7 +37,9 @@ from bench.naive import distill as literal_distill
 from bench.naive import heads as literal_heads
 from bench.runners import CUDA, DEVICE, copy_rate, matmul_rate, replayed
 from clipkernels.measure.environment import environment
-from clipkernels.testing.cases import CASES, SHAPES, Source, flat, judge, judged
+from clipkernels.testing.cases import CASES
+from clipkernels.testing.fp64 import check_against_fp64, flat, is_checkable
+from clipkernels.testing.inputs import SHAPES, InputFactory
 
 BATCHES = (1, 8, 64, 256) if CUDA else (1, 8)
 DTYPES = (torch.bfloat16, torch.float32, *([torch.float16] if CUDA else []))
@@ -64,7 +66,7 @@ def variants(op: str) -> list[str]:
     return ["reference", *fused, *(["topk", *(["topk_compiled"] if CUDA else [])] if pruning else [])]
 
 
-def build(op: str, variant: str, source: Source) -> Call:
+def build(op: str, variant: str, source: InputFactory) -> Call:
     """The call of a variant, of the case's inputs."""
     case = CASES[op]
     if variant == "sdpa":
@@ -97,14 +99,14 @@ LITERAL: dict[str, Call] = {
 }
 
 
-def several(op: str, source: Source) -> list[tuple[Tensor, ...]]:
+def several(op: str, source: InputFactory) -> list[tuple[Tensor, ...]]:
     """Sets of inputs, more than a cache holds but at the smallest batches."""
     first = CASES[op].inputs(source)
     sets = math.ceil(BYTES / sum(tensor.nbytes for tensor in first))
     return [first, *(CASES[op].inputs(source) for _ in range(max(2, min(SETS, sets)) - 1))]
 
 
-def literal_inputs(op: str, source: Source, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def literal_inputs(op: str, source: InputFactory, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What a published formula takes in place of a case's inputs."""
     if op != "affinity":
         return inputs
@@ -112,7 +114,7 @@ def literal_inputs(op: str, source: Source, inputs: tuple[Tensor, ...]) -> tuple
     return queries, support, one_hot(labels, source.classes).to(queries.dtype)
 
 
-def topk(source: Source, x: Tensor, scores: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
+def topk(source: InputFactory, x: Tensor, scores: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
     """Pruning with topk, gather and cat; per-head scores are averaged, the rest fused, the result normed."""
     prefix, patches = x[:, : source.shape.prefix], x[:, source.shape.prefix :]
     mean = scores.mean(1) if scores.ndim == 3 else scores
@@ -125,7 +127,7 @@ def topk(source: Source, x: Tensor, scores: Tensor, *norm: Tensor) -> tuple[Tens
     return tokens, index, layer_norm(tokens, x.shape[-1:], *norm)
 
 
-def products(op: str, source: Source) -> int | None:
+def products(op: str, source: InputFactory) -> int | None:
     """Operations of the matrix products that an operation asks for; None where there are none."""
     shape, batch = source.shape, source.batch
     n, looks = shape.tokens, batch * source.patches * source.classes * source.embedding
@@ -160,7 +162,7 @@ def copied() -> float:
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: f"b{batch}")
 @pytest.mark.parametrize(
     ("op", "variant", "shape"),
-    [(op, v, shape) for op in CASES for v in variants(op) for shape in TOWERS if judged(op, SHAPES[shape])],
+    [(op, v, shape) for op in CASES for v in variants(op) for shape in TOWERS if is_checkable(op, SHAPES[shape])],
 )
 def test_op(
     benchmark: Any,
@@ -175,7 +177,7 @@ def test_op(
 ) -> None:
     """Time of one call of one operation."""
     case = CASES[op]
-    source = Source(SHAPES[shape], batch, dtype, DEVICE)
+    source = InputFactory(SHAPES[shape], batch, dtype, DEVICE)
     inputs = several(op, source)
     call = build(op, variant, source)
     own = [literal_inputs(op, source, some) for some in inputs] if "literal" in variant else inputs
@@ -186,7 +188,7 @@ def test_op(
         run, calls = runner(call, own)
         benchmark.group = f"{op} {shape} b{batch} {dtype}"
         benchmark(run)
-    moved = sum(tensor.nbytes for tensor in (*inputs[0], *came)) - case.unread(source)
+    moved = sum(tensor.nbytes for tensor in (*inputs[0], *came)) - (case.unread(source) if case.unread else 0)
     flops = products(op, source)
     info = {"op": op, "variant": variant, **source.shape._asdict(), "tower": shape, "batch": batch}
     info |= {"dtype": str(dtype).removeprefix("torch."), "bytes": moved, "copy_gb_per_s": copied, "flops": flops}
@@ -215,23 +217,23 @@ def append(row: dict[str, Any], target: Path) -> None:
         writer.writerow(row)
 
 
-def check_small(op: str, variant: str, source: Source) -> None:
+def check_small(op: str, variant: str, source: InputFactory) -> None:
     """Fails unless a variant is right at two images; a compiled one is checked at the batch it is compiled for."""
     if variant.startswith(("topk", "literal")):  # which break ties otherwise, and sum halves in halves
         return
     batch = source.batch if variant == "compiled" else min(source.batch, CHECKED)
-    small = Source(source.shape, batch, source.dtype, source.device)
+    small = InputFactory(source.shape, batch, source.dtype, source.device)
     inputs = CASES[op].inputs(small)
     check(op, variant, small, inputs, flat(build(op, variant, small)(*inputs)))
 
 
-def check(op: str, variant: str, source: Source, inputs: tuple[Tensor, ...], came: list[Tensor]) -> None:
+def check(op: str, variant: str, source: InputFactory, inputs: tuple[Tensor, ...], came: list[Tensor]) -> None:
     """Fails unless the results are right."""
     case = CASES[op]
     if variant == "sdpa":
         case = case._replace(call=lambda source, _, *inputs: CASES[op].call(source, "reference", *inputs)[0])
     # Whatever is not one of our kernels is judged as PyTorch is.
-    verdict = judge(case, source, inputs, came, "triton" if variant == "triton" else "reference")
+    verdict = check_against_fp64(case, source, inputs, came, "triton" if variant == "triton" else "reference")
     assert verdict.wrong is None, verdict.wrong
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from rich.table import Table
 
-from clipkernels.files import replacing, write_csv
+from clipkernels.files import atomic_write, write_csv
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Speed
 
-MORE = 75
+EXIT_DEADLINE = 75
 """The exit status of a run that its deadline cut short."""
-ANYWHERE = ("cpu", "driver", "commit", "date")
+MACHINE_KEYS = ("cpu", "driver", "commit", "date")
 """What may differ between two machines, or two days, of one measurement: every row has its own."""
 
 
@@ -42,7 +42,7 @@ def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: 
     out.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".csv", ".json"):
         target = out.with_suffix(suffix)
-        with replacing(target) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        with atomic_write(target) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             if suffix == ".csv":
                 write_csv(records, file)
             else:
@@ -52,7 +52,7 @@ def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: 
 def save(figure: Any, file: Path) -> None:
     """A picture, in the format that its file is named for, which appears whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         figure.savefig(temporary, format=file.suffix[1:] or "png", dpi=110)
 
 
@@ -71,7 +71,7 @@ def resume(out: Path | None, header: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     before = json.loads(source.read_text(encoding="utf-8"))
     rows: list[dict[str, Any]] = before.pop("rows")
-    kept = {name: before["environment"].get(name) for name in ANYWHERE}
+    kept = {name: before["environment"].get(name) for name in MACHINE_KEYS}
     if before != {**header, "environment": header["environment"] | kept}:
         raise SystemExit(f"error: {source} was taken with other options or versions: choose another --out")
     return rows
@@ -81,21 +81,21 @@ TRIES = 2
 """How often something is begun that ends the run it is in, before it is given up."""
 
 
-def begun(out: Path | None) -> Counter[str]:
+def attempts(out: Path | None) -> Counter[str]:
     """How often earlier runs began each thing."""
     file = out and out.with_suffix(".begun")
     return Counter(file.read_text(encoding="utf-8").splitlines() if file is not None and file.exists() else [])
 
 
-def ahead(every: Iterable[tuple[Any, ...]], done: Container[Any], out: Path | None) -> tuple[list[Any], list[str]]:
+def remaining(every: Iterable[tuple[Any, ...]], done: Container[Any], out: Path | None) -> tuple[list[Any], list[str]]:
     """What is not done, in order, but what earlier runs began goes last, for it may have ended them; and the names of
     what they began too often."""
-    tried = begun(out)
+    tried = attempts(out)
     left = sorted((each for each in every if each not in done), key=lambda each: tried[str(each)])
     return [each for each in left if tried[str(each)] < TRIES], [str(e) for e in left if tried[str(e)] >= TRIES]
 
 
-def begin(out: Path | None, name: str) -> None:
+def note_attempt(out: Path | None, name: str) -> None:
     """Notes that something is begun."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

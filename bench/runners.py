@@ -21,13 +21,13 @@ from clipkernels.measure.timing import Clock, Variant, measure
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 CHOICE = "CLIPKERNELS_BACKEND"
-SIDE = {"cuda": 8192, "cpu": 1024}
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 """Of the square matrices whose product says what a device can do."""
-ROUNDED = 32
+ALLOWED_EPS = 32
 """Of the dtype's epsilons that two dense towers may differ by."""
-COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 """Bytes of a tensor larger than any cache of the device."""
-AT_ONCE = {"cuda": 20, "cpu": 1}
+RUNS_AT_ONCE = {"cuda": 20, "cpu": 1}
 """Runs that are timed together: starting and waiting for a GPU count for little then, and it leaves its idle clock."""
 
 
@@ -117,7 +117,7 @@ def in_graphs(variants: Mapping[str, Variant], images: Tensor) -> dict[str, Vari
     return found
 
 
-def lost() -> bool:
+def is_device_lost() -> bool:
     """Whether the device takes no more work."""
     try:
         if torch.cuda.is_available():
@@ -127,12 +127,12 @@ def lost() -> bool:
     return False
 
 
-def serves(label: str, attempt: Callable[[], object], needed: str) -> bool:
+def runs_without_error(label: str, attempt: Callable[[], object], needed: str) -> bool:
     """Whether an attempt at a variant raises nothing; one that does is named, unless it is needed: then it raises."""
     try:
         attempt()
     except Exception:  # a wrong result, what a compiler or a device refuses
-        if label == needed or lost():
+        if label == needed or is_device_lost():
             raise
         print(f"left out, {label}:\n{traceback.format_exc()}", flush=True)
         return False
@@ -146,12 +146,12 @@ def run_once(variant: Variant, images: Tensor, expected: Tensor | None = None) -
     assert came.isfinite().all(), "the embedding is not finite"
     if expected is not None:
         error = ((came.double() - expected.double()).norm() / expected.double().norm()).item()
-        allowed = ROUNDED * torch.finfo(images.dtype).eps
+        allowed = ALLOWED_EPS * torch.finfo(images.dtype).eps
         assert error <= allowed, f"relative error {error:.1e} is above {allowed:.1e}"
 
 
 @torch.inference_mode()
-def held(label: str, variant: Variant, images: Tensor) -> float | None:
+def peak_mib(label: str, variant: Variant, images: Tensor) -> float | None:
     """MiB that one more batch of a warm variant takes at the peak; None where a graph has a pool of its own."""
     if any(way in label for way in ("graph", "max-autotune", "reduce-overhead")):
         return None
@@ -172,7 +172,7 @@ def launches(run: Callable[[], object]) -> int:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, clock: Clock = "wall") -> float:
     """TFLOP/s of a large product of random matrices: what arithmetic reaches at best here and now."""
-    side = SIDE[device.type]
+    side = MATMUL_SIDE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, side, side, device=device, generator=generator).to(dtype).unbind()
     return round(2 * side**3 / _seconds(lambda: a @ b, device, clock) / 1e12, 4)
@@ -180,7 +180,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, clock: Clock = "wall")
 
 def copy_rate(device: torch.device) -> float:
     """GB/s, read and written, of copying a tensor larger than any cache of the device."""
-    x = torch.randn(COPIED[device.type] // 4, device=device)
+    x = torch.randn(COPY_BYTES[device.type] // 4, device=device)
     y = torch.empty_like(x)
     return round(2 * x.nbytes / _seconds(lambda: y.copy_(x), device) / 1e9, 2)
 
@@ -188,7 +188,7 @@ def copy_rate(device: torch.device) -> float:
 @torch.inference_mode()
 def _seconds(run: Callable[[], object], device: torch.device, clock: Clock = "wall") -> float:
     """Of one run among several at once, on a warm device."""
-    several = AT_ONCE[device.type]
+    several = RUNS_AT_ONCE[device.type]
 
     def runs() -> None:
         for _ in range(several):

@@ -37,8 +37,20 @@ from torch import Tensor, nn
 
 import clipkernels as ck
 from bench.models import LIBRARIES, NAMES, R, build, images, methods
-from bench.result_files import MORE, ahead, begin, draw, resume, stamp, write
-from bench.runners import CUDA, DEVICE, ROUNDED, held, in_graphs, launches, lost, matmul_rate, plain, run_once, serves
+from bench.result_files import EXIT_DEADLINE, draw, note_attempt, remaining, resume, stamp, write
+from bench.runners import (
+    ALLOWED_EPS,
+    CUDA,
+    DEVICE,
+    in_graphs,
+    is_device_lost,
+    launches,
+    matmul_rate,
+    peak_mib,
+    plain,
+    run_once,
+    runs_without_error,
+)
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import HOST, Speed, Times, Variant, plan_for, tabulate, time_variants, vary
 from clipkernels.measure.towers import compile_each, room_to_compile
@@ -60,19 +72,19 @@ def main() -> None:
     done = {(row["model"], row["dtype"], row["batch"]) for row in records}
     console = Console(width=None if sys.stdout.isatty() else 160)
     every = [(name, dtype, batch) for batch, name, dtype in product(arguments.batch, arguments.models, arguments.dtype)]
-    left, failed = ahead(every, done, arguments.out)
+    left, failed = remaining(every, done, arguments.out)
     for at, (name, dtype, batch) in enumerate(left):
         if at and monotonic() - started > arguments.deadline:
             print(f"{len(left) - at} of {len(every)} left: the same command goes on with them", flush=True)
-            sys.exit(MORE)
-        begin(arguments.out, str((name, dtype, batch)))
+            sys.exit(EXIT_DEADLINE)
+        note_attempt(arguments.out, str((name, dtype, batch)))
         try:
             rows, whole = paired(name, DTYPES[dtype], batch, arguments)
         except Exception:  # no memory, no compiler, a wrong result: the others are still worth measuring
             traceback.print_exc()
             failed.append(f"{name} {dtype} b{batch}")
-            if lost():
-                sys.exit(MORE)
+            if is_device_lost():
+                sys.exit(EXIT_DEADLINE)
             continue
         console.print(draw(f"{name} {dtype}, batch {batch}, {arguments.threads} threads", [row for row, _ in rows]))
         said = {"model": name, "dtype": dtype, "batch": batch}
@@ -80,7 +92,7 @@ def main() -> None:
         if arguments.out:  # a long run that is cut short keeps what it has
             write(records, header, arguments.out)
         if not whole:  # a capture that fails may leave random numbers and streams as they were in it
-            sys.exit(MORE)
+            sys.exit(EXIT_DEADLINE)
     if failed:
         sys.exit(f"error: {', '.join(failed)} could not be measured")
 
@@ -151,7 +163,7 @@ def paired(
     chosen = {
         label: method
         for label, method in chosen.items()
-        if serves(label, partial(check, model, {label: method}, batches[0]), HOST)
+        if runs_without_error(label, partial(check, model, {label: method}, batches[0]), HOST)
     }
     eager = vary(model, chosen)
     if arguments.plain:
@@ -173,7 +185,9 @@ def paired(
         variants = {
             label: variant
             for label, variant in variants.items()
-            if serves(label, partial(run_once, variant, batches[0], full.get(label.partition(", ")[0])), HOST)
+            if runs_without_error(
+                label, partial(run_once, variant, batches[0], full.get(label.partition(", ")[0])), HOST
+            )
         }
         peers = {label: variant for label, variant in peers.items() if label in variants}
         warmup = 3 if arguments.compile else 1  # the second call of a compiled one may record a graph
@@ -187,7 +201,7 @@ def paired(
             arguments.clock,
             progress=lambda: bar.advance(task),
         )
-        known = {label: {"peak_mib": held(label, variant, batches[0])} for label, variant in variants.items()}
+        known = {label: {"peak_mib": peak_mib(label, variant, batches[0])} for label, variant in variants.items()}
         if arguments.launches:
             for label, variant in variants.items():
                 known[label]["launches"] = launches(partial(variant.encode, batches[0]))
@@ -220,7 +234,7 @@ def check(model: nn.Module, methods: Mapping[str, ck.Method | None], images: Ten
         assert came == planned, f"{name}: expected {planned} tokens, got {came}"
         if isinstance(method, ck.Dense):
             error = ((embedding - host).norm() / host.norm()).item()
-            allowed = ROUNDED * torch.finfo(images.dtype).eps
+            allowed = ALLOWED_EPS * torch.finfo(images.dtype).eps
             assert error <= allowed, f"{name}: relative error {error:.1e} against the host is above {allowed:.1e}"
 
 

@@ -36,7 +36,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
     if wanted == "reference":
         return wanted
     if wanted == "auto":
-        if device.type == "cpu" or not kernel or dtype == torch.float64 or transforms() is not None:
+        if device.type == "cpu" or not kernel or dtype == torch.float64 or transform_obstacle() is not None:
             return "reference"
         obstacle = _obstacle(device)
         if obstacle is not None and device.type == "cuda":
@@ -47,7 +47,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
         raise RuntimeError(f"{said} was asked for, but {op} has no Triton kernel: expected auto or reference")
     if dtype == torch.float64:
         raise ValueError(f'the triton backend of {op} takes float32, float16 or bfloat16, got float64: use "reference"')
-    obstacle = transforms() or _obstacle(device)
+    obstacle = transform_obstacle() or _obstacle(device)
     if obstacle is not None:
         raise RuntimeError(f"{said} was asked for, but {obstacle}")
     return wanted
@@ -58,7 +58,7 @@ def asked(backend: str) -> str:
     return os.environ.get("CLIPKERNELS_BACKEND", "auto") if backend == "auto" else backend
 
 
-def epilogues(x: Tensor) -> bool:
+def use_epilogue_kernels(x: Tensor) -> bool:
     """Whether the sums, norms and activations of a tower on x run as kernels: not where a compiler would fuse them."""
     if choose("auto", x.device, x.dtype, "add_norm") == "reference":
         return False
@@ -88,7 +88,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def transforms() -> str | None:
+def transform_obstacle() -> str | None:
     """Why no kernel can run under the gradient transforms of the moment, or None."""
     if torch.compiler.is_compiling():
         return None

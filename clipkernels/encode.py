@@ -69,7 +69,7 @@ def encode_image(
         check_images(images, resnet.image_size)
         asked = resnet.tokens(images)
         return Encoded(asked[:, 0], asked if tokens else None)
-    tower = adapters.find(model)
+    tower = adapters.find_tower(model)
     check_images(images, tower.image_size)
     if (cls_path or anchors is not None) and not tower.has_cls:
         wanted = "expected a tower with a CLS token for cls_path and anchors"
@@ -88,7 +88,7 @@ def encode_image(
     pooled = unmerge_for_pool(output, plan, reads)
     return Encoded(
         embedding=tower.pool(pooled),
-        tokens=tower.project(pooled if tower.pools_by_query else output.x) if tokens else None,
+        tokens=tower.project(pooled if tower.pools_with_queries else output.x) if tokens else None,
         cls_path=torch.stack(output.path, 1) if cls_path else None,
         source=_stacked(output.sources, x, plan) if source else None,
         prefix=plan.prefix,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-ABOUT = "clipkernels"
+METADATA_KEY = "clipkernels"
 """Where the header of a file of ours says what it is, as JSON."""
 STALE = 3600
 """Seconds after which a half-written file is one that was left behind."""
@@ -27,7 +27,7 @@ TEMPORARY = r"\.[0-9a-f]{32}\.safetensors\.[a-z0-9_]{8}"
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[str]:
     """The name of a temporary file beside `path`, which takes its place when all went well.
 
     Raises:
@@ -68,7 +68,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], a
     Raises:
         OSError: the file cannot be written.
     """
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(about)))
         file.flush()
         os.fsync(file.fileno())
@@ -95,10 +95,10 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return {name: tensor.clone() for name, tensor in tensors.items()}, about
 
 
-def said_of(header: Mapping[str, str]) -> dict[str, Any]:
+def read_metadata(header: Mapping[str, str]) -> dict[str, Any]:
     """What the header of a file says of it, its "format" among it; nothing where the file is another's."""
     try:
-        said = json.loads(header.get(ABOUT, ""))
+        said = json.loads(header.get(METADATA_KEY, ""))
     except ValueError:
         return {}
     return said if isinstance(said, dict) else {}

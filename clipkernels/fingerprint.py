@@ -117,9 +117,8 @@ def check_fingerprint(tower: Mapping[str, str], model: nn.Module, where: object,
                 f"expected the tower of {where} ({named}) in float32 or {next(iter(tower))}, got {next(iter(own))}: "
                 "the two cannot be compared"
             )
-        raise ValueError(
-            f"expected the tower of {where} ({named}; {short_fingerprint(tower)}), got another one ({short_fingerprint(own)})"
-        )
+        expected, actual = short_fingerprint(tower), short_fingerprint(own)
+        raise ValueError(f"expected the tower of {where} ({named}; {expected}), got another one ({actual})")
 
 
 def _sample(tensor: Tensor) -> Tensor:

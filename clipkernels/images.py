@@ -24,7 +24,7 @@ class Loaded(NamedTuple):
     failed: list[tuple[int, str]]
 
 
-def find(images: Sequence[str]) -> Iterator[str]:
+def find_images(images: Sequence[str]) -> Iterator[str]:
     """Every file meant by files, folders and globs, in order, folders and globs sorted.
 
     Raises:

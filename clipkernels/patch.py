@@ -46,8 +46,8 @@ def patch(model: Model, method: Method) -> Model:
     """
     if isinstance(method, type) or not callable(getattr(method, "plan", None)):
         raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
-    tower = adapters.find(model)
-    plan = planned(method, tower, tower.tokens)
+    tower = adapters.find_tower(model)
+    plan = planned(method, tower, tower.num_tokens)
     check: Any = getattr(method, "check_tower", None)
     if check is not None:
         check(tower)
@@ -83,7 +83,7 @@ def unpatch(model: Model) -> Model:
     Raises:
         UnsupportedTower: the model has no tower that could have been patched, or its class was swapped since.
     """
-    tower = adapters.find(model)
+    tower = adapters.find_tower(model)
     owner: Any = tower.owner
     if SLOT in owner.__dict__:
         if "_unpatched" not in type(owner).__dict__:
@@ -100,21 +100,21 @@ def unpatch(model: Model) -> Model:
 @contextmanager
 def patched(model: Model, method: Method) -> Iterator[Model]:
     """The model patched for the length of a `with` block; then whatever was there before, another method included."""
-    before = adapters.find(model).owner.__dict__.get(SLOT)
+    before = adapters.find_tower(model).owner.__dict__.get(SLOT)
     patch(model, method)
     try:
         yield model
     finally:
         unpatch(model)
         if before is not None:
-            tower = adapters.find(model)
+            tower = adapters.find_tower(model)
             # The tower may have learnt or moved meanwhile.
             _install(tower, before._replace(weights=_weights_on_device_of(before.method, tower.owner)))
 
 
 def method_of(model: nn.Module) -> Method | None:
     """The method a model is patched with, or None."""
-    slot = adapters.find(model).owner.__dict__.get(SLOT)
+    slot = adapters.find_tower(model).owner.__dict__.get(SLOT)
     return None if slot is None else slot.method
 
 
@@ -124,7 +124,7 @@ def tower_of(model: nn.Module) -> Tower:
     Raises:
         UnsupportedTower: the tower is none that can be served; the message names what was found.
     """
-    return adapters.find(model)
+    return adapters.find_tower(model)
 
 
 def _weights_on_device_of(method: Method, owner: nn.Module) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipkernels import adapters, block
 from clipkernels.adapters import Tower, UnsupportedTower
-from clipkernels.backend import epilogues
+from clipkernels.backend import use_epilogue_kernels
 from clipkernels.block import TokenState
 from clipkernels.methods import Method
 from clipkernels.plan import Condense, Plan, Predict
@@ -161,7 +161,7 @@ def run(
         source = torch.arange(x.shape[1] + plan.learnt, device=x.device).expand(x.shape[0], -1)
     hosts = list(tower.blocks)[:blocks]
     parts = [tower.parts(host) for host in hosts]
-    fused = epilogues(x)
+    fused = use_epilogue_kernels(x)
     for index in range(first, len(hosts)):
         host, step, follows = hosts[index], plan.steps[index], index + 1
         refuse(tower, host, index)
@@ -225,7 +225,7 @@ def run_patched(
         _refuse_padding(visible, plan)
         visible = None
     # Whoever hooks the owner may read any row.
-    whole, hooked = whole or not adapters.reads_cls_alone(tower), bool(owner._forward_hooks)
+    whole, hooked = whole or not adapters.outputs_only_cls(tower), bool(owner._forward_hooks)
     reads = decide_reads(plan, whole=whole, every_row=hooked, take=take)
     output = run(tower, TowerInput(x, rope, visible), plan, reads, blocks=blocks, **slot.weights)
     return unmerge_for_pool(output, plan, reads), output.taken
@@ -246,14 +246,14 @@ def planned(method: Method, tower: Tower, tokens: int, prefix: int | None = None
             f"the plan of {method!r} must start at {tokens} tokens, {prefix} of them prefix, and have {depth} "
             f"steps, got {plan.entry}, {plan.prefix} and {len(plan.steps)}"
         )
-    if plan.merges and plan.drops and not adapters.reads_cls_alone(tower):
+    if plan.merges and plan.drops and not adapters.outputs_only_cls(tower):
         raise ValueError("a plan that merges tokens and drops others needs a tower that pools CLS, got another pool")
     return plan if tower.pools_cls else plan.ranked_by("received")
 
 
 def pool_of(tower: Tower) -> tuple[bool, bool]:
     """The parts of its result that a tower reads, on which plans depend: CLS alone is pooled, tokens are returned."""
-    return tower.pools_cls, tower.hands_out
+    return tower.pools_cls, tower.returns_tokens
 
 
 def unmerge_for_pool(output: ForwardOutput, plan: Plan, reads: Reads) -> Tensor:
@@ -273,7 +273,7 @@ def unmerge(x: Tensor, sources: list[Tensor], prefix: int) -> Tensor:
 
 def refuse(tower: Tower, host: nn.Module, index: int) -> None:
     """Raises UnsupportedTower where running a block's parts would skip something its own forward does."""
-    why = tower.refusal(host)
+    why = tower.unsupported_reason(host)
     if why is not None:
         raise UnsupportedTower(f"block {index}: {why}")
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from clipkernels import block
 from clipkernels.adapters import Tower, UnsupportedTower
-from clipkernels.adapters.parts import replaced
-from clipkernels.backend import choose, epilogues
+from clipkernels.adapters.modules import is_forward_replaced
+from clipkernels.backend import choose, use_epilogue_kernels
 from clipkernels.block import TokenState
 from clipkernels.tower import refuse
 
@@ -41,7 +41,7 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     memo: dict[int, Any] = {id(vars(m)[name]): OrderedDict() for m in host.modules() for name in hooks}
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, min(tower.tokens, 17), tower.width, generator=generator, device="cpu").to(tower.like.device)
+    x = torch.randn(2, min(tower.num_tokens, 17), tower.width, generator=generator, device="cpu").to(tower.like.device)
     try:
         probe = copy.deepcopy(host, memo).float().eval()
         rope = tower.rope_like(host, x.shape[1] - tower.prefix)
@@ -54,7 +54,7 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             parts = tower.parts(probe)
-            output = block.forward(parts, TokenState(x, rope=rope), None, tower.prefix, fused=epilogues(x))
+            output = block.forward(parts, TokenState(x, rope=rope), None, tower.prefix, fused=use_epilogue_kernels(x))
             came = output.state.x - x
     except Exception as error:  # its parts are not what they seem
         raise UnsupportedTower(f"block {index}: its own forward runs, its parts do not: {error}") from error
@@ -72,5 +72,5 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
 
 def refuse_replaced(tower: Tower) -> None:
     """Raises UnsupportedTower where the owner's forward, which is about to be passed by, is not its class's."""
-    if replaced(tower.owner):
+    if is_forward_replaced(tower.owner):
         raise UnsupportedTower(f"the forward of {type(tower.owner).__name__} was replaced: patch before that")

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipkernels.kernels import counting, layer_norm
-from clipkernels.kernels.counting import load_scores, place, reduce_heads
+from clipkernels.kernels import layer_norm, ranking
 from clipkernels.kernels.layer_norm import store_rows
+from clipkernels.kernels.ranking import load_scores, rank_of, reduce_heads
 
 
 @triton.jit(do_not_specialize=["P", "keep", "merge", "prefix", "first"])
@@ -43,7 +43,7 @@ def _cluster_kernel(
         tl.debug_barrier()  # every thread compares with what all have stored
     else:
         row_ptr = scores_ptr + batch * P
-    at = place(row_ptr, offs, P, BLOCK_P, BLOCK_J)
+    at = rank_of(row_ptr, offs, P, BLOCK_P, BLOCK_J)
     if not OWN:
         weight = load_scores(row_ptr, offs, P)
     elif WH:
@@ -146,7 +146,7 @@ def config(patches: int, merge: int, width: int) -> dict[str, dict[str, int]]:
     block_m = max(16, triton.next_power_of_2(merge))
     # Above 64 merging rows the compiler spills with more warps, or with wider tiles.
     tile = {"BLOCK_C": max(16, min(triton.next_power_of_2(width), 4096 // block_m)) if block_m <= 64 else 16}
-    places = counting.blocks(patches)
+    places = ranking.blocks(patches)
     warps = {"num_warps": 4} if block_m > 64 else {}
     gather = {"BLOCK_P": places["BLOCK_P"], **layer_norm.blocks(16, width, 8192), "num_warps": 4}
     return {"cluster": {**places, **warps, "BLOCK_M": block_m, **tile}, "gather": gather}

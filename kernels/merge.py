@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipkernels.kernels import counting, layer_norm
-from clipkernels.kernels.counting import place
+from clipkernels.kernels import layer_norm, ranking
 from clipkernels.kernels.layer_norm import store_rows
+from clipkernels.kernels.ranking import rank_of
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -86,7 +86,7 @@ def _strongest_kernel(
     batch = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_P)
     kept_ptr += batch * (even + A - r)
-    source = (place(strength_ptr + batch * A, offs, A, BLOCK_P, BLOCK_J) < r) & (offs < A)
+    source = (rank_of(strength_ptr + batch * A, offs, A, BLOCK_P, BLOCK_J) < r) & (offs < A)
     before = tl.cumsum(source.to(tl.int32), 0)
     nearest = tl.load(nearest_ptr + batch * A + offs, mask=source, other=0)
     tl.store(source_ptr + batch * r + before - 1, (even + offs).to(tl.int64), mask=source)
@@ -186,7 +186,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, T
             D=width, TILES=tiles["B"], enable_fp_fusion=True, **blocks["nearest"],
         )  # fmt: skip
         _strongest_kernel[(batch,)](
-            strength, nearest, kept, source, target, a, r, even, odd, enable_fp_fusion=True, **counting.blocks(a)
+            strength, nearest, kept, source, target, a, r, even, odd, enable_fp_fusion=True, **ranking.blocks(a)
         )
     return kept, source, target
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipkernels.kernels import counting, layer_norm
-from clipkernels.kernels.counting import load_scores, place, reduce_heads
+from clipkernels.kernels import layer_norm, ranking
 from clipkernels.kernels.layer_norm import store_rows
+from clipkernels.kernels.ranking import load_scores, rank_of, reduce_heads
 
 
 @triton.jit(do_not_specialize=["P", "keep"])
@@ -35,7 +35,7 @@ def _choose_kernel(
         tl.debug_barrier()  # every thread compares with what all have stored
     else:
         row_ptr = scores_ptr + batch * P
-    kept = (place(row_ptr, offs, P, BLOCK_P, BLOCK_J) < keep) & (offs < P)
+    kept = (rank_of(row_ptr, offs, P, BLOCK_P, BLOCK_J) < keep) & (offs < P)
     before = tl.cumsum(kept.to(tl.int32), 0)
     tl.store(index_ptr + batch * keep + before - 1, offs.to(tl.int64), mask=kept)
     if FUSE:
@@ -86,7 +86,7 @@ def _gather_kernel(
 def config(patches: int, width: int) -> dict[str, int]:
     """Block sizes and warps of the gather, for P patches of width C."""
     tile = layer_norm.blocks(16, width, 8192)
-    return {"BLOCK_P": counting.blocks(patches)["BLOCK_P"], **tile, "num_warps": 4}
+    return {"BLOCK_P": ranking.blocks(patches)["BLOCK_P"], **tile, "num_warps": 4}
 
 
 def prune_tokens(
@@ -113,7 +113,7 @@ def prune_tokens(
             _choose_kernel[(batch,)](
                 scores, reduced, index, gone, weights, patches, keep,
                 H=scores.shape[1] if per_head else 0, RANK=heads == "rank", FUSE=int(fuse), enable_fp_fusion=True,
-                **counting.blocks(patches),
+                **ranking.blocks(patches),
             )  # fmt: skip
         _gather_kernel[(batch, triton.cdiv(prefix + keep, blocks["BLOCK_R"]) + fuse)](
             x, index, gone, weights, out, out if normed is None else normed, weight, bias,

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipkernels.kernels import counting
-from clipkernels.kernels.counting import reduce_heads
+from clipkernels.kernels import ranking
+from clipkernels.kernels.ranking import reduce_heads
 
 LOG2E = 1.4426950408889634
 
@@ -124,6 +124,6 @@ def reduce_scores(scores: Tensor, rank: bool, divisor: int) -> Tensor:
         return out
     with torch.cuda.device_of(scores):
         _heads_kernel[(batch,)](
-            scores, out, patches, float(divisor), H=rows, RANK=rank, enable_fp_fusion=True, **counting.blocks(patches)
+            scores, out, patches, float(divisor), H=rows, RANK=rank, enable_fp_fusion=True, **ranking.blocks(patches)
         )
     return out

@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import clipkernels as ck  # noqa: E402
-from clipkernels.testing import guarded, placeless  # noqa: E402
+from clipkernels.testing import GuardedAllocations, exact_interpreter_dot  # noqa: E402
 
 TINY = {
     "embed_dim": 16,
@@ -65,7 +65,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def triton() -> Iterator[str]:
     """The Triton backend's name; what its kernels allocate is poisoned and guarded."""
     pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
-    with guarded(), placeless():
+    with GuardedAllocations(), exact_interpreter_dot():
         yield "triton"
 
 

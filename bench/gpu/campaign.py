@@ -138,16 +138,16 @@ class Campaign:
     def publish(self) -> None:
         """Writes the report and the archive, each whole or not at all."""
         from bench.gpu.report import render
-        from clipkernels.files import replacing
+        from clipkernels.files import atomic_write
 
         try:
             render(self.folder, None if self.dry or self.folder.parent != RESULTS else ROOT / "README.md")
         except Exception:  # rows that cannot be drawn are still worth bringing back
             self.say(f"no report:\n{traceback.format_exc()}")
-        with replacing(self.out / "results.tar.gz") as temporary, tarfile.open(temporary, "w:gz") as archive:
+        with atomic_write(self.out / "results.tar.gz") as temporary, tarfile.open(temporary, "w:gz") as archive:
             archive.add(self.folder, self.folder.name)
         if (self.folder / "report.md").exists():
-            with replacing(self.out / "report.md") as temporary:
+            with atomic_write(self.out / "report.md") as temporary:
                 Path(temporary).write_bytes((self.folder / "report.md").read_bytes())
 
     def whole(self, visits: Mapping[str, int]) -> set[str]:
@@ -307,9 +307,9 @@ def forget(step: Step, folder: Path) -> None:
 
 def save_json(content: object, file: Path) -> None:
     """Writes a file whole or not at all."""
-    from clipkernels.files import replacing
+    from clipkernels.files import atomic_write
 
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         Path(temporary).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.runners import CUDA, DEVICE, copy_rate, matmul_rate
-from clipkernels.files import replacing
+from clipkernels.files import atomic_write
 from clipkernels.measure.environment import environment
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     ceilings = {"copy_gb_per_s": copy_rate(DEVICE), "matmul_tflop_per_s": products, **environment()}
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(arguments.out) as temporary:
+        with atomic_write(arguments.out) as temporary:
             Path(temporary).write_text(json.dumps(ceilings, indent=1), encoding="utf-8")
     rates = ", ".join(f"{name} {rate:.4g} TFLOP/s" for name, rate in products.items())
     print(f"{ceilings['device']}: copy {ceilings['copy_gb_per_s']:.4g} GB/s; products {rates}")

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from bench.result_files import read_csv
-from clipkernels.files import replacing, write_csv
-from clipkernels.testing.cases import CASES, SHAPES, Source
+from clipkernels.files import atomic_write, write_csv
+from clipkernels.testing.cases import CASES
+from clipkernels.testing.inputs import SHAPES, InputFactory
 
 METRICS = (
     "gpu__time_duration.sum",
@@ -61,7 +62,7 @@ def main() -> None:
             print(f"ncu could not read the counters of {op} {tower} b{batch}: {(done.stdout + done.stderr)[-300:]}")
             return
         rows += [{"op": op, "tower": tower, "batch": batch, **row} for row in found]
-        with replacing(arguments.out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        with atomic_write(arguments.out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             write_csv(rows, file)
     print(f"{len(rows)} launches in {arguments.out}")
 
@@ -77,7 +78,9 @@ def parse() -> argparse.Namespace:
 def call(op: str, tower: str, batch: int) -> None:
     """A few calls of one operation's kernels."""
     case = CASES[op]
-    source = Source(SHAPES[tower], batch, torch.bfloat16, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    source = InputFactory(
+        SHAPES[tower], batch, torch.bfloat16, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     inputs = case.inputs(source)
     for _ in range(3):
         case.call(source, "triton", *inputs)

@@ -47,7 +47,7 @@ def install() -> None:
     """Replaces what needs a GPU, before any bench is imported."""
     from bench import models, runners
     from clipkernels import backend, bundled
-    from clipkernels.testing import cases
+    from clipkernels.testing import inputs
 
     choose = backend.choose
 
@@ -65,11 +65,11 @@ def install() -> None:
 
     images = models.images
     backend.choose = reference
-    cases.SHAPES.update({name: cases.Shape(21, 128, 2, shape.prefix, 4) for name, shape in cases.SHAPES.items()})
-    cases.Source.__init__ = toy_source(cases.Source.__init__)  # type: ignore[method-assign]
+    inputs.SHAPES.update({name: inputs.Shape(21, 128, 2, shape.prefix, 4) for name, shape in inputs.SHAPES.items()})
+    inputs.InputFactory.__init__ = toy_source(inputs.InputFactory.__init__)  # type: ignore[method-assign]
     models.build = lambda name, dtype: bundled()[0].to(dtype)  # type: ignore[assignment]
     models.images = toy_images
-    runners.CUDA, runners.SIDE["cpu"], runners.COPIED["cpu"] = True, 256, 1 << 22
+    runners.CUDA, runners.MATMUL_SIDE["cpu"], runners.COPY_BYTES["cpu"] = True, 256, 1 << 22
     runners.captured = lambda variant, images: variant
     runners.replayed = call_in_turn
     runners.launches = lambda run: len([run()])

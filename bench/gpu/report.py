@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from bench.gpu.targets import Row, efficiencies, fastest, grouped, targets, way_of
 from bench.result_files import read_csv, save
-from clipkernels.files import replacing
+from clipkernels.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
@@ -67,7 +67,7 @@ def render(folder: Path, readme: Path | None = None) -> str:
             draw(panels, found.towers, folder / "efficiency.png")
     title = found.environment.get("device", folder.name)
     text = f"# {title}\n\n{summary(found, folder)}{tables(found)}"
-    with replacing(folder / "report.md") as temporary:
+    with atomic_write(folder / "report.md") as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
     if readme:
         put(summary(found, readme.parent), readme)
@@ -225,7 +225,7 @@ def put(text: str, readme: Path) -> None:
     _, ended, after = rest.partition(END)
     if not found or not ended:
         raise SystemExit(f"error: expected {BEGIN} and {END} in {readme}, got none")
-    with replacing(readme) as temporary:
+    with atomic_write(readme) as temporary:
         Path(temporary).write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
 
 

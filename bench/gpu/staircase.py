@@ -28,7 +28,7 @@ from bench.result_files import save, write
 from bench.runners import CUDA, DEVICE, replayed
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import measure
-from clipkernels.testing.cases import SHAPES
+from clipkernels.testing.inputs import SHAPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SETS = 12 if CUDA else 2

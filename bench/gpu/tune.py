@@ -35,12 +35,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.ops import TOWERS, check, runner, several
-from bench.result_files import MORE, ahead, begin, resume, stamp, write
+from bench.result_files import EXIT_DEADLINE, note_attempt, remaining, resume, stamp, write
 from bench.runners import CUDA, DEVICE
 from clipkernels.backend import interpreting
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import measure
-from clipkernels.testing.cases import CASES, SHAPES, Source, flat, judged
+from clipkernels.testing.cases import CASES
+from clipkernels.testing.fp64 import flat, is_checkable
+from clipkernels.testing.inputs import SHAPES, InputFactory
 
 BATCHES = (256, 1) if CUDA else (2,)
 ORDER = sorted(TOWERS, key=lambda tower: tower not in ("B-16", "L-14"))  # the usual ones first
@@ -51,13 +53,13 @@ CHOSEN = {
     "attention_sized": (("attention", "config"),),
     "attention_cls": (("attention", "config"),),
     "attention_received": (("attention", "config"),),
-    "rank_tokens": (("rank", "config"), ("counting", "blocks")),
+    "rank_tokens": (("rank", "config"), ("ranking", "blocks")),
     "predict_scores": (("predict", "config"),),
-    "prune_tokens": (("prune", "config"), ("counting", "blocks")),
-    "prune_tokens_heads_fuse_norm": (("prune", "config"), ("counting", "blocks")),
+    "prune_tokens": (("prune", "config"), ("ranking", "blocks")),
+    "prune_tokens_heads_fuse_norm": (("prune", "config"), ("ranking", "blocks")),
     "condense_tokens": (("condense", "config"),),
     "condense_tokens_rank_norm": (("condense", "config"),),
-    "match_tokens": (("merge", "match_config"), ("counting", "blocks")),
+    "match_tokens": (("merge", "match_config"), ("ranking", "blocks")),
     "merge_tokens": (("merge", "merge_config"),),
     "merge_tokens_norm": (("merge", "merge_config"),),
     "calip_logits": (("cross_attention", "config"), ("cross_attention", "terms_config")),
@@ -70,7 +72,7 @@ CHOSEN = {
 COVERS = {
     ("attention", "config", "BLOCK_D"),
     ("rank", "config", "BLOCK_D"),
-    ("counting", "blocks", "BLOCK_P"),
+    ("ranking", "blocks", "BLOCK_P"),
     ("prune", "config", "BLOCK_P"),
     ("prune", "config", "BLOCK_C"),
     ("condense", "config", "cluster", "BLOCK_P"),
@@ -98,16 +100,16 @@ def main() -> None:
     header = {"environment": environment(), "dtype": "bfloat16", "batches": list(BATCHES), "gain": GAIN}
     records = resume(arguments.out, header)
     done = {(row["op"], row["tower"]) for row in records}
-    every = [(op, tower) for tower, op in product(arguments.towers, arguments.ops) if judged(op, SHAPES[tower])]
-    left, failed = ahead(every, done, arguments.out)
+    every = [(op, tower) for tower, op in product(arguments.towers, arguments.ops) if is_checkable(op, SHAPES[tower])]
+    left, failed = remaining(every, done, arguments.out)
     with Progress(console=Console(stderr=True), transient=True) as bar, compilers(arguments.jobs) as compile_ahead:
         task = bar.add_task("", total=len(left))
         for at, (op, tower) in enumerate(left):
             if at and time.monotonic() - started > arguments.deadline:
                 print(f"{len(left) - at} of {len(every)} left: the same command goes on with them", flush=True)
-                sys.exit(MORE)
+                sys.exit(EXIT_DEADLINE)
             bar.update(task, description=f"{op} {tower}")
-            begin(arguments.out, str((op, tower)))
+            note_attempt(arguments.out, str((op, tower)))
             try:
                 records.append(searched(op, tower, arguments.budget, compile_ahead))
             except AssertionError as error:  # the others are still worth searching
@@ -151,14 +153,14 @@ def compilers(jobs: int) -> Iterator[Ahead]:
 
 def call_once(op: str, tower: str, changes: Mapping[Place, int]) -> None:
     """Compiles a candidate by calling it once, at the smallest batch; a candidate that cannot run is timed as none."""
-    source = Source(SHAPES[tower], BATCHES[-1], torch.bfloat16, DEVICE)
+    source = InputFactory(SHAPES[tower], BATCHES[-1], torch.bfloat16, DEVICE)
     with configured(op, changes, {}), torch.inference_mode(), suppress(Exception):
         CASES[op].call(source, "triton", *CASES[op].inputs(source))
 
 
 def searched(op: str, tower: str, budget: float, compile_ahead: Ahead) -> dict[str, Any]:
     """A row: an operation's own configuration at one shape, the best that was found, and the time of each."""
-    sources = [Source(SHAPES[tower], batch, torch.bfloat16, DEVICE) for batch in BATCHES]
+    sources = [InputFactory(SHAPES[tower], batch, torch.bfloat16, DEVICE) for batch in BATCHES]
     best, own, tried, rejected = search(op, tower, sources, time.monotonic() + budget, compile_ahead)
     try:
         for source in sources:
@@ -174,7 +176,7 @@ def searched(op: str, tower: str, budget: float, compile_ahead: Ahead) -> dict[s
 
 
 def search(
-    op: str, tower: str, sources: list[Source], end: float, compile_ahead: Ahead
+    op: str, tower: str, sources: list[InputFactory], end: float, compile_ahead: Ahead
 ) -> tuple[dict[Place, int], dict[Place, int], int, int]:
     """The numbers that gain if they are changed, all numbers of the operation's own configuration, and the counts of
     candidates that were tried and rejected; nothing is tried after `end`, by `time.monotonic`."""
@@ -208,7 +210,7 @@ def search(
     return best, own, tried, rejected
 
 
-def beside(op: str, sources: list[Source], best: Mapping[Place, int]) -> dict[str, float]:
+def beside(op: str, sources: list[InputFactory], best: Mapping[Place, int]) -> dict[str, float]:
     """What an operation takes at each batch in its own configuration and in the best found, timed side by side, for
     the best of many times is low by chance; and the gain over all."""
     row: dict[str, float] = {}
@@ -271,7 +273,7 @@ def neighbours(config: Mapping[Place, int]) -> Iterator[tuple[Place, int]]:
 
 
 @torch.inference_mode()
-def took(op: str, sources: list[Source]) -> list[float] | None:
+def took(op: str, sources: list[InputFactory]) -> list[float] | None:
     """Seconds of a call at each batch, or None where the result of the last, the smallest, is not right or there is
     none."""
     found = []

@@ -23,7 +23,8 @@ import clipkernels as ck
 from bench.models import build, images, methods
 from bench.runners import DEVICE
 from clipkernels.measure.timing import HOST, vary
-from clipkernels.testing.cases import CASES, SHAPES, Source
+from clipkernels.testing.cases import CASES
+from clipkernels.testing.inputs import SHAPES, InputFactory
 
 JOBS = 8
 SHAPES_FIRST = ("B-16", "L-14-336")
@@ -72,7 +73,7 @@ def call(job: Job) -> str | None:
             elif job.kind == "compiled":
                 run_compiled(job.name, job.batch)
             else:
-                source = Source(SHAPES[job.name], job.batch, torch.bfloat16, DEVICE)
+                source = InputFactory(SHAPES[job.name], job.batch, torch.bfloat16, DEVICE)
                 CASES[job.kind].call(source, "triton", *CASES[job.kind].inputs(source))
     except Exception:  # the step that measures it says more
         return traceback.format_exc().splitlines()[-1]

@@ -101,11 +101,11 @@ def variants() -> dict[str, Variant]:
     def gmacs(method: ck.Method) -> float:
         return gmacs_for(tower, plan_for(tower, method))
 
-    patches, made = tower.tokens - tower.prefix, {"CLIP": Variant(None)}
+    patches, made = tower.num_tokens - tower.prefix, {"CLIP": Variant(None)}
     for rate in RATES:
         target = gmacs(ck.TCA(rate))
         keep = min((n / patches for n in range(1, patches)), key=lambda keep: abs(gmacs(ck.EViT(keep)) - target))
-        r = min(range(1, tower.tokens), key=lambda r: abs(gmacs(ck.ToMe(r)) - target))
+        r = min(range(1, tower.num_tokens), key=lambda r: abs(gmacs(ck.ToMe(r)) - target))
         made |= {
             f"EViT(keep={keep:.3f})": Variant(ck.EViT(keep)),
             f"EViT(keep={keep:.3f}, random)": Variant(ck.EViT(keep, score="random")),

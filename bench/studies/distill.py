@@ -42,8 +42,8 @@ from bench.studies.ranking import prepared
 from bench.studies.tiny_clip import read
 from clipkernels import support
 from clipkernels.data.tokenizer import END, PAD, VOCABULARY
+from clipkernels.learn.checkpoints import seeded
 from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache, TeacherFeatures, align_grid
-from clipkernels.learn.modules import seeded
 from clipkernels.measure.environment import environment
 
 BATCH = 64

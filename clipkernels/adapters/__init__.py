@@ -33,7 +33,7 @@ class Tower(Protocol):
         """Leading tokens that are no patches: CLS, registers."""
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens entering the first block, the prefix included."""
 
     @property
@@ -69,11 +69,11 @@ class Tower(Protocol):
         """Whether the pool reads the CLS row alone; then its attention ranks, otherwise what patches receive."""
 
     @property
-    def hands_out(self) -> bool:
+    def returns_tokens(self) -> bool:
         """Whether the host's own forward returns tokens beside the embedding."""
 
     @property
-    def pools_by_query(self) -> bool:
+    def pools_with_queries(self) -> bool:
         """Whether the pool asks with several learned queries, whose answers then stand for the tokens."""
 
     @property
@@ -92,7 +92,7 @@ class Tower(Protocol):
     def rope_like(self, host: nn.Module, patches: int) -> Tensor | None:
         """Some rotary table (patches,2·D) such as this block takes, or None."""
 
-    def refusal(self, host: nn.Module) -> str | None:
+    def unsupported_reason(self, host: nn.Module) -> str | None:
         """Why running the parts of a block would not be what its own forward does, or None."""
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -112,12 +112,12 @@ class Tower(Protocol):
         """The owner's methods while patched; `run` is `tower.run_patched`."""
 
 
-def reads_cls_alone(tower: Tower) -> bool:
+def outputs_only_cls(tower: Tower) -> bool:
     """Whether whoever calls a tower's own forward sees nothing of its last tokens but CLS."""
-    return tower.pools_cls and not tower.hands_out
+    return tower.pools_cls and not tower.returns_tokens
 
 
-def find(model: nn.Module) -> Tower:
+def find_tower(model: nn.Module) -> Tower:
     """The image tower of a model: the model itself, its image half, or the one tower somewhere inside it.
 
     Raises:

@@ -15,16 +15,16 @@ from torch.nn.functional import linear
 
 from clipkernels import ops
 from clipkernels.adapters import UnsupportedTower
-from clipkernels.adapters.parts import (
+from clipkernels.adapters.modules import (
+    bypass_reason,
+    is_modified,
     mlp_of,
     norm_of,
-    passed_by,
     qkv_of,
     ratio_of,
     refuse_mask,
     scale_of,
     split_heads,
-    watched,
 )
 from clipkernels.block import Branch
 from clipkernels.reference import Norm
@@ -65,7 +65,7 @@ class OpenCLIPTower:
         return self.owner.resblocks
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return self.visual.positional_embedding.shape[0]
 
     @property
@@ -105,7 +105,7 @@ class OpenCLIPTower:
         return visual.attn_pool is None and visual.pool_type == "tok"
 
     @property
-    def hands_out(self) -> bool:
+    def returns_tokens(self) -> bool:
         return self.visual is None or self.visual.output_tokens
 
     @property
@@ -126,8 +126,8 @@ class OpenCLIPTower:
     def rope_like(self, host: nn.Module, patches: int) -> Tensor | None:
         return None
 
-    def refusal(self, host: nn.Module) -> str | None:
-        return refusal(host)
+    def unsupported_reason(self, host: nn.Module) -> str | None:
+        return unsupported_reason(host)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.visual._embeds(images), None
@@ -137,7 +137,7 @@ class OpenCLIPTower:
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
     @property
-    def pools_by_query(self) -> bool:
+    def pools_with_queries(self) -> bool:
         return self.visual.attn_pool is not None
 
     def project(self, x: Tensor) -> Tensor:
@@ -168,13 +168,13 @@ class OpenCLIPTower:
         return {"forward": forward, "forward_intermediates": forward_intermediates}
 
 
-def refusal(host: Any) -> str | None:
+def unsupported_reason(host: Any) -> str | None:
     """Why a residual block with `nn.MultiheadAttention`, or open_clip's own `Attention`, cannot be served, or None."""
     # A wrapper may pass on what it lacks, so a part counts only where the module itself holds it.
     if not all(part in host._modules for part in ("ln_1", "attn", "ln_2", "mlp")):
         return f"expected ln_1, attn, ln_2 and mlp, got {type(host).__name__}"
     attn: Any = host.attn
-    why = passed_by(host, attn, getattr(attn, "attn_drop", attn))
+    why = bypass_reason(host, attn, getattr(attn, "attn_drop", attn))
     if why is not None:
         return why
     if not hasattr(attn, "in_proj_weight") or not hasattr(attn, "num_heads") or hasattr(attn, "base_layer"):
@@ -236,7 +236,7 @@ class OpenCLIPBlock:
         host, mlp = self.host, self.host.mlp
         x = host.ln_2(x) if normed is None else normed
         readable, scale = _scale(host, "ls_2")
-        if fused and readable and type(mlp) is nn.Sequential and len(mlp) == 3 and not watched(mlp):
+        if fused and readable and type(mlp) is nn.Sequential and len(mlp) == 3 and not is_modified(mlp):
             expand, act, contract = mlp
             branch = mlp_of(x, expand, act, contract, scale)
             if branch is not None:

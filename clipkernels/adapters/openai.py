@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.adapters.open_clip import OpenCLIPTower, refusal
-from clipkernels.adapters.parts import hooked, replaced
+from clipkernels.adapters.modules import has_hooks, is_forward_replaced
+from clipkernels.adapters.open_clip import OpenCLIPTower, unsupported_reason
 
 
 def find(visual: Any) -> OpenAITower | None:
@@ -26,7 +26,7 @@ def find(visual: Any) -> OpenAITower | None:
 class OpenAITower(OpenCLIPTower):
     """The parts of a clip VisionTransformer; arguments as there."""
 
-    hands_out = pools_by_query = checkpointing = False
+    returns_tokens = pools_with_queries = checkpointing = False
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -48,12 +48,12 @@ class OpenAITower(OpenCLIPTower):
     def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
         return host(x.transpose(0, 1)).transpose(0, 1)
 
-    def refusal(self, host: Any) -> str | None:
-        if replaced(self.owner.resblocks) or hooked(self.owner.resblocks):
+    def unsupported_reason(self, host: Any) -> str | None:
+        if is_forward_replaced(self.owner.resblocks) or has_hooks(self.owner.resblocks):
             return "its nn.Sequential carries a hook or a replaced forward, which would be skipped: remove it first"
         if getattr(host, "attn_mask", None) is not None:
             return f"expected attention without a mask, got one of shape {tuple(host.attn_mask.shape)}"
-        return refusal(host)
+        return unsupported_reason(host)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         visual = self.visual

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from clipkernels.adapters.parts import is_linear, qkv_of, split_heads
-from clipkernels.backend import transforms
-from clipkernels.custom_ops import plain
+from clipkernels.adapters.modules import is_linear, qkv_of, split_heads
+from clipkernels.backend import transform_obstacle
+from clipkernels.custom_ops import can_skip_dispatcher
 
 # The memory that a parameter shares with its neighbours, as long as the parameter lives.
 _WHOLE: Any = WeakTensorKeyDictionary()
@@ -60,10 +60,10 @@ def packed(projections: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | N
     None where they do not, where gradients or tangents must reach each of them, and under a compiler, which cannot
     watch where memory lies.
     """
-    if transforms() is not None or not all(is_linear(projection) for projection in projections):
+    if transform_obstacle() is not None or not all(is_linear(projection) for projection in projections):
         return None
     weights, biases = _parameters(projections)
-    if not plain(*weights, *biases):
+    if not can_skip_dispatcher(*weights, *biases):
         return None
     weight, bias = _joined(weights), _joined(biases)
     if weight is None or (bias is None and any(b is not None for b in biases)):

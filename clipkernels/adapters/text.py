@@ -54,7 +54,7 @@ class TextTower(Protocol):
         """The embeddings (B,E) by the host's own forward."""
 
 
-def find(model: nn.Module) -> TextTower:
+def find_text_tower(model: nn.Module) -> TextTower:
     """The text tower of a model.
 
     Raises:
@@ -185,7 +185,7 @@ class OpenAIText:
 
 
 @torch.no_grad()
-def verify(tower: TextTower, ids: Tensor) -> int:
+def verify_text_tower(tower: TextTower, ids: Tensor) -> int:
     """The width E of a tower's embeddings, once it was seen that the embeddings of ids (B,T) are the host's own, and,
     where the host pools a row, that they are among the rows.
 

@@ -20,12 +20,12 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from clipkernels.adapters import UnsupportedTower
-from clipkernels.adapters.parts import (
-    hooked,
-    passed_by,
+from clipkernels.adapters.modules import (
+    bypass_reason,
+    has_hooks,
+    is_forward_replaced,
     ratio_of,
     refuse_mask,
-    replaced,
 )
 from clipkernels.adapters.timm_block import TimmBlock, separate
 
@@ -73,7 +73,7 @@ class TimmTower:
         return self.owner.num_prefix_tokens
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return self.owner.patch_embed.num_patches + self.prefix
 
     @property
@@ -113,11 +113,11 @@ class TimmTower:
         return self.owner.attn_pool is None and self.owner.global_pool == "token"
 
     @property
-    def hands_out(self) -> bool:
+    def returns_tokens(self) -> bool:
         return self.owner.attn_pool is None and not self.owner.global_pool
 
     @property
-    def pools_by_query(self) -> bool:
+    def pools_with_queries(self) -> bool:
         return False
 
     @property
@@ -140,14 +140,14 @@ class TimmTower:
         angles = torch.linspace(0, 3, patches * width, device=self.like.device).view(patches, width)
         return torch.cat([angles.sin(), angles.cos()], -1)
 
-    def refusal(self, host: Any) -> str | None:
+    def unsupported_reason(self, host: Any) -> str | None:
         blocks = self.owner.blocks
-        if replaced(blocks) or hooked(blocks):
+        if is_forward_replaced(blocks) or has_hooks(blocks):
             return f"its {type(blocks).__name__} carries a hook or a replaced forward, which would be skipped"
         if not any(type(host).forward is forward for forward in FORWARDS):
             return f"expected the forward of a Block or an EvaBlock, got that of {type(host).__name__}"
         attn = host.attn
-        why = passed_by(host, attn, attn.attn_drop)
+        why = bypass_reason(host, attn, attn.attn_drop)
         if why is not None:
             return why
         if not isinstance(attn, (Attention, AttentionRope, EvaAttention)):

@@ -12,18 +12,18 @@ from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from clipkernels.adapters.packing import separate_qkv
-from clipkernels.adapters.parts import (
-    does_nothing,
+from clipkernels.adapters.modules import (
     is_linear,
+    is_modified,
+    is_noop,
     mlp_of,
     norm_of,
-    projected,
+    project_branch,
     qkv_of,
     scale_of,
     split_heads,
-    watched,
 )
+from clipkernels.adapters.packing import separate_qkv
 from clipkernels.block import Branch
 from clipkernels.reference import Norm
 
@@ -70,8 +70,8 @@ class TimmBlock:
         if not self.post:
             x = host.norm2(x) if normed is None else normed
         readable, scale = self._scale(2)
-        at_rest = type(mlp) is Mlp and all(does_nothing(module) for module in (mlp.drop1, mlp.norm, mlp.drop2))
-        if fused and readable and at_rest and not watched(mlp):
+        at_rest = type(mlp) is Mlp and all(is_noop(module) for module in (mlp.drop1, mlp.norm, mlp.drop2))
+        if fused and readable and at_rest and not is_modified(mlp):
             branch = mlp_of(x, mlp.fc1, mlp.act, mlp.fc2, scale)
             if branch is not None:
                 return branch
@@ -81,8 +81,8 @@ class TimmBlock:
         """Branch 1 or 2: a module, a dropout, then layer scale or post-norm, then stochastic depth."""
         host = self.host
         readable, scale = self._scale(half)
-        if readable and (drop is None or does_nothing(drop)):
-            return projected(x, module, scale, fused)
+        if readable and (drop is None or is_noop(drop)):
+            return project_branch(x, module, scale, fused)
         x = module(x)
         x = x if drop is None else drop(x)
         if self.post:
@@ -96,7 +96,7 @@ class TimmBlock:
     def _scale(self, half: int) -> tuple[bool, Tensor | None]:
         """Whether nothing but a layer scale follows branch 1 or 2, and its gamma or None."""
         host = self.host
-        if self.post or not does_nothing(getattr(host, f"drop_path{half}")):
+        if self.post or not is_noop(getattr(host, f"drop_path{half}")):
             return False, None
         scale = getattr(host, f"ls{half}", None)
         return (True, getattr(host, f"gamma_{half}", None)) if scale is None else scale_of(scale)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters.modules import bypass_reason, is_modified, mlp_of, norm_of, project_branch, ratio_of
 from clipkernels.adapters.packing import separate_qkv
-from clipkernels.adapters.parts import mlp_of, norm_of, passed_by, projected, ratio_of, watched
 from clipkernels.block import Branch
 from clipkernels.reference import Norm
 
@@ -48,8 +48,8 @@ class TransformersTower:
         projection: the linear layer that follows the pool, if there is one.
     """
 
-    pools_by_query = False
-    hands_out = True
+    pools_with_queries = False
+    returns_tokens = True
 
     def __init__(self, vision: Any, owner: Any = None, projection: Any = None) -> None:
         self.root = self.vision = vision
@@ -65,12 +65,12 @@ class TransformersTower:
         return int(self.has_cls)
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return self.vision.embeddings.position_embedding.weight.shape[0]
 
     @property
     def image_size(self) -> tuple[int, int]:
-        side = self.patch * round((self.tokens - self.prefix) ** 0.5)
+        side = self.patch * round((self.num_tokens - self.prefix) ** 0.5)
         return side, side
 
     @property
@@ -121,12 +121,12 @@ class TransformersTower:
     def rope_like(self, host: nn.Module, patches: int) -> Tensor | None:
         return None
 
-    def refusal(self, host: Any) -> str | None:
+    def unsupported_reason(self, host: Any) -> str | None:
         if not all(part in host._modules for part in ("layer_norm1", "self_attn", "layer_norm2", "mlp")):
             return f"expected layer_norm1, self_attn, layer_norm2 and mlp, got {type(host).__name__}"
         attn = host.self_attn
         # transformers 5 leaves hooks behind that collect states; `forward` below feeds them.
-        why = passed_by(host, attn, harmless=_captured)
+        why = bypass_reason(host, attn, harmless=_captured)
         if why is not None:
             return why
         if not all(part in attn._modules for part in ("q_proj", "k_proj", "v_proj", "out_proj")):
@@ -271,12 +271,12 @@ class TransformersBlock:
         return separate_qkv(_separate(attn), x, attn.num_heads, rows)
 
     def project(self, out: Tensor, fused: bool) -> Branch:
-        return projected(out.transpose(1, 2).flatten(2), self.host.self_attn.out_proj, None, fused)
+        return project_branch(out.transpose(1, 2).flatten(2), self.host.self_attn.out_proj, None, fused)
 
     def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
         mlp = self.host.mlp
         x = self.host.layer_norm2(x) if normed is None else normed
-        if fused and all(part in mlp._modules for part in ("fc1", "activation_fn", "fc2")) and not watched(mlp):
+        if fused and all(part in mlp._modules for part in ("fc1", "activation_fn", "fc2")) and not is_modified(mlp):
             branch = mlp_of(x, mlp.fc1, mlp.activation_fn, mlp.fc2, None)
             if branch is not None:
                 return branch

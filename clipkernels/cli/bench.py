@@ -21,7 +21,7 @@ from clipkernels.cli.parts.models import LIBRARIES, Preprocess, choose_device, l
 from clipkernels.cli.parts.output import opened, progress, schedule, write_table
 from clipkernels.cli.parts.plot import draw_plot, plot_format
 from clipkernels.files import write_csv
-from clipkernels.images import Pictures, collate, find
+from clipkernels.images import Pictures, collate, find_images
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Clock
 from clipkernels.measure.towers import DTYPES, TIMED, Row, Settings, measure
@@ -146,7 +146,7 @@ def bench(
         check_clock(clock, where)
         asked = list(dict.fromkeys(mode for mode in modes if mode != "none"))
         settings = Settings(batch_size, rounds, cast(Clock, clock), asked, where)
-        paths = list(find(given))
+        paths = list(find_images(given))
         loaded = load(library, name, pretrained)
         tower = tower_of(loaded.model)
         chosen = parse_methods(methods, predictor, tower)

@@ -19,8 +19,10 @@ from torch import Tensor
 from clipkernels import backend
 from clipkernels.cli.parts.output import opened, progress, write_table
 from clipkernels.measure.environment import environment
-from clipkernels.testing import placeless
-from clipkernels.testing.cases import CASES, SHAPES, Case, Shape, Source, flat, judge, judged
+from clipkernels.testing import exact_interpreter_dot
+from clipkernels.testing.cases import CASES, Case
+from clipkernels.testing.fp64 import check_against_fp64, flat, is_checkable
+from clipkernels.testing.inputs import SHAPES, InputFactory, Shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # For CPUs, where the interpreter takes a tenth of a second for what a GPU does in microseconds.
@@ -132,25 +134,25 @@ def _jobs(
     for name in chosen:
         for tower, shape in shapes.items():
             for dtype in dtypes:
-                if not judged(name, shape):
+                if not is_checkable(name, shape):
                     continue
                 yield name, tower, shape, dtype, runs
                 if device.type == "cuda" and name.startswith("attention"):  # which may be SDPA with a score kernel
                     yield name, tower, shape, dtype, "auto"
 
 
-@placeless()
+@exact_interpreter_dot()
 def _row(
     name: str, case: Case, tower: str, shape: Shape, dtype: str, run_on: str, device: torch.device
 ) -> dict[str, Any]:
     """One operation at one shape: error, budget and verdict."""
-    source = Source(shape, 3, DTYPES[dtype], device)
+    source = InputFactory(shape, 3, DTYPES[dtype], device)
     inputs = case.inputs(source)
     row = {"op": name, "shape": tower, "dtype": dtype, "backend": run_on}
     try:
         with torch.inference_mode():
             came = flat(case.call(source, run_on, *inputs))
-            verdict = judge(case, source, inputs, came, "triton" if run_on == "triton" else "reference")
+            verdict = check_against_fp64(case, source, inputs, came, "triton" if run_on == "triton" else "reference")
             wrong = verdict.wrong
             if wrong is None and run_on == "triton":
                 wrong = _bits(case, source, inputs, came)
@@ -162,7 +164,7 @@ def _row(
     return row | figures | {"verdict": wrong or "ok"}
 
 
-def _bits(case: Case, source: Source, inputs: tuple[Tensor, ...], came: list[Tensor]) -> str | None:
+def _bits(case: Case, source: InputFactory, inputs: tuple[Tensor, ...], came: list[Tensor]) -> str | None:
     """What differs in its bits when run again, or for the last image alone."""
     again = flat(case.call(source, "triton", *inputs))
     if not all(torch.equal(one, other) for one, other in zip(came, again, strict=True)):

@@ -24,14 +24,14 @@ from clipkernels.cli.parts.models import choose_device, load_clip
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, PRESETS
-from clipkernels.images import Pictures, collate, find
+from clipkernels.images import Pictures, collate, find_images
 from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
 from clipkernels.methods import Dense
 from clipkernels.patch import method_of, tower_of
 from clipkernels.support import SupportSet
 
-MANY = 256
+MIN_IMAGES_FOR_WORKERS = 256
 
 
 EXAMPLE = """\b
@@ -148,7 +148,7 @@ def classify(
         check_head(context, head, adapt, preset, reservoir, frozen)
         by_name = support is None or classes is not None or classes_file is not None
         named = read_classes(classes, classes_file) if by_name else None
-        paths = list(find(images))
+        paths = list(find_images(images))
         if shuffle is not None:
             random.Random(shuffle).shuffle(paths)
         if method == "none" and adapt:
@@ -168,7 +168,7 @@ def classify(
         make = choose_head(head, adapt, preset, frozen, found)
         classifier = Classifier(model, tokenizer, names, prompts, chosen, make)
         if workers is None:
-            workers = min(4, os.cpu_count() or 1) if len(paths) >= MANY else 0
+            workers = min(4, os.cpu_count() or 1) if len(paths) >= MIN_IMAGES_FOR_WORKERS else 0
         loader = DataLoader(
             Pictures(paths, preprocess),
             batch_size,

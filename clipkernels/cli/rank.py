@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from clipkernels.classifier import class_embeddings
 from clipkernels.cli.parts.classes import folders_of, read_classes, read_labels
-from clipkernels.cli.parts.heads import given
+from clipkernels.cli.parts.heads import is_set
 from clipkernels.cli.parts.models import choose_device, load_clip
 from clipkernels.cli.parts.output import check_file, opened, progress, refuse_same, write_table
 from clipkernels.cli.parts.plot import Shown, draw_rankings, plot_format
 from clipkernels.data import Preprocess
 from clipkernels.files import write_csv
-from clipkernels.images import Pictures, find
+from clipkernels.images import Pictures, find_images
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
 from clipkernels.measure.towers import DTYPES
@@ -110,7 +110,7 @@ def rank(
         check_file(output)
         refuse_same({"--output": output, "--picture": picture})
         drawn = plot_format(picture, "--picture") if picture else None
-        paths = list(find(images))
+        paths = list(find_images(images))
         names: list[str] = []
         if score != "feature":
             own = folder_labels and classes is None and classes_file is None
@@ -154,7 +154,7 @@ def check_score(context: click.Context, score: str) -> None:
         raise click.UsageError("expected --folder-labels with --score label, got none")
     options = {option.name: option.opts[0] for option in context.command.params}
     for option in ("folder_labels", "classes", "classes_file", "templates"):
-        if score == "feature" and given(context, option):
+        if score == "feature" and is_set(context, option):
             raise click.UsageError(f"expected --score label or confidence with {options[option]}, got feature")
 
 

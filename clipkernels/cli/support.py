@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipkernels.cli.parts.classes import read_classes
-from clipkernels.cli.parts.heads import given
+from clipkernels.cli.parts.heads import is_set
 from clipkernels.cli.parts.models import choose_device, load_clip, loading
 from clipkernels.cli.parts.output import opened, progress, write_table
 from clipkernels.files import write_csv
@@ -178,7 +178,7 @@ def check_source(context: click.Context) -> str | None:
     source = named[0] if named else None
     options = {option.name: option.opts[0] for option in context.command.params}
     for option, owners in READERS.items():
-        if given(context, option) and source not in owners:
+        if is_set(context, option) and source not in owners:
             wanted, came = " or ".join(SOURCES[owner] for owner in owners), SOURCES.get(source or "", "none of these")
             raise click.UsageError(f"expected {wanted} with {options[option]}, got {came}")
     return source

@@ -20,7 +20,7 @@ _LIBRARY = torch.library.Library("clipkernels", "DEF")
 _KEYS = ("CUDA", "CPU") if interpreting() else ("CUDA",)
 
 
-def plain(*tensors: Tensor | None) -> bool:
+def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether eager may call a launcher directly: real tensors, no gradient, nobody watching."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import plain, register
+from clipkernels.custom_ops import can_skip_dispatcher, register
 
 
 def affinity(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, weights: Tensor | None) -> Tensor:
     """Of a support sorted by class."""
-    call = _launch if plain(queries, support, weights) else torch.ops.clipkernels.affinity
+    call = _launch if can_skip_dispatcher(queries, support, weights) else torch.ops.clipkernels.affinity
     return call(queries, support, offsets, beta, weights)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clipkernels import reference
-from clipkernels.custom_ops import plain, register
+from clipkernels.custom_ops import can_skip_dispatcher, register
 
 
 def attention(
@@ -28,7 +28,7 @@ def attention(
 
 def rank_tokens(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | None, prefix: int) -> Tensor:
     q, k = q.detach(), k.detach()
-    if plain(q, k, size):
+    if can_skip_dispatcher(q, k, size):
         return _rank(q, k, size, heads, query, prefix)
     return torch.ops.clipkernels.rank_tokens(q, k, size, heads, query, prefix)
 
@@ -36,14 +36,14 @@ def rank_tokens(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | Non
 def _attention(
     q: Tensor, k: Tensor, v: Tensor | None, size: Tensor | None, signal: str, prefix: int
 ) -> tuple[Tensor, Tensor]:
-    call = _launch if plain(q, k, v, size) else torch.ops.clipkernels.attention
+    call = _launch if can_skip_dispatcher(q, k, v, size) else torch.ops.clipkernels.attention
     out, scores = call(q, k, v, size, signal, prefix)
     return out, scores
 
 
 def _scores(q: Tensor, k: Tensor, size: Tensor | None, signal: str, prefix: int) -> Tensor | None:
     if signal == "cls":
-        call = _cls_scores if plain(q, k, size) else torch.ops.clipkernels.cls_scores
+        call = _cls_scores if can_skip_dispatcher(q, k, size) else torch.ops.clipkernels.cls_scores
         return call(q, k, size, prefix)
     return _attention(q, k, None, size, signal, prefix)[1] if signal else None
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import norm_backward, plain, register
+from clipkernels.custom_ops import can_skip_dispatcher, norm_backward, register
 from clipkernels.reference import Condensed, Norm
 
 
@@ -27,7 +27,7 @@ def condense_tokens(
 
     weight, bias, eps = norm if norm is not None else (None, None, 0.0)
     counts = (keep, merge, centers)
-    if plain(x, scores, weights, weight, bias):
+    if can_skip_dispatcher(x, scores, weights, weight, bias):
         tokens, source, index, _, normed = launch(x, scores, *counts, weights, heads, prefix, first, norm)
         return Condensed(tokens, source, index, normed)
     operator = torch.ops.clipkernels.condense_tokens

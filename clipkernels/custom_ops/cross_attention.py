@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import plain, register
+from clipkernels.custom_ops import can_skip_dispatcher, register
 from clipkernels.reference import CrossAttended
 
 
 def cross_attention(visual: Tensor, text: Tensor, alpha: float) -> CrossAttended:
-    call = _attend if plain(visual, text) else torch.ops.clipkernels.cross_attention
+    call = _attend if can_skip_dispatcher(visual, text) else torch.ops.clipkernels.cross_attention
     return CrossAttended(call(visual, text, alpha), call(text, visual, alpha))
 
 
 def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> Tensor:
-    call = _terms if plain(visual, pooled, text) else torch.ops.clipkernels.calip_terms
+    call = _terms if can_skip_dispatcher(visual, pooled, text) else torch.ops.clipkernels.calip_terms
     return call(visual, pooled, text, alpha)
 
 

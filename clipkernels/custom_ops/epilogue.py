@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import norm_backward, plain, register
+from clipkernels.custom_ops import can_skip_dispatcher, norm_backward, register
 from clipkernels.reference import Added, Norm
 
 
 def bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    return _bias_act(x, bias, act) if plain(x, bias) else torch.ops.clipkernels.bias_act(x, bias, act)
+    return _bias_act(x, bias, act) if can_skip_dispatcher(x, bias) else torch.ops.clipkernels.bias_act(x, bias, act)
 
 
 def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> Added:
     from clipkernels.kernels.epilogue import add_norm as launch
 
     weight, shift, eps = norm if norm is not None else (None, None, 0.0)
-    if plain(x, y, bias, scale, weight, shift):
+    if can_skip_dispatcher(x, y, bias, scale, weight, shift):
         return Added(*launch(x, y, bias, scale, norm))
     tokens, normed = torch.ops.clipkernels.add_norm(x, y, bias, scale, weight, shift, eps)
     return Added(tokens, normed if norm is not None else None)

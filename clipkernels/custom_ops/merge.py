@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import norm_backward, plain, register
+from clipkernels.custom_ops import can_skip_dispatcher, norm_backward, register
 from clipkernels.reference import Match, Merged, Norm
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
     metric = metric.detach()
-    if plain(metric):
+    if can_skip_dispatcher(metric):
         return Match(*_match(metric, r, prefix))
     return Match(*torch.ops.clipkernels.match_tokens(metric, r, prefix))
 
@@ -22,7 +22,7 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     from clipkernels.kernels.merge import merge_tokens as launch
 
     weight, bias, eps = norm if norm is not None else (None, None, 0.0)
-    if plain(x, *match, size, weight, bias):
+    if can_skip_dispatcher(x, *match, size, weight, bias):
         return Merged(*launch(x, *match, size, norm))
     tokens, merged, normed = torch.ops.clipkernels.merge_tokens(x, *match, size, weight, bias, eps)
     return Merged(tokens, merged, normed if norm is not None else None)

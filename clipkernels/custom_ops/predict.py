@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import plain, register
+from clipkernels.custom_ops import can_skip_dispatcher, register
 from clipkernels.reference import Mixer
 
 
 def predict_scores(x: Tensor, mixer: Mixer, prefix: int) -> Tensor:
     *weights, eps = mixer
-    call = _predict if plain(x, *weights) else torch.ops.clipkernels.predict_scores
+    call = _predict if can_skip_dispatcher(x, *weights) else torch.ops.clipkernels.predict_scores
     return call(x, weights, eps, prefix)
 
 

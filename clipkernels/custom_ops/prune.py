@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import norm_backward, plain, register
+from clipkernels.custom_ops import can_skip_dispatcher, norm_backward, register
 from clipkernels.reference import Norm, Pruned, reduce_heads
 
 
@@ -17,7 +17,7 @@ def prune_tokens(
     from clipkernels.kernels.prune import prune_tokens as launch
 
     weight, bias, eps = norm if norm is not None else (None, None, 0.0)
-    if plain(x, scores, weight, bias):
+    if can_skip_dispatcher(x, scores, weight, bias):
         return Pruned(*launch(x, scores, keep, fuse, heads, prefix, norm))
     operator = torch.ops.clipkernels.prune_tokens
     tokens, index, normed = operator(x, scores, keep, fuse, heads, prefix, weight, bias, eps)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import plain, register
+from clipkernels.custom_ops import can_skip_dispatcher, register
 
 
 def targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     given = (student, teacher, projection, weights, mask)
     learns = torch.is_grad_enabled() and (student.requires_grad or projection.requires_grad)
-    distance, _, _ = (_launch if plain(*given) else torch.ops.clipkernels.targeted_l1)(*given, learns)
+    distance, _, _ = (_launch if can_skip_dispatcher(*given) else torch.ops.clipkernels.targeted_l1)(*given, learns)
     return distance
 
 

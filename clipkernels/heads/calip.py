@@ -13,9 +13,9 @@ from torch import Tensor
 
 from clipkernels import ops
 from clipkernels.arguments import check_numbers
-from clipkernels.heads.given import check_labels, check_positive, check_some, normalize_as
+from clipkernels.heads.arguments import check_labels, check_positive, check_some, normalize_as
 from clipkernels.heads.presets import CALIP_PRESETS
-from clipkernels.heads.search import grid, search
+from clipkernels.heads.weight_search import grid, search
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 from clipkernels import ops
 from clipkernels.arguments import check_numbers
 from clipkernels.files import read_tensors, write_tensors
-from clipkernels.heads.entries import Entries, Evict, empty, keep, valid
-from clipkernels.heads.given import check_positive
+from clipkernels.heads.arguments import check_positive
 from clipkernels.heads.presets import PRESETS, Preset
+from clipkernels.heads.reservoir_entries import Entries, Evict, empty, keep, valid
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from torch.nn.functional import normalize
 
 from clipkernels import ops, reference
 from clipkernels.arguments import check_numbers
-from clipkernels.heads.given import check_labels, check_positive, check_some
-from clipkernels.heads.search import Found, grid, search
+from clipkernels.heads.arguments import check_labels, check_positive, check_some
+from clipkernels.heads.weight_search import Found, grid, search
 from clipkernels.heads.zero_shot import ZeroShot
-from clipkernels.reference.precision import exactly
+from clipkernels.reference.precision import autocast_disabled
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
@@ -108,7 +108,7 @@ class TipAdapter:
             raise ValueError(f"features must be finite, got {wrong} of {len(features)} rows that are not")
         # Outside of inference mode, which the support may outlive, and in its own precision.
         old = self._support
-        with torch.inference_mode(False), torch.no_grad(), exactly(old.features):
+        with torch.inference_mode(False), torch.no_grad(), autocast_disabled(old.features):
             new = normalize(features.detach().clone().to(old.features), dim=1)
             support = torch.cat([old.features, new])
             labels = torch.cat([old.labels, labels.to(old.labels.device)])
@@ -123,7 +123,7 @@ class TipAdapter:
             ValueError: features that are not (B,E) with the E of the text.
         """
         logits, queries = self.zero_shot(features), self._queries(features)
-        with exactly(queries):
+        with autocast_disabled(queries):
             return logits + self.alpha * self._votes(queries, self.beta) + self._others(queries)
 
     def fit(self, features: Tensor | Encoded, labels: Tensor) -> float:
@@ -142,7 +142,7 @@ class TipAdapter:
             check_some(len(first))
             labels = check_labels(labels, *first.shape).to(first.device)
             queries, best, beta = self._queries(features), Found(-1.0, 0.0, 0.0), self.beta
-            with exactly(queries):
+            with autocast_disabled(queries):
                 trial = self._trial(first, queries, labels)
                 for candidate in grid(1, 50, 200).tolist():
                     found = trial(self._votes(queries, candidate))

@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy, linear
 
 from clipkernels.arguments import check_numbers
 from clipkernels.files import read_tensors, write_tensors
+from clipkernels.heads.arguments import check_labels, check_positive, check_some, normalize_as
 from clipkernels.heads.calip import patches_of
-from clipkernels.heads.given import check_labels, check_positive, check_some, normalize_as
 from clipkernels.heads.zero_shot import ZeroShot
-from clipkernels.learn.modules import check_training
+from clipkernels.learn.checkpoints import check_training
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded

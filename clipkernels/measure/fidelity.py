@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-POOR = 0.99
+MIN_COSINE = 0.99
 """The cosine with the same method in fp32 below which a low precision is reported."""
 
 
@@ -57,6 +57,8 @@ def complaint(fidelity: Fidelity) -> str | None:
     worst, mean = fidelity.precision or (1.0, 1.0)
     if not fidelity.finite:
         return "expected finite embeddings, got some that are not"
-    if worst < POOR:
-        return f"expected a cosine of {POOR} with the same in fp32, got {worst:.4f} at worst, {mean:.4f} in the mean"
+    if worst < MIN_COSINE:
+        return (
+            f"expected a cosine of {MIN_COSINE} with the same in fp32, got {worst:.4f} at worst, {mean:.4f} in the mean"
+        )
     return None

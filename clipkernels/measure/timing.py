@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipkernels.adapters import Tower, reads_cls_alone
+from clipkernels.adapters import Tower, outputs_only_cls
 from clipkernels.methods import Dense, Method
 from clipkernels.patch import patch, tower_of
 from clipkernels.plan import Plan
@@ -165,7 +165,7 @@ def vary(model: nn.Module, methods: Mapping[str, Method | None]) -> dict[str, Va
         if method is not None:
             patch(twin, method)
         tower = tower_of(twin)
-        exact = method is not None and reads_cls_alone(tower)
+        exact = method is not None and outputs_only_cls(tower)
         made[name] = Variant(tower.encode, method or Dense(), exact)
     return made
 
@@ -240,7 +240,7 @@ def tabulate(
 
 def plan_for(tower: Tower, method: Method) -> Plan:
     """The method's plan for a tower."""
-    return method.plan(tokens=tower.tokens, blocks=len(tower.blocks), prefix=tower.prefix)
+    return method.plan(tokens=tower.num_tokens, blocks=len(tower.blocks), prefix=tower.prefix)
 
 
 def gmacs_for(tower: Tower, plan: Plan, exact: bool = False) -> float:

@@ -66,7 +66,7 @@ def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend
     name = f"predict_scores of widths {pooled}, {token} and {channel}"
     chosen = _backend.choose(backend, x.device, x.dtype, name, served)
     run = reference.predict_scores if chosen == "reference" else _predict.predict_scores
-    return run(x.detach(), reference.changed(mixer, lambda weight: weight.detach()), prefix)
+    return run(x.detach(), reference.map_weights(mixer, lambda weight: weight.detach()), prefix)
 
 
 def _check_predict(x: Tensor, mixer: Mixer, prefix: int) -> None:

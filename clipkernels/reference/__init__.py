@@ -11,9 +11,9 @@ from clipkernels.reference.condense import Condensed, condense_tokens
 from clipkernels.reference.cross_attention import CrossAttended, calip_terms, cross_attention
 from clipkernels.reference.epilogue import Act, Added, Norm, add_norm, bias_act
 from clipkernels.reference.merge import Match, Merged, match_tokens, merge_tokens
-from clipkernels.reference.order import Heads, reduce_heads
-from clipkernels.reference.predict import Mixer, changed, mix, pool_channels, predict_scores
+from clipkernels.reference.predict import Mixer, map_weights, mix, pool_channels, predict_scores
 from clipkernels.reference.prune import Pruned, prune_tokens
+from clipkernels.reference.ranking import Heads, reduce_heads
 from clipkernels.reference.targeted_l1 import targeted_l1
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "attention",
     "bias_act",
     "calip_terms",
-    "changed",
+    "map_weights",
     "condense_tokens",
     "cross_attention",
     "match_tokens",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipkernels.reference.precision import exactly, widened
+from clipkernels.reference.precision import autocast_disabled, upcast
 
 # Rows of the support whose affinities are held at once: the faster for staying in cache.
 ROWS = 1024
@@ -20,13 +20,13 @@ def sort_by_class(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
 def affinity(
     queries: Tensor, support: Tensor, labels: Tensor, classes: int, beta: float, weights: Tensor | None
 ) -> Tensor:
-    wide = widened(queries)
+    wide = upcast(queries)
     minus = wide.new_full((1,), -1.0)
     # One row more at either end: for labels below 0 and above K-1.
     total, row = wide.new_zeros(classes + 2, wide.shape[0]), labels.clamp(-1, classes) + 1
-    with exactly(queries):
+    with autocast_disabled(queries):
         for start in range(0, max(1, support.shape[0]), ROWS):
             here = slice(start, start + ROWS)
-            near = torch.addmm(minus, widened(support[here]), wide.T).mul_(beta).exp_()
+            near = torch.addmm(minus, upcast(support[here]), wide.T).mul_(beta).exp_()
             total.index_add_(0, row[here], near if weights is None else near * weights[here, None].to(near.dtype))
     return total[1:-1].T.contiguous()

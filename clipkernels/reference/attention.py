@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from clipkernels.reference.order import Heads, reduce_heads
-from clipkernels.reference.precision import exactly, widened
+from clipkernels.reference.precision import autocast_disabled, upcast
+from clipkernels.reference.ranking import Heads, reduce_heads
 
 # Rows of attention that `received` holds at once.
 ROWS = 128
@@ -36,19 +36,19 @@ def attention(
 
 def _bias(size: Tensor | None) -> Tensor | None:
     """What proportional attention adds to the logits of each key, (B,1,1,N), or None."""
-    return None if size is None else widened(size).log()[:, None, None, :]
+    return None if size is None else upcast(size).log()[:, None, None, :]
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Attention (B,H,M,N) of some query rows (B,H,M,D), in fp32."""
-    with exactly(q):
-        logits = widened(q) @ widened(k).mT * q.shape[-1] ** -0.5
+    with autocast_disabled(q):
+        logits = upcast(q) @ upcast(k).mT * q.shape[-1] ** -0.5
     return torch.softmax(logits if bias is None else logits + bias, -1)
 
 
 def _received(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Column means (B,N) of the attention over heads and queries, a block of rows at a time."""
-    total = q.new_zeros(k.shape[0], k.shape[2], dtype=widened(q).dtype)
+    total = q.new_zeros(k.shape[0], k.shape[2], dtype=upcast(q).dtype)
     for start in range(0, q.shape[2], ROWS):
         total = total + _probabilities(q[:, :, start : start + ROWS], k, bias).sum((1, 2))
     return total / (q.shape[1] * q.shape[2])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from clipkernels.reference.epilogue import Norm, normed
-from clipkernels.reference.order import Heads, inverse_of, reduce_heads, rows_at, strongest_first
-from clipkernels.reference.precision import exactly, widened
+from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.prune import fused
+from clipkernels.reference.ranking import Heads, inverse_of, reduce_heads, rows_at, strongest_first
 
 
 class Condensed(NamedTuple):
@@ -43,8 +43,8 @@ def condense_tokens(
     kept, middle, gone = order[:, :keep], order[:, keep : keep + merge], order[:, keep + merge :]
     near = rows_at(x, middle + prefix)
     chosen, joined, share = _cluster(near.detach(), centers, first)
-    with exactly(x):
-        merged = (share @ widened(near)).to(x.dtype)
+    with autocast_disabled(x):
+        merged = (share @ upcast(near)).to(x.dtype)
     tokens = torch.cat([x[:, :prefix], rows_at(x, kept + prefix), merged, fused(x, weights, gone, prefix)], 1)
     rows = torch.arange(prefix, prefix + keep, device=x.device).expand_as(kept)
     row = torch.cat([rows, joined + prefix + keep, torch.full_like(gone, prefix + keep + centers)], 1)
@@ -55,7 +55,7 @@ def condense_tokens(
 def _cluster(x: Tensor, centers: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """K-centre greedy on tokens (B,M,C): the centres (B,K), the centre each token joins (B,M), and each centre's
     weights of the tokens (B,K,M), inverse to the distance and adding up to one."""
-    wide, chosen = widened(x), [torch.full((x.shape[0],), first, device=x.device)]
+    wide, chosen = upcast(x), [torch.full((x.shape[0],), first, device=x.device)]
     distance = torch.full_like(wide[..., 0], float("inf"))  # to the nearest centre so far
     joined = torch.zeros_like(distance, dtype=torch.int64)
     for place in range(centers):

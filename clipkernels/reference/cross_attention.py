@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipkernels.reference.precision import exactly, widened
+from clipkernels.reference.precision import autocast_disabled, upcast
 
 # Numbers that a few images' similarities or attended patches may be: they stay in the cache of a CPU.
 CACHED = 2**20
@@ -24,11 +24,11 @@ class CrossAttended(NamedTuple):
 
 
 def cross_attention(visual: Tensor, text: Tensor, alpha: float) -> CrossAttended:
-    with exactly(visual):
-        classes = widened(text)
+    with autocast_disabled(visual):
+        classes = upcast(text)
 
         def attend(patches: Tensor) -> tuple[Tensor, ...]:
-            wide = widened(patches)
+            wide = upcast(patches)
             logits = (wide @ classes.T).div_(alpha)
             seen, found = logits.softmax(2) @ classes, logits.softmax(1).mT @ wide
             return seen.to(patches.dtype), found.to(patches.dtype)
@@ -38,11 +38,11 @@ def cross_attention(visual: Tensor, text: Tensor, alpha: float) -> CrossAttended
 
 def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> Tensor:
     """The three terms of the logits (3,B,K), each × 100, in fp32 or wider."""
-    with exactly(visual):
-        classes, image = widened(text), widened(pooled)
+    with autocast_disabled(visual):
+        classes, image = upcast(text), upcast(pooled)
 
         def attend(patches: Tensor, image: Tensor) -> tuple[Tensor, ...]:
-            wide = widened(patches)
+            wide = upcast(patches)
             logits = (wide @ classes.T).div_(alpha)
             seen = logits.softmax(2) @ classes
             # ⟨F_v, Σ_p w_p·F_s[p]⟩ = Σ_p w_p·⟨F_v, F_s[p]⟩: the attended classes (B,K,E) are never made.

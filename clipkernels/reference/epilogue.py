@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
-from clipkernels.reference.precision import widened
+from clipkernels.reference.precision import upcast
 
 Norm = tuple[Tensor, Tensor, float]
 Act = Literal["quick_gelu", "gelu", "gelu_tanh"]
@@ -39,4 +39,4 @@ def normed(x: Tensor, norm: Norm | None) -> Tensor | None:
     if norm is None:
         return None
     weight, bias, eps = norm
-    return layer_norm(widened(x), x.shape[-1:], weight.to(widened(x)), bias.to(widened(x)), eps).to(x.dtype)
+    return layer_norm(upcast(x), x.shape[-1:], weight.to(upcast(x)), bias.to(upcast(x)), eps).to(x.dtype)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels.reference.epilogue import Norm, normed
-from clipkernels.reference.order import rows_at, strongest_first
-from clipkernels.reference.precision import exactly, widened
+from clipkernels.reference.precision import autocast_disabled, upcast
+from clipkernels.reference.ranking import rows_at, strongest_first
 
 
 class Match(NamedTuple):
@@ -38,8 +38,8 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
     first = torch.arange(even if r else (tokens + 1) // 2, device=metric.device).expand(batch, -1)
     if r == 0:
         return Match(first.contiguous(), first[:, :0], first[:, :0])
-    with exactly(metric):
-        unit = normalize(widened(metric.detach()), dim=-1)
+    with autocast_disabled(metric):
+        unit = normalize(upcast(metric.detach()), dim=-1)
         similarity = unit[:, ::2][:, even:] @ unit[:, 1::2][:, odd:].mT
     similarity = similarity.nan_to_num(float("-inf"), float("inf"), float("-inf"))
     strength, nearest = similarity.max(-1)
@@ -51,13 +51,13 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
 
 def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None) -> Merged:
     even, odd = x[:, ::2], x[:, 1::2]
-    wide = widened(odd)
+    wide = upcast(odd)
     weight = wide.new_ones(x.shape[:2]) if size is None else size.to(wide.dtype)
     gain = rows_at(weight[:, ::2], match.source)
     total = weight[:, 1::2] + _sums(gain[..., None], match.target, odd.shape[1])[..., 0]
     # As a correction to the target, so that equal tokens merge to themselves and untouched ones stay bit-equal.
     share = gain / total.gather(1, match.target)
-    pull = share[..., None] * (widened(rows_at(even, match.source)) - rows_at(wide, match.target))
+    pull = share[..., None] * (upcast(rows_at(even, match.source)) - rows_at(wide, match.target))
     merged = wide + _sums(pull, match.target, odd.shape[1])
     tokens = torch.cat([rows_at(even, match.kept), merged.to(x.dtype)], 1)
     return Merged(tokens, torch.cat([rows_at(weight[:, ::2], match.kept), total], 1), normed(tokens, norm))
@@ -72,6 +72,6 @@ def _sums(parts: Tensor, target: Tensor, rows: int) -> Tensor:
     # Graphs are exported, and runtimes are slow at scatters: a product with zeros and ones, kept clear of 0·NaN.
     goes = (target[:, None] == torch.arange(rows, device=parts.device)[:, None]).to(parts.dtype)
     wrong = ~parts.isfinite()
-    with exactly(parts):
+    with autocast_disabled(parts):
         total, spoilt = goes @ parts.masked_fill(wrong, 0), goes @ wrong.to(parts.dtype)
     return total.masked_fill(spoilt > 0, float("nan"))

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def widened(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def exactly(x: Tensor) -> torch.autocast:
+def autocast_disabled(x: Tensor) -> torch.autocast:
     """Where scores and sums stay as wide as they are, autocast or not."""
     return torch.autocast("cuda" if x.device.type == "cuda" else "cpu", enabled=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, gelu, layer_norm, linear
 
-from clipkernels.reference.precision import exactly, widened
+from clipkernels.reference.precision import autocast_disabled, upcast
 
 
 class Mixer(NamedTuple):
@@ -32,7 +32,7 @@ class Mixer(NamedTuple):
     eps: float = 1e-5
 
 
-def changed(mixer: Mixer, change: Callable[[Tensor], Tensor]) -> Mixer:
+def map_weights(mixer: Mixer, change: Callable[[Tensor], Tensor]) -> Mixer:
     """The same with every weight changed, to another dtype for instance."""
     *weights, eps = mixer  # torch 2.6 traces no slice of a NamedTuple
     parts: list[Any] = [*[change(weight) for weight in weights], eps]
@@ -43,14 +43,14 @@ def pool_channels(x: Tensor, channels: int) -> Tensor:
     """Means (B,N,channels) of x (B,N,C) over bins ⌊g·C/channels⌋ to ⌈(g+1)·C/channels⌉, in fp32 or wider."""
     if x.shape[2] % channels == 0:  # faster, and in ONNX a mean
         return x.unflatten(2, (channels, -1)).mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return adaptive_avg_pool1d(widened(x), channels)
+    return adaptive_avg_pool1d(upcast(x), channels)
 
 
 def mix(pooled: Tensor, mixer: Mixer, prefix: int) -> Tensor:
     """Scores (B,P) of pooled tokens (B,N,G), in fp32 or wider; differentiable in them and in the weights."""
-    with exactly(pooled):
-        p = widened(pooled)
-        wide = changed(mixer, lambda weight: weight.to(p.dtype))
+    with autocast_disabled(pooled):
+        p = upcast(pooled)
+        wide = map_weights(mixer, lambda weight: weight.to(p.dtype))
         across = layer_norm(p, p.shape[-1:], wide.norm1_weight, wide.norm1_bias, wide.eps).mT
         hidden = gelu(linear(across, wide.token_in_weight, wide.token_in_bias))
         p = p + linear(hidden, wide.token_out_weight, wide.token_out_bias).mT

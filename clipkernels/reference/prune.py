@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from clipkernels.reference.epilogue import Norm, normed
-from clipkernels.reference.order import Heads, reduce_heads, rows_at, strongest_first
-from clipkernels.reference.precision import exactly, widened
+from clipkernels.reference.precision import autocast_disabled, upcast
+from clipkernels.reference.ranking import Heads, reduce_heads, rows_at, strongest_first
 
 
 class Pruned(NamedTuple):
@@ -36,9 +36,9 @@ def prune_tokens(
 
 def fused(x: Tensor, scores: Tensor, gone: Tensor, prefix: int) -> Tensor:
     """Σ scoreᵢ·xᵢ (B,1,C) over the patches at `gone` (B,n)."""
-    weights = widened(scores.gather(1, gone))
+    weights = upcast(scores.gather(1, gone))
     # A patch that is not there (NaN, -inf) weighs nothing.
     weights = weights.masked_fill(weights.isnan() | weights.isneginf(), 0)
-    dtype = torch.promote_types(weights.dtype, widened(x).dtype)
-    with exactly(x):
+    dtype = torch.promote_types(weights.dtype, upcast(x).dtype)
+    with autocast_disabled(x):
         return (weights[:, None].to(dtype) @ rows_at(x, gone + prefix).to(dtype)).to(x.dtype)

@@ -11,7 +11,7 @@ from torch._guards import detect_fake_mode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from clipkernels.reference.precision import exactly, widened
+from clipkernels.reference.precision import autocast_disabled, upcast
 
 # Numbers that the rows projected at once may be on a CPU: few beside a gradient, and faster for staying in cache.
 HELD = 2**17
@@ -20,7 +20,7 @@ DEVICE = 2**21
 
 
 def targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    with exactly(student):
+    with autocast_disabled(student):
         form = _whole if _traced(student, teacher, projection, weights, mask) else _Chosen.apply
         return form(student, teacher, projection, weights, mask)
 
@@ -36,7 +36,7 @@ def _traced(*given: Tensor) -> bool:
 
 
 def _whole(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    chosen, wide = mask[..., None], widened(projection)
+    chosen, wide = mask[..., None], upcast(projection)
     far = torch.where(chosen, student, 0.0).to(wide.dtype) @ wide.T - torch.where(chosen, teacher, 0.0).to(wide.dtype)
     distances = torch.where(mask, far.abs().sum(2), 0.0)  # 0 · P is not 0 where P is not finite
     return (torch.where(mask, weights, 0.0).to(wide.dtype) * distances).sum(1) / teacher.shape[2]
@@ -47,7 +47,7 @@ class _Chosen(torch.autograd.Function):
 
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-        wide = widened(projection)
+        wide = upcast(projection)
         distances = wide.new_zeros(mask.shape)
         for at, _, far in _differences(student, teacher, wide, mask):
             distances[at] = torch.linalg.vector_norm(far, 1, dim=1) * weights[at].to(wide.dtype)
@@ -63,7 +63,7 @@ class _Chosen(torch.autograd.Function):
         to_student, _, to_projection, *_ = ctx.needs_input_grad
         if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched: no operation may be in place
             learnt, again = [student] * to_student + [projection] * to_projection, torch.is_grad_enabled()
-            with torch.enable_grad(), exactly(student):
+            with torch.enable_grad(), autocast_disabled(student):
                 came = iter(torch.autograd.grad(_whole(*given), learnt, grad, create_graph=again))
         else:
             came = iter(_Gradients.apply(grad, *given, to_student, to_projection))
@@ -84,10 +84,10 @@ class _Gradients(torch.autograd.Function):
         to_student: bool,
         to_projection: bool,
     ) -> tuple[Tensor, ...]:
-        wide = widened(projection)
+        wide = upcast(projection)
         grad_student = torch.zeros_like(student) if to_student else None
         grad_projection = torch.zeros_like(wide) if to_projection else None
-        with exactly(student):
+        with autocast_disabled(student):
             for at, rows, far in _differences(student, teacher, wide, mask):
                 scale = (weights[at].to(wide.dtype) * grad[at[0]] / teacher.shape[2])[:, None]
                 signs = far.sign_()

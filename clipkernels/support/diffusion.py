@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from clipkernels.data import Preprocess
-from clipkernels.files import replacing
+from clipkernels.files import atomic_write
 from clipkernels.fingerprint import fingerprint
 from clipkernels.support.features import Progress, Report, encode, encoder_of
 from clipkernels.support.folders import folder_names, images_in, refuse_others
@@ -178,7 +178,7 @@ def _fill(
         missing = [place for place, flagged in zip(missing, flags, strict=True) if flagged]
     for path, recipe in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path.with_suffix(".flagged")) as temporary:
+        with atomic_write(path.with_suffix(".flagged")) as temporary:
             Path(temporary).write_text(json.dumps({**recipe, "retries": retries}), encoding="utf-8")
         report(f"no image {recipe['index']} of {label!r}: flagged {retries + 1} times")
 
@@ -198,7 +198,7 @@ def _write_image(path: Path, image: Image.Image, recipe: Mapping[str, Any]) -> N
     info = PngInfo()
     info.add_text(RECIPE, json.dumps(recipe))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
 
 

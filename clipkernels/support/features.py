@@ -27,7 +27,7 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import evaluating
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image
-from clipkernels.files import ABOUT, digest_table, map_tensors, read_tensors, said_of, write_tensors
+from clipkernels.files import METADATA_KEY, digest_table, map_tensors, read_metadata, read_tensors, write_tensors
 from clipkernels.fingerprint import fingerprint
 from clipkernels.methods import Dense
 from clipkernels.patch import method_of
@@ -174,7 +174,7 @@ def write_features(
     """Writes features (n,E) with the SHA-256 of their images and who encoded them, whole or not at all."""
     header = json.dumps({"format": FORMAT, "encoder": who._asdict(), **(about or {})})
     # One entry: safetensors writes several in any order, and the same features are to give the same file.
-    write_tensors(path, {"features": features, "sha256": digest_table(digests), **(more or {})}, {ABOUT: header})
+    write_tensors(path, {"features": features, "sha256": digest_table(digests), **(more or {})}, {METADATA_KEY: header})
 
 
 def read_about(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def read_about(file: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it is no safetensors file.
         OSError: it cannot be read.
     """
-    about = said_of(map_tensors(file)[1])
+    about = read_metadata(map_tensors(file)[1])
     return about if about.get("format") == FORMAT and "encoder" in about else {}
 
 

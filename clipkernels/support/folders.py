@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from clipkernels.files import replacing
+from clipkernels.files import atomic_write
 from clipkernels.support.prompts import listed
 
 FORMAT, MANIFEST = "clipkernels.support.1", "manifest.json"
@@ -124,7 +124,7 @@ def copy_image(source: Path, digest: str, target: Path) -> None:
     if came != digest:
         raise ValueError(f"expected {source} as it was encoded, SHA-256 {digest}, got {came}: encode it again")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         Path(temporary).write_bytes(data)
 
 

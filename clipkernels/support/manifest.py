@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipkernels.files import replacing
+from clipkernels.files import atomic_write
 from clipkernels.support.features import Encoder
 from clipkernels.support.folders import FORMAT, MANIFEST
 
-ABOUT = ("kind", "settings", "model", "pretrained")
+MANIFEST_KEYS = ("kind", "settings", "model", "pretrained")
 UNFINISHED = "unfinished"
 """What the manifest holds while its folder's images are being changed."""
 
 
 def write_manifest(root: Path, said: Mapping[str, Any]) -> None:
     """Writes what a support set says of itself, whole or not at all."""
-    with replacing(root / MANIFEST) as temporary:
+    with atomic_write(root / MANIFEST) as temporary:
         Path(temporary).write_text(json.dumps({"format": FORMAT, **said}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -34,7 +34,7 @@ def read_manifest(root: Path, unfinished: bool = False) -> dict[str, Any]:
         found = manifest["format"]
         if found != FORMAT:
             raise ValueError(f"format {found!r}")
-        parts = [manifest[key] for key in (*ABOUT, *Encoder._fields)]
+        parts = [manifest[key] for key in (*MANIFEST_KEYS, *Encoder._fields)]
         parts += [manifest["features"]["sha256"], manifest["features"]["shape"], dict(manifest["tower"])]
         for each in manifest["classes"]:
             files = [each["folder"], *(image["file"] for image in each["images"] if "file" in image)]

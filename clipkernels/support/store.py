@@ -32,7 +32,7 @@ from clipkernels.support.features import (
     write_features,
 )
 from clipkernels.support.folders import copy_image, folder_names, hash_of, images_in, refuse_others, stale_copies
-from clipkernels.support.manifest import ABOUT, UNFINISHED, classes_before, read_manifest, write_manifest
+from clipkernels.support.manifest import MANIFEST_KEYS, UNFINISHED, classes_before, read_manifest, write_manifest
 from clipkernels.support.prompts import listed
 
 FEATURES = "features.safetensors"
@@ -151,7 +151,7 @@ class SupportSet(NamedTuple):
                 for each in classes
                 for image in each["images"]
             ),
-            {key: manifest[key] for key in (*ABOUT, *Encoder._fields)},
+            {key: manifest[key] for key in (*MANIFEST_KEYS, *Encoder._fields)},
         )
 
 
@@ -188,7 +188,7 @@ def refresh(
     if broken:
         raise ValueError(f"expected images in the folders of {folder}, got {listed(broken)}: delete what is none")
     prompts = {each["name"]: each["prompts"] for each in manifest["classes"]}
-    about = {key: manifest[key] for key in ABOUT}
+    about = {key: manifest[key] for key in MANIFEST_KEYS}
     found = assemble(model, prompts, encoding, paths, about)
     found.save(root)
     return found

@@ -1,12 +1,18 @@
 """Error budgets, towers with random weights and operation cases, shared by tests, benches and `clipkernels check`."""
 
-from clipkernels.testing.budget import assert_within_budget, budget, guarded, placeless, strided
+from clipkernels.testing.budget import (
+    GuardedAllocations,
+    assert_within_budget,
+    budget,
+    exact_interpreter_dot,
+    with_gaps,
+)
 from clipkernels.testing.towers import (
-    given_to,
-    named,
+    method_id,
     open_clip_tower,
     openai_tower,
     patch_ranking,
+    patched_with,
     randomized,
     timm_tower,
     transformers_tower,
@@ -15,15 +21,15 @@ from clipkernels.testing.towers import (
 __all__ = [
     "assert_within_budget",
     "budget",
-    "given_to",
-    "guarded",
-    "named",
+    "patched_with",
+    "GuardedAllocations",
+    "method_id",
     "open_clip_tower",
     "openai_tower",
     "patch_ranking",
-    "placeless",
+    "exact_interpreter_dot",
     "randomized",
-    "strided",
+    "with_gaps",
     "timm_tower",
     "transformers_tower",
 ]

@@ -43,7 +43,7 @@ def assert_within_budget(came: Tensor, exact: Tensor, eager: Tensor) -> None:
     assert error <= allowed, f"error {error:.3e} is above the budget {allowed:.3e}"
 
 
-class guarded(TorchFunctionMode):
+class GuardedAllocations(TorchFunctionMode):
     """Inside this context new uninitialised tensors hold NaN (or a large integer), between guards.
 
     Leaving it checks the guards, so that a row left unwritten shows as NaN and a store out of bounds as an error.
@@ -79,7 +79,7 @@ class guarded(TorchFunctionMode):
 
 
 @contextmanager
-def placeless() -> Iterator[None]:
+def exact_interpreter_dot() -> Iterator[None]:
     """Inside this context the interpreter sums products in fp64: NumPy's fp32 ones round by CPU, and on some a row
     otherwise where it stands elsewhere in a block, which no GPU does."""
     if not interpreting():
@@ -95,7 +95,7 @@ def placeless() -> Iterator[None]:
         yield
 
 
-def strided(x: Tensor) -> Tensor:
+def with_gaps(x: Tensor) -> Tensor:
     """The same values as x with gaps of NaN between the rows of its last two axes: a non-contiguous view."""
     shape = (*x.shape[:-2], 2 * x.shape[-2], x.shape[-1] + 3)
     wide = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)

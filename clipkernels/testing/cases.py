@@ -1,360 +1,281 @@
-"""Every operation with inputs to try it on, and whether what came out is right: for `check` and the benches.
-
-Inputs are what a tower gives: queries and keys as views of one packed projection, random and never zeros. Where a
-choice is made, it is between numbers that every precision and order of summation gets exactly, so that choices can be
-compared exactly, ties included.
-"""
+"""Every operation with inputs to try it on and a call of flat inputs, for `check` and the benches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from clipkernels import ops, reference
 from clipkernels.backend import Backend
 from clipkernels.plan import Signal
-from clipkernels.reference import Heads
-from clipkernels.testing.budget import budget
+from clipkernels.reference import Act
+from clipkernels.testing.inputs import InputFactory
 
-# Units of eps(dtype)·‖f‖∞ that plain PyTorch may be off.
-PLAIN = 16
-
-
-class Shape(NamedTuple):
-    """A tower: tokens, width, heads, prefix tokens, and a ToMe r that about halves the tokens over its depth."""
-
-    tokens: int
-    width: int
-    heads: int
-    prefix: int
-    r: int
-
-
-SHAPES = {
-    "B-32": Shape(50, 768, 12, 1, 4),
-    "B-16": Shape(197, 768, 12, 1, 13),
-    "L-14": Shape(257, 1024, 16, 1, 7),
-    "L-14-336": Shape(577, 1024, 16, 1, 16),
-    "SO400M-14-384": Shape(729, 1152, 16, 0, 20),
-}
-
-
-class Source:
-    """Random inputs of one dtype at one shape and batch.
-
-    Args:
-        shape: of the tower.
-        batch: images.
-        dtype: of tokens, queries, keys and weights.
-        device: where they are made.
-        seed: of the generator.
-    """
-
-    def __init__(self, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
-        self.shape, self.batch, self.dtype, self.device = shape, batch, dtype, device
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.patches = shape.tokens - shape.prefix
-        self.keep = math.ceil(0.7 * self.patches)
-        self.classes, self.support = (1000, 16_000) if shape.width >= 512 else (20, 150)
-
-    @property
-    def embedding(self) -> int:
-        """The width of embeddings, as that of such a tower is or as wide as a small tower."""
-        return {768: 512, 1024: 768}.get(self.shape.width, self.shape.width)
-
-    def normal(self, *size: int) -> Tensor:
-        return torch.randn(size, generator=self.generator, device=self.device).to(self.dtype)
-
-    def tokens(self, times: int = 1) -> Tensor:
-        return self.normal(self.batch, self.shape.tokens, times * self.shape.width)
-
-    def vector(self, times: int = 1) -> Tensor:
-        return self.normal(times * self.shape.width)
-
-    def sizes(self) -> Tensor:
-        size = (self.batch, self.shape.tokens)
-        return torch.randint(1, 5, size, generator=self.generator, device=self.device).float()
-
-    def scores(self, *heads: int) -> Tensor:
-        """Softmax rows in steps of 2⁻²⁰: their sums over heads are exact in fp32."""
-        size = (self.batch, *heads, self.patches)
-        return (torch.randn(size, generator=self.generator, device=self.device).softmax(-1) * 2**20).round() / 2**20
-
-    def signs(self, *heads: int) -> Tensor:
-        """Keys of ±1, equal in all heads: every mean and, at D = 64, every similarity is exact, and many are tied."""
-        size = (self.batch, *(1 for _ in heads), self.shape.tokens, self.shape.width // self.shape.heads)
-        signs = torch.randint(0, 2, size, generator=self.generator, device=self.device) * 2 - 1
-        return signs.to(self.dtype).repeat(1, *heads, 1, 1) if heads else signs.to(self.dtype)
-
-    def points(self) -> Tensor:
-        """Tokens of small integers: every squared distance is exact, and many are tied."""
-        size = (self.batch, self.shape.tokens, self.shape.width)
-        return torch.randint(-2, 3, size, generator=self.generator, device=self.device).to(self.dtype)
-
-    def units(self, *size: int) -> Tensor:
-        """Embeddings of length one."""
-        return normalize(self.normal(*size, self.embedding).float(), dim=-1).to(self.dtype)
-
-    def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views q, k, v (B,H,N,D) of a packed projection (B,N,3·C)."""
-        q, k, v = packed.unflatten(-1, (3, self.shape.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+Inputs = tuple[Tensor, ...]
 
 
 class Case(NamedTuple):
-    """An operation: flat inputs, the call, the bytes that it need not read although they are passed, and how many of
-    the inputs, the last ones, are of all images."""
+    """One operation.
 
-    inputs: Callable[[Source], tuple[Tensor, ...]]
+    inputs: makes the flat inputs.
+    call: runs the operation, called with the factory, a backend and the flat inputs.
+    unread: bytes of the inputs that the operation need not read.
+    shared: the number of inputs, at the end, that all images share.
+    """
+
+    inputs: Callable[[InputFactory], Inputs]
     call: Callable[..., Any]
-    unread: Callable[[Source], int] = lambda source: 0
+    unread: Callable[[InputFactory], int] | None = None
     shared: int = 0
 
 
-def _attention(signal: Signal | None, sized: bool = False) -> Case:
-    def call(source: Source, backend: Backend, packed: Tensor, size: Tensor | None = None) -> Any:
-        q, k, v = source.split(packed)
-        return ops.attention(q, k, v, size, signal, source.shape.prefix, backend=backend)
-
-    return Case(lambda source: (source.tokens(3), *([source.sizes()] if sized else [])), call)
+def _packed(factory: InputFactory) -> Inputs:
+    """A packed projection."""
+    return (factory.tokens(3),)
 
 
-def _condense(by_rank: bool = False) -> Case:
-    """At TCA's sharper published rate: scores per patch; or per head by rank, with their mean as weights and a norm."""
-
-    def call(source: Source, backend: Backend, x: Tensor, scores: Tensor, *vectors: Tensor) -> Any:
-        m = source.patches + 1 - math.ceil(0.9 * source.patches)
-        keep, heads, prefix = source.patches + 1 - 3 * m, "rank" if by_rank else "mean", source.shape.prefix
-        norm = (vectors[0], vectors[1], 1e-5) if by_rank else None
-        weights = scores if by_rank else None
-        return ops.condense_tokens(
-            x, scores, keep, 2 * m, 2, weights, cast(Heads, heads), prefix, norm=norm, backend=backend
-        )
-
-    def inputs(source: Source) -> tuple[Tensor, ...]:
-        if by_rank:
-            return source.points(), source.scores(source.shape.heads), source.vector(), source.vector()
-        return source.points(), source.scores()
-
-    return Case(inputs, call)
+def _packed_and_sizes(factory: InputFactory) -> Inputs:
+    return factory.tokens(3), factory.sizes()
 
 
-def _supported(source: Source) -> tuple[Tensor, ...]:
-    """Queries, a support sorted by class, its labels and where each class begins."""
-    size = (source.support,)
-    labels = torch.randint(source.classes, size, generator=source.generator, device=source.device).sort().values
-    _, offsets = reference.sort_by_class(labels, source.classes)
-    return source.units(source.batch), source.units(source.support), labels, offsets
+def _attention(
+    signal: Signal | None, factory: InputFactory, backend: Backend, packed: Tensor, size: Tensor | None = None
+) -> Any:
+    q, k, v = factory.split(packed)
+    return ops.attention(q, k, v, size, signal, factory.shape.prefix, backend=backend)
+
+
+def _rank(factory: InputFactory, backend: Backend, packed: Tensor) -> Tensor:
+    q, k, _ = factory.split(packed)
+    return ops.rank_tokens(q, k, prefix=factory.shape.prefix, backend=backend)
+
+
+def _values_and_most_queries(factory: InputFactory) -> int:
+    """Bytes of the values, and of all queries but one."""
+    return factory.batch * (2 * factory.shape.tokens - 1) * factory.shape.width * factory.dtype.itemsize
+
+
+def _tokens_and_mixer(factory: InputFactory) -> Inputs:
+    """Tokens, and the weights of a predictor with 64 pooled channels and 32 and 256 hidden ones."""
+    n, g, ht, hc = factory.shape.tokens, 64, 32, 256
+    token, channel = ((ht, n), (ht,), (n, ht), (n,)), ((hc, g), (hc,), (g, hc), (g,))
+    sizes: tuple[tuple[int, ...], ...] = ((g,), (g,), *token, (g,), (g,), *channel, (g,), (1,))
+    weights = (factory.normal(*size) * (size[-1] ** -0.5 if len(size) == 2 else 1) for size in sizes)
+    return factory.tokens(), *weights
+
+
+def _predict(factory: InputFactory, backend: Backend, x: Tensor, *weights: Tensor) -> Tensor:
+    mixer = ops.Mixer(*weights)  # type: ignore[arg-type]  # eps, after the weights, has its default
+    scores = ops.predict_scores(x, mixer, factory.shape.prefix, backend=backend)
+    return scores.to(x.dtype)  # the precision it is compared in, because halves are summed to 16 bits
+
+
+def _tokens_and_scores(factory: InputFactory) -> Inputs:
+    return factory.tokens(), factory.scores()
+
+
+def _tokens_and_head_scores(factory: InputFactory) -> Inputs:
+    return factory.tokens(), factory.scores(factory.shape.heads)
+
+
+def _tokens_head_scores_and_norm(factory: InputFactory) -> Inputs:
+    return *_tokens_and_head_scores(factory), factory.vector(), factory.vector()
+
+
+def _prune(factory: InputFactory, backend: Backend, x: Tensor, scores: Tensor) -> ops.Pruned:
+    return ops.prune_tokens(x, scores, factory.keep, prefix=factory.shape.prefix, backend=backend)
+
+
+def _prune_by_rank(factory: InputFactory, backend: Backend, x: Tensor, scores: Tensor) -> ops.Pruned:
+    return ops.prune_tokens(x, scores, factory.keep, False, "rank", factory.shape.prefix, backend=backend)
+
+
+def _prune_fuse_norm(
+    factory: InputFactory, backend: Backend, x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor
+) -> ops.Pruned:
+    norm, prefix = (weight, bias, 1e-5), factory.shape.prefix
+    return ops.prune_tokens(x, scores, factory.keep, True, "mean", prefix, norm, backend=backend)
+
+
+def _dropped_bytes(factory: InputFactory) -> int:
+    """Bytes of the patches that are not kept."""
+    return factory.batch * (factory.patches - factory.keep) * factory.shape.width * factory.dtype.itemsize
+
+
+def _points_and_scores(factory: InputFactory) -> Inputs:
+    return factory.points(), factory.scores()
+
+
+def _points_head_scores_and_norm(factory: InputFactory) -> Inputs:
+    return factory.points(), factory.scores(factory.shape.heads), factory.vector(), factory.vector()
+
+
+def _merging(factory: InputFactory) -> int:
+    """Patches that each of the two centres takes on average at TCA's sharper published rate."""
+    return factory.patches + 1 - math.ceil(0.9 * factory.patches)
+
+
+def _condense(factory: InputFactory, backend: Backend, x: Tensor, scores: Tensor) -> ops.Condensed:
+    m = _merging(factory)
+    keep, prefix = factory.patches + 1 - 3 * m, factory.shape.prefix
+    return ops.condense_tokens(x, scores, keep, 2 * m, 2, prefix=prefix, backend=backend)
+
+
+def _condense_by_rank(
+    factory: InputFactory, backend: Backend, x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor
+) -> ops.Condensed:
+    m = _merging(factory)
+    keep, prefix, norm = factory.patches + 1 - 3 * m, factory.shape.prefix, (weight, bias, 1e-5)
+    return ops.condense_tokens(x, scores, keep, 2 * m, 2, scores, "rank", prefix, norm=norm, backend=backend)
+
+
+def _keys(factory: InputFactory) -> Inputs:
+    return (factory.signs(factory.shape.heads),)
+
+
+def _match(factory: InputFactory, backend: Backend, keys: Tensor) -> ops.Match:
+    return ops.match_tokens(keys, factory.shape.r, factory.shape.prefix, backend=backend)
+
+
+def _edges(factory: InputFactory) -> ops.Match:
+    return ops.match_tokens(factory.signs(), factory.shape.r, factory.shape.prefix, backend="reference")
+
+
+def _tokens_sizes_and_edges(factory: InputFactory) -> Inputs:
+    return factory.tokens(), factory.sizes(), *_edges(factory)
+
+
+def _tokens_sizes_norm_and_edges(factory: InputFactory) -> Inputs:
+    return factory.tokens(), factory.sizes(), factory.vector(), factory.vector(), *_edges(factory)
+
+
+def _merge(factory: InputFactory, backend: Backend, x: Tensor, size: Tensor, *match: Tensor) -> ops.Merged:
+    return ops.merge_tokens(x, ops.Match(*match), size, backend=backend)
+
+
+def _merge_norm(
+    factory: InputFactory, backend: Backend, x: Tensor, size: Tensor, weight: Tensor, bias: Tensor, *match: Tensor
+) -> ops.Merged:
+    return ops.merge_tokens(x, ops.Match(*match), size, (weight, bias, 1e-5), backend=backend)
+
+
+def _patches_and_classes(factory: InputFactory) -> Inputs:
+    return factory.units(factory.batch, factory.patches), factory.units(factory.classes)
+
+
+def _cross_attention(factory: InputFactory, backend: Backend, visual: Tensor, text: Tensor) -> ops.CrossAttended:
+    return ops.cross_attention(visual, text, backend=backend)
+
+
+def _patches_pooled_and_classes(factory: InputFactory) -> Inputs:
+    patches, pooled = factory.units(factory.batch, factory.patches), factory.units(factory.batch)
+    return patches, pooled, factory.units(factory.classes)
+
+
+def _calip(factory: InputFactory, backend: Backend, visual: Tensor, pooled: Tensor, text: Tensor) -> Tensor:
+    return ops.calip_logits(visual, pooled, text, backend=backend).to(visual.dtype)  # as in `_predict`
+
+
+def _queries_and_support(factory: InputFactory) -> Inputs:
+    """Queries, a support sorted by class, its labels and the row at which each class begins."""
+    size = (factory.support,)
+    labels = torch.randint(factory.classes, size, generator=factory.generator, device=factory.device).sort().values
+    _, offsets = reference.sort_by_class(labels, factory.classes)
+    return factory.units(factory.batch), factory.units(factory.support), labels, offsets
 
 
 def _affinity(
-    source: Source, backend: Backend, queries: Tensor, support: Tensor, labels: Tensor, offsets: Tensor
+    factory: InputFactory, backend: Backend, queries: Tensor, support: Tensor, labels: Tensor, offsets: Tensor
 ) -> Tensor:
-    votes = ops.affinity(queries, support, labels, source.classes, 5.5, offsets=offsets, backend=backend)
-    return votes.to(queries.dtype)  # which it is judged in: halves are summed to 16 bits
+    votes = ops.affinity(queries, support, labels, factory.classes, 5.5, offsets=offsets, backend=backend)
+    return votes.to(queries.dtype)  # as in `_predict`
 
 
-def _predictor(source: Source) -> tuple[Tensor, ...]:
-    """The weights of a predictor with 64 pooled channels and 32 and 256 hidden ones."""
-    n, g, ht, hc = source.shape.tokens, 64, 32, 256
-    token, channel = ((ht, n), (ht,), (n, ht), (n,)), ((hc, g), (hc,), (g, hc), (g,))
-    sizes: tuple[tuple[int, ...], ...] = ((g,), (g,), *token, (g,), (g,), *channel, (g,), (1,))
-    return tuple(source.normal(*size) * (size[-1] ** -0.5 if len(size) == 2 else 1) for size in sizes)
+def _distill_inputs(factory: InputFactory) -> Inputs:
+    """Tokens, a teacher's, weights, a mask that selects two tokens in five, and a projection."""
+    size = (factory.batch, factory.shape.tokens)
+    teacher = factory.units(*size)
+    weights, order = torch.rand(2, *size, generator=factory.generator, device=factory.device)
+    projection = factory.normal(factory.embedding, factory.shape.width) * factory.shape.width**-0.5
+    return factory.tokens(), teacher, weights, order.argsort(1) < _selected_tokens(factory), projection
 
 
-def _told(source: Source) -> tuple[Tensor, ...]:
-    """Tokens, a teacher's, weights, two in five of them selected, and a projection."""
-    size = (source.batch, source.shape.tokens)
-    teacher = source.units(*size)
-    weights, order = torch.rand(2, *size, generator=source.generator, device=source.device)
-    projection = source.normal(source.embedding, source.shape.width) * source.shape.width**-0.5
-    return source.tokens(), teacher, weights, order.argsort(1) < _targets(source), projection
+def _selected_tokens(factory: InputFactory) -> int:
+    return math.ceil(0.4 * factory.shape.tokens)
 
 
-def _targets(source: Source) -> int:
-    return math.ceil(0.4 * source.shape.tokens)
-
-
-def _untold(source: Source) -> int:
+def _unselected_bytes(factory: InputFactory) -> int:
     """Bytes of the tokens that are not selected, and of the teacher's."""
-    rows = source.batch * (source.shape.tokens - _targets(source))
-    return rows * (source.shape.width + source.embedding) * source.dtype.itemsize
+    rows = factory.batch * (factory.shape.tokens - _selected_tokens(factory))
+    return rows * (factory.shape.width + factory.embedding) * factory.dtype.itemsize
 
 
-def _dropped(source: Source) -> int:
-    """Bytes of the patches that are not kept."""
-    return source.batch * (source.patches - source.keep) * source.shape.width * source.dtype.itemsize
+def _targeted_l1(
+    factory: InputFactory,
+    backend: Backend,
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    projection: Tensor,
+) -> Tensor:
+    distance = ops.targeted_l1(student, teacher, projection, weights, mask, backend=backend)
+    return distance.to(student.dtype)  # as in `_predict`
 
 
-def _match(source: Source) -> ops.Match:
-    return ops.match_tokens(source.signs(), source.shape.r, source.shape.prefix, backend="reference")
+def _hidden_and_bias(factory: InputFactory) -> Inputs:
+    return factory.tokens(4), factory.vector(4)
+
+
+def _bias_act(act: Act, factory: InputFactory, backend: Backend, x: Tensor, bias: Tensor) -> Tensor:
+    return ops.bias_act(x, bias, act, backend=backend)
+
+
+def _stream_branch_and_vectors(factory: InputFactory) -> Inputs:
+    return factory.tokens(), factory.tokens(), *(factory.vector() for _ in range(4))
+
+
+def _add_norm(
+    factory: InputFactory,
+    backend: Backend,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+) -> Any:
+    return ops.add_norm(x, y, bias, scale, (weight, shift, 1e-5), backend=backend)
 
 
 CASES = {
-    "attention": _attention(None),
-    "attention_sized": _attention(None, sized=True),
-    "attention_cls": _attention("cls"),
-    "attention_cls_sized": _attention("cls", sized=True),
-    "attention_received": _attention("received"),
-    "attention_keys": _attention("keys"),
-    "rank_tokens": Case(
-        lambda source: (source.tokens(3),),
-        lambda source, backend, packed: ops.rank_tokens(
-            source.split(packed)[0], source.split(packed)[1], prefix=source.shape.prefix, backend=backend
-        ),
-        # The values, and all queries but one.
-        lambda source: source.batch * (2 * source.shape.tokens - 1) * source.shape.width * source.dtype.itemsize,
-    ),
-    "predict_scores": Case(
-        lambda source: (source.tokens(), *_predictor(source)),
-        lambda source, backend, x, *weights: ops.predict_scores(
-            x, ops.Mixer(*weights), source.shape.prefix, backend=backend
-        ).to(x.dtype),  # as in `_affinity`
-        shared=14,
-    ),
-    "prune_tokens": Case(
-        lambda source: (source.tokens(), source.scores()),
-        lambda source, backend, x, scores: ops.prune_tokens(
-            x, scores, source.keep, prefix=source.shape.prefix, backend=backend
-        ),
-        _dropped,
-    ),
-    "prune_tokens_heads_fuse_norm": Case(
-        lambda source: (source.tokens(), source.scores(source.shape.heads), source.vector(), source.vector()),
-        lambda source, backend, x, scores, weight, bias: ops.prune_tokens(
-            x, scores, source.keep, True, "mean", source.shape.prefix, (weight, bias, 1e-5), backend=backend
-        ),
-    ),
-    "prune_tokens_rank": Case(
-        lambda source: (source.tokens(), source.scores(source.shape.heads)),
-        lambda source, backend, x, scores: ops.prune_tokens(
-            x, scores, source.keep, False, "rank", source.shape.prefix, backend=backend
-        ),
-        _dropped,
-    ),
-    "condense_tokens": _condense(),
-    "condense_tokens_rank_norm": _condense(by_rank=True),
-    "match_tokens": Case(
-        lambda source: (source.signs(source.shape.heads),),
-        lambda source, backend, keys: ops.match_tokens(keys, source.shape.r, source.shape.prefix, backend=backend),
-    ),
-    "merge_tokens": Case(
-        lambda source: (source.tokens(), source.sizes(), *_match(source)),
-        lambda source, backend, x, size, *match: ops.merge_tokens(x, ops.Match(*match), size, backend=backend),
-    ),
-    "merge_tokens_norm": Case(
-        lambda source: (source.tokens(), source.sizes(), source.vector(), source.vector(), *_match(source)),
-        lambda source, backend, x, size, weight, bias, *match: ops.merge_tokens(
-            x, ops.Match(*match), size, (weight, bias, 1e-5), backend=backend
-        ),
-    ),
-    "cross_attention": Case(
-        lambda source: (source.units(source.batch, source.patches), source.units(source.classes)),
-        lambda source, backend, visual, text: ops.cross_attention(visual, text, backend=backend),
-        shared=1,
-    ),
-    "calip_logits": Case(
-        lambda source: (
-            source.units(source.batch, source.patches),
-            source.units(source.batch),
-            source.units(source.classes),
-        ),
-        lambda source, backend, visual, pooled, text: ops.calip_logits(visual, pooled, text, backend=backend).to(
-            visual.dtype  # as in `_affinity`
-        ),
-        shared=1,
-    ),
-    "affinity": Case(_supported, _affinity, shared=3),
-    "targeted_l1": Case(
-        _told,
-        lambda source, backend, student, teacher, weights, mask, projection: ops.targeted_l1(
-            student, teacher, projection, weights, mask, backend=backend
-        ).to(student.dtype),  # as in `_affinity`
-        _untold,
-        shared=1,
-    ),
-    "bias_act_quick_gelu": Case(
-        lambda source: (source.tokens(4), source.vector(4)),
-        lambda source, backend, x, bias: ops.bias_act(x, bias, "quick_gelu", backend=backend),
-    ),
-    "bias_act_gelu": Case(
-        lambda source: (source.tokens(4), source.vector(4)),
-        lambda source, backend, x, bias: ops.bias_act(x, bias, "gelu", backend=backend),
-    ),
-    "bias_act_gelu_tanh": Case(
-        lambda source: (source.tokens(4), source.vector(4)),
-        lambda source, backend, x, bias: ops.bias_act(x, bias, "gelu_tanh", backend=backend),
-    ),
-    "add_norm": Case(
-        lambda source: (source.tokens(), source.tokens(), *(source.vector() for _ in range(4))),
-        lambda source, backend, x, y, bias, scale, weight, shift: ops.add_norm(
-            x, y, bias, scale, (weight, shift, 1e-5), backend=backend
-        ),
-    ),
+    "attention": Case(_packed, partial(_attention, None)),
+    "attention_sized": Case(_packed_and_sizes, partial(_attention, None)),
+    "attention_cls": Case(_packed, partial(_attention, "cls")),
+    "attention_cls_sized": Case(_packed_and_sizes, partial(_attention, "cls")),
+    "attention_received": Case(_packed, partial(_attention, "received")),
+    "attention_keys": Case(_packed, partial(_attention, "keys")),
+    "rank_tokens": Case(_packed, _rank, _values_and_most_queries),
+    "predict_scores": Case(_tokens_and_mixer, _predict, shared=14),
+    "prune_tokens": Case(_tokens_and_scores, _prune, _dropped_bytes),
+    "prune_tokens_heads_fuse_norm": Case(_tokens_head_scores_and_norm, _prune_fuse_norm),
+    "prune_tokens_rank": Case(_tokens_and_head_scores, _prune_by_rank, _dropped_bytes),
+    "condense_tokens": Case(_points_and_scores, _condense),
+    "condense_tokens_rank_norm": Case(_points_head_scores_and_norm, _condense_by_rank),
+    "match_tokens": Case(_keys, _match),
+    "merge_tokens": Case(_tokens_sizes_and_edges, _merge),
+    "merge_tokens_norm": Case(_tokens_sizes_norm_and_edges, _merge_norm),
+    "cross_attention": Case(_patches_and_classes, _cross_attention, shared=1),
+    "calip_logits": Case(_patches_pooled_and_classes, _calip, shared=1),
+    "affinity": Case(_queries_and_support, _affinity, shared=3),
+    "targeted_l1": Case(_distill_inputs, _targeted_l1, _unselected_bytes, shared=1),
+    "bias_act_quick_gelu": Case(_hidden_and_bias, partial(_bias_act, "quick_gelu")),
+    "bias_act_gelu": Case(_hidden_and_bias, partial(_bias_act, "gelu")),
+    "bias_act_gelu_tanh": Case(_hidden_and_bias, partial(_bias_act, "gelu_tanh")),
+    "add_norm": Case(_stream_branch_and_vectors, _add_norm),
 }
-
-
-class Verdict(NamedTuple):
-    """The worst of an operation's results: its error, the error it may have, the reference's own, and what is wrong."""
-
-    error: float
-    allowed: float
-    eager: float
-    wrong: str | None
-
-
-def judged(op: str, shape: Shape) -> bool:
-    """Whether `judge` can tell: matching is compared by similarities that are exact at a head width of 64 alone."""
-    return op != "match_tokens" or shape.width == 64 * shape.heads
-
-
-def judge(case: Case, source: Source, inputs: tuple[Tensor, ...], came: list[Tensor], backend: str) -> Verdict:
-    """Compares results with fp64: choices exactly with the reference's, values within the error budget.
-
-    The reference itself, which the budget is made from, may be off by `PLAIN` units of its dtype.
-
-    Args:
-        case: what was called.
-        source: of the inputs.
-        inputs: that it was called with.
-        came: its results, from `flat`.
-        backend: that it ran on.
-    """
-    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
-    exact = flat(case.call(source, "reference", *wide))
-    plain = flat(case.call(source, "reference", *inputs))
-    worst = Verdict(0.0, 0.0, 0.0, None)
-    for place, (result, right, eager) in enumerate(zip(came, exact, plain, strict=True)):
-        if not result.is_floating_point():
-            if not torch.equal(result, eager):
-                return worst._replace(wrong=f"choice {place} differs from the reference's")
-            continue
-        if result.shape != right.shape:
-            return worst._replace(wrong=f"result {place} is {tuple(result.shape)} instead of {tuple(right.shape)}")
-        own = _error(eager, right)
-        if backend == "reference":
-            allowed = PLAIN * torch.finfo(source.dtype).eps * float(right.abs().max()) if right.numel() else 0.0
-        else:
-            allowed = budget(result, right, eager)
-        error = _error(result, right)
-        if not error <= allowed:
-            return Verdict(error, allowed, own, f"result {place} is off by {error:.1e}, {allowed:.1e} allowed")
-        if worst.allowed == 0 or error / allowed > worst.error / worst.allowed:
-            worst = Verdict(error, allowed, own, None)
-    return worst
-
-
-def flat(result: Any) -> list[Tensor]:
-    """The tensors of a result, in order."""
-    if isinstance(result, Tensor):
-        return [result]
-    return [tensor for part in result if part is not None for tensor in flat(part)]
-
-
-def _error(came: Tensor, exact: Tensor) -> float:
-    return float((came.double() - exact).abs().max()) if exact.numel() else 0.0

@@ -96,19 +96,19 @@ def patch_ranking(model: nn.Module, keep: float = 0.5, block: int = 1, learnt: i
     """The method with random weights for a model's tower, and with so many learnt tokens in its first two blocks."""
     tower = tower_of(model)
     torch.manual_seed(0)
-    predictor = RankPredictor(tower.tokens, tower.prefix, block).to(tower.like)
+    predictor = RankPredictor(tower.num_tokens, tower.prefix, block).to(tower.like)
     tokens = VisualTokens(learnt, min(2, len(tower.blocks)), tower.width).to(tower.like) if learnt else None
     if tokens is not None:
         nn.init.normal_(tokens.own)
     return PatchRanking(predictor, keep, tokens=tokens)
 
 
-def given_to(model: nn.Module, method: Method | partial[Method]) -> nn.Module:
+def patched_with(model: nn.Module, method: Method | partial[Method]) -> nn.Module:
     """The model patched with a method, or with what makes one for it."""
     return patch(model, method(model) if isinstance(method, partial) else method)
 
 
-def named(method: Method | partial[Method]) -> str:
+def method_id(method: Method | partial[Method]) -> str:
     """The name of a method, or of what makes one, that is the same in every process."""
     return method.func.__name__ if isinstance(method, partial) else str(method)
 

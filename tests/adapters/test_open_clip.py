@@ -89,7 +89,7 @@ def test_every_name_at_full_depth_is_recognised():
         config = open_clip.get_model_config(name)
         side, other = tower.image_size
         assert side == other and tower.out == config["embed_dim"], name
-        assert tower.tokens == (side // tower.patch) ** 2 + tower.prefix, name
+        assert tower.num_tokens == (side // tower.patch) ** 2 + tower.prefix, name
         if "timm_model_name" not in config["vision_cfg"]:  # where both name a size, timm's own model decides
             assert side == config["vision_cfg"].get("image_size", 224), name
 
@@ -143,14 +143,16 @@ def _first_gradient(model, images):
 
 def _check_tokens(model, method, encoded, rest, tower):
     """Token counts equal the plan's, and `output_tokens` keeps its length under merging."""
-    plan = method.plan(tokens=tower.tokens, blocks=len(tower.blocks), prefix=tower.prefix)
-    pooler = model.visual.attn_pool if tower.pools_by_query else None
+    plan = method.plan(tokens=tower.num_tokens, blocks=len(tower.blocks), prefix=tower.prefix)
+    pooler = model.visual.attn_pool if tower.pools_with_queries else None
     assert encoded.tokens.shape[1] == (plan.tokens[-1] if pooler is None else pooler.query.shape[0])
     assert encoded.tokens.shape[2] == tower.out
-    assert encoded.source.shape == (1, sum(step is not None for step in plan.steps), tower.tokens - tower.prefix)
+    assert encoded.source.shape == (1, sum(step is not None for step in plan.steps), tower.num_tokens - tower.prefix)
     if rest:
         short = pooler is None and not plan.merges
-        expected = plan.tokens[-1] - 1 if short else tower.tokens - 1 if pooler is None else pooler.query.shape[0] - 1
+        expected = (
+            plan.tokens[-1] - 1 if short else tower.num_tokens - 1 if pooler is None else pooler.query.shape[0] - 1
+        )
         assert rest[0].shape[1] == expected
 
 
@@ -226,7 +228,7 @@ def _last_tokens(model, images):
     from clipkernels.tower import TowerInput, run
 
     tower = ck.tower_of(model)
-    plan = ck.method_of(model).plan(tower.tokens, len(tower.blocks))
+    plan = ck.method_of(model).plan(tower.num_tokens, len(tower.blocks))
     return run(tower, TowerInput(tower.embed(images)[0]), plan).x
 
 

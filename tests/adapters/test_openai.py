@@ -24,7 +24,7 @@ def images():
 def test_a_tower_is_served_and_given_back(model, images):
     before, keys = model.encode_image(images), list(model.state_dict())
     tower = ck.tower_of(model)
-    assert (tower.tokens, tower.image_size, tower.patch, tower.out) == (65, (64, 64), 8, 32)
+    assert (tower.num_tokens, tower.image_size, tower.patch, tower.out) == (65, (64, 64), 8, 32)
     for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
         came = model.encode_image(images)

@@ -56,14 +56,14 @@ def test_a_tower_is_served_and_given_back(name):
         ck.patch(model, method)
         came = model(images)
         encoded = ck.encode_image(model, images, tokens=True, source=True)
-        plan = method.plan(tower.tokens, len(tower.blocks), tower.prefix)
+        plan = method.plan(tower.num_tokens, len(tower.blocks), tower.prefix)
         if method == ck.Dense():
             assert_within_budget(came, exact, before)
         else:
             assert not torch.allclose(came, before, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(encoded.embedding, came, atol=1e-5, rtol=1e-5)
         assert encoded.tokens.shape == (2, plan.tokens[-1], 24)
-        assert encoded.source.shape == (2, sum(map(bool, plan.steps)), tower.tokens - tower.prefix)
+        assert encoded.source.shape == (2, sum(map(bool, plan.steps)), tower.num_tokens - tower.prefix)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     ck.unpatch(model)
     assert torch.equal(model(images), before)
@@ -108,12 +108,16 @@ def test_every_name_is_served_or_refused_for_a_reason(name):
     for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
         came, encoded = model(images), ck.encode_image(model, images, tokens=True, source=True)
-        plan = method.plan(tower.tokens, len(tower.blocks), tower.prefix)
+        plan = method.plan(tower.num_tokens, len(tower.blocks), tower.prefix)
         if method == ck.Dense():
             assert_within_budget(came, exact, before)
         torch.testing.assert_close(encoded.embedding, came, atol=1e-4, rtol=1e-4)
         assert encoded.tokens.shape == (1, plan.tokens[-1], tower.out)
-        assert encoded.source.shape == (1, sum(step is not None for step in plan.steps), tower.tokens - tower.prefix)
+        assert encoded.source.shape == (
+            1,
+            sum(step is not None for step in plan.steps),
+            tower.num_tokens - tower.prefix,
+        )
         assert list(model.state_dict()) == state
     ck.unpatch(model)
     assert torch.equal(model(images), before)
@@ -130,7 +134,7 @@ def test_registers_are_never_dropped_merged_or_moved(name):
         for block in model.blocks:
             for parameter in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
                 parameter.zero_()
-        plan = method.plan(tower.tokens, 3, tower.prefix)
+        plan = method.plan(tower.num_tokens, 3, tower.prefix)
         ran = run(tower, TowerInput(x, rope), plan.ranked_by("received"), Reads(track=True))
         assert torch.equal(ran.x[:, : tower.prefix], x[:, : tower.prefix])
         assert ran.x.shape[1] == plan.tokens[-1] < x.shape[1]

@@ -50,7 +50,7 @@ def test_a_tower_is_served_and_given_back(family):
         ck.patch(model, method)
         came = tower.encode(images)
         encoded = ck.encode_image(model, images, tokens=True, source=True)
-        plan = method.plan(tower.tokens, 3, tower.prefix)
+        plan = method.plan(tower.num_tokens, 3, tower.prefix)
         if method == ck.Dense():
             assert_within_budget(came, exact, before)
         else:

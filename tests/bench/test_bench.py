@@ -25,7 +25,7 @@ from bench.studies import adaptation, corruptions
 from clipkernels import backend
 from clipkernels.cli.demo import QUICK, draw, save
 from clipkernels.data import scenes
-from clipkernels.testing.cases import Shape
+from clipkernels.testing.inputs import Shape
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -43,7 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def source() -> Any:
     shape = Shape(tokens=21, width=128, heads=2, prefix=1, r=4)
-    return ops.Source(shape, batch=2, dtype=torch.float32, device=torch.device("cpu"))
+    return ops.InputFactory(shape, batch=2, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def towers_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -110,6 +110,7 @@ def test_pruning_counts_only_the_rows_that_it_keeps() -> None:
     case, some = ops.CASES["prune_tokens"], source()
     inputs = case.inputs(some)
     came = ops.flat(case.call(some, "reference", *inputs))
+    assert case.unread is not None
     moved = sum(tensor.nbytes for tensor in (*inputs, *came)) - case.unread(some)
     rows, scores, index = 2 * 15 * 128 * 4, 2 * 20 * 4, 2 * 14 * 8
     assert moved == 2 * rows + scores + index
@@ -181,7 +182,7 @@ def test_a_paired_run_ends_in_time_and_goes_on_where_its_file_ends(
     monkeypatch.setattr(towers, "monotonic", lambda: next(began))
     with pytest.raises(SystemExit) as ended:
         towers_main(monkeypatch, *options, "--deadline", 5, "--out", file)
-    assert ended.value.code == towers.MORE and "1 of 2 left" in capsys.readouterr().out
+    assert ended.value.code == towers.EXIT_DEADLINE and "1 of 2 left" in capsys.readouterr().out
     first = list(csv.DictReader(file.open(encoding="utf-8")))
     monkeypatch.undo()
     monkeypatch.setattr(towers, "build", lambda name, dtype: ck.bundled()[0].to(dtype))
@@ -332,7 +333,7 @@ def test_what_has_not_begun_by_the_deadline_is_skipped() -> None:
     options = ["-q", "-rs", "-k", "prune_tokens-reference-B-32-b1-float32", "--deadline", "0"]
     command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options]
     done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == towers.MORE and "not begun within 0 s" in done.stdout
+    assert done.returncode == towers.EXIT_DEADLINE and "not begun within 0 s" in done.stdout
 
 
 def test_rows_are_appended_as_they_are_measured_and_those_that_are_there_are_not_measured_again(tmp_path: Path) -> None:

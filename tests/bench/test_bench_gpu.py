@@ -19,9 +19,9 @@ import torch
 import clipkernels as ck
 from bench.gpu import campaign as gpu
 from bench.gpu import counters, report, staircase, steps, targets, tune
-from bench.result_files import ahead, begin
+from bench.result_files import note_attempt, remaining
 from clipkernels.measure.timing import Times
-from clipkernels.testing.cases import Shape
+from clipkernels.testing.inputs import Shape
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -253,12 +253,12 @@ def test_a_dry_run_walks_the_steps_and_writes_every_file(tmp_path: Path, names: 
 
 def test_what_ended_every_run_that_began_it_is_given_up(tmp_path: Path) -> None:
     out, every = tmp_path / "rows.csv", [("a", 1), ("b", 1), ("c", 1)]
-    begin(out, str(("a", 1)))
-    assert ahead(every, {("b", 1)}, out) == ([("c", 1), ("a", 1)], [])
-    begin(out, str(("a", 1)))
-    assert ahead(every, {("b", 1)}, out) == ([("c", 1)], ["('a', 1)"])
-    assert ahead(every, {("a", 1)}, out) == ([("b", 1), ("c", 1)], [])
-    assert ahead(every, (), None) == (every, [])
+    note_attempt(out, str(("a", 1)))
+    assert remaining(every, {("b", 1)}, out) == ([("c", 1), ("a", 1)], [])
+    note_attempt(out, str(("a", 1)))
+    assert remaining(every, {("b", 1)}, out) == ([("c", 1)], ["('a', 1)"])
+    assert remaining(every, {("a", 1)}, out) == ([("b", 1), ("c", 1)], [])
+    assert remaining(every, (), None) == (every, [])
 
 
 def op_row(op: str, variant: str, tower: str, batch: int, microseconds: float, **more: Any) -> dict[str, Any]:
@@ -485,12 +485,12 @@ def test_the_search_follows_what_is_faster_and_says_what_changed(monkeypatch: py
 
 
 def test_what_covers_rows_is_never_made_smaller() -> None:
-    counting = ("counting", "blocks", "BLOCK_P")
-    warps = ("counting", "blocks", "num_warps")
+    counting = ("ranking", "blocks", "BLOCK_P")
+    warps = ("ranking", "blocks", "num_warps")
     assert list(tune.neighbours({counting: 64, warps: 4})) == [(warps, 2), (warps, 8)]
     for op, functions in tune.CHOSEN.items():
         own: dict[Any, int] = {}
-        source = tune.Source(Shape(21, 32, 2, 1, 4), 2, torch.bfloat16, torch.device("cpu"))
+        source = tune.InputFactory(Shape(21, 32, 2, 1, 4), 2, torch.bfloat16, torch.device("cpu"))
         with tune.configured(op, {}, own):
             assert tune.took(op, [source]) is not None, op
         assert {place[:2] for place in own} == set(functions)
@@ -498,7 +498,7 @@ def test_what_covers_rows_is_never_made_smaller() -> None:
 
 
 def test_a_configuration_that_computes_something_else_is_none() -> None:
-    source = tune.Source(Shape(21, 32, 2, 1, 9), 2, torch.bfloat16, torch.device("cpu"))
+    source = tune.InputFactory(Shape(21, 32, 2, 1, 9), 2, torch.bfloat16, torch.device("cpu"))
     own: dict[Any, int] = {}
     with tune.configured("merge_tokens", {}, own):
         assert tune.took("merge_tokens", [source]) is not None

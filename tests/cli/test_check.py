@@ -11,7 +11,9 @@ from click.testing import CliRunner
 
 from clipkernels import custom_ops
 from clipkernels.cli import main
-from clipkernels.testing.cases import CASES, Shape, Source, flat, judge
+from clipkernels.testing.cases import CASES
+from clipkernels.testing.fp64 import check_against_fp64, flat
+from clipkernels.testing.inputs import InputFactory, Shape
 
 CPU = torch.device("cpu")
 
@@ -125,7 +127,9 @@ def test_interpret_starts_a_process_that_reads_it_in_time(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", CASES)
 def test_the_reference_is_within_its_own_allowance(op, dtype):
-    source = Source(Shape(21, 128, 2, 1, 4), 2, dtype, CPU)
+    source = InputFactory(Shape(21, 128, 2, 1, 4), 2, dtype, CPU)
     inputs = CASES[op].inputs(source)
-    verdict = judge(CASES[op], source, inputs, flat(CASES[op].call(source, "reference", *inputs)), "reference")
+    verdict = check_against_fp64(
+        CASES[op], source, inputs, flat(CASES[op].call(source, "reference", *inputs)), "reference"
+    )
     assert verdict.wrong is None and verdict.error == verdict.eager <= verdict.allowed

@@ -8,10 +8,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import clipkernels as ck
 from clipkernels.testing import (
-    given_to,
     open_clip_tower,
     openai_tower,
     patch_ranking,
+    patched_with,
     randomized,
     timm_tower,
     transformers_tower,
@@ -61,7 +61,7 @@ TOWERS = {
 
 def build(name, method, sizes=(1, 2, 3, 5)):
     torch._dynamo.reset()
-    model = given_to(randomized(TOWERS[name]()), method)
+    model = patched_with(randomized(TOWERS[name]()), method)
     generator = torch.Generator().manual_seed(0)
     return ck.tower_of(model), [torch.randn(n, 3, 64, 64, generator=generator) for n in sizes]
 

@@ -8,10 +8,10 @@ from torch import nn
 
 import clipkernels as ck
 from clipkernels.testing import (
-    given_to,
     open_clip_tower,
     openai_tower,
     patch_ranking,
+    patched_with,
     randomized,
     timm_tower,
     transformers_tower,
@@ -101,7 +101,7 @@ class Call(nn.Module):
 
 def build(name, method):
     """What a user would export, and images for the trace and for two other batch sizes."""
-    model = given_to(randomized(TOWERS[name]()), METHODS[method])
+    model = patched_with(randomized(TOWERS[name]()), METHODS[method])
     module = Embedding(model) if name == "transformers" else getattr(model, "visual", model)
     generator = torch.Generator().manual_seed(0)
     return module, [torch.randn(n, 3, 64, 64, generator=generator) for n in (2, 1, 5)]

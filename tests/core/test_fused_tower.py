@@ -10,11 +10,11 @@ pytest.importorskip("open_clip", reason="open_clip is not installed, whose tower
 
 import clipkernels as ck
 from clipkernels.testing import (
-    given_to,
-    named,
+    method_id,
     open_clip_tower,
     openai_tower,
     patch_ranking,
+    patched_with,
     randomized,
     timm_tower,
     transformers_tower,
@@ -41,14 +41,14 @@ def on(monkeypatch, triton):
     return lambda name: monkeypatch.setenv("CLIPKERNELS_BACKEND", name)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=named)
+@pytest.mark.parametrize("method", METHODS, ids=method_id)
 @pytest.mark.parametrize(
     ("name", "vision"),
     [("ViT-B-32", {}), ("ViT-B-32-quickgelu", {}), ("ViT-M-16-alt", {"ls_init_value": 0.5}), ("ViT-L-14-CLIPA", {})],
 )
 @torch.no_grad()
 def test_a_tower_gives_the_embedding_of_the_reference(device, on, name, vision, method):
-    model = given_to(tower(name, **vision), method).to(device)
+    model = patched_with(tower(name, **vision), method).to(device)
     on("reference")
     expected = model.encode_image(images(device))
     on("triton")

@@ -9,15 +9,17 @@ import clipkernels as ck
 from bench import runners
 from clipkernels.measure.timing import Variant, vary
 from clipkernels.testing import (
-    given_to,
-    named,
+    method_id,
     open_clip_tower,
     patch_ranking,
+    patched_with,
     randomized,
     timm_tower,
     transformers_tower,
 )
-from clipkernels.testing.cases import CASES, SHAPES, Source, flat
+from clipkernels.testing.cases import CASES
+from clipkernels.testing.fp64 import flat
+from clipkernels.testing.inputs import SHAPES, InputFactory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 CUDA = torch.device("cuda")
@@ -27,7 +29,7 @@ METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1), partial(patch_rank
 @pytest.mark.parametrize("op", CASES)
 @torch.inference_mode()
 def test_an_operation_replays_from_a_cuda_graph(op):
-    case, source = CASES[op], Source(SHAPES["B-16"], 2, torch.bfloat16, CUDA)
+    case, source = CASES[op], InputFactory(SHAPES["B-16"], 2, torch.bfloat16, CUDA)
     inputs, others = case.inputs(source), case.inputs(source)
     expected = flat(case.call(source, "triton", *others))
     case.call(source, "triton", *inputs)
@@ -45,7 +47,7 @@ def test_an_operation_replays_from_a_cuda_graph(op):
 @pytest.mark.parametrize("op", CASES)
 @torch.inference_mode()
 def test_no_operation_waits_for_the_gpu(op):
-    case, source = CASES[op], Source(SHAPES["B-32"], 2, torch.bfloat16, CUDA)
+    case, source = CASES[op], InputFactory(SHAPES["B-32"], 2, torch.bfloat16, CUDA)
     inputs = case.inputs(source)
     case.call(source, "triton", *inputs)
     torch.cuda.set_sync_debug_mode("error")
@@ -59,7 +61,7 @@ def test_no_operation_waits_for_the_gpu(op):
 @torch.inference_mode()
 def test_an_operation_compiles_with_inductor(op):
     torch._dynamo.reset()
-    case, source = CASES[op], Source(SHAPES["B-32"], 2, torch.bfloat16, CUDA)
+    case, source = CASES[op], InputFactory(SHAPES["B-32"], 2, torch.bfloat16, CUDA)
     inputs = case.inputs(source)
     compiled = torch.compile(lambda *inputs: case.call(source, "triton", *inputs), fullgraph=True)
     expected = flat(case.call(source, "triton", *inputs))
@@ -71,7 +73,7 @@ def tower(name, method):
     library, _, kind = name.partition(" ")
     pytest.importorskip(library, reason=f"{library} is not installed")
     make = {"open_clip": open_clip_tower, "timm": timm_tower, "transformers": transformers_tower}[library]
-    model = given_to(randomized(make(kind)).to(CUDA, torch.bfloat16), method)
+    model = patched_with(randomized(make(kind)).to(CUDA, torch.bfloat16), method)
     found = ck.tower_of(model)
     return found, torch.randn(2, 4, 3, *found.image_size, device=CUDA, dtype=torch.bfloat16)
 
@@ -85,7 +87,7 @@ TOWERS = (
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
-@pytest.mark.parametrize("method", METHODS, ids=named)
+@pytest.mark.parametrize("method", METHODS, ids=method_id)
 @pytest.mark.parametrize("name", TOWERS)
 @torch.inference_mode()
 def test_a_compiled_tower_gives_the_embedding_of_the_eager_one(name, method, mode):
@@ -98,7 +100,7 @@ def test_a_compiled_tower_gives_the_embedding_of_the_eager_one(name, method, mod
     assert torch.nn.functional.cosine_similarity(came, expected).min() > 0.99
 
 
-@pytest.mark.parametrize("method", METHODS, ids=named)
+@pytest.mark.parametrize("method", METHODS, ids=method_id)
 @pytest.mark.parametrize("name", TOWERS)
 @torch.inference_mode()
 def test_a_tower_replays_from_a_cuda_graph(name, method):

@@ -150,12 +150,14 @@ def test_without_triton_everything_runs_on_the_reference() -> None:
 sys.modules["triton"] = None
 import torch
 import clipkernels as ck
-from clipkernels.testing.cases import CASES, Shape, Source, flat, judge
+from clipkernels.testing.cases import CASES
+from clipkernels.testing.fp64 import flat, check_against_fp64
+from clipkernels.testing.inputs import Shape, InputFactory
 torch.set_num_threads(1)
-source = Source(Shape(21, 128, 2, 1, 4), 2, torch.float32, torch.device("cpu"))
+source = InputFactory(Shape(21, 128, 2, 1, 4), 2, torch.float32, torch.device("cpu"))
 for name, case in CASES.items():
     inputs = case.inputs(source)
-    verdict = judge(case, source, inputs, flat(case.call(source, "auto", *inputs)), "reference")
+    verdict = check_against_fp64(case, source, inputs, flat(case.call(source, "auto", *inputs)), "reference")
     assert verdict.wrong is None, (name, verdict)
     try:
         case.call(source, "triton", *inputs)

@@ -1,4 +1,4 @@
-"""Patching: undo, replacement, refusal, and everything that must go on working meanwhile."""
+"""Patching: undo, replacement, unsupported_reason, and everything that must go on working meanwhile."""
 
 import copy
 import gc

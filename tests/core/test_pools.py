@@ -50,9 +50,9 @@ def twins(tower):
 @torch.no_grad()
 def test_merging_equal_tokens_changes_nothing(tower):
     x, rope = twins(tower)
-    dense = run(tower, TowerInput(x, rope), ck.Dense().plan(tower.tokens, 3, tower.prefix)).x
-    ran = run(tower, TowerInput(x, rope), ck.ToMe([PAIRS]).plan(tower.tokens, 3, tower.prefix), Reads(track=True))
-    assert ran.x.shape[1] == tower.tokens - PAIRS
+    dense = run(tower, TowerInput(x, rope), ck.Dense().plan(tower.num_tokens, 3, tower.prefix)).x
+    ran = run(tower, TowerInput(x, rope), ck.ToMe([PAIRS]).plan(tower.num_tokens, 3, tower.prefix), Reads(track=True))
+    assert ran.x.shape[1] == tower.num_tokens - PAIRS
     restored = unmerge(ran.x, ran.sources, tower.prefix)
     torch.testing.assert_close(restored, dense, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tower.pool(restored), tower.pool(dense), rtol=1e-4, atol=1e-4)
@@ -62,8 +62,8 @@ def test_merging_equal_tokens_changes_nothing(tower):
 def test_without_sizes_it_would(tower):
     """The same without proportional attention differs, so the test above can fail."""
     x, rope = twins(tower)
-    dense = run(tower, TowerInput(x, rope), ck.Dense().plan(tower.tokens, 3, tower.prefix)).x
-    plan = ck.ToMe([PAIRS], proportional=False).plan(tower.tokens, 3, tower.prefix)
+    dense = run(tower, TowerInput(x, rope), ck.Dense().plan(tower.num_tokens, 3, tower.prefix)).x
+    plan = ck.ToMe([PAIRS], proportional=False).plan(tower.num_tokens, 3, tower.prefix)
     ran = run(tower, TowerInput(x, rope), plan, Reads(track=True))
     assert not torch.allclose(unmerge(ran.x, ran.sources, tower.prefix), dense, rtol=1e-4, atol=1e-4)
 
@@ -72,7 +72,7 @@ def test_without_sizes_it_would(tower):
 def test_the_prefix_comes_out_in_front_and_apart(tower):
     x, rope = twins(tower)
     for method in (ck.EViT(0.3), ck.ToMe(8)):
-        plan = method.plan(tower.tokens, 3, tower.prefix)
+        plan = method.plan(tower.num_tokens, 3, tower.prefix)
         ran = run(tower, TowerInput(x, rope), plan.ranked_by("received"), Reads(track=True))
         assert ran.x.shape[1] == plan.tokens[-1]
         for source in ran.sources:

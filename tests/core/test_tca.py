@@ -220,7 +220,7 @@ def test_rotary_embeddings_follow_kept_patches_and_centres(name):
     tower = ck.tower_of(model)
     with ck.patched(model, method):
         came = ck.encode_image(model, images, tokens=True, source=True)
-    step, prefix = method.plan(tower.tokens, 3, tower.prefix).steps[0], tower.prefix
+    step, prefix = method.plan(tower.num_tokens, 3, tower.prefix).steps[0], tower.prefix
     x, rope = tower.embed(images)
     # The first block by hand: its tokens, and the patch behind each of them, from the op itself.
     parts = tower.parts(model.blocks[0])
@@ -252,7 +252,7 @@ def test_a_pool_that_reads_all_tokens_sees_every_patch_where_its_token_is():
     tower = ck.tower_of(model)
     from clipkernels.tower import TowerInput, run
 
-    plan = ck.TCA(0.1).plan(tower.tokens, 2).ranked_by("received")
+    plan = ck.TCA(0.1).plan(tower.num_tokens, 2).ranked_by("received")
     last = run(tower, TowerInput(tower.embed(images)[0]), plan).x[0]
     mean = last[encoded.source[0, -1].long()].mean(0)
     expected = layer_norm(mean, mean.shape, model.visual.ln_post.weight, model.visual.ln_post.bias) @ model.visual.proj

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 import clipkernels as ck
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.presets import CALIP_PRESETS
-from clipkernels.heads.search import count, grid, search
+from clipkernels.heads.weight_search import count, grid, search
 from clipkernels.learn.calip_fs import MAPS, FewShotCALIP
 from clipkernels.testing import openai_tower, timm_tower, transformers_tower
 

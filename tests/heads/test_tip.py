@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 import clipkernels as ck
-from clipkernels.heads.search import grid
+from clipkernels.heads.weight_search import grid
 
 WIDTH, CLASSES = 12, 5
 LABELS = [3, 0, 0, 1, 3, 3, 0, 3, 4, 1]  # none of class 2

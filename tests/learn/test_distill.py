@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from clipkernels.learn.distill import TargetedDistillation, TeacherFeatures
-from clipkernels.learn.distill.objective import choose, relevance_of
+from clipkernels.learn.distill.objective import relevance_of, select_top
 from tests.learn import gloo_distill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -214,12 +214,12 @@ def test_a_prior_of_zeros_weighs_nothing() -> None:
 @pytest.mark.parametrize(("keep", "real", "count"), [(0.4, 5, 2), (0.4, 6, 3), (0.1, 30, 3), (0.01, 9, 1), (1.0, 9, 9)])
 def test_so_many_of_the_tokens_that_are_no_padding_are_chosen(keep: float, real: int, count: int) -> None:
     mask = torch.arange(32)[None] % 32 < real
-    assert choose(torch.rand(1, 32), mask, keep).sum() == count
+    assert select_top(torch.rand(1, 32), mask, keep).sum() == count
 
 
 def test_equal_relevance_chooses_the_lower_index_and_never_padding() -> None:
     mask = torch.tensor([[False, True, True, False, True, True]])
-    assert choose(torch.zeros(1, 6), mask, 0.5).tolist() == [[False, True, True, False, False, False]]
+    assert select_top(torch.zeros(1, 6), mask, 0.5).tolist() == [[False, True, True, False, False, False]]
 
 
 def test_relevance_is_the_softmax_of_the_cosines() -> None:

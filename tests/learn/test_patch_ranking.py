@@ -22,8 +22,8 @@ from clipkernels.learn.patch_ranking import (
     golden_ranking,
     overlap,
 )
-from clipkernels.learn.patch_ranking.contexts import replacing, text_tower
 from clipkernels.learn.patch_ranking.predictor import target
+from clipkernels.learn.patch_ranking.text_contexts import injected_contexts, text_tower
 from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -410,7 +410,7 @@ def test_coupled_tokens_are_made_of_the_contexts_that_the_text_has(tiny, images)
     torch.testing.assert_close(tokens()[1], tokens.context[1] @ tokens.maps[1].weight.T + tokens.maps[1].bias)
     plain = support.class_embeddings(tiny, tokenizer, PROMPTS)
     prompted, seen = tokens.class_embeddings(tiny, tokenizer, PROMPTS), []
-    with replacing(tiny, tokens.context):
+    with injected_contexts(tiny, tokens.context):
         handles = [
             block.register_forward_hook(lambda _, args, out: seen.append(args[0][:, :4].clone()))
             for block in tiny.transformer.resblocks
@@ -439,7 +439,7 @@ def test_contexts_go_into_openais_text_tower_too():
     x = model.token_embedding(ids) + model.positional_embedding
     x[:, 1:3] = contexts[0]
     expected = model.ln_final(model.transformer(x.transpose(0, 1))[-1]) @ model.text_projection
-    with replacing(model, contexts):
+    with injected_contexts(model, contexts):
         together = model.encode_text(ids)
         alone = torch.cat([model.encode_text(row[None]) for row in ids])
     torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-4)

@@ -168,7 +168,7 @@ def test_words_and_texts_are_the_hosts_own(name):
     model = randomized(make()).eval()
     came = Teacher(model, tokenizer)(texts=TEXTS)
     ids = tokenizer(TEXTS)
-    tower = text.find(model)
+    tower = text.find_text_tower(model)
     torch.testing.assert_close(came.text, tower.host(ids), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(came.words, rows(model, ids, tower.host), rtol=1e-5, atol=1e-5)
     assert came.image is came.regions is came.answers is came.regions_mask is None

@@ -389,7 +389,7 @@ def test_features_that_are_not_finite_are_not_kept_but_those_beside_them_are(tin
     cache = TeacherCache(tmp_path, counting(tiny))
     expected = cache.teacher(images)
     images[1, 0, 0, 0] = float("nan")
-    known = module.known_by(images[1]).hex()
+    known = module.content_hash(images[1]).hex()
     for ask in (cache, lambda x: cache.add([x[:1], x[1:]])):
         with pytest.raises(
             ValueError, match=rf"finite in float16, got others of image 1, .* \(SHA-256 {known}\), one of 1"

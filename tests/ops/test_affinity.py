@@ -9,8 +9,8 @@ import clipkernels as ck
 from clipkernels import reference
 from clipkernels.backend import interpreting
 from clipkernels.reference.affinity import ROWS
-from clipkernels.testing import assert_within_budget, strided
-from clipkernels.testing.cases import PLAIN
+from clipkernels.testing import assert_within_budget, with_gaps
+from clipkernels.testing.fp64 import REFERENCE_EPS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -52,7 +52,7 @@ def check(queries, support, labels, classes, beta=5.5, weights=None, *, backend)
     arguments = (queries, support, labels, classes, beta, weights)
     exact = literal(*arguments)
     error = (came.cpu() - exact).abs().max()
-    if backend == "reference" and error <= PLAIN * torch.finfo(came.dtype).eps * exact.abs().max():
+    if backend == "reference" and error <= REFERENCE_EPS * torch.finfo(came.dtype).eps * exact.abs().max():
         return came  # it adds row after row, and a product by tiles
     assert_within_budget(came.cpu(), exact, eager(*arguments))
     return came
@@ -184,7 +184,7 @@ def test_any_strides_give_the_same_result(device, backend, dtype):
     queries, support, labels = inputs(device, dtype=dtype)
     weights = torch.rand(65, generator=torch.Generator().manual_seed(3)).to(device)
     expected = ck.ops.affinity(queries, support, labels, 10, 5.5, weights, backend=backend)
-    gaps = (strided(queries), strided(support), strided(labels[:, None].expand(-1, 2).float())[:, 0].long())
+    gaps = (with_gaps(queries), with_gaps(support), with_gaps(labels[:, None].expand(-1, 2).float())[:, 0].long())
     apart = weights.repeat_interleave(2)[::2]
     check_same(ck.ops.affinity(*gaps, 10, 5.5, apart, backend=backend), expected, backend)
     turned = queries.T.contiguous().T, support.T.contiguous().T

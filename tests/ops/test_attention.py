@@ -5,7 +5,7 @@ import torch
 
 import clipkernels as ck
 from clipkernels.backend import interpreting
-from clipkernels.testing import assert_within_budget, strided
+from clipkernels.testing import assert_within_budget, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ODD = [1, 2, 63, 65, 257, 577]  # below, at and above the tile sizes of every backend
@@ -97,7 +97,7 @@ def test_packed_views_need_no_copy_to_be_right(device, backend):
     came = ck.ops.attention(q, k, v, signal="cls", backend=backend)
     expected = ck.ops.attention(q.contiguous(), k.contiguous(), v.contiguous(), signal="cls", backend=backend)
     torch.testing.assert_close(came, expected)
-    gaps = [strided(x) for x in (q, k, v)]
+    gaps = [with_gaps(x) for x in (q, k, v)]
     torch.testing.assert_close(ck.ops.attention(*gaps, signal="cls", backend=backend), expected)
 
 

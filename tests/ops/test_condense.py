@@ -6,7 +6,7 @@ import torch
 import clipkernels as ck
 from bench.naive.tca import condense, ranks
 from clipkernels.backend import interpreting
-from clipkernels.testing import assert_within_budget, strided
+from clipkernels.testing import assert_within_budget, with_gaps
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -175,7 +175,7 @@ def test_norm_is_the_layer_norm_of_the_result(device, backend):
 def test_any_strides_give_the_same_result(device, backend):
     x, scores = inputs(device)
     expected = ck.ops.condense_tokens(x, scores, 6, 6, 2, scores, backend=backend)
-    gaps = ck.ops.condense_tokens(strided(x), strided(scores), 6, 6, 2, strided(scores), backend=backend)
+    gaps = ck.ops.condense_tokens(with_gaps(x), with_gaps(scores), 6, 6, 2, with_gaps(scores), backend=backend)
     shared = ck.ops.condense_tokens(
         x[:1].expand(3, -1, -1), scores[:1].expand(3, -1), 6, 6, 2, scores[:1].expand(3, -1), backend=backend
     )

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import clipkernels as ck
 from clipkernels.backend import interpreting
-from clipkernels.testing import assert_within_budget, strided
+from clipkernels.testing import assert_within_budget, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The package has a function of the module's name.
@@ -212,7 +212,7 @@ def test_every_batch_is_served(device, backend, batch):
 def test_any_strides_give_the_same_result(device, backend, dtype):
     visual, pooled, text = inputs(device, 2, 9, 5, 32, dtype)
     whole = torch.cat([torch.full_like(visual[:, :1], float("nan")), visual], 1)  # patches behind a CLS row
-    views = [(strided(visual), strided(pooled), strided(text)), (whole[:, 1:], pooled.T.contiguous().T, text)]
+    views = [(with_gaps(visual), with_gaps(pooled), with_gaps(text)), (whole[:, 1:], pooled.T.contiguous().T, text)]
     attended = ck.ops.cross_attention(visual, text, backend=backend)
     terms = ck.ops.calip_logits(visual, pooled, text, terms=True, backend=backend)
     for given in views:

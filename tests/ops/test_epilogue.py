@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 import clipkernels as ck
-from clipkernels.testing import assert_within_budget, strided
+from clipkernels.testing import assert_within_budget, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTS = {
@@ -100,9 +100,9 @@ def test_any_strides_and_no_rows_at_all(device, backend):
     bias = normal(device, 24, 2)[:, 0]
     norm = (normal(device, 24, 2, seed=3)[:, 1], bias, 1e-5)
     expected = ck.ops.add_norm(x, y, bias.clone(), None, norm, backend=backend)
-    came = ck.ops.add_norm(strided(x), strided(y), bias, None, norm, backend=backend)
+    came = ck.ops.add_norm(with_gaps(x), with_gaps(y), bias, None, norm, backend=backend)
     assert torch.equal(came.tokens, expected.tokens) and torch.equal(came.normed, expected.normed)
-    acted = ck.ops.bias_act(strided(x), bias, "quick_gelu", backend=backend)
+    acted = ck.ops.bias_act(with_gaps(x), bias, "quick_gelu", backend=backend)
     assert torch.equal(acted, ck.ops.bias_act(x, bias.clone(), "quick_gelu", backend=backend))
     none = ck.ops.add_norm(x[:0], y[:0], norm=norm, backend=backend)
     assert none.tokens.shape == none.normed.shape == (0, 9, 24)

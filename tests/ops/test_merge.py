@@ -5,7 +5,7 @@ import torch
 
 import clipkernels as ck
 from clipkernels.backend import interpreting
-from clipkernels.testing import assert_within_budget, strided
+from clipkernels.testing import assert_within_budget, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -150,11 +150,11 @@ def test_equal_tokens_merge_to_themselves_and_untouched_ones_are_bit_equal(devic
 def test_any_strides_give_the_same_result(device, backend):
     x = normal(device, 2, 17, 24, seed=8)
     match = ck.ops.match_tokens(x, 5, backend=backend)
-    gaps = ck.ops.match_tokens(strided(x), 5, backend=backend)
+    gaps = ck.ops.match_tokens(with_gaps(x), 5, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(match, gaps, strict=True))
     assert torch.equal(
         ck.ops.merge_tokens(x, match, backend=backend).tokens,
-        ck.ops.merge_tokens(strided(x), match, backend=backend).tokens,
+        ck.ops.merge_tokens(with_gaps(x), match, backend=backend).tokens,
     )
 
 

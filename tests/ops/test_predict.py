@@ -12,7 +12,7 @@ import clipkernels as ck
 from clipkernels import reference
 from clipkernels.backend import interpreting
 from clipkernels.ops import Mixer
-from clipkernels.testing import assert_within_budget, strided
+from clipkernels.testing import assert_within_budget, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Below, at and above a tile of tokens; multiples of 64 channels, none, and fewer.
@@ -153,7 +153,7 @@ def test_any_strides_give_the_same_result(device, backend, dtype):
     expected = ck.ops.predict_scores(x, mixer, backend=backend)
     packed = torch.cat([x, torch.full_like(x, float("nan"))], 2)[..., :128]
     gaps = Mixer(*(torch.stack([w, w.roll(1, 0)], -1)[..., 0] for w in mixer[:-1]), mixer.eps)
-    for given in (strided(x), packed, x.mT.contiguous().mT):
+    for given in (with_gaps(x), packed, x.mT.contiguous().mT):
         torch.testing.assert_close(ck.ops.predict_scores(given, mixer, backend=backend), expected)
     torch.testing.assert_close(ck.ops.predict_scores(x, gaps, backend=backend), expected)
     same = ck.ops.predict_scores(x[:1].expand(3, -1, -1), mixer, backend=backend)

@@ -7,7 +7,7 @@ import torch
 
 import clipkernels as ck
 from clipkernels.backend import interpreting
-from clipkernels.testing import assert_within_budget, strided
+from clipkernels.testing import assert_within_budget, with_gaps
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -117,7 +117,7 @@ def test_norm_is_the_layer_norm_of_the_result(device, backend, dtype):
 def test_any_strides_give_the_same_result(device, backend):
     x, scores = inputs(device)
     expected = ck.ops.prune_tokens(x, scores, 6, True, backend=backend)
-    gaps = ck.ops.prune_tokens(strided(x), strided(scores), 6, True, backend=backend)
+    gaps = ck.ops.prune_tokens(with_gaps(x), with_gaps(scores), 6, True, backend=backend)
     shared = ck.ops.prune_tokens(x[:1].expand(3, -1, -1), scores[:1].expand(3, -1), 6, True, backend=backend)
     assert torch.equal(gaps.tokens, expected.tokens) and torch.equal(gaps.index, expected.index)
     assert all(torch.equal(shared.tokens[i], expected.tokens[0]) for i in range(3))

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipkernels as ck
 from clipkernels.backend import interpreting
-from clipkernels.testing import assert_within_budget, guarded, strided
-from clipkernels.testing.cases import PLAIN
+from clipkernels.testing import GuardedAllocations, assert_within_budget, with_gaps
+from clipkernels.testing.fp64 import REFERENCE_EPS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FEW = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
@@ -35,7 +35,7 @@ def triton(triton, monkeypatch, request):
     def poisoned(launch):
         @wraps(launch)
         def run(*arguments):
-            with guarded():
+            with GuardedAllocations():
                 return launch(*arguments)
 
         return run
@@ -110,7 +110,7 @@ def check(given, backend):
     for one, exact, eager in zip(came, literal(*given, pull), differentiate(plain, given, pull), strict=True):
         if backend == "reference":  # it adds chunk after chunk, and a product by tiles
             assert one.shape == exact.shape
-            allowed = PLAIN * torch.finfo(one.dtype).eps * exact.abs()
+            allowed = REFERENCE_EPS * torch.finfo(one.dtype).eps * exact.abs()
             assert not one.numel() or (one.cpu() - exact).abs().max() <= allowed.max()
         else:
             assert_within_budget(one.cpu(), exact, eager.cpu())
@@ -290,7 +290,7 @@ def test_any_strides_give_the_same_result(device, backend, dtype):
     student, teacher, projection, weights, mask = given = inputs(device, dtype=dtype)
     pull = torch.tensor([1.0, -2.0, 0.5], device=device)
     expected = differentiate(fused(backend), given, pull)
-    gaps = [strided(x) for x in (student, teacher, projection, weights)]
+    gaps = [with_gaps(x) for x in (student, teacher, projection, weights)]
     apart = mask.repeat_interleave(2, 1)[:, ::2]
     turned = [x.mT.contiguous().mT for x in (student, teacher, projection, weights, mask)]
     for other in ([*gaps, apart], turned):
@@ -386,7 +386,7 @@ def test_the_kernels_never_have_the_projected_tokens_in_memory(device, triton, m
 
     def noted(launch):
         def run(*arguments):
-            with guarded() as seen:
+            with GuardedAllocations() as seen:
                 came = launch(*arguments)
             sizes.extend(size for _, size in seen.buffers)
             return came

@@ -36,9 +36,9 @@ def check_head(
         "support": (head in SUPPORTED, "--head tip or tipx"),
     }
     for option, (fits, wanted) in owners.items():
-        if given(context, option) and not fits:
+        if is_set(context, option) and not fits:
             raise click.UsageError(f"expected {wanted} with --{option}, got {f'--head {head}' if head else 'none'}")
-    if head in SUPPORTED and not given(context, "support"):
+    if head in SUPPORTED and not is_set(context, "support"):
         raise click.UsageError(f"expected --support with --head {head}, got none: see clipkernels support build")
     known = PRESETS if adapt else CALIP_PRESETS
     if (adapt or head == "calip") and preset not in known:
@@ -60,7 +60,7 @@ def choose_head(
     return ZeroShot
 
 
-def given(context: click.Context, option: str) -> bool:
+def is_set(context: click.Context, option: str) -> bool:
     """Whether an option was named on the command line."""
     return context.get_parameter_source(option) is ParameterSource.COMMANDLINE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from clipkernels.adapters import Tower
-from clipkernels.cli.parts.heads import given
+from clipkernels.cli.parts.heads import is_set
 from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
 from clipkernels.measure.timing import HOST, gmacs_for, plan_for
 from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
@@ -29,7 +29,7 @@ def choose_method(
         **dict.fromkeys(("predictor", "tokens"), ("patch-ranking",)),
     }
     for option, owners in readers.items():
-        if given(context, option) and method not in owners:
+        if is_set(context, option) and method not in owners:
             raise click.UsageError(
                 f"expected --method {' or '.join(owners)} with --{option}, got {method or 'no --method'}"
             )
@@ -98,7 +98,7 @@ def choose_methods(tower: Tower) -> dict[str, Method | None]:
         return gmacs_for(tower, plan_for(tower, method))
 
     target = gmacs(EViT(0.7))
-    r = min(range(1, tower.tokens), key=lambda r: abs(gmacs(ToMe(r)) - target))
+    r = min(range(1, tower.num_tokens), key=lambda r: abs(gmacs(ToMe(r)) - target))
     chosen: list[Method] = [Dense(), EViT(0.7), EViT(0.5), ToMe(r)]
     names = ("Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", f"ToMe(r={r})")
     return {HOST: None, **dict(zip(names, chosen, strict=True))}

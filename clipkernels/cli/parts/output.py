@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from clipkernels.files import replacing
+from clipkernels.files import atomic_write
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def opened(path: str | None, option: str = "--output") -> Iterator[TextIO]:
         return
     with ExitStack() as stack:
         try:
-            temporary = stack.enter_context(replacing(target))
+            temporary = stack.enter_context(atomic_write(target))
         except OSError as error:
             raise click.UsageError(
                 f"expected a file that can be written for {option}, got {path}: {error.strerror}"

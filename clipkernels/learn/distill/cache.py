@@ -14,9 +14,9 @@ from torch import Tensor
 
 from clipkernels.classifier import PROMPTS_PER_BATCH
 from clipkernels.files import TEMPORARY, map_tensors, sweep
-from clipkernels.learn.distill import kept
+from clipkernels.learn.distill import feature_files
+from clipkernels.learn.distill.feature_files import FIELDS, Kind, content_hash
 from clipkernels.learn.distill.features import Answers, TeacherFeatures, features_of
-from clipkernels.learn.distill.kept import FIELDS, Kind, known_by
 from clipkernels.learn.distill.teacher import Teacher
 
 Progress = Callable[[str, int, int], object]
@@ -144,7 +144,7 @@ class TeacherCache:
         """`image`, and `regions` with their mask, in the cache's dtype, on the CPU."""
         images = images.detach().cpu()
         with ThreadPoolExecutor(THREADS) as pool:
-            digests = list(pool.map(known_by, images))
+            digests = list(pool.map(content_hash, images))
         named: dict[bytes, tuple[str, Tensor]] = {}
         for place, (digest, image) in enumerate(zip(digests, images, strict=True)):
             named.setdefault(digest, (f"image {place}, counted from 0", image))
@@ -153,7 +153,7 @@ class TeacherCache:
 
     def read(self, texts: Sequence[str], words: bool = True) -> TeacherFeatures:
         """`text`, and `words` with their mask, in the cache's dtype, on the CPU."""
-        digests = [known_by(text) for text in texts]
+        digests = [content_hash(text) for text in texts]
         named = ((f"the text {text!r:.60}", text) for text in texts)
         self._encode("text", dict(zip(digests, named, strict=True)), words)
         return self._look_up("text", digests, words) if digests else self.teacher.read(texts, words)
@@ -169,7 +169,7 @@ class TeacherCache:
                 progress(kind, came, new)
             # A loader may fill the same memory again, and a view would hold the whole batch.
             own = item if isinstance(item, str) else item.detach().to("cpu", copy=True)
-            digest = known_by(own)
+            digest = content_hash(own)
             if digest not in self.places[kind, whole]:
                 waiting.setdefault(digest, (f"{kind} {came}, counted from 0", own))
             came += 1
@@ -202,7 +202,7 @@ class TeacherCache:
         stamp = self.teacher.stamp
         if stamp == self.stamp:
             return
-        differ = kept.differences(self._about(), self.about)
+        differ = feature_files.differences(self._about(), self.about)
         if differ:
             raise ValueError(
                 f"expected the teacher as it was when its cache was opened, got one with another {differ}: open one in "
@@ -212,15 +212,15 @@ class TeacherCache:
 
     def _write(self, kind: Kind, names: Sequence[str], digests: Sequence[bytes], made: TeacherFeatures) -> None:
         """Keeps what is finite; raises ValueError where something is not."""
-        tensors = kept.tensors_of(kind, made, self.dtype)
-        fine = kept.finite(tensors).tolist()
+        tensors = feature_files.to_tensors(kind, made, self.dtype)
+        fine = feature_files.finite(tensors).tolist()
         rows = [row for row, each in enumerate(fine) if each]
         if len(rows) < len(fine):
             tensors = {name: found[rows] for name, found in tensors.items()}
         if rows:
             own, before = [digests[row] for row in rows], self.folder.stat().st_mtime_ns
             file = self.folder / f"{uuid4().hex}.safetensors"
-            kept.write(file, own, tensors, self.about)
+            feature_files.write(file, own, tensors, self.about)
             self._keep(file, own, tensors)
             # Nobody else has written since; one that writes meanwhile is seen after the next change, or encoded again.
             if before == self.listed:
@@ -240,7 +240,7 @@ class TeacherCache:
         for name in sorted(set(os.listdir(self.folder)) - self.files):
             if name.endswith(".safetensors"):
                 tensors, header = map_tensors(self.folder / name)
-                kept.check(self.folder / name, header, self.about)
+                feature_files.check(self.folder / name, header, self.about)
                 self._keep(self.folder / name, list(map(bytes, tensors["sha256"].numpy())), tensors)
         self.listed = changed
 
@@ -260,7 +260,9 @@ class TeacherCache:
             rows, places = found.setdefault(file, ([], []))
             rows.append(row)
             places.append(place)
-        return kept.gathered(kind, whole, len(digests), ((self._mapped(file), *each) for file, each in found.items()))
+        return feature_files.gather_features(
+            kind, whole, len(digests), ((self._mapped(file), *each) for file, each in found.items())
+        )
 
     def _mapped(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a file, where they lie in it."""

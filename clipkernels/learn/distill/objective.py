@@ -21,8 +21,8 @@ from torch.nn.functional import normalize
 
 from clipkernels import ops
 from clipkernels.learn.distill.features import TeacherFeatures
-from clipkernels.reference.order import inverse_of, strongest_first
-from clipkernels.reference.precision import exactly, widened
+from clipkernels.reference.precision import autocast_disabled, upcast
+from clipkernels.reference.ranking import inverse_of, strongest_first
 
 if TYPE_CHECKING:
     from clipkernels.learn.distill.cache import TeacherCache
@@ -184,7 +184,7 @@ class TargetedDistillation(nn.Module):
             if prior is not None:
                 _expect("prior", prior, tokens if prior.ndim > 1 else tokens[1:], device)
             relevance = relevance_of(guide, other, mask, self.temperature, prior)
-            chosen = choose(relevance, mask, self.keep)
+            chosen = select_top(relevance, mask, self.keep)
             share = shares(relevance, chosen)
             terms.append(ops.targeted_l1(hidden, guide, projection.weight.to(hidden.dtype), share, chosen))
         if pooled is not None:
@@ -209,7 +209,7 @@ class TargetedDistillation(nn.Module):
         image = _expect("features.image", _needed(features.image, "features.image"), (batch, self.width), device)
         answers = _needed(features.answers, "features.answers" + with_it)
         _expect("features.answers", answers, (batch, *answers.shape[1:-1], self.width), device)
-        with exactly(image):
+        with autocast_disabled(image):
             alike = (normalize(answers.float(), dim=-1) @ normalize(image.float(), dim=-1)[..., None])[..., 0]
             teacher = _confidence(self.scale * alike, labels)
             if self.weight == "teacher":
@@ -237,17 +237,17 @@ def relevance_of(
         temperature: t.
         prior: (B,n) or (n,) weights q; None is all ones.
     """
-    with exactly(tokens):
-        tokens = widened(tokens)
-        length = torch.linalg.vector_norm(tokens, dim=2) * torch.linalg.vector_norm(widened(other), dim=1)[:, None]
-        alike = (tokens @ widened(other)[..., None])[..., 0] / length.clamp(min=1e-12)
+    with autocast_disabled(tokens):
+        tokens = upcast(tokens)
+        length = torch.linalg.vector_norm(tokens, dim=2) * torch.linalg.vector_norm(upcast(other), dim=1)[:, None]
+        alike = (tokens @ upcast(other)[..., None])[..., 0] / length.clamp(min=1e-12)
         alike = (alike / temperature).masked_fill(~mask, float("-inf"))
         share = torch.where(mask, (alike - alike.logsumexp(1, keepdim=True)).exp(), 0)  # NaN where all is padding
     return share if prior is None else torch.where(mask, share * prior.to(share.dtype).clamp(min=0), 0)
 
 
 @torch.no_grad()
-def choose(relevance: Tensor, mask: Tensor, keep: float) -> Tensor:
+def select_top(relevance: Tensor, mask: Tensor, keep: float) -> Tensor:
     """Which ⌈keep·n⌉ of the n tokens that mask (B,n) leaves have the highest relevance (B,n), bool; ties to the lower
     index."""
     place = inverse_of(strongest_first(relevance.masked_fill(~mask, float("-inf"))))

@@ -53,16 +53,16 @@ class Teacher:
         self.model, self.tokenizer, self.join = model, tokenizer, join
         if isinstance(join, str) and not _joins(join):
             raise ValueError(f'join must hold {{}} for the text and for the answer, and no other field, got "{join}"')
-        self.reads = text.find(model)
-        tower = None if adapters.find_resnet(model) is not None else adapters.find(model)
-        self.queries = tower is not None and tower.pools_by_query
+        self.reads = text.find_text_tower(model)
+        tower = None if adapters.find_resnet(model) is not None else adapters.find_tower(model)
+        self.queries = tower is not None and tower.pools_with_queries
         self.probe = text.ids_of(tokenizer, list(PROBE), self.reads.context)
         self.marks = text.Marks.of(self.probe)
         probes = {ids.shape[1]: ids for ids in (text.ids_of(tokenizer, [PROBE[1]], self.reads.context), self.probe)}
         for length, ids in probes.items():  # two where the tokenizer pads to the longest
             try:
                 with self._frozen():
-                    self.width = text.verify(self.reads, ids.to(self.device))
+                    self.width = text.verify_text_tower(self.reads, ids.to(self.device))
             except RuntimeError as error:
                 wanted = f"tokenizer must give as many ids as the text tower reads, got {length}"
                 raise ValueError(f"{wanted}: {' '.join(str(error).split())}") from error

@@ -22,13 +22,13 @@ from clipkernels import adapters
 from clipkernels.adapters import Tower
 from clipkernels.classifier import evaluating
 from clipkernels.encode import check_images
-from clipkernels.heads import ZeroShot
-from clipkernels.heads.given import check_labels
 from clipkernels.fingerprint import fingerprint, fingerprinted_module
+from clipkernels.heads import ZeroShot
+from clipkernels.heads.arguments import check_labels
 from clipkernels.learn.patch_ranking.rankings import Rankings, Store
-from clipkernels.learn.patch_ranking.variants import Entering, embed, enter
-from clipkernels.reference.order import strongest_first
+from clipkernels.learn.patch_ranking.subset_embeddings import Entering, embed, enter
 from clipkernels.reference.predict import pool_channels
+from clipkernels.reference.ranking import strongest_first
 
 Score = Literal["label", "confidence", "feature"]
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -99,7 +99,7 @@ def golden_ranking(
     """
     if not len(images):
         raise ValueError("images must be at least one, got none")
-    tower = adapters.find(model)
+    tower = adapters.find_tower(model)
     grid = _grid(tower)
     _check(tower, grid, score, window, stride, step, block, batch_size)
     classes = None if score == "feature" else _classes(score, text, tower)
@@ -110,7 +110,7 @@ def golden_ranking(
             **{"score": score, "window": window, "stride": stride, "step": step, "block": block},
             "tower": fingerprint(fingerprinted_module(tower)),
             "image_size": list(tower.image_size),
-            "tokens": tower.tokens,
+            "tokens": tower.num_tokens,
             "prefix": tower.prefix,
             "width": tower.width,
             "blocks": len(tower.blocks),
@@ -256,8 +256,8 @@ def _grid(tower: Tower) -> tuple[int, int]:
         ValueError: the patches are no grid.
     """
     height, width = (side // tower.patch for side in tower.image_size)
-    if height * width != tower.tokens - tower.prefix:
-        came = f"{tower.tokens - tower.prefix} of an image of {tower.image_size}"
+    if height * width != tower.num_tokens - tower.prefix:
+        came = f"{tower.num_tokens - tower.prefix} of an image of {tower.image_size}"
         raise ValueError(f"model must have a grid of patches of side {tower.patch}, got {came}")
     return height, width
 

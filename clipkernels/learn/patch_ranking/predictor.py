@@ -18,12 +18,12 @@ from torch.nn.functional import kl_div
 
 from clipkernels import ops
 from clipkernels.adapters import Tower
-from clipkernels.heads.given import check_positive
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprinted_module
-from clipkernels.learn.modules import check_training, load_module, save_module, seeded
+from clipkernels.heads.arguments import check_positive
+from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded
 from clipkernels.learn.patch_ranking.rankings import Rankings
-from clipkernels.reference.order import strongest_first
 from clipkernels.reference.predict import Mixer, mix
+from clipkernels.reference.ranking import strongest_first
 
 FORMAT = "clipkernels.rank_predictor.1"
 SIZES = ("tokens", "prefix", "channels", "token_hidden", "channel_hidden", "block")
@@ -102,7 +102,7 @@ class RankPredictor(nn.Module):
         """Raises ValueError unless this was trained for the tower."""
         about = {**self.about, "tokens": self.tokens, "prefix": self.prefix}
         came = {
-            **{"tokens": tower.tokens, "prefix": tower.prefix, "blocks": len(tower.blocks), "width": tower.width},
+            **{"tokens": tower.num_tokens, "prefix": tower.prefix, "blocks": len(tower.blocks), "width": tower.width},
             "image_size": list(tower.image_size),
         }
         for name, found in came.items():

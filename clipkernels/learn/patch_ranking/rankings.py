@@ -19,7 +19,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from clipkernels.files import ABOUT, digest_table, read_tensors, said_of, sweep, write_tensors
+from clipkernels.files import METADATA_KEY, digest_table, read_metadata, read_tensors, sweep, write_tensors
 from clipkernels.heads import ZeroShot
 
 FORMAT = "clipkernels.rankings.1"
@@ -139,7 +139,7 @@ class Store:
         tensors = {"ranks": ranks.short(), "features": features, "sha256": digest_table(digests)}
         if self.asked is not None:
             tensors["text"] = self.asked.text.float().cpu()
-        write_tensors(path, tensors, {ABOUT: json.dumps({"format": FORMAT, **self.about})})
+        write_tensors(path, tensors, {METADATA_KEY: json.dumps({"format": FORMAT, **self.about})})
 
     def _stacked(self, digests: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         ranks, features = zip(*(self.rows[digest] for digest in digests), strict=True)
@@ -149,7 +149,7 @@ class Store:
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of rankings, and how they were made."""
     tensors, header = read_tensors(path)
-    about = said_of(header)
+    about = read_metadata(header)
     said = about.pop("format", None)
     if said != FORMAT or not {"ranks", "features", "sha256"} <= set(tensors):
         raise ValueError(f"expected rankings, as golden_ranking writes them, got {path} with format {said!r}")

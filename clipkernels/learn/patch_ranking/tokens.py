@@ -23,10 +23,10 @@ from clipkernels import adapters
 from clipkernels.adapters import Tower
 from clipkernels.classifier import class_embeddings, evaluating
 from clipkernels.encode import encode_image
-from clipkernels.heads.given import check_labels, check_positive
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprint, fingerprinted_module
-from clipkernels.learn.modules import check_training, load_module, save_module, seeded
-from clipkernels.learn.patch_ranking.contexts import check_prompts, first_words, replacing, text_tower
+from clipkernels.heads.arguments import check_labels, check_positive
+from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded
+from clipkernels.learn.patch_ranking.text_contexts import check_prompts, first_words, injected_contexts, text_tower
 from clipkernels.methods import PatchRanking
 from clipkernels.patch import patched
 
@@ -84,7 +84,7 @@ class VisualTokens(nn.Module):
             check_fingerprint(self.about["text"], text_tower(model), "the learnt tokens' text", self.about)
         ids = tokenizer([sentence for each in prompts.values() for sentence in each])
         check_prompts(model, ids, [len(each) for each in prompts.values()], self.count)
-        with replacing(model, self.context):
+        with injected_contexts(model, self.context):
             return class_embeddings(model, tokenizer, prompts)
 
     def check_tower(self, tower: Tower) -> None:
@@ -178,7 +178,7 @@ def fit_tokens(
     missing = [name for name in ("encode_image", "encode_text") if not hasattr(model, name)]
     if missing:
         raise ValueError(f"model must be a CLIP, got {type(model).__name__} without {', '.join(missing)}")
-    tower = adapters.find(model)
+    tower = adapters.find_tower(model)
     like = tower.like
     if like.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"model must be float32 or float64 to train through, got {like.dtype}")
@@ -209,7 +209,7 @@ def fit_tokens(
             total = 0.0
             for batch in torch.randperm(len(images), generator=generator).split(batch_size):
                 if coupled:
-                    with replacing(model, tokens.context):
+                    with injected_contexts(model, tokens.context):
                         text = _text(model, ids, sizes)
                 pixels = torch.stack([images[index] for index in batch.tolist()]).to(like)
                 logits = scale * normalize(encode_image(model, pixels).embedding) @ text.T

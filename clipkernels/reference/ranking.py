@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipkernels.reference.precision import widened
+from clipkernels.reference.precision import upcast
 
 Heads = Literal["mean", "rank"]
 
@@ -33,10 +33,10 @@ def inverse_of(order: Tensor) -> Tensor:
 def reduce_heads(scores: Tensor, heads: Heads) -> Tensor:
     """Scores (B,P) of per-head scores (B,H,P): their mean, or the mean of each head's ranks (0 weakest)."""
     if heads == "mean":
-        return widened(scores).mean(1)
+        return upcast(scores).mean(1)
     # The place in a stable descending order counts those that beat a patch; integer ranks are summed exactly.
     place = inverse_of(strongest_first(scores))
-    return (scores.shape[-1] - 1 - place).sum(1).to(widened(scores).dtype) / scores.shape[1]
+    return (scores.shape[-1] - 1 - place).sum(1).to(upcast(scores).dtype) / scores.shape[1]
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipkernels import block
 from clipkernels.adapters import Tower
-from clipkernels.backend import epilogues
+from clipkernels.backend import use_epilogue_kernels
 from clipkernels.plan import Plan
 from clipkernels.reference import Norm
 from clipkernels.tower import Reads, TowerInput, refuse, run
@@ -76,7 +76,9 @@ def embed(tower: Tower, entering: Entering, image: Tensor, kept: Tensor) -> Tens
     rows = tower.prefix if tower.pools_cls else None
     after, last = entering.block + 1, entering.block == len(tower.blocks) - 1
     state = block.TokenState(x)
-    x = block.forward(parts, state, None, tower.prefix, rows=rows if last else None, fused=epilogues(x)).state.x
+    x = block.forward(
+        parts, state, None, tower.prefix, rows=rows if last else None, fused=use_epilogue_kernels(x)
+    ).state.x
     plan = _dense(tower, kept.shape[1])
     return tower.pool(run(tower, TowerInput(x, rope), plan, Reads(rows), first=after).x)
 

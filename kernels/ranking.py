@@ -19,7 +19,7 @@ def load_scores(ptr, offs, size):
 
 
 @triton.jit
-def place(ptr, offs, size, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr):
+def rank_of(ptr, offs, size, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr):
     """How many of `size` scores beat each of those at `offs`."""
     own = load_scores(ptr, offs, size)
     count = tl.zeros_like(offs)
@@ -43,7 +43,7 @@ def reduce_heads(
     if RANK:
         for head in range(H):
             row_ptr = ptr + tl.cast(head, tl.int64) * size
-            total += size - 1 - place(row_ptr, offs, size, BLOCK_P, BLOCK_J)
+            total += size - 1 - rank_of(row_ptr, offs, size, BLOCK_P, BLOCK_J)
     else:  # several rows in flight
         for start in range(0, H, BLOCK_J):
             offs_h = start + tl.arange(0, BLOCK_J)

@@ -29,7 +29,11 @@ _ACTS: dict[str, Act] = {
 
 def norm_of(module: nn.Module) -> Norm | None:
     """(weight, bias, eps) of a LayerNorm that is nothing else, or None."""
-    if not isinstance(module, nn.LayerNorm) or _name(module) not in ("LayerNorm", "LayerNormFp32") or watched(module):
+    if (
+        not isinstance(module, nn.LayerNorm)
+        or _name(module) not in ("LayerNorm", "LayerNormFp32")
+        or is_modified(module)
+    ):
         return None
     return None if module.weight is None or module.bias is None else (module.weight, module.bias, module.eps)
 
@@ -37,38 +41,38 @@ def norm_of(module: nn.Module) -> Norm | None:
 def act_of(module: nn.Module) -> Act | None:
     """The activation that a module is, or None where it must be called."""
     act = _ACTS.get(_name(module))
-    if act is None or watched(module):
+    if act is None or is_modified(module):
         return None
     return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else act
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a projection is its weight and bias alone."""
-    return type(module) is nn.Linear and not watched(module)
+    return type(module) is nn.Linear and not is_modified(module)
 
 
 def scale_of(module: nn.Module) -> tuple[bool, Tensor | None]:
     """Whether a layer scale may be read, and its gamma, None where it is no scale at all."""
     name = _name(module)
-    if name not in ("Identity", "LayerScale") or watched(module):
+    if name not in ("Identity", "LayerScale") or is_modified(module):
         return False, None
     scale: Any = module
     return True, scale.gamma if name == "LayerScale" else None
 
 
-def does_nothing(module: nn.Module) -> bool:
+def is_noop(module: nn.Module) -> bool:
     """Whether a module hands on what it is given: an identity, or a dropout at rest."""
-    if watched(module):
+    if is_modified(module):
         return False
     return type(module) is nn.Identity or (type(module) is nn.Dropout and (not module.training or module.p == 0))
 
 
-def watched(module: nn.Module) -> bool:
+def is_modified(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says."""
-    return replaced(module) or hooked(module) or hooked(nn.modules.module, "_global_")
+    return is_forward_replaced(module) or has_hooks(module) or has_hooks(nn.modules.module, "_global_")
 
 
-def replaced(module: nn.Module) -> bool:
+def is_forward_replaced(module: nn.Module) -> bool:
     """Whether a module's forward is not its class's."""
     own = module.__dict__.get("forward")
     if own is not None and getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
@@ -76,20 +80,20 @@ def replaced(module: nn.Module) -> bool:
     return own is not None or hasattr(module, "_hf_hook")
 
 
-def hooked(holder: Any, start: str = "_") -> bool:
+def has_hooks(holder: Any, start: str = "_") -> bool:
     """Whether a module, or torch for all modules, holds hooks in attributes whose names start so."""
     kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     return any(getattr(holder, start + kind) for kind in kinds)
 
 
-def passed_by(*modules: nn.Module, harmless: Callable[[nn.Module], bool] | None = None) -> str | None:
+def bypass_reason(*modules: nn.Module, harmless: Callable[[nn.Module], bool] | None = None) -> str | None:
     """Why modules that a block's parts pass by must not be passed by, or None; `harmless` knows hooks that may be."""
     for module in modules:
         if getattr(module, "_compiled_call_impl", None) is not None:
             return f"its {type(module).__name__} is compiled by itself: compile the whole tower instead"
-        if replaced(module):
+        if is_forward_replaced(module):
             return f"the forward of its {type(module).__name__} was replaced: patch before that"
-        if hooked(module) and not (harmless and harmless(module)):
+        if has_hooks(module) and not (harmless and harmless(module)):
             return f"its {type(module).__name__} carries a hook, which would be skipped: remove it first"
         if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
             return f"its {type(module).__name__} has sharded parameters: patch before sharding"
@@ -121,7 +125,7 @@ def qkv_of(
     return q, k, v
 
 
-def projected(x: Tensor, projection: nn.Module, scale: Tensor | None, fused: bool) -> Branch:
+def project_branch(x: Tensor, projection: nn.Module, scale: Tensor | None, fused: bool) -> Branch:
     """scale·projection(x) as a branch whose bias and scale are left to the sum where `fused` and the module allow."""
     if fused and is_linear(projection):
         plain: Any = projection
@@ -136,7 +140,7 @@ def mlp_of(x: Tensor, expand: nn.Module, act: nn.Module, contract: nn.Module, sc
     if kind is None or not is_linear(expand) or not is_linear(contract):
         return None
     first: Any = expand
-    return projected(ops.bias_act(linear(x, first.weight), first.bias, kind), contract, scale, fused=True)
+    return project_branch(ops.bias_act(linear(x, first.weight), first.bias, kind), contract, scale, fused=True)
 
 
 def ratio_of(mlp: nn.Module, width: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from clipkernels.files import ABOUT, read_tensors, said_of, write_tensors
+from clipkernels.files import METADATA_KEY, read_metadata, read_tensors, write_tensors
 
 Made = TypeVar("Made", bound=nn.Module)
 
@@ -35,7 +35,7 @@ def check_training(name: str, epochs: int, batch_size: int) -> None:
 def save_module(path: str | os.PathLike[str], module: Any, kind: str, sizes: Sequence[str]) -> None:
     """Writes a module's weights, the sizes that it was made with and its `about`, whole or not at all."""
     said = {"format": kind, **{name: getattr(module, name) for name in sizes}, "about": module.about}
-    write_tensors(path, module.state_dict(), {ABOUT: json.dumps(said)})
+    write_tensors(path, module.state_dict(), {METADATA_KEY: json.dumps(said)})
 
 
 def load_module(cls: type[Made], path: str | os.PathLike[str], kind: str, sizes: Sequence[str]) -> Made:
@@ -46,7 +46,7 @@ def load_module(cls: type[Made], path: str | os.PathLike[str], kind: str, sizes:
         OSError: it cannot be read.
     """
     tensors, header = read_tensors(path)
-    said = said_of(header)
+    said = read_metadata(header)
     try:
         if said.get("format") != kind:
             raise ValueError(f"format {said.get('format')!r}")

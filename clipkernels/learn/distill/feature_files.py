@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clipkernels.files import ABOUT, digest_table, said_of, write_tensors
-from clipkernels.fingerprint import short_fingerprint, same_probe, same_tower
+from clipkernels.files import METADATA_KEY, digest_table, read_metadata, write_tensors
+from clipkernels.fingerprint import same_probe, same_tower, short_fingerprint
 from clipkernels.learn.distill.features import TeacherFeatures
 
 Kind = Literal["image", "text"]
@@ -33,7 +33,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def known_by(item: Tensor | str) -> bytes:
+def content_hash(item: Tensor | str) -> bytes:
     """The SHA-256 of an image's values, shape and dtype, or of a text's UTF-8."""
     if isinstance(item, str):
         return sha256(item.encode()).digest()
@@ -43,7 +43,7 @@ def known_by(item: Tensor | str) -> bytes:
     return known.digest()
 
 
-def tensors_of(kind: Kind, made: TeacherFeatures, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_tensors(kind: Kind, made: TeacherFeatures, dtype: torch.dtype) -> dict[str, Tensor]:
     """What a file holds of some images or texts, on the CPU: nothing of what is behind the last word of a text."""
     if made.words is not None and made.words_mask is not None:
         place = torch.arange(made.words.shape[1], device=made.words.device)
@@ -63,12 +63,12 @@ def finite(tensors: Mapping[str, Tensor]) -> Tensor:
 def write(file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor], about: About) -> None:
     """Writes a file, whole or not at all; raises OSError where it cannot be written."""
     header = json.dumps({"format": FORMAT, "teacher": about})
-    write_tensors(file, {**tensors, "sha256": digest_table(digests)}, {ABOUT: header})
+    write_tensors(file, {**tensors, "sha256": digest_table(digests)}, {METADATA_KEY: header})
 
 
 def check(file: Path, header: Mapping[str, str], about: About) -> None:
     """Raises ValueError unless a file holds features of this teacher."""
-    said = said_of(header)
+    said = read_metadata(header)
     if said.get("format") != FORMAT:
         raise ValueError(
             f"expected a folder with features of a teacher alone, got {file} in it, of format {said.get('format')!r} "
@@ -97,7 +97,7 @@ def differences(came: About, expected: About) -> str:
     return ", ".join(differ)
 
 
-def gathered(
+def gather_features(
     kind: Kind, whole: bool, count: int, parts: Iterable[tuple[Mapping[str, Tensor], list[int], list[int]]]
 ) -> TeacherFeatures:
     """Features of so many images or texts: of each file some rows, and the places where they go.

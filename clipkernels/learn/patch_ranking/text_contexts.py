@@ -23,7 +23,7 @@ def text_tower(model: Any) -> Any:
 
 
 @contextmanager
-def replacing(model: Any, contexts: Tensor) -> Iterator[None]:
+def injected_contexts(model: Any, contexts: Tensor) -> Iterator[None]:
     """The text tower with contexts (D,T,C) at the T places after the first, in its first D blocks.
 
     Raises:
