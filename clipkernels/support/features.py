@@ -96,8 +96,9 @@ def encode(
     """The features of image files by an encoder, which is that of the model and the preprocessing, in their order; a
     file that is no image, or that the preprocessing rejects, is reported and left out.
 
-    Each batch is on disk before the next one starts: however a run ends, the next one goes on from there, with the
-    same batches, so that its features are the same bit for bit.
+    Each batch is on disk before the next one starts, and a run that was stopped goes on from there with the same
+    batches. On one machine, with the same files and one `batch_size`, its features are those of a run that was not, bit
+    for bit. What is on disk stays as it is; an image that is encoded in another batch may differ by rounding.
 
     Raises:
         ValueError: a cache that is no safetensors file.

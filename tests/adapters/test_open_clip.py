@@ -46,6 +46,7 @@ REPRESENTATIVES = {
     "EVA02-B-16": "rotary, separate projections, SwiGLU",
     "PE-Core-T-16-384": "rotary, MAP pooling, 3 heads",
 }
+TWO_HEADS = {"ViT-H-16": {"width": 160}, "ViT-L-14-CLIPA": {"width": 128}}
 
 
 def _distinct():
@@ -59,8 +60,12 @@ def _distinct():
 
 
 def _parameters():
+    """Representatives, the widest of them with two heads alone; every configuration as it is for `make test-all`."""
     for name in dict.fromkeys([*REPRESENTATIVES, *_distinct()]):
-        yield pytest.param(name, marks=[] if name in REPRESENTATIVES else [pytest.mark.slow])
+        if name in TWO_HEADS:
+            yield pytest.param(name, TWO_HEADS[name], id=f"{name}, two heads")
+        quick = name in REPRESENTATIVES and name not in TWO_HEADS
+        yield pytest.param(name, {}, marks=[] if quick else [pytest.mark.slow], id=name)
 
 
 def _model(name, **vision):
@@ -94,10 +99,10 @@ def test_every_name_at_full_depth_is_recognised():
             assert side == config["vision_cfg"].get("image_size", 224), name
 
 
-@pytest.mark.parametrize("name", list(_parameters()))
+@pytest.mark.parametrize(("name", "vision"), list(_parameters()))
 @torch.no_grad()
-def test_a_tower_is_served_and_given_back(name):
-    model = _model(name)
+def test_a_tower_is_served_and_given_back(name, vision):
+    model = _model(name, **vision)
     tower = ck.tower_of(model)
     images = torch.randn(1, 3, *tower.image_size, generator=torch.Generator().manual_seed(0))
     before, keys = _outputs(model, images), list(model.state_dict())

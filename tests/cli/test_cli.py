@@ -62,6 +62,12 @@ def demo_rows() -> list[dict[str, Any]]:
     return json.loads(result.stdout)["rows"]
 
 
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single batch of images in the quick demo, for tests of its form alone."""
+    monkeypatch.setattr(import_module("clipkernels.cli.demo"), "QUICK", QUICK._replace(digits=6, scenes=1, unseen=1))
+
+
 def expected_logits(paths: list[str], method: ck.Method | None = None) -> torch.Tensor:
     """What the classifier itself says of some files."""
     model, preprocess, tokenizer = ck.bundled()
@@ -94,7 +100,13 @@ def test_the_module_runs_as_a_program() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: No such command 'nothing'.\n")
 
 
-@pytest.mark.parametrize("verb", sorted(main.commands))
+def _verbs() -> Iterator[Any]:
+    """Every verb; the three that measure or check everything are slow, and have tests of their own."""
+    for verb in sorted(main.commands):
+        yield pytest.param(verb, marks=[pytest.mark.slow] if verb in ("bench", "check", "demo") else [])
+
+
+@pytest.mark.parametrize("verb", list(_verbs()))
 def test_the_example_at_the_end_of_a_help_runs(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = list(examples(verb))
@@ -159,7 +171,7 @@ def test_tome_costs_what_evit_costs_in_the_demo(tokens: int, blocks: int, width:
     assert off[int(tome.r)] == min(off.values())  # type: ignore[arg-type]
 
 
-def test_the_demo_writes_csv_with_both_towers(tmp_path: Path) -> None:
+def test_the_demo_writes_csv_with_both_towers(few_images: None, tmp_path: Path) -> None:
     result = run("demo", "--quick", "--model", "ViT-S-32-alt", "--format", "csv", "--output", tmp_path / "demo.csv")
     assert (result.exit_code, result.stdout) == (0, "")
     rows = list(csv.DictReader((tmp_path / "demo.csv").open(encoding="utf-8")))
@@ -168,17 +180,21 @@ def test_the_demo_writes_csv_with_both_towers(tmp_path: Path) -> None:
     assert all(row["digits"] == row["agreement"] == "" for row in rows[5:])
 
 
-def test_the_demos_table_shows_every_method() -> None:
+def test_the_demos_table_shows_every_method(few_images: None) -> None:
     result = run("demo", "--quick", "--model", "none")
     assert result.exit_code == 0
     assert all(name in result.stdout for name in choose_methods(ck.tower_of(ck.bundled()[0])))
     assert "65→47→35→26" in result.stdout
 
 
-def test_the_demo_sets_the_threads_and_puts_them_back() -> None:
-    result = run("demo", "--quick", "--model", "none", "--threads", 2)
-    assert "2 threads" in result.stdout
-    assert torch.get_num_threads() == 1
+def test_the_demo_sets_the_threads_and_puts_them_back(few_images: None) -> None:
+    torch.set_num_threads(2)
+    try:
+        result = run("demo", "--quick", "--model", "none", "--threads", 1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert "1 thread" in result.stdout and "threads" not in result.stdout
 
 
 def test_an_unknown_full_size_tower_is_one_line() -> None:

@@ -78,6 +78,7 @@ def test_an_environment_that_asks_too_much_is_named_in_the_error(monkeypatch):
         choose("auto", CUDA, kernel=False)
 
 
+@pytest.mark.slow  # test_packaging runs every operation without triton
 def test_everything_works_on_the_reference_where_triton_cannot_be_imported():
     code = (
         "import sys; sys.modules['triton'] = None\n"

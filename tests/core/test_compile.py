@@ -67,10 +67,12 @@ def build(name, method, sizes=(1, 2, 3, 5)):
 
 
 def _pairs():
-    """Every library with one method, and merging without CLS; `make test-all` runs the others."""
+    """Every library once, with CLS and without; `make test-all` runs the others."""
+    merged = "timm SigLIP"  # which has no CLS
     for name in TOWERS:
         for method in METHODS:
-            quick = isinstance(method, ck.EViT) or (name == "timm SigLIP" and isinstance(method, ck.ToMe))
+            plain = name in ("open_clip", "transformers CLIP", "OpenAI") and isinstance(method, ck.EViT)
+            quick = plain or (name == merged and isinstance(method, ck.ToMe))
             yield pytest.param(name, method, marks=[] if quick else [pytest.mark.slow])
 
 

@@ -74,7 +74,7 @@ def _accuracy(data, names, templates, method):
 )
 def test_the_bundled_model_names_what_it_was_made_for(name, least):
     module = {"digits": digits, "scenes": scenes}[name]
-    data = module.draw(899, HELD_OUT)
+    data = module.draw(200, HELD_OUT)
     assert _accuracy(data, module.CLASSES, module.TEMPLATES, None) >= least
     # Half of the patches dropped costs something, but the tower goes on seeing.
     assert _accuracy(data, module.CLASSES, module.TEMPLATES, ck.EViT(0.7)) >= least - 0.25

@@ -62,14 +62,8 @@ TOWERS = {
 }
 PAIRS = [(name, method) for name in TOWERS for method in METHODS]
 # SigLIP has no CLS: what was merged goes back to its place for the pool.
-IN_ONNX = [
-    ("open_clip", "PatchRanking"),
-    ("open_clip", "EViT"),
-    ("transformers", "EViT"),
-    ("timm", "ToMe"),
-    ("OpenAI", "Dense"),
-]
-TRACED = [(name, "ToMe") for name in TOWERS if name != "timm PE-Core"] + [("timm EVA02", "EViT")]
+IN_ONNX = [("open_clip", "EViT"), ("timm", "ToMe")]
+TRACED = [(name, "ToMe") for name in TOWERS if name not in ("timm EVA02", "timm PE-Core")] + [("timm EVA02", "EViT")]
 
 
 def _marked(quick):

@@ -41,11 +41,25 @@ def on(monkeypatch, triton):
     return lambda name: monkeypatch.setenv("CLIPKERNELS_BACKEND", name)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=method_id)
-@pytest.mark.parametrize(
-    ("name", "vision"),
-    [("ViT-B-32", {}), ("ViT-B-32-quickgelu", {}), ("ViT-M-16-alt", {"ls_init_value": 0.5}), ("ViT-L-14-CLIPA", {})],
-)
+TOWERS = [
+    ("ViT-B-32", {}),
+    ("ViT-B-32-quickgelu", {}),
+    ("ViT-M-16-alt", {"ls_init_value": 0.5}),
+    ("ViT-L-14-CLIPA", {}),
+]
+
+
+def _pairs():
+    """Every method on one tower, one method on the others; `make test-all` runs every method on each."""
+    for name, vision in TOWERS:
+        for method in METHODS:
+            quick = name == "ViT-B-32" or method == ck.EViT(0.5)
+            yield pytest.param(
+                name, vision, method, marks=[] if quick else [pytest.mark.slow], id=f"{name}-{method_id(method)}"
+            )
+
+
+@pytest.mark.parametrize(("name", "vision", "method"), list(_pairs()))
 @torch.no_grad()
 def test_a_tower_gives_the_embedding_of_the_reference(device, on, name, vision, method):
     model = patched_with(tower(name, **vision), method).to(device)
@@ -137,7 +151,10 @@ def test_every_sum_norm_and_activation_of_a_block_is_one_of_three_launches(devic
     assert len(normed) == 3  # before the blocks, in the first, after the last: those that follow no sum
 
 
-@pytest.mark.parametrize("where", ["ln_1", "ln_2", "mlp", "mlp.gelu", "mlp.c_proj", "ls_2"])
+SLOW = [pytest.param(where, marks=pytest.mark.slow) for where in ("ln_1", "mlp", "mlp.c_proj")]
+
+
+@pytest.mark.parametrize("where", ["ln_2", "mlp.gelu", "ls_2", *SLOW])
 @torch.no_grad()
 def test_a_hook_on_what_would_be_fused_fires_and_changes_nothing(device, on, where):
     model = ck.patch(tower(ls_init_value=0.5), ck.EViT(0.5)).to(device)

@@ -185,7 +185,9 @@ def test_autocast_changes_no_logit():
         assert came.dtype == torch.float32 and torch.equal(came, head(encoded))
 
 
-@pytest.mark.parametrize("kind", ["calip", "few", "tip", "tipx"])
+@pytest.mark.parametrize(
+    "kind", ["calip", "tip", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("few", "tipx"))]
+)
 def test_a_classifier_compiles_with_its_head(tiny, images, kind):
     torch._dynamo.reset()
     _, _, tokenizer = ck.bundled()

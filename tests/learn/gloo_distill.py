@@ -1,6 +1,6 @@
 """One of several processes that distil a student together: python gloo_distill.py RANK WORLD FOLDER.
 
-Writes the gradients that it ends with to FOLDER/RANK.safetensors; WORLD 1 takes the whole batch at once.
+Writes the gradients that it ends with to FOLDER/RANK.safetensors.
 """
 
 from __future__ import annotations
@@ -53,17 +53,22 @@ def batch() -> tuple[TeacherFeatures, Tensor, Tensor, Tensor]:
     return features, torch.randn(BATCH, WORDS, WIDTH), torch.randn(BATCH, REGIONS, WIDTH), torch.arange(BATCH) % 3
 
 
+def build() -> Taught:
+    """The student as every process begins."""
+    torch.manual_seed(1)
+    return Taught()
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / f'store{world}'}", rank=rank, world_size=world)
-    torch.manual_seed(1)
-    model = DistributedDataParallel(Taught())
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    model = DistributedDataParallel(build())
     features, *others = batch()
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     own = TeacherFeatures(*(None if each is None else each[part] for each in features))
     model(own, *(each[part] for each in others)).backward()
     gradients = {name: each.grad.clone() for name, each in model.module.named_parameters() if each.grad is not None}
-    save_file(gradients, folder / f"{rank}-of-{world}.safetensors")
+    save_file(gradients, folder / f"{rank}.safetensors")
     dist.destroy_process_group()
 
 

@@ -206,32 +206,37 @@ from clipkernels.learn.patch_ranking import golden, golden_ranking
 torch.set_num_threads(1)
 golden.IMAGES = 2
 images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-def progress(done, total):
-    print(done, flush=True)
-    if [str(done)] == sys.argv[2:]:
+
+def wait(done, total):
+    if done == 4:
+        print("half", flush=True)
         sys.stdin.read()
 
 golden_ranking(ck.bundled()[0], images, score="feature", window=8, stride=8, block=5, step=64, path=sys.argv[1],
-               progress=progress)
+               progress=wait)
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a system with SIGKILL")
-def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
+def test_a_run_that_is_killed_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
+    from clipkernels.learn.patch_ranking import golden
+
+    monkeypatch.setattr(golden, "IMAGES", 2)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    options = {"score": "feature", "window": 8, "stride": 8, "block": 5, "step": 64}
     files = [tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"]
-    command = [sys.executable, "-c", KILLED]
-    subprocess.run([*command, files[0]], check=True, capture_output=True, env=os.environ)
-    run = subprocess.Popen([*command, files[1], "4"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while run.stdout.readline() != "4\n":
-        assert run.poll() is None
-    run.kill()
-    run.wait()
-    assert not files[1].exists() and len(list(tmp_path.glob("killed*.parts/*.safetensors"))) >= 2
+    golden_ranking(tiny, images, **options, path=files[0])
+    command = [sys.executable, "-c", KILLED, files[1]]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "half\n"
+        run.kill()
+    assert not files[1].exists() and len(list(tmp_path.glob("killed*.parts/*.safetensors"))) == 2
     half = next(tmp_path.glob("killed*.parts")) / ".half-written"
     half.write_text("")
     os.utime(half, (0, 0))
-    again = subprocess.run([*command, files[1]], check=True, capture_output=True, text=True)
-    assert again.stdout.split() == ["6", "8", "8"]
+    seen = []
+    golden_ranking(tiny, images, **options, path=files[1], progress=lambda done, total: seen.append(done))
+    assert seen == [6, 8, 8]
     assert files[1].read_bytes() == files[0].read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
 

@@ -320,7 +320,7 @@ def test_the_target_is_the_published_one():
     torch.testing.assert_close(target(ranks, 50)[0], v.softmax(0))
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.1])
+@pytest.mark.parametrize("margin", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_a_predictor_learns_what_features_tell(margin):
     told = []
     fitted = fit_predictor(

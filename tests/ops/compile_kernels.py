@@ -1,12 +1,19 @@
 """Compile the kernels ahead of time, with no GPU, exactly as the launchers launch them.
 
-    python tests/compile_kernels.py                                   # one tower, sm_90 and gfx942
-    python tests/compile_kernels.py --all --write bench/results/compiled.csv
+    python tests/compile_kernels.py                                # one tower, sm_90 and gfx942
+    python tests/compile_kernels.py --all --write                  # bench/results/compiled-<triton's version>.csv
     python tests/compile_kernels.py --towers H-14 --targets sm_80 --kernels attention
 
-Every launcher is called on meta tensors at the shapes of CLIP towers with the launch itself replaced by a recorder, and
-what was recorded is compiled for each target. Exit status 1 if a kernel spills more than its budget, needs more shared
-memory than the target has, or lacks the wide loads and matrix instructions it is designed for.
+Every launcher is called on meta tensors at the shapes of CLIP towers with a recorder in place of the launch, and the
+recorded launches are compiled for each target. Exit status 1 if a kernel exceeds its budget, needs more shared memory
+than the target has, or lacks the wide loads and matrix instructions it is designed for.
+
+Compilers differ, so each version of triton has a table of its own, whose figures are the budgets under that version:
+stack, spilled and shared memory of a kernel may reach its row and no more. Without a row, and for a new table, a kernel
+may take 64 bytes of stack.
+
+Stack and spills are bytes of one thread, read from the compiled code. The stack is the size of the frame. Spills are
+the widths of all instructions that store into it, each counted once, as in the log of `ptxas -v`.
 """
 
 import argparse
@@ -22,6 +29,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -42,13 +50,18 @@ from clipkernels.kernels import (
 )
 
 KERNELS = Path(prune.__file__).parent
-# Target, bytes that may spill, bytes of shared memory that one program may take.
+TABLE = Path(__file__).parent.parent / "bench" / "results" / f"compiled-{triton.__version__}.csv"
+# Bytes of stack that a kernel without a row in the table may take.
+STACK = 64
+# The version of triton whose table has every tower.
+NEWEST = "3.9.0"
+# Target, bytes of shared memory that one program may take.
 TARGETS = {
-    "sm_90": (GPUTarget("cuda", 90, 32), 0, 232448),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 0, 65536),
-    "sm_80": (GPUTarget("cuda", 80, 32), 32, 166912),
-    "sm_89": (GPUTarget("cuda", 89, 32), 32, 101376),
-    "sm_100": (GPUTarget("cuda", 100, 32), 32, 232448),
+    "sm_90": (GPUTarget("cuda", 90, 32), 232448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
+    "sm_80": (GPUTarget("cuda", 80, 32), 166912),
+    "sm_89": (GPUTarget("cuda", 89, 32), 101376),
+    "sm_100": (GPUTarget("cuda", 100, 32), 232448),
 }
 # Tokens, width, heads, prefix: every head width of CLIP towers, short and long, whole and reduced lengths.
 TOWERS = {
@@ -67,6 +80,8 @@ TOWERS = {
     "H-14 at 50": (50, 1280, 16, 1),
     "L-14-280": (401, 1024, 16, 1),
 }
+# The others' tables have these, because a sweep of all towers takes more than an hour on two cores.
+COMMON_TOWERS = ["B-16", "L-14", "L-14-336", "SO400M-14-384", "B-16 at 138", "B-16 at 72"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SIZES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SIZES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -93,6 +108,19 @@ MATRIX |= {"_distance_kernel", "_student_kernel", "_projection_kernel"}
 NARROW = (771, 515)
 
 
+class CompiledKernel(NamedTuple):
+    """The resources and instructions of one compiled launch; stack and spilled in bytes of a thread."""
+
+    kernel: str
+    configuration: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+    wide_loads: bool
+    matrix: str
+
+
 def main() -> None:
     arguments = parse()
     jobs = [
@@ -101,20 +129,27 @@ def main() -> None:
         for tower in arguments.towers
         for dtype in arguments.dtypes
     ]
-    rows, wrong, count, start = [], [], 0, time.monotonic()
+    digests = hashes()  # before the workers read the sources
+    # A new table is not held to the one it replaces.
+    budgets = {} if arguments.write else read_budgets()
+    rows, faults, count, start = [], [], 0, time.monotonic()
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for done, found in enumerate(pool.map(compile_for, *zip(*jobs, strict=True)), 1):
-            target, tower, dtype, _ = jobs[done - 1]
-            rows += [{"target": target, "tower": tower, "dtype": dtype, **row} for row in summarize(found)]
-            wrong += [complaint for row in found if (complaint := complain(row, target, dtype))]
-            count += len(found)
-            spent = time.monotonic() - start
-            print(f"[{done}/{len(jobs)}] {spent:4.0f} s  {target} {tower} {dtype}", file=sys.stderr, flush=True)
+        for number, kernels in enumerate(pool.map(compile_for, *zip(*jobs, strict=True)), 1):
+            target, tower, dtype, _ = jobs[number - 1]
+            rows += [{"target": target, "tower": tower, "dtype": dtype, **row} for row in summarize(kernels)]
+            faults += [
+                f"{kernel.kernel} on {target}, {tower}, {dtype}: {fault} ({kernel.configuration})"
+                for kernel in kernels
+                for fault in find_faults(kernel, target, dtype, budgets.get((target, tower, dtype, kernel.kernel)))
+            ]
+            count += len(kernels)
+            seconds = time.monotonic() - start
+            print(f"[{number}/{len(jobs)}] {seconds:4.0f} s  {target} {tower} {dtype}", file=sys.stderr, flush=True)
     if arguments.write:
-        write(rows, arguments.write)
-    print(f"{count} kernels compiled for {' '.join(arguments.targets)}")
-    if wrong:
-        sys.exit("\n".join(wrong))
+        write(rows, arguments.towers, digests)
+    print(f"{count} kernels compiled for {' '.join(arguments.targets)} with triton {triton.__version__}")
+    if faults:
+        sys.exit("\n".join(faults))
 
 
 def parse() -> argparse.Namespace:
@@ -123,17 +158,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--towers", nargs="+", choices=TOWERS, default=["B-16"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--kernels", nargs="+", default=[], metavar="STEM", help="files of kernels/; default all")
-    parser.add_argument("--all", action="store_true", help="every target, tower and dtype")
+    parser.add_argument("--all", action="store_true", help="every target and dtype, and the towers of the table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--write", type=Path, metavar="FILE.csv", help="table of registers and shared memory")
+    parser.add_argument("--write", action="store_true", help=f"write the table of this triton, {TABLE.name}")
     arguments = parser.parse_args()
     if arguments.all:
-        arguments.targets, arguments.towers, arguments.dtypes = list(TARGETS), list(TOWERS), list(DTYPES)
+        towers = list(TOWERS) if triton.__version__ == NEWEST else COMMON_TOWERS
+        arguments.targets, arguments.towers, arguments.dtypes = list(TARGETS), towers, list(DTYPES)
     return arguments
 
 
 def launches(tower: str, dtype: torch.dtype) -> None:
-    """Calls every launcher at a tower's shapes, with everything it can be asked for and with nothing."""
+    """Calls every launcher at a tower's shapes, with all of its optional inputs and with none."""
     n, width, h, prefix = TOWERS[tower]
     b, d = 8, width // h
     patches, keep, r = n - prefix, (n - prefix) * 7 // 10, n // 15
@@ -201,42 +237,39 @@ def launches(tower: str, dtype: torch.dtype) -> None:
         targeted_l1.projection_gradient(student, importance, signs, order, e)
 
 
-def compile_for(target: str, tower: str, dtype: str, stems: list[str]) -> list[dict[str, object]]:
-    """One row of the table for each kernel that a tower launches in a dtype."""
-    recorded: dict[str, tuple[triton.JITFunction, dict[str, object], dict[str, object]]] = {}
+def compile_for(target: str, tower: str, dtype: str, stems: list[str]) -> list[CompiledKernel]:
+    """Every kernel that a tower launches in a dtype, compiled for a target."""
+    records: dict[str, tuple[triton.JITFunction, dict[str, object], dict[str, object]]] = {}
 
     def record(kernel: triton.JITFunction, *arguments: object, **named: object) -> None:
         names = kernel.arg_names
         values = {**dict(zip(names, arguments, strict=False)), **{n: v for n, v in named.items() if n in names}}
         options = {n: named[n] for n in ("num_warps", "num_stages", "enable_fp_fusion") if n in named}
-        recorded.setdefault(
+        records.setdefault(
             f"{kernel.__name__} {[describe(v) for v in values.values()]} {options}", (kernel, values, options)
         )
 
     triton.JITFunction.run = record
-    cross_attention.shared_memory = lambda device: TARGETS[target][2]
+    cross_attention.shared_memory = lambda device: TARGETS[target][1]
     launches(tower, DTYPES[dtype])
-    found = []
-    for kernel, values, options in recorded.values():
-        stem = Path(kernel.fn.__code__.co_filename).stem
-        if stems and stem not in stems:
-            continue
-        found.append(build(kernel, values, options, target))
-    return found
+    return [
+        build(kernel, values, options, TARGETS[target][0])
+        for kernel, values, options in records.values()
+        if not stems or Path(kernel.fn.__code__.co_filename).stem in stems
+    ]
 
 
 def describe(value: object) -> object:
-    """What of an argument decides the code."""
+    """The part of an argument that decides the code."""
     if isinstance(value, torch.Tensor):
         return value.dtype
     return value if isinstance(value, (str, bool)) or value is None else (type(value), value)
 
 
 def build(
-    kernel: triton.JITFunction, values: dict[str, object], options: dict[str, object], name: str
-) -> dict[str, object]:
-    """Compiles one launch as triton's own launcher would specialise it, and reads what came out."""
-    target, _, _ = TARGETS[name]
+    kernel: triton.JITFunction, values: dict[str, object], options: dict[str, object], target: GPUTarget
+) -> CompiledKernel:
+    """One launch, compiled as triton's own launcher would specialise it."""
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value, key = values[parameter.name], (place,)
@@ -251,68 +284,100 @@ def build(
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[key] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=target, options=options)
-    asm = compiled.asm
-    if "amdgcn" in asm:
-        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm["amdgcn"])[1])
-        spills = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", asm["amdgcn"])
-        spilled = sum(map(int, spills))
-        wide, matrix = "dwordx4" in asm["amdgcn"] or "_b128" in asm["amdgcn"], "mfma" * ("v_mfma" in asm["amdgcn"])
+    binary = triton.compile(source, target=target, options=options)
+    if target.backend == "hip":
+        code = binary.asm["amdgcn"]
+        registers, stack, stores = (
+            int(re.search(rf"\.{field}:\s*(\d+)", code)[1])
+            for field in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        )
+        spilled = 4 * stores  # each stores one register of 32 bits
+        wide, matrix = "dwordx4" in code or "_b128" in code, "mfma" * ("v_mfma" in code)
     else:
-        ptx = asm["ptx"]
-        usage = resources(asm["cubin"])
-        registers, spilled = int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+        ptx = binary.asm["ptx"]
+        registers, stack, spilled = resources(binary.asm["cubin"])
         wide = bool(re.search(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.c[ag][.\w]* \[[^]]*\], \[[^]]*\], 0x10", ptx))
         matrix = " ".join(sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))))
     constants = {kernel.arg_names[place]: value for (place,), value in constants.items()}
-    return {
-        "kernel": kernel.__name__,
-        "configuration": " ".join(f"{name}={value}" for name, value in (constants | options).items()),
-        "registers": registers,
-        "shared": compiled.metadata.shared,
-        "spilled": spilled,
-        "wide_loads": wide,
-        "matrix": matrix,
-    }
+    return CompiledKernel(
+        kernel=kernel.__name__,
+        configuration=" ".join(f"{name}={value}" for name, value in (constants | options).items()),
+        registers=registers,
+        shared=binary.metadata.shared,
+        stack=stack,
+        spilled=spilled,
+        wide_loads=wide,
+        matrix=matrix,
+    )
 
 
-def summarize(found: list[dict[str, object]]) -> list[dict[str, object]]:
-    """One row per kernel: how many configurations, and the most that any of them takes."""
+def resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, bytes of stack and bytes of spill stores of a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+
+        def dump(option: str) -> str:
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = dump("-res-usage")
+        registers, stack = int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+        # Disassembling takes as long as compiling, and without a stack there is nothing to find.
+        return registers, stack, spill_stores(dump("-sass")) if stack else 0
+
+
+def spill_stores(sass: str) -> int:
+    """The bytes that all instructions storing into a thread's stack write, each counted once."""
+    widths = re.findall(r"\bSTL(?:\.[A-Z]+)*(?:\.[US]?(\d+))?(?:\.[A-Z]+)* ", sass)
+    return sum(int(bits) // 8 if bits else 4 for bits in widths)
+
+
+def summarize(kernels: list[CompiledKernel]) -> list[dict[str, object]]:
+    """One row per kernel: the number of its configurations, and the most that any of them takes."""
     table = []
-    for name in sorted({row["kernel"] for row in found}):
-        same = [row for row in found if row["kernel"] == name]
-        most = {key: max(row[key] for row in same) for key in ("registers", "shared", "spilled")}
-        matrix = " ".join(sorted({row["matrix"] for row in same} - {""}))
-        wide = all(row["wide_loads"] or narrow(row) for row in same)
+    for name in sorted({each.kernel for each in kernels}):
+        same = [each for each in kernels if each.kernel == name]
+        most = {key: max(getattr(each, key) for each in same) for key in ("registers", "shared", "stack", "spilled")}
+        matrix = " ".join(sorted({each.matrix for each in same} - {""}))
+        wide = all(each.wide_loads or is_narrow(each) for each in same)
         table.append({"kernel": name, "configurations": len(same), **most, "wide_loads": wide, "matrix": matrix})
     return table
 
 
-def narrow(row: dict[str, object]) -> bool:
-    """Whether a launch may be without loads of 16 bytes."""
-    return "D={} E={} ".format(*NARROW) in row["configuration"]
+def is_narrow(kernel: CompiledKernel) -> bool:
+    """True for a launch whose rows cannot be loaded 16 bytes at a time."""
+    return "D={} E={} ".format(*NARROW) in kernel.configuration
 
 
-def resources(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+def read_budgets() -> dict[tuple[str, str, str, str], dict[str, int]]:
+    """The committed figures of this triton by target, tower, dtype and kernel; none where it has no table."""
+    if not TABLE.exists():
+        return {}
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return {
+        (row["target"], row["tower"], row["dtype"], row["kernel"]): {
+            column: int(row[column]) for column in ("stack", "spilled", "shared")
+        }
+        for row in rows
+    }
 
 
-def complain(row: dict[str, object], target: str, dtype: str) -> str | None:
-    """What is wrong with a compiled kernel, or None."""
-    _, spill, shared = TARGETS[target]
-    wrong = []
-    if row["spilled"] > spill:
-        wrong.append(f"spills {row['spilled']} bytes, {spill} allowed")
-    if row["shared"] > shared:
-        wrong.append(f"needs {row['shared']} bytes of shared memory, there are {shared}")
-    if dtype != "fp32" and row["kernel"] in WIDE_LOADS and not row["wide_loads"] and not narrow(row):
-        wrong.append("has no loads of 16 bytes")
-    if dtype != "fp32" and row["kernel"] in MATRIX and not row["matrix"]:
-        wrong.append("has no matrix instructions")
-    return f"{row['kernel']} on {target} {'; '.join(wrong)}: {dtype} {row['configuration']}" if wrong else None
+def find_faults(kernel: CompiledKernel, target: str, dtype: str, budget: dict[str, int] | None) -> list[str]:
+    """The ways in which a kernel exceeds its budget or the target, or misses its design."""
+    source = f"in {TABLE.name}" if budget else f"without a row in {TABLE.name}"
+    faults = [
+        f"{column} of {getattr(kernel, column)} bytes, budget {allowed} {source}"
+        for column, allowed in (budget or {"stack": STACK}).items()
+        if getattr(kernel, column) > allowed
+    ]
+    if kernel.shared > TARGETS[target][1]:
+        faults.append(f"shared of {kernel.shared} bytes, {TARGETS[target][1]} on the target")
+    if dtype != "fp32" and kernel.kernel in WIDE_LOADS and not kernel.wide_loads and not is_narrow(kernel):
+        faults.append("no loads of 16 bytes")
+    if dtype != "fp32" and kernel.kernel in MATRIX and not kernel.matrix:
+        faults.append("no matrix instructions")
+    return faults
 
 
 def hashes() -> dict[str, str]:
@@ -320,16 +385,17 @@ def hashes() -> dict[str, str]:
     return {file.stem: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(KERNELS.glob("*.py"))}
 
 
-def write(rows: list[dict[str, object]], target: Path) -> None:
-    """The table, and in its first lines what it was made from."""
-    partial = target.with_suffix(".partial")
+def write(rows: list[dict[str, object]], towers: list[str], digests: dict[str, str]) -> None:
+    """Writes the table, headed by the version of triton, the towers and the hashes of the sources."""
+    partial = TABLE.with_suffix(".partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         file.write(f"# triton {triton.__version__}\n")
-        file.writelines(f"# {stem} {digest}\n" for stem, digest in hashes().items())
+        file.write(f"# towers {len(towers)} of {len(TOWERS)}: {', '.join(towers)}\n")
+        file.writelines(f"# {stem} {digest}\n" for stem, digest in digests.items())
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    partial.replace(target)
+    partial.replace(TABLE)
 
 
 if __name__ == "__main__":

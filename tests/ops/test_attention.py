@@ -8,6 +8,8 @@ from clipkernels.backend import interpreting
 from clipkernels.testing import assert_within_budget, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDER = [torch.float32, torch.float16]  # than bfloat16
+SLOW = pytest.mark.slow
 ODD = [1, 2, 63, 65, 257, 577]  # below, at and above the tile sizes of every backend
 
 
@@ -23,7 +25,7 @@ def whole(q, k, size=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", ODD)
+@pytest.mark.parametrize("tokens", [pytest.param(n, marks=SLOW) if n == 577 else n for n in ODD])
 def test_output_and_cls_signal_match_the_whole_attention(device, backend, tokens, dtype):
     q, k, v = qkv(device, 2, 3, tokens, 64, dtype)
     out, signal = ck.ops.attention(q, k, v, signal="cls", backend=backend)
@@ -44,7 +46,7 @@ def test_fp64_stays_fp64():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 65, 130, 257])
+@pytest.mark.parametrize("tokens", [1, 65, pytest.param(130, marks=SLOW), pytest.param(257, marks=SLOW)])
 def test_received_signal_is_the_column_mean(device, backend, tokens, dtype):
     q, k, v = qkv(device, 2, 2, tokens, 64, dtype)
     _, signal = ck.ops.attention(q, k, v, signal="received", prefix=0, backend=backend)
@@ -178,7 +180,7 @@ def test_autocast_does_not_narrow_the_scores():
     assert torch.equal(came, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(dtype, marks=SLOW) for dtype in WIDER)])
 @pytest.mark.parametrize("width", [16, 64, 72, 80, 88, 96, 104, 112, 128])
 def test_every_head_width_of_clip_towers_is_served(device, triton, width, dtype):
     q, k, v = qkv(device, 1, 2, 66, width, dtype)
@@ -255,8 +257,8 @@ def test_with_a_gradient_wanted_the_output_comes_from_sdpa(device, triton):
         torch.ops.clipkernels.attention(q, k, v, None, "", 1)[0].sum().backward()
 
 
-@pytest.mark.parametrize("signal", ["", "cls", "received"])
-@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("signal", ["", "cls", pytest.param("received", marks=SLOW)])
+@pytest.mark.parametrize("sized", [True, pytest.param(False, marks=SLOW)])
 def test_the_operators_pass_opcheck(device, sized, signal):
     pytest.importorskip("triton")
     packed = torch.randn(2, 9, 3 * 2 * 16, generator=torch.Generator().manual_seed(5)).to(device, torch.bfloat16)

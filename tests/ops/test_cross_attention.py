@@ -60,12 +60,27 @@ def check(visual, pooled, text, alpha=0.5, backend="auto"):
 
 
 # Odd sizes below, at and above the tiles; widths of one power of two, of two, and of none.
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("batch", "patches", "classes", "width"),
-    [(2, 9, 5, 24), (1, 49, 10, 64), (2, 33, 67, 40), (2, 1, 2, 512), (1, 33, 1, 96), (2, 5, 3, 333), (1, 4, 3, 768)],
-)
-def test_results_are_those_of_a_literal_reading(device, backend, dtype, batch, patches, classes, width):
+SIZES = [
+    (2, 9, 5, 24),
+    (1, 49, 10, 64),
+    (2, 33, 67, 40),
+    (2, 1, 2, 512),
+    (1, 33, 1, 96),
+    (2, 5, 3, 333),
+    (1, 4, 3, 768),
+]
+
+
+def _sweep():
+    """Every size in one dtype and one size in every dtype; `make test-all` runs every size in each."""
+    for sizes in SIZES:
+        for dtype in DTYPES:
+            quick = dtype == torch.float32 or sizes == SIZES[0]
+            yield pytest.param(*sizes, dtype, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("batch", "patches", "classes", "width", "dtype"), list(_sweep()))
+def test_results_are_those_of_a_literal_reading(device, backend, batch, patches, classes, width, dtype):
     check(*inputs(device, batch, patches, classes, width, dtype), backend=backend)
 
 
@@ -105,7 +120,7 @@ def test_the_kernels_are_right_at_the_sizes_of_towers(device, triton, patches, c
     check(*inputs(device, 1, patches, classes, width, dtype), backend=triton)
 
 
-@pytest.mark.parametrize("width", [40, 768])
+@pytest.mark.parametrize("width", [40, pytest.param(768, marks=pytest.mark.slow)])
 def test_with_little_shared_memory_programs_share_the_width(device, triton, width, monkeypatch):
     kernels = importlib.import_module("clipkernels.kernels.cross_attention")
     assert not kernels.config(66, width, torch.bfloat16, 4096)["WHOLE"]
@@ -113,7 +128,7 @@ def test_with_little_shared_memory_programs_share_the_width(device, triton, widt
     check(*inputs(device, 1, 5, 66, width, torch.bfloat16), backend=triton)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("alpha", [0.5, 2, 0.01])
 def test_alpha_may_be_small_and_rows_of_any_length(device, backend, alpha, dtype):
     visual, pooled, text = inputs(device, 2, 11, 34, 32, dtype=dtype)
@@ -208,7 +223,7 @@ def test_every_batch_is_served(device, backend, batch):
         check(visual, pooled, text, backend=backend)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_any_strides_give_the_same_result(device, backend, dtype):
     visual, pooled, text = inputs(device, 2, 9, 5, 32, dtype)
     whole = torch.cat([torch.full_like(visual[:, :1], float("nan")), visual], 1)  # patches behind a CLS row
@@ -223,7 +238,7 @@ def test_any_strides_give_the_same_result(device, backend, dtype):
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, triton, dtype):
     # More patches and classes than a program of the first launch takes; then more images than one of the second.
     for sizes, some in (((3, 37, 35, 24), (slice(1, 2), slice(3))), ((18, 3, 4, 16), (slice(15, 18),))):

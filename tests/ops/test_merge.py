@@ -291,8 +291,8 @@ def test_the_kernel_has_the_gradients_of_the_reference(device, triton, sized, no
         torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("normed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sized", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_operators_pass_opcheck(device, sized, normed):
     pytest.importorskip("triton")
     x = normal(device, 2, 9, 16, seed=21)

@@ -263,7 +263,7 @@ def test_the_operator_refuses_a_gradient(device, triton):
         torch.ops.clipkernels.predict_scores(x.requires_grad_(), list(mixer[:-1]), 1e-5, 1).sum().backward()
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_scoring_and_pruning_compile_into_one_graph(device, backend, grad):
     x, mixer = inputs(device, 3, 9, 64, torch.bfloat16)
     x.requires_grad_(grad)

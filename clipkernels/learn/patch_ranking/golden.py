@@ -92,8 +92,9 @@ def golden_ranking(
         ValueError: options that do not fit the tower or each other, no images or some of another size, labels out of
             range, or a file of rankings that were made otherwise.
         UnsupportedTower: as in `ck.patch`.
-    Guarantees: deterministic for the same images in the same order and the same `batch_size`, interrupted or not; else
-        but for rounding. Of equal scores the lower index goes first; NaN counts as -inf.
+    Guarantees: deterministic on one machine for the same images in the same order and one `batch_size`, interrupted or
+        not. Otherwise scores are equal to rounding, and patches whose scores nearly tie may change places. Of equal
+        scores the lower index goes first; NaN counts as -inf.
         Probabilities are fp64 numbers, so that those near one still differ.
     Source: Patch Ranking, arXiv 2409.14607, section 3.1. Its scores are of single patches or of disjoint windows.
     """
