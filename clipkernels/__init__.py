@@ -1,16 +1,23 @@
-"""Fused kernels that choose, prune and merge the tokens of a CLIP ViT, patched into any CLIP tower with one call."""
+"""Fused kernels that choose, prune and merge the tokens of a CLIP ViT, patched into any CLIP tower with one call.
 
+Public names are imported when they are first used, so that `import clipkernels` costs nothing by itself.
+"""
+
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from clipkernels import backend, ops, support
-from clipkernels.adapters import UnsupportedTower
-from clipkernels.classifier import Classifier
-from clipkernels.data import bundled
-from clipkernels.encode import Encoded, encode_image
-from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
-from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
-from clipkernels.patch import method_of, patch, patched, tower_of, unpatch
-from clipkernels.plan import Condense, Merge, Plan, Predict, Prune
+if _TYPE_CHECKING:
+    from clipkernels import backend, data, heads, learn, measure, ops, support, testing
+    from clipkernels.adapters import UnsupportedTower
+    from clipkernels.classifier import Classifier
+    from clipkernels.data import bundled
+    from clipkernels.encode import Encoded, encode_image
+    from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
+    from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
+    from clipkernels.patching import method_of, patch, patched, tower_of, unpatch
+    from clipkernels.plan import Condense, Merge, Plan, Predict, Prune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,15 +42,48 @@ __all__ = [
     "ZeroShot",
     "backend",
     "bundled",
+    "data",
     "encode_image",
+    "heads",
+    "learn",
+    "measure",
     "method_of",
     "ops",
     "patch",
     "patched",
     "support",
+    "testing",
     "tower_of",
     "unpatch",
 ]
+
+_NAMES = {
+    "adapters": ("UnsupportedTower",),
+    "classifier": ("Classifier",),
+    "data": ("bundled",),
+    "encode": ("Encoded", "encode_image"),
+    "heads": ("CALIP", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
+    "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "ToMe"),
+    "patching": ("method_of", "patch", "patched", "tower_of", "unpatch"),
+    "plan": ("Condense", "Merge", "Plan", "Predict", "Prune"),
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _HOMES:
+        value = getattr(_import_module(f"clipkernels.{_HOMES[name]}"), name)
+    elif name in __all__:
+        value = _import_module(f"clipkernels.{name}")
+    else:
+        raise AttributeError(f"module 'clipkernels' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
 
 # In a checkout the kernels lie beside the package, not in it.
 if not (_Path(__file__).parent / "kernels").is_dir():

@@ -14,7 +14,7 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.encode import check_images, encode_image
 from clipkernels.heads import Head, ZeroShot
 from clipkernels.methods import Method
-from clipkernels.patch import method_of, patch
+from clipkernels.patching import method_of, patch
 
 PROMPTS_PER_BATCH = 256
 

@@ -25,7 +25,7 @@ from clipkernels.images import Pictures, collate, find_images
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Clock
 from clipkernels.measure.towers import DTYPES, TIMED, Row, Settings, measure
-from clipkernels.patch import tower_of
+from clipkernels.patching import tower_of
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 COLUMNS = ("variant", "mode", "tokens", "GMACs", "ideal", "ms", "images/s", "speed-up", "η", "cosine", "same", "MiB")

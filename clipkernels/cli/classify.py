@@ -23,12 +23,12 @@ from clipkernels.cli.parts.methods import choose_method
 from clipkernels.cli.parts.models import choose_device, load_clip
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
-from clipkernels.heads.presets import CALIP_PRESETS, PRESETS
+from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
 from clipkernels.images import Pictures, collate, find_images
 from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
 from clipkernels.methods import Dense
-from clipkernels.patch import method_of, tower_of
+from clipkernels.patching import method_of, tower_of
 from clipkernels.support import SupportSet
 
 MIN_IMAGES_FOR_WORKERS = 256
@@ -88,7 +88,7 @@ Example:
 @click.option("--adapt", type=click.Choice(["tca"]), help="Learn from the stream: remember the surest of each class.")
 @click.option(
     "--preset",
-    type=click.Choice(sorted({*PRESETS, *CALIP_PRESETS})),
+    type=click.Choice(sorted({*RESERVOIR_PRESETS, *CALIP_PRESETS})),
     default="imagenet",
     show_default=True,
     help="Published settings, for --adapt and --head calip.",

@@ -24,7 +24,7 @@ from clipkernels.data import bundled, digits, scenes
 from clipkernels.files import write_csv
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Speed, tabulate, time_variants, vary
-from clipkernels.patch import patched, tower_of
+from clipkernels.patching import patched, tower_of
 
 HELD_OUT_SEED = 1_000_000
 METHODS = 5

@@ -30,7 +30,7 @@ from clipkernels.images import Pictures, find_images
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
 from clipkernels.measure.towers import DTYPES
-from clipkernels.patch import tower_of
+from clipkernels.patching import tower_of
 from clipkernels.support import PHOTO, photo
 
 SHOWN = 12

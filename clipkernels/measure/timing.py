@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from clipkernels.adapters import Tower, outputs_only_cls
 from clipkernels.methods import Dense, Method
-from clipkernels.patch import patch, tower_of
+from clipkernels.patching import patch, tower_of
 from clipkernels.plan import Plan
 
 Clock = Literal["wall", "process"]

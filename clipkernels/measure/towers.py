@@ -16,7 +16,7 @@ from clipkernels.measure.fidelity import Fidelity, compare, complaint
 from clipkernels.measure.memory import peak
 from clipkernels.measure.timing import HOST, Clock, Speed, Variant, tabulate, time_variants, vary
 from clipkernels.methods import Method
-from clipkernels.patch import tower_of
+from clipkernels.patching import tower_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EAGER = "eager"

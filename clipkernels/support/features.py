@@ -30,7 +30,7 @@ from clipkernels.encode import encode_image
 from clipkernels.files import METADATA_KEY, digest_table, map_tensors, read_metadata, read_tensors, write_tensors
 from clipkernels.fingerprint import fingerprint
 from clipkernels.methods import Dense
-from clipkernels.patch import method_of
+from clipkernels.patching import method_of
 
 Progress = Callable[[str, int, int], object]
 """Called with what is being done, how many are, and of how many."""

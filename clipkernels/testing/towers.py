@@ -12,7 +12,7 @@ from torch import nn
 
 from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
 from clipkernels.methods import Method, PatchRanking
-from clipkernels.patch import patch, tower_of
+from clipkernels.patching import patch, tower_of
 
 
 def open_clip_tower(name: str, layers: int | None = 2, **vision: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from clipkernels.fingerprint import fingerprint, output_probe, weights_version
 from clipkernels.learn.distill.align import rows_or_zeros
 from clipkernels.learn.distill.features import Answers, TeacherFeatures, features_of
 from clipkernels.methods import Dense
-from clipkernels.patch import method_of
+from clipkernels.patching import method_of
 
 Join = str | Callable[[str, str], str]
 

@@ -28,7 +28,7 @@ from clipkernels.heads.arguments import check_labels, check_positive
 from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded
 from clipkernels.learn.patch_ranking.text_contexts import check_prompts, first_words, injected_contexts, text_tower
 from clipkernels.methods import PatchRanking
-from clipkernels.patch import patched
+from clipkernels.patching import patched
 
 FORMAT = "clipkernels.visual_tokens.1"
 SIZES = ("count", "depth", "width", "text_width")
