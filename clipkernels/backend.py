@@ -30,7 +30,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
         ValueError: an unknown backend, or fp64 asked of triton.
         RuntimeError: triton was asked for and cannot run here; the message says why.
     """
-    wanted = asked(backend)
+    wanted = requested_backend(backend)
     if wanted not in ("auto", "triton", "reference"):
         raise ValueError(f'backend must be "auto", "triton" or "reference", got {wanted!r}')
     if wanted == "reference":
@@ -53,7 +53,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
     return wanted
 
 
-def asked(backend: str) -> str:
+def requested_backend(backend: str) -> str:
     """What was asked for: an argument, or CLIPKERNELS_BACKEND in place of "auto"."""
     return os.environ.get("CLIPKERNELS_BACKEND", "auto") if backend == "auto" else backend
 

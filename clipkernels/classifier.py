@@ -131,14 +131,14 @@ def prompt_embeddings(
     """
     sentences = [sentence for each in prompts.values() for sentence in each]
     device = next(model.parameters()).device
-    with evaluating(model):
+    with eval_mode(model):
         parts = [sentences[start : start + PROMPTS_PER_BATCH] for start in range(0, len(sentences), PROMPTS_PER_BATCH)]
         text = torch.cat([normalize(model.encode_text(tokenizer(part).to(device)).float()) for part in parts])
     return list(text.split([len(each) for each in prompts.values()]))
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; then every module in the mode that it was in."""
     training = {module: module.training for module in model.modules()}
     model.eval()

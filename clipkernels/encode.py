@@ -11,7 +11,7 @@ from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.methods import Dense
 from clipkernels.plan import Plan
-from clipkernels.tower import SLOT, TowerInput, decide_reads, planned, run, unmerge_for_pool
+from clipkernels.tower import SLOT, TowerInput, decide_reads, make_plan, run, unmerge_for_pool
 from clipkernels.verify import refuse_replaced
 
 
@@ -80,7 +80,7 @@ def encode_image(
     refuse_replaced(tower)
     x, rope = tower.embed(images)
     slot = tower.owner.__dict__.get(SLOT)
-    plan = planned(Dense() if slot is None else slot.method, tower, x.shape[1])
+    plan = make_plan(Dense() if slot is None else slot.method, tower, x.shape[1])
     reads = decide_reads(plan, whole=not tower.pools_cls, every_row=tokens, source=source, path=cls_path)
     anchors = None if anchors is None else anchors.to(x.device)
     weights = {} if slot is None else slot.weights

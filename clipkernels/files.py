@@ -20,7 +20,7 @@ from torch import Tensor
 
 METADATA_KEY = "clipkernels"
 """Where the header of a file of ours says what it is, as JSON."""
-STALE = 3600
+STALE_SECONDS = 3600
 """Seconds after which a half-written file is one that was left behind."""
 TEMPORARY = r"\.[0-9a-f]{32}\.safetensors\.[a-z0-9_]{8}"
 """What `replacing` calls a file beside one that is named by a UUID."""
@@ -53,7 +53,7 @@ def sweep(folder: Path, names: str = r"\..*") -> None:
     for left in folder.iterdir():
         if re.fullmatch(names, left.name):
             with suppress(FileNotFoundError):  # another one sweeps, or the writer has just finished
-                if time.time() - left.stat().st_mtime > STALE:
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
                     left.unlink()
 
 

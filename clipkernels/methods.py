@@ -107,7 +107,7 @@ class EViT:
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         entry = tokens
         steps: list[Step | None] = [None] * blocks
-        for block in named_blocks(self.blocks, blocks):
+        for block in resolve_blocks(self.blocks, blocks):
             patches = tokens - prefix
             keep = _rounded(math.ceil(self.keep * patches), prefix + self.fuse, patches - 1, self.multiple)
             if keep == patches:
@@ -163,7 +163,7 @@ class TCA:
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         entry = tokens
         steps: list[Step | None] = [None] * blocks
-        for block in named_blocks(self.blocks, blocks):
+        for block in resolve_blocks(self.blocks, blocks):
             if not self.rate:
                 break
             patches = tokens - prefix
@@ -192,7 +192,7 @@ class TCA:
         valid = []
         for rate in (thousandth / 1000 for thousandth in range(1, 1000)):
             patches: int | None = tokens - prefix
-            for _ in named_blocks(self.blocks, blocks):
+            for _ in resolve_blocks(self.blocks, blocks):
                 split = patches and self._split(patches, rate)
                 patches = split[0] + self.centers + 1 if split else None
             if patches:
@@ -314,7 +314,7 @@ class PatchRanking:
             self.tokens.check_tower(tower)
 
 
-def named_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
     """The zero-based blocks meant by `blocks` on a tower of `depth` blocks, ascending; None is the default schedule.
 
     Raises:

@@ -19,7 +19,7 @@ from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.packing import pack, unpack
 from clipkernels.methods import Method
 from clipkernels.plan import Plan, Predict
-from clipkernels.tower import SLOT, Slot, WeakModule, planned, pool_of, run_patched
+from clipkernels.tower import SLOT, Slot, WeakModule, make_plan, pool_of, run_patched
 from clipkernels.verify import refuse_replaced, verify
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,7 +47,7 @@ def patch(model: Model, method: Method) -> Model:
     if isinstance(method, type) or not callable(getattr(method, "plan", None)):
         raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
     tower = adapters.find_tower(model)
-    plan = planned(method, tower, tower.num_tokens)
+    plan = make_plan(method, tower, tower.num_tokens)
     check: Any = getattr(method, "check_tower", None)
     if check is not None:
         check(tower)

@@ -220,7 +220,7 @@ def run_patched(
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
     if (x.shape[1], len(tower.blocks), pool_of(tower)) != (plan.entry, len(plan.steps), slot.reads):
         # A loop that outlived its tower goes on with the prefix it had.
-        plan = planned(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
+        plan = make_plan(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
     if visible is not None and (any(plan.steps) or plan.learnt):
         _refuse_padding(visible, plan)
         visible = None
@@ -231,7 +231,7 @@ def run_patched(
     return unmerge_for_pool(output, plan, reads), output.taken
 
 
-def planned(method: Method, tower: Tower, tokens: int, prefix: int | None = None) -> Plan:
+def make_plan(method: Method, tower: Tower, tokens: int, prefix: int | None = None) -> Plan:
     """The method's plan for a tower that `tokens` tokens enter.
 
     Raises:

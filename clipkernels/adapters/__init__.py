@@ -126,12 +126,12 @@ def find_tower(model: nn.Module) -> Tower:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module with an image tower, got {type(model).__name__}")
-    tower = _known(model)
+    tower = _find_in_library(model)
     if tower is not None:
         return tower
     inside: dict[int, tuple[str, Tower]] = {}
     for name, module in model.named_modules():
-        tower = _known(module)
+        tower = _find_in_library(module)
         if tower is not None:
             inside.setdefault(id(tower.owner), (name, tower))
     if len(inside) == 1:
@@ -139,10 +139,10 @@ def find_tower(model: nn.Module) -> Tower:
     if inside:
         names = ", ".join(name for name, _ in inside.values())
         raise UnsupportedTower(f"expected one image tower, got {len(inside)} in {type(model).__name__}: {names}")
-    raise UnsupportedTower(f"expected {SERVED}, got {describe(model)}")
+    raise UnsupportedTower(f"expected {SUPPORTED}, got {describe(model)}")
 
 
-SERVED = "an image ViT of open_clip, transformers, timm or OpenAI's clip"
+SUPPORTED = "an image ViT of open_clip, transformers, timm or OpenAI's clip"
 
 
 def describe(model: nn.Module) -> str:
@@ -154,7 +154,7 @@ def describe(model: nn.Module) -> str:
     )
 
 
-def _known(model: Any) -> Tower | None:
+def _find_in_library(model: Any) -> Tower | None:
     """The tower of a module that a served library would call a model or an image tower, or None."""
     # Whoever has a library's model has imported the library.
     if "transformers" in sys.modules and (hasattr(model, "vision_model") or hasattr(model, "encoder")):

@@ -54,7 +54,7 @@ def unpack(projections: Sequence[nn.Module]) -> None:
                     parameter.data = parameter.detach().clone()
 
 
-def packed(projections: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+def packed_weights(projections: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
     """One weight (n·A,C) and bias (n·A,) or None for all the projections, where they lie side by side right now.
 
     None where they do not, where gradients or tangents must reach each of them, and under a compiler, which cannot
@@ -75,7 +75,7 @@ def separate_qkv(
     projections: Sequence[nn.Module], x: Tensor, heads: int, rows: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v by three projections, or by one where they are packed."""
-    joined = packed(projections)
+    joined = packed_weights(projections)
     if joined is not None:
         return qkv_of(x, *joined, heads, rows)
     of_q, of_k, of_v = projections

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clipkernels.adapters import UnsupportedTower
 
-SERVED = "a text tower of open_clip, transformers or OpenAI's clip"
+SUPPORTED = "a text tower of open_clip, transformers or OpenAI's clip"
 Tokenizer = Callable[[list[str]], Tensor]
 """n texts to token ids (n,T)."""
 
@@ -65,12 +65,12 @@ def find_text_tower(model: nn.Module) -> TextTower:
             raise UnsupportedTower(f"expected a text tower with a projection, got {type(model.text_model).__name__}")
         return TransformersText(model)
     if not hasattr(model, "encode_text") or isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedTower(f"expected {SERVED}, got {type(model).__name__}")
+        raise UnsupportedTower(f"expected {SUPPORTED}, got {type(model).__name__}")
     text: Any = getattr(model, "text", model)
     if hasattr(text, "pooler") and hasattr(text, "proj"):
         return WrappedText(model)
     if not hasattr(text, "ln_final") or not hasattr(text, "text_projection"):
-        raise UnsupportedTower(f"expected {SERVED}, got {type(model).__name__} with {type(text).__name__}")
+        raise UnsupportedTower(f"expected {SUPPORTED}, got {type(model).__name__} with {type(text).__name__}")
     return OpenCLIPText(model) if hasattr(model, "forward_intermediates") else OpenAIText(model)
 
 
@@ -223,7 +223,7 @@ class Marks(NamedTuple):
     padding: int
 
     @classmethod
-    def of(cls, ids: Tensor) -> Marks:
+    def from_ids(cls, ids: Tensor) -> Marks:
         """The marks of a tokenizer by its ids (n,T) of no text, of a short one and of others.
 
         Raises:

@@ -27,7 +27,7 @@ from clipkernels.adapters.modules import (
     ratio_of,
     refuse_mask,
 )
-from clipkernels.adapters.timm_block import TimmBlock, separate
+from clipkernels.adapters.timm_block import TimmBlock, separate_projections
 
 FORWARDS = (Block.forward, EvaBlock.forward, ResPostBlock.forward, EvaBlockPostNorm.forward)
 
@@ -128,7 +128,7 @@ class TimmTower:
         return TimmBlock(host)
 
     def projections(self, host: Any) -> Sequence[nn.Module]:
-        return separate(host.attn)
+        return separate_projections(host.attn)
 
     def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
         return host(x) if rope is None else host(x, rope=rope)

@@ -28,7 +28,7 @@ from clipkernels.block import Branch
 from clipkernels.reference import Norm
 
 
-def separate(attn: Any) -> Sequence[nn.Module]:
+def separate_projections(attn: Any) -> Sequence[nn.Module]:
     """The separate query, key and value projections of an attention, or none."""
     return (attn.q_proj, attn.k_proj, attn.v_proj) if getattr(attn, "qkv", None) is None else ()
 
@@ -113,7 +113,7 @@ def _project_qkv(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor
         packed_qkv = attn.qkv(x) if bias is attn.qkv.bias else attn.qkv(x) + bias
         q, k, v = split_heads(packed_qkv, 3, attn.num_heads)
         return q if rows is None else q[:, :, :rows], k, v
-    return separate_qkv(separate(attn), x, attn.num_heads, rows)
+    return separate_qkv(separate_projections(attn), x, attn.num_heads, rows)
 
 
 def _turn(x: Tensor, rope: Tensor, attn: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention with the signal that ranks tokens, and that signal reduced over heads: `attention`, `rank_tokens`."""
+"""Attention with a signal that ranks tokens, and that signal reduced over heads: `attention`, `rank_tokens`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clipkernels.custom_ops import attention as _attention
 from clipkernels.plan import Signal
 from clipkernels.reference import Heads
 
-# Wider heads would spill registers: they take SDPA.
+# Wider heads would spill registers, so they run on SDPA.
 _HEAD_WIDTH = 128
 
 
@@ -29,38 +29,39 @@ def attention(
     *,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Non-causal attention, and the signal that ranks or matches its tokens.
+    """Non-causal attention, and a signal that ranks or matches its tokens.
 
         out = softmax(q @ k.mT / D**0.5 + size.log()[:, None, None]) @ v
 
     Args:
-        q: (B,H,M,D) queries, M = N, or fewer leading rows where only those are wanted.
+        q: (B,H,M,D) queries; M = N, or fewer when only the leading rows are needed.
         k: (B,H,N,D) keys.
         v: (B,H,N,D) values.
-        size: (B,N) patches behind each token, whose logarithm is added to the logits of that key; None is all ones.
-        signal: "cls", the first query's softmax over all N keys without the prefix columns, (B,H,P) fp32;
-            "received", the mean attention each patch receives over heads and queries, (B,P) fp32, M = N;
-            "keys", the mean of k over heads, (B,N,D) in its dtype; None.
+        size: (B,N) patches merged into each token; its logarithm is added to the logits of that key. None is all ones.
+        signal: "cls" is the first query's softmax over all N keys, without the prefix columns, (B,H,P) fp32;
+            "received" is the mean attention that each patch receives over heads and queries, (B,P) fp32, M = N;
+            "keys" is the mean of k over heads, (B,N,D) in the dtype of k; None is no signal.
         prefix: leading tokens that get no score.
         backend: "auto", "triton" or "reference".
     Returns:
-        out (B,H,M,D), and the signal, detached, or None.
+        (out (B,H,M,D), signal); the signal is detached, or None.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, naming what was expected and what came.
-    Guarantees: the N×N attention is never whole in memory for a signal; signals accumulate in fp32. On the CPU in bf16,
-        up to 600 keys, where SDPA is slower, `out` rounds logits and probabilities to bf16: many times SDPA's error
-        where logits are large. On a GPU `auto` is SDPA beside a score kernel wherever that is expected to be faster,
-        and always if a gradient is wanted; one fused launch, with the same bits for an image in any batch, is
-        backend="triton".
+        ValueError: shapes, dtypes or devices do not match; the message names the expected and the actual value.
+    Guarantees: computing a signal never holds the entire N×N attention in memory; signals accumulate in fp32. On the
+        CPU in bf16 with up to 600 keys `out` is computed without SDPA, which is slower there: logits and probabilities
+        are rounded to bf16, and the error is many times SDPA's if logits are large. On a GPU `auto` runs SDPA and a
+        separate score kernel wherever that is expected to be faster, and always if a gradient is required.
+        backend="triton" is one fused launch, which computes the same bits for an image in any batch.
     Source: the size bias is ToMe's proportional attention, arXiv 2210.09461, section 3.
     """
     _check_attention(q, k, v, size, signal, prefix)
     chosen = _heads_backend(backend, q, "attention")
     if chosen == "reference":
         return reference.attention(q, k, v, size, signal, prefix)
-    # Until measured: SDPA and a score kernel, unless a bias by size slows SDPA or a second kernel needs QKᵀ again.
-    better = q.dtype != torch.float32 and (size is not None or signal == "received")
-    fused = better or _backend.asked(backend) == "triton"
+    # A prediction, no GPU has been measured: SDPA and a score kernel are faster, unless a size bias slows SDPA down or
+    # "received" makes the second kernel compute QKᵀ again.
+    prefer_fused = q.dtype != torch.float32 and (size is not None or signal == "received")
+    fused = prefer_fused or _backend.requested_backend(backend) == "triton"
     return _attention.attention(q, k, v, size, signal, prefix, fused)
 
 
@@ -74,21 +75,21 @@ def rank_tokens(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Scores (B,P) fp32 of the patches, larger is more important: an attention signal reduced over heads.
+    """Scores (B,P) fp32 of the patches: an attention signal reduced over heads. Larger is more important.
 
     Args:
         q: (B,H,M,D) queries.
         k: (B,H,N,D) keys.
-        heads: "mean" of the heads' scores, or "rank": per head the number of patches a patch beats (of two equal
-            scores the lower index beats the higher), summed exactly over heads and divided by H.
-        query: "cls", the first query's attention, or "all", the mean over all queries (M = N, heads="mean").
+        heads: "mean" is the mean of the heads' scores. "rank" counts, per head, the patches that a patch beats, sums
+            the counts exactly over heads and divides by H; of two equal scores the lower index beats the higher.
+        query: "cls" is the first query's attention, "all" the mean over all queries (needs M = N and heads="mean").
         size: (B,N) or None, as in `attention`.
         prefix: leading tokens that get no score.
         backend: "auto", "triton" or "reference".
     Returns:
         (B,P) fp32 (fp64 for fp64 inputs), detached.
     Raises:
-        ValueError: shapes or choices that do not fit.
+        ValueError: shapes do not match, or an option is unknown or excluded by another one.
     Source: "mean" EViT, arXiv 2202.07800, section 3.2; "rank" TCA, arXiv 2410.14729.
     """
     _check_rank(q, k, heads, query, size, prefix)
@@ -134,6 +135,6 @@ def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
 
 
 def _heads_backend(backend: Backend, q: Tensor, op: str) -> str:
-    """The backend for queries (B,H,M,D)."""
+    """Return the backend for queries (B,H,M,D)."""
     width = q.shape[-1]
     return _backend.choose(backend, q.device, q.dtype, f"{op} at head width {width}", width <= _HEAD_WIDTH)

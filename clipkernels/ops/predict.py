@@ -1,4 +1,4 @@
-"""Scores of the patches by a trained predictor: `predict_scores`."""
+"""Scores of the patches from a trained predictor: `predict_scores`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from clipkernels.backend import Backend
 from clipkernels.custom_ops import predict as _predict
 from clipkernels.reference import Mixer
 
-# Widths of a predictor that the registers of a program hold.
+# Widths of a predictor that fit into the registers of a program.
 _MIXER_WIDTHS = {16, 32, 64}
-# The axes of a predictor's weights.
+# The axes of each weight of a predictor.
 _MIXER: dict[str, tuple[str, ...]] = {
     "norm1_weight": ("G",),
     "norm1_bias": ("G",),
@@ -34,9 +34,9 @@ _MIXER: dict[str, tuple[str, ...]] = {
 
 
 def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend = "auto") -> Tensor:
-    """Scores (B,P) fp32 of the patches by a small trained predictor, larger is more important.
+    """Scores (B,P) fp32 of the patches from a small trained predictor. Larger is more important.
 
-    Channels are pooled to G; one MLP mixes the tokens, one the channels, and a linear map makes a score of each row:
+    Channels are pooled to G. One MLP mixes the tokens, another the channels, and a linear map scores each row:
 
         p = adaptive_avg_pool1d(x, G)
         p = p + token_out(gelu(token_in(norm1(p).mT))).mT
@@ -45,26 +45,27 @@ def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend
 
     Args:
         x: (B,N,C) tokens that enter a block.
-        mixer: weights for these N tokens, in the dtype of x and on its device; see `ops.Mixer`.
-        prefix: leading tokens that are mixed in but get no score.
+        mixer: weights for N tokens, in the dtype and on the device of x; see `ops.Mixer`.
+        prefix: leading tokens that take part in the mixing but get no score.
         backend: "auto", "triton" or "reference".
     Returns:
         (B,P) fp32 (fp64 for fp64 inputs), detached.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-    Guarantees: the GELU is exact; sums and norms in fp32, products of halves from operands rounded to halves on the
-        triton backend; deterministic; a NaN spoils every score of its image and no other. Widths G and Ht of 16, 32
-        or 64 with an Hc of 128 or a larger power of two have a kernel, which `auto` takes for halves alone. What is
-        trained is `reference.mix`, which is differentiable.
+        ValueError: shapes, dtypes or devices do not match.
+    Guarantees: the GELU is exact; sums and norms in fp32; with half-precision weights the triton backend rounds the
+        operands of products to that precision; deterministic; a NaN makes every score of its image NaN and changes no
+        other image. A kernel exists for widths G and Ht of 16, 32 or 64 with Hc of 128 or a larger power of two; `auto`
+        uses it in half precision only. Training goes through `reference.mix`, which is differentiable.
     Source: the predictor of Patch Ranking, arXiv 2409.14607.
     """
     _check_predict(x, mixer, prefix)
     pooled, token, channel = (bias.shape[0] for bias in (mixer.norm1_bias, mixer.token_in_bias, mixer.channel_in_bias))
-    served = {pooled, token} <= _MIXER_WIDTHS and channel >= 128 and channel & (channel - 1) == 0
-    if x.dtype == torch.float32:  # until measured: no matrix unit multiplies it exactly, and an image has one program
-        served = served and _backend.asked(backend) == "triton"
+    supported = {pooled, token} <= _MIXER_WIDTHS and channel >= 128 and channel & (channel - 1) == 0
+    if x.dtype == torch.float32:
+        # A prediction, not measured: no matrix unit multiplies fp32 exactly, and each image has only one program.
+        supported = supported and _backend.requested_backend(backend) == "triton"
     name = f"predict_scores of widths {pooled}, {token} and {channel}"
-    chosen = _backend.choose(backend, x.device, x.dtype, name, served)
+    chosen = _backend.choose(backend, x.device, x.dtype, name, supported)
     run = reference.predict_scores if chosen == "reference" else _predict.predict_scores
     return run(x.detach(), reference.map_weights(mixer, lambda weight: weight.detach()), prefix)
 
@@ -84,8 +85,8 @@ def _check_predict(x: Tensor, mixer: Mixer, prefix: int) -> None:
         weight = getattr(mixer, name)
         expected = tuple(sizes[letter] for letter in letters)
         if tuple(weight.shape) != expected:
-            named = f"({letters[0]},)" if len(letters) == 1 else f"({join_sizes(letters)})"
-            raise ValueError(f"{name} must be {named} = ({join_sizes(expected)}), got {shape_of(weight)}")
+            axes = f"({letters[0]},)" if len(letters) == 1 else f"({join_sizes(letters)})"
+            raise ValueError(f"{name} must be {axes} = ({join_sizes(expected)}), got {shape_of(weight)}")
         check_same(x, **{name: weight})
     if not 0 < mixer.eps < float("inf"):
         raise ValueError(f"eps must be positive, got {mixer.eps!r}")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.adapters.packing import pack, packed, separate_qkv, unpack
+from clipkernels.adapters.packing import pack, packed_weights, separate_qkv, unpack
 from clipkernels.testing import randomized, timm_tower, transformers_tower
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
@@ -38,7 +38,7 @@ def projections(model):
 
 
 def is_packed(model):
-    return [packed(three) is not None for three in projections(model)]
+    return [packed_weights(three) is not None for three in projections(model)]
 
 
 @pytest.mark.parametrize("bias", [(True, True, True), (False, False, False), (True, False, True)])
@@ -48,9 +48,9 @@ def test_one_product_serves_three(bias):
     expected = torch.cat([projection(x) for projection in projections], -1)
     before = [p.clone() for projection in projections for p in projection.parameters()]
     identities = [id(p) for projection in projections for p in projection.parameters()]
-    assert packed(projections) is None
+    assert packed_weights(projections) is None
     pack(projections)
-    weight, joined = packed(projections)
+    weight, joined = packed_weights(projections)
     assert weight.shape == (24, 8) and (joined is None) == (not any(bias))
     torch.testing.assert_close(nn.functional.linear(x, weight, joined), expected)
     after = [p for projection in projections for p in projection.parameters()]
@@ -59,9 +59,9 @@ def test_one_product_serves_three(bias):
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     place = weight.data_ptr()
     pack(projections)
-    assert packed(projections)[0].data_ptr() == place
+    assert packed_weights(projections)[0].data_ptr() == place
     unpack(projections)
-    assert packed(projections) is None
+    assert packed_weights(projections) is None
     assert len({p.data_ptr() for p in after}) == len(after)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
@@ -79,20 +79,20 @@ def test_every_way_of_giving_a_weight_another_storage_is_noticed():
     ):
         projections = three()
         pack(projections)
-        assert packed(projections) is not None
+        assert packed_weights(projections) is not None
         change(*projections)
-        assert packed(projections) is None
+        assert packed_weights(projections) is None
 
 
 def test_where_gradients_must_reach_each_weight_there_are_three_products():
     projections = three()
     pack(projections)
-    assert packed(projections) is None
+    assert packed_weights(projections) is None
     with torch.no_grad():
-        assert packed(projections) is not None
+        assert packed_weights(projections) is not None
     for projection in projections:
         projection.requires_grad_(False)
-    assert packed(projections) is not None
+    assert packed_weights(projections) is not None
 
 
 def test_what_cannot_be_packed_is_left_alone():
@@ -115,7 +115,7 @@ def test_what_cannot_be_packed_is_left_alone():
 def test_a_patched_tower_is_packed_and_unpatching_gives_every_weight_its_own_storage(model, images, method):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = model(pixel_values=images).pooler_output
-    ck.patching(model, method)
+    ck.patch(model, method)
     assert is_packed(model) == [True, True]
     assert len(model.state_dict()) == len(state)
     ck.unpatch(model)
@@ -131,7 +131,7 @@ def test_rotary_towers_whose_keys_have_no_bias_are_packed_too():
     model = randomized(timm_tower("eva02_base_patch16_clip_224", embed_dim=64, num_heads=2, img_size=64)).eval()
     images = torch.randn(2, 3, 64, 64)
     before = model(images)
-    ck.patching(model, ck.Dense())
+    ck.patch(model, ck.Dense())
     assert is_packed(model) == [True, True]
     torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4)
 
@@ -140,13 +140,13 @@ def fresh(model, images, method):
     """What a model that was never touched gives with these weights."""
     other = transformers_tower("CLIPVisionModel", **SIZES).to(next(model.parameters()).dtype)
     other.load_state_dict(model.state_dict())
-    return ck.patching(other, method)(pixel_values=images).pooler_output
+    return ck.patch(other, method)(pixel_values=images).pooler_output
 
 
 @torch.no_grad()
 def test_loading_weights_after_patching_is_seen(model, images):
     method = ck.EViT(0.5)
-    ck.patching(model, method)
+    ck.patch(model, method)
     for assign in (False, True):
         state = {name: tensor * 1.1 for name, tensor in model.state_dict().items()}
         model.load_state_dict(state, assign=assign)
@@ -156,7 +156,7 @@ def test_loading_weights_after_patching_is_seen(model, images):
 
 def test_an_optimiser_step_is_seen(model, images):
     method = ck.Dense()
-    ck.patching(model.requires_grad_(True), method)
+    ck.patch(model.requires_grad_(True), method)
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
     before = model(pixel_values=images).pooler_output
     before.pow(2).sum().backward()
@@ -170,7 +170,7 @@ def test_an_optimiser_step_is_seen(model, images):
 @torch.no_grad()
 def test_another_dtype_is_seen_and_packed_again(model, images):
     method = ck.EViT(0.5)
-    ck.patching(model, method)
+    ck.patch(model, method)
     for dtype in (torch.bfloat16, torch.float64):
         model.to(dtype)
         assert is_packed(model) == [True, True]
@@ -182,7 +182,7 @@ def test_another_dtype_is_seen_and_packed_again(model, images):
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @torch.no_grad()
 def test_a_copy_has_weights_of_its_own(model, images, copier):
-    expected = ck.patching(model, ck.Dense())(pixel_values=images).pooler_output
+    expected = ck.patch(model, ck.Dense())(pixel_values=images).pooler_output
     other = copier(model)
     torch.testing.assert_close(other(pixel_values=images).pooler_output, expected)
     for parameter in other.parameters():
@@ -193,7 +193,7 @@ def test_a_copy_has_weights_of_its_own(model, images, copier):
 
 @torch.no_grad()
 def test_weights_are_saved_and_loaded_while_packed(model, images, tmp_path):
-    expected = ck.patching(model, ck.Dense())(pixel_values=images).pooler_output
+    expected = ck.patch(model, ck.Dense())(pixel_values=images).pooler_output
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     model.save_pretrained(tmp_path / "folder")
     saved = load_file(tmp_path / "weights.safetensors")
@@ -206,7 +206,7 @@ def test_weights_are_saved_and_loaded_while_packed(model, images, tmp_path):
 def test_tools_that_drop_tied_weights_keep_those_that_are_packed(model, images, tmp_path):
     from safetensors.torch import save_model
 
-    expected = ck.patching(model, ck.Dense())(pixel_values=images).pooler_output
+    expected = ck.patch(model, ck.Dense())(pixel_values=images).pooler_output
     save_model(model, tmp_path / "whole.safetensors")
     assert set(load_file(tmp_path / "whole.safetensors")) == set(model.state_dict())
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -265,14 +265,14 @@ def test_a_patch_that_runs_out_of_memory_while_packing_leaves_the_model_as_it_wa
 
     monkeypatch.setattr(sys.modules["clipkernels.patching"], "pack", fails)
     with pytest.raises(MemoryError):
-        ck.patching(model, ck.EViT(0.5))
+        ck.patch(model, ck.EViT(0.5))
     assert ck.method_of(model) is None and is_packed(model) == [False, False]
     assert torch.equal(model(pixel_values=images).pooler_output, before)
 
 
 @torch.no_grad()
 def test_what_is_left_of_a_pack_is_undone_too(model):
-    ck.patching(model, ck.Dense())
+    ck.patch(model, ck.Dense())
     three = projections(model)[0]
     three[1].weight = nn.Parameter(three[1].weight.clone())
     lies = [projection.weight.data_ptr() for projection in three]
@@ -293,6 +293,6 @@ def test_low_rank_adapters_on_a_projection_are_called(model, images):
     layer = ck.tower_of(model).blocks[0].self_attn
     layer.k_proj.__class__ = Adapted
     host = model(pixel_values=images).pooler_output
-    ck.patching(model, ck.Dense())
+    ck.patch(model, ck.Dense())
     assert is_packed(model) == [False, True]
     torch.testing.assert_close(model(pixel_values=images).pooler_output, host, rtol=1e-4, atol=1e-4)

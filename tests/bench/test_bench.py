@@ -198,7 +198,7 @@ def test_a_plain_variant_runs_the_same_plan_on_the_reference(monkeypatch: pytest
     images, asked, choose = torch.randn(2, 3, 32, 32), [], backend.choose
 
     def noted(wanted: str, *given: Any, **more: Any) -> str:
-        asked.append(backend.asked(wanted))
+        asked.append(backend.requested_backend(wanted))
         return choose(wanted, *given, **more)
 
     with torch.inference_mode():

@@ -202,7 +202,7 @@ def test_the_word_that_a_clip_pools_is_its_end():
     ],
 )
 def test_marks_and_padding_are_no_words(empty, some, row, words):
-    marks = text.Marks.of(torch.tensor([empty, some]))
+    marks = text.Marks.from_ids(torch.tensor([empty, some]))
     assert marks.words(torch.tensor([row, some]))[0].nonzero().flatten().tolist() == words
 
 
@@ -223,14 +223,14 @@ def test_a_tokenizer_that_pads_before_a_text_is_refused(empty, some):
     with pytest.raises(
         ValueError, match=r"tokenizer must put its padding behind a text, got ids .* padding_side to right"
     ):
-        text.Marks.of(torch.tensor([empty, some]))
+        text.Marks.from_ids(torch.tensor([empty, some]))
 
 
 def test_a_tokenizer_with_other_marks_for_some_texts_is_refused():
     with pytest.raises(
         ValueError, match=r"the same marks around each text, got 0 words of no text and .*1, 0.* of some"
     ):
-        text.Marks.of(torch.tensor([[8, 9, 0, 0, 0], [8, 3, 9, 0, 0], [8, 9, 0, 0, 0]]))
+        text.Marks.from_ids(torch.tensor([[8, 9, 0, 0, 0], [8, 3, 9, 0, 0], [8, 9, 0, 0, 0]]))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower, text
-from clipkernels.classifier import PROMPTS_PER_BATCH, evaluating
+from clipkernels.classifier import PROMPTS_PER_BATCH, eval_mode
 from clipkernels.encode import encode_image
 from clipkernels.fingerprint import fingerprint, output_probe, weights_version
 from clipkernels.learn.distill.align import rows_or_zeros
@@ -57,7 +57,7 @@ class Teacher:
         tower = None if adapters.find_resnet(model) is not None else adapters.find_tower(model)
         self.queries = tower is not None and tower.pools_with_queries
         self.probe = text.ids_of(tokenizer, list(PROBE), self.reads.context)
-        self.marks = text.Marks.of(self.probe)
+        self.marks = text.Marks.from_ids(self.probe)
         probes = {ids.shape[1]: ids for ids in (text.ids_of(tokenizer, [PROBE[1]], self.reads.context), self.probe)}
         for length, ids in probes.items():  # two where the tokenizer pads to the longest
             try:
@@ -193,7 +193,7 @@ class Teacher:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        with torch.no_grad(), evaluating(self.model), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), eval_mode(self.model), torch.autocast(self.device.type, enabled=False):
             yield
 
 

@@ -20,12 +20,12 @@ from torch.nn.functional import normalize
 
 from clipkernels import adapters
 from clipkernels.adapters import Tower
-from clipkernels.classifier import evaluating
+from clipkernels.classifier import eval_mode
 from clipkernels.encode import check_images
 from clipkernels.fingerprint import fingerprint, fingerprinted_module
 from clipkernels.heads import ZeroShot
 from clipkernels.heads.arguments import check_labels
-from clipkernels.learn.patch_ranking.rankings import Rankings, Store
+from clipkernels.learn.patch_ranking.rankings import Rankings, RankingStore
 from clipkernels.learn.patch_ranking.subset_embeddings import Entering, embed, enter
 from clipkernels.reference.predict import pool_channels
 from clipkernels.reference.ranking import strongest_first
@@ -34,12 +34,12 @@ Score = Literal["label", "confidence", "feature"]
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """Scores (V,) fp64 of embeddings (V,E), each of the image at (V,)."""
 
-IMAGES = 16
+MAX_IMAGES_PER_PART = 16
 """At most so many images are ranked together, and then on disk."""
-CHANNELS = 64
+POOLED_CHANNELS = 64
 
 
-class Search(NamedTuple):
+class SearchOptions(NamedTuple):
     """How patches are tried: before which block, in which windows (W,w·w), how many go in a round, how many variants
     run at once."""
 
@@ -101,11 +101,11 @@ def golden_ranking(
     if not len(images):
         raise ValueError("images must be at least one, got none")
     tower = adapters.find_tower(model)
-    grid = _grid(tower)
-    _check(tower, grid, score, window, stride, step, block, batch_size)
-    classes = None if score == "feature" else _classes(score, text, tower)
-    true = _labels(labels, len(images), classes) if score == "label" else None
-    store = Store(
+    grid = _patch_grid(tower)
+    _check_options(tower, grid, score, window, stride, step, block, batch_size)
+    classes = None if score == "feature" else _class_embeddings(score, text, tower)
+    true = _true_labels(labels, len(images), classes) if score == "label" else None
+    store = RankingStore(
         path,
         {
             **{"score": score, "window": window, "stride": stride, "step": step, "block": block},
@@ -118,14 +118,14 @@ def golden_ranking(
         },
         classes,
     )
-    search = Search(block, windows_of(grid, window, stride).to(tower.like.device), step, batch_size)
+    search = SearchOptions(block, windows_of(grid, window, stride).to(tower.like.device), step, batch_size)
     digests: list[bytes | None] = []
-    with torch.inference_mode(), evaluating(model):
-        together = min(IMAGES, -(-4 * batch_size // len(search.windows)))
-        for group in _groups(images, true, tower.image_size, store, digests, together):
+    with torch.inference_mode(), eval_mode(model):
+        together = min(MAX_IMAGES_PER_PART, -(-4 * batch_size // len(search.windows)))
+        for group in _unranked_groups(images, true, tower.image_size, store, digests, together):
             batch = torch.stack([image for image, _ in group.values()]).to(tower.like)
             labelled = torch.tensor([label for _, label in group.values()], device=batch.device)
-            ranks, features = _rank(tower, batch, search, score, classes, labelled)
+            ranks, features = _rank_images(tower, batch, search, score, classes, labelled)
             store.add(list(group), ranks, features)
             if progress is not None:
                 progress(len(digests), len(images))
@@ -147,8 +147,8 @@ def windows_of(grid: tuple[int, int], window: int, stride: int) -> Tensor:
     return first[:, None] + within.flatten()
 
 
-def _rank(
-    tower: Tower, images: Tensor, search: Search, score: Score, classes: Tensor | None, labels: Tensor
+def _rank_images(
+    tower: Tower, images: Tensor, search: SearchOptions, score: Score, classes: Tensor | None, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Ranks (b,P) of images (b,3,S,S), and what enters the block, its channels pooled, (b,S,G)."""
     entering = enter(tower, images, search.block)
@@ -171,7 +171,7 @@ def _rank(
 
     left = alive.shape[1]
     while left:
-        found = _score(tower, entering, alive, search, scores)
+        found = _patch_scores(tower, entering, alive, search, scores)
         order = strongest_first(found)
         # Those that are gone come last, whatever the others score.
         order = order.gather(1, alive.gather(1, order).int().argsort(dim=1, descending=True, stable=True))
@@ -180,10 +180,10 @@ def _rank(
         ranks.scatter_(1, leaving, places.expand_as(leaving))
         alive.scatter_(1, leaving, False)
         left -= leaving.shape[1]
-    return ranks, pool_channels(entering.x, CHANNELS)
+    return ranks, pool_channels(entering.x, POOLED_CHANNELS)
 
 
-def _score(tower: Tower, entering: Entering, alive: Tensor, search: Search, scores: Scorer) -> Tensor:
+def _patch_scores(tower: Tower, entering: Entering, alive: Tensor, search: SearchOptions, scores: Scorer) -> Tensor:
     """The score (b,P) fp64 of every patch that is there: the mean over its windows."""
     batch, patches = alive.shape
     there = alive[:, search.windows]  # [b, W, w·w]
@@ -213,11 +213,11 @@ def _score(tower: Tower, entering: Entering, alive: Tensor, search: Search, scor
     return total / times
 
 
-def _groups(
+def _unranked_groups(
     images: Tensor | Sequence[Tensor | None],
     labels: Sequence[int] | None,
     size: tuple[int, int],
-    store: Store,
+    store: RankingStore,
     digests: list[bytes | None],
     together: int,
 ) -> Iterator[dict[bytes, tuple[Tensor, int]]]:
@@ -250,7 +250,7 @@ def _digest(tensor: Tensor, label: int = -1) -> bytes:
     return sha256(plain.numpy().tobytes() + str((label, tuple(plain.shape))).encode()).digest()
 
 
-def _grid(tower: Tower) -> tuple[int, int]:
+def _patch_grid(tower: Tower) -> tuple[int, int]:
     """Rows and columns of patches.
 
     Raises:
@@ -263,7 +263,7 @@ def _grid(tower: Tower) -> tuple[int, int]:
     return height, width
 
 
-def _classes(score: str, text: Tensor | None, tower: Tower) -> Tensor:
+def _class_embeddings(score: str, text: Tensor | None, tower: Tower) -> Tensor:
     """Class embeddings (K,E), normalised, fp64."""
     if text is None:
         raise ValueError(f'text must be the class embeddings (K,E) for score="{score}", got none')
@@ -273,7 +273,7 @@ def _classes(score: str, text: Tensor | None, tower: Tower) -> Tensor:
     return classes.double().to(tower.like.device)
 
 
-def _labels(labels: Tensor | Sequence[int] | None, images: int, classes: Tensor | None) -> list[int]:
+def _true_labels(labels: Tensor | Sequence[int] | None, images: int, classes: Tensor | None) -> list[int]:
     """The true classes of the images."""
     if labels is None:
         raise ValueError('labels must be the true classes (n,) for score="label", got none')
@@ -281,7 +281,7 @@ def _labels(labels: Tensor | Sequence[int] | None, images: int, classes: Tensor 
     return check_labels(torch.as_tensor(labels), images, len(classes)).tolist()
 
 
-def _check(
+def _check_options(
     tower: Tower, grid: tuple[int, int], score: str, window: int, stride: int, step: int, block: int, batch_size: int
 ) -> None:
     """Raises ValueError for options that cannot be."""

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from clipkernels import adapters
 from clipkernels.adapters import Tower
-from clipkernels.classifier import class_embeddings, evaluating
+from clipkernels.classifier import class_embeddings, eval_mode
 from clipkernels.encode import encode_image
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprint, fingerprinted_module
 from clipkernels.heads.arguments import check_labels, check_positive
@@ -199,7 +199,7 @@ def fit_tokens(
     optimizer = torch.optim.SGD(tokens.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(images) // batch_size))
     losses = []
-    with evaluating(model), _frozen(model), patched(model, replace(method, tokens=tokens)):
+    with eval_mode(model), _frozen(model), patched(model, replace(method, tokens=tokens)):
         if coupled:
             with torch.no_grad():
                 tokens.context[0].copy_(first_words(model, ids[:1], count))
