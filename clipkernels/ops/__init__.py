@@ -1,8 +1,8 @@
-"""One public function per operation: validate, choose a backend, run.
+"""The operations: each public function validates its arguments, chooses a backend and runs there.
 
 B batch, N tokens, P = N - prefix patches, H heads, C width, D head width, E embedding, K classes. The first `prefix`
 tokens (CLS, registers) are never scored, dropped or merged. Ties go to the lower index and NaN counts as -inf, on every
-backend. Choices carry no gradient: signals, ranks and matches come back detached.
+backend. Choices carry no gradient: signals, ranks and matches are returned detached.
 """
 
 from clipkernels.ops.affinity import affinity

@@ -1,4 +1,4 @@
-"""Votes of a support set: `affinity`."""
+"""Votes of a support set, per query and class: `affinity`."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ def affinity(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """How near each query is to a class's support: Σ wⱼ·exp(-β(1 - q·fⱼ)) over the class's rows, (t,K).
+    """Affinity (t,K) of each query to each class's support: Σ wⱼ·exp(-β(1 - q·fⱼ)) over the class's rows j.
 
         (-beta * (1 - queries @ support.T)).exp() * weights @ one_hot(labels, classes)
 
     Args:
         queries: (t,E), L2-normalised in the source.
-        support: (n,E), likewise.
-        labels: (n,) int64 the class of each row of the support; what is not in 0..K-1 counts for none.
+        support: (n,E), L2-normalised in the source.
+        labels: (n,) int64, the class of each support row; a row whose label is outside 0..K-1 votes for no class.
         classes: K.
         beta: sharpness β.
-        weights: (n,) of the rows, any float dtype; None is all ones.
-        offsets: (K+1,) int64 where each class begins, and where the last one ends, of a support whose labels ascend
-            and say the same; None has it sorted by the triton backend, at every call. See `reference.sort_by_class`.
+        weights: (n,) weight of each support row, any float dtype; None is all ones.
+        offsets: (K+1,) int64, the row at which each class begins and, last, the row at which the last class ends. They
+            require labels in ascending order and must agree with them. With None the triton backend sorts the support
+            at every call. See `reference.sort_by_class`.
         backend: "auto", "triton" or "reference".
     Returns:
-        (t,K) fp32 (fp64 for fp64 inputs); 0 for a class without support.
+        (t,K) fp32 (fp64 for fp64 inputs); 0 for a class without support rows.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-        RuntimeError: a gradient is wanted of the triton backend, which has none.
-    Guarantees: the (t,n) affinities are never whole in memory, unless autograd keeps them; fp32 accumulation, of halves
-        to 16 bits; deterministic on the CPU and on triton; no host sync. Differentiable on the reference alone.
+        ValueError: shapes, dtypes or devices do not match.
+        RuntimeError: a gradient is required on the triton backend, which has no backward.
+    Guarantees: the (t,n) affinities are never entirely in memory, unless autograd saves them; accumulation in fp32, on
+        triton of affinities rounded to 16 bits if the inputs are in half precision; deterministic on the CPU and on
+        triton; no host sync. Only the reference is differentiable.
     Source: Tip-Adapter, arXiv 2111.03930, section 3.2.
     """
     _check_affinity(queries, support, labels, classes, beta, weights, offsets)
@@ -79,10 +81,10 @@ def _check_affinity(
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape or tensor.dtype != torch.int64 or tensor.device != queries.device:
-            came = f"{shape_of(tensor)} {tensor.dtype} on {tensor.device}"
-            raise ValueError(f"{name} must be ({join_sizes(shape)}) torch.int64 on {queries.device}, got {came}")
+            actual = f"{shape_of(tensor)} {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name} must be ({join_sizes(shape)}) torch.int64 on {queries.device}, got {actual}")
     if weights is not None:
         if tuple(weights.shape) != rows or weights.device != queries.device:
-            came = f"{shape_of(weights)} on {weights.device}"
-            raise ValueError(f"weights must be (n) = ({len(support)}) on {queries.device}, got {came}")
+            actual = f"{shape_of(weights)} on {weights.device}"
+            raise ValueError(f"weights must be (n) = ({len(support)}) on {queries.device}, got {actual}")
         check_floating(weights=weights)

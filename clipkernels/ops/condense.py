@@ -1,4 +1,4 @@
-"""Patches kept, merged around centres and fused: `condense_tokens`."""
+"""Condensing: keep the best patches, merge the next best around centres, fuse the rest: `condense_tokens`."""
 
 from __future__ import annotations
 
@@ -30,33 +30,34 @@ def condense_tokens(
     *,
     backend: Backend = "auto",
 ) -> Condensed:
-    """The prefix, the `keep` best patches by descending score, the next `merge` as `centers` tokens, the rest fused.
+    """Prefix, `keep` best patches by descending score, the next `merge` merged into `centers` tokens, the rest fused.
 
-    Centres are chosen by K-centre greedy: each next one is the patch farthest (Euclidean) from its nearest centre;
-    every patch joins the nearest. A centre's token is Σ wᵢxᵢ / Σ wᵢ, wᵢ = 1/‖xᵢ-c‖, or 1 at distance 0. Equal
-    distances go to the higher score, or the earlier centre; a centre that no patch joins yields its own token.
+    K-centre greedy chooses the centres: each next centre is the patch farthest (Euclidean) from its nearest centre so
+    far. Every merging patch joins its nearest centre. A centre's token is Σ wᵢxᵢ / Σ wᵢ over the patches that joined
+    it, with wᵢ = 1/‖xᵢ-c‖, or 1 at distance 0. Of equally far patches the one with the higher score becomes the centre;
+    of equally near centres a patch joins the earlier. A centre that no patch joins yields its own token.
 
     Args:
         x: (B,N,C) tokens.
-        scores: (B,P), or per head (B,H,P), then reduced by `heads`; any float dtype.
-        keep: patches kept.
-        merge: patches that merge, 1 to P - keep.
-        centers: tokens that they become, 1 to merge.
-        weights: (B,P), or (B,H,P) then averaged, of the patches in the fused token Σ weightᵢ·xᵢ, not renormalised;
-            None is the reduced scores. NaN and -inf weigh nothing.
+        scores: (B,P), or per head (B,H,P) and then reduced by `heads`; any float dtype.
+        keep: number of patches to keep, 0 to P - merge.
+        merge: number of patches to merge, 1 to P - keep.
+        centers: number of tokens that they merge into, 1 to merge.
+        weights: (B,P), or per head (B,H,P) and then averaged: weight of each patch in the fused token Σ weightᵢ·xᵢ,
+            not renormalised. None is the reduced scores. A weight of NaN or -inf counts as 0.
         heads: "mean" or "rank", as in `rank_tokens`.
-        prefix: leading tokens always kept.
-        first: the place of the first centre among the merging patches in descending score.
+        prefix: leading tokens that are always kept.
+        first: rank of the first centre among the merging patches in descending score; 0 is the highest score.
         norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the result.
         backend: "auto", "triton" or "reference".
     Returns:
-        Condensed(tokens (B,prefix+keep+centers+1,C), source (B,P) int64 the row of tokens that holds each patch,
-        index (B,keep+centers) int64 the patch behind each kept row and each centre, normed).
+        Condensed(tokens (B,prefix+keep+centers+1,C), source (B,P) int64, the row of tokens that contains each patch,
+        index (B,keep+centers) int64, the patch of each kept row and each centre, normed).
     Raises:
-        ValueError: shapes, dtypes, devices or counts that do not fit.
-    Guarantees: kept rows are bit-equal copies; distances and sums in fp32, from differences, so that a centre is at
-        distance 0 from itself; deterministic; differentiable in x and in what weighs the fused token, distances
-        being choices.
+        ValueError: shapes, dtypes or devices do not match, or a count is out of range.
+    Guarantees: kept rows are bit-equal copies; distances and sums in fp32, and distances from differences, so that a
+        centre is at distance 0 from itself; deterministic; differentiable in x and in the weights of the fused token.
+        Distances are choices and carry no gradient.
     Source: TCA, arXiv 2410.14729, section 3.2.
     """
     _check_condense(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)

@@ -13,7 +13,7 @@ from clipkernels.reference import CrossAttended
 
 
 def cross_attention(visual: Tensor, text: Tensor, alpha: float = 0.5, *, backend: Backend = "auto") -> CrossAttended:
-    """Image patches that have looked at the classes, and classes that have looked at the patches; no parameters.
+    """Patches that attend to the classes, and classes that attend to the patches; no parameters.
 
         A = visual @ text.T / alpha
         A.softmax(2) @ text, A.softmax(1).mT @ visual
@@ -21,16 +21,16 @@ def cross_attention(visual: Tensor, text: Tensor, alpha: float = 0.5, *, backend
     Args:
         visual: (B,P,E) patches, L2-normalised in the source.
         text: (K,E) class embeddings, L2-normalised in the source.
-        alpha: what the similarities are divided by; positive.
+        alpha: divisor of the similarities; positive.
         backend: "auto", "triton" or "reference".
     Returns:
-        CrossAttended(visual (B,P,E), text (B,K,E)), like visual.
+        CrossAttended(visual (B,P,E), text (B,K,E)), in the dtype and on the device of visual.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, no patch or no class, an alpha that is not positive.
-        RuntimeError: a gradient is wanted of the triton backend, which has none.
-    Guarantees: the (B,P,K) similarities are never whole in memory, unless autograd keeps them or a graph is made of the
-        reference; fp32 accumulation; deterministic. Differentiable on the reference alone.
-    Source: CALIP, arXiv 2209.14169, section 3.2; its text divides by alpha, its code has ½.
+        ValueError: shapes, dtypes or devices do not match, there is no patch or no class, or alpha is not positive.
+        RuntimeError: a gradient is required on the triton backend, which has no backward.
+    Guarantees: the (B,P,K) similarities are never entirely in memory, unless autograd saves them or the reference is
+        traced into a graph; fp32 accumulation; deterministic. Only the reference is differentiable.
+    Source: CALIP, arXiv 2209.14169, section 3.2; the paper divides by alpha, its code uses ½.
     """
     _check_cross_attention(visual, text, alpha)
     chosen = _backend.choose(backend, visual.device, visual.dtype, "cross_attention")
@@ -50,27 +50,27 @@ def calip_logits(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """CALIP's logits (B,K): what image and classes have in common, before and after they looked at each other.
+    """CALIP's logits (B,K): similarities of images and classes, before and after cross-attention.
 
         attended = ops.cross_attention(visual, text, alpha)
-        seen = attended.visual.mean(1) + attended.visual.amax(1)
-        100 * (pooled @ text.T + beta2 * (attended.text @ pooled[..., None])[..., 0] + beta3 * seen @ text.T)
+        image = attended.visual.mean(1) + attended.visual.amax(1)
+        100 * (pooled @ text.T + beta2 * (attended.text @ pooled[..., None])[..., 0] + beta3 * image @ text.T)
 
     Args:
         visual: (B,P,E) patches, L2-normalised in the source.
-        pooled: (B,E) global embeddings, likewise.
-        text: (K,E) class embeddings, likewise.
-        alpha: what the similarities are divided by; positive.
-        beta2: weight of the classes that have looked at the patches.
-        beta3: weight of the patches that have looked at the classes.
-        terms: the three terms by themselves instead of their weighted sum, each × 100.
+        pooled: (B,E) global image embeddings, L2-normalised in the source.
+        text: (K,E) class embeddings, L2-normalised in the source.
+        alpha: divisor of the similarities; positive.
+        beta2: weight of the term of the classes that attended to the patches.
+        beta3: weight of the term of the patches that attended to the classes.
+        terms: return the three terms, each × 100, instead of their weighted sum.
         backend: "auto", "triton" or "reference".
     Returns:
         (B,K), or (3,B,K) with `terms`, fp32 (fp64 for fp64 inputs).
     Raises:
         ValueError: as in `cross_attention`.
         RuntimeError: as in `cross_attention`.
-    Guarantees: the (B,K,E) classes are never made; otherwise as in `cross_attention`.
+    Guarantees: the attended classes (B,K,E) are never computed; otherwise as in `cross_attention`.
     Source: CALIP, arXiv 2209.14169, section 3.2.
     """
     _check_calip(visual, pooled, text, alpha, beta2, beta3)

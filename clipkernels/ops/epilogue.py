@@ -1,4 +1,4 @@
-"""Steps that follow a matrix product: `bias_act`, `add_norm`."""
+"""Epilogues of a matrix product: `bias_act`, `add_norm`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def bias_act(x: Tensor, bias: Tensor | None, act: Act, *, backend: Backend = "au
         gelu(x + bias)  # or z * sigmoid(1.702 * z), or gelu(z, approximate="tanh")
 
     Args:
-        x: (…,C), a product that lacks its bias yet.
+        x: (…,C), a matrix product without its bias.
         bias: (C,) or None.
         act: "quick_gelu", "gelu" or "gelu_tanh".
         backend: "auto", "triton" or "reference".
     Returns:
-        like x.
+        (…,C) in the dtype and on the device of x.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an unknown activation.
+        ValueError: shapes, dtypes or devices do not match, or the activation is unknown.
     Guarantees: computed in fp32 on triton; deterministic; differentiable.
     Source: GELU, arXiv 1606.08415; quick_gelu is its sigmoid approximation, OpenAI CLIP's activation.
     """
@@ -44,11 +44,12 @@ def add_norm(
     *,
     backend: Backend = "auto",
 ) -> Added:
-    """The residual sum x + scale·(y + bias), and the LayerNorm that follows, in one pass.
+    """The residual sum x + scale·(y + bias) and the LayerNorm that follows it, in one pass.
 
     Args:
         x: (…,C) residual stream.
-        y: (…,C) branch, a product that lacks its bias and layer scale yet; autocast may make it narrower than x.
+        y: (…,C) branch, a matrix product without its bias and layer scale; its dtype may differ from that of x, as
+            under autocast.
         bias: (C,) or None.
         scale: (C,) layer scale or None.
         norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the sum.
@@ -56,8 +57,8 @@ def add_norm(
     Returns:
         Added(tokens (…,C) in the wider dtype of x and y, normed like tokens or None).
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-    Guarantees: statistics in fp32, of the sum as it is stored; deterministic; differentiable.
+        ValueError: shapes, dtypes or devices do not match.
+    Guarantees: LayerNorm statistics in fp32, of the sum as rounded to its dtype; deterministic; differentiable.
     Source: the pre-norm transformer block; LayerScale, arXiv 2103.17239.
     """
     _check_add_norm(x, y, bias, scale, norm)

@@ -1,4 +1,4 @@
-"""Bipartite matching and merging: `match_tokens`, `merge_tokens`."""
+"""Bipartite soft matching of tokens, and the merge: `match_tokens`, `merge_tokens`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from clipkernels.reference import Match, Merged, Norm
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = "auto") -> Match:
-    """Which r tokens merge into which: each even token's most similar odd token, the r most similar pairs.
+    """The r most similar pairs of tokens to merge: an even token and its most similar odd token.
 
-    Tokens at even positions (A) each have an edge to their most similar token at an odd position (B), by cosine
-    similarity in fp32; the r strongest edges merge. Prefix tokens neither merge nor are merged into.
+    Each token at an even position (A) has an edge to its most similar token at an odd position (B), by cosine
+    similarity in fp32. The r strongest edges merge. Prefix tokens neither merge nor are merged into.
 
     Args:
-        metric: (B,N,D), normalised here; or the keys (B,H,N,D) themselves, whose mean over heads it then is.
-        r: edges, 0 to (N - prefix)//2.
-        prefix: leading tokens left alone.
+        metric: (B,N,D), or keys (B,H,N,D), whose mean over heads is then the metric. It is normalised here.
+        r: number of edges to merge, 0 to (N - prefix)//2.
+        prefix: leading tokens that take no part.
         backend: "auto", "triton" or "reference".
     Returns:
-        Match(kept (B,A-r), source (B,r), both int64 into the A tokens and ascending, target (B,r) int64 into B).
+        Match(kept (B,A-r), source (B,r), target (B,r)), int64: kept and source index the A tokens in ascending order,
+        target indexes the B tokens.
     Raises:
-        ValueError: shapes or an r that do not fit.
+        ValueError: the shape or dtype does not match, or r is out of range.
     Source: ToMe, arXiv 2210.09461, section 3.
     """
     _check_match(metric, r, prefix)
@@ -38,19 +39,19 @@ def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = 
 def merge_tokens(
     x: Tensor, match: Match, size: Tensor | None = None, norm: Norm | None = None, *, backend: Backend = "auto"
 ) -> Merged:
-    """The tokens after a merge: surviving A tokens in position order, then B tokens, means weighted by size.
+    """The tokens after a merge: the remaining A tokens in order, then the B tokens as means weighted by size.
 
     Args:
         x: (B,N,C) tokens.
-        match: from `match_tokens`.
-        size: (B,N) patches behind each token; None is all ones.
+        match: the result of `match_tokens`.
+        size: (B,N) patches merged into each token; None is all ones.
         norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the result.
         backend: "auto", "triton" or "reference".
     Returns:
-        Merged(tokens (B,N-r,C), size (B,N-r) fp32, normed). Sizes add up to those of the input.
+        Merged(tokens (B,N-r,C), size (B,N-r) fp32, normed). The sizes of an image sum to those of the input.
     Raises:
-        ValueError: shapes or devices that do not fit.
-    Guarantees: tokens that nothing merged into are bit-equal copies; equal tokens merge to themselves; fp32
+        ValueError: shapes, dtypes or devices do not match.
+    Guarantees: tokens that no token merged into are bit-equal copies; equal tokens merge to themselves; fp32
         accumulation; differentiable in x.
     Source: ToMe, arXiv 2210.09461, section 3.
     """
@@ -74,9 +75,9 @@ def _check_merge(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     batch, tokens = x.shape[:2]
     r = match.source.shape[-1]
     expected = ((batch, (tokens + 1) // 2 - r), (batch, r), (batch, r))
-    came = tuple(tuple(index.shape) for index in match)
-    if came != expected:
-        raise ValueError(f"match must hold kept, source, target of shapes {expected} for x {shape_of(x)}, got {came}")
+    actual = tuple(tuple(index.shape) for index in match)
+    if actual != expected:
+        raise ValueError(f"match must hold kept, source, target of shapes {expected} for x {shape_of(x)}, got {actual}")
     if any(index.dtype != torch.int64 or index.device != x.device for index in match):
         raise ValueError(f"match must be int64 on {x.device}, got {[(i.dtype, str(i.device)) for i in match]}")
     check_size(size, x, batch, tokens)

@@ -1,4 +1,4 @@
-"""The best patches in their old order: `prune_tokens`."""
+"""Pruning: keep the best patches in their original order: `prune_tokens`."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def prune_tokens(
     *,
     backend: Backend = "auto",
 ) -> Pruned:
-    """The prefix and the `keep` best patches in their old order, optionally with the rest fused into one token.
+    """The prefix and the `keep` best patches in their original order, optionally with the rest fused into one token.
 
     Args:
         x: (B,N,C) tokens.
-        scores: (B,P), or per head (B,H,P), then reduced by `heads`; any float dtype.
-        keep: patches kept, 0 to P.
-        fuse: append Σ scoreᵢ·xᵢ over the patches not kept, not renormalised, accumulated in fp32; a patch whose score
-            is NaN or -inf weighs nothing. With keep = P this is a row of zeros.
+        scores: (B,P), or per head (B,H,P) and then reduced by `heads`; any float dtype.
+        keep: number of patches to keep, 0 to P.
+        fuse: append Σ scoreᵢ·xᵢ over the dropped patches, not renormalised, accumulated in fp32. A score of NaN or -inf
+            counts as 0 in this sum. With keep = P the sum is a row of zeros.
         heads: "mean" or "rank", as in `rank_tokens`.
-        prefix: leading tokens always kept.
+        prefix: leading tokens that are always kept.
         norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the result.
         backend: "auto", "triton" or "reference".
     Returns:
-        Pruned(tokens (B,prefix+keep[+1],C), index (B,keep) int64 into the patches, ascending, normed).
+        Pruned(tokens (B,prefix+keep[+1],C), index (B,keep) int64, the kept patches in ascending order, normed).
     Raises:
-        ValueError: shapes, dtypes, devices or counts that do not fit.
-    Guarantees: kept rows are bit-equal copies; exactly `keep` rows whatever the scores; deterministic; differentiable
-        in x and, where they weigh the fused token, in scores (B,P).
+        ValueError: shapes, dtypes or devices do not match, or a count is out of range.
+    Guarantees: kept rows are bit-equal copies; exactly `keep` patches are kept, for any scores; deterministic;
+        differentiable in x and, with `fuse`, in the scores, unless ranks reduce them over heads.
     Source: EViT, arXiv 2202.07800, section 3.2.
     """
     check_prune(x, scores, keep, heads, prefix, norm)
@@ -52,6 +52,7 @@ def prune_tokens(
 
 
 def check_prune(x: Tensor, scores: Tensor, keep: int, heads: str, prefix: int, norm: Norm | None) -> None:
+    """Raise ValueError unless the arguments of `prune_tokens` match each other."""
     check_tokens(x)
     check_prefix(prefix, x.shape[1])
     patches = x.shape[1] - prefix

@@ -1,4 +1,4 @@
-"""Distance between projected student tokens and a teacher's: `targeted_l1`."""
+"""L1 distance of projected student tokens to a teacher's tokens: `targeted_l1`."""
 
 from __future__ import annotations
 
@@ -21,34 +21,37 @@ def targeted_l1(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """How far an instance's selected tokens are from its teacher's: Σ wᵢ·‖P hᵢ - gᵢ‖₁/E, (B,).
+    """Weighted L1 distance (B,) of each instance's selected tokens to its teacher's: Σ wᵢ·‖P hᵢ - gᵢ‖₁/E.
 
         (mask * weights * (student @ projection.T - teacher).abs().mean(2)).sum(1)
 
     Args:
         student: (B,n,d) the student's tokens h.
-        teacher: (B,n,E) the teacher's g, any float dtype.
-        projection: (E,d) P, of the dtype of student; under autocast both are cast to its dtype.
-        weights: (B,n) of the tokens, any float dtype.
-        mask: (B,n) bool, which tokens count; what the others hold, NaN too, makes no difference to anything.
+        teacher: (B,n,E) the teacher's tokens g, any float dtype.
+        projection: (E,d) P, in the dtype of student; autocast casts both to its own dtype.
+        weights: (B,n) weight of each token, any float dtype.
+        mask: (B,n) bool, true for the selected tokens. The values of all other tokens, including NaN, change neither
+            the result nor a gradient.
         backend: "auto", "triton" or "reference".
     Returns:
-        (B,) fp32 (fp64 for fp64 inputs); 0 for an instance of which nothing is selected.
+        (B,) fp32 (fp64 for fp64 inputs); 0 for an instance without a selected token.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a teacher or weights that require a gradient.
-        RuntimeError: a second derivative, once it is asked for; create_graph=True alone is none.
-    Guarantees: differentiable in student and projection, once, with sign(0) = 0; nothing of the shape (B,n,E) is made,
-        forward or backward: the reference holds at most 2¹⁷ of its numbers at once, 2²¹ on a GPU, unless it is
-        compiled, exported, traced, transformed by torch.func or asked for several gradients (is_grads_batched); fp32
-        accumulation; deterministic. On triton no host sync, an instance's value and gradient do not depend on the
-        others, and for the gradient of projection each token's factor wᵢ·grad/E is rounded to the dtype of student.
-    Source: the distance of CLIP-TD, arXiv 2201.05729, as reconstructed here: only its abstract was at hand.
+        ValueError: shapes, dtypes or devices do not match, or teacher or weights require a gradient.
+        RuntimeError: a second derivative is computed; create_graph=True alone raises nothing.
+    Guarantees: differentiable once, in student and projection, with sign(0) = 0; fp32 accumulation; deterministic. No
+        tensor of shape (B,n,E) is allocated, forward or backward: the reference processes at most 2¹⁷ elements of it
+        at once, 2²¹ on a GPU, unless it is compiled, exported, traced, transformed by torch.func or differentiated in
+        a batch of gradients (is_grads_batched). On triton there is no host sync, an instance's value and gradient do
+        not depend on other instances, and for the gradient of projection each token's factor wᵢ·grad/E is rounded to
+        the dtype of student.
+    Source: the distance of CLIP-TD, arXiv 2201.05729, reconstructed from its abstract, the only part available here.
     """
-    # `is_autocast_available`, which older compilers cannot trace, would say the same.
+    # On meta tensors `is_autocast_enabled` raises; `is_autocast_available` would tell, but older compilers cannot trace
+    # it.
     if not student.is_meta and torch.is_autocast_enabled(student.device.type):
-        narrow = torch.get_autocast_dtype(student.device.type)
+        dtype = torch.get_autocast_dtype(student.device.type)
         student, projection = (
-            x.to(narrow) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (student, projection)
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (student, projection)
         )
     _check_targeted_l1(student, teacher, projection, weights, mask)
     chosen = _backend.choose(backend, student.device, student.dtype, "targeted_l1")
@@ -78,4 +81,4 @@ def _check_targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, wei
     check_floating(teacher=teacher, weights=weights)
     for name, tensor in (("teacher", teacher), ("weights", weights)):
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} must not require a gradient, for it gets none: detach it")
+            raise ValueError(f"{name} must not require a gradient, because it gets none: detach it")

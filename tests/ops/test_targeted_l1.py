@@ -457,7 +457,7 @@ def test_several_gradients_may_be_asked_for_at_once(device, backend):
 def test_the_teacher_does_not_learn(device, backend, name):
     given = dict(zip(("student", "teacher", "projection", "weights", "mask"), inputs(device), strict=True))
     given[name].requires_grad_()
-    with pytest.raises(ValueError, match=f"{name} must not require a gradient, for it gets none: detach it"):
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient, because it gets none: detach it"):
         ck.ops.targeted_l1(**given, backend=backend)
     with torch.no_grad():
         assert ck.ops.targeted_l1(**given, backend=backend).isfinite().all()
