@@ -21,7 +21,7 @@ def check_labels(labels: Tensor, images: int, classes: int) -> Tensor:
     return labels
 
 
-def check_some(images: int) -> None:
+def check_not_empty(images: int) -> None:
     """Raises ValueError where there is no image to fit on."""
     if not images:
         raise ValueError("features must be of at least one image, got none")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipkernels import ops
 from clipkernels.arguments import check_numbers
-from clipkernels.heads.arguments import check_labels, check_positive, check_some, normalize_as
+from clipkernels.heads.arguments import check_labels, check_positive, check_not_empty, normalize_as
 from clipkernels.heads.presets import CALIP_PRESETS
 from clipkernels.heads.weight_search import grid, search
 from clipkernels.heads.zero_shot import ZeroShot
@@ -99,7 +99,7 @@ class CALIP:
         batches = [cast("Encoded", features)] if hasattr(features, "embedding") else features
         with torch.no_grad():
             terms = [self.terms(batch) for batch in batches]
-            check_some(sum(part.shape[1] for part in terms))
+            check_not_empty(sum(part.shape[1] for part in terms))
             first, second, third = torch.cat(terms, 1)
             labels = check_labels(labels, *first.shape).to(first.device)
             found = search(first, second, third, labels, grid(0.001, 2, 200), grid(0.001, 0.1, 200))

@@ -19,8 +19,8 @@ from clipkernels import ops
 from clipkernels.arguments import check_numbers
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.arguments import check_positive
-from clipkernels.heads.presets import PRESETS, Preset
-from clipkernels.heads.reservoir_entries import Entries, Evict, empty, keep, valid
+from clipkernels.heads.presets import RESERVOIR_PRESETS, ReservoirPreset
+from clipkernels.heads.reservoir_entries import Entries, Evict, empty_entries, places_after_arrivals, occupied
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
@@ -76,14 +76,14 @@ class Reservoir:
         frozen: bool = False,
         scale: float = 100.0,
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        given = Preset(*PRESETS[preset])._asdict() | {
+        if preset not in RESERVOIR_PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(RESERVOIR_PRESETS)}, got {preset!r}")
+        given = ReservoirPreset(*RESERVOIR_PRESETS[preset])._asdict() | {
             name: value
-            for name, value in zip(Preset._fields, (capacity, temperature, strength, beta), strict=True)
+            for name, value in zip(ReservoirPreset._fields, (capacity, temperature, strength, beta), strict=True)
             if value is not None
         }
-        chosen = Preset(**given)
+        chosen = ReservoirPreset(**given)
         if isinstance(chosen.capacity, bool) or not isinstance(chosen.capacity, int) or chosen.capacity < 1:
             raise ValueError(f"capacity must be a positive int, got {chosen.capacity!r}")
         check_numbers(**dict(list(given.items())[1:]), scale=scale)
@@ -115,7 +115,7 @@ class Reservoir:
         """Entries that each class holds, (K,) int64."""
         if self._entries is None:
             return torch.zeros(len(self.zero_shot.text), dtype=torch.int64)
-        return valid(self._entries).sum(1)
+        return occupied(self._entries).sum(1)
 
     @property
     def anchors(self) -> Tensor | None:
@@ -136,7 +136,7 @@ class Reservoir:
             raise ValueError(f"cls_path must be (B,L,C) with B = {len(logits)}, got {tuple(path.shape)}")
         # Outside of inference mode, which what is remembered may outlive.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(path.device.type, enabled=False):
-            votes = self._see(logits.detach().clone(), path.clone())
+            votes = self._observe(logits.detach().clone(), path.clone())
         return logits + votes
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -164,7 +164,7 @@ class Reservoir:
         if about.get("format") != FORMAT or not whole:
             raise ValueError(f"expected a reservoir, got {path} with format {about.get('format')!r}")
         own, text = self.zero_shot.text, tensors.pop("text")
-        if not self.zero_shot.same(text):
+        if not self.zero_shot.matches(text):
             raise ValueError(
                 f"expected a reservoir of the same classes, prompts and model, {tuple(own.shape)}, got {path} of other "
                 f"text embeddings {tuple(text.shape)}"
@@ -179,15 +179,15 @@ class Reservoir:
         if about.get("scale") != repr(float(self.zero_shot.scale)):
             raise ValueError(f"expected a reservoir of scale {self.zero_shot.scale}, got {about.get('scale')}")
         if self._entries is not None:
-            self._check(entries.unit.shape[2:])
+            self._check_shape(entries.unit.shape[2:])
         self.reset()
         with torch.inference_mode(False):
             self._entries, self.seen = entries, int(about["seen"])
             self._table = entries.unit.new_zeros(k, depth, width)
-            self._renew(torch.arange(k))
+            self._update_anchors(torch.arange(k))
         return self
 
-    def _check(self, shape: torch.Size) -> None:
+    def _check_shape(self, shape: torch.Size) -> None:
         assert self._entries is not None
         known = self._entries.unit.shape[2:]
         if shape != known:
@@ -195,7 +195,7 @@ class Reservoir:
                 f"expected the CLS tokens of {known[0]} blocks of width {known[1]}, got {shape[0]} of {shape[1]}"
             )
 
-    def _see(self, logits: Tensor, path: Tensor) -> Tensor:
+    def _observe(self, logits: Tensor, path: Tensor) -> Tensor:
         """The votes (B,K) on a batch with these uncorrected logits (B,K) and CLS tokens (B,L,C)."""
         batch, classes = logits.shape
         if not batch or not path.numel():
@@ -204,9 +204,9 @@ class Reservoir:
         if self._entries is None:
             if self.frozen:
                 return torch.zeros_like(logits)
-            self._entries = empty(new, classes, self.capacity)
+            self._entries = empty_entries(new, classes, self.capacity)
             self._table = new.unit.new_zeros(classes, *path.shape[1:])
-        self._check(path.shape[1:])
+        self._check_shape(path.shape[1:])
         dtype = new.unit.dtype
         self._entries = old = Entries(
             *(tensor.to(path.device, dtype if tensor.is_floating_point() else None) for tensor in self._entries)
@@ -214,7 +214,7 @@ class Reservoir:
         self._table = self._table.to(path.device, dtype)
         depth = torch.linspace(0, 1, path.shape[1], dtype=new.unit.dtype, device=path.device) / self.temperature
         query = (new.unit * depth.softmax(0)[:, None]).flatten(1)
-        total = self._read(query, old)
+        total = self._votes_of(query, old)
         if self.frozen:
             return total
         good = logits.isfinite().all(1) & path.flatten(1).isfinite().all(1)
@@ -233,7 +233,7 @@ class Reservoir:
             torch.cat([a[touched], b[order]], 1)  # [T, M+R, …]
             for a, b in ((old.mean, new.mean), (old.entropy, new.entropy), (old.arrival, new.arrival))
         )
-        states = keep(mean, entropy, arrival, present, self.capacity, self.evict)  # [R+1, T, M]
+        states = places_after_arrivals(mean, entropy, arrival, present, self.capacity, self.evict)  # [R+1, T, M]
         # What each image finds in the touched classes: the state after as many arrivals as there have been.
         states_met = arrived if self.self_vote else arrived - mine.long()
         found = states[states_met, torch.arange(len(touched), device=path.device)]  # [B, T, M]
@@ -242,10 +242,10 @@ class Reservoir:
         votes = self._vote(query @ old.unit[touched].flatten(0, 1).flatten(1).T).view(batch, len(touched), -1)
         heard = torch.cat([votes, among, none], 2).gather(2, found).sum(2)
         total[:, touched] = heard.to(total.dtype)
-        self._settle(old, new, touched, order, states[-1])
+        self._store(old, new, touched, order, states[-1])
         return total
 
-    def _settle(self, old: Entries, new: Entries, touched: Tensor, order: Tensor, last: Tensor) -> None:
+    def _store(self, old: Entries, new: Entries, touched: Tensor, order: Tensor, last: Tensor) -> None:
         """Leaves in the touched classes the places `last` (T,M) of their own and of the images `order` (T,R)."""
         capacity, rounds = self.capacity, order.shape[1]
         from_new = last >= capacity
@@ -261,7 +261,7 @@ class Reservoir:
         for tensor, values in list(zip(old, settled, strict=True))[:-1]:
             tensor[touched] = values
         old.arrival[touched] = settled[-1].masked_fill(empty, -1)
-        self._renew(touched)
+        self._update_anchors(touched)
 
     def _describe(self, logits: Tensor, path: Tensor) -> Entries:
         """Entries along (B,)."""
@@ -271,10 +271,10 @@ class Reservoir:
         entropy = -(share.exp() * share).nan_to_num(0.0).sum(1).to(wide.dtype)
         return Entries(normalize(wide, dim=2), wide.norm(dim=2), normalize(wide.mean(1), dim=1), entropy, arrival)
 
-    def _read(self, query: Tensor, entries: Entries) -> Tensor:
+    def _votes_of(self, query: Tensor, entries: Entries) -> Tensor:
         """The votes (B,K) of all entries on these queries (B,L·C)."""
         classes, capacity = entries.arrival.shape
-        held = valid(entries).to(query.dtype)
+        held = occupied(entries).to(query.dtype)
         if self.correction == "linear":
             whole = torch.einsum("kmlc,km->klc", entries.unit, held).flatten(1)
             return query @ whole.T * (self.strength / capacity)
@@ -288,7 +288,7 @@ class Reservoir:
             return likeness * (self.strength / self.capacity)
         return self.strength * torch.exp(self.beta * (likeness - 1))
 
-    def _renew(self, touched: Tensor) -> None:
+    def _update_anchors(self, touched: Tensor) -> None:
         """The anchors of some classes, and whether there are any."""
         assert self._entries is not None
         unit, length, *_, arrival = (tensor[touched] for tensor in self._entries)

@@ -21,19 +21,19 @@ class Entries(NamedTuple):
     arrival: Tensor
 
 
-def empty(like: Entries, classes: int, capacity: int) -> Entries:
+def empty_entries(like: Entries, classes: int, capacity: int) -> Entries:
     """Places (K,M) for entries, all free."""
     entries = Entries(*(tensor.new_zeros(classes, capacity, *tensor.shape[1:]) for tensor in like))
     entries.arrival.fill_(-1)
     return entries
 
 
-def valid(entries: Entries) -> Tensor:
+def occupied(entries: Entries) -> Tensor:
     """Which places hold an entry."""
     return entries.arrival >= 0
 
 
-def keep(mean: Tensor, entropy: Tensor, arrival: Tensor, present: Tensor, capacity: int, evict: Evict) -> Tensor:
+def places_after_arrivals(mean: Tensor, entropy: Tensor, arrival: Tensor, present: Tensor, capacity: int, evict: Evict) -> Tensor:
     """Which of the places (T,M+R) each class holds after each of R arrivals (those that are `present`), sorted by
     entropy and M+R for none, (R+1,T,M)."""
     free = entropy.shape[1]
@@ -46,14 +46,14 @@ def keep(mean: Tensor, entropy: Tensor, arrival: Tensor, present: Tensor, capaci
     for new in arrivals.split(1, dim=1):
         held = torch.cat([states[-1], new], 1)  # [T, M+1]
         left = entropy.gather(1, held)
-        victim = _evictable(mean, left, arrival, held, evict).argmax(1, keepdim=True)
+        victim = _eviction_score(mean, left, arrival, held, evict).argmax(1, keepdim=True)
         full = (held[:, -2:] < free).all(1, keepdim=True)
         left = left.masked_fill((at == victim) & full, float("inf"))
         states.append(held.gather(1, left.argsort(dim=1, stable=True)[:, :capacity]))
     return torch.stack(states)
 
 
-def _evictable(mean: Tensor, entropy: Tensor, arrival: Tensor, held: Tensor, evict: Evict) -> Tensor:
+def _eviction_score(mean: Tensor, entropy: Tensor, arrival: Tensor, held: Tensor, evict: Evict) -> Tensor:
     """A number (T,M+1) for each held place, of these entropies: where all are held, the first of the largest
     goes."""
     if evict == "uncertainty":

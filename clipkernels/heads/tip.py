@@ -20,8 +20,8 @@ from torch.nn.functional import normalize
 
 from clipkernels import ops, reference
 from clipkernels.arguments import check_numbers
-from clipkernels.heads.arguments import check_labels, check_positive, check_some
-from clipkernels.heads.weight_search import Found, grid, search
+from clipkernels.heads.arguments import check_labels, check_positive, check_not_empty
+from clipkernels.heads.weight_search import SearchResult, grid, search
 from clipkernels.heads.zero_shot import ZeroShot
 from clipkernels.reference.precision import autocast_disabled
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from clipkernels.encode import Encoded
 
 # Numbers of a product of the support with itself that are held at once.
-PIECE = 1 << 24
+PRODUCT_ENTRIES = 1 << 24
 
 
 class Extrema(NamedTuple):
@@ -113,7 +113,7 @@ class TipAdapter:
             support = torch.cat([old.features, new])
             labels = torch.cat([old.labels, labels.to(old.labels.device)])
             order, offsets = reference.sort_by_class(labels, classes)
-            extrema, mass = self._learn(old, support, labels)
+            extrema, mass = self._statistics(old, support, labels)
             self._support = Support(support[order], labels[order], offsets, mass, extrema)
 
     def __call__(self, features: Tensor | Encoded) -> Tensor:
@@ -124,7 +124,7 @@ class TipAdapter:
         """
         logits, queries = self.zero_shot(features), self._queries(features)
         with autocast_disabled(queries):
-            return logits + self.alpha * self._votes(queries, self.beta) + self._others(queries)
+            return logits + self.alpha * self._votes(queries, self.beta) + self._extra_logits(queries)
 
     def fit(self, features: Tensor | Encoded, labels: Tensor) -> float:
         """Sets the weights to the best of the published grid on a validation split.
@@ -139,32 +139,32 @@ class TipAdapter:
         """
         with torch.no_grad():
             first = self.zero_shot(features)
-            check_some(len(first))
+            check_not_empty(len(first))
             labels = check_labels(labels, *first.shape).to(first.device)
-            queries, best, beta = self._queries(features), Found(-1.0, 0.0, 0.0), self.beta
+            queries, best, beta = self._queries(features), SearchResult(-1.0, 0.0, 0.0), self.beta
             with autocast_disabled(queries):
-                trial = self._trial(first, queries, labels)
+                trial = self._weight_search(first, queries, labels)
                 for candidate in grid(1, 50, 200).tolist():
                     found = trial(self._votes(queries, candidate))
                     if found.accuracy > best.accuracy:
                         best, beta = found, candidate
         self.beta = beta
-        self._take(best)
+        self._set_weights(best)
         return best.accuracy
 
-    def _learn(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
+    def _statistics(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
         """What TIP-X knows of a support whose first images are the old one."""
         return old.extrema, old.mass
 
-    def _others(self, queries: Tensor) -> Tensor | float:
+    def _extra_logits(self, queries: Tensor) -> Tensor | float:
         """What else is added to the logits."""
         return 0.0
 
-    def _trial(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], Found]:
+    def _weight_search(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], SearchResult]:
         """The best of the other weights, given the votes."""
         return lambda votes: search(first, torch.zeros_like(first), votes, labels, grid(0, 1, 1), grid(0.1, 50, 20))
 
-    def _take(self, found: Found) -> None:
+    def _set_weights(self, found: SearchResult) -> None:
         self.alpha = found.second
 
     def _queries(self, features: Tensor | Encoded) -> Tensor:
@@ -225,14 +225,14 @@ class TipX(TipAdapter):
         self.gamma, self.tau, self.reduce = gamma, tau, reduce
         super().__init__(text, features, labels, alpha, beta, scale=scale)
 
-    def _learn(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
+    def _statistics(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
         known, count = len(old.features), len(features)
         shares, leanings = self._shares(features)
         order, offsets = reference.sort_by_class(labels[known:], len(old.mass))
         mass = old.mass + torch.segment_reduce(leanings[known:][order], "sum", offsets=offsets, axis=0)
         # Every pair of different images one of which is new; a divergence is not the same both ways.
         certain, at = (shares * leanings).sum(1), torch.arange(count, device=features.device)
-        rows, found = max(1, PIECE // max(1, count)), [old.extrema]
+        rows, found = max(1, PRODUCT_ENTRIES // max(1, count)), [old.extrema]
         for start in (*range(0, known, rows), *range(known, count, rows)):
             stop, left = (min(start + rows, known), known) if start < known else (start + rows, 0)
             others = at[left:] != at[start:stop, None]
@@ -266,12 +266,12 @@ class TipX(TipAdapter):
             total = total / counts.clamp_min(1)
         return torch.where(counts > 0, total, near)
 
-    def _others(self, queries: Tensor) -> Tensor | float:
+    def _extra_logits(self, queries: Tensor) -> Tensor | float:
         return self.gamma * self._likeness(queries)
 
-    def _trial(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], Found]:
+    def _weight_search(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], SearchResult]:
         likeness = self._likeness(queries)
         return lambda votes: search(first, votes, likeness, labels, grid(0.1, 50, 20), grid(0.1, 30, 50))
 
-    def _take(self, found: Found) -> None:
+    def _set_weights(self, found: SearchResult) -> None:
         self.alpha, self.gamma = found.first, found.second

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The share of images that are right, and the weights u and v that it takes, the lowest of equally good ones."""
 
     accuracy: float
@@ -27,7 +27,7 @@ def grid(start: float, stop: float, steps: int) -> Tensor:
     return start + torch.arange(steps, dtype=torch.float64) * ((stop - start) / steps)
 
 
-def search(base: Tensor, first: Tensor, second: Tensor, labels: Tensor, us: Tensor, vs: Tensor) -> Found:
+def search(base: Tensor, first: Tensor, second: Tensor, labels: Tensor, us: Tensor, vs: Tensor) -> SearchResult:
     """The best weights of a grid.
 
     Args:
@@ -38,13 +38,13 @@ def search(base: Tensor, first: Tensor, second: Tensor, labels: Tensor, us: Tens
         us: (U,) values of u.
         vs: (V,) values of v, ascending.
     """
-    rights = count(base, first, second, labels, us, vs)
+    rights = count_correct(base, first, second, labels, us, vs)
     best = int(rights.flatten().argmax())  # the first of the largest, on the CPU
     u, v = divmod(best, len(vs))
-    return Found(int(rights[u, v]) / len(labels), float(us[u]), float(vs[v]))
+    return SearchResult(int(rights[u, v]) / len(labels), float(us[u]), float(vs[v]))
 
 
-def count(base: Tensor, first: Tensor, second: Tensor, labels: Tensor, us: Tensor, vs: Tensor) -> Tensor:
+def count_correct(base: Tensor, first: Tensor, second: Tensor, labels: Tensor, us: Tensor, vs: Tensor) -> Tensor:
     """Images that are right for every pair of weights, (U,V) int64 on the CPU; of equal logits the lower class wins."""
     device = base.device
     # By how much the true class leads every class: it must be positive, or zero against a higher one.

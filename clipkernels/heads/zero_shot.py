@@ -47,7 +47,7 @@ class ZeroShot:
         with torch.autocast(image.device.type, enabled=False):
             return self.scale * normalize(image.to(dtype), dim=-1) @ self.text.to(image.device, dtype).T
 
-    def same(self, text: Tensor) -> bool:
+    def matches(self, text: Tensor) -> bool:
         """Whether class embeddings (K,E) are, to rounding, those of this head: of its classes, prompts and model."""
         own = self.text.cpu()
         return text.shape == own.shape and bool((cosine_similarity(text.to(own.dtype), own) > 0.999).all())

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from clipkernels.arguments import check_numbers
 from clipkernels.files import read_tensors, write_tensors
-from clipkernels.heads.arguments import check_labels, check_positive, check_some, normalize_as
+from clipkernels.heads.arguments import check_labels, check_positive, check_not_empty, normalize_as
 from clipkernels.heads.calip import patches_of
 from clipkernels.heads.zero_shot import ZeroShot
 from clipkernels.learn.checkpoints import check_training
@@ -122,7 +122,7 @@ class FewShotCALIP(nn.Module):
         """
         check_training("fit", epochs, batch_size)
         embedding, _ = patches_of(features)
-        check_some(len(embedding))
+        check_not_empty(len(embedding))
         labels = check_labels(labels, len(embedding), len(self.text)).to(embedding.device)
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.AdamW(self.parameters(), lr)
@@ -130,7 +130,7 @@ class FewShotCALIP(nn.Module):
         for epoch in range(epochs):
             total = 0.0
             for batch in torch.randperm(len(labels), generator=generator).to(embedding.device).split(batch_size):
-                logits = self(_rows(features, batch))
+                logits = self(_take_images(features, batch))
                 loss = cross_entropy(logits, labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
@@ -156,7 +156,7 @@ class FewShotCALIP(nn.Module):
         own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         if about.get("format") != FORMAT or set(tensors) != set(own):
             raise ValueError(f"expected the weights of a FewShotCALIP, got {path} with format {about.get('format')!r}")
-        if not ZeroShot(self.text).same(tensors["text"]):
+        if not ZeroShot(self.text).matches(tensors["text"]):
             raise ValueError(
                 f"expected weights for the same classes, prompts and model, {own['text']}, got {path} of other text "
                 f"embeddings {tuple(tensors['text'].shape)}"
@@ -176,7 +176,7 @@ class FewShotCALIP(nn.Module):
         return self
 
 
-def _rows(features: Encoded, index: Tensor) -> Encoded:
+def _take_images(features: Encoded, index: Tensor) -> Encoded:
     """Some images of cached features."""
     assert features.tokens is not None
     return features._replace(embedding=features.embedding[index], tokens=features.tokens[index])

@@ -13,7 +13,7 @@ from torch import nn
 
 from clipkernels.files import METADATA_KEY, read_metadata, read_tensors, write_tensors
 
-Made = TypeVar("Made", bound=nn.Module)
+ModuleType = TypeVar("Made", bound=nn.Module)
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def save_module(path: str | os.PathLike[str], module: Any, kind: str, sizes: Seq
     write_tensors(path, module.state_dict(), {METADATA_KEY: json.dumps(said)})
 
 
-def load_module(cls: type[Made], path: str | os.PathLike[str], kind: str, sizes: Sequence[str]) -> Made:
+def load_module(cls: type[ModuleType], path: str | os.PathLike[str], kind: str, sizes: Sequence[str]) -> ModuleType:
     """What `save_module` wrote, in fp32, on the CPU, in eval mode.
 
     Raises:
@@ -52,7 +52,7 @@ def load_module(cls: type[Made], path: str | os.PathLike[str], kind: str, sizes:
             raise ValueError(f"format {said.get('format')!r}")
         made: Any = cls
         with seeded(0):  # which leaves the generator of others alone
-            module: Made = made(**{name: int(said[name]) for name in sizes}, about=dict(said["about"]))
+            module: ModuleType = made(**{name: int(said[name]) for name in sizes}, about=dict(said["about"]))
         module.load_state_dict(tensors)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"expected a file of format {kind}, got {path}: {' '.join(str(error).split())}") from error

@@ -31,15 +31,15 @@ from clipkernels.support.features import (
     Report,
     encode,
     encoder_of,
-    forget_parts,
-    read_about,
+    remove_parts,
+    read_feature_header,
     write_features,
 )
 from clipkernels.support.folders import find_images, hash_of
 from clipkernels.support.prompts import Prompts, check_prompts
 from clipkernels.support.store import SupportSet, assemble, refuse_empty
 
-CLOSE = 1e-5  # beyond what fp32 rounds off a cosine
+COSINE_ROUNDING = 1e-5  # beyond what fp32 rounds off a cosine
 
 
 def retrieve(
@@ -164,7 +164,7 @@ def _encode_folder(
         table = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
         digests = [bytes.fromhex(digest) for digest in encoding.digests]
         write_features(file, encoding.features, digests, who, {"paths": table}, header)
-    forget_parts(file, who)
+    remove_parts(file, who)
     return encoding
 
 
@@ -219,7 +219,7 @@ def _header(file: Path) -> dict[str, Any]:
     """
     if not file.exists():
         raise ValueError(f"expected a folder of images or a file of features, got {file}, which is not there")
-    about = read_about(file)
+    about = read_feature_header(file)
     if "folder" not in about:
         raise ValueError(f"expected the features of a collection, got {file}, which names none")
     return about
@@ -232,7 +232,7 @@ def _nearest(index: Any, features: Tensor, queries: Tensor, wanted: int, minimum
     while True:
         scores, rows = index.search(queries.numpy(), k)
         # Unless the k-th of some sentence is clearly worse, others may tie with what is wanted.
-        if k == n or (scores[:, -1] < scores[:, wanted - 1] - CLOSE).all():
+        if k == n or (scores[:, -1] < scores[:, wanted - 1] - COSINE_ROUNDING).all():
             break
         k = min(n, 2 * k)
     candidates = torch.from_numpy(rows).unique()

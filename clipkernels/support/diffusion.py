@@ -24,9 +24,9 @@ from clipkernels.data import Preprocess
 from clipkernels.files import atomic_write
 from clipkernels.fingerprint import fingerprint
 from clipkernels.support.features import Progress, Report, encode, encoder_of
-from clipkernels.support.folders import folder_names, images_in, refuse_others
-from clipkernels.support.manifest import classes_before
-from clipkernels.support.prompts import Prompts, check_prompts, listed
+from clipkernels.support.folders import folder_names, images_in, refuse_foreign_images
+from clipkernels.support.manifest import previous_classes
+from clipkernels.support.prompts import Prompts, check_prompts, list_names
 from clipkernels.support.store import FEATURES, SupportSet, assemble, refuse_empty
 
 RECIPE = "clipkernels"
@@ -114,8 +114,8 @@ def generate(
     if isinstance(pipeline, (str, os.PathLike)):
         pipeline = load_pipeline(pipeline, next(model.parameters()).device)
     root, who = Path(folder), encoder_of(model, preprocess)
-    classes_before(root, "SD")
-    how = {"guidance": float(guidance), "steps": steps, "seed": seed, "pipeline": _identity(pipeline)}
+    previous_classes(root, "SD")
+    how = {"guidance": float(guidance), "steps": steps, "seed": seed, "pipeline": _pipeline_hash(pipeline)}
     places = {
         label: [
             (root / at / f"{i:04}.png", {"prompt": said[i % len(said)], "index": i, **how}) for i in range(per_class)
@@ -124,14 +124,14 @@ def generate(
     }
     for recipes in places.values():
         at = recipes[0][0].parent
-        refuse_others(at, sorted(set(images_in(at)) - {path.name for path, _ in recipes}))
+        refuse_foreign_images(at, sorted(set(images_in(at)) - {path.name for path, _ in recipes}))
         for path, recipe in recipes:
             _check_recipe(path, recipe)
     done, total = 0, per_class * len(prompts)
     for label, recipes in places.items():
         for start in range(0, per_class, images_per_call):
             group = recipes[start : start + images_per_call]
-            _fill(pipeline, label, group, retries, report)
+            _generate_missing(pipeline, label, group, retries, report)
             done += len(group)
             if progress is not None:
                 progress("generating", done, total)
@@ -142,7 +142,7 @@ def generate(
     encoding = encode(model, preprocess, who, flat, root / FEATURES, **told)
     broken = sorted(set(flat) - set(encoding.paths))
     if broken:
-        raise ValueError(f"expected images with features, got {listed(broken)}: delete them, and they are made again")
+        raise ValueError(f"expected images with features, got {list_names(broken)}: delete them, and they are made again")
     settings = {"source": getattr(pipeline, "name_or_path", None), "per_class": per_class, "retries": retries, **how}
     about = {"kind": "SD", "settings": settings, "model": name, "pretrained": pretrained}
     found = assemble(model, prompts, encoding, made, about)
@@ -150,13 +150,13 @@ def generate(
     return found
 
 
-def _fill(
+def _generate_missing(
     pipeline: Any, label: str, group: Sequence[tuple[Path, dict[str, Any]]], retries: int, report: Report
 ) -> None:
     """Makes the images of a group that are not there; what stays flagged leaves a note, and is not tried again."""
     missing = []
     for path, recipe in group:
-        noted = None if path.exists() else _given_up(path, recipe)
+        noted = None if path.exists() else _retries_used(path, recipe)
         if noted is not None and retries <= noted:
             report(f"no image {recipe['index']} of {label!r}: flagged {noted + 1} times")
         elif not path.exists():
@@ -186,7 +186,7 @@ def _fill(
         report(f"no image {recipe['index']} of {label!r}: flagged {retries + 1} times")
 
 
-def _given_up(path: Path, recipe: Mapping[str, Any]) -> int | None:
+def _retries_used(path: Path, recipe: Mapping[str, Any]) -> int | None:
     """How often a place that was left empty has been tried again by this recipe, None where it has not been left."""
     note = path.with_suffix(".flagged")
     try:
@@ -231,7 +231,7 @@ def _seed(seed: int, label: str, index: int, attempt: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _identity(pipeline: Any) -> str:
+def _pipeline_hash(pipeline: Any) -> str:
     """What distinguishes a pipeline from others: its type, its weights, in their precision, and its scheduler."""
     kind = pipeline if hasattr(pipeline, "__qualname__") else type(pipeline)  # a function, or what has a class
     parts: dict[str, Any] = {"": f"{kind.__module__}.{kind.__qualname__}"}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels.adapters import UnsupportedTower
-from clipkernels.classifier import evaluating
+from clipkernels.classifier import eval_mode
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image
 from clipkernels.files import METADATA_KEY, digest_table, map_tensors, read_metadata, read_tensors, write_tensors
@@ -104,7 +104,7 @@ def encode(
         ValueError: a cache that is no safetensors file.
         OSError: an image cannot be read, or the cache cannot be written.
     """
-    known = recall(cache, who)
+    known = read_features(cache, who)
     # The patches' convolution tells the precision: open_clip keeps some other weights of a half tower in fp32.
     weights = next((each for each in model.parameters() if each.ndim == 4), next(model.parameters()))
     waiting: dict[bytes, Tensor] = {}
@@ -126,14 +126,14 @@ def encode(
     def flush() -> None:
         images = torch.stack(list(waiting.values())).to(weights.device, weights.dtype)
         features = normalize(encode_image(model, images).embedding.float()).cpu()
-        folder = _parts(cache, who)
+        folder = _parts_folder(cache, who)
         folder.mkdir(parents=True, exist_ok=True)
         write_features(folder / f"{uuid4().hex}.safetensors", features, list(waiting), who)
         known.update(zip(waiting, features, strict=True))
         waiting.clear()
 
-    with ThreadPoolExecutor(THREADS) as pool, evaluating(model):
-        for done, (path, (digest, image)) in enumerate(_ahead(pool, read, paths, 2 * batch_size), 1):
+    with ThreadPoolExecutor(THREADS) as pool, eval_mode(model):
+        for done, (path, (digest, image)) in enumerate(_read_ahead(pool, read, paths, 2 * batch_size), 1):
             if isinstance(image, str):
                 report(f"no image: {path}: {image}")
             else:
@@ -153,11 +153,11 @@ def encode(
     return Encoding(features, [path for path, _ in finite], [digest.hex() for _, digest in finite], who)
 
 
-def recall(cache: str | os.PathLike[str], who: Encoder) -> dict[bytes, Tensor]:
+def read_features(cache: str | os.PathLike[str], who: Encoder) -> dict[bytes, Tensor]:
     """What this encoder made of images before, by the SHA-256 of their files."""
     known: dict[bytes, Tensor] = {}
-    for file in (Path(cache), *sorted(_parts(cache, who).glob("*.safetensors"))):
-        if file.exists() and read_about(file).get("encoder") == who._asdict():
+    for file in (Path(cache), *sorted(_parts_folder(cache, who).glob("*.safetensors"))):
+        if file.exists() and read_feature_header(file).get("encoder") == who._asdict():
             tensors, _ = read_tensors(file)
             if {"features", "sha256"} <= set(tensors):
                 known.update(zip(map(bytes, tensors["sha256"].numpy()), tensors["features"], strict=True))
@@ -178,7 +178,7 @@ def write_features(
     write_tensors(path, {"features": features, "sha256": digest_table(digests), **(more or {})}, {METADATA_KEY: header})
 
 
-def read_about(file: str | os.PathLike[str]) -> dict[str, Any]:
+def read_feature_header(file: str | os.PathLike[str]) -> dict[str, Any]:
     """What a file says of its features, nothing where it is another's; the tensors are not read.
 
     Raises:
@@ -189,9 +189,9 @@ def read_about(file: str | os.PathLike[str]) -> dict[str, Any]:
     return about if about.get("format") == FORMAT and "encoder" in about else {}
 
 
-def forget_parts(cache: str | os.PathLike[str], who: Encoder) -> None:
+def remove_parts(cache: str | os.PathLike[str], who: Encoder) -> None:
     """Removes what `encode` left beside a cache that holds all of it now."""
-    folder = _parts(cache, who)
+    folder = _parts_folder(cache, who)
     if folder.is_dir():
         for file in folder.glob("*.safetensors"):
             file.unlink(missing_ok=True)
@@ -203,11 +203,11 @@ def _bytes_hash(tensor: Tensor) -> str:
     return sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def _parts(cache: str | os.PathLike[str], who: Encoder) -> Path:
+def _parts_folder(cache: str | os.PathLike[str], who: Encoder) -> Path:
     return Path(f"{os.fspath(cache)}.{who.key}.parts")
 
 
-def _ahead(
+def _read_ahead(
     pool: ThreadPoolExecutor, read: Callable[[str], Any], paths: Sequence[str], depth: int
 ) -> Iterator[tuple[str, Any]]:
     """Each path with what is read of it, which happens up to `depth` ahead."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from clipkernels.files import atomic_write
-from clipkernels.support.prompts import listed
+from clipkernels.support.prompts import list_names
 
 FORMAT, MANIFEST = "clipkernels.support.1", "manifest.json"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-LONGEST = 60  # characters of a folder's name: at most four bytes each, and 9 for the hash, of 255
+MAX_NAME_CHARACTERS = 60  # characters of a folder's name: at most four bytes each, and 9 for the hash, of 255
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 RESERVED = re.compile(  # by Windows, and by what lies beside the folders
     r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|manifest\.json|features\.safetensors.*", re.IGNORECASE
@@ -27,7 +27,7 @@ COPY = re.compile(r"\d{4,}-([0-9a-f]{8})\.\w+")
 def folder_names(classes: Sequence[str]) -> list[str]:
     """Names for the folders of classes, in their order: each its class's own where every file system can hold that
     beside the others, else one like it that ends in a hash of the class."""
-    safe = [UNSAFE.sub("_", unicodedata.normalize("NFC", name))[:LONGEST].strip(" .") for name in classes]
+    safe = [UNSAFE.sub("_", unicodedata.normalize("NFC", name))[:MAX_NAME_CHARACTERS].strip(" .") for name in classes]
     often = Counter(name.casefold() for given, name in zip(classes, safe, strict=True) if name == given)
     return [
         name
@@ -77,11 +77,11 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def refuse_others(folder: Path, others: Sequence[str]) -> None:
+def refuse_foreign_images(folder: Path, others: Sequence[str]) -> None:
     """Raises ValueError where a class's folder holds images of somebody else."""
     if others:
         raise ValueError(
-            f"expected no images but the set's own in {folder}, got {listed(list(others))}: delete them, or choose "
+            f"expected no images but the set's own in {folder}, got {list_names(list(others))}: delete them, or choose "
             "another folder"
         )
 
@@ -103,7 +103,7 @@ def stale_copies(root: Path, entries: Sequence[Mapping[str, Any]], gone: Sequenc
         folder = root / each["folder"]
         wanted = {image.get("file") for image in each["images"]}
         names = [name for name in images_in(folder) if name not in wanted]
-        refuse_others(folder, [name for name in names if not is_copy(folder / name)])
+        refuse_foreign_images(folder, [name for name in names if not is_copy(folder / name)])
         found += [folder / name for name in names]
     kept = [root / each["folder"] for each in entries if (root / each["folder"]).exists()]
     same = {(status.st_dev, status.st_ino) for status in map(os.stat, kept)}  # where Cat and cat are one folder

@@ -51,7 +51,7 @@ def read_manifest(root: Path, unfinished: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def classes_before(root: Path, kind: str) -> list[dict[str, Any]]:
+def previous_classes(root: Path, kind: str) -> list[dict[str, Any]]:
     """What a folder's manifest says of its classes, nothing where there is none.
 
     Raises:

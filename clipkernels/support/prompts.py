@@ -33,7 +33,7 @@ QUESTIONS = (
     "Describe an image from the internet of a {}.",
     "A caption of an image of a {}:",
 )
-SHORTEST = 5
+MIN_CHARACTERS = 5
 
 
 def photo(classes: Sequence[str], templates: Sequence[str] = PHOTO) -> dict[str, list[str]]:
@@ -82,13 +82,13 @@ def cupl(
             raise ValueError(f"expected a JSON file of sentences per class, got {source} with a {type(said).__name__}")
     missing = [name for name in names if name not in said]
     if missing:
-        raise ValueError(f"expected sentences for every class, got none for {listed(missing)}")
+        raise ValueError(f"expected sentences for every class, got none for {list_names(missing)}")
     kept = {name: _filtered(name, said[name]) for name in names}
     empty = [name for name, sentences in kept.items() if not sentences]
     if empty:
         raise ValueError(
-            f'expected sentences of {SHORTEST} characters or more that do not begin with "?" for every class, got none '
-            f"for {listed(empty)}"
+            f'expected sentences of {MIN_CHARACTERS} characters or more that do not begin with "?" for every class, got none '
+            f"for {list_names(empty)}"
         )
     return kept
 
@@ -106,7 +106,7 @@ def combined(*prompts: Prompts) -> dict[str, list[str]]:
     for other in prompts[1:]:
         if set(other) != set(first):
             raise ValueError(
-                f"expected prompts for the same classes, got {listed(set(other) ^ set(first))} in one alone"
+                f"expected prompts for the same classes, got {list_names(set(other) ^ set(first))} in one alone"
             )
     return {name: [sentence for each in prompts for sentence in each[name]] for name in first}
 
@@ -136,7 +136,7 @@ def check_prompts(prompts: Prompts) -> dict[str, list[str]]:
     return {name: list(sentences) for name, sentences in prompts.items()}
 
 
-def listed(names: Sequence[str] | set[str]) -> str:
+def list_names(names: Sequence[str] | set[str]) -> str:
     """The first of some names, and how many there are more."""
     first = [repr(name) for name in (sorted(names) if isinstance(names, set) else names)]
     return ", ".join(first[:10]) + (f" and {len(first) - 10} more" if len(first) > 10 else "")
@@ -159,4 +159,4 @@ def _filtered(name: str, sentences: Any) -> list[str]:
         if not isinstance(sentence, str):
             raise ValueError(f"expected sentences for {name!r} to be strings, got {sentence!r:.100}")
     kept = [" ".join(sentence.split()) for sentence in sentences]
-    return [sentence for sentence in kept if len(sentence) >= SHORTEST and not sentence.startswith("?")]
+    return [sentence for sentence in kept if len(sentence) >= MIN_CHARACTERS and not sentence.startswith("?")]

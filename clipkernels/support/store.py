@@ -28,12 +28,12 @@ from clipkernels.support.features import (
     Report,
     encode,
     encoder_of,
-    forget_parts,
+    remove_parts,
     write_features,
 )
-from clipkernels.support.folders import copy_image, folder_names, hash_of, images_in, refuse_others, stale_copies
-from clipkernels.support.manifest import MANIFEST_KEYS, UNFINISHED, classes_before, read_manifest, write_manifest
-from clipkernels.support.prompts import listed
+from clipkernels.support.folders import copy_image, folder_names, hash_of, images_in, refuse_foreign_images, stale_copies
+from clipkernels.support.manifest import MANIFEST_KEYS, UNFINISHED, previous_classes, read_manifest, write_manifest
+from clipkernels.support.prompts import list_names
 
 FEATURES = "features.safetensors"
 
@@ -85,12 +85,12 @@ class SupportSet(NamedTuple):
         """
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        before = classes_before(root, self.about["kind"])
-        entries, copies = _plan(root, self, before, copy)
+        before = previous_classes(root, self.about["kind"])
+        entries, copies = _plan_files(root, self, before, copy)
         named = {each["folder"] for each in entries}
         gone = [each for each in before if each["folder"] not in named]
         stale = stale_copies(root, entries, [each["folder"] for each in gone])
-        copies = _missing(copies)
+        copies = _missing_copies(copies)
         _check_sources(entries, stale)
         features = {"sha256": "", "shape": list(self.features.shape)}
         said = {**self.about, "features": features}
@@ -107,7 +107,7 @@ class SupportSet(NamedTuple):
                 parent.rmdir()
         features["sha256"] = hash_of(root / FEATURES)
         write_manifest(root, {**said, "classes": entries})
-        forget_parts(root / FEATURES, who)
+        remove_parts(root / FEATURES, who)
 
     @staticmethod
     def load(folder: str | os.PathLike[str], model: nn.Module) -> SupportSet:
@@ -186,7 +186,7 @@ def refresh(
     encoding = encode(model, preprocess, encoder_of(model, preprocess), flat, root / FEATURES, **told)
     broken = sorted(set(flat) - set(encoding.paths))
     if broken:
-        raise ValueError(f"expected images in the folders of {folder}, got {listed(broken)}: delete what is none")
+        raise ValueError(f"expected images in the folders of {folder}, got {list_names(broken)}: delete what is none")
     prompts = {each["name"]: each["prompts"] for each in manifest["classes"]}
     about = {key: manifest[key] for key in MANIFEST_KEYS}
     found = assemble(model, prompts, encoding, paths, about)
@@ -219,10 +219,10 @@ def refuse_empty(chosen: Mapping[str, Sequence[str]], wanted: str) -> None:
     """Raises ValueError naming the classes without images."""
     empty = [name for name, paths in chosen.items() if not paths]
     if empty:
-        raise ValueError(f"expected {wanted} of every class, got none for {listed(empty)}")
+        raise ValueError(f"expected {wanted} of every class, got none for {list_names(empty)}")
 
 
-def _plan(
+def _plan_files(
     root: Path, found: SupportSet, before: Sequence[Mapping[str, Any]], copy: bool
 ) -> tuple[list[dict[str, Any]], list[tuple[Path, str, Path]]]:
     """What the manifest says of each class, and the source, the SHA-256 and the target of each copy."""
@@ -247,7 +247,7 @@ def _plan(
     return entries, copies
 
 
-def _missing(copies: Sequence[tuple[Path, str, Path]]) -> list[tuple[Path, str, Path]]:
+def _missing_copies(copies: Sequence[tuple[Path, str, Path]]) -> list[tuple[Path, str, Path]]:
     """The copies that are not there yet.
 
     Raises:
@@ -256,7 +256,7 @@ def _missing(copies: Sequence[tuple[Path, str, Path]]) -> list[tuple[Path, str, 
     missing = []
     for source, digest, target in copies:
         if target.exists():
-            refuse_others(target.parent, [] if hash_of(target) == digest else [target.name])
+            refuse_foreign_images(target.parent, [] if hash_of(target) == digest else [target.name])
             continue
         came = hash_of(source) if source.is_file() else "no file"
         if came != digest:
@@ -295,4 +295,4 @@ def _check_images(root: Path, classes: Sequence[Mapping[str, Any]]) -> None:
         came = list(pool.map(hash_of, [path for path, _ in kept]))
     others = [str(path) for (path, digest), hashed in zip(kept, came, strict=True) if hashed != digest]
     if others:
-        raise ValueError(f"expected the images of the manifest, got others in {listed(others)}: refresh it")
+        raise ValueError(f"expected the images of the manifest, got others in {list_names(others)}: refresh it")

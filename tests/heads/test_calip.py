@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 import clipkernels as ck
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.presets import CALIP_PRESETS
-from clipkernels.heads.weight_search import count, grid, search
+from clipkernels.heads.weight_search import count_correct, grid, search
 from clipkernels.learn.calip_fs import MAPS, FewShotCALIP
 from clipkernels.testing import openai_tower, timm_tower, transformers_tower
 
@@ -105,7 +105,7 @@ def test_the_search_counts_like_argmax_ties_and_all():
     expected = [
         [int(((base + u * first + v * second).argmax(1) == labels).sum()) for v in vs.tolist()] for u in us.tolist()
     ]
-    assert count(base, first, second, labels, us, vs).tolist() == expected
+    assert count_correct(base, first, second, labels, us, vs).tolist() == expected
 
 
 def test_an_image_whose_logits_are_no_numbers_is_never_right():

@@ -14,7 +14,7 @@ import clipkernels as ck
 from bench.naive.tca import Reservoir as Literal
 from bench.naive.tca import stream
 from clipkernels.files import read_tensors, write_tensors
-from clipkernels.heads.presets import PRESETS
+from clipkernels.heads.presets import RESERVOIR_PRESETS
 
 CLASSES, DEPTH, WIDTH = 5, 4, 12
 
@@ -40,7 +40,7 @@ def part(encoded, start, stop):
 def test_batches_are_what_their_images_are_one_after_another(sizes, self_vote, evict):
     encoded, text = features(40)
     head = ck.Reservoir(text, evict=evict, self_vote=self_vote, scale=20, temperature=0.3)
-    read = Literal(text, *PRESETS["imagenet"]._replace(temperature=0.3), evict=evict, self_vote=self_vote, scale=20)
+    read = Literal(text, *RESERVOIR_PRESETS["imagenet"]._replace(temperature=0.3), evict=evict, self_vote=self_vote, scale=20)
     expected = torch.stack([read.see(*image) for image in zip(encoded.embedding, encoded.cls_path, strict=True)])
     start, found = 0, []
     for size in sizes:
@@ -83,10 +83,10 @@ def test_equal_images_tie_wherever_they_stand_in_a_batch(size):
 def test_presets_correct_as_the_formula_says(preset, correction):
     encoded, text = features(30, seed=1)
     head = ck.Reservoir(text, preset, correction=correction)
-    read = Literal(text, *PRESETS[preset], correction=correction)
+    read = Literal(text, *RESERVOIR_PRESETS[preset], correction=correction)
     expected = torch.stack([read.see(*image) for image in zip(encoded.embedding, encoded.cls_path, strict=True)])
     torch.testing.assert_close(head(encoded), expected, atol=1e-9, rtol=1e-9)
-    assert head.capacity == PRESETS[preset].capacity
+    assert head.capacity == RESERVOIR_PRESETS[preset].capacity
 
 
 def _entry(entropy, direction):
@@ -362,7 +362,7 @@ def test_a_classifier_adapts_as_a_literal_stream_does(tiny):
     images = torch.tensor(drawn).permute(0, 3, 1, 2).double() / 128 - 1
     method = ck.TCA(0.1)
     text = class_embeddings(model, tokenizer, prompts_of(digits.CLASSES, digits.TEMPLATES)).double()
-    read = Literal(text, *PRESETS["imagenet"])
+    read = Literal(text, *RESERVOIR_PRESETS["imagenet"])
     expected = stream(model, images, method, read)
     classifier = ck.Classifier(model, tokenizer, digits.CLASSES, digits.TEMPLATES, method, ck.Reservoir)
     found = torch.cat([classifier(image) for image in images.split(1)])

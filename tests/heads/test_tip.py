@@ -114,7 +114,7 @@ def test_shots_added_later_count_as_those_there_from_the_start(head):
 def test_the_calibration_is_the_same_in_pieces(monkeypatch):
     text, features, support, labels = inputs()
     whole = ck.TipX(text, support, labels)(features)
-    monkeypatch.setattr("clipkernels.heads.tip.PIECE", 21)
+    monkeypatch.setattr("clipkernels.heads.tip.PRODUCT_ENTRIES", 21)
     pieces = ck.TipX(text, support[:6], labels[:6])
     pieces.update(support[6:], labels[6:])
     torch.testing.assert_close(pieces(features), whole, atol=1e-9, rtol=1e-9)

@@ -135,7 +135,7 @@ def test_what_is_ranked_already_is_not_ranked_again(tmp_path, monkeypatch):
 
     model, images, classes, labels = small()
     ranked = []
-    real = golden._rank
+    real = golden._rank_images
     monkeypatch.setattr(golden, "_rank", lambda *a: ranked.append(len(a[1])) or real(*a))
     file = tmp_path / "ranks.safetensors"
     first = golden_ranking(model, images[:2], text=classes, labels=labels[:2], block=1, path=file)
@@ -204,7 +204,7 @@ KILLED = """
 import sys, torch, clipkernels as ck
 from clipkernels.learn.patch_ranking import golden, golden_ranking
 torch.set_num_threads(1)
-golden.IMAGES = 2
+golden.MAX_IMAGES_PER_PART = 2
 images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def wait(done, total):
@@ -221,7 +221,7 @@ golden_ranking(ck.bundled()[0], images, score="feature", window=8, stride=8, blo
 def test_a_run_that_is_killed_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
     from clipkernels.learn.patch_ranking import golden
 
-    monkeypatch.setattr(golden, "IMAGES", 2)
+    monkeypatch.setattr(golden, "MAX_IMAGES_PER_PART", 2)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     options = {"score": "feature", "window": 8, "stride": 8, "block": 5, "step": 64}
     files = [tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"]

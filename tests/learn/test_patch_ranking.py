@@ -22,7 +22,7 @@ from clipkernels.learn.patch_ranking import (
     golden_ranking,
     overlap,
 )
-from clipkernels.learn.patch_ranking.predictor import target
+from clipkernels.learn.patch_ranking.predictor import target_distribution
 from clipkernels.learn.patch_ranking.text_contexts import injected_contexts, text_tower
 from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized
 
@@ -317,7 +317,7 @@ def test_a_share_keeps_as_many_patches_as_it_does_elsewhere():
 def test_the_target_is_the_published_one():
     ranks = torch.randperm(196, generator=torch.Generator().manual_seed(0))[None]
     v = torch.tensor([0.0 if rank < 146 else -5 - 0.1 * rank for rank in ranks[0].tolist()])
-    torch.testing.assert_close(target(ranks, 50)[0], v.softmax(0))
+    torch.testing.assert_close(target_distribution(ranks, 50)[0], v.softmax(0))
 
 
 @pytest.mark.parametrize("margin", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])

@@ -243,7 +243,7 @@ def test_a_folder_is_listed_only_when_another_has_written(tiny, images, tmp_path
 
 
 def test_few_files_are_mapped_at_a_time(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAPS", 4)
+    monkeypatch.setattr(module, "MAX_MAPPED_FILES", 4)
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     cache = TeacherCache(tmp_path, counting(tiny), batch_size=1)
     cache.add(images)

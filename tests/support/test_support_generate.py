@@ -305,7 +305,7 @@ def test_the_same_images_serve_another_tower_once_they_are_encoded_again(
 def test_a_pipeline_is_loaded_from_a_folder_of_safetensors(bundled: Any, stable: Any, tmp_path: Path) -> None:
     stable.save_pretrained(tmp_path / "pipeline")
     loaded = support.load_pipeline(tmp_path / "pipeline")
-    assert diffusion._identity(loaded) == diffusion._identity(stable)
+    assert diffusion._pipeline_hash(loaded) == diffusion._pipeline_hash(stable)
     generate(bundled, tmp_path / "pipeline", tmp_path / "set", per_class=1)
     generate(bundled, stable, tmp_path / "same", per_class=1)
     found = SupportSet.load(tmp_path / "set", bundled[0])
@@ -367,5 +367,5 @@ def test_pipelines_without_components_are_told_apart_by_their_type() -> None:
     class Other:
         pass
 
-    assert diffusion._identity(Bare()) == diffusion._identity(Bare()) != diffusion._identity(Other())
-    assert diffusion._identity(contents) != diffusion._identity(generate)
+    assert diffusion._pipeline_hash(Bare()) == diffusion._pipeline_hash(Bare()) != diffusion._pipeline_hash(Other())
+    assert diffusion._pipeline_hash(contents) != diffusion._pipeline_hash(generate)

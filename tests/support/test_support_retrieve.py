@@ -23,7 +23,7 @@ from clipkernels import support
 from clipkernels.data import digits
 from clipkernels.files import read_tensors
 from clipkernels.support import SupportSet, collection, features, folders
-from clipkernels.support.features import read_about
+from clipkernels.support.features import read_feature_header
 from tests.support.fixtures import NAMES, names, prompts_of, retrieve
 
 ROOT = Path(__file__).parents[2]
@@ -422,7 +422,7 @@ def test_features_on_another_drive_keep_the_whole_path(
 
     monkeypatch.setattr(os.path, "relpath", other)
     found = retrieve(bundled, photos, cache=photos.parent / "cache")
-    assert read_about(photos.parent / "cache")["folder"] == str(photos)
+    assert read_feature_header(photos.parent / "cache")["folder"] == str(photos)
     assert retrieve(bundled, photos.parent / "cache").images == found.images
 
 

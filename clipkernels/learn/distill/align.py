@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 SPECIAL = re.compile(r"\[[A-Z]+\d*\]|<[^<>\s]+>")
-PRINTED = [byte for byte in range(256) if chr(byte).isprintable() and not chr(byte).isspace()]
-OTHERS = [byte for byte in range(256) if byte not in PRINTED]
-BYTES = {chr(byte): byte for byte in PRINTED} | {chr(256 + place): byte for place, byte in enumerate(OTHERS)}
+PRINTABLE_BYTES = [byte for byte in range(256) if chr(byte).isprintable() and not chr(byte).isspace()]
+OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE_BYTES} | {chr(256 + place): byte for place, byte in enumerate(OTHER_BYTES)}
 """What byte-level BPE writes for each byte: printable Latin-1 for itself, the others from U+0100 on."""
 
 
@@ -32,7 +32,7 @@ def align_words(student_pieces: Sequence[str], teacher_pieces: Sequence[str]) ->
         n indices of the teacher's pieces, ties to the earlier; -1 for specials such as "[CLS]" and "<s>", and for what
         no piece of the teacher covers.
     """
-    (own, owners), (other, holders) = _spelled(student_pieces), _spelled(teacher_pieces)
+    (own, owners), (other, holders) = _characters_of(student_pieces), _characters_of(teacher_pieces)
     covers: list[Counter[int]] = [Counter() for _ in student_pieces]
     for start, at, size in SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks():
         for offset in range(size):
@@ -68,7 +68,7 @@ def rows_or_zeros(x: Tensor, index: Tensor) -> Tensor:
     return found.masked_fill((index < 0)[..., None], 0)
 
 
-def aligned(name: str, x: Tensor | None, mask: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor]:
+def align_rows(name: str, x: Tensor | None, mask: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of x (B,N,E) at index (B,n) or (n,), and which of them are there.
 
     Raises:
@@ -87,7 +87,7 @@ def aligned(name: str, x: Tensor | None, mask: Tensor | None, index: Tensor) -> 
     return rows, there if mask is None else rows_or_zeros(mask[..., None], index)[..., 0]
 
 
-def _spelled(pieces: Sequence[str]) -> tuple[str, list[list[int]]]:
+def _characters_of(pieces: Sequence[str]) -> tuple[str, list[list[int]]]:
     """The characters of all pieces, and the pieces that each belongs to."""
     written: list[tuple[str, int | None, int]] = []  # a character, the byte that it may stand for, its piece
     for index, piece in enumerate(pieces):
@@ -95,11 +95,11 @@ def _spelled(pieces: Sequence[str]) -> tuple[str, list[list[int]]]:
         if SPECIAL.fullmatch(piece):
             continue
         piece = piece.removeprefix("##") if len(piece) > 2 else piece
-        bytewise = all(character in BYTES for character in piece)
-        written += [(character, BYTES[character] if bytewise else None, index) for character in piece]
+        bytewise = all(character in BYTE_OF_CHARACTER for character in piece)
+        written += [(character, BYTE_OF_CHARACTER[character] if bytewise else None, index) for character in piece]
     spelled, owners, place = "", [], 0
     while place < len(written):
-        character, size = _decoded([byte for _, byte, _ in written[place : place + 4]])
+        character, size = _decode_first([byte for _, byte, _ in written[place : place + 4]])
         if not size:  # no byte, or no whole character: plain text, such as a WordPiece with an accent
             character, size = written[place][0], 1
         plain = "".join(character.replace("Ġ", "").replace("▁", "").casefold().split())
@@ -109,7 +109,7 @@ def _spelled(pieces: Sequence[str]) -> tuple[str, list[list[int]]]:
     return spelled, owners
 
 
-def _decoded(codes: Sequence[int | None]) -> tuple[str, int]:
+def _decode_first(codes: Sequence[int | None]) -> tuple[str, int]:
     """The character that up to four bytes begin with in UTF-8, and how many of them are its own; none, and 0, where
     they begin with none."""
     for size in range(1, len(codes) + 1):

@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], object]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 THREADS = min(8, os.cpu_count() or 1)
-MAPS = 256
+MAX_MAPPED_FILES = 256
 """Files that are mapped at a time: a process may map some 65,000, all libraries and tensors among them."""
 
 
@@ -77,7 +77,7 @@ class TeacherCache:
             (kind, whole): {} for kind in FIELDS for whole in (False, True)
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._recall()
+        self._read_new_files()
         sweep(self.folder, TEMPORARY)
 
     @property
@@ -111,8 +111,8 @@ class TeacherCache:
         for name, given in (("images", images), ("texts", texts)):
             if isinstance(given, str) or not isinstance(given, Iterable):
                 raise ValueError(f"{name} must come one after the other, got {given!r:.100}")
-        total = self._add("image", _images(images), regions, progress)
-        return total + self._add("text", _strings(texts), words, progress)
+        total = self._add("image", _single_images(images), regions, progress)
+        return total + self._add("text", _checked_strings(texts), words, progress)
 
     def __call__(
         self,
@@ -187,7 +187,7 @@ class TeacherCache:
         there = self.places[kind, whole]
         if all(digest in there for digest in items):
             return 0
-        self._recall()  # another process may have them
+        self._read_new_files()  # another process may have them
         missing = [digest for digest in items if digest not in there]
         for start in range(0, len(missing), self.sizes[kind]):
             self._check_teacher()
@@ -213,15 +213,15 @@ class TeacherCache:
     def _write(self, kind: Kind, names: Sequence[str], digests: Sequence[bytes], made: TeacherFeatures) -> None:
         """Keeps what is finite; raises ValueError where something is not."""
         tensors = feature_files.to_tensors(kind, made, self.dtype)
-        fine = feature_files.finite(tensors).tolist()
+        fine = feature_files.finite_rows(tensors).tolist()
         rows = [row for row, each in enumerate(fine) if each]
         if len(rows) < len(fine):
             tensors = {name: found[rows] for name, found in tensors.items()}
         if rows:
             own, before = [digests[row] for row in rows], self.folder.stat().st_mtime_ns
             file = self.folder / f"{uuid4().hex}.safetensors"
-            feature_files.write(file, own, tensors, self.about)
-            self._keep(file, own, tensors)
+            feature_files.write_features(file, own, tensors, self.about)
+            self._index_file(file, own, tensors)
             # Nobody else has written since; one that writes meanwhile is seen after the next change, or encoded again.
             if before == self.listed:
                 self.listed = self.folder.stat().st_mtime_ns
@@ -232,7 +232,7 @@ class TeacherCache:
                 f"{digests[first].hex()}), one of {wrong} in its batch; the other {len(rows)} are kept"
             )
 
-    def _recall(self) -> None:
+    def _read_new_files(self) -> None:
         """Takes in what is in the folder and not known yet."""
         changed = self.folder.stat().st_mtime_ns
         if changed == self.listed:
@@ -240,11 +240,11 @@ class TeacherCache:
         for name in sorted(set(os.listdir(self.folder)) - self.files):
             if name.endswith(".safetensors"):
                 tensors, header = map_tensors(self.folder / name)
-                feature_files.check(self.folder / name, header, self.about)
-                self._keep(self.folder / name, list(map(bytes, tensors["sha256"].numpy())), tensors)
+                feature_files.check_header(self.folder / name, header, self.about)
+                self._index_file(self.folder / name, list(map(bytes, tensors["sha256"].numpy())), tensors)
         self.listed = changed
 
-    def _keep(self, file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
+    def _index_file(self, file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
         """Takes in where the features of some images or texts are."""
         self.files.add(file.name)
         kind: Kind = "image" if "image" in tensors else "text"
@@ -261,19 +261,19 @@ class TeacherCache:
             rows.append(row)
             places.append(place)
         return feature_files.gather_features(
-            kind, whole, len(digests), ((self._mapped(file), *each) for file, each in found.items())
+            kind, whole, len(digests), ((self._map_file(file), *each) for file, each in found.items())
         )
 
-    def _mapped(self, file: Path) -> dict[str, Tensor]:
+    def _map_file(self, file: Path) -> dict[str, Tensor]:
         """The tensors of a file, where they lie in it."""
         tensors = self.maps.pop(file, None) or map_tensors(file)[0]
         self.maps[file] = tensors
-        for oldest in list(self.maps)[:-MAPS]:
+        for oldest in list(self.maps)[:-MAX_MAPPED_FILES]:
             self.maps.pop(oldest, None)
         return tensors
 
 
-def _images(images: Iterable[Tensor]) -> Iterator[Tensor]:
+def _single_images(images: Iterable[Tensor]) -> Iterator[Tensor]:
     """Images (3,S,S) of batches and of images.
 
     Raises:
@@ -288,7 +288,7 @@ def _images(images: Iterable[Tensor]) -> Iterator[Tensor]:
         yield from item if item.ndim == 4 else (item,)
 
 
-def _strings(texts: Iterable[str]) -> Iterator[str]:
+def _checked_strings(texts: Iterable[str]) -> Iterator[str]:
     """Texts as they come; raises ValueError for what is none."""
     for place, each in enumerate(texts):
         if not isinstance(each, str):

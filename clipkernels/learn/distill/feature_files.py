@@ -55,18 +55,18 @@ def to_tensors(kind: Kind, made: TeacherFeatures, dtype: torch.dtype) -> dict[st
     return {name: x.to("cpu", x.dtype if x.dtype == torch.bool else dtype) for name, x in found.items()}
 
 
-def finite(tensors: Mapping[str, Tensor]) -> Tensor:
+def finite_rows(tensors: Mapping[str, Tensor]) -> Tensor:
     """Which of n images or texts have finite features; (n,) bool."""
     return torch.stack([x.flatten(1).isfinite().all(1) for x in tensors.values()]).all(0)
 
 
-def write(file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor], about: About) -> None:
+def write_features(file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor], about: About) -> None:
     """Writes a file, whole or not at all; raises OSError where it cannot be written."""
     header = json.dumps({"format": FORMAT, "teacher": about})
     write_tensors(file, {**tensors, "sha256": digest_table(digests)}, {METADATA_KEY: header})
 
 
-def check(file: Path, header: Mapping[str, str], about: About) -> None:
+def check_header(file: Path, header: Mapping[str, str], about: About) -> None:
     """Raises ValueError unless a file holds features of this teacher."""
     said = read_metadata(header)
     if said.get("format") != FORMAT:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from clipkernels.learn.distill.align import aligned
+from clipkernels.learn.distill.align import align_rows
 
 Answers = Sequence[str] | Sequence[Sequence[str]]
 
@@ -48,10 +48,10 @@ class TeacherFeatures(NamedTuple):
         """
         made = self
         if words is not None:
-            rows, mask = aligned("words", self.words, self.words_mask, words)
+            rows, mask = align_rows("words", self.words, self.words_mask, words)
             made = made._replace(words=rows, words_mask=mask)
         if regions is not None:
-            rows, mask = aligned("regions", self.regions, self.regions_mask, regions)
+            rows, mask = align_rows("regions", self.regions, self.regions_mask, regions)
             made = made._replace(regions=rows, regions_mask=mask)
         return made
 
@@ -83,10 +83,10 @@ def features_of(
     if images is not None and (not isinstance(images, Tensor) or images.ndim != 4):
         came: Any = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be (B,3,S,S), got {came}")
-    texts = None if texts is None else strings_of("texts must be a list of strings", texts)
+    texts = None if texts is None else check_strings("texts must be a list of strings", texts)
     if images is not None and texts is not None and len(images) != len(texts):
         raise ValueError(f"expected one text for each image, got {len(images)} images and {len(texts)} texts")
-    together, count = ([], 0) if answers is None else _together(texts, answers)
+    together, count = ([], 0) if answers is None else _answers_per_text(texts, answers)
     made = TeacherFeatures() if images is None else source.see(images, regions)
     if texts is None:
         return made
@@ -107,7 +107,7 @@ def features_of(
     return made._replace(answers=embedded[index.view(len(texts), count)])
 
 
-def _together(texts: Sequence[str] | None, answers: Answers) -> tuple[list[list[str]], int]:
+def _answers_per_text(texts: Sequence[str] | None, answers: Answers) -> tuple[list[list[str]], int]:
     """The answers of each text, and how many each has.
 
     Raises:
@@ -122,13 +122,13 @@ def _together(texts: Sequence[str] | None, answers: Answers) -> tuple[list[list[
     if texts and not given:
         raise ValueError(f"{wanted}, got []")
     if all(isinstance(each, str) for each in given):
-        return [strings_of(wanted, given)] * len(texts), len(given)
+        return [check_strings(wanted, given)] * len(texts), len(given)
     for place, each in enumerate(given):
         if isinstance(each, str) or not isinstance(each, Iterable):
             raise ValueError(f"{wanted}, got {each!r:.100} at {place}")
     if len(given) != len(texts):
         raise ValueError(f"expected answers for {len(texts)} texts, got them for {len(given)}")
-    lists = [strings_of(wanted, each) for each in given]
+    lists = [check_strings(wanted, each) for each in given]
     if not lists[0]:
         raise ValueError(f"expected answers for each text, got {lists!r:.100}")
     wrong = [each for each in lists if len(each) != len(lists[0])]
@@ -137,7 +137,7 @@ def _together(texts: Sequence[str] | None, answers: Answers) -> tuple[list[list[
     return lists, len(lists[0])
 
 
-def strings_of(wanted: str, given: Any) -> list[str]:
+def check_strings(wanted: str, given: Any) -> list[str]:
     """A list of strings as such; raises ValueError, which says what is wanted, for anything else."""
     if isinstance(given, str):
         raise ValueError(f"{wanted}, got the string {given!r:.100}")

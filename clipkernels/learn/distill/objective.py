@@ -172,26 +172,26 @@ class TargetedDistillation(nn.Module):
         parts = ("words", "words_mask", "image") if name == "text" else ("regions", "regions_mask", "text")
         if hidden is not None:
             tokens = (batch, *hidden.shape[1:-1])
-            _expect(name, hidden, (*tokens[:2], projection.in_features), device)
+            _check_tensor(name, hidden, (*tokens[:2], projection.in_features), device)
             guide, there, other = (getattr(features, part) for part in parts)
             named = f"features.{parts[0]}, one for each of the student's tokens,"
-            guide = _expect(named, _needed(guide, f"features.{parts[0]}"), (*tokens, self.width), device)
+            guide = _check_tensor(named, _require(guide, f"features.{parts[0]}"), (*tokens, self.width), device)
             named = f"features.{parts[2]}"
-            other = _expect(named, _needed(other, named), (batch, self.width), device)
+            other = _check_tensor(named, _require(other, named), (batch, self.width), device)
             mask = torch.ones(tokens, dtype=torch.bool, device=device)
             for named, each in ((f"features.{parts[1]}", there), (f"{name}_mask", own)):
-                mask = mask if each is None else mask & _expect(named, each, tokens, device, torch.bool)
+                mask = mask if each is None else mask & _check_tensor(named, each, tokens, device, torch.bool)
             if prior is not None:
-                _expect("prior", prior, tokens if prior.ndim > 1 else tokens[1:], device)
+                _check_tensor("prior", prior, tokens if prior.ndim > 1 else tokens[1:], device)
             relevance = relevance_of(guide, other, mask, self.temperature, prior)
             chosen = select_top(relevance, mask, self.keep)
-            share = shares(relevance, chosen)
+            share = normalize_relevance(relevance, chosen)
             terms.append(ops.targeted_l1(hidden, guide, projection.weight.to(hidden.dtype), share, chosen))
         if pooled is not None:
             named = "features.text" if name == "text" else "features.image"
             whole = getattr(features, named.removeprefix("features."))
-            whole = _expect(named, _needed(whole, named), (batch, self.width), device)
-            _expect(f"{name}_pooled", pooled, (batch, projection.in_features), device)
+            whole = _check_tensor(named, _require(whole, named), (batch, self.width), device)
+            _check_tensor(f"{name}_pooled", pooled, (batch, projection.in_features), device)
             one = torch.ones(batch, 1, device=device)
             weight = projection.weight.to(pooled.dtype)
             terms.append(ops.targeted_l1(pooled[:, None], whole[:, None], weight, one, one.bool()))
@@ -205,16 +205,16 @@ class TargetedDistillation(nn.Module):
         if self.weight is None:
             return torch.ones(batch, device=device)
         with_it = f" with weight {self.weight!r}"
-        labels = _expect("labels", _needed(labels, "labels" + with_it), (batch,), device, torch.int64)
-        image = _expect("features.image", _needed(features.image, "features.image"), (batch, self.width), device)
-        answers = _needed(features.answers, "features.answers" + with_it)
-        _expect("features.answers", answers, (batch, *answers.shape[1:-1], self.width), device)
+        labels = _check_tensor("labels", _require(labels, "labels" + with_it), (batch,), device, torch.int64)
+        image = _check_tensor("features.image", _require(features.image, "features.image"), (batch, self.width), device)
+        answers = _require(features.answers, "features.answers" + with_it)
+        _check_tensor("features.answers", answers, (batch, *answers.shape[1:-1], self.width), device)
         with autocast_disabled(image):
             alike = (normalize(answers.float(), dim=-1) @ normalize(image.float(), dim=-1)[..., None])[..., 0]
             teacher = _confidence(self.scale * alike, labels)
             if self.weight == "teacher":
                 return teacher
-            logits = _expect("logits", _needed(logits, "logits" + with_it), tuple(answers.shape[:2]), device)
+            logits = _check_tensor("logits", _require(logits, "logits" + with_it), tuple(answers.shape[:2]), device)
             student = _confidence(logits.float(), labels)
             if self.weight == "teacher_minus_student":
                 return (teacher - student).clamp(min=0)
@@ -255,7 +255,7 @@ def select_top(relevance: Tensor, mask: Tensor, keep: float) -> Tensor:
     return mask & (place < count)
 
 
-def shares(relevance: Tensor, chosen: Tensor) -> Tensor:
+def normalize_relevance(relevance: Tensor, chosen: Tensor) -> Tensor:
     """ρ̂ (B,n): the relevance of what is chosen, over its sum; all 0 where that is 0."""
     kept = torch.where(chosen, relevance, 0)
     total = kept.sum(1, keepdim=True)
@@ -269,13 +269,13 @@ def _confidence(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(known, found, 0)
 
 
-def _needed(tensor: Tensor | None, name: str) -> Tensor:
+def _require(tensor: Tensor | None, name: str) -> Tensor:
     if tensor is None:
         raise ValueError(f"expected {name}, got none")
     return tensor
 
 
-def _expect(
+def _check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
     """The tensor, if it is of this shape, on this device, and of this dtype, None for any."""

@@ -51,7 +51,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module, tokenizer: text.Tokenizer, *, join: Join = "{} {}") -> None:
         self.model, self.tokenizer, self.join = model, tokenizer, join
-        if isinstance(join, str) and not _joins(join):
+        if isinstance(join, str) and not _has_two_fields(join):
             raise ValueError(f'join must hold {{}} for the text and for the answer, and no other field, got "{join}"')
         self.reads = text.find_text_tower(model)
         tower = None if adapters.find_resnet(model) is not None else adapters.find_tower(model)
@@ -163,7 +163,7 @@ class Teacher:
         found = TeacherFeatures(text=torch.cat(pooled)[: len(texts)])
         if not words:
             return found
-        return found._replace(words=_stacked(rows)[: len(texts)], words_mask=_stacked(masks)[: len(texts)])
+        return found._replace(words=_concat_padded(rows)[: len(texts)], words_mask=_concat_padded(masks)[: len(texts)])
 
     def joined(self, sentence: str, answer: str) -> str:
         """A text with one of its answers."""
@@ -197,7 +197,7 @@ class Teacher:
             yield
 
 
-def _joins(join: str) -> bool:
+def _has_two_fields(join: str) -> bool:
     """Whether a format string has two fields, both `{}`."""
     try:
         fields = [field[1:] for field in Formatter().parse(join) if field[1] is not None]
@@ -206,7 +206,7 @@ def _joins(join: str) -> bool:
     return fields == [("", "", None)] * 2
 
 
-def _stacked(parts: list[Tensor]) -> Tensor:
+def _concat_padded(parts: list[Tensor]) -> Tensor:
     """Parts (b,T,…) one after the other, those of fewer tokens filled up with zeros."""
     length = max(part.shape[1] for part in parts)
     return torch.cat([pad(part, (0, 0) * (part.ndim - 2) + (0, length - part.shape[1])) for part in parts])

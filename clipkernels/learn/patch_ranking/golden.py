@@ -26,7 +26,7 @@ from clipkernels.fingerprint import fingerprint, fingerprinted_module
 from clipkernels.heads import ZeroShot
 from clipkernels.heads.arguments import check_labels
 from clipkernels.learn.patch_ranking.rankings import Rankings, RankingStore
-from clipkernels.learn.patch_ranking.subset_embeddings import Entering, embed, enter
+from clipkernels.learn.patch_ranking.subset_embeddings import BlockInput, embed_subsets, run_to_block
 from clipkernels.reference.predict import pool_channels
 from clipkernels.reference.ranking import strongest_first
 
@@ -151,11 +151,11 @@ def _rank_images(
     tower: Tower, images: Tensor, search: SearchOptions, score: Score, classes: Tensor | None, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Ranks (b,P) of images (b,3,S,S), and what enters the block, its channels pooled, (b,S,G)."""
-    entering = enter(tower, images, search.block)
+    entering = run_to_block(tower, images, search.block)
     batch, tokens = entering.x.shape[:2]
     if classes is None:
         every = torch.arange(tokens, device=images.device).expand(batch, -1)
-        dense = normalize(embed(tower, entering, torch.arange(batch, device=images.device), every).double())
+        dense = normalize(embed_subsets(tower, entering, torch.arange(batch, device=images.device), every).double())
     else:
         dense = None
     alive = torch.ones(batch, tokens - tower.prefix, dtype=torch.bool, device=images.device)
@@ -183,7 +183,7 @@ def _rank_images(
     return ranks, pool_channels(entering.x, POOLED_CHANNELS)
 
 
-def _patch_scores(tower: Tower, entering: Entering, alive: Tensor, search: SearchOptions, scores: Scorer) -> Tensor:
+def _patch_scores(tower: Tower, entering: BlockInput, alive: Tensor, search: SearchOptions, scores: Scorer) -> Tensor:
     """The score (b,P) fp64 of every patch that is there: the mean over its windows."""
     batch, patches = alive.shape
     there = alive[:, search.windows]  # [b, W, w·w]
@@ -202,7 +202,7 @@ def _patch_scores(tower: Tower, entering: Entering, alive: Tensor, search: Searc
         alike = (counts == count).nonzero()[:, 0]
         for some in alike.split(search.batch_size) if count else ():  # a tower without CLS needs one token
             rows = kept[some].nonzero()[:, 1].view(-1, count)
-            value[some] = scores(embed(tower, entering, image[some], rows), image[some])
+            value[some] = scores(embed_subsets(tower, entering, image[some], rows), image[some])
     of_window = torch.zeros(tried.shape, dtype=torch.float64, device=alive.device)
     of_window[tried] = value.nan_to_num(float("-inf"), neginf=float("-inf"))[which]
     total, times = of_window.new_zeros(batch, patches), of_window.new_zeros(patches)

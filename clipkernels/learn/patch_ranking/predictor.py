@@ -27,7 +27,7 @@ from clipkernels.reference.ranking import strongest_first
 
 FORMAT = "clipkernels.rank_predictor.1"
 SIZES = ("tokens", "prefix", "channels", "token_hidden", "channel_hidden", "block")
-PAIRS = 1000
+MARGIN_PAIRS = 1000
 
 
 class RankPredictor(nn.Module):
@@ -217,10 +217,10 @@ def fit_predictor(
         for batch in train[torch.randperm(len(train), generator=generator)].split(batch_size):
             batch = batch.to(device)
             scores = mix(features[batch], predictor.mixer(), prefix)
-            loss = kl_div(scores.log_softmax(1), target(ranks[batch], gone), reduction="batchmean")
+            loss = kl_div(scores.log_softmax(1), target_distribution(ranks[batch], gone), reduction="batchmean")
             if margin:
-                pairs = torch.randint(patches, (2, PAIRS), generator=generator).to(device)
-                loss = loss + margin * _margin(scores, ranks[batch], pairs)
+                pairs = torch.randint(patches, (2, MARGIN_PAIRS), generator=generator).to(device)
+                loss = loss + margin * _margin_loss(scores, ranks[batch], pairs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -237,7 +237,7 @@ def fit_predictor(
     return Fitted(predictor.cpu().eval(), losses, overlaps)
 
 
-def target(ranks: Tensor, gone: int) -> Tensor:
+def target_distribution(ranks: Tensor, gone: int) -> Tensor:
     """The distribution (n,P) that a predictor is to give: all alike that stay, those that go by their ranks."""
     stays = ranks < ranks.shape[1] - gone
     return torch.where(stays, 0.0, -5 - 0.1 * ranks).softmax(1)
@@ -253,7 +253,7 @@ def overlap(scores: Tensor, ranks: Tensor, gone: int) -> float:
     return float((ranks.gather(1, lowest) >= patches - gone).double().mean())
 
 
-def _margin(scores: Tensor, ranks: Tensor, pairs: Tensor) -> Tensor:
+def _margin_loss(scores: Tensor, ranks: Tensor, pairs: Tensor) -> Tensor:
     """The mean of max(0, 1 - (sᵢ - sⱼ)) over pairs (2,n) of different patches, i the one that stays longer."""
     sign = (ranks[:, pairs[1]] - ranks[:, pairs[0]]).sign()
     apart = sign * (scores[:, pairs[0]] - scores[:, pairs[1]])

@@ -58,7 +58,7 @@ class Rankings(NamedTuple):
         return cls(tensors["ranks"].long(), tensors["features"], about, tensors["sha256"])
 
 
-class Store:
+class RankingStore:
     """Rankings by the digest of what was ranked: those on disk already, and those that come.
 
     Args:
@@ -81,9 +81,9 @@ class Store:
             return
         key = sha256(json.dumps(self.about).encode()).hexdigest()[:8]
         self.parts = Path(f"{self.path}.{key}.parts")
-        self._recall()
+        self._read_new_files()
 
-    def _recall(self) -> None:
+    def _read_new_files(self) -> None:
         """Takes in what is on disk and not known yet."""
         assert self.path is not None
         # The whole last: whoever finishes meanwhile writes it before its parts go.
@@ -96,7 +96,7 @@ class Store:
             wrong = ", ".join(f"{name} {said.get(name)!r}" for name in self.about if said.get(name) != self.about[name])
             if wrong:
                 raise ValueError(f"expected rankings made as these are, got {file} with {wrong}: choose another")
-            if self.asked is not None and not self.asked.same(tensors.get("text", torch.empty(0, 0))):
+            if self.asked is not None and not self.asked.matches(tensors.get("text", torch.empty(0, 0))):
                 wanted = "expected rankings by the same classes and prompts"
                 raise ValueError(f"{wanted}, got {file}: choose another, or delete it")
             rows = zip(tensors["ranks"].long(), tensors["features"], strict=True)
@@ -125,23 +125,23 @@ class Store:
     def finish(self, digests: Sequence[bytes]) -> Rankings:
         """The rankings of these images, in their order; the file holds them so, then what it held of others."""
         if self.path is not None:
-            self._recall()  # another run may have finished meanwhile
+            self._read_new_files()  # another run may have finished meanwhile
             self._write(self.path, list(dict.fromkeys([*digests, *self.rows])))
             for part in self.read:
                 part.unlink(missing_ok=True)
             with suppress(OSError):  # there is none, or another run is writing there
                 sweep(self.parts)
                 self.parts.rmdir()
-        return Rankings(*self._stacked(digests), self.about, digest_table(digests), self.new)
+        return Rankings(*self._stack(digests), self.about, digest_table(digests), self.new)
 
     def _write(self, path: Path, digests: Sequence[bytes]) -> None:
-        ranks, features = self._stacked(digests)
+        ranks, features = self._stack(digests)
         tensors = {"ranks": ranks.short(), "features": features, "sha256": digest_table(digests)}
         if self.asked is not None:
             tensors["text"] = self.asked.text.float().cpu()
         write_tensors(path, tensors, {METADATA_KEY: json.dumps({"format": FORMAT, **self.about})})
 
-    def _stacked(self, digests: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    def _stack(self, digests: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         ranks, features = zip(*(self.rows[digest] for digest in digests), strict=True)
         return torch.stack(ranks), torch.stack(features)
 

@@ -17,7 +17,7 @@ from clipkernels.reference import Norm
 from clipkernels.tower import Reads, TowerInput, refuse, run
 
 
-class Entering(NamedTuple):
+class BlockInput(NamedTuple):
     """What enters a block: which one, x (b,N,C), its q, k, v (b,H,N,D) there, its rotary table or None."""
 
     block: int
@@ -28,7 +28,7 @@ class Entering(NamedTuple):
     rope: Tensor | None
 
 
-class Projected(NamedTuple):
+class PrecomputedQKV(NamedTuple):
     """A block's parts with queries, keys and values that are there already."""
 
     parts: Any
@@ -54,17 +54,17 @@ class Projected(NamedTuple):
         return self.parts.mlp(x, normed, fused)
 
 
-def enter(tower: Tower, images: Tensor, at: int) -> Entering:
+def run_to_block(tower: Tower, images: Tensor, at: int) -> BlockInput:
     """What images (b,3,S,S) are when they enter a block."""
     x, rope = tower.embed(images)
-    x = run(tower, TowerInput(x, rope), _dense(tower, x.shape[1]), blocks=at).x
+    x = run(tower, TowerInput(x, rope), _dense_plan(tower, x.shape[1]), blocks=at).x
     host = tower.blocks[at]
     refuse(tower, host, at)
     q, k, v = tower.parts(host).qkv(x, None, None, rope)
-    return Entering(at, x, q, k, v, rope)
+    return BlockInput(at, x, q, k, v, rope)
 
 
-def embed(tower: Tower, entering: Entering, image: Tensor, kept: Tensor) -> Tensor:
+def embed_subsets(tower: Tower, entering: BlockInput, image: Tensor, kept: Tensor) -> Tensor:
     """Embeddings (V,E) of the images at (V,) with the tokens (V,M) alone, ascending, the prefix among them."""
     at = image[:, None]
     x, rope = entering.x[at, kept], entering.rope
@@ -72,16 +72,16 @@ def embed(tower: Tower, entering: Entering, image: Tensor, kept: Tensor) -> Tens
     if rope is not None:
         each = rope[image] if rope.ndim > 3 and rope.shape[0] > 1 else rope
         rope = block.gather_rope(each, kept[:, tower.prefix :] - tower.prefix)
-    parts: Any = Projected(tower.parts(tower.blocks[entering.block]), q, k, v)
+    parts: Any = PrecomputedQKV(tower.parts(tower.blocks[entering.block]), q, k, v)
     rows = tower.prefix if tower.pools_cls else None
     after, last = entering.block + 1, entering.block == len(tower.blocks) - 1
     state = block.TokenState(x)
     x = block.forward(
         parts, state, None, tower.prefix, rows=rows if last else None, fused=use_epilogue_kernels(x)
     ).state.x
-    plan = _dense(tower, kept.shape[1])
+    plan = _dense_plan(tower, kept.shape[1])
     return tower.pool(run(tower, TowerInput(x, rope), plan, Reads(rows), first=after).x)
 
 
-def _dense(tower: Tower, tokens: int) -> Plan:
+def _dense_plan(tower: Tower, tokens: int) -> Plan:
     return Plan((None,) * len(tower.blocks), tokens, tower.prefix)

@@ -32,7 +32,7 @@ from clipkernels.patching import patched
 
 FORMAT = "clipkernels.visual_tokens.1"
 SIZES = ("count", "depth", "width", "text_width")
-DEVIATION = 0.02
+INIT_STD = 0.02
 
 
 class VisualTokens(nn.Module):
@@ -58,10 +58,10 @@ class VisualTokens(nn.Module):
         self.count, self.depth, self.width, self.text_width = count, depth, width, text_width
         self.about = dict(about or {})
         if text_width:
-            self.context = nn.Parameter(DEVIATION * torch.randn(depth, count, text_width))
+            self.context = nn.Parameter(INIT_STD * torch.randn(depth, count, text_width))
             self.maps = nn.ModuleList(nn.Linear(text_width, width) for _ in range(depth))
         else:
-            self.own = nn.Parameter(DEVIATION * torch.randn(depth, count, width))
+            self.own = nn.Parameter(INIT_STD * torch.randn(depth, count, width))
 
     def forward(self) -> Tensor:
         """The tokens (D,T,C) of each block."""
@@ -199,7 +199,7 @@ def fit_tokens(
     optimizer = torch.optim.SGD(tokens.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(images) // batch_size))
     losses = []
-    with eval_mode(model), _frozen(model), patched(model, replace(method, tokens=tokens)):
+    with eval_mode(model), _frozen_parameters(model), patched(model, replace(method, tokens=tokens)):
         if coupled:
             with torch.no_grad():
                 tokens.context[0].copy_(first_words(model, ids[:1], count))
@@ -210,7 +210,7 @@ def fit_tokens(
             for batch in torch.randperm(len(images), generator=generator).split(batch_size):
                 if coupled:
                     with injected_contexts(model, tokens.context):
-                        text = _text(model, ids, sizes)
+                        text = _class_embeddings(model, ids, sizes)
                 pixels = torch.stack([images[index] for index in batch.tolist()]).to(like)
                 logits = scale * normalize(encode_image(model, pixels).embedding) @ text.T
                 loss = cross_entropy(logits, labels[batch.to(like.device)])
@@ -225,14 +225,14 @@ def fit_tokens(
     return FittedTokens(tokens.cpu().eval(), losses)
 
 
-def _text(model: Any, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+def _class_embeddings(model: Any, ids: Tensor, sizes: Sequence[int]) -> Tensor:
     """Class embeddings (K,E), with gradients."""
     rows = normalize(model.encode_text(ids)).split(list(sizes))
     return torch.stack([normalize(each.mean(0), dim=0) for each in rows])
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen_parameters(model: nn.Module) -> Iterator[None]:
     """The model without a parameter that asks for gradients."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
