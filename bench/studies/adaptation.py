@@ -37,7 +37,7 @@ from bench.naive.tca import stream
 from bench.result_files import header_of, resume, save, write
 from bench.studies.corruptions import STREAMS, STRENGTHS, Stream, corrupt
 from bench.studies.tiny_clip import read
-from clipkernels.heads.presets import PRESETS
+from clipkernels.heads.presets import RESERVOIR_PRESETS
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Clock, gmacs_for, measure, plan_for
 
@@ -139,7 +139,7 @@ def presets(
     streams: dict[str, Stream], classes: Sequence[str], done: set[str], arguments: argparse.Namespace, bar: Progress
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of the milder TCA with every published preset, and with every other choice under ImageNet's."""
-    choices: dict[str, dict[str, Any]] = {name: {"preset": name} for name in PRESETS}
+    choices: dict[str, dict[str, Any]] = {name: {"preset": name} for name in RESERVOIR_PRESETS}
     choices |= {f"evict={rule}": {"evict": rule} for rule in ("similarity", "uncertainty", "fifo")}
     choices |= {"correction=linear": {"correction": "linear"}, "self_vote=False": {"self_vote": False}}
     choices |= {"anchors=all": {"anchors": "all"}}
@@ -249,7 +249,7 @@ def whole(classifier: ck.Classifier, images: Tensor, size: int) -> None:
 
 def literally(model: Any, images: Tensor, method: ck.TCA, text: Tensor) -> None:
     """A stream from its start, read literally."""
-    stream(model, images, method, LiteralReservoir(text, *PRESETS["imagenet"]))
+    stream(model, images, method, LiteralReservoir(text, *RESERVOIR_PRESETS["imagenet"]))
 
 
 def draw(records: Sequence[dict[str, Any]]) -> Table:

@@ -1,32 +1,30 @@
-"""The heads of `clipkernels classify`: what makes them, and the file that a reservoir is kept in."""
+"""The heads of `clipkernels classify`: their options, and the file of a reservoir."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import cast
+from types import TracebackType
 
 import click
 from click.core import ParameterSource
 from torch import Tensor
 
-from clipkernels.classifier import Classifier
 from clipkernels.heads import CALIP, Head, Reservoir, TipAdapter, TipX, ZeroShot
-from clipkernels.heads.presets import CALIP_PRESETS, PRESETS
+from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
 from clipkernels.support import SupportSet
 
 SAVE_EVERY = 30  # seconds
-SUPPORTED = ("tip", "tipx")
+SUPPORTED = ("tip", "tipx")  # the heads that read a support set
 
 
 def check_head(
     context: click.Context, head: str | None, adapt: str | None, preset: str, reservoir: str | None, frozen: bool
 ) -> None:
-    """Raises click.UsageError for options of a head that do not belong together."""
+    """Raise click.UsageError unless the options of a head belong together."""
     if adapt and head:
         raise click.UsageError(f"expected --adapt or --head, got both: --adapt {adapt} has a head of its own")
     owners = {
@@ -35,12 +33,12 @@ def check_head(
         "frozen": (bool(adapt), "--adapt"),
         "support": (head in SUPPORTED, "--head tip or tipx"),
     }
-    for option, (fits, wanted) in owners.items():
+    for option, (fits, expected) in owners.items():
         if is_set(context, option) and not fits:
-            raise click.UsageError(f"expected {wanted} with --{option}, got {f'--head {head}' if head else 'none'}")
+            raise click.UsageError(f"expected {expected} with --{option}, got {f'--head {head}' if head else 'none'}")
     if head in SUPPORTED and not is_set(context, "support"):
         raise click.UsageError(f"expected --support with --head {head}, got none: see clipkernels support build")
-    known = PRESETS if adapt else CALIP_PRESETS
+    known = RESERVOIR_PRESETS if adapt else CALIP_PRESETS
     if (adapt or head == "calip") and preset not in known:
         raise click.UsageError(f"expected --preset to be one of {', '.join(known)}, got {preset!r}")
     if frozen and (reservoir is None or not Path(reservoir).exists()):
@@ -48,65 +46,82 @@ def check_head(
 
 
 def choose_head(
-    head: str | None, adapt: str | None, preset: str, frozen: bool, found: SupportSet | None
+    head: str | None, adapt: str | None, preset: str, frozen: bool, support_set: SupportSet | None
 ) -> Callable[[Tensor], Head]:
-    """What makes the head that the options describe of the class embeddings."""
+    """Return a function that makes the head of the options from class embeddings (K,E)."""
     if adapt:
         return partial(Reservoir, preset=preset, frozen=frozen)
     if head == "calip":
         return partial(CALIP, preset=preset)
-    if found is not None:
-        return partial(TipX if head == "tipx" else TipAdapter, features=found.features, labels=found.labels)
+    if support_set is not None:
+        adapter = TipX if head == "tipx" else TipAdapter
+        return partial(adapter, features=support_set.features, labels=support_set.labels)
     return ZeroShot
 
 
 def is_set(context: click.Context, option: str) -> bool:
-    """Whether an option was named on the command line."""
+    """Return true if an option was named on the command line."""
     return context.get_parameter_source(option) is ParameterSource.COMMANDLINE
 
 
-@contextmanager
-def kept(classifier: Classifier, path: str | None) -> Iterator[Callable[[], None]]:
-    """With what a file remembers, if it exists; yields what brings the file up to date now and then, and does so at the
-    end, however that comes.
+class ReservoirFile:
+    """The file of a head that learns: read on entry if it exists, written every 30 seconds and on exit.
 
-    Raises:
-        click.UsageError: a folder, or a file that cannot be read or written.
-        ValueError: a file that is no reservoir, or one of other classes or another capacity.
+    It is written on exit after an error or an interruption, too, and only if the head has seen images since it was
+    read. Without a path nothing happens.
     """
-    if path is None:
-        yield lambda: None
-        return
-    head = cast(Reservoir, classifier.head)
-    if Path(path).is_dir():
-        raise click.UsageError(f"expected a file for --reservoir, got the folder {path}")
-    try:
-        if not head.frozen:  # better now than after an hour
-            with TemporaryFile(dir=Path(path).absolute().parent):
-                pass
-        if Path(path).exists():
-            head.load(path)
-    except OSError as error:
-        wanted = "expected a file that can be read and written for --reservoir"
-        raise click.UsageError(f"{wanted}, got {path}: {error.strerror or error}") from error
-    if head.seen:
-        click.echo(f"{path}: goes on after {head.seen} images, {int(head.counts.sum())} remembered", err=True)
-    start, last = head.seen, time.monotonic()
 
-    def save() -> None:
-        if head.seen > start:
-            try:
-                head.save(path)
-            except OSError as error:
-                raise click.ClickException(f"expected to write --reservoir {path}: {error.strerror}") from error
+    def __init__(self, head: Head, path: str | None) -> None:
+        self.head, self.path = head, path
+        self.seen, self.saved = 0, time.monotonic()
 
-    def now_and_then() -> None:
-        nonlocal last
-        if time.monotonic() - last > SAVE_EVERY:
-            save()
-            last = time.monotonic()
+    def __enter__(self) -> ReservoirFile:
+        """Read the file.
 
-    try:
-        yield now_and_then
-    finally:
-        save()
+        Raises:
+            click.UsageError: a folder, or a file that cannot be read or written.
+            ValueError: a file that is no reservoir, or one of other classes or another capacity.
+        """
+        if self.path is None or not isinstance(self.head, Reservoir):
+            return self
+        path = Path(self.path)
+        if path.is_dir():
+            raise click.UsageError(f"expected a file for --reservoir, got the folder {path}")
+        try:
+            if not self.head.frozen:  # better now than after an hour
+                with TemporaryFile(dir=path.absolute().parent):
+                    pass
+            if path.exists():
+                self.head.load(path)
+        except OSError as error:
+            expected = "expected a file that can be read and written for --reservoir"
+            raise click.UsageError(f"{expected}, got {path}: {error.strerror or error}") from error
+        self.seen = self.head.seen
+        if self.seen:
+            cached = int(self.head.counts.sum())
+            click.echo(f"{path}: resumed: {self.seen} images seen, {cached} cached", err=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.save()
+
+    def save(self) -> None:
+        """Write the file if the head has seen images since it was read.
+
+        Raises:
+            click.ClickException: the file cannot be written.
+        """
+        if self.path is None or not isinstance(self.head, Reservoir) or self.head.seen <= self.seen:
+            return
+        try:
+            self.head.save(self.path)
+        except OSError as error:
+            raise click.ClickException(f"expected to write --reservoir {self.path}: {error.strerror}") from error
+
+    def save_if_due(self) -> None:
+        """Write the file if 30 seconds have passed since it was last written."""
+        if time.monotonic() - self.saved > SAVE_EVERY:
+            self.save()
+            self.saved = time.monotonic()
