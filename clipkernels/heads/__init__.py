@@ -18,9 +18,10 @@ __all__ = ["CALIP", "Head", "Reservoir", "TipAdapter", "TipX", "ZeroShot"]
 
 
 class Head(Protocol):
-    """What a classifier calls; `needs` names the extras of `ck.encode_image` ("tokens", "cls_path") that it reads.
+    """A head as `ck.Classifier` calls it.
 
-    A head may also have `anchors`, which that function is then given, and `reset`, which `Classifier.reset` calls.
+    `needs` names the extras of `ck.encode_image` ("tokens", "cls_path") that the head reads. A head may also have
+    `anchors`, which are then passed to `ck.encode_image`, and `reset`, which `Classifier.reset` calls.
     """
 
     needs: tuple[str, ...]

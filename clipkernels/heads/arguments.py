@@ -1,4 +1,4 @@
-"""What heads demand of what they are given, and how they normalise it."""
+"""Checks of the arguments of heads, and their normalisation."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.nn.functional import normalize
 
 
 def check_labels(labels: Tensor, images: int, classes: int) -> Tensor:
-    """Labels (n,) int64 in 0..K-1.
+    """The labels, if they are (n,) int64 in 0..K-1.
 
     Raises:
-        ValueError: other labels.
+        ValueError: labels of another shape, dtype or range.
     """
     if labels.shape != (images,) or labels.dtype != torch.int64:
         raise ValueError(f"labels must be ({images},) torch.int64, got {tuple(labels.shape)} {labels.dtype}")
@@ -22,18 +22,18 @@ def check_labels(labels: Tensor, images: int, classes: int) -> Tensor:
 
 
 def check_not_empty(images: int) -> None:
-    """Raises ValueError where there is no image to fit on."""
+    """Raise ValueError unless there is at least one image to fit on."""
     if not images:
         raise ValueError("features must be of at least one image, got none")
 
 
 def check_positive(**named: float) -> None:
-    """Raises ValueError for what is no finite number above zero."""
+    """Raise ValueError unless every argument is a finite number above zero."""
     for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def normalize_as(x: Tensor, like: Tensor) -> Tensor:
-    """Rows of length one, computed in fp32 at least, in the dtype of `like`."""
+    """L2-normalised rows in the dtype of `like`, computed in fp32 or wider."""
     return normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(like.dtype)

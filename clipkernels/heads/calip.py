@@ -1,6 +1,9 @@
-"""CALIP: an image's patches and the classes look at each other, without a parameter, before they are compared.
+"""CALIP: patches and class embeddings attend to each other, without parameters, before they are compared.
 
-logits = scale · (cos(image, class) + β₂ ⟨image, class that saw the patches⟩ + β₃ ⟨patches that saw the classes, class⟩)
+    logits = scale · (cos(image, class) + β₂ ⟨image, attended class⟩ + β₃ ⟨attended patches, class⟩)
+
+An attended class is the patches' average, weighted by their similarity to the class; attended patches are averages of
+the classes, pooled over the patches.
 """
 
 from __future__ import annotations
@@ -25,18 +28,18 @@ if TYPE_CHECKING:
 class CALIP:
     """A zero-shot head that also reads the patches.
 
-    The patches are all tokens but the prefix after the tower's final norm and projection, however many a method leaves
-    of them: merged and fused ones count once. Image, patches and classes are L2-normalised here, what they see in each
-    other is not. The published weights are for ResNet-50 with another alpha and normalisation: `fit` finds a model's
-    own.
+    The patches are all tokens but the prefix, after the tower's final norm and projection. A method may leave any
+    number of them; a merged or fused token counts once. Image, patches and classes are L2-normalised here; the
+    attended classes and patches are not. The published weights are for ResNet-50 with another alpha and another
+    normalisation: use `fit` to find the weights of a model.
 
     Args:
         text: class embeddings (K,E), any floating dtype; need not be normalised.
-        alpha: what similarities are divided by before the softmax.
-        beta2: weight of the classes that have looked at the patches.
-        beta3: weight of the patches that have looked at the classes.
-        preset: the data set whose published weights stand in for those not given.
-        scale: what the cosines are multiplied by, 100 in the source.
+        alpha: temperature, the divisor of the similarities before the softmax.
+        beta2: weight of the classes after they attended to the patches.
+        beta3: weight of the patches after they attended to the classes.
+        preset: data set whose published weights replace a beta2 or beta3 of None.
+        scale: factor of the cosines, 100 in the source.
     Raises:
         ValueError: text that is not (K,E), an unknown preset, an alpha that is not positive, numbers that are not
             finite.
@@ -69,13 +72,13 @@ class CALIP:
         """Logits (B,K) of an `Encoded` with `tokens`, fp32 (fp64 for fp64 features).
 
         Raises:
-            ValueError: features without `tokens`, or of another E than the text.
+            ValueError: features without `tokens`, or with another E than the text.
         """
         first, second, third = self.terms(features)
         return first + self.beta2 * second + self.beta3 * third
 
     def terms(self, features: Tensor | Encoded) -> Tensor:
-        """What the weights one, beta2 and beta3 multiply, (3,B,K)."""
+        """The three terms (3,B,K) of the logits, before their weights 1, beta2 and beta3."""
         pooled, patches = patches_of(features)
         first = self.zero_shot(pooled)
         text = self.zero_shot.text.to(patches.device, patches.dtype)
@@ -84,15 +87,16 @@ class CALIP:
         return torch.cat([first[None], others.to(first.dtype) * (self.zero_shot.scale / 100)])
 
     def fit(self, features: Encoded | Iterable[Encoded], labels: Tensor) -> float:
-        """Sets beta2 and beta3 to the best of the published grid, 200 values below 2 by 200 below .1, on a validation
-        split; some presets lie beyond.
+        """Set beta2 and beta3 to the best values of the published grid on a validation split.
+
+        The grid has 200 values of beta2 below 2 and 200 values of beta3 below 0.1; some presets lie outside of it.
 
         Args:
-            features: of n images with `tokens`, or batches of them in the order of the labels, of which only three
-                numbers per image and class are kept.
-            labels: (n,) int64, the true classes. Not those of images that accuracy is reported on.
+            features: an `Encoded` with `tokens` of n images, or batches of such in the order of the labels. Only three
+                numbers per image and class are held in memory.
+            labels: (n,) int64, the true classes. Use other images than those that accuracy is reported on.
         Returns:
-            the accuracy there, 0 to 1; of equally good weights the lowest are taken.
+            The accuracy on these images, 0 to 1. Ties go to the lowest weights.
         Raises:
             ValueError: labels that do not fit, or no image.
         """
@@ -102,16 +106,16 @@ class CALIP:
             check_not_empty(sum(part.shape[1] for part in terms))
             first, second, third = torch.cat(terms, 1)
             labels = check_labels(labels, *first.shape).to(first.device)
-            found = search(first, second, third, labels, grid(0.001, 2, 200), grid(0.001, 0.1, 200))
-        self.beta2, self.beta3 = found.first, found.second
-        return found.accuracy
+            best = search(first, second, third, labels, grid(0.001, 2, 200), grid(0.001, 0.1, 200))
+        self.beta2, self.beta3 = best.first, best.second
+        return best.accuracy
 
 
 def patches_of(features: Tensor | Encoded) -> tuple[Tensor, Tensor]:
-    """The embedding (B,E) and the L2-normalised patches (B,P,E), in their dtype.
+    """The embedding (B,E) and the L2-normalised patches (B,P,E), each in its own dtype.
 
     Raises:
-        ValueError: features without tokens, with no patch among them, or of other images or width than the embedding.
+        ValueError: features without tokens or without a patch, or tokens whose B or E is not the embedding's.
     """
     if isinstance(features, Tensor) or features.tokens is None:
         raise ValueError("features must be an Encoded with tokens, as ck.encode_image(tokens=True) gives")

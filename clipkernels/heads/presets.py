@@ -1,4 +1,4 @@
-"""The published settings of heads for each data set: TCA's by its released code, CALIP's by that of SuS-X."""
+"""Published settings of heads per data set: TCA's from its released code, CALIP's from that of SuS-X."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class ReservoirPreset(NamedTuple):
-    """Entries per class, temperature of the blocks' weights, λ and β."""
+    """Settings of `ck.Reservoir`: entries per class, temperature of the blocks' weights, λ and β."""
 
     capacity: int
     temperature: float
@@ -34,13 +34,13 @@ RESERVOIR_PRESETS = {
 
 
 class CALIPPreset(NamedTuple):
-    """CALIP's weights of the classes that looked at the patches, and of the patches that looked at the classes."""
+    """CALIP's weights of the attended classes (β₂) and of the attended patches (β₃)."""
 
     beta2: float
     beta3: float
 
 
-# For ResNet-50, with α = 2 and what is attended normalised again: places to start from.
+# Only starting points here, because they are for ResNet-50 with α = 2 and attended features that are normalised again.
 CALIP_PRESETS = {
     "caltech101": CALIPPreset(5, 0.18),
     "dtd": CALIPPreset(1.4, 0.01),

@@ -1,11 +1,11 @@
-"""Tip-Adapter and TIP-X: labelled images vote on those that are near them.
+"""Tip-Adapter and TIP-X: labelled support images vote on the images near them.
 
     A = cos(image, support), M = KL(softmax(cos(image, class)/τ) ‖ softmax(cos(support, class)/τ))
     Tip-Adapter:  scale · cos(image, class) + α Σ exp(-β(1 - A))          sums over the support of each class
     TIP-X:        … + γ mean ψ(-M),  ψ affine, from the range of -M to that of A within the support
 
-Neither A nor M is ever whole in memory for the images: A is summed by class as it is made (`ops.affinity`), and the
-sums of ψ(-M) by class are one product of (t,K) with (K,K).
+Neither A nor M is materialised for the images: `ops.affinity` sums A by class as it computes it, and the sums of ψ(-M)
+by class are one product of (t,K) with (K,K).
 """
 
 from __future__ import annotations
@@ -28,22 +28,28 @@ from clipkernels.reference.precision import autocast_disabled
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
 
-# Numbers of a product of the support with itself that are held at once.
+# Entries of the product of the support with itself that are in memory at once.
 PRODUCT_ENTRIES = 1 << 24
 
 
 class Extrema(NamedTuple):
-    """The smallest and largest cosine and KL divergence between two images of the support."""
+    """The smallest and largest cosine, then the smallest and largest KL divergence, between two support images."""
 
-    near: float = float("inf")
-    nearest: float = float("-inf")
-    like: float = float("inf")
-    unlike: float = float("-inf")
+    cosine_min: float = float("inf")
+    cosine_max: float = float("-inf")
+    divergence_min: float = float("inf")
+    divergence_max: float = float("-inf")
 
 
 class Support(NamedTuple):
-    """Images that vote, sorted by class: features (n,E), labels (n,), the offsets (K+1,) of the classes, and for TIP-X
-    what those of each class say of the classes, summed (K,K), and their extrema."""
+    """The support images, sorted by class.
+
+    features (n,E): L2-normalised embeddings.
+    labels (n,): int64 classes.
+    offsets (K+1,): int64 first row of each class.
+    mass (K,K): for TIP-X, the log-probabilities of the classes, summed over the support images of each class.
+    extrema: for TIP-X, the ranges that calibrate ψ.
+    """
 
     features: Tensor
     labels: Tensor
@@ -53,15 +59,16 @@ class Support(NamedTuple):
 
 
 class TipAdapter:
-    """Zero-shot logits, and the votes of labelled images.
+    """Zero-shot logits plus the votes of labelled images.
 
     Args:
         text: class embeddings (K,E), any floating dtype; need not be normalised.
-        features: (n,E) image embeddings of the support, likewise, of the same model; n may be 0.
-        labels: (n,) int64, their classes; a class without support gets no vote.
+        features: (n,E) embeddings of the support images by the same model, any floating dtype; need not be normalised;
+            n may be 0.
+        labels: (n,) int64, the classes of the support images; a class without support gets no vote.
         alpha: weight of the votes.
-        beta: how fast a vote fades with distance.
-        scale: what the cosines are multiplied by, 100 in the source.
+        beta: sharpness: the rate at which a vote decays with distance.
+        scale: factor of the cosines, 100 in the source.
     Raises:
         ValueError: shapes that do not fit, labels outside of the classes, rows or numbers that are not finite.
     Guarantees: computed in fp32 (fp64 stays fp64); the support is sorted by class once.
@@ -83,21 +90,22 @@ class TipAdapter:
         check_numbers(alpha=alpha, beta=beta, scale=scale)
         self.zero_shot = ZeroShot(text, scale)
         self.alpha, self.beta = alpha, beta
-        own = self.zero_shot.text
-        none = torch.zeros(len(own) + 1, dtype=torch.int64, device=own.device)
-        self._support = Support(own[:0], none[:0], none, own.new_zeros(len(own), len(own)), Extrema())
+        classes = self.zero_shot.text
+        offsets = torch.zeros(len(classes) + 1, dtype=torch.int64, device=classes.device)
+        mass = classes.new_zeros(len(classes), len(classes))
+        self._support = Support(classes[:0], offsets[:0], offsets, mass, Extrema())
         self.update(features, labels)
 
     @property
     def counts(self) -> Tensor:
-        """Images of the support in each class, (K,) int64."""
+        """The number of support images of each class, (K,) int64."""
         return self._support.offsets.diff()
 
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Adds images (m,E) of classes (m,) to the support, behind those of their class.
+        """Add images (m,E) with labels (m,) to the support, each after the earlier images of its class.
 
         Raises:
-            ValueError: as at construction; the support is then as it was.
+            ValueError: as at construction; the support is left unchanged.
         """
         classes, width = self.zero_shot.text.shape
         if features.ndim != 2 or features.shape[1] != width:
@@ -106,7 +114,7 @@ class TipAdapter:
         wrong = int((~features.isfinite().all(1)).sum())
         if wrong:
             raise ValueError(f"features must be finite, got {wrong} of {len(features)} rows that are not")
-        # Outside of inference mode, which the support may outlive, and in its own precision.
+        # Outside of inference mode, because the support may be used after it, and in the support's own precision.
         old = self._support
         with torch.inference_mode(False), torch.no_grad(), autocast_disabled(old.features):
             new = normalize(features.detach().clone().to(old.features), dim=1)
@@ -127,13 +135,13 @@ class TipAdapter:
             return logits + self.alpha * self._votes(queries, self.beta) + self._extra_logits(queries)
 
     def fit(self, features: Tensor | Encoded, labels: Tensor) -> float:
-        """Sets the weights to the best of the published grid on a validation split.
+        """Set the weights to the best values of the published grid on a validation split.
 
         Args:
-            features: (n,E), or an `Encoded`, of images that are neither of the support nor of those reported on.
+            features: (n,E), or an `Encoded`, of images that are neither in the support nor in the test set.
             labels: (n,) int64, the true classes.
         Returns:
-            the accuracy there, 0 to 1; of equally good weights the lowest are taken, beta first.
+            The accuracy on these images, 0 to 1. Ties go to the lowest weights, beta first.
         Raises:
             ValueError: shapes or labels that do not fit, or no image.
         """
@@ -145,30 +153,30 @@ class TipAdapter:
             with autocast_disabled(queries):
                 trial = self._weight_search(first, queries, labels)
                 for candidate in grid(1, 50, 200).tolist():
-                    found = trial(self._votes(queries, candidate))
-                    if found.accuracy > best.accuracy:
-                        best, beta = found, candidate
+                    result = trial(self._votes(queries, candidate))
+                    if result.accuracy > best.accuracy:
+                        best, beta = result, candidate
         self.beta = beta
         self._set_weights(best)
         return best.accuracy
 
     def _statistics(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
-        """What TIP-X knows of a support whose first images are the old one."""
+        """TIP-X's extrema and mass of a support whose first images are those of `old`."""
         return old.extrema, old.mass
 
     def _extra_logits(self, queries: Tensor) -> Tensor | float:
-        """What else is added to the logits."""
+        """The further terms of the logits, (B,K) or a number."""
         return 0.0
 
     def _weight_search(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], SearchResult]:
-        """The best of the other weights, given the votes."""
+        """A function from the votes (n,K) to the best of the weights other than beta."""
         return lambda votes: search(first, torch.zeros_like(first), votes, labels, grid(0, 1, 1), grid(0.1, 50, 20))
 
-    def _set_weights(self, found: SearchResult) -> None:
-        self.alpha = found.second
+    def _set_weights(self, result: SearchResult) -> None:
+        self.alpha = result.second
 
     def _queries(self, features: Tensor | Encoded) -> Tensor:
-        """Normalised embeddings (B,E) in fp32 or wider; support and classes move to where they are."""
+        """Normalised embeddings (B,E) in fp32 or wider; the support moves to their device."""
         image = features if isinstance(features, Tensor) else features.embedding
         if self._support.features.device != image.device:
             with torch.inference_mode(False):
@@ -182,27 +190,29 @@ class TipAdapter:
 
 
 class TipX(TipAdapter):
-    """Tip-Adapter, and a vote by how alike images are to the classes: it needs no labelled image of the task.
+    """Tip-Adapter plus votes by the similarity of class distributions; it needs no labelled image of the task.
 
-    ψ is calibrated on the pairs of different images of the support and stays fixed, so a prediction depends on no other
-    test image; beyond what the support has seen it goes on in a straight line.
+    ψ is calibrated on the pairs of different support images and stays fixed, so a prediction does not depend on other
+    test images. Outside of the range of the support ψ is extrapolated linearly.
 
     Args:
         text: class embeddings (K,E), any floating dtype; need not be normalised.
-        features: (n,E) image embeddings of the support, likewise, of the same model; n may be 0.
-        labels: (n,) int64, their classes; a class without support gets no α term, and the least near for the γ term.
-        alpha: weight of the votes by nearness.
-        beta: how fast these fade with distance.
-        gamma: weight of the votes by likeness to the classes.
-        tau: temperature of the softmax over the classes, of cosines.
-        reduce: "mean" divides a class's γ term by its images; "sum" as published, for which classes of more images
-            count for more.
-        scale: what the cosines are multiplied by, 100 in the source.
+        features: (n,E) embeddings of the support images by the same model, any floating dtype; need not be normalised;
+            n may be 0.
+        labels: (n,) int64, the classes of the support images; a class without support gets no α term, and the smallest
+            cosine of the support as its γ term.
+        alpha: weight of the votes by cosine.
+        beta: sharpness: the rate at which these votes decay with distance.
+        gamma: weight of the votes by KL divergence between class distributions.
+        tau: temperature of the softmax of the cosines over the classes.
+        reduce: "mean" divides a class's γ term by its number of images; "sum" does not, as published, and so favours
+            classes with more images.
+        scale: factor of the cosines, 100 in the source.
     Raises:
         ValueError: as `TipAdapter`, a tau that is not positive, another reduce.
-    Guarantees: as `TipAdapter`. Calibrating takes n²·(E + K) multiplications, and m·n·(E + K) for m images more.
-    Source: SuS-X, arXiv 2211.16198, section 3.3. Published is -ψ(M): the same prediction where all classes have
-        equally many images.
+    Guarantees: as `TipAdapter`. Calibration takes n²·(E + K) multiplications, and m·n·(E + K) for m more images.
+    Source: SuS-X, arXiv 2211.16198, section 3.3. The paper has -ψ(M), which gives the same prediction if all classes
+        have equally many images.
     """
 
     def __init__(
@@ -226,52 +236,52 @@ class TipX(TipAdapter):
         super().__init__(text, features, labels, alpha, beta, scale=scale)
 
     def _statistics(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
-        known, count = len(old.features), len(features)
-        shares, leanings = self._shares(features)
-        order, offsets = reference.sort_by_class(labels[known:], len(old.mass))
-        mass = old.mass + torch.segment_reduce(leanings[known:][order], "sum", offsets=offsets, axis=0)
-        # Every pair of different images one of which is new; a divergence is not the same both ways.
-        certain, at = (shares * leanings).sum(1), torch.arange(count, device=features.device)
-        rows, found = max(1, PRODUCT_ENTRIES // max(1, count)), [old.extrema]
-        for start in (*range(0, known, rows), *range(known, count, rows)):
-            stop, left = (min(start + rows, known), known) if start < known else (start + rows, 0)
-            others = at[left:] != at[start:stop, None]
-            near = (features[start:stop] @ features[left:].T)[others]
-            apart = (certain[start:stop, None] - shares[start:stop] @ leanings[left:].T)[others]
-            if near.numel():
-                found.append(Extrema(*(float(x) for x in (*near.aminmax(), *apart.aminmax()))))
-        low, high, like, unlike = zip(*found, strict=True)
-        return Extrema(min(low), max(high), min(like), max(unlike)), mass
+        old_count, count = len(old.features), len(features)
+        probabilities, logs = self._class_probabilities(features)
+        order, offsets = reference.sort_by_class(labels[old_count:], len(old.mass))
+        mass = old.mass + torch.segment_reduce(logs[old_count:][order], "sum", offsets=offsets, axis=0)
+        # Every ordered pair of different images with at least one new image, because the divergence is not symmetric.
+        negative_entropy, index = (probabilities * logs).sum(1), torch.arange(count, device=features.device)
+        rows, extrema = max(1, PRODUCT_ENTRIES // max(1, count)), [old.extrema]
+        for start in (*range(0, old_count, rows), *range(old_count, count, rows)):
+            stop, first = (min(start + rows, old_count), old_count) if start < old_count else (start + rows, 0)
+            is_other = index[first:] != index[start:stop, None]
+            cosines = (features[start:stop] @ features[first:].T)[is_other]
+            divergences = (negative_entropy[start:stop, None] - probabilities[start:stop] @ logs[first:].T)[is_other]
+            if cosines.numel():
+                extrema.append(Extrema(*(float(x) for x in (*cosines.aminmax(), *divergences.aminmax()))))
+        cosine_min, cosine_max, divergence_min, divergence_max = zip(*extrema, strict=True)
+        return Extrema(min(cosine_min), max(cosine_max), min(divergence_min), max(divergence_max)), mass
 
-    def _shares(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """softmax(cos(image, class)/τ) and the logarithm of K times that, both (n,K): divergences are differences of
-        the latter, small numbers where the plain logarithm's are large."""
-        leanings = images @ self.zero_shot.text.to(images).T / self.tau
-        leanings = leanings - (leanings.logsumexp(1, keepdim=True) - math.log(leanings.shape[1]))
-        return leanings.exp() / leanings.shape[1], leanings
+    def _class_probabilities(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax(cos(image, class)/τ) and the logarithm of K times that, both (n,K)."""
+        logs = images @ self.zero_shot.text.to(images).T / self.tau
+        # The factor K keeps the logarithms small, and divergences are differences of them.
+        logs = logs - (logs.logsumexp(1, keepdim=True) - math.log(logs.shape[1]))
+        return logs.exp() / logs.shape[1], logs
 
-    def _likeness(self, queries: Tensor) -> Tensor:
-        """The mean, or the sum, of ψ(-M) over the support of each class, (B,K)."""
+    def _divergence_votes(self, queries: Tensor) -> Tensor:
+        """The mean, or the sum, of ψ(-M) over the support images of each class, (B,K)."""
         support = self._support
-        near, nearest, like, unlike = support.extrema
+        low, high, divergence_min, divergence_max = support.extrema
         if len(support.features) < 2:
             return queries.new_zeros(len(queries), len(support.mass))
-        slope = (nearest - near) / (unlike - like) if unlike > like else 0.0
-        shares, leanings = self._shares(queries)
-        counts, mass = support.offsets.diff().to(shares.dtype), support.mass.to(shares.dtype)
-        # ψ(-M) = near + slope·(unlike - M), M = Σ s log s - s·log S, the latter summed by class.
-        each = near + slope * (unlike - (shares * leanings).sum(1, keepdim=True))
-        total = counts * each + slope * (shares @ mass.T)
+        slope = (high - low) / (divergence_max - divergence_min) if divergence_max > divergence_min else 0.0
+        probabilities, logs = self._class_probabilities(queries)
+        counts, mass = support.offsets.diff().to(probabilities.dtype), support.mass.to(probabilities.dtype)
+        # ψ(-M) = low + slope·(divergence_max - M), M = Σ s log s - s·log S, the latter summed by class.
+        per_image = low + slope * (divergence_max - (probabilities * logs).sum(1, keepdim=True))
+        total = counts * per_image + slope * (probabilities @ mass.T)
         if self.reduce == "mean":
             total = total / counts.clamp_min(1)
-        return torch.where(counts > 0, total, near)
+        return torch.where(counts > 0, total, low)
 
     def _extra_logits(self, queries: Tensor) -> Tensor | float:
-        return self.gamma * self._likeness(queries)
+        return self.gamma * self._divergence_votes(queries)
 
     def _weight_search(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], SearchResult]:
-        likeness = self._likeness(queries)
-        return lambda votes: search(first, votes, likeness, labels, grid(0.1, 50, 20), grid(0.1, 30, 50))
+        divergence_votes = self._divergence_votes(queries)
+        return lambda votes: search(first, votes, divergence_votes, labels, grid(0.1, 50, 20), grid(0.1, 30, 50))
 
-    def _set_weights(self, found: SearchResult) -> None:
-        self.alpha, self.gamma = found.first, found.second
+    def _set_weights(self, result: SearchResult) -> None:
+        self.alpha, self.gamma = result.first, result.second

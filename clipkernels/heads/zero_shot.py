@@ -1,4 +1,4 @@
-"""CLIP's own head: logits = scale · cos(image, class). Reads B·E + K·E, writes B·K."""
+"""CLIP's zero-shot head: logits = scale · cos(image, class). Reads B·E + K·E values, writes B·K."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ZeroShot:
 
     Args:
         text: class embeddings (K,E), any floating dtype; need not be normalised.
-        scale: what the cosines are multiplied by.
+        scale: factor of the cosines.
     Raises:
         ValueError: text that is not (K,E) with K ≥ 1.
     Source: CLIP, arXiv 2103.00020, section 3.1.
@@ -28,14 +28,14 @@ class ZeroShot:
     def __init__(self, text: Tensor, scale: float = 100.0) -> None:
         if text.ndim != 2 or not len(text):
             raise ValueError(f"text must be class embeddings (K,E) with K ≥ 1, got {tuple(text.shape)}")
-        with torch.inference_mode(False):  # which a head may outlive
+        with torch.inference_mode(False):  # a head may be used after the inference mode that it is made in
             self.text = normalize(text.to(torch.promote_types(text.dtype, torch.float32)), dim=-1)
         self.scale = scale
 
     def __call__(self, features: Tensor | Encoded) -> Tensor:
         """Logits (B,K) of image embeddings (B,E), or of the embedding of an `Encoded`.
 
-        Computed in fp32 (fp64 stays fp64), whatever the dtype of the features; differentiable in them.
+        They are computed in fp32 (fp64 stays fp64) for features of any dtype, and differentiable in the features.
 
         Raises:
             ValueError: features that are not (B,E) with the E of the text.
@@ -48,6 +48,8 @@ class ZeroShot:
             return self.scale * normalize(image.to(dtype), dim=-1) @ self.text.to(image.device, dtype).T
 
     def matches(self, text: Tensor) -> bool:
-        """Whether class embeddings (K,E) are, to rounding, those of this head: of its classes, prompts and model."""
-        own = self.text.cpu()
-        return text.shape == own.shape and bool((cosine_similarity(text.to(own.dtype), own) > 0.999).all())
+        """Return true if class embeddings (K,E) equal this head's up to rounding: same classes, prompts and model."""
+        expected = self.text.cpu()
+        return text.shape == expected.shape and bool(
+            (cosine_similarity(text.to(expected.dtype), expected) > 0.999).all()
+        )

@@ -40,7 +40,9 @@ def part(encoded, start, stop):
 def test_batches_are_what_their_images_are_one_after_another(sizes, self_vote, evict):
     encoded, text = features(40)
     head = ck.Reservoir(text, evict=evict, self_vote=self_vote, scale=20, temperature=0.3)
-    read = Literal(text, *RESERVOIR_PRESETS["imagenet"]._replace(temperature=0.3), evict=evict, self_vote=self_vote, scale=20)
+    read = Literal(
+        text, *RESERVOIR_PRESETS["imagenet"]._replace(temperature=0.3), evict=evict, self_vote=self_vote, scale=20
+    )
     expected = torch.stack([read.see(*image) for image in zip(encoded.embedding, encoded.cls_path, strict=True)])
     start, found = 0, []
     for size in sizes:
@@ -273,11 +275,11 @@ def test_a_reservoir_of_something_else_is_refused(tmp_path):
         ck.Reservoir(text, scale=20).load(file)
     with pytest.raises(ValueError, match="expected a reservoir of capacity 2, got 3"):
         ck.Reservoir(text, capacity=2).load(file)
-    with pytest.raises(ValueError, match="expected the CLS tokens of 4 blocks of width 12, got 3 of 12"):
+    with pytest.raises(ValueError, match="expected the CLS tokens of 4 blocks of width 12, got 3 blocks of width 12"):
         ck.Reservoir(text).load(file)(ck.Encoded(encoded.embedding, cls_path=encoded.cls_path[:, :3]))
     started = ck.Reservoir(text)
     started(ck.Encoded(encoded.embedding, cls_path=encoded.cls_path[:, :, :6]))
-    with pytest.raises(ValueError, match="expected the CLS tokens of 4 blocks of width 6, got 4 of 12"):
+    with pytest.raises(ValueError, match="expected the CLS tokens of 4 blocks of width 6, got 4 blocks of width 12"):
         started.load(file)
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(ValueError, match="expected a safetensors file"):
