@@ -1,7 +1,7 @@
-"""The Triton launchers as opaque torch operators: for torch.compile and export, for fake tensors, for gradients.
+"""Triton launchers as opaque torch operators, which support torch.compile, export, fake tensors and gradients.
 
-Each operator has a schema, an implementation (the launcher), a fake with the real strides, and a backward, or one that
-says that there is none. One module per kernel file, of the same stem.
+Each operator has a schema, an implementation (the launcher), a fake that returns the real strides, and a backward; an
+operator without a gradient has a backward that raises. Each kernel file has one module here, of the same stem.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from clipkernels.backend import interpreting
+from clipkernels.reference import Norm
 
 # `Library.define` costs half the call overhead of `torch.library.custom_op`.
 _LIBRARY = torch.library.Library("clipkernels", "DEF")
@@ -21,15 +22,15 @@ _KEYS = ("CUDA", "CPU") if interpreting() else ("CUDA",)
 
 
 def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether eager may call a launcher directly: real tensors, no gradient, nobody watching."""
+    """Return true if a launcher may be called directly: plain tensors, no gradient, no tracer, no dispatch mode."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
     if torch.jit.is_tracing():
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    present = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
         return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given)
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in present)
 
 
 def register(
@@ -39,7 +40,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
 ) -> None:
-    """Defines the operator `clipkernels::<schema>`; without a backward, asking for a gradient raises."""
+    """Define the operator `clipkernels::<schema>`; without a `backward` its gradient raises RuntimeError."""
     name = schema.partition("(")[0]
 
     def refuse(ctx: Any, *grads: Tensor) -> Any:
@@ -54,11 +55,54 @@ def register(
     )
 
 
-def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a LayerNorm of stored rows x (…,C): fp32 for x, their own dtype for weight and bias."""
+def call_with_norm(name: str, launch: Callable[..., Any], arguments: tuple[Any, ...], norm: Norm | None) -> Any:
+    """Run an operator whose last result is the LayerNorm of its tokens, None without a norm.
+
+    Args:
+        name: the operator's; its schema takes `arguments`, weight, bias and eps.
+        launch: the launcher; it takes `arguments` and `norm`.
+        arguments: tensors, numbers and strings.
+        norm: (weight, bias, eps) or None.
+    Returns:
+        The tuple of the launcher's results.
+    """
+    weight, bias, eps = norm if norm is not None else (None, None, 0.0)
+    if can_skip_dispatcher(*[value for value in arguments if isinstance(value, Tensor)], weight, bias):
+        return launch(*arguments, norm)
+    *results, normed = getattr(torch.ops.clipkernels, name)(*arguments, weight, bias, eps)
+    return (*results, normed if norm is not None else None)
+
+
+def flatten_norm(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the implementation for a schema that ends in weight, bias and eps; `launch` takes a norm tuple instead.
+
+    The last result, the LayerNorm, is an empty tensor without a norm, because a schema has no optional results.
+    """
+
+    def implementation(*arguments: Any) -> Any:
+        *others, weight, bias, eps = arguments
+        *results, normed = launch(*others, None if weight is None or bias is None else (weight, bias, eps))
+        return (*results, others[0].new_empty(0) if normed is None else normed)
+
+    return implementation
+
+
+def norm_backward(
+    grad: Tensor, grad_normed: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of stored rows x (…,C) in fp32, and of weight and bias of their LayerNorm in their dtypes.
+
+    Args:
+        grad: of the rows themselves, in fp32.
+        grad_normed: of their LayerNorm, or None.
+        x: the rows; unused without a norm.
+        weight, bias, eps: the norm; None for weight and bias without one.
+    """
+    if weight is None or bias is None or grad_normed is None:
+        return grad, None, None
     wide, shape = x.float(), x.shape[-1:]
     _, mean, rstd = torch.native_layer_norm(wide, shape, weight.float(), bias.float(), eps)
-    through, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad.float(), wide, shape, mean, rstd, weight.float(), bias.float(), [True, True, True]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_normed.float(), wide, shape, mean, rstd, weight.float(), bias.float(), [True, True, True]
     )
-    return through, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+    return grad + grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)

@@ -1,4 +1,4 @@
-"""`affinity` on the Triton backend."""
+"""The operation `affinity` on the Triton backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clipkernels.custom_ops import can_skip_dispatcher, register
 
 
 def affinity(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, weights: Tensor | None) -> Tensor:
-    """Of a support sorted by class."""
+    """Affinity (t,K) to a support sorted by class; class c has the rows from offsets[c] to offsets[c+1]."""
     call = _launch if can_skip_dispatcher(queries, support, weights) else torch.ops.clipkernels.affinity
     return call(queries, support, offsets, beta, weights)
 

@@ -1,4 +1,4 @@
-"""`attention` and `rank_tokens` on the Triton backend."""
+"""The operations `attention` and `rank_tokens` on the Triton backend."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from clipkernels.custom_ops import can_skip_dispatcher, register
 def attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int, fused: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and signal from one kernel where `fused` and no gradient is wanted, else from SDPA and a score kernel."""
+    """Output and signal, from one kernel if `fused` and no gradient is required, else from SDPA and a score kernel."""
     scores: Tensor | None
-    scored = "" if signal in (None, "keys") else str(signal)
-    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if fused and not learns:
-        out, scores = _attention(q, k, v, size, scored, prefix)
+    score_signal = "" if signal in (None, "keys") else str(signal)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if fused and not needs_grad:
+        out, scores = _attention(q, k, v, size, score_signal, prefix)
     else:
         out, _ = reference.attention(q, k, v, size, None, prefix)
-        scores = _scores(q.detach(), k.detach(), size, scored, prefix)
+        scores = _scores(q.detach(), k.detach(), size, score_signal, prefix)
     if signal == "keys":
         return out, k.detach().mean(1)
-    return out, scores if scored else None
+    return out, scores if score_signal else None
 
 
 def rank_tokens(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | None, prefix: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`condense_tokens` on the Triton backend."""
+"""The operation `condense_tokens` on the Triton backend."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import can_skip_dispatcher, norm_backward, register
+from clipkernels.custom_ops import call_with_norm, flatten_norm, norm_backward, register
 from clipkernels.reference import Condensed, Norm
 
 
@@ -23,40 +23,15 @@ def condense_tokens(
     first: int,
     norm: Norm | None,
 ) -> Condensed:
+    arguments = (x, scores, keep, merge, centers, weights, heads, prefix, first)
+    tokens, source, index, _, normed = call_with_norm("condense_tokens", _launch, arguments, norm)
+    return Condensed(tokens, source, index, normed)
+
+
+def _launch(*arguments: Any) -> Any:
     from clipkernels.kernels.condense import condense_tokens as launch
 
-    weight, bias, eps = norm if norm is not None else (None, None, 0.0)
-    counts = (keep, merge, centers)
-    if can_skip_dispatcher(x, scores, weights, weight, bias):
-        tokens, source, index, _, normed = launch(x, scores, *counts, weights, heads, prefix, first, norm)
-        return Condensed(tokens, source, index, normed)
-    operator = torch.ops.clipkernels.condense_tokens
-    tokens, source, index, _, normed = operator(
-        x, scores, *counts, weights, heads, prefix, first, weight, bias, eps
-    )  # fmt: skip
-    return Condensed(tokens, source, index, normed if norm is not None else None)
-
-
-def _condense(
-    x: Tensor,
-    scores: Tensor,
-    keep: int,
-    merge: int,
-    centers: int,
-    weights: Tensor | None,
-    heads: str,
-    prefix: int,
-    first: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from clipkernels.kernels.condense import condense_tokens as launch
-
-    norm = None if weight is None or bias is None else (weight, bias, eps)
-    *made, normed = launch(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
-    tokens, source, index, coefficient = made
-    return tokens, source, index, coefficient, x.new_empty(0) if normed is None else normed
+    return launch(*arguments)
 
 
 def _fake(
@@ -93,29 +68,26 @@ def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Any,
     grad_normed, first = rest[-1], ctx.prefix + ctx.keep
     total = x.new_zeros(x.shape[0], first + ctx.centers + 1, x.shape[2], dtype=torch.float32)
     total = total if grad is None else total + grad
-    grad_weight = grad_bias = None
-    if weight is not None and grad_normed is not None:
-        through, grad_weight, grad_bias = norm_backward(grad_normed, tokens, weight, bias, ctx.eps)
-        total = total + through
-    # A row is the sum of its patches times their coefficients.
+    total, grad_weight, grad_bias = norm_backward(total, grad_normed, tokens, weight, bias, ctx.eps)
+    # A row is the sum of its patches times their coefficients, …
     pull = total.gather(1, source[..., None].expand(-1, -1, x.shape[2]))
     patches = coefficient[..., None] * pull
-    # But a centre that no patch joined is its own token.
+    # … except that a centre without patches yields its own token.
     centers = torch.arange(first, first + ctx.centers, device=x.device)
     alone = ~(source[:, None] == centers[:, None]).any(2)
-    own = index[:, ctx.keep :, None].expand(-1, -1, x.shape[2])
-    patches = patches.scatter_add(1, own, total[:, first:-1] * alone[..., None])
-    given = scores if weights is None else weights
-    grad_given = None
+    center_patches = index[:, ctx.keep :, None].expand(-1, -1, x.shape[2])
+    patches = patches.scatter_add(1, center_patches, total[:, first:-1] * alone[..., None])
+    fuse_weights = scores if weights is None else weights
+    grad_fuse_weights = None
     if weights is not None or scores.ndim == 2 or ctx.heads == "mean":
-        reduced = given.float() if given.ndim == 2 else given.float().mean(1)
+        reduced = fuse_weights.float() if fuse_weights.ndim == 2 else fuse_weights.float().mean(1)
         counts = (source == first + ctx.centers) & (reduced > float("-inf"))
-        grad_given = (x[:, ctx.prefix :].float() * pull).sum(-1) * counts
-        if given.ndim == 3:
-            grad_given = (grad_given / given.shape[1])[:, None].expand_as(given)
-        grad_given = grad_given.to(given.dtype)
+        grad_fuse_weights = (x[:, ctx.prefix :].float() * pull).sum(-1) * counts
+        if fuse_weights.ndim == 3:
+            grad_fuse_weights = (grad_fuse_weights / fuse_weights.shape[1])[:, None].expand_as(fuse_weights)
+        grad_fuse_weights = grad_fuse_weights.to(fuse_weights.dtype)
     grad_x = torch.cat([total[:, : ctx.prefix], patches], 1).to(x.dtype)
-    grad_scores, grad_weights = (grad_given, None) if weights is None else (None, grad_given)
+    grad_scores, grad_weights = (grad_fuse_weights, None) if weights is None else (None, grad_fuse_weights)
     return grad_x, grad_scores, None, None, None, grad_weights, None, None, None, grad_weight, grad_bias, None
 
 
@@ -123,7 +95,7 @@ register(
     "condense_tokens(Tensor x, Tensor scores, int keep, int merge, int centers, Tensor? weights, str heads, "
     "int prefix, int first, Tensor? weight, Tensor? bias, float eps) "
     "-> (Tensor tokens, Tensor source, Tensor index, Tensor coefficient, Tensor normed)",
-    _condense,
+    flatten_norm(_launch),
     _fake,
     _backward,
     _setup,

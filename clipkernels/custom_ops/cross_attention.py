@@ -1,4 +1,4 @@
-"""`cross_attention` and `calip_logits` on the Triton backend."""
+"""The operations `cross_attention` and `calip_logits` on the Triton backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bias_act` and `add_norm` on the Triton backend."""
+"""The operations `bias_act` and `add_norm` on the Triton backend."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import can_skip_dispatcher, norm_backward, register
+from clipkernels.custom_ops import call_with_norm, can_skip_dispatcher, flatten_norm, norm_backward, register
 from clipkernels.reference import Added, Norm
 
 
 def bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    return _bias_act(x, bias, act) if can_skip_dispatcher(x, bias) else torch.ops.clipkernels.bias_act(x, bias, act)
+    call = _launch_bias_act if can_skip_dispatcher(x, bias) else torch.ops.clipkernels.bias_act
+    return call(x, bias, act)
 
 
 def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> Added:
-    from clipkernels.kernels.epilogue import add_norm as launch
-
-    weight, shift, eps = norm if norm is not None else (None, None, 0.0)
-    if can_skip_dispatcher(x, y, bias, scale, weight, shift):
-        return Added(*launch(x, y, bias, scale, norm))
-    tokens, normed = torch.ops.clipkernels.add_norm(x, y, bias, scale, weight, shift, eps)
-    return Added(tokens, normed if norm is not None else None)
+    return Added(*call_with_norm("add_norm", _launch_add_norm, (x, y, bias, scale), norm))
 
 
-def _bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
+def _launch_bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
     from clipkernels.kernels.epilogue import bias_act as launch
 
     return launch(x, bias, act)
@@ -45,27 +40,17 @@ def _bias_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     wide = x.float() if bias is None else x.float() + bias.float()
     if ctx.act == "quick_gelu":
         gate = torch.sigmoid(1.702 * wide)
-        through = grad.float() * gate * (1 + 1.702 * wide * (1 - gate))
+        grad_wide = grad.float() * gate * (1 + 1.702 * wide * (1 - gate))
     else:
         approximate = "tanh" if ctx.act == "gelu_tanh" else "none"
-        through = torch.ops.aten.gelu_backward(grad.float(), wide, approximate=approximate)
-    return through.to(x.dtype), None if bias is None else _over_rows(through).to(bias.dtype), None
+        grad_wide = torch.ops.aten.gelu_backward(grad.float(), wide, approximate=approximate)
+    return grad_wide.to(x.dtype), None if bias is None else _sum_rows(grad_wide).to(bias.dtype), None
 
 
-def _add_norm(
-    x: Tensor,
-    y: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _launch_add_norm(*arguments: Any) -> Any:
     from clipkernels.kernels.epilogue import add_norm as launch
 
-    norm = None if weight is None or shift is None else (weight, shift, eps)
-    tokens, normed = launch(x, y, bias, scale, norm)
-    return tokens, x.new_empty(0) if normed is None else normed
+    return launch(*arguments)
 
 
 def _add_norm_fake(
@@ -85,26 +70,24 @@ def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _add_norm_backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Any, ...]:
     y, bias, scale, tokens, weight, shift = ctx.saved_tensors
     total = torch.zeros_like(y, dtype=torch.float32) if grad is None else grad.float()
-    grad_bias = grad_scale = grad_weight = grad_shift = None
-    if weight is not None and grad_normed is not None:
-        through, grad_weight, grad_shift = norm_backward(grad_normed, tokens, weight, shift, ctx.eps)
-        total = total + through
+    grad_bias = grad_scale = None
+    total, grad_weight, grad_shift = norm_backward(total, grad_normed, tokens, weight, shift, ctx.eps)
     branch = total if scale is None else total * scale.float()
     if scale is not None:
         wide = y.float() if bias is None else y.float() + bias.float()
-        grad_scale = _over_rows(total * wide).to(scale.dtype)
+        grad_scale = _sum_rows(total * wide).to(scale.dtype)
     if bias is not None:
-        grad_bias = _over_rows(branch).to(bias.dtype)
+        grad_bias = _sum_rows(branch).to(bias.dtype)
     return total.to(ctx.dtype), branch.to(y.dtype), grad_bias, grad_scale, grad_weight, grad_shift, None
 
 
-def _over_rows(x: Tensor) -> Tensor:
+def _sum_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).sum(0)
 
 
 register(
     "bias_act(Tensor x, Tensor? bias, str act) -> Tensor",
-    _bias_act,
+    _launch_bias_act,
     _bias_act_fake,
     _bias_act_backward,
     _bias_act_setup,
@@ -112,7 +95,7 @@ register(
 register(
     "add_norm(Tensor x, Tensor y, Tensor? bias, Tensor? scale, Tensor? weight, Tensor? shift, float eps) "
     "-> (Tensor tokens, Tensor normed)",
-    _add_norm,
+    flatten_norm(_launch_add_norm),
     _add_norm_fake,
     _add_norm_backward,
     _add_norm_setup,

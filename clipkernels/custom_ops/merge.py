@@ -1,4 +1,4 @@
-"""`match_tokens` and `merge_tokens` on the Triton backend."""
+"""The operations `match_tokens` and `merge_tokens` on the Triton backend."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import can_skip_dispatcher, norm_backward, register
+from clipkernels.custom_ops import call_with_norm, can_skip_dispatcher, flatten_norm, norm_backward, register
 from clipkernels.reference import Match, Merged, Norm
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
     metric = metric.detach()
     if can_skip_dispatcher(metric):
-        return Match(*_match(metric, r, prefix))
+        return Match(*_launch_match(metric, r, prefix))
     return Match(*torch.ops.clipkernels.match_tokens(metric, r, prefix))
 
 
 def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None) -> Merged:
-    from clipkernels.kernels.merge import merge_tokens as launch
-
-    weight, bias, eps = norm if norm is not None else (None, None, 0.0)
-    if can_skip_dispatcher(x, *match, size, weight, bias):
-        return Merged(*launch(x, *match, size, norm))
-    tokens, merged, normed = torch.ops.clipkernels.merge_tokens(x, *match, size, weight, bias, eps)
-    return Merged(tokens, merged, normed if norm is not None else None)
+    return Merged(*call_with_norm("merge_tokens", _launch_merge, (x, *match, size), norm))
 
 
-def _match(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_match(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     from clipkernels.kernels.merge import match_tokens as launch
 
     return launch(metric, r, prefix)
@@ -42,21 +36,10 @@ def _match_fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Te
     return kept, source, target
 
 
-def _merge(
-    x: Tensor,
-    kept: Tensor,
-    source: Tensor,
-    target: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_merge(*arguments: Any) -> Any:
     from clipkernels.kernels.merge import merge_tokens as launch
 
-    norm = None if weight is None or bias is None else (weight, bias, eps)
-    tokens, merged, normed = launch(x, kept, source, target, size, norm)
-    return tokens, merged, x.new_empty(0) if normed is None else normed
+    return launch(*arguments)
 
 
 def _merge_fake(
@@ -80,14 +63,11 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed: Tens
     batch, count, width = ctx.shape
     total = merged.new_zeros(*merged.shape, width)
     total = total if grad is None else total + grad
-    grad_weight = grad_bias = None
-    if weight is not None and grad_normed is not None:
-        through, grad_weight, grad_bias = norm_backward(grad_normed, tokens, weight, bias, ctx.eps)
-        total = total + through
+    total, grad_weight, grad_bias = norm_backward(total, grad_normed, tokens, weight, bias, ctx.eps)
     size = merged.new_ones(batch, count) if size is None else size.float()
     survivors, targets = total[:, : kept.shape[1]], total[:, kept.shape[1] :]
     sums = merged[:, kept.shape[1] :]
-    # Every source has one target and every row one place, so this gathers, and scatters without adding.
+    # Every source has one target and every row one position, so this gathers, and scatters without adding.
     share = size[:, ::2].gather(1, source) / sums.gather(1, target)
     pulled = share[..., None] * targets.gather(1, target[..., None].expand(-1, -1, width))
     even = total.new_zeros(batch, (count + 1) // 2, width)
@@ -99,12 +79,14 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed: Tens
 
 
 register(
-    "match_tokens(Tensor metric, int r, int prefix) -> (Tensor kept, Tensor source, Tensor target)", _match, _match_fake
+    "match_tokens(Tensor metric, int r, int prefix) -> (Tensor kept, Tensor source, Tensor target)",
+    _launch_match,
+    _match_fake,
 )
 register(
     "merge_tokens(Tensor x, Tensor kept, Tensor source, Tensor target, Tensor? size, Tensor? weight, Tensor? bias, "
     "float eps) -> (Tensor tokens, Tensor merged, Tensor normed)",
-    _merge,
+    flatten_norm(_launch_merge),
     _merge_fake,
     _backward,
     _setup,

@@ -1,4 +1,4 @@
-"""`predict_scores` on the Triton backend."""
+"""The operation `predict_scores` on the Triton backend."""
 
 from __future__ import annotations
 

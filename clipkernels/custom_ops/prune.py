@@ -1,4 +1,4 @@
-"""`prune_tokens` on the Triton backend."""
+"""The operation `prune_tokens` on the Triton backend."""
 
 from __future__ import annotations
 
@@ -7,39 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import can_skip_dispatcher, norm_backward, register
+from clipkernels.custom_ops import call_with_norm, flatten_norm, norm_backward, register
 from clipkernels.reference import Norm, Pruned, reduce_heads
 
 
 def prune_tokens(
     x: Tensor, scores: Tensor, keep: int, fuse: bool, heads: str, prefix: int, norm: Norm | None
 ) -> Pruned:
+    return Pruned(*call_with_norm("prune_tokens", _launch, (x, scores, keep, fuse, heads, prefix), norm))
+
+
+def _launch(*arguments: Any) -> Any:
     from clipkernels.kernels.prune import prune_tokens as launch
 
-    weight, bias, eps = norm if norm is not None else (None, None, 0.0)
-    if can_skip_dispatcher(x, scores, weight, bias):
-        return Pruned(*launch(x, scores, keep, fuse, heads, prefix, norm))
-    operator = torch.ops.clipkernels.prune_tokens
-    tokens, index, normed = operator(x, scores, keep, fuse, heads, prefix, weight, bias, eps)
-    return Pruned(tokens, index, normed if norm is not None else None)
-
-
-def _prune(
-    x: Tensor,
-    scores: Tensor,
-    keep: int,
-    fuse: bool,
-    heads: str,
-    prefix: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from clipkernels.kernels.prune import prune_tokens as launch
-
-    norm = None if weight is None or bias is None else (weight, bias, eps)
-    tokens, index, normed = launch(x, scores, keep, fuse, heads, prefix, norm)
-    return tokens, index, x.new_empty(0) if normed is None else normed
+    return launch(*arguments)
 
 
 def _fake(
@@ -62,18 +43,16 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed: Tens
     rows = ctx.prefix + ctx.keep + ctx.fuse
     total = x.new_zeros(x.shape[0], rows, x.shape[2], dtype=torch.float32)
     total = total if grad is None else total + grad
-    grad_weight = grad_bias = grad_scores = None
-    if weight is not None and grad_normed is not None:
-        through, grad_weight, grad_bias = norm_backward(grad_normed, tokens, weight, bias, ctx.eps)
-        total = total + through
+    total, grad_weight, grad_bias = norm_backward(total, grad_normed, tokens, weight, bias, ctx.eps)
+    grad_scores = None
     kept = total[:, ctx.prefix : ctx.prefix + ctx.keep]
     patches = torch.zeros_like(x[:, ctx.prefix :], dtype=torch.float32)
     patches = patches.scatter(1, index[..., None].expand_as(kept), kept)
     if ctx.fuse:
         fused = total[:, -1:]
-        gone = torch.ones_like(patches[..., 0]).scatter(1, index, 0.0)
+        dropped = torch.ones_like(patches[..., 0]).scatter(1, index, 0.0)
         reduced = reduce_heads(scores, ctx.heads) if scores.ndim == 3 else scores.float()
-        counts = gone * (reduced > float("-inf"))
+        counts = dropped * (reduced > float("-inf"))
         patches = patches + (reduced.nan_to_num(0.0) * counts)[..., None] * fused
         if ctx.heads == "mean" or scores.ndim == 2:
             grad_scores = (x[:, ctx.prefix :].float() * fused).sum(-1) * counts
@@ -87,7 +66,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed: Tens
 register(
     "prune_tokens(Tensor x, Tensor scores, int keep, bool fuse, str heads, int prefix, "
     "Tensor? weight, Tensor? bias, float eps) -> (Tensor tokens, Tensor index, Tensor normed)",
-    _prune,
+    flatten_norm(_launch),
     _fake,
     _backward,
     _setup,

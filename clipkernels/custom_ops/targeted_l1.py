@@ -1,4 +1,4 @@
-"""`targeted_l1` on the Triton backend."""
+"""The operation `targeted_l1` on the Triton backend."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from clipkernels.custom_ops import can_skip_dispatcher, register
 
 
 def targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    given = (student, teacher, projection, weights, mask)
+    arguments = (student, teacher, projection, weights, mask)
     learns = torch.is_grad_enabled() and (student.requires_grad or projection.requires_grad)
-    distance, _, _ = (_launch if can_skip_dispatcher(*given) else torch.ops.clipkernels.targeted_l1)(*given, learns)
+    call = _launch if can_skip_dispatcher(*arguments) else torch.ops.clipkernels.targeted_l1
+    distance, _, _ = call(*arguments, learns)
     return distance
 
 
@@ -40,13 +41,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.mark_non_differentiable(signs, order)
     ctx.embedding = projection.shape[0]
     to_student, _, to_projection, *_ = ctx.needs_input_grad
-    kept = (student if to_projection else None, projection if to_student else None)
-    ctx.save_for_backward(*kept, weights, mask, signs, order)
+    factors = (student if to_projection else None, projection if to_student else None)
+    ctx.save_for_backward(*factors, weights, mask, signs, order)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if not ctx.learns:
-        raise RuntimeError("clipkernels::targeted_l1 was called with learns=False, and kept nothing for a backward")
+        raise RuntimeError("clipkernels::targeted_l1 was called with learns=False, which saves nothing for a backward")
     student, projection, weights, mask, signs, order = ctx.saved_tensors
     scale = torch.where(mask, weights.float() * grad[:, None], 0.0) / ctx.embedding
     grad_student = grad_projection = None
@@ -58,7 +59,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError("targeted_l1 is differentiable once: its gradients have none")
+    raise RuntimeError("targeted_l1 is differentiable once: its gradients have no backward")
 
 
 def _launch_student(projection: Tensor, scale: Tensor, signs: Tensor, order: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Every operation in plain PyTorch: the definition of correct. One module per operation, of its kernel's name.
+"""Every operation in plain PyTorch: the specification of the kernels. Modules have the stems of the kernel files.
 
 B batch, N tokens, P = N - prefix patches, H heads, C width, D head width, E embedding, K classes. Scores and statistics
-are fp32 (fp64 for fp64 inputs), ties go to the lower index, NaN counts as -inf. Arguments are validated by
-`clipkernels.ops`.
+are fp32 (fp64 for fp64 inputs), ties go to the lower index, NaN counts as -inf. `clipkernels.ops` validates arguments
+and documents them.
 """
 
 from clipkernels.reference.affinity import affinity, sort_by_class

@@ -1,4 +1,4 @@
-"""Attention and its signals."""
+"""Attention, and the signals that rank tokens."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch.nn.functional import scaled_dot_product_attention
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import Heads, reduce_heads
 
-# Rows of attention that `received` holds at once.
+# Rows of attention that the signal "received" computes at once.
 ROWS = 128
-# Up to so many keys CPUs run bf16 attention faster as bmm + softmax than as SDPA; fp16 runs slower so, and overflows.
-EXPLICIT = 600
+# Up to this many keys CPUs run bf16 attention faster as bmm + softmax than as SDPA. In fp16 that is slower, and it
+# overflows.
+MAX_BMM_KEYS = 600
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int
 ) -> tuple[Tensor, Tensor | None]:
     bias = _bias(size)
-    explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT
-    if explicit:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= MAX_BMM_KEYS:
         logits = (q * q.shape[-1] ** -0.5) @ k.mT
         out = torch.softmax(logits if bias is None else logits + bias.to(q.dtype), -1) @ v
     else:
-        # Every query's row named: onnxruntime's Attention, opset 23, broadcasts none.
+        # One mask row per query, because Attention of onnxruntime, opset 23, does not broadcast rows.
         mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if signal == "cls":
@@ -35,19 +35,19 @@ def attention(
 
 
 def _bias(size: Tensor | None) -> Tensor | None:
-    """What proportional attention adds to the logits of each key, (B,1,1,N), or None."""
+    """Return the bias (B,1,1,N) that proportional attention adds to the logits of each key, or None."""
     return None if size is None else upcast(size).log()[:, None, None, :]
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention (B,H,M,N) of some query rows (B,H,M,D), in fp32."""
+    """Return the attention (B,H,M,N) of query rows (B,H,M,D), in fp32 (fp64 for fp64 inputs)."""
     with autocast_disabled(q):
         logits = upcast(q) @ upcast(k).mT * q.shape[-1] ** -0.5
     return torch.softmax(logits if bias is None else logits + bias, -1)
 
 
 def _received(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """Column means (B,N) of the attention over heads and queries, a block of rows at a time."""
+    """Return the mean (B,N) of the attention over heads and queries, computed a block of rows at a time."""
     total = q.new_zeros(k.shape[0], k.shape[2], dtype=upcast(q).dtype)
     for start in range(0, q.shape[2], ROWS):
         total = total + _probabilities(q[:, :, start : start + ROWS], k, bias).sum((1, 2))

@@ -1,4 +1,4 @@
-"""CALIP's cross-attention without parameters, and the logits it gives."""
+"""CALIP's parameter-free cross-attention, and its logits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from clipkernels.reference.precision import autocast_disabled, upcast
 
-# Numbers that a few images' similarities or attended patches may be: they stay in the cache of a CPU.
-CACHED = 2**20
-# And where there is memory enough, but launches count.
-DEVICE = 2**25
+# Elements that the similarities or attended patches of one chunk of images may have on a CPU, where they stay in cache,
+CPU_CHUNK_ELEMENTS = 2**20
+# and on a device with more memory, where the number of launches matters.
+DEVICE_CHUNK_ELEMENTS = 2**25
 
 
 class CrossAttended(NamedTuple):
-    """visual (B,P,E) patches that have looked at the classes, text (B,K,E) classes that have looked at the patches."""
+    """visual (B,P,E), patches that attended to the classes, and text (B,K,E), classes that attended to the patches."""
 
     visual: Tensor
     text: Tensor
@@ -30,44 +30,45 @@ def cross_attention(visual: Tensor, text: Tensor, alpha: float) -> CrossAttended
         def attend(patches: Tensor) -> tuple[Tensor, ...]:
             wide = upcast(patches)
             logits = (wide @ classes.T).div_(alpha)
-            seen, found = logits.softmax(2) @ classes, logits.softmax(1).mT @ wide
-            return seen.to(patches.dtype), found.to(patches.dtype)
+            attended_visual, attended_text = logits.softmax(2) @ classes, logits.softmax(1).mT @ wide
+            return attended_visual.to(patches.dtype), attended_text.to(patches.dtype)
 
-        return CrossAttended(*_by_images(attend, text, visual))
+        return CrossAttended(*_map_chunks(attend, text, visual))
 
 
 def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> Tensor:
-    """The three terms of the logits (3,B,K), each × 100, in fp32 or wider."""
+    """Return the three terms of the logits (3,B,K), each × 100, in fp32 (fp64 for fp64 inputs)."""
     with autocast_disabled(visual):
         classes, image = upcast(text), upcast(pooled)
 
         def attend(patches: Tensor, image: Tensor) -> tuple[Tensor, ...]:
             wide = upcast(patches)
             logits = (wide @ classes.T).div_(alpha)
-            seen = logits.softmax(2) @ classes
-            # ⟨F_v, Σ_p w_p·F_s[p]⟩ = Σ_p w_p·⟨F_v, F_s[p]⟩: the attended classes (B,K,E) are never made.
-            found = image[:, None] @ wide.mT @ logits.softmax(1)
-            return found[:, 0], seen.mean(1) + seen.amax(1)
+            attended_visual = logits.softmax(2) @ classes
+            # ⟨F_v, Σ_p w_p·F_s[p]⟩ = Σ_p w_p·⟨F_v, F_s[p]⟩, so the attended classes (B,K,E) are never needed.
+            second = image[:, None] @ wide.mT @ logits.softmax(1)
+            return second[:, 0], attended_visual.mean(1) + attended_visual.amax(1)
 
-        second, seen = _by_images(attend, text, visual, image)
-        return 100 * torch.stack([image @ classes.T, second, seen @ classes.T])
+        second, pooled_visual = _map_chunks(attend, text, visual, image)
+        return 100 * torch.stack([image @ classes.T, second, pooled_visual @ classes.T])
 
 
-def _by_images(attend: Callable[..., tuple[Tensor, ...]], text: Tensor, *batches: Tensor) -> tuple[Tensor, ...]:
-    """What `attend` makes of the images, a few at a time; of all at once where their similarities are kept anyway, by
-    autograd, or where a graph is made of it, which would have the batch's size in it."""
+def _map_chunks(attend: Callable[..., tuple[Tensor, ...]], text: Tensor, *batches: Tensor) -> tuple[Tensor, ...]:
+    """Return the results of `attend` on the batches, computed on a chunk of images at a time."""
     visual = batches[0]
+    # Chunks would put the size of the batch into a graph.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return attend(*batches)
-    held = CACHED if visual.device.type == "cpu" else DEVICE
-    few = max(1, held // (visual.shape[1] * max(text.shape)))
-    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (text, *batches))
-    if learns or len(visual) <= few:
+    elements = CPU_CHUNK_ELEMENTS if visual.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+    chunk = max(1, elements // (visual.shape[1] * max(text.shape)))
+    # Chunks save no memory if autograd saves the similarities.
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (text, *batches))
+    if needs_grad or len(visual) <= chunk:
         return attend(*batches)
-    made: list[Tensor] = []
-    for start in range(0, len(visual), few):
-        parts = attend(*(tensor[start : start + few] for tensor in batches))
-        made = made or [part.new_empty(len(visual), *part.shape[1:]) for part in parts]
-        for whole, part in zip(made, parts, strict=True):
-            whole[start : start + few] = part
-    return tuple(made)
+    results: list[Tensor] = []
+    for start in range(0, len(visual), chunk):
+        parts = attend(*(tensor[start : start + chunk] for tensor in batches))
+        results = results or [part.new_empty(len(visual), *part.shape[1:]) for part in parts]
+        for result, part in zip(results, parts, strict=True):
+            result[start : start + chunk] = part
+    return tuple(results)

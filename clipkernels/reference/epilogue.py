@@ -1,4 +1,4 @@
-"""What follows a product: bias, activation, residual sum, LayerNorm."""
+"""Epilogues of a matrix product: bias, activation, residual sum, LayerNorm."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def bias_act(x: Tensor, bias: Tensor | None, act: Act) -> Tensor:
 def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> Added:
     z = y if bias is None else y + bias
     tokens = x + (z if scale is None else z * scale)
-    tokens = tokens.to(torch.promote_types(x.dtype, y.dtype))  # vectors may be wider
-    return Added(tokens, normed(tokens, norm))
+    tokens = tokens.to(torch.promote_types(x.dtype, y.dtype))  # bias and scale may be wider
+    return Added(tokens, norm_rows(tokens, norm))
 
 
-def normed(x: Tensor, norm: Norm | None) -> Tensor | None:
+def norm_rows(x: Tensor, norm: Norm | None) -> Tensor | None:
+    """Return the LayerNorm of rows x (…,C) with fp32 statistics, in the dtype of x, or None without a norm."""
     if norm is None:
         return None
     weight, bias, eps = norm

@@ -1,4 +1,4 @@
-"""Bipartite matching and merging."""
+"""ToMe's bipartite soft matching, and the merge."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipkernels.reference.epilogue import Norm, normed
+from clipkernels.reference.epilogue import Norm, norm_rows
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import rows_at, strongest_first
 
 
 class Match(NamedTuple):
-    """kept (B,A-r) and source (B,r) int64 into the even tokens, ascending; target (B,r) int64 into the odd ones."""
+    """kept (B,A-r) and source (B,r) index the even tokens in ascending order, target (B,r) the odd ones; int64."""
 
     kept: Tensor
     source: Tensor
@@ -33,7 +33,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
     if metric.ndim == 4:
         metric = metric.detach().mean(1)
     batch, tokens = metric.shape[:2]
-    # The prefix never merges: neither as a source (even positions) nor as a target (odd ones).
+    # The prefix takes no part, neither as a source (even positions) nor as a target (odd ones).
     even, odd = (prefix + 1) // 2, prefix // 2
     first = torch.arange(even if r else (tokens + 1) // 2, device=metric.device).expand(batch, -1)
     if r == 0:
@@ -54,24 +54,25 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     wide = upcast(odd)
     weight = wide.new_ones(x.shape[:2]) if size is None else size.to(wide.dtype)
     gain = rows_at(weight[:, ::2], match.source)
-    total = weight[:, 1::2] + _sums(gain[..., None], match.target, odd.shape[1])[..., 0]
-    # As a correction to the target, so that equal tokens merge to themselves and untouched ones stay bit-equal.
+    total = weight[:, 1::2] + _sum_by_target(gain[..., None], match.target, odd.shape[1])[..., 0]
+    # The mean is a correction of the target, so that equal tokens merge to themselves and others stay bit-equal.
     share = gain / total.gather(1, match.target)
-    pull = share[..., None] * (upcast(rows_at(even, match.source)) - rows_at(wide, match.target))
-    merged = wide + _sums(pull, match.target, odd.shape[1])
+    correction = share[..., None] * (upcast(rows_at(even, match.source)) - rows_at(wide, match.target))
+    merged = wide + _sum_by_target(correction, match.target, odd.shape[1])
     tokens = torch.cat([rows_at(even, match.kept), merged.to(x.dtype)], 1)
-    return Merged(tokens, torch.cat([rows_at(weight[:, ::2], match.kept), total], 1), normed(tokens, norm))
+    return Merged(tokens, torch.cat([rows_at(weight[:, ::2], match.kept), total], 1), norm_rows(tokens, norm))
 
 
-def _sums(parts: Tensor, target: Tensor, rows: int) -> Tensor:
-    """The sum (B,rows,C) of those parts (B,r,C) that go to each row."""
+def _sum_by_target(parts: Tensor, target: Tensor, rows: int) -> Tensor:
+    """Return the sums (B,rows,C) of the parts (B,r,C) by target row."""
     if not torch.compiler.is_compiling():
         return parts.new_zeros(len(parts), rows, parts.shape[2]).scatter_add(
             1, target[..., None].expand_as(parts), parts
         )
-    # Graphs are exported, and runtimes are slow at scatters: a product with zeros and ones, kept clear of 0·NaN.
-    goes = (target[:, None] == torch.arange(rows, device=parts.device)[:, None]).to(parts.dtype)
-    wrong = ~parts.isfinite()
+    # Exported graphs run in runtimes that are slow at scatters, so this is a product with zeros and ones. It leaves out
+    # values that are not finite, because 0·NaN would spoil other rows.
+    one_hot = (target[:, None] == torch.arange(rows, device=parts.device)[:, None]).to(parts.dtype)
+    nonfinite = ~parts.isfinite()
     with autocast_disabled(parts):
-        total, spoilt = goes @ parts.masked_fill(wrong, 0), goes @ wrong.to(parts.dtype)
-    return total.masked_fill(spoilt > 0, float("nan"))
+        total, nonfinite_count = one_hot @ parts.masked_fill(nonfinite, 0), one_hot @ nonfinite.to(parts.dtype)
+    return total.masked_fill(nonfinite_count > 0, float("nan"))

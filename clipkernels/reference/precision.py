@@ -1,4 +1,4 @@
-"""How wide scores and sums are: fp32, and fp64 for fp64 inputs."""
+"""Precision of scores and sums: fp32, and fp64 for fp64 inputs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def upcast(x: Tensor) -> Tensor:
+    """Return x in fp32, or x itself if it is fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def autocast_disabled(x: Tensor) -> torch.autocast:
-    """Where scores and sums stay as wide as they are, autocast or not."""
+    """Return a context for the device of x in which autocast does not narrow scores and sums."""
     return torch.autocast("cuda" if x.device.type == "cuda" else "cpu", enabled=False)

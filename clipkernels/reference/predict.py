@@ -1,4 +1,4 @@
-"""Patch Ranking's predictor: one MLP-Mixer block on pooled channels that scores every patch."""
+"""Patch Ranking's predictor: one MLP-Mixer block on pooled channels scores every patch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipkernels.reference.precision import autocast_disabled, upcast
 
 
 class Mixer(NamedTuple):
-    """Weights as torch.nn.LayerNorm and Linear have them: N tokens, G pooled channels, Ht and Hc hidden ones."""
+    """Weights in the layout of torch.nn.LayerNorm and Linear: N tokens, G pooled channels, Ht and Hc hidden units."""
 
     norm1_weight: Tensor  # (G,)
     norm1_bias: Tensor  # (G,)
@@ -33,21 +33,21 @@ class Mixer(NamedTuple):
 
 
 def map_weights(mixer: Mixer, change: Callable[[Tensor], Tensor]) -> Mixer:
-    """The same with every weight changed, to another dtype for instance."""
-    *weights, eps = mixer  # torch 2.6 traces no slice of a NamedTuple
+    """Return a mixer whose weights are the results of `change`, such as a conversion to another dtype."""
+    *weights, eps = mixer  # not a slice, because torch 2.6 cannot trace a slice of a NamedTuple
     parts: list[Any] = [*[change(weight) for weight in weights], eps]
     return Mixer(*parts)
 
 
 def pool_channels(x: Tensor, channels: int) -> Tensor:
-    """Means (B,N,channels) of x (B,N,C) over bins ⌊g·C/channels⌋ to ⌈(g+1)·C/channels⌉, in fp32 or wider."""
-    if x.shape[2] % channels == 0:  # faster, and in ONNX a mean
+    """Return the means (B,N,channels) of x (B,N,C) over bins ⌊g·C/channels⌋ to ⌈(g+1)·C/channels⌉, in fp32 or fp64."""
+    if x.shape[2] % channels == 0:  # faster, and exported to ONNX as a mean
         return x.unflatten(2, (channels, -1)).mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))
     return adaptive_avg_pool1d(upcast(x), channels)
 
 
 def mix(pooled: Tensor, mixer: Mixer, prefix: int) -> Tensor:
-    """Scores (B,P) of pooled tokens (B,N,G), in fp32 or wider; differentiable in them and in the weights."""
+    """Return the scores (B,P) of pooled tokens (B,N,G), in fp32 or fp64; differentiable in tokens and weights."""
     with autocast_disabled(pooled):
         p = upcast(pooled)
         wide = map_weights(mixer, lambda weight: weight.to(p.dtype))

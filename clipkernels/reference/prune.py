@@ -1,4 +1,4 @@
-"""Pruning: the best patches, the others gone or fused into one token."""
+"""Pruning: keep the best patches, drop the others or fuse them into one token."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipkernels.reference.epilogue import Norm, normed
+from clipkernels.reference.epilogue import Norm, norm_rows
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import Heads, reduce_heads, rows_at, strongest_first
 
 
 class Pruned(NamedTuple):
-    """tokens (B,prefix+keep[+1],C), index (B,keep) int64 into the patches, ascending, normed like tokens or None."""
+    """tokens (B,prefix+keep[+1],C), index (B,keep) int64, the kept patches ascending, normed like tokens or None."""
 
     tokens: Tensor
-    index: Tensor  # type: ignore[assignment]  # tuple.index is not missed here
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which no caller needs
     normed: Tensor | None = None
 
 
@@ -29,16 +29,16 @@ def prune_tokens(
     index = order[:, :keep].sort(-1).values
     rows = [x[:, :prefix], rows_at(x, index + prefix)]
     if fuse:
-        rows.append(fused(x, scores, order[:, keep:], prefix))
+        rows.append(fuse_rows(x, scores, order[:, keep:], prefix))
     tokens = torch.cat(rows, 1)
-    return Pruned(tokens, index, normed(tokens, norm))
+    return Pruned(tokens, index, norm_rows(tokens, norm))
 
 
-def fused(x: Tensor, scores: Tensor, gone: Tensor, prefix: int) -> Tensor:
-    """Σ scoreᵢ·xᵢ (B,1,C) over the patches at `gone` (B,n)."""
-    weights = upcast(scores.gather(1, gone))
-    # A patch that is not there (NaN, -inf) weighs nothing.
+def fuse_rows(x: Tensor, scores: Tensor, patches: Tensor, prefix: int) -> Tensor:
+    """Return Σ scoreᵢ·xᵢ (B,1,C) over the patches with indices `patches` (B,n)."""
+    weights = upcast(scores.gather(1, patches))
+    # NaN and -inf mark a patch that does not exist, so it must not contribute.
     weights = weights.masked_fill(weights.isnan() | weights.isneginf(), 0)
     dtype = torch.promote_types(weights.dtype, upcast(x).dtype)
     with autocast_disabled(x):
-        return (weights[:, None].to(dtype) @ rows_at(x, gone + prefix).to(dtype)).to(x.dtype)
+        return (weights[:, None].to(dtype) @ rows_at(x, patches + prefix).to(dtype)).to(x.dtype)

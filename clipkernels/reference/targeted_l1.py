@@ -1,4 +1,4 @@
-"""The L1 distance of projected tokens to a teacher's, over selected tokens."""
+"""L1 distance of selected, projected tokens to a teacher's tokens."""
 
 from __future__ import annotations
 
@@ -13,44 +13,45 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from clipkernels.reference.precision import autocast_disabled, upcast
 
-# Numbers that the rows projected at once may be on a CPU: few beside a gradient, and faster for staying in cache.
-HELD = 2**17
-# And where launches count: a few thousand rows.
-DEVICE = 2**21
+# Elements of the rows that are projected at once. On a CPU they are small beside a gradient and faster in cache;
+CPU_CHUNK_ELEMENTS = 2**17
+# on a device, where launches count, they are a few thousand rows.
+DEVICE_CHUNK_ELEMENTS = 2**21
 
 
 def targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     with autocast_disabled(student):
-        form = _whole if _traced(student, teacher, projection, weights, mask) else _Chosen.apply
+        form = _dense_distance if _needs_static_shapes(student, teacher, projection, weights, mask) else _Distance.apply
         return form(student, teacher, projection, weights, mask)
 
 
-def _traced(*given: Tensor) -> bool:
-    """Whether a graph is made, whose shapes cannot depend on the mask, torch.func transforms what is called, or there
-    are shapes alone."""
+def _needs_static_shapes(*tensors: Tensor) -> bool:
+    """Return true if no shape may depend on the mask: in a traced graph, under torch.func, or without real data."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
         return True
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return True
-    return given[0].is_meta or detect_fake_mode(given) is not None
+    return tensors[0].is_meta or detect_fake_mode(tensors) is not None
 
 
-def _whole(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    chosen, wide = mask[..., None], upcast(projection)
-    far = torch.where(chosen, student, 0.0).to(wide.dtype) @ wide.T - torch.where(chosen, teacher, 0.0).to(wide.dtype)
-    distances = torch.where(mask, far.abs().sum(2), 0.0)  # 0 · P is not 0 where P is not finite
+def _dense_distance(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """Return the distances (B,), computed on all tokens."""
+    rows, wide = mask[..., None], upcast(projection)
+    target = torch.where(rows, teacher, 0.0).to(wide.dtype)
+    difference = torch.where(rows, student, 0.0).to(wide.dtype) @ wide.T - target
+    distances = torch.where(mask, difference.abs().sum(2), 0.0)  # 0·P is not 0 if P is not finite
     return (torch.where(mask, weights, 0.0).to(wide.dtype) * distances).sum(1) / teacher.shape[2]
 
 
-class _Chosen(torch.autograd.Function):
-    """The same, a few of the selected rows at a time, in backward too."""
+class _Distance(torch.autograd.Function):
+    """Distances (B,), computed on a chunk of the selected rows at a time, in the backward too."""
 
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
         wide = upcast(projection)
         distances = wide.new_zeros(mask.shape)
-        for at, _, far in _differences(student, teacher, wide, mask):
-            distances[at] = torch.linalg.vector_norm(far, 1, dim=1) * weights[at].to(wide.dtype)
+        for at, _, difference in _differences(student, teacher, wide, mask):
+            distances[at] = torch.linalg.vector_norm(difference, 1, dim=1) * weights[at].to(wide.dtype)
         return distances.sum(1) / teacher.shape[2]
 
     @staticmethod
@@ -59,19 +60,19 @@ class _Chosen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        student, _, projection, *_ = given = ctx.saved_tensors
+        student, _, projection, *_ = inputs = ctx.saved_tensors
         to_student, _, to_projection, *_ = ctx.needs_input_grad
-        if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched: no operation may be in place
-            learnt, again = [student] * to_student + [projection] * to_projection, torch.is_grad_enabled()
+        if torch._C._functorch.is_legacy_batchedtensor(grad):  # is_grads_batched allows no operation in place
+            leaves, create_graph = [student] * to_student + [projection] * to_projection, torch.is_grad_enabled()
             with torch.enable_grad(), autocast_disabled(student):
-                came = iter(torch.autograd.grad(_whole(*given), learnt, grad, create_graph=again))
+                grads = iter(torch.autograd.grad(_dense_distance(*inputs), leaves, grad, create_graph=create_graph))
         else:
-            came = iter(_Gradients.apply(grad, *given, to_student, to_projection))
-        return next(came) if to_student else None, None, next(came) if to_projection else None, None, None
+            grads = iter(_Gradients.apply(grad, *inputs, to_student, to_projection))
+        return next(grads) if to_student else None, None, next(grads) if to_projection else None, None, None
 
 
 class _Gradients(torch.autograd.Function):
-    """Of the student and of the projection, where they are wanted; they have none themselves."""
+    """The required gradients of student and projection; they have no backward."""
 
     @staticmethod
     def forward(
@@ -88,33 +89,33 @@ class _Gradients(torch.autograd.Function):
         grad_student = torch.zeros_like(student) if to_student else None
         grad_projection = torch.zeros_like(wide) if to_projection else None
         with autocast_disabled(student):
-            for at, rows, far in _differences(student, teacher, wide, mask):
+            for at, rows, difference in _differences(student, teacher, wide, mask):
                 scale = (weights[at].to(wide.dtype) * grad[at[0]] / teacher.shape[2])[:, None]
-                signs = far.sign_()
+                signs = difference.sign_()
                 if grad_student is not None:
                     grad_student[at] = (signs @ wide).mul_(scale).to(student.dtype)
                 if grad_projection is not None:
                     grad_projection.addmm_(signs.mul_(scale).T, rows)
-        made = (grad_student, None if grad_projection is None else grad_projection.to(projection.dtype))
-        return tuple(one for one in made if one is not None)
+        grads = (grad_student, None if grad_projection is None else grad_projection.to(projection.dtype))
+        return tuple(tensor for tensor in grads if tensor is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept."""
+        """Save nothing, because the backward raises."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("targeted_l1 is differentiable once: its gradients have none")
+        raise RuntimeError("targeted_l1 is differentiable once: its gradients have no backward")
 
 
 def _differences(
     student: Tensor, teacher: Tensor, projection: Tensor, mask: Tensor
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:
-    """Of a few selected rows at a time where they are, what they hold, and P h - g."""
-    held = HELD if student.device.type == "cpu" else DEVICE
-    few = max(1, held // max(projection.shape))
+    """Yield the positions (image, token), the rows h and the differences P h - g of a chunk of selected rows."""
+    elements = CPU_CHUNK_ELEMENTS if student.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+    chunk = max(1, elements // max(projection.shape))
     images, tokens = mask.nonzero(as_tuple=True)
-    for start in range(0, len(images), few):
-        at = (images[start : start + few], tokens[start : start + few])
+    for start in range(0, len(images), chunk):
+        at = (images[start : start + chunk], tokens[start : start + chunk])
         rows = student[at].to(projection.dtype)
         yield at, rows, (rows @ projection.T).sub_(teacher[at])

@@ -281,7 +281,7 @@ def test_a_nan_class_is_lost_to_all_and_spoils_what_patches_see(device, backend)
 def test_images_in_pieces_are_the_images_at_once(monkeypatch, few):
     visual, pooled, text = inputs("cpu", 5, 7, 3, 4)
     expected = ck.ops.calip_logits(visual, pooled, text, terms=True), *ck.ops.cross_attention(visual, text)
-    monkeypatch.setattr(REFERENCE, "CACHED", few * 7 * 4)
+    monkeypatch.setattr(REFERENCE, "CPU_CHUNK_ELEMENTS", few * 7 * 4)
     came = ck.ops.calip_logits(visual, pooled, text, terms=True), *ck.ops.cross_attention(visual, text)
     for piece, whole in zip(came, expected, strict=True):
         torch.testing.assert_close(piece, whole)
@@ -300,10 +300,10 @@ def test_the_similarities_of_a_batch_are_never_whole():
     visual, pooled, text = inputs("cpu", 12, 196, 1000, 32)
     with Largest() as largest:
         ck.ops.calip_logits(visual, pooled, text)
-    assert largest.size <= REFERENCE.CACHED < 12 * 196 * 1000
+    assert largest.size <= REFERENCE.CPU_CHUNK_ELEMENTS < 12 * 196 * 1000
     with Largest() as largest:
         ck.ops.cross_attention(visual, text)
-    assert largest.size <= REFERENCE.CACHED
+    assert largest.size <= REFERENCE.CPU_CHUNK_ELEMENTS
 
 
 def test_autocast_does_not_narrow_the_similarities():
@@ -315,7 +315,7 @@ def test_autocast_does_not_narrow_the_similarities():
 
 
 def test_the_reference_has_the_gradients_of_the_formula(monkeypatch):
-    monkeypatch.setattr(REFERENCE, "CACHED", 1)  # no piece would be kept for the backward
+    monkeypatch.setattr(REFERENCE, "CPU_CHUNK_ELEMENTS", 1)  # no piece would be kept for the backward
     given = [x.requires_grad_() for x in inputs("cpu", 2, 4, 3, 5, torch.float64)]
 
     def terms(visual, pooled, text):
@@ -335,7 +335,7 @@ def test_the_reference_has_the_gradients_of_the_formula(monkeypatch):
 
 
 def test_the_reference_takes_part_in_transforms(monkeypatch):
-    monkeypatch.setattr(REFERENCE, "CACHED", 1)
+    monkeypatch.setattr(REFERENCE, "CPU_CHUNK_ELEMENTS", 1)
     visual, pooled, text = inputs("cpu", 3, 4, 3, 5, torch.float64)
     shifts = torch.randn(2, *visual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     many = torch.func.vmap(lambda shift: ck.ops.calip_logits(visual + shift, pooled, text))(shifts)

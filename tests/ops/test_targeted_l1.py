@@ -359,8 +359,8 @@ class Largest(TorchDispatchMode):
 
 def test_the_reference_never_has_the_projected_tokens_in_memory(device, monkeypatch):
     module = importlib.import_module("clipkernels.reference.targeted_l1")
-    monkeypatch.setattr(module, "HELD", 8 * 40)
-    monkeypatch.setattr(module, "DEVICE", 8 * 40)
+    monkeypatch.setattr(module, "CPU_CHUNK_ELEMENTS", 8 * 40)
+    monkeypatch.setattr(module, "DEVICE_CHUNK_ELEMENTS", 8 * 40)
     given = inputs(device, keep=1.0)
     with Largest(given[0].shape) as largest:
         came = differentiate(fused("reference"), given, torch.ones(3, device=device))
@@ -369,10 +369,10 @@ def test_the_reference_never_has_the_projected_tokens_in_memory(device, monkeypa
         torch.testing.assert_close(one.cpu().double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "most"), [("HELD", 2**17), ("DEVICE", 2**21)])
+@pytest.mark.parametrize(("name", "most"), [("CPU_CHUNK_ELEMENTS", 2**17), ("DEVICE_CHUNK_ELEMENTS", 2**21)])
 def test_the_reference_holds_as_few_numbers_as_it_says(device, monkeypatch, name, most):
     module = importlib.import_module("clipkernels.reference.targeted_l1")
-    for own in ("HELD", "DEVICE"):
+    for own in ("CPU_CHUNK_ELEMENTS", "DEVICE_CHUNK_ELEMENTS"):
         monkeypatch.setattr(module, own, getattr(module, name))
     given = inputs(device, 3, most // 1024, 8, 512, keep=1.0)  # half as much again
     assert given[1].numel() == 3 * most // 2
@@ -522,7 +522,7 @@ def test_the_operator_that_kept_nothing_refuses_a_gradient(device, triton):
     given = inputs(device)
     given[0].requires_grad_()
     distances, _, _ = torch.ops.clipkernels.targeted_l1(*given, False)
-    with pytest.raises(RuntimeError, match="called with learns=False, and kept nothing for a backward"):
+    with pytest.raises(RuntimeError, match="called with learns=False, which saves nothing for a backward"):
         distances.sum().backward()
 
 
@@ -594,8 +594,8 @@ def test_a_graph_of_the_reference_leaves_out_what_is_not_selected_as_well():
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_a_graph_traced_of_one_selection_serves_others(device, backend, mode, monkeypatch):
     module = importlib.import_module("clipkernels.reference.targeted_l1")
-    monkeypatch.setattr(module, "HELD", 8 * 40)
-    monkeypatch.setattr(module, "DEVICE", 8 * 40)
+    monkeypatch.setattr(module, "CPU_CHUNK_ELEMENTS", 8 * 40)
+    monkeypatch.setattr(module, "DEVICE_CHUNK_ELEMENTS", 8 * 40)
     *few, mask = inputs(device, n=9)
     pull = torch.tensor([1.0, -2.0, 0.5], device=device)
 
