@@ -1,1 +1,1 @@
-"""Speed, memory and fidelity of towers, and the environment that a figure is kept with."""
+"""Measurement of a tower's speed, memory and fidelity, and the environment that results are stored with."""

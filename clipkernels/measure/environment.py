@@ -1,4 +1,4 @@
-"""The environment that a measurement is kept with: versions, device, driver, threads, commit and date."""
+"""The environment that results are stored with: versions, device, driver, threads, commit and date."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ DISTRIBUTIONS = {
     "numpy": "numpy",
 }
 
-COMMIT = "CLIPKERNELS_COMMIT"
-"""The variable that names the commit of a copy that has no git beside it."""
+COMMIT_VARIABLE = "CLIPKERNELS_COMMIT"
+"""The environment variable that names the commit of a copy without a git checkout."""
 
 
 def versions() -> dict[str, str | None]:
-    """Version of clipkernels, Python and the packages it stands on, None for one that is not installed."""
-    found: dict[str, str | None] = {
+    """Return the versions of clipkernels, Python and the packages it uses; None if a package is not installed."""
+    result: dict[str, str | None] = {
         "clipkernels": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     for name, distribution in DISTRIBUTIONS.items():
         try:
-            found[name] = importlib.metadata.version(distribution)
+            result[name] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            result[name] = None
+    return result
 
 
 def environment() -> dict[str, Any]:
-    """What a measurement should be kept with: versions, device, driver, threads, commit of the checkout, and date."""
+    """Return the environment of a measurement: versions, device, driver, threads, commit of the checkout, and date."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         **versions(),
@@ -51,23 +51,24 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "threads": torch.get_num_threads(),
-        "commit": _commit() or os.environ.get(COMMIT),
+        "commit": _commit() or os.environ.get(COMMIT_VARIABLE),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 
 def cpu_name() -> str:
-    """The processor's model name, as the system gives it."""
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text(errors="replace").splitlines():
+    """Return the processor's model name as the system reports it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package is in; None where it is installed, if inside another's checkout."""
+    """Return the commit of the checkout that contains this package, or None for an installed package."""
+    # An installed package may lie inside the checkout of another project, in a virtual environment there.
     top = _output("git", "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != Path(__file__).resolve().parents[2]:
         return None
@@ -76,7 +77,7 @@ def _commit() -> str | None:
 
 @cache
 def _output(*command: str) -> str | None:
-    """What a command prints, run where this file lies; None where it fails or does not exist."""
+    """Return the output of a command run in the folder of this file, or None if it fails or does not exist."""
     try:
         return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""Fidelity of embeddings: their distance from the host's dense ones and from their own method's in fp32."""
+"""Fidelity of embeddings: similarity to the host's dense embeddings, and to those of the same method in fp32."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 MIN_COSINE = 0.99
-"""The cosine with the same method in fp32 below which a low precision is reported."""
+"""A warning is due if the cosine of a low precision with the same method in fp32 falls below this."""
 
 
 class Fidelity(NamedTuple):
-    """How close embeddings came to the host's dense ones in eager fp32, and to their own method's.
+    """Similarity of embeddings to the host's dense embeddings in eager fp32, and to those of the same method in fp32.
 
-    Cosines are the least and the mean over images; an embedding that is not finite counts as 0. `precision` is None in
-    fp32. `agreement` is the share of images whose nearest other image is the same, None where there is no other.
+    cosine: minimum and mean, over images, of the cosine with the dense embedding; not finite counts as 0.
+    precision: minimum and mean of the cosine with the same method in fp32; None in fp32.
+    agreement: share of images whose nearest other image is the same as with dense embeddings; None for one image.
+    finite: true if every embedding is finite.
     """
 
     cosine: tuple[float, float]
@@ -25,40 +27,41 @@ class Fidelity(NamedTuple):
     finite: bool
 
 
-def compare(came: Tensor, dense: Tensor, own: Tensor | None) -> Fidelity:
-    """Fidelity of embeddings (n,E) to the dense ones, and to their own method's in fp32 unless they are those."""
+def compare(embeddings: Tensor, dense: Tensor, fp32: Tensor | None) -> Fidelity:
+    """Return the fidelity of embeddings (n,E) to dense ones (n,E), and to the same method's in fp32 unless None."""
 
     def cosine(other: Tensor) -> tuple[float, float]:
-        each = (unit(came) * unit(other)).sum(1).clamp(-1, 1)
-        return each.min().item(), each.mean().item()
+        cosines = (unit(embeddings) * unit(other)).sum(1).clamp(-1, 1)
+        return cosines.min().item(), cosines.mean().item()
 
-    same = (nearest(came) == nearest(dense)).double().mean().item() if len(came) > 1 else None
-    return Fidelity(cosine(dense), None if own is None else cosine(own), same, bool(came.isfinite().all()))
+    same = (nearest(embeddings) == nearest(dense)).double().mean().item() if len(embeddings) > 1 else None
+    return Fidelity(cosine(dense), None if fp32 is None else cosine(fp32), same, bool(embeddings.isfinite().all()))
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length one, zeros for a row that is not finite."""
+    """Return the rows at length one; zeros for a row that is not finite."""
     return normalize(x.masked_fill(~x.isfinite().all(1, keepdim=True), 0), dim=1)
 
 
 def nearest(x: Tensor) -> Tensor:
-    """For every row (n,E) the index of the other row with the largest cosine, the lower of equals."""
+    """Return, for every row (n,E), the index of the other row with the largest cosine; ties go to the lower index."""
     x = unit(x)
-    found = []
+    indices = []
     for start, part in zip(range(0, len(x), 1024), x.split(1024), strict=True):
-        near = part @ x.T
-        near.diagonal(start).fill_(-torch.inf)
-        found.append(near.argmax(1))
-    return torch.cat(found)
+        cosines = part @ x.T
+        cosines.diagonal(start).fill_(-torch.inf)
+        indices.append(cosines.argmax(1))
+    return torch.cat(indices)
 
 
 def complaint(fidelity: Fidelity) -> str | None:
-    """The fault of embeddings that are not finite, or that a low precision moved too far; None without one."""
+    """Return what is wrong with embeddings that are not finite or that low precision changed too much, or None."""
     worst, mean = fidelity.precision or (1.0, 1.0)
     if not fidelity.finite:
-        return "expected finite embeddings, got some that are not"
+        return "expected finite embeddings, got inf or nan"
     if worst < MIN_COSINE:
         return (
-            f"expected a cosine of {MIN_COSINE} with the same in fp32, got {worst:.4f} at worst, {mean:.4f} in the mean"
+            f"expected a cosine of at least {MIN_COSINE} with the same method in fp32, "
+            f"got a minimum of {worst:.4f} and a mean of {mean:.4f}"
         )
     return None

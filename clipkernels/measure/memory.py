@@ -1,4 +1,4 @@
-"""The most memory that one call holds at once, beyond what was there before."""
+"""Peak memory of one call, beyond the memory in use before it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that PyTorch's allocator of a device had handed out at most while `run` ran, less those before it.
+    """Return the peak bytes that PyTorch's allocator of a device had allocated during `run`, minus those before it.
 
-    What a library allocates for itself (a GEMM's scratch, a compiled loop's locals) is not seen, nor is a pool that a
-    CUDA graph filled when it was captured.
+    Memory that a library allocates by itself (a GEMM's workspace, a compiled loop's locals) is not counted, nor is a
+    pool that a CUDA graph filled when it was captured.
 
     Args:
-        run: what is called once; warm, or what it compiles and caches counts too.
-        device: the CPU, whose allocations the profiler reports one by one, or a CUDA device, which keeps a maximum.
+        run: called once. Warm it up before, because memory that it compiles into or caches counts too.
+        device: the CPU, whose allocations the profiler reports one by one, or a CUDA device, which records a maximum.
     Returns:
-        None on any other device.
+        Bytes, or None on any other device.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -32,10 +32,10 @@ def peak(run: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its own stages on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints its own stages to stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    kept: Any = recorded.profiler
-    events = [event for event in kept.kineto_results.events() if event.name() == "[memory]"]
+    profiler: Any = profiled.profiler
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(accumulate(changes), default=0)

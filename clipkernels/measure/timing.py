@@ -1,8 +1,8 @@
-"""Paired timing: every variant runs once per round, in random order, and ratios are taken inside rounds.
+"""Paired timing: every variant runs once per round, in random order, and ratios are computed within rounds.
 
-Whatever slows a machine down for a second then slows all variants of that round, and cancels. The one figure is the
-reduction efficiency η = (t_dense / t_reduced) ÷ (GMACs_dense / GMACs_reduced): 1 when every saved operation became
-saved time.
+A slowdown of the machine then affects all variants of a round and cancels in their ratios. The main figure is the
+reduction efficiency η = (t_dense / t_reduced) ÷ (GMACs_dense / GMACs_reduced); it is 1 if time falls in proportion to
+the operations.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from clipkernels.plan import Plan
 
 Clock = Literal["wall", "process"]
 HOST = "dense (host)"
-"""The host library's own forward among variants."""
+"""The name of the variant that is the host library's own forward."""
 
 
 class Band(NamedTuple):
-    """A median and the quantiles around it."""
+    """A median, and a lower and an upper quantile."""
 
     median: float
     low: float
@@ -39,29 +39,31 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every variant in every round."""
+    """Seconds of every variant in every round, by the variant's name."""
 
     seconds: Mapping[str, Sequence[float]]
 
     def of(self, name: str) -> Band:
-        """Median seconds with the 20 % and 80 % quantiles."""
+        """Return the median seconds with the 20 % and 80 % quantiles."""
         return _band(self.seconds[name], 0.2)
 
     def ratio(self, name: str, against: str) -> Band:
-        """How many times faster `name` was than `against`: the median over rounds, with its 10-90 % band."""
+        """Return the speed-up of `name` over `against`: the median over rounds, with the 10 % and 90 % quantiles."""
         pairs = zip(self.seconds[against], self.seconds[name], strict=True)
         return _band([slow / fast for slow, fast in pairs], 0.1)
 
     def fastest(self, names: Iterable[str]) -> str:
-        """The name with the smallest median, the first of equals."""
+        """Return the name with the smallest median; of equal ones the first."""
         return min(names, key=lambda name: self.of(name).median)
 
 
 class Speed(NamedTuple):
-    """One variant of a tower: what it costs on paper and what it took.
+    """One variant of a tower: computed cost and measured speed.
 
-    `gmacs` and `ideal` count the published schedule, `gmacs_run` what ran (the last block for the CLS row alone, where
-    that was enough); seconds are per batch; `speedup` and `efficiency` are against `baseline`, the fastest dense.
+    `gmacs` and `ideal` count the published schedule. `gmacs_run` counts the operations that ran: if only the CLS row is
+    output, the last block runs for that row alone. Seconds are per batch; `speedup` and `efficiency` are relative to
+    `baseline`, the fastest dense variant. `images_per_second` is that of the baseline, from its median seconds, times
+    `speedup`.
     """
 
     name: str
@@ -76,7 +78,7 @@ class Speed(NamedTuple):
     baseline: str
 
     def record(self) -> dict[str, Any]:
-        """The row as plain numbers."""
+        """Return the row as plain numbers, by column."""
         bands = (
             ("milliseconds", [1e3 * value for value in self.seconds], ("", "_p20", "_p80")),
             ("speedup", self.speedup, ("", "_p10", "_p90")),
@@ -106,18 +108,18 @@ def measure(
     clock: Clock = "wall",
     progress: Callable[[], object] | None = None,
 ) -> Times:
-    """Seconds per variant and round, all variants interleaved in a random order that changes every round.
+    """Measure seconds per variant and round, with all variants interleaved in a new random order every round.
 
     Args:
-        variants: what to time, by name; work left on a GPU is waited for.
-        rounds: timed runs of every variant.
-        warmup: untimed rounds before them.
-        seed: of the orders.
-        clock: "wall", or "process": CPU time, which stays honest on shared machines, of one thread.
+        variants: functions to time, by name. A GPU is synchronised before and after every call.
+        rounds: number of timed runs of every variant.
+        warmup: number of untimed rounds before them.
+        seed: seed of the random orders.
+        clock: "wall", or "process": CPU time of one thread, which other processes of a shared machine do not affect.
         progress: called after every run, (warmup + rounds) · variants times.
     Raises:
-        ValueError: no variants, fewer than one round, an unknown clock, or the process clock with several threads,
-            whose CPU times add up.
+        ValueError: there is no variant, `rounds` is less than one, the clock is unknown, or the process clock runs with
+            several threads, whose CPU times add up.
     """
     if not variants or rounds < 1:
         raise ValueError(f"expected at least one variant and one round, got {len(variants)} and {rounds}")
@@ -128,14 +130,14 @@ def measure(
     now = time.perf_counter if clock == "wall" else time.process_time
     order, names = random.Random(seed), list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for done in range(warmup + rounds):
+    for number in range(warmup + rounds):
         order.shuffle(names)
         for name in names:
             _synchronize()
             start = now()
             variants[name]()
             _synchronize()
-            if done >= warmup:
+            if number >= warmup:
                 seconds[name].append(now() - start)
             if progress is not None:
                 progress()
@@ -143,13 +145,17 @@ def measure(
 
 
 def efficiency(speedup: float, gmacs_dense: float, gmacs_reduced: float) -> float:
-    """η of a speed-up, the GMACs being those that each side ran."""
+    """Return η of a speed-up; the GMACs are those that each side ran."""
     return speedup * gmacs_reduced / gmacs_dense
 
 
 class Variant(NamedTuple):
-    """One way to encode images: what to call, the method whose plan it follows, and whether its last block runs for
-    the CLS row alone."""
+    """One way to encode images.
+
+    encode: encodes a batch (B,3,S,S).
+    method: the method whose plan it follows.
+    exact: true if the last block runs for the CLS row alone.
+    """
 
     encode: Callable[[Tensor], object]
     method: Method
@@ -157,17 +163,17 @@ class Variant(NamedTuple):
 
 
 def vary(model: nn.Module, methods: Mapping[str, Method | None]) -> dict[str, Variant]:
-    """One copy of the model per method, patched, or left as the host library has it for None; all share its weights."""
-    made = {}
+    """Return one copy of the model per method, patched, or unpatched for None; all copies share its weights."""
+    variants = {}
     for name, method in methods.items():
         memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        twin: Any = copy.deepcopy(model, memo)
+        clone: Any = copy.deepcopy(model, memo)
         if method is not None:
-            patch(twin, method)
-        tower = tower_of(twin)
+            patch(clone, method)
+        tower = tower_of(clone)
         exact = method is not None and outputs_only_cls(tower)
-        made[name] = Variant(tower.encode, method or Dense(), exact)
-    return made
+        variants[name] = Variant(tower.encode, method or Dense(), exact)
+    return variants
 
 
 def time_variants(
@@ -179,11 +185,11 @@ def time_variants(
     clock: Clock = "wall",
     progress: Callable[[], object] | None = None,
 ) -> Times:
-    """Seconds that each variant takes for a batch, paired.
+    """Measure the seconds per batch of each variant, paired.
 
     Args:
-        variants: what encodes, by name.
-        batches: images (B,3,S,S) of one size, used in turn so that they do not sit in cache.
+        variants: variants of one tower, by name.
+        batches: images (B,3,S,S) of one size, used in turn so that they do not stay in cache.
         rounds, warmup, seed, clock, progress: as in `measure`.
     """
 
@@ -199,16 +205,16 @@ def time_variants(
 def tabulate(
     times: Times, variants: Mapping[str, Variant], tower: Tower, batch: int, baseline: str | None = None
 ) -> list[Speed]:
-    """One row per variant, in order.
+    """Return one row per variant, in order.
 
     Args:
-        times: of every variant.
-        variants: at least one with the method Dense(), or a baseline.
-        tower: the geometry they share, from `tower_of`.
+        times: times of every variant.
+        variants: variants by name; without a baseline at least one has the method Dense().
+        tower: the tower whose geometry they share, from `tower_of`.
         batch: images per batch.
-        baseline: what speed-ups are against; None is the fastest of the variants whose method is Dense().
+        baseline: name of the variant that speed-ups are relative to; None is the fastest whose method is Dense().
     Raises:
-        ValueError: no dense variant to choose.
+        ValueError: there is neither a baseline nor a dense variant.
     """
     dense = [name for name, variant in variants.items() if isinstance(variant.method, Dense)]
     if baseline is None and not dense:
@@ -217,6 +223,8 @@ def tabulate(
     plans = {name: plan_for(tower, variant.method) for name, variant in variants.items()}
     ran = {name: gmacs_for(tower, plan, variants[name].exact) for name, plan in plans.items()}
     full = gmacs_for(tower, plan_for(tower, Dense()))
+    # From the paired ratio, because a rate from each row's own median need not agree with the speed-up.
+    dense_rate = batch / times.of(baseline).median
     table = []
     for name, plan in plans.items():
         seconds, ratio = times.of(name), times.ratio(name, baseline)
@@ -229,7 +237,7 @@ def tabulate(
                 gmacs_run=ran[name],
                 ideal=full / gmacs_for(tower, plan),
                 seconds=seconds,
-                images_per_second=batch / seconds.median,
+                images_per_second=dense_rate * ratio.median,
                 speedup=ratio,
                 efficiency=Band(*gains),
                 baseline=baseline,
@@ -239,24 +247,24 @@ def tabulate(
 
 
 def plan_for(tower: Tower, method: Method) -> Plan:
-    """The method's plan for a tower."""
+    """Return the method's plan for a tower."""
     return method.plan(tokens=tower.num_tokens, blocks=len(tower.blocks), prefix=tower.prefix)
 
 
 def gmacs_for(tower: Tower, plan: Plan, exact: bool = False) -> float:
-    """The plan's GMACs on a tower."""
+    """Return the plan's GMACs per image on a tower; with `exact` the last block runs for the CLS row alone."""
     return plan.gmacs(tower.width, tower.patch, tower.out, exact, tower.mlp_ratio)
 
 
 def _band(values: Sequence[float], tail: float) -> Band:
-    """The median with the `tail` and 1 - `tail` quantiles, interpolated linearly."""
+    """Return the median with the `tail` and 1 - `tail` quantiles, interpolated linearly."""
     ordered = sorted(values)
 
     def quantile(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        below = int(place)
+        position = share * (len(ordered) - 1)
+        below = int(position)
         above = min(below + 1, len(ordered) - 1)
-        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+        return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
     return Band(statistics.median(ordered), quantile(tail), quantile(1 - tail))
 

@@ -304,7 +304,7 @@ def test_a_tower_that_bf16_ruins_is_warned_of_by_name(registered: str, tmp_path:
     poor = [row for row in found if row["precision_cosine_min"] < 0.99]
     assert len(poor) == len(found) == 3
     for row in poor:
-        assert f"warning: {registered}, {row['variant']}, bf16: expected a cosine of 0.99" in result.stderr
+        assert f"warning: {registered}, {row['variant']}, bf16: expected a cosine of at least 0.99" in result.stderr
     assert f"got {poor[0]['precision_cosine_min']:.4f} at worst" in result.stderr
 
 
@@ -315,7 +315,7 @@ def test_embeddings_that_overflow_are_warned_of(registered: str, tmp_path: Path)
     save_file(weights, tmp_path / "large.safetensors")
     common = ("--model", registered, "--pretrained", tmp_path / "large.safetensors", "--methods", "evit:0.7")
     result = bench(*common, "--precision", "fp16", "--format", "json")
-    assert "Dense(), fp16: expected finite embeddings, got some that are not" in result.stderr
+    assert "Dense(), fp16: expected finite embeddings, got inf or nan" in result.stderr
     assert json.loads(result.stdout)["rows"][0]["cosine_min"] == 0.0
 
 
