@@ -1,9 +1,10 @@
-"""Image files: which ones are meant, and batches of those that can be read."""
+"""Image files: the files that paths and globs name, draws from them, and batches of the readable ones."""
 
 from __future__ import annotations
 
 import glob
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,24 +26,28 @@ class Loaded(NamedTuple):
 
 
 def find_images(images: Sequence[str]) -> Iterator[str]:
-    """Every file meant by files, folders and globs, in order, folders and globs sorted.
+    """Yield every file named by files, folders and globs, in order; folders and globs are sorted.
 
     Raises:
-        click.UsageError: a path that is not there, a glob that matches nothing, a folder without images.
+        click.UsageError: a path that does not exist, a glob that matches nothing, a folder without images.
     """
-    for given in images:
-        named = [given] if os.path.lexists(given) else sorted(glob.glob(given, recursive=True))
-        if not named:
-            raise click.UsageError(f"expected a file, a folder or a glob, got {given!r}, which matches nothing")
-        for path in named:
-            found = sorted(walk(path)) if os.path.isdir(path) else [path]
-            if not found:
+    for pattern in images:
+        matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise click.UsageError(f"expected a file, a folder or a glob, got {pattern!r}, which matches nothing")
+        for path in matches:
+            files = sorted(walk(path)) if os.path.isdir(path) else [path]
+            if not files:
                 raise click.UsageError(f"expected images ({', '.join(SUFFIXES)}), got none under {path!r}")
-            yield from found
+            yield from files
 
 
 def walk(folder: str) -> Iterator[str]:
-    """The files below a folder that are named like images."""
+    """Yield the files below a folder whose names end like an image's.
+
+    Raises:
+        click.UsageError: a folder that cannot be read.
+    """
 
     def stop(error: OSError) -> None:
         raise click.UsageError(f"expected a folder that can be read, got {error.filename!r}: {error.strerror}")
@@ -51,8 +56,22 @@ def walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(root, file) for file in files if file.lower().endswith(SUFFIXES))
 
 
+def draw_images(paths: Sequence[str], limit: int | None, seed: int | None) -> list[str]:
+    """Return at most `limit` paths, drawn at random; a larger limit adds to the same draw.
+
+    Args:
+        paths: the paths to draw from.
+        limit: the number of paths, or None for all.
+        seed: of the order; None is 0 with a limit, and keeps the order of `paths` without one.
+    """
+    drawn = list(paths)
+    if limit is not None or seed is not None:
+        random.Random(seed or 0).shuffle(drawn)
+    return drawn[:limit]
+
+
 class Pictures(Dataset[tuple[int, Tensor | str]]):
-    """Preprocessed images (3,S,S) by index, or why a file is none."""
+    """Preprocessed images (3,S,S) by index, or the reason why a file is not an image."""
 
     def __init__(self, paths: Sequence[str], preprocess: Callable[[Image.Image], Tensor]) -> None:
         self.paths, self.preprocess = paths, preprocess
@@ -64,18 +83,24 @@ class Pictures(Dataset[tuple[int, Tensor | str]]):
         try:
             with Image.open(self.paths[index]) as file:
                 image = file.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise whatever a broken file makes them
+        except Exception as error:  # Pillow's decoders raise all kinds of exceptions on a broken file
             return index, first_line(error)
         return index, self.preprocess(image)
 
 
 def collate(items: Sequence[tuple[int, Tensor | str]]) -> Loaded:
-    """The images stacked, apart from what could not be read."""
+    """Stack the images of a batch, apart from the files that could not be read."""
     good = [(index, image) for index, image in items if isinstance(image, Tensor)]
     failed = [(index, reason) for index, reason in items if isinstance(reason, str)]
-    return Loaded([index for index, _ in good], torch.stack([i for _, i in good]) if good else None, failed)
+    images = torch.stack([image for _, image in good]) if good else None
+    return Loaded([index for index, _ in good], images, failed)
+
+
+def skip_message(path: str, reason: str) -> str:
+    """Return the line that reports a file that is not an image."""
+    return f"skipped {path}: not an image ({reason})"
 
 
 def first_line(error: Exception) -> str:
-    """An exception's message, in one line of bounded length."""
+    """Return an exception's message in one line of at most 200 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]

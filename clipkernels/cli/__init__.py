@@ -1,27 +1,53 @@
-"""The command line, one file per verb."""
+"""The command line, one module per verb, imported when the verb is used: `clipkernels --help` imports no torch."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import click
 
 from clipkernels import __version__
-from clipkernels.cli.bench import bench
-from clipkernels.cli.check import check
-from clipkernels.cli.classify import classify
-from clipkernels.cli.demo import demo
-from clipkernels.cli.info import info
-from clipkernels.cli.rank import rank
-from clipkernels.cli.support import support
-from clipkernels.cli.train_predictor import train_predictor
-from clipkernels.images import first_line
+
+# At most 55 characters, so that each is one line of 80 columns.
+SHORT_HELPS = {
+    "demo": "Measure every method on a small CLIP that is included.",
+    "classify": "Name the class of every image.",
+    "bench": "Time your tower with every method, and compare outputs.",
+    "info": "Show versions, devices and backends.",
+    "check": "Check every operation against fp64.",
+    "support": "Build a support set: images that stand for classes.",
+    "rank": "Find which patches of each image matter least.",
+    "train-predictor": "Train a predictor on the rankings of rank.",
+}
+
+EXAMPLE = """\b
+Example:
+  clipkernels demo
+"""
 
 
-class OneLine(click.Group):
-    """A group whose errors are one line on stderr and an exit status, 2 for what the user can mend."""
+class LazyGroup(click.Group):
+    """A group that imports a verb when it is used, and reports an error as one line on stderr.
+
+    The exit status is 2 for a usage error, 1 for a failure, 130 for an interruption.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(SHORT_HELPS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in SHORT_HELPS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"clipkernels.cli.{name}"), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SHORT_HELPS.items()))
 
     def main(
         self,
@@ -38,34 +64,26 @@ class OneLine(click.Group):
         except click.ClickException as error:
             click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
             status = error.exit_code
-        except click.Abort:  # a RuntimeError, too
+        except click.Abort:  # before RuntimeError, whose subclass it is
             click.echo("error: interrupted", err=True)
             status = 130
         except RuntimeError as error:  # a backend that cannot serve, no memory
+            from clipkernels.images import first_line  # imports torch
+
             click.echo(f"error: {first_line(error)}", err=True)
             status = 1
         sys.exit(status)
 
 
 @click.group(
-    cls=OneLine,
+    cls=LazyGroup,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="\b\nExample:\n  clipkernels info",
+    epilog=EXAMPLE,
 )
 @click.version_option(__version__, prog_name="clipkernels", message="%(prog)s %(version)s")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Choose, prune and merge a CLIP tower's tokens."""
+    """Make CLIP image towers faster: choose, prune and merge their tokens, and measure what that costs."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-main.add_command(demo)
-main.add_command(classify)
-main.add_command(bench)
-main.add_command(info)
-main.add_command(check)
-main.add_command(support)
-main.add_command(rank)
-main.add_command(train_predictor)

@@ -1,4 +1,4 @@
-"""`clipkernels bench`: what every method costs, saves and changes, on a user's own tower and images."""
+"""`clipkernels bench`: cost, speed, fidelity and memory of every method, on a user's own tower and images."""
 
 from __future__ import annotations
 
@@ -16,72 +16,87 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipkernels.adapters import Tower
-from clipkernels.cli.parts.methods import parse_methods
+from clipkernels.cli.parts.methods import METHOD_HELP, methods_for
 from clipkernels.cli.parts.models import LIBRARIES, Preprocess, choose_device, load
 from clipkernels.cli.parts.output import opened, progress, schedule, write_table
 from clipkernels.cli.parts.plot import draw_plot, plot_format
 from clipkernels.files import write_csv
-from clipkernels.images import Pictures, collate, find_images
+from clipkernels.images import Pictures, collate, find_images, skip_message
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Clock
-from clipkernels.measure.towers import DTYPES, TIMED, Row, Settings, measure
+from clipkernels.measure.towers import DTYPES, TIMED_BATCHES, Row, Settings, measure
 from clipkernels.patching import tower_of
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 COLUMNS = ("variant", "mode", "tokens", "GMACs", "ideal", "ms", "images/s", "speed-up", "η", "cosine", "same", "MiB")
 NOTES = (
     "dense (host) is the library's own forward. Speed-ups and η, with 10-90 % bands, are against the fastest dense row "
-    "of the same precision, paired within rounds of all its rows in random order; ms and images/s are medians.",
+    "of the same precision, paired within rounds of all its rows in random order. ms is a median; images/s is the "
+    "fastest dense row's times the speed-up.",
     "GMACs and ideal count the published schedule; η = speed-up ÷ (GMACs that the baseline ran ÷ GMACs that the row "
     "ran).",
-    "cosine: of an image's embedding with that of dense (host) in eager fp32, least / mean over {n} images; to fp32: "
-    "with that of the same method in eager fp32. same: images whose nearest other image is the one it is under "
-    "dense (host) in eager fp32.",
-    "MiB: the most that one forward of a batch holds beyond weights and images, as PyTorch's allocator counts it; "
-    "none is given under CUDA graphs, which keep a pool of their own.",
+    "cosine: of an image's embedding with the one of dense (host) in eager fp32, least / mean over {n} images; to "
+    "fp32: with the one of the same method in eager fp32. same: share of the images whose nearest other image is the one "
+    "under dense (host) in eager fp32, too.",
+    "MiB: the most memory that the forward of one batch holds beyond weights and images, as PyTorch's allocator counts "
+    "it; empty under CUDA graphs, which have a memory pool of their own.",
 )
-RANDOM_WEIGHTS = "The weights are random: speed does not depend on them; cosine and same say nothing of trained ones."
-RANDOM_IMAGES = "The images are random noise: speed does not depend on them; cosine and same say nothing of photos."
-
+RANDOM_WEIGHTS = (
+    "The weights are random: speed does not depend on them, but cosine and same say nothing about trained weights."
+)
+RANDOM_IMAGES = (
+    "The images are random noise: speed does not depend on them, but cosine and same say nothing about photographs."
+)
 
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
-  clipkernels bench --images pictures --methods evit:0.5,tome:8 --precision fp32 --precision bf16 --rounds 3
+  clipkernels bench pictures --methods evit:0.5,tome:8 --precision fp32 --precision bf16 --rounds 3
 """
 
 
 @click.command(epilog=EXAMPLE)
+@click.argument("images", nargs=-1)
 @click.option("--library", type=click.Choice(LIBRARIES), default=LIBRARIES[0], show_default=True)
 @click.option(
     "--model",
     "name",
-    help="The library's name for it; transformers: a folder or a name on the hub  [default: the small CLIP that ships "
-    "with the package]",
+    help="The library's name for the model; transformers: a folder or a name on the hub  [default: the small CLIP that "
+    "is included]",
 )
 @click.option(
     "--pretrained",
     help="Weights. open_clip, timm: a tag, which is downloaded, or a checkpoint file; transformers: a revision such as "
-    "main, or local for those in a folder. Without it they are random: speed does not depend on them, but cosine and "
-    "agreement then say nothing about trained ones.",
+    "main, or local for the weights in a folder. Without it the weights are random, which does not change the speed, "
+    "but cosine and agreement then say nothing about trained weights.",
 )
-@click.option("--images", "given", multiple=True, help="File, folder or glob; may be repeated  [default: random noise]")
-@click.option("--limit", type=click.IntRange(min=1), default=256, show_default=True, help="Images, spread over all.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Most images taken, evenly spread over all.",
+)
+@click.option("--method", "specs", multiple=True, metavar="SPEC", help=f"{METHOD_HELP}. May be repeated.")
 @click.option(
     "--methods",
-    help="Beside dense, such as evit:0.7,tome:8,tca:0.1,patch-ranking:0.6  [default: evit:0.7,evit:0.5 and tome at the "
-    "cost of evit:0.7]",
+    metavar="SPEC,…",
+    help="Several at once, such as evit:0.7,tome:8. Dense always runs too  [default: evit:0.7, evit:0.5 and tome at "
+    "the cost of evit:0.7]",
 )
 @click.option(
-    "--predictor", type=click.Path(exists=True, dir_okay=False), help="What train-predictor made, for patch-ranking."
+    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: the file of train-predictor."
+)
+@click.option(
+    "--tokens", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: learnt tokens, as fit_tokens saves."
 )
 @click.option(
     "--compile",
     "modes",
     multiple=True,
     type=click.Choice(["none", *MODES]),
-    help="Also under torch.compile in this mode, beside eager; may be repeated. reduce-overhead is CUDA graphs: for "
-    "GPUs. [default: none]",
+    help="Add rows under torch.compile in this mode to the eager ones; may be repeated. reduce-overhead is CUDA "
+    "graphs, for GPUs  [default: none]",
 )
 @click.option(
     "--precision",
@@ -93,14 +108,14 @@ Example:
     help="May be repeated.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed runs of every row.")
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed runs per row.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: torch's choice]")
 @click.option(
     "--clock",
     type=click.Choice(["wall", "process"]),
     default="wall",
     show_default=True,
-    help="process: CPU time of one thread, for shared machines.",
+    help="process: CPU time of one thread, for machines that others use.",
 )
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
@@ -109,13 +124,15 @@ Example:
 @click.pass_context
 def bench(
     context: click.Context,
+    images: tuple[str, ...],
     library: str,
     name: str | None,
     pretrained: str | None,
-    given: tuple[str, ...],
     limit: int,
+    specs: tuple[str, ...],
     methods: str | None,
     predictor: str | None,
+    tokens: str | None,
     modes: tuple[str, ...],
     precisions: tuple[str, ...],
     batch_size: int,
@@ -127,30 +144,34 @@ def bench(
     output: str | None,
     plot: str | None,
 ) -> None:
-    """Time a tower, dense and reduced, and compare its embeddings.
+    """Time your tower, dense and with every method, and compare the embeddings.
 
-    Per method, precision and mode: tokens, GMACs, images/s, speed-up and η (the share of the saved operations that
-    became saved time) against the fastest dense row of that precision, all rows interleaved; the cosine of each image's
-    embedding with that of the library's own dense fp32 forward, least and mean; the share of images whose nearest other
-    image by cosine is the one it is under those embeddings, which takes two images; and the most memory that one
+    IMAGES are files, folders or quoted globs, as in classify; without any, random noise stands in.
+
+    Each row is a method in one precision and mode: tokens, GMACs, images/s; speed-up and η, the share of the saved
+    operations that became saved time, against the fastest dense row of that precision, with all rows interleaved; the
+    least and the mean cosine of an image's embedding with the one of the library's own dense fp32 forward; the share of
+    images whose nearest other image by cosine stays the same, which needs two images; and the most memory that one
     forward holds beyond weights and images.
 
-    A method whose embeddings in bf16 or fp16 come out far from its own in fp32 (a cosine below 0.99, or values that are
-    not finite) is named on stderr. A file that is no image is named too, and the exit status is then 1.
+    A warning on stderr names a method whose bf16 or fp16 embeddings are far from its own in fp32: a cosine below 0.99,
+    or values that are not finite. A file that is not an image is reported on stderr and skipped, and the exit status is
+    then 1.
     """
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)
-        drawn = plot_format(plot) if plot else None
+        picture_format = plot_format(plot) if plot else None
         where = choose_device(device)
         check_clock(clock, where)
-        asked = list(dict.fromkeys(mode for mode in modes if mode != "none"))
-        settings = Settings(batch_size, rounds, cast(Clock, clock), asked, where)
-        paths = list(find_images(given))
+        compiled = list(dict.fromkeys(mode for mode in modes if mode != "none"))
+        settings = Settings(batch_size, rounds, cast(Clock, clock), compiled, where)
+        paths = list(find_images(images))
         loaded = load(library, name, pretrained)
         tower = tower_of(loaded.model)
-        chosen = parse_methods(methods, predictor, tower)
-        images, failures = read(paths, limit, min(limit, TIMED * batch_size), loaded.preprocess, tower)
+        listed = [part.strip() for part in methods.split(",")] if methods is not None else []
+        chosen = methods_for(tower, [*listed, *specs], predictor, tokens)
+        pixels, failures = read(paths, limit, min(limit, TIMED_BATCHES * batch_size), loaded.preprocess, tower)
         with (
             opened(output) as stream,
             opened(plot, "--plot") if plot else nullcontext() as picture,
@@ -158,14 +179,14 @@ def bench(
         ):
             model = loaded.model.to(where)
             observer = Bar(bar, name or "the bundled CLIP")
-            rows = measure(model, chosen, images, dict.fromkeys(precisions), settings, observer)
-            run = {"library": library, "model": name or "bundled", "weights": loaded.weights, "images": len(images)}
+            rows = measure(model, chosen, pixels, dict.fromkeys(precisions), settings, observer)
+            run = {"library": library, "model": name or "bundled", "weights": loaded.weights, "images": len(pixels)}
             run |= {"image_source": "files" if paths else "random", "batch": batch_size}
-            notes = [note.format(n=len(images)) for note in NOTES]
+            notes = [note.format(n=len(pixels)) for note in NOTES]
             notes += [RANDOM_WEIGHTS] * (loaded.weights == "random") + [RANDOM_IMAGES] * (not paths)
             write(run, rows, notes, settings, form, stream)
-            if picture is not None and drawn is not None:
-                draw_plot([row.record() for row in rows], title(run, settings), picture.buffer, drawn)
+            if picture is not None and picture_format is not None:
+                draw_plot([row.record() for row in rows], title(run, settings), picture.buffer, picture_format)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     finally:
@@ -175,7 +196,7 @@ def bench(
 
 
 class Bar:
-    """A progress bar on stderr that warns by the tower's name."""
+    """A progress bar on stderr, whose warnings begin with the tower's name."""
 
     def __init__(self, bar: Progress, tower: str) -> None:
         self.bar, self.tower, self.task = bar, tower, bar.add_task("", total=None)
@@ -194,51 +215,56 @@ class Bar:
 
 
 def check_clock(clock: str, device: torch.device) -> None:
-    """Raises click.UsageError where CPU time would not be the time it takes."""
+    """Raise click.UsageError unless the clock measures how long the work takes."""
     if clock == "process" and device.type != "cpu":
-        raise click.UsageError(f"expected --clock wall on {device}, whose work CPU time does not hold, got process")
+        raise click.UsageError(f"expected --clock wall on {device}, whose work is not CPU time, got process")
     if clock == "process" and torch.get_num_threads() != 1:
         raise click.UsageError(f"expected --threads 1 with --clock process, got {torch.get_num_threads()}")
 
 
 def read(paths: Sequence[str], limit: int, stand_ins: int, preprocess: Preprocess, tower: Tower) -> tuple[Tensor, int]:
-    """At most `limit` preprocessed images (n,3,S,S), spread evenly over the files, and how many files were none;
-    `stand_ins` random ones, said so on stderr, where no files are given.
+    """Return preprocessed images (n,3,S,S) and the number of files that are not images.
 
+    Args:
+        paths: the files; without any, `stand_ins` images of random noise are returned, with a warning on stderr.
+        limit: the most files that are read, evenly spread over all.
+        stand_ins: the number of random images.
+        preprocess: from an image to a tensor (3,S,S).
+        tower: the tower that the images are for.
     Raises:
         click.UsageError: no file is an image, or the preprocessing does not fit the tower.
     """
     if not paths:
         size = stand_ins, 3, *tower.image_size
-        click.echo(f"warning: no --images: {stand_ins} of random noise stand in, whose cosines mean little", err=True)
+        click.echo(f"warning: no IMAGES: {stand_ins} of random noise stand in, so cosines mean little", err=True)
         return torch.randn(size, generator=torch.Generator().manual_seed(0)), 0
     count = min(limit, len(paths))
     spread = [paths[index * len(paths) // count] for index in range(count)]
-    found, failures = [], 0
+    loaded, failures = [], 0
     for batch in DataLoader(Pictures(spread, preprocess), 32, collate_fn=collate):
         for index, reason in batch.failed:
-            click.echo(f"no image: {spread[index]}: {reason}", err=True)
+            click.echo(skip_message(spread[index], reason), err=True)
         failures += len(batch.failed)
-        found += [] if batch.images is None else [batch.images]
-    if not found:
-        raise click.UsageError(f"expected images, got {failures} files that are none, such as {spread[0]!r}")
-    images = torch.cat(found)
+        loaded += [] if batch.images is None else [batch.images]
+    if not loaded:
+        raise click.UsageError(f"expected images, got {failures} files that are not, such as {spread[0]!r}")
+    images = torch.cat(loaded)
     if tuple(images.shape[1:]) != (3, *tower.image_size):
-        wanted = "expected preprocessing to give (3,{},{})".format(*tower.image_size)
-        raise click.UsageError(f"{wanted}, got ({','.join(map(str, images.shape[1:]))})")
+        expected = "expected preprocessing to give (3,{},{})".format(*tower.image_size)
+        raise click.UsageError(f"{expected}, got ({','.join(map(str, images.shape[1:]))})")
     return images, failures
 
 
 def write(
     run: Mapping[str, Any], rows: Sequence[Row], notes: Sequence[str], settings: Settings, form: str, stream: TextIO
 ) -> None:
-    """All rows: as a table per precision with notes, as JSON with the environment and how it was taken, or as CSV."""
+    """Write all rows: a table per precision with notes, JSON with the environment and settings, or CSV."""
     records = [{**run, **row.record()} for row in rows]
     if form == "csv":
         write_csv(records, stream)
     elif form == "json":
-        taken = {"rounds": settings.rounds, "clock": settings.clock, "device": str(settings.device)}
-        json.dump({"environment": environment(), **taken, "notes": notes, "rows": records}, stream, indent=2)
+        conditions = {"rounds": settings.rounds, "clock": settings.clock, "device": str(settings.device)}
+        json.dump({"environment": environment(), **conditions, "notes": notes, "rows": records}, stream, indent=2)
         stream.write("\n")
     else:
         for precision in dict.fromkeys(row.precision for row in rows):
@@ -250,7 +276,7 @@ def write(
 
 
 def title(run: Mapping[str, Any], settings: Settings) -> str:
-    """What was measured, in one line."""
+    """Return what is measured, in one line."""
     weights = "" if run["weights"] == "bundled" else f", {run['weights']} weights"
     threads = torch.get_num_threads()
     where = f"{threads} thread{'s' * (threads > 1)}" if settings.device.type == "cpu" else str(settings.device)
@@ -259,7 +285,7 @@ def title(run: Mapping[str, Any], settings: Settings) -> str:
 
 
 def draw_table(title: str, rows: Sequence[Row]) -> Table:
-    """The rows of one precision for people."""
+    """Return the table of one precision."""
     low = rows[0].fidelity.precision is not None
     table = Table(title=title, title_justify="left")
     for column in (*COLUMNS[:-2], *["to fp32"] * low, *COLUMNS[-2:]):

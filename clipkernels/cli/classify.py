@@ -1,9 +1,8 @@
-"""`clipkernels classify`: the class of every image in some files and folders."""
+"""`clipkernels classify`: the class of every image in files and folders."""
 
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
@@ -17,14 +16,14 @@ from torch.utils.data import DataLoader
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
 from clipkernels.cli.parts.classes import read_classes, read_labels
-from clipkernels.cli.parts.guesses import Guess, writer
-from clipkernels.cli.parts.heads import check_head, choose_head, kept
-from clipkernels.cli.parts.methods import choose_method
+from clipkernels.cli.parts.guesses import Guess, guess_writer
+from clipkernels.cli.parts.heads import ReservoirFile, check_head, choose_head
+from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods
 from clipkernels.cli.parts.models import choose_device, load_clip
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
-from clipkernels.images import Pictures, collate, find_images
+from clipkernels.images import Pictures, collate, draw_images, find_images, skip_message
 from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
 from clipkernels.methods import Dense
@@ -33,11 +32,10 @@ from clipkernels.support import SupportSet
 
 MIN_IMAGES_FOR_WORKERS = 256
 
-
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
-  clipkernels classify pictures/digits --folder-labels --method evit --keep 0.7 \\
+  clipkernels classify pictures/digits --folder-labels --method evit:0.7 \\
     --classes zero,one,two,three,four,five,six,seven,eight,nine
   clipkernels classify pictures/digits --folder-labels --shuffle 0 --adapt tca --reservoir digits.safetensors \\
     --classes zero,one,two,three,four,five,six,seven,eight,nine
@@ -60,21 +58,12 @@ Example:
 @click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
 @click.option(
     "--method",
-    type=click.Choice(["dense", "evit", "tome", "tca", "patch-ranking", "none"]),
-    help="none is the host library's own forward  [default: dense; tca with --adapt; none where the tower cannot be "
-    "served]",
+    "spec",
+    metavar="SPEC",
+    help=f"{METHOD_HELP}  [default: dense; tca with --adapt; none where the tower is not supported]",
 )
 @click.option(
-    "--keep",
-    type=float,
-    help="Share of patches kept, by evit in every step, by patch-ranking in its one  [default: 0.7; for "
-    "patch-ranking the share that its predictor was trained for]",
-)
-@click.option("--r", type=int, default=8, show_default=True, help="tome: tokens merged per block.")
-@click.option("--rate", type=float, default=0.035, show_default=True, help="tca: what is dropped, such as 0.1.")
-@click.option("--blocks", help="evit, tca: zero-based blocks that prune, such as 3,6,9.")
-@click.option(
-    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: what train-predictor made."
+    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: the file of train-predictor."
 )
 @click.option(
     "--tokens", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: learnt tokens, as fit_tokens saves."
@@ -82,10 +71,12 @@ Example:
 @click.option(
     "--head",
     type=click.Choice(["zero-shot", "calip", "tip", "tipx"]),
-    help="calip reads the patches, too; tip (Tip-Adapter) and tipx (TIP-X) a support set  [default: zero-shot]",
+    help="calip reads the patches, too; tip (Tip-Adapter) and tipx (TIP-X) read a support set  [default: zero-shot]",
 )
-@click.option("--support", "support", type=click.Path(exists=True, file_okay=False), help="What support build made.")
-@click.option("--adapt", type=click.Choice(["tca"]), help="Learn from the stream: remember the surest of each class.")
+@click.option("--support", type=click.Path(exists=True, file_okay=False), help="The folder of support build.")
+@click.option(
+    "--adapt", type=click.Choice(["tca"]), help="Adapt to the images: cache the most confident ones of each class."
+)
 @click.option(
     "--preset",
     type=click.Choice(sorted({*RESERVOIR_PRESETS, *CALIP_PRESETS})),
@@ -93,15 +84,22 @@ Example:
     show_default=True,
     help="Published settings, for --adapt and --head calip.",
 )
-@click.option("--reservoir", help="With --adapt: go on from this file where it exists; kept up to date as it learns.")
-@click.option("--frozen", is_flag=True, help="With --reservoir: use what was learnt, learn nothing more.")
-@click.option("--shuffle", type=int, metavar="SEED", help="Take the images in a random order.")
+@click.option("--reservoir", help="With --adapt: resume from this file if it exists; it is updated on the way.")
+@click.option("--frozen", is_flag=True, help="With --reservoir: use its images, cache no others.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Draw this many images at random; a larger number adds to them."
+)
+@click.option(
+    "--shuffle", type=int, metavar="SEED", help="Take the images in a random order  [default: 0 with --limit]"
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), help="Loader processes  [default: up to 4, 0 for few images]")
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
-@click.option("--folder-labels", is_flag=True, help="A file's folder is its true class: report the accuracy.")
-@click.option("--format", "form", type=click.Choice(["table", "csv", "jsonl"]), default="table", show_default=True)
+@click.option("--folder-labels", is_flag=True, help="Report the accuracy; a file's folder is its true class.")
+@click.option(
+    "--format", "form", type=click.Choice(["table", "csv", "json", "jsonl"]), default="table", show_default=True
+)
 @click.option("--output", type=click.Path(), help="Write here instead of to stdout; appears when complete.")
 @click.pass_context
 def classify(
@@ -112,11 +110,7 @@ def classify(
     templates: tuple[str, ...],
     name: str | None,
     pretrained: str | None,
-    method: str | None,
-    keep: float | None,
-    r: int,
-    rate: float,
-    blocks: str | None,
+    spec: str | None,
     predictor: str | None,
     tokens: str | None,
     head: str | None,
@@ -125,6 +119,7 @@ def classify(
     preset: str,
     reservoir: str | None,
     frozen: bool,
+    limit: int | None,
     shuffle: int | None,
     batch_size: int,
     workers: int | None,
@@ -136,37 +131,37 @@ def classify(
 ) -> None:
     """Name the class of every image.
 
-    Per image: the path, then the likeliest class and its probability, then the next.
+    Each row has the path, the likeliest class and its probability, and the second class with its probability. `csv` and
+    `jsonl` rows appear one by one, a table or `json`, a list, when complete.
 
-    IMAGES are files, folders or quoted globs. A folder is searched through for files whose names end like an image's
-    (.jpg, .png, .webp, …); a file that is named, or matched by a glob, is always tried. A file that is no image is
-    named on stderr, the others still run, and the exit status is then 1.
+    IMAGES are files, folders or quoted globs. A folder is searched for files whose names end like an image's (.jpg,
+    .png, .webp, …); a file that is named, or matched by a glob, is always tried. A file that is not an image is
+    reported on stderr and skipped, and the exit status is then 1.
 
-    With --adapt images are a stream: what comes first helps with what follows, and what is sorted by class misleads.
+    With --adapt the order matters: earlier images help to classify later ones, so do not sort them by class.
     """
     try:
         check_head(context, head, adapt, preset, reservoir, frozen)
         by_name = support is None or classes is not None or classes_file is not None
         named = read_classes(classes, classes_file) if by_name else None
-        paths = list(find_images(images))
-        if shuffle is not None:
-            random.Random(shuffle).shuffle(paths)
-        if method == "none" and adapt:
-            raise click.UsageError("expected a method that condenses, reduces or is dense with --adapt, got none")
-        chosen = choose_method(context, method, keep, r, rate, blocks, predictor, tokens, adapt)
+        paths = draw_images(list(find_images(images)), limit, shuffle)
+        specs = [spec or ("tca" if adapt else "dense")]
+        if specs == ["none"] and adapt:
+            raise click.UsageError("expected any method but none with --adapt, got --method none")
+        [method] = read_methods(specs, predictor, tokens)
         where = choose_device(device)
         model, preprocess, tokenizer = load_clip(name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
-        if method is None and not servable(model):
-            chosen = None
-        found = None if support is None else SupportSet.load(support, model)
-        names = list(found.classes) if found else named or []
-        if found and named and set(named) != set(names):
+        if spec is None and not is_supported(model):
+            method = None
+        support_set = None if support is None else SupportSet.load(support, model)
+        names = list(support_set.classes) if support_set else named or []
+        if support_set and named and set(named) != set(names):
             raise click.UsageError(f"expected the classes of {support} ({', '.join(names)}), got {', '.join(named)}")
         labels = read_labels(paths, names) if folder_labels else None
-        prompts = templates or (found.prompts if found else ("a photo of a {}.",))
-        make = choose_head(head, adapt, preset, frozen, found)
-        classifier = Classifier(model, tokenizer, names, prompts, chosen, make)
+        prompts = templates or (support_set.prompts if support_set else ("a photo of a {}.",))
+        make_head = choose_head(head, adapt, preset, frozen, support_set)
+        classifier = Classifier(model, tokenizer, names, prompts, method, make_head)
         if workers is None:
             workers = min(4, os.cpu_count() or 1) if len(paths) >= MIN_IMAGES_FOR_WORKERS else 0
         loader = DataLoader(
@@ -176,16 +171,17 @@ def classify(
             collate_fn=collate,
             pin_memory=where.type == "cuda",
         )
-        with kept(classifier, reservoir) as keep_up, opened(output) as stream:
-            failures = run(classifier, loader, paths, labels, DTYPES[precision], where, form, stream, keep_up)
+        with ReservoirFile(classifier.head, reservoir) as file, opened(output) as stream:
+            dtype = DTYPES[precision]
+            failures = run(classifier, loader, paths, labels, dtype, where, form, stream, file.save_if_due)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if failures:
         context.exit(1)
 
 
-def servable(model: nn.Module) -> bool:
-    """Whether the model's tower can be patched."""
+def is_supported(model: nn.Module) -> bool:
+    """Return true if the model's tower can be patched."""
     try:
         tower_of(model)
     except UnsupportedTower:
@@ -203,52 +199,55 @@ def run(
     device: torch.device,
     form: str,
     stream: TextIO,
-    keep_up: Callable[[], None],
+    after_batch: Callable[[], None],
 ) -> int:
-    """Every image's guess to the stream as it comes, a summary to stderr; how many files were no images."""
-    write = writer(form, stream)
-    done, right, failures, inside, unsure = 0, 0, 0, 0.0, 0.0
+    """Write the guess of every image to the stream and a summary to stderr; return the number of skipped files."""
+    write = guess_writer(form, stream)
+    done, correct, failures, model_seconds, entropy = 0, 0, 0, 0.0, 0.0
     start = time.perf_counter()
     with progress(quiet=form != "table" and stream.isatty()) as bar:
         task = bar.add_task("classifying", total=len(paths))
         for batch in loader:
             for index, reason in batch.failed:
                 failures += 1
-                bar.console.print(Text(f"no image: {paths[index]}: {reason}"), soft_wrap=True)
+                bar.console.print(Text(skip_message(paths[index], reason)), soft_wrap=True)
             if batch.images is not None:
-                entered = time.perf_counter()
-                shares = classifier(batch.images.to(device, dtype)).log_softmax(1).cpu()
-                inside += time.perf_counter() - entered
-                probabilities = shares.exp()
-                unsure -= (probabilities * shares).nan_to_num(0.0).sum().item()
-                keep_up()
+                before = time.perf_counter()
+                logs = classifier(batch.images.to(device, dtype)).log_softmax(1).cpu()
+                model_seconds += time.perf_counter() - before
+                probabilities = logs.exp()
+                entropy -= (probabilities * logs).nan_to_num(0.0).sum().item()
+                after_batch()
                 top = probabilities.topk(min(2, len(classifier.classes)))
-                for index, values, ranked in zip(batch.indices, top.values.tolist(), top.indices.tolist(), strict=True):
-                    names = [classifier.classes[k] for k in ranked]
+                for index, values, classes in zip(
+                    batch.indices, top.values.tolist(), top.indices.tolist(), strict=True
+                ):
+                    names = [classifier.classes[k] for k in classes]
                     label = labels[index] if labels else None
-                    right += label == names[0]
+                    correct += label == names[0]
                     write(Guess(paths[index], list(zip(names, values, strict=True)), label))
                 done += len(batch.indices)
-                bar.update(task, description=f"classifying, mean entropy {unsure / done:.2f}")
+                bar.update(task, description=f"classifying, mean entropy {entropy / done:.2f}")
             bar.advance(task, len(batch.indices) + len(batch.failed))
     write(None)
     seconds = time.perf_counter() - start
     summary = [f"{done} images in {seconds:.2f} s: {done / seconds:.1f} images/s end to end"]
     if done:
-        summary[0] += f", {done / inside:.1f} in the model"
+        summary[0] += f", {done / model_seconds:.1f} in the model"
         if isinstance(classifier.head, Reservoir):
-            summary.append(f"mean entropy {unsure / done:.3f}, {int(classifier.head.counts.sum())} images remembered")
+            summary.append(f"mean entropy {entropy / done:.3f}, {int(classifier.head.counts.sum())} images cached")
         if labels:
-            summary.append(f"accuracy {100 * right / done:.2f} % ({right} of {done})")
+            summary.append(f"accuracy {100 * correct / done:.2f} % ({correct} of {done})")
     if failures:
-        summary.append(f"{failures} no image")
+        summary.append(f"{failures} files skipped")
     click.echo("; ".join([*summary[:1], describe(classifier.model), *summary[1:]]), err=True)
     return failures
 
 
 def describe(model: nn.Module) -> str:
-    """The method a model runs and its token counts."""
-    if not servable(model):
+    """Return the method that a model runs and its token counts, for people."""
+    if not is_supported(model):
         return f"the host's own {type(model.visual).__name__}"
     method, tower = method_of(model), tower_of(model)
-    return f"{method or 'the host library, dense'}, tokens {schedule(plan_for(tower, method or Dense()).tokens)}"
+    name = name_of(method) if method else "the host library, dense"
+    return f"{name}, tokens {schedule(plan_for(tower, method or Dense()).tokens)}"

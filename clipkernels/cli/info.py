@@ -1,4 +1,4 @@
-"""`clipkernels info`: versions, devices, and the backend that `auto` takes on each."""
+"""`clipkernels info`: versions, devices, and the backend that `auto` takes on each device."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Example:
 @click.command(epilog=EXAMPLE)
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def info(form: str) -> None:
-    """Versions, devices and backends.
+    """Show versions, devices and backends.
 
-    On each device: which backend `auto` takes, and why.
+    For each device: the backend that `auto` takes there, and why.
     """
-    found, machines = versions(), devices()
+    packages, machines = versions(), devices()
     with opened(None) as stream:
         if form == "json":
-            json.dump({"versions": found, "devices": machines}, stream, indent=2)
+            json.dump({"versions": packages, "devices": machines}, stream, indent=2)
             stream.write("\n")
             return
         table = Table("package", "version")
-        for name, version in found.items():
+        for name, version in packages.items():
             table.add_row(name, version or "not installed")
         write_table(table, stream)
         table = Table("device", "name", "memory", "capability", "auto takes", "because")
@@ -47,16 +47,19 @@ def info(form: str) -> None:
 
 
 def devices() -> list[dict[str, Any]]:
-    """The CPU and every CUDA or ROCm device: name, memory in GiB, capability, and `auto`'s backend with its reason."""
+    """Return the CPU and every CUDA or ROCm device.
+
+    Each has its name, memory in GiB, capability, and the backend that `auto` takes there with the reason.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
-    found = [_device("cpu", cpu_name(), _cpu_memory(), f"{capability}, {torch.get_num_threads()} threads")]
+    rows = [_device("cpu", cpu_name(), _cpu_memory(), f"{capability}, {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = f"sm_{properties.major}{properties.minor}"
         if torch.version.hip:
             capability = properties.gcnArchName
-        found.append(_device(f"cuda:{index}", properties.name, properties.total_memory, capability))
-    return found
+        rows.append(_device(f"cuda:{index}", properties.name, properties.total_memory, capability))
+    return rows
 
 
 def _cpu_memory() -> int | None:

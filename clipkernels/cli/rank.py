@@ -1,10 +1,9 @@
-"""`clipkernels rank`: golden rankings of image files, found by taking patches away and looking."""
+"""`clipkernels rank`: golden rankings of image files, by an exhaustive search over the patches to drop."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,19 +21,19 @@ from clipkernels.classifier import class_embeddings
 from clipkernels.cli.parts.classes import folders_of, read_classes, read_labels
 from clipkernels.cli.parts.heads import is_set
 from clipkernels.cli.parts.models import choose_device, load_clip
-from clipkernels.cli.parts.output import check_file, opened, progress, refuse_same, write_table
+from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_table
 from clipkernels.cli.parts.plot import Shown, draw_rankings, plot_format
 from clipkernels.data import Preprocess
 from clipkernels.files import write_csv
-from clipkernels.images import Pictures, find_images
+from clipkernels.images import Pictures, draw_images, find_images, skip_message
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
 from clipkernels.measure.towers import DTYPES
 from clipkernels.patching import tower_of
 from clipkernels.support import PHOTO, photo
 
-SHOWN = 12
-LONGEST = 24  # characters of a name that fit above an image
+MAX_SHOWN = 12
+MAX_NAME_COLUMNS = 24  # of a name above an image
 OPTIONS = ("score", "window", "stride", "step", "block")
 
 EXAMPLE = """\b
@@ -46,31 +45,35 @@ Example:
 
 @click.command(epilog=EXAMPLE)
 @click.argument("images", nargs=-1, required=True)
-@click.option("--output", type=click.Path(), required=True, help="Safetensors file; what it holds is not ranked again.")
+@click.option(
+    "--output", type=click.Path(), required=True, help="Safetensors file; images that it holds are not ranked again."
+)
 @click.option(
     "--score",
     type=click.Choice(get_args(Score)),
-    help="What must stay: the probability of the true class, that of the likeliest one, or the embedding  [default: "
-    "label with --folder-labels, else confidence]",
+    help="The output to preserve: label, the probability of the true class; confidence, that of the likeliest class; "
+    "feature, the embedding  [default: label with --folder-labels, else confidence]",
 )
 @click.option("--folder-labels", is_flag=True, help="A file's folder is its true class.")
 @click.option("--classes", help="Class names, separated by commas  [default: the folders, with --folder-labels]")
 @click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
 @click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
 @click.option("--window", type=int, default=2, show_default=True, help="Side of a window, in patches.")
-@click.option("--stride", type=int, default=1, show_default=True, help="From one window to the next, in patches.")
-@click.option("--step", type=int, default=10, show_default=True, help="Patches that go in a round.")
-@click.option("--block", type=int, default=3, show_default=True, help="Zero-based block before which they go.")
-@click.option("--limit", type=click.IntRange(min=1), help="Draw so many images; a larger number adds to them.")
+@click.option("--stride", type=int, default=1, show_default=True, help="Distance between windows, in patches.")
+@click.option("--step", type=int, default=10, show_default=True, help="Patches dropped per round.")
+@click.option("--block", type=int, default=3, show_default=True, help="Zero-based block before which they are dropped.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Draw this many images at random; a larger number adds to them."
+)
 @click.option(
     "--shuffle", type=int, metavar="SEED", help="Take the images in a random order  [default: 0 with --limit]"
 )
-@click.option("--batch-size", type=int, default=64, show_default=True, help="Variants of images that run at once.")
-@click.option("--model", "name", help="open_clip model  [default: the small one that ships with the package]")
+@click.option("--batch-size", type=int, default=64, show_default=True, help="Variants of an image per forward.")
+@click.option("--model", "name", help="open_clip model  [default: the small one that is included]")
 @click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
-@click.option("--picture", type=click.Path(), help=f"Also draw the first {SHOWN} into this .png, .svg or .pdf.")
+@click.option("--picture", type=click.Path(), help=f"Also draw the first {MAX_SHOWN} into this .png, .svg or .pdf.")
 @click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
 @click.pass_context
 def rank(
@@ -96,51 +99,56 @@ def rank(
     picture: str | None,
     form: str,
 ) -> None:
-    """Find the order in which the patches of each image may go, by what CLIP answers without them.
+    """Find the order in which the patches of each image can be dropped, by what CLIP answers without them.
 
-    That takes thousands of forwards per image of a ViT-B/16; train-predictor learns from it what to keep in one.
+    This takes thousands of forwards per image of a ViT-B/16. train-predictor learns from the rankings which patches to
+    keep in one forward.
 
-    IMAGES are files, folders or quoted globs, as in classify. What is ranked is on disk every few images: the same
-    command goes on where it was stopped, and one with more images ranks those alone. A file that is no image is named
-    on stderr, the others still run, and the exit status is then 1.
+    IMAGES are files, folders or quoted globs, as in classify. Rankings are saved every few images: the same command
+    resumes where it was stopped, and a command with more images ranks only the new ones. A file that is not an image is
+    reported on stderr and skipped, and the exit status is then 1.
     """
     score = score or ("label" if folder_labels else "confidence")
     try:
         check_score(context, score)
         check_file(output)
         refuse_same({"--output": output, "--picture": picture})
-        drawn = plot_format(picture, "--picture") if picture else None
+        picture_format = plot_format(picture, "--picture") if picture else None
         paths = list(find_images(images))
         names: list[str] = []
         if score != "feature":
-            own = folder_labels and classes is None and classes_file is None
-            names = sorted(set(folders_of(paths))) if own else read_classes(classes, classes_file)
-        if limit is not None or shuffle is not None:
-            random.Random(shuffle or 0).shuffle(paths)
-        paths = paths[:limit]
+            from_folders = folder_labels and classes is None and classes_file is None
+            names = sorted(set(folders_of(paths))) if from_folders else read_classes(classes, classes_file)
+        paths = draw_images(paths, limit, shuffle)
         labels = [names.index(label) for label in read_labels(paths, names)] if folder_labels else None
         prompts = photo(names, templates or PHOTO) if names or score != "feature" else {}
         where = choose_device(device)
         model, preprocess, tokenizer = load_clip(name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
         options: dict[str, Any] = {
-            **{"score": score, "window": window, "stride": stride, "step": step, "block": block},
-            **{"batch_size": batch_size, "path": output},
+            "score": score,
+            "window": window,
+            "stride": stride,
+            "step": step,
+            "block": block,
+            "batch_size": batch_size,
+            "path": output,
             "text": class_embeddings(model, tokenizer, prompts) if prompts else None,
         }
         with opened(picture, "--picture") if picture else nullcontext() as sheet, progress() as bar:
             pictures = Pictures(paths, preprocess)
             ranked = rank_files(model, pictures, labels if score == "label" else None, options, bar)
-            if sheet is not None and drawn is not None:
-                said = ", ".join(f"{option} {options[option]}" for option in OPTIONS)
-                first = zip(ranked.places[:SHOWN], ranked.rankings.ranks, strict=False)
+            if sheet is not None and picture_format is not None:
+                settings = ", ".join(f"{option} {options[option]}" for option in OPTIONS)
+                first = zip(ranked.places[:MAX_SHOWN], ranked.rankings.ranks, strict=False)
                 shown = [show(model, pictures, place, ranks) for place, ranks in first]
-                draw_rankings(shown, f"What stays longest is brightest ({said})", sheet.buffer, drawn)
+                title = f"The patches that stay longest are brightest ({settings})"
+                draw_rankings(shown, title, sheet.buffer, picture_format)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
-        came = f"{error.filename or output}: {error.strerror or error}"
-        raise click.UsageError(f"expected files that can be read and written, got {came}") from error
+        actual = f"{error.filename or output}: {error.strerror or error}"
+        raise click.UsageError(f"expected files that can be read and written, got {actual}") from error
     with opened(None) as stream:
         write(ranked, output, form, stream)
     click.echo(ranked.summary(), err=True)
@@ -149,7 +157,7 @@ def rank(
 
 
 def check_score(context: click.Context, score: str) -> None:
-    """Raises click.UsageError for options that a score needs or would not read."""
+    """Raise click.UsageError unless a score has the options that it needs and no option that it ignores."""
     if score == "label" and not context.params["folder_labels"]:
         raise click.UsageError("expected --folder-labels with --score label, got none")
     options = {option.name: option.opts[0] for option in context.command.params}
@@ -159,7 +167,7 @@ def check_score(context: click.Context, score: str) -> None:
 
 
 class Ranked(NamedTuple):
-    """Rankings of the files at `places`, how many files were no images, and seconds."""
+    """Rankings of the files at `places`, the number of files that are not images, and the seconds it took."""
 
     rankings: Rankings
     places: list[int]
@@ -168,30 +176,33 @@ class Ranked(NamedTuple):
 
     @property
     def patches(self) -> int:
+        """Patches per image."""
         return self.rankings.ranks.shape[1]
 
     @property
     def speed(self) -> float | None:
-        """New images per second, None without any."""
+        """New images per second, or None without new images."""
         return self.rankings.new / self.seconds if self.rankings.new else None
 
     def summary(self) -> str:
-        """What was done, in one line."""
+        """Return one line about the run."""
         assert self.rankings.sha256 is not None
         new, different = self.rankings.new, len({bytes(row) for row in self.rankings.sha256.numpy()})
         parts = [f"{len(self.places)} images of {self.patches} patches, {new} ranked in {self.seconds:.2f} s"]
         parts[0] += "" if self.speed is None else f": {self.speed:.2f} images/s"
         counts = {
-            "were ranked already": different - new,
-            "given twice": len(self.places) - different,
-            "no image": self.failures,
+            "ranked before": different - new,
+            "duplicates": len(self.places) - different,
+            "files skipped": self.failures,
         }
-        return "; ".join([*parts, *(f"{count} {what}" for what, count in counts.items() if count)])
+        return "; ".join([*parts, *(f"{count} {label}" for label, count in counts.items() if count)])
 
 
 class Images(Sequence[Tensor | None]):
-    """Preprocessed images (3,S,S) of some files, read when they are asked for; None for one that is no image, which
-    `failed` then holds and a bar names."""
+    """Preprocessed images (3,S,S) of files, each read when it is indexed.
+
+    A file that is not an image is None; its index is in `failed`, and the bar reports it.
+    """
 
     def __init__(self, pictures: Pictures, bar: Progress) -> None:
         self.pictures, self.bar = pictures, bar
@@ -205,17 +216,17 @@ class Images(Sequence[Tensor | None]):
         if not isinstance(image, str):
             return image
         self.failed.add(index)
-        self.bar.console.print(Text(f"no image: {self.pictures.paths[index]}: {image}"), soft_wrap=True)
+        self.bar.console.print(Text(skip_message(self.pictures.paths[index], image)), soft_wrap=True)
         return None
 
 
 def rank_files(
     model: nn.Module, pictures: Pictures, labels: Sequence[int] | None, options: dict[str, Any], bar: Progress
 ) -> Ranked:
-    """The rankings of the files that are images; the others are named on stderr.
+    """Return the rankings of the files that are images; the others are reported on stderr.
 
     Raises:
-        click.UsageError: none is an image.
+        click.UsageError: no file is an image.
         ValueError: as in `golden_ranking`.
     """
     task, images = bar.add_task("ranking", total=len(pictures)), Images(pictures, bar)
@@ -229,33 +240,36 @@ def rank_files(
     except ValueError as error:
         if len(images.failed) < len(images):
             raise
-        came = f"{len(pictures)} files that are none, such as {pictures.paths[0]!r}"
-        raise click.UsageError(f"expected images, got {came}") from error
+        actual = f"{len(pictures)} files that are not, such as {pictures.paths[0]!r}"
+        raise click.UsageError(f"expected images, got {actual}") from error
     places = [place for place in range(len(images)) if place not in images.failed]
     return Ranked(rankings, places, len(images.failed), time.perf_counter() - start)
 
 
 def show(model: nn.Module, pictures: Pictures, place: int, ranks: Tensor) -> Shown:
-    """A file's image as the model sees it, and its ranks (P,) as they lie on it."""
+    """Return a file's image as the model sees it, and the ranks (P,) of its patches as a grid."""
     tower = tower_of(model)
     height, width = (side // tower.patch for side in tower.image_size)
-    image = looks(cast(Tensor, pictures[place][1]), pictures.preprocess)
+    image = to_rgb(cast(Tensor, pictures[place][1]), pictures.preprocess)
     name = os.fsencode(os.path.join(*Path(pictures.paths[place]).parts[-2:])).decode(errors="replace")
-    seen = image[:, : height * tower.patch, : width * tower.patch]
-    return Shown(seen, ranks.view(height, width), name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}")
+    covered = image[:, : height * tower.patch, : width * tower.patch]
+    return Shown(covered, ranks.view(height, width), shorten(name, MAX_NAME_COLUMNS))
 
 
-def looks(image: Tensor, preprocess: Preprocess) -> Tensor:
-    """A preprocessed image (3,H,W) in [0, 1], as it looks: what black and white become is black and white again."""
+def to_rgb(image: Tensor, preprocess: Preprocess) -> Tensor:
+    """Return a preprocessed image (3,H,W) in [0, 1] again, so that preprocessed black and white are 0 and 1."""
     black, white = (preprocess(Image.new("RGB", (64, 64), shade)) for shade in ("black", "white"))
     return ((image - black) / (white - black)).clamp(0, 1)
 
 
 def write(ranked: Ranked, path: str, form: str, stream: TextIO) -> None:
-    """What was ranked, as a table, as JSON or as CSV."""
+    """Write one row about the run as a table, JSON or CSV."""
     about = ranked.rankings.about
     record = {
-        **{"file": path, "images": len(ranked.places), "ranked": ranked.rankings.new, "patches": ranked.patches},
+        "file": path,
+        "images": len(ranked.places),
+        "ranked": ranked.rankings.new,
+        "patches": ranked.patches,
         **{option: about[option] for option in OPTIONS},
         "seconds": round(ranked.seconds, 3),
         "images_per_second": None if ranked.speed is None else round(ranked.speed, 3),
@@ -268,6 +282,6 @@ def write(ranked: Ranked, path: str, form: str, stream: TextIO) -> None:
     else:
         table = Table("images", "ranked", "patches", "seconds", "images/s", "file")
         speed = "" if ranked.speed is None else f"{ranked.speed:.2f}"
-        cells = (len(ranked.places), ranked.rankings.new, ranked.patches, f"{ranked.seconds:.2f}", speed, path)
-        table.add_row(*(Text(str(cell)) for cell in cells))
+        cells = (len(ranked.places), ranked.rankings.new, ranked.patches, f"{ranked.seconds:.2f}", speed)
+        table.add_row(*(Text(str(cell)) for cell in cells), PathCell(path))
         write_table(table, stream)

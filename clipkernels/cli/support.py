@@ -1,4 +1,4 @@
-"""`clipkernels support build`: a support set from class names, of the user's own images or of generated ones."""
+"""`clipkernels support build`: a support set of class names, from the user's own images or generated ones."""
 
 from __future__ import annotations
 
@@ -39,50 +39,62 @@ Example:
   clipkernels support build digits
 """
 SOURCES = {"from_folder": "--from-folder", "from_embeddings": "--from-embeddings", "diffusion": "--diffusion"}
-READERS = {
-    **dict.fromkeys(("classes", "classes_file", "prompts", "sentences", "templates", "per_class"), tuple(SOURCES)),
-    **dict.fromkeys(("minimum", "no_copy"), ("from_folder", "from_embeddings")),
+RETRIEVAL = ("from_folder", "from_embeddings")
+# The sources that read an option.
+READERS: dict[str, tuple[str, ...]] = {
+    "classes": tuple(SOURCES),
+    "classes_file": tuple(SOURCES),
+    "prompts": tuple(SOURCES),
+    "sentences": tuple(SOURCES),
+    "templates": tuple(SOURCES),
+    "per_class": tuple(SOURCES),
+    "minimum": RETRIEVAL,
+    "no_copy": RETRIEVAL,
     "cache": ("from_folder",),
-    **dict.fromkeys(("guidance", "steps", "seed"), ("diffusion",)),
+    "guidance": ("diffusion",),
+    "steps": ("diffusion",),
+    "seed": ("diffusion",),
 }
 
 
 @click.group(invoke_without_command=True, epilog=EXAMPLE)
 @click.pass_context
 def support(context: click.Context) -> None:
-    """Support sets: images that stand for classes, from the names of the classes alone."""
+    """Build a support set: images that stand for classes, from the names of the classes alone."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-@support.command(epilog=EXAMPLE)
+@support.command(epilog=EXAMPLE, short_help="Build a support set, or update one.")
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False))
 @click.option("--classes", help="Class names, separated by commas.")
 @click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
-@click.option("--from-folder", type=click.Path(exists=True, file_okay=False), help="Retrieve among these images.")
+@click.option(
+    "--from-folder", type=click.Path(exists=True, file_okay=False), help="Retrieve the images from this folder."
+)
 @click.option(
     "--from-embeddings",
     type=click.Path(exists=True, dir_okay=False),
-    help="The same, from the file of features that --from-folder left.",
+    help="Retrieve them from the file of features that --from-folder wrote.",
 )
-@click.option("--diffusion", metavar="MODEL|DIR", help="Generate with a Stable Diffusion of diffusers.")
+@click.option("--diffusion", metavar="MODEL|DIR", help="Generate them with a Stable Diffusion model of diffusers.")
 @click.option(
     "--prompts",
     type=click.Choice(["photo", "ensemble", "cupl", "combined"]),
     default="photo",
     show_default=True,
-    help="photo: one template; ensemble: seven; cupl: a language model's sentences; combined: these and the templates.",
+    help="photo: one template; ensemble: seven; cupl: a language model's sentences; combined: sentences and templates.",
 )
 @click.option("--cupl", "sentences", type=click.Path(exists=True, dir_okay=False), help="JSON of {class: [sentences]}.")
 @click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
 @click.option("--per-class", type=click.IntRange(min=1), default=100, show_default=True, help="Images per class.")
-@click.option("--minimum", type=float, help="The least similarity of a retrieved image, such as 0.2.")
-@click.option("--cache", type=click.Path(dir_okay=False), help="Keep the folder's features here  [default: beside it]")
-@click.option("--no-copy", is_flag=True, help="Leave the retrieved images where they are.")
+@click.option("--minimum", type=float, help="Least similarity of a retrieved image, such as 0.2.")
+@click.option("--cache", type=click.Path(dir_okay=False), help="File of the folder's features  [default: beside it]")
+@click.option("--no-copy", is_flag=True, help="Do not copy the retrieved images.")
 @click.option("--guidance", type=float, default=9.5, show_default=True, help="Scale of classifier-free guidance.")
-@click.option("--steps", type=click.IntRange(min=1), default=85, show_default=True, help="Steps of denoising.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
-@click.option("--model", "name", help="open_clip model  [default: the small one that ships with the package]")
+@click.option("--steps", type=click.IntRange(min=1), default=85, show_default=True, help="Denoising steps.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option("--model", "name", help="open_clip model  [default: the small one that is included]")
 @click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
@@ -118,17 +130,18 @@ def build(
 ) -> None:
     """Build a support set in DIR: a folder of images per class, their features, and a manifest.
 
-    The images are retrieved from your own with --from-folder, or generated with --diffusion. Without either, DIR is a
-    support set whose images you have added to or deleted from: what is new is encoded.
+    The images are retrieved from yours with --from-folder, or generated with --diffusion. Without a source, DIR is a
+    support set whose images you have added to or deleted from, and the new images are encoded.
 
-    What is done is on disk at once: the same command goes on where it was stopped. A file that is no image is named on
-    stderr, and the exit status is then 1. Per class: the images, and their mean similarity to the class's prompts.
+    Everything is saved at once: the same command resumes where it was stopped. A file that is not an image is reported
+    on stderr and skipped, and the exit status is then 1. The result lists the images of each class and their mean
+    similarity to the class's prompts.
     """
     source = check_source(context)
     try:
-        said = (
-            None if source is None else read_prompts(read_classes(classes, classes_file), prompts, sentences, templates)
-        )
+        wording = None
+        if source is not None:
+            wording = read_prompts(read_classes(classes, classes_file), prompts, sentences, templates)
         where = choose_device(device)
         model, preprocess, tokenizer = load_clip(name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
@@ -139,102 +152,104 @@ def build(
                 failures.append(line)
                 bar.console.print(Text(line), soft_wrap=True)
 
-            options: dict[str, Any] = {"batch_size": batch_size, "progress": shown(bar), "report": report}
-            named: dict[str, Any] = {"name": name or "bundled", "pretrained": pretrained, "per_class": per_class}
-            if said is None:
-                found = refresh(folder, model, preprocess, **options)
+            options: dict[str, Any] = {"batch_size": batch_size, "progress": stage_progress(bar), "report": report}
+            manifest: dict[str, Any] = {"name": name or "bundled", "pretrained": pretrained, "per_class": per_class}
+            if wording is None:
+                built = refresh(folder, model, preprocess, **options)
             elif diffusion is not None:
                 with loading(diffusion, None):
                     pipeline = load_pipeline(diffusion, where)
                 settings: dict[str, Any] = {"guidance": guidance, "steps": steps, "seed": seed}
-                found = generate(model, preprocess, said, pipeline, folder, **settings, **named, **options)
+                built = generate(model, preprocess, wording, pipeline, folder, **settings, **manifest, **options)
             else:
                 images = from_folder or from_embeddings or ""
-                options = {"minimum": minimum, "cache": cache, **named, **options}
-                found = retrieve(model, preprocess, tokenizer, said, images, **options)
-                found.save(folder, copy=not no_copy)
-            write(found, tabulate(found, model, tokenizer), folder, form, stream)
+                options |= {"minimum": minimum, "cache": cache}
+                built = retrieve(model, preprocess, tokenizer, wording, images, **manifest, **options)
+                built.save(folder, copy=not no_copy)
+            write(built, tabulate(built, model, tokenizer), folder, form, stream)
     except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
-        came = f"{error.filename or folder}: {error.strerror or error}"
-        raise click.UsageError(f"expected files that can be read and written, got {came}") from error
-    kind, count = found.about["kind"], len(found.images)
-    summary = f"{count} images of {len(found.classes)} classes in {folder}, {kind}"
-    click.echo(f"{summary}; {len(failures)} left out" if failures else summary, err=True)
+        actual = f"{error.filename or folder}: {error.strerror or error}"
+        raise click.UsageError(f"expected files that can be read and written, got {actual}") from error
+    kind, count = built.about["kind"], len(built.images)
+    summary = f"{count} images of {len(built.classes)} classes in {folder}, {kind}"
+    click.echo(f"{summary}; {len(failures)} skipped" if failures else summary, err=True)
     if failures:
         context.exit(1)
 
 
 def check_source(context: click.Context) -> str | None:
-    """The option that says where images come from, None for those that are there.
+    """Return the source of the images, a key of SOURCES, or None without one.
 
     Raises:
-        click.UsageError: several, or an option that is for another.
+        click.UsageError: several sources, or an option that another source reads.
     """
-    named = [source for source in SOURCES if context.params[source] is not None]
-    if len(named) > 1:
-        raise click.UsageError(f"expected one of {', '.join(SOURCES.values())}, got {len(named)}")
-    source = named[0] if named else None
+    sources = [source for source in SOURCES if context.params[source] is not None]
+    if len(sources) > 1:
+        raise click.UsageError(f"expected one of {', '.join(SOURCES.values())}, got {len(sources)}")
+    source = sources[0] if sources else None
     options = {option.name: option.opts[0] for option in context.command.params}
     for option, owners in READERS.items():
         if is_set(context, option) and source not in owners:
-            wanted, came = " or ".join(SOURCES[owner] for owner in owners), SOURCES.get(source or "", "none of these")
-            raise click.UsageError(f"expected {wanted} with {options[option]}, got {came}")
+            expected, actual = (
+                " or ".join(SOURCES[owner] for owner in owners),
+                SOURCES.get(source or "", "none of these"),
+            )
+            raise click.UsageError(f"expected {expected} with {options[option]}, got {actual}")
     return source
 
 
 def read_prompts(
     classes: Sequence[str], kind: str, sentences: str | None, templates: Sequence[str]
 ) -> dict[str, list[str]]:
-    """The prompts that the options describe.
+    """Return the prompts of each class.
 
     Raises:
-        click.UsageError: sentences that are missing or not asked for.
+        click.UsageError: --cupl without a kind that reads it, or a kind that needs --cupl without it.
         ValueError: as in `photo` and `cupl`.
     """
-    written = kind in ("cupl", "combined")
-    if written != (sentences is not None):
-        wanted = (
-            f"expected --cupl with --prompts {kind}" if written else "expected --prompts cupl or combined with --cupl"
-        )
-        raise click.UsageError(f"{wanted}, got {'none' if written else kind}")
+    reads_sentences = kind in ("cupl", "combined")
+    if reads_sentences and sentences is None:
+        raise click.UsageError(f"expected --cupl with --prompts {kind}, got none")
+    if sentences is not None and not reads_sentences:
+        raise click.UsageError(f"expected --prompts cupl or combined with --cupl, got {kind}")
     if templates and kind in ("ensemble", "cupl"):
         raise click.UsageError(f"expected --prompts photo or combined with --template, got {kind}")
     if kind == "cupl":
         return cupl(classes, sentences or "")
-    drawn = photo(classes, templates or (PHOTO if kind == "photo" else ENSEMBLE))
-    return combined(drawn, cupl(classes, sentences or "")) if written else drawn
+    templated = photo(classes, templates or (PHOTO if kind == "photo" else ENSEMBLE))
+    return combined(templated, cupl(classes, sentences or "")) if reads_sentences else templated
 
 
-def shown(bar: Progress) -> Callable[[str, int, int], None]:
-    """What shows how far each stage is."""
+def stage_progress(bar: Progress) -> Callable[[str, int, int], None]:
+    """Return a function of stage, done and total that shows a bar per stage."""
     tasks: dict[str, Any] = {}
 
-    def step(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done)
+    def step(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done)
 
     return step
 
 
-def tabulate(found: SupportSet, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Per class its images and their mean cosine to its embedding."""
-    text = class_embeddings(model, tokenizer, found.prompts).to(found.features.device)
-    cosines = (found.features * text[found.labels]).sum(1)
-    sums = cosines.new_zeros(len(found.classes)).index_add_(0, found.labels, cosines)
-    means = (sums / found.counts).tolist()
-    rows = zip(found.classes, found.counts.tolist(), means, strict=True)
+def tabulate(built: SupportSet, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return a row per class: its images, and their mean cosine to the class embedding."""
+    text = class_embeddings(model, tokenizer, built.prompts).to(built.features.device)
+    cosines = (built.features * text[built.labels]).sum(1)
+    sums = cosines.new_zeros(len(built.classes)).index_add_(0, built.labels, cosines)
+    means = (sums / built.counts).tolist()
+    rows = zip(built.classes, built.counts.tolist(), means, strict=True)
     return [{"class": name, "images": count, "similarity": round(mean, 6)} for name, count, mean in rows]
 
 
-def write(found: SupportSet, rows: Sequence[dict[str, Any]], folder: str, form: str, stream: TextIO) -> None:
-    """The rows as a table, as JSON with what made them, or as CSV."""
+def write(built: SupportSet, rows: Sequence[dict[str, Any]], folder: str, form: str, stream: TextIO) -> None:
+    """Write the rows as a table, as JSON with the settings of the set, or as CSV."""
     if form == "csv":
         write_csv(rows, stream)
     elif form == "json":
-        json.dump({"folder": folder, **found.about, "classes": rows}, stream, indent=2)
+        json.dump({"folder": folder, **built.about, "classes": rows}, stream, indent=2)
         stream.write("\n")
     else:
         table = Table("class", "images", "similarity")

@@ -1,4 +1,4 @@
-"""`clipkernels train-predictor`: what ranks patches in one forward, learnt from golden rankings."""
+"""`clipkernels train-predictor`: a predictor that ranks patches in one forward, trained on golden rankings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from clipkernels.cli.parts.models import choose_device
-from clipkernels.cli.parts.output import check_file, opened, progress, refuse_same, write_table
+from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, write_table
 from clipkernels.cli.parts.plot import draw_training, plot_format
 from clipkernels.files import write_csv
 from clipkernels.learn.patch_ranking import Rankings, fit_predictor
@@ -32,7 +32,7 @@ Example:
 @click.command(name="train-predictor", epilog=EXAMPLE)
 @click.argument("rankings", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
 @click.option("--output", type=click.Path(), required=True, help="Safetensors file; appears when complete.")
-@click.option("--keep", type=float, default=0.6, show_default=True, help="Share of the patches that stay.")
+@click.option("--keep", type=float, default=0.6, show_default=True, help="Share of the patches kept.")
 @click.option("--held-out", type=float, default=0.1, show_default=True, help="Share of the images not trained on.")
 @click.option(
     "--margin", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Weight of a loss over pairs."
@@ -58,30 +58,32 @@ def train_predictor(
     plot: str | None,
     form: str,
 ) -> None:
-    """Train a predictor of what stays, for classify --method patch-ranking, on the RANKINGS that rank left.
+    """Train a predictor of the patches to keep, for --method patch-ranking, on RANKINGS, the files of rank.
 
-    Several files must be of one tower and the same options; an image that is in two, with the same label, counts once.
-    The overlap is the share of the patches that golden rankings let go first, on the images held out, that the
-    predictor lets go, too.
+    Several files must be of one tower and made with the same options. An image that is in two files, with the same
+    label, counts once. The overlap is measured on the images held out: of the patches that the golden rankings drop
+    first, the share that the predictor drops too.
     """
     try:
         check_file(output)
         for path in rankings:
             refuse_same({"RANKINGS": path, "--output": output, "--plot": plot})
-        drawn = plot_format(plot) if plot else None
+        picture_format = plot_format(plot) if plot else None
         where = choose_device(device)
-        found = read(rankings)
-        images, patches = found.ranks.shape
+        golden = read(rankings)
+        images, patches = golden.ranks.shape
         start = time.perf_counter()
         with opened(plot, "--plot") if plot else nullcontext() as picture, progress() as bar:
             task = bar.add_task("training", total=epochs)
 
             def step(epoch: int, loss: float, overlap: float) -> None:
-                so_far = f"training, loss {loss:.4f}" + ("" if math.isnan(overlap) else f", overlap {share(overlap)}")
-                bar.update(task, completed=epoch, description=so_far)
+                description = f"training, loss {loss:.4f}" + (
+                    "" if math.isnan(overlap) else f", overlap {share(overlap)}"
+                )
+                bar.update(task, completed=epoch, description=description)
 
             fitted = fit_predictor(
-                found,
+                golden,
                 keep=keep,
                 held_out=held_out,
                 margin=margin,
@@ -95,17 +97,20 @@ def train_predictor(
             seconds = time.perf_counter() - start
             chance = 1 - math.ceil(keep * patches) / patches
             fitted.predictor.save(output)
-            if picture is not None and drawn is not None:
-                title = f"a predictor of what stays, {keep:g} of {patches} patches, of {images} images"
-                draw_training(fitted.losses, fitted.overlaps, chance, title, picture.buffer, drawn)
+            if picture is not None and picture_format is not None:
+                title = f"predictor that keeps {keep:g} of {patches} patches, {images} images"
+                draw_training(fitted.losses, fitted.overlaps, chance, title, picture.buffer, picture_format)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
-        came = f"{error.filename or output}: {error.strerror or error}"
-        raise click.UsageError(f"expected files that can be read and written, got {came}") from error
+        actual = f"{error.filename or output}: {error.strerror or error}"
+        raise click.UsageError(f"expected files that can be read and written, got {actual}") from error
     trained, overlap = fitted.predictor.about["images"], fitted.overlaps[-1]
     record = {
-        **{"file": output, "images": trained, "held_out": images - trained, "keep": keep},
+        "file": output,
+        "images": trained,
+        "held_out": images - trained,
+        "keep": keep,
         "parameters": sum(parameter.numel() for parameter in fitted.predictor.parameters()),
         "mmacs": round(fitted.predictor.macs / 1e6, 4),
         "loss": round(fitted.losses[-1], 6),
@@ -114,42 +119,44 @@ def train_predictor(
     }
     with opened(None) as stream:
         write(record, form, stream)
-    took = f"{epochs} epochs on {trained} images in {seconds:.2f} s: loss {fitted.losses[-1]:.4f}"
-    click.echo(took if math.isnan(overlap) else f"{took}, overlap {share(overlap)} (random {share(chance)})", err=True)
+    summary = f"{epochs} epochs on {trained} images in {seconds:.2f} s: loss {fitted.losses[-1]:.4f}"
+    if not math.isnan(overlap):
+        summary += f", overlap {share(overlap)} (random {share(chance)})"
+    click.echo(summary, err=True)
 
 
 def read(paths: Sequence[str]) -> Rankings:
-    """The rankings of all files, those of an image that is in several once.
+    """Return the rankings of all files; an image that is in several files counts once.
 
     Raises:
-        click.UsageError: rankings that were made otherwise than those of the first.
-        ValueError: a file of something else.
+        click.UsageError: rankings made with other options than those of the first file.
+        ValueError: a file that holds no rankings.
     """
-    found = [Rankings.load(path) for path in paths]
-    about = found[0].about
-    for path, each in zip(paths, found, strict=True):
-        differs = [name for name in {**about, **each.about} if each.about.get(name) != about.get(name)]
-        if differs:
-            wanted = f"expected rankings that were made alike, got {path} with another {', '.join(differs)}"
-            raise click.UsageError(f"{wanted} than {paths[0]}")
-    joined = found[0]._replace(
-        ranks=torch.cat([each.ranks for each in found]),
-        features=torch.cat([each.features for each in found]),
-        sha256=torch.cat([cast(Tensor, each.sha256) for each in found]),
+    parts = [Rankings.load(path) for path in paths]
+    about = parts[0].about
+    for path, part in zip(paths, parts, strict=True):
+        different = [name for name in {**about, **part.about} if part.about.get(name) != about.get(name)]
+        if different:
+            expected = f"expected rankings that were made alike, got {path} with another {', '.join(different)}"
+            raise click.UsageError(f"{expected} than {paths[0]}")
+    joined = parts[0]._replace(
+        ranks=torch.cat([part.ranks for part in parts]),
+        features=torch.cat([part.features for part in parts]),
+        sha256=torch.cat([cast(Tensor, part.sha256) for part in parts]),
     )
     assert joined.sha256 is not None
-    # An image that was both trained on and held out would make the overlap better than it is.
+    # An image that is both trained on and held out would make the overlap too high.
     first = {digest: row for row, digest in reversed(list(enumerate(map(bytes, joined.sha256.numpy()))))}
     return joined.take(torch.tensor(sorted(first.values())))
 
 
-def share(part: float) -> str:
-    """A share for people."""
-    return f"{100 * part:.1f} %"
+def share(fraction: float) -> str:
+    """Return a share as a percentage."""
+    return f"{100 * fraction:.1f} %"
 
 
 def write(record: dict[str, Any], form: str, stream: TextIO) -> None:
-    """What came out, as a table, as JSON or as CSV."""
+    """Write one row about the training as a table, JSON or CSV."""
     if form == "csv":
         write_csv([record], stream)
     elif form == "json":
@@ -159,6 +166,6 @@ def write(record: dict[str, Any], form: str, stream: TextIO) -> None:
         table = Table("trained on", "held out", "parameters", "MMACs", "loss", "overlap", "random", "file")
         overlap = "" if record["overlap"] is None else share(record["overlap"])
         counts = (record["images"], record["held_out"], f"{record['parameters']:,}", f"{record['mmacs']:.2f}")
-        shares = (overlap, share(record["overlap_random"]), record["file"])
-        table.add_row(*(Text(str(cell)) for cell in (*counts, f"{record['loss']:.4f}", *shares)))
+        cells = (*counts, f"{record['loss']:.4f}", overlap, share(record["overlap_random"]))
+        table.add_row(*(Text(str(cell)) for cell in cells), PathCell(record["file"]))
         write_table(table, stream)

@@ -23,7 +23,7 @@ from bench import ops, runners, towers
 from bench.naive import tome_peer
 from bench.studies import adaptation, corruptions
 from clipkernels import backend
-from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import scenes
 from clipkernels.testing.inputs import Shape
 
@@ -333,7 +333,7 @@ def test_what_has_not_begun_by_the_deadline_is_skipped() -> None:
     options = ["-q", "-rs", "-k", "prune_tokens-reference-B-32-b1-float32", "--deadline", "0"]
     command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options]
     done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == towers.EXIT_DEADLINE and "not begun within 0 s" in done.stdout
+    assert done.returncode == towers.EXIT_DEADLINE and "not started within 0 s" in done.stdout
 
 
 def test_rows_are_appended_as_they_are_measured_and_those_that_are_there_are_not_measured_again(tmp_path: Path) -> None:

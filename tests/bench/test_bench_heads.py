@@ -13,7 +13,7 @@ import torch
 import clipkernels as ck
 from bench.cost import heads as heads_cost
 from bench.studies import heads
-from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.cli.parts.demo_images import QUICK, draw, save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ import torch
 
 import clipkernels as ck
 from bench.studies import distill, questions
-from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.cli.parts.demo_images import QUICK, draw, save
 
 CLASSES = ("airplane", "cat", "dog", "ship")
 pytestmark = pytest.mark.usefixtures("one_thread")

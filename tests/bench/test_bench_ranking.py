@@ -14,7 +14,7 @@ import torch
 import clipkernels as ck
 from bench.cost import ranking as ranking_speed
 from bench.studies import ranking
-from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.testing import open_clip_tower, randomized
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import clipkernels as ck
 from clipkernels.cli import main
-from clipkernels.cli.demo import KINDS, QUICK, draw, save
+from clipkernels.cli.parts.demo_images import KINDS, QUICK, draw, save
 from clipkernels.cli.parts.methods import choose_methods
 from clipkernels.cli.parts.output import opened
 from clipkernels.data import digits, scenes
@@ -417,7 +417,7 @@ def test_a_tower_that_cannot_be_served_runs_as_the_host_has_it(resnet: str, pict
         (["--classes", ""], "classes must name at least one class, got none"),
         (["--classes", "one,two,one"], "classes must differ, got 'one' 2 times"),
         ([], "expected --classes or --classes-file, got neither"),
-        (["--classes", "a", "--template", "a photo"], "templates must hold {} where the class name goes"),
+        (["--classes", "a", "--template", "a photo"], "templates must hold {} in place of the class name"),
         (["--classes", "a", "--method", "evit", "--keep", "0"], "keep must be a number in (0, 1], got 0.0"),
         (["--classes", "a", "--method", "tome", "--r", "-1"], "r must be a non-negative int"),
         (
@@ -461,7 +461,7 @@ def test_a_backend_that_cannot_serve_is_one_line(pictures: Path, monkeypatch: py
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     result = run("classify", pictures / "digits", "--classes", DIGITS)
-    said = "error: CLIPKERNELS_BACKEND=triton was asked for, but the tensors are on the CPU"
+    said = "error: CLIPKERNELS_BACKEND=triton is set, but the tensors are on the CPU"
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert result.stderr.startswith(said)
 

@@ -14,7 +14,7 @@ from PIL import Image
 import clipkernels as ck
 from clipkernels import support
 from clipkernels.cli import main
-from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import digits
 
 DIGITS = ",".join(digits.CLASSES)

@@ -20,7 +20,7 @@ from PIL import Image
 import clipkernels as ck
 from clipkernels import support
 from clipkernels.cli import main
-from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import digits
 from clipkernels.images import Pictures
 from clipkernels.learn.patch_ranking import (
@@ -213,9 +213,9 @@ def test_other_prompts_or_options_need_another_file(files: list[Path], tmp_path:
     assert done(*common, "--classes-file", tmp_path / "classes.txt")["ranked"] == 0
     assert done(*common, "--classes", "zero,one", "--template", support.PHOTO[0])["ranked"] == 0
     for options in (("--classes", "one,zero"), ("--classes", "zero,one", "--template", "{}.")):
-        wanted = f"expected rankings by the same classes and prompts, got {file}: choose another"
+        wanted = f"expected rankings with the same classes and prompts, got {file} with others: choose another"
         assert wanted in error(run(*common, *options))
-    wanted = f"expected rankings made as these are, got {file} with"
+    wanted = f"expected rankings with the same options, got {file} with"
     for options in (
         ("--classes", "zero,one", "--window", 5),
         ("--classes", "zero,one", "--block", 2),
@@ -308,7 +308,7 @@ def test_a_picture_without_matplotlib_names_what_to_install(
         ((), "expected --classes or --classes-file, got neither"),
         (("--classes", "a", "--classes-file", __file__), "expected --classes or --classes-file, got both"),
         (("--classes", "a,b,a"), "classes must differ, got 'a' 2 times"),
-        (("--classes", "a", "--template", "a photo"), "templates must hold {} where the class name goes"),
+        (("--classes", "a", "--template", "a photo"), "templates must hold {} in place of the class name"),
         (("--classes", "a", "--folder-labels"), "expected folders named like the classes, got"),
         (("--score", "label", "--classes", "a"), "expected --folder-labels with --score label, got none"),
         (("--score", "feature", "--classes", "a"), "expected --score label or confidence with --classes, got feature"),
@@ -455,7 +455,7 @@ def test_training_that_is_stopped_leaves_the_old_file(
         (("--keep", 1), "keep must be in (0, 1) and held_out in [0, 1), got 1.0 and 0.1"),
         (("--keep", "inf"), "keep must be in (0, 1)"),
         (("--held-out", 1), "keep must be in (0, 1) and held_out in [0, 1), got 0.6 and 1.0"),
-        (("--held-out", 0.99), "rankings must be of at least one image that is not held out, got 20 images"),
+        (("--held-out", 0.99), "rankings must hold at least one image that is not held out, got 20 images"),
         (("--margin", -1), "--margin"),
         (("--epochs", 0), "epochs and batch_size must be at least one, got 0 and 64"),
         (("--batch-size", 0), "epochs and batch_size must be at least one, got 50 and 0"),
@@ -468,7 +468,7 @@ def test_training_that_is_stopped_leaves_the_old_file(
         (("--output", "RANKS"), "expected --output and RANKINGS to differ, got"),
         (("--output", "same.png", "--plot", "same.png"), "expected --plot and --output to differ, got same.png"),
         (("--output", "-"), "expected a file for --output, got -"),
-        (("--output", "predictor", "--lr", "1e30"), "lr must be one that training survives, got 1e+30"),
+        (("--output", "predictor", "--lr", "1e30"), "lr must keep the loss finite, got 1e+30"),
         (("gone",), "'gone' does not exist"),
         ((__file__,), "expected a safetensors file, got"),
     ],

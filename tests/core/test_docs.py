@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import clipkernels as ck
-from clipkernels.cli.demo import QUICK, draw, save
+from clipkernels.cli.parts.demo_images import QUICK, draw, save
 
 ROOT = Path(__file__).parents[2]
 

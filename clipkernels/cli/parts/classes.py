@@ -1,4 +1,4 @@
-"""Class names: from the command line, from a file, or those of the folders that files are in."""
+"""Class names, from the command line, a file or folders, and the labels of image files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import click
 
 
 def read_classes(classes: str | None, file: str | None) -> list[str]:
-    """The class names, from the command line or from a file."""
+    """Return the class names of --classes, separated by commas, or of --classes-file, one per line.
+
+    Raises:
+        click.UsageError: neither option, or both.
+    """
     if (classes is None) == (file is None):
         raise click.UsageError(f"expected --classes or --classes-file, got {'neither' if file is None else 'both'}")
     parts = Path(file).read_text(encoding="utf-8-sig").splitlines() if file else (classes or "").split(",")
@@ -18,10 +22,10 @@ def read_classes(classes: str | None, file: str | None) -> list[str]:
 
 
 def read_labels(paths: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """The name of each file's folder.
+    """Return the true class of each file, the name of its folder.
 
     Raises:
-        click.UsageError: a folder whose name is none of the classes.
+        click.UsageError: a folder whose name is not among the classes.
     """
     labels = folders_of(paths)
     for path, label in zip(paths, labels, strict=True):
@@ -31,5 +35,5 @@ def read_labels(paths: Sequence[str], classes: Sequence[str]) -> list[str]:
 
 
 def folders_of(paths: Sequence[str]) -> list[str]:
-    """The name of each file's folder."""
+    """Return the name of each file's folder."""
     return [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]

@@ -1,4 +1,4 @@
-"""The guesses of `clipkernels classify`, written as they come: a table when it is whole, CSV or JSON lines at once."""
+"""The guesses of `clipkernels classify`: a table or JSON once all are there, CSV and JSON lines one by one."""
 
 from __future__ import annotations
 
@@ -10,48 +10,61 @@ from typing import Any, NamedTuple, TextIO
 from rich.table import Table
 from rich.text import Text
 
-from clipkernels.cli.parts.output import write_table
+from clipkernels.cli.parts.output import PathCell, write_table
+
+# Short enough to leave a path its room at 80 columns.
+HEADINGS = {"probability": "prob.", "second_class": "second", "second_probability": "prob."}
 
 
 class Guess(NamedTuple):
-    """The likeliest classes of one image, best first, with their probabilities."""
+    """The likeliest classes of one image, best first, with their probabilities, and its true class if known."""
 
     path: str
     best: list[tuple[str, float]]
     label: str | None
 
     def record(self) -> dict[str, Any]:
-        """The guess as one flat row: path, class, probability, and the second of each where there are two classes."""
+        """Return the guess as one flat row: path, class and probability, then the second class if there are two."""
         row: dict[str, Any] = {"path": self.path}
         for prefix, (name, probability) in zip(("", "second_"), self.best, strict=False):
             row |= {prefix + "class": name, prefix + "probability": round(probability, 6)}
         return row if self.label is None else {**row, "label": self.label}
 
 
-def writer(form: str, stream: TextIO) -> Callable[[Guess | None], None]:
-    """What takes the guesses one by one, then None at the end: rows are written at once, a table when it is whole."""
-    rows = csv.writer(stream, lineterminator="\n")
-    table: list[dict[str, Any]] = []
+def guess_writer(form: str, stream: TextIO) -> Callable[[Guess | None], None]:
+    """Return a function to call with each guess, then with None.
+
+    "csv" and "jsonl" write each row at once; "table" and "json", a list of the rows, write at the end.
+    """
+    writer = csv.writer(stream, lineterminator="\n")
+    records: list[dict[str, Any]] = []
 
     def write(guess: Guess | None) -> None:
         if guess is None:
-            if form == "table" and table:
-                whole = Table(*(column.replace("_", " ") for column in table[0]))
-                for record in table:
-                    cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in record.values()]
-                    whole.add_row(*map(Text, cells))
-                write_table(whole, stream)
+            if form == "json":
+                json.dump(records, stream, indent=2)
+                stream.write("\n")
+            elif form == "table" and records:
+                write_table(_table(records), stream)
             return
         record = guess.record()
-        if form == "table":
-            table.append(record)
-        elif form == "csv":
-            if not table:
-                table.append(record)
-                rows.writerow(record)
-            rows.writerow(record.values())
-        else:
+        if form == "csv":
+            if not records:
+                records.append(record)  # once, to know that the header is written
+                writer.writerow(record)
+            writer.writerow(record.values())
+        elif form == "jsonl":
             stream.write(json.dumps(record) + "\n")
+        else:
+            records.append(record)
         stream.flush()
 
     return write
+
+
+def _table(records: list[dict[str, Any]]) -> Table:
+    table = Table(*(HEADINGS.get(key, key) for key in records[0]))
+    for record in records:
+        cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in record.values()]
+        table.add_row(PathCell(cells[0]), *map(Text, cells[1:]))
+    return table

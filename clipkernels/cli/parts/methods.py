@@ -1,116 +1,244 @@
-"""The methods that options describe: one of `clipkernels classify`, several of `clipkernels bench`."""
+"""The methods that `--method` and `--methods` describe, and their names in tables.
+
+A specification is NAME[:VALUE][:KEY=VALUE]…, with `/` between the items of a list: `evit:0.7`, `evit:0.7:blocks=3/6/9`,
+`tome:8:inflect=-1`, `tome:8/8/4`, `tca:0.1`, `patch-ranking:0.6`, `dense`, and `none` for the host library's own
+forward.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
 
 import click
 
 from clipkernels.adapters import Tower
-from clipkernels.cli.parts.heads import is_set
 from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
 from clipkernels.measure.timing import HOST, gmacs_for, plan_for
 from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
 
+RANKING = "patch-ranking"
+DEFAULT_KEEP = 0.6  # of patch-ranking, for a predictor that does not say which share it was trained for
 
-def choose_method(
-    context: click.Context,
-    method: str | None,
-    keep: float | None,
-    r: int,
-    rate: float,
-    blocks: str | None,
-    predictor: str | None,
-    tokens: str | None,
-    adapt: str | None,
-) -> Method | None:
-    """The method that the options describe; an option that it would not read is an error."""
-    method = method or ("tca" if adapt else None)
-    readers = {
-        **{"keep": ("evit", "patch-ranking"), "blocks": ("evit", "tca"), "r": ("tome",), "rate": ("tca",)},
-        **dict.fromkeys(("predictor", "tokens"), ("patch-ranking",)),
-    }
-    for option, owners in readers.items():
-        if is_set(context, option) and method not in owners:
-            raise click.UsageError(
-                f"expected --method {' or '.join(owners)} with --{option}, got {method or 'no --method'}"
-            )
+
+def _number(text: str) -> float:
     try:
-        named = tuple(int(block) for block in blocks.split(",")) if blocks is not None else None
+        return float(text)
     except ValueError:
-        raise click.UsageError(f"expected --blocks such as 3,6,9, got {blocks!r}") from None
-    if method == "patch-ranking":
-        learnt, loaded = None if tokens is None else VisualTokens.load(tokens), load_predictor(predictor)
-        return PatchRanking(loaded, loaded.about.get("keep", 0.6) if keep is None else keep, tokens=learnt)
-    if method == "evit":
-        return EViT(0.7 if keep is None else keep, named)
-    if method == "tca":
-        return TCA(rate, named)
-    if method == "tome":
-        return ToMe(r)
-    return None if method == "none" else Dense()
+        raise ValueError(f"expected a number, got {text!r}") from None
 
 
-def parse_methods(methods: str | None, predictor: str | None, tower: Tower) -> dict[str, Method | None]:
-    """What runs, by name: dense by the host (None) and by Dense(), then the methods asked for, or the demo's.
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"expected an int, got {text!r}") from None
 
-    Raises:
-        click.UsageError: a method that is none, or a predictor that is missing or not asked for.
-        ValueError: one that does not fit the tower.
+
+def _integers(text: str) -> tuple[int, ...]:
+    """Integers separated by slashes."""
+    try:
+        return tuple(int(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"expected ints separated by /, got {text!r}") from None
+
+
+def _integer_or_list(text: str) -> int | tuple[int, ...]:
+    """One integer, or a tuple of several that slashes separate."""
+    return _integers(text) if "/" in text else _integer(text)
+
+
+def _flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"expected true or false, got {text!r}")
+    return text == "true"
+
+
+class Grammar(NamedTuple):
+    """How a method is spelled.
+
+    An example; the method, None for the host's own forward; the parameter that the plain value sets, its default and
+    its parser; and the parsers of the parameters that keys set.
     """
-    parts = [] if methods is None else [part.strip() for part in methods.split(",")]
-    if predictor is not None and not any(part.startswith("patch-ranking") for part in parts):
-        raise click.UsageError(f"expected --methods patch-ranking:0.6 with --predictor, got {methods or 'none'}")
-    if methods is None:
-        return choose_methods(tower)
-    chosen: dict[str, Method | None] = {HOST: None, "Dense()": Dense()}
-    ranking = None
-    if any(part.startswith("patch-ranking") for part in parts):
-        ranking = load_predictor(predictor)
-        ranking.check_tower(tower)
-    for part in parts:
-        kind, _, number = part.partition(":")
+
+    example: str
+    method: Callable[..., Method] | None
+    parameter: str = ""
+    default: float | None = None
+    parse: Callable[[str], Any] = str
+    keys: Mapping[str, Callable[[str], Any]] = {}
+
+
+EVIT_KEYS: Mapping[str, Callable[[str], Any]] = {
+    "blocks": _integers,
+    "fuse": _flag,
+    "score": str,
+    "seed": _integer,
+    "multiple": _integer,
+}
+TCA_KEYS: Mapping[str, Callable[[str], Any]] = {
+    "blocks": _integers,
+    "centers": _integer,
+    "score": str,
+    "seed": _integer,
+    "multiple": _integer,
+}
+TOME_KEYS: Mapping[str, Callable[[str], Any]] = {"inflect": _number, "proportional": _flag}
+GRAMMARS = {
+    "evit": Grammar("evit:0.7:blocks=3/6/9", EViT, "keep", 0.7, _number, EVIT_KEYS),
+    "tome": Grammar("tome:8:inflect=-1", ToMe, "r", 8, _integer_or_list, TOME_KEYS),
+    "tca": Grammar("tca:0.1:blocks=1/2", TCA, "rate", 0.035, _number, TCA_KEYS),
+    RANKING: Grammar("patch-ranking:0.6", PatchRanking, "keep", None, _number, {"multiple": _integer}),
+    "dense": Grammar("dense", Dense),
+    "none": Grammar("none", None),
+}
+METHOD_HELP = (
+    "evit:0.7, tome:8, tca:0.035, patch-ranking:0.6, dense, or none for the host library's own forward. The number may "
+    "be left out. Arguments follow as evit:0.7:blocks=3/6/9 or tome:8:inflect=-1; tome:8/8/4 is one r per block"
+)
+
+
+class Spec(NamedTuple):
+    """A specification as text, and in parts."""
+
+    text: str
+    name: str
+    arguments: dict[str, Any]
+
+
+def read_methods(specs: Sequence[str], predictor: str | None, tokens: str | None) -> list[Method | None]:
+    """Return the methods that specifications describe, in order; None is the host library's own forward.
+
+    Args:
+        specs: specifications, as the module describes them.
+        predictor: the file of the RankPredictor for patch-ranking.
+        tokens: the file of its VisualTokens, or None for none.
+    Raises:
+        click.UsageError: a specification that describes no method, patch-ranking without a predictor, or a predictor or
+            tokens without patch-ranking.
+        ValueError: a file that holds neither a predictor nor tokens.
+    """
+    parsed = [_parse(text) for text in specs]
+    ranks = any(spec.name == RANKING for spec in parsed)
+    for option, path in (("predictor", predictor), ("tokens", tokens)):
+        if path is not None and not ranks:
+            actual = ", ".join(specs) or "no --method"
+            raise click.UsageError(f"expected --method {RANKING} with --{option}, got {actual}")
+    if ranks and predictor is None:
+        raise click.UsageError(f"expected --predictor with {RANKING}, got none: see clipkernels train-predictor")
+    trained = RankPredictor.load(predictor) if predictor is not None else None
+    learnt = VisualTokens.load(tokens) if tokens is not None else None
+    return [_build(spec, trained, learnt) for spec in parsed]
+
+
+def methods_for(
+    tower: Tower, specs: Sequence[str], predictor: str | None, tokens: str | None
+) -> dict[str, Method | None]:
+    """Return the methods of a table by name: the host's forward (None), Dense(), then those that are specified.
+
+    Args:
+        tower: the tower that they run on.
+        specs, predictor, tokens: as in `read_methods`; without any specification the methods are `default_methods`.
+    Raises:
+        click.UsageError: as in `read_methods`, or a method that does not fit the tower.
+        ValueError: as in `read_methods`, or a predictor or tokens of another tower.
+    """
+    chosen = read_methods(specs, predictor, tokens)
+    if not specs:
+        return default_methods(tower)
+    for text, method in zip(specs, chosen, strict=True):
+        if isinstance(method, PatchRanking):
+            method.check_tower(tower)
         try:
-            if kind == "evit":
-                keep = float(number)
-                chosen[f"EViT(keep={keep:g})"] = EViT(keep)
-            elif kind == "tome":
-                r = int(number)
-                chosen[f"ToMe(r={r})"] = ToMe(r)
-            elif kind == "tca":
-                rate = float(number)
-                chosen[f"TCA(rate={rate:g})"] = TCA(rate)
-            elif kind == "patch-ranking" and ranking is not None:
-                keep = float(number)
-                chosen[f"PatchRanking(keep={keep:g})"] = PatchRanking(ranking, keep)
-            else:
-                raise ValueError("no such method")
+            plan_for(tower, method or Dense())
         except ValueError as error:
-            wanted = "expected --methods such as evit:0.7,tome:8,tca:0.1,patch-ranking:0.6"
-            raise click.UsageError(f"{wanted}, got {part!r}: {error}") from error
-    for method in chosen.values():
-        plan_for(tower, method or Dense())
-    return chosen
+            raise click.UsageError(_expected(text, str(error))) from error
+    return {name_of(method): method for method in (None, Dense(), *chosen)}
 
 
-def choose_methods(tower: Tower) -> dict[str, Method | None]:
-    """The rows of a table; ToMe's r is the one whose GMACs come closest to those of EViT at keep 0.7."""
+def default_methods(tower: Tower) -> dict[str, Method | None]:
+    """Return the methods of a table by name; ToMe's r is the one whose GMACs come closest to those of EViT(0.7)."""
 
     def gmacs(method: Method) -> float:
         return gmacs_for(tower, plan_for(tower, method))
 
     target = gmacs(EViT(0.7))
     r = min(range(1, tower.num_tokens), key=lambda r: abs(gmacs(ToMe(r)) - target))
-    chosen: list[Method] = [Dense(), EViT(0.7), EViT(0.5), ToMe(r)]
-    names = ("Dense()", "EViT(keep=0.7)", "EViT(keep=0.5)", f"ToMe(r={r})")
-    return {HOST: None, **dict(zip(names, chosen, strict=True))}
+    return {name_of(method): method for method in (None, Dense(), EViT(0.7), EViT(0.5), ToMe(r))}
 
 
-def load_predictor(path: str | None) -> RankPredictor:
-    """What `clipkernels train-predictor` left in a file.
+def name_of(method: Method | None) -> str:
+    """Return a method's name in tables: its class, its main argument, and others that differ from their default.
 
-    Raises:
-        click.UsageError: no file.
-        ValueError: one of something else.
+    `EViT(keep=0.7)`, `ToMe(r=8, inflect=-1)`, `PatchRanking(keep=0.6)`; HOST for None, and the repr of a method that is
+    no dataclass.
     """
-    if path is None:
-        raise click.UsageError("expected --predictor with patch-ranking, got none: see clipkernels train-predictor")
-    return RankPredictor.load(path)
+    if method is None:
+        return HOST
+    if not is_dataclass(method):
+        return repr(method)
+    shown = []
+    # A predictor has no short form, and its block is the method's.
+    hidden = ("predictor", "block") if isinstance(method, PatchRanking) else ()
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if field.name in hidden or (value == field.default and shown):
+            continue
+        if isinstance(value, VisualTokens):
+            value = value.count
+        shown.append(f"{field.name}={_short(value)}")
+    return f"{type(method).__name__}({', '.join(shown)})"
+
+
+def _short(value: object) -> str:
+    """A value as Python writes it, a whole float without its .0."""
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() else repr(value)
+
+
+def _expected(text: str, reason: str) -> str:
+    """The message for a specification that does not do."""
+    grammar = GRAMMARS.get(text.partition(":")[0])
+    examples = grammar.example if grammar else "evit:0.7, tome:8, tca:0.1, patch-ranking:0.6, dense or none"
+    return f"expected a method such as {examples}, got {text!r}: {reason}"
+
+
+def _parse(text: str) -> Spec:
+    name, *parts = text.split(":")
+    if name not in GRAMMARS:
+        raise click.UsageError(_expected(text, "no such method"))
+    grammar = GRAMMARS[name]
+    arguments: dict[str, Any] = {}
+    try:
+        for place, part in enumerate(parts):
+            key, equals, value = part.partition("=")
+            if not equals and place == 0 and grammar.parameter:
+                key, value, parse = grammar.parameter, part, grammar.parse
+            elif equals and key in grammar.keys:
+                parse = grammar.keys[key]
+            else:
+                known = f"the keys are {', '.join(grammar.keys)}" if grammar.keys else f"{name} has no arguments"
+                raise ValueError(f"{known}, got {part!r}")
+            if key in arguments:
+                raise ValueError(f"{key} is there twice")
+            try:
+                arguments[key] = parse(value)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+    except ValueError as error:
+        raise click.UsageError(_expected(text, str(error))) from error
+    return Spec(text, name, arguments)
+
+
+def _build(spec: Spec, predictor: RankPredictor | None, tokens: VisualTokens | None) -> Method | None:
+    grammar = GRAMMARS[spec.name]
+    arguments = dict(spec.arguments)
+    if predictor is not None and spec.name == RANKING:
+        arguments["predictor"], arguments["tokens"] = predictor, tokens
+        arguments.setdefault("keep", predictor.about.get("keep", DEFAULT_KEEP))
+    elif grammar.parameter:
+        arguments.setdefault(grammar.parameter, grammar.default)
+    try:
+        return grammar.method(**arguments) if grammar.method else None
+    except ValueError as error:
+        raise click.UsageError(_expected(spec.text, str(error))) from error

@@ -1,6 +1,6 @@
-"""A model by its library's name for it, its preprocessing and tokenizer, its device and the precisions it may take.
+"""Models by their library's names, with preprocessing and tokenizer, and the device they run on.
 
-The network is asked for nothing but what the user named: weights by tag, or a model of a hub.
+Nothing is downloaded but what the user named: weights by tag, or a model of a hub.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ LIBRARIES = ("open_clip", "transformers", "timm")
 
 
 class Loaded(NamedTuple):
-    """A model in fp32 and eval mode, what makes a tensor (3,S,S) of a picture for it, and where its weights are from:
-    "bundled", "random", a tag or a file."""
+    """A model in fp32 and eval mode, its preprocessing from an image to a tensor (3,S,S), and its weights' source.
+
+    The source is "bundled", "random", a tag, a file or a model of a hub.
+    """
 
     model: nn.Module
     preprocess: Preprocess
@@ -35,10 +37,10 @@ class Loaded(NamedTuple):
 
 
 def load(library: str, name: str | None, pretrained: str | None) -> Loaded:
-    """The bundled model, or a library's.
+    """Return the bundled model, or a library's.
 
     Raises:
-        click.UsageError: an unknown model or tag, weights that are not there, a package that is not installed.
+        click.UsageError: an unknown model or tag, missing weights, or a package that is not installed.
     """
     if name is None:
         refuse_unnamed(pretrained=pretrained, library=library if library != LIBRARIES[0] else None)
@@ -50,10 +52,10 @@ def load(library: str, name: str | None, pretrained: str | None) -> Loaded:
 
 
 def load_clip(name: str | None, pretrained: str | None) -> tuple[nn.Module, Preprocess, Any]:
-    """Model, preprocessing and tokenizer of a whole CLIP: the bundled ones, or open_clip's.
+    """Return model, preprocessing and tokenizer of a whole CLIP: the bundled ones, or open_clip's.
 
     Raises:
-        click.UsageError: as in `load`, or a tokenizer that cannot be had.
+        click.UsageError: as in `load`, or a tokenizer that cannot be loaded.
     """
     if name is None:
         refuse_unnamed(pretrained=pretrained)
@@ -66,19 +68,19 @@ def load_clip(name: str | None, pretrained: str | None) -> tuple[nn.Module, Prep
 
 
 def load_open_clip(name: str, pretrained: str | None) -> Loaded:
-    """open_clip's model; a name with a prefix such as hf-hub: brings its weights."""
-    import open_clip  # here, so that the other verbs need none of it
+    """Return open_clip's model; a name with a prefix such as hf-hub: includes its weights."""
+    import open_clip  # here, because not every verb needs it
 
     if ":" not in name:
-        known(name, open_clip.list_models(), "open_clip")
-        weights_of(name, pretrained, open_clip.list_pretrained_tags_by_model(name))
+        check_known(name, open_clip.list_models(), "open_clip")
+        check_weights(name, pretrained, open_clip.list_pretrained_tags_by_model(name))
     with loading(name, pretrained):
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, pretrained_text=False)
     return Loaded(model, preprocess, pretrained or ("random" if ":" not in name else name))
 
 
 def load_timm(name: str, pretrained: str | None) -> Loaded:
-    """timm's model; a name with the prefix hf-hub: or local-dir: brings its weights."""
+    """Return timm's model; a name with the prefix hf-hub: or local-dir: includes its weights."""
     with imported("timm"):
         import timm
         from timm.models import load_checkpoint
@@ -86,13 +88,13 @@ def load_timm(name: str, pretrained: str | None) -> Loaded:
     prefixed = ":" in name
     plain, _, tag = (name, "", "") if prefixed else name.partition(".")
     if prefixed and pretrained is not None:
-        raise click.UsageError(f"expected no --pretrained with {name}, which brings its weights, got {pretrained}")
+        raise click.UsageError(f"expected no --pretrained with {name}, which includes its weights, got {pretrained}")
     if not prefixed:
-        known(plain, timm.list_models(), "timm")
+        check_known(plain, timm.list_models(), "timm")
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{plain}.*")]
         if tag and tag not in tags:
             raise click.UsageError(f"expected one of {plain}'s tags ({', '.join(tags) or 'none'}), got {tag!r}")
-        weights_of(name, pretrained, tags)
+        check_weights(name, pretrained, tags)
     with loading(name, pretrained):
         if pretrained is None or os.path.isfile(pretrained):
             model = timm.create_model(name, pretrained=prefixed)
@@ -105,14 +107,14 @@ def load_timm(name: str, pretrained: str | None) -> Loaded:
 
 
 def load_transformers(name: str, pretrained: str | None) -> Loaded:
-    """The model of a folder or of the hub; without `pretrained` its configuration alone is read."""
+    """Return the model of a folder or of the hub; without `pretrained` only its configuration is read."""
     with imported("transformers"):
         from transformers import AutoConfig, AutoModel
 
     folder = os.path.isdir(name)
     if folder and pretrained not in (None, "local"):
         raise click.UsageError(f"expected --pretrained local, for the weights in the folder {name}, got {pretrained!r}")
-    weights_of(name, pretrained, None)
+    check_weights(name, pretrained, None)
     where: dict[str, Any] = {"local_files_only": folder, "trust_remote_code": False}
     if pretrained is not None and not folder:
         where["revision"] = pretrained
@@ -130,8 +132,11 @@ def load_transformers(name: str, pretrained: str | None) -> Loaded:
 
 
 def transformers_preprocess(name: str, where: dict[str, Any], size: tuple[int, int]) -> Preprocess:
-    """The image processor that comes with a model; where none does that makes (3,S,S), a resize and a crop of the
-    centre with the mean and deviation that it names, or CLIP's."""
+    """Return the preprocessing of a model: its own image processor if that makes tensors (3,S,S).
+
+    Otherwise it is a resize and a centre crop, with the mean and deviation of the image processor, or CLIP's, and a
+    warning says so.
+    """
     from open_clip.transform import image_transform
     from transformers import AutoImageProcessor
 
@@ -142,35 +147,41 @@ def transformers_preprocess(name: str, where: dict[str, Any], size: tuple[int, i
             preprocess = partial(run_processor, processor)
             if tuple(preprocess(Image.new("RGB", (64, 48))).shape) == (3, *size):
                 return preprocess
-        reason = "its image processor gives something else"
+        reason = "its image processor makes another shape"
         statistics = {key: getattr(processor, f"image_{key}", None) for key in ("mean", "std")}
-    except Exception as error:  # OSError, ValueError or ImportError by version: none is there, or none that runs
+    except Exception as error:  # OSError, ValueError or ImportError by version: it is missing or does not run
         reason = first_line(error)
     click.echo(f"warning: {name} has no image processor for {size}: resize and crop instead ({reason})", err=True)
     return image_transform(size, is_train=False, **statistics)
 
 
 def run_processor(processor: Any, image: Image.Image) -> Tensor:
-    """The pixels (3,S,S) that an image processor of transformers makes of a picture."""
+    """Return the pixels (3,S,S) that an image processor of transformers makes of an image."""
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def refuse_unnamed(**options: str | None) -> None:
-    """Raises click.UsageError for an option that says something of a model when no model is named."""
-    for option, given in options.items():
-        if given is not None:
-            raise click.UsageError(f"expected --model with --{option} {given}, got no --model")
+    """Raise click.UsageError for an option about a model when no model is named."""
+    for option, value in options.items():
+        if value is not None:
+            raise click.UsageError(f"expected --model with --{option} {value}, got no --model")
 
 
-def known(name: str, names: Sequence[str], library: str) -> None:
-    """Raises click.UsageError, with what comes close, unless a library knows a model."""
+def check_known(name: str, names: Sequence[str], library: str) -> None:
+    """Raise click.UsageError, with similar names, unless a library has a model."""
     if name not in names:
         near = ", ".join(difflib.get_close_matches(name, names, 3)) or f"{names[0]}, …"
         raise click.UsageError(f"expected one of {library}'s models ({near}), got {name!r}")
 
 
-def weights_of(name: str, pretrained: str | None, tags: Sequence[str] | None) -> None:
-    """Raises click.UsageError for weights that are no file and no tag (None: any may be one); warns without any."""
+def check_weights(name: str, pretrained: str | None, tags: Sequence[str] | None) -> None:
+    """Raise click.UsageError unless the weights are a file or a tag, and warn if they are random.
+
+    Args:
+        name: the model.
+        pretrained: the weights, or None for random ones.
+        tags: the tags of the model; None accepts every tag.
+    """
     if pretrained is None:
         click.echo(f"warning: {name} has random weights without --pretrained: its answers mean nothing", err=True)
         torch.manual_seed(0)
@@ -181,7 +192,7 @@ def weights_of(name: str, pretrained: str | None, tags: Sequence[str] | None) ->
 
 @contextmanager
 def loading(name: str, pretrained: str | None) -> Iterator[None]:
-    """Quiet, with whatever a download, a broken checkpoint or a wrong state dict raises as a click.UsageError."""
+    """Silence libraries, and raise the errors of a download, a checkpoint or a state dict as click.UsageError."""
     try:
         with quietly():
             yield
@@ -192,20 +203,20 @@ def loading(name: str, pretrained: str | None) -> Iterator[None]:
 
 @contextmanager
 def imported(package: str) -> Iterator[None]:
-    """An import whose failure names the package to install."""
+    """Raise the failure of an import as a click.UsageError that names the package to install."""
     try:
         with quietly():
             yield
     except ImportError as error:
-        wanted = f"expected {package} to be installed (pip install {package})"
-        raise click.UsageError(f"{wanted}, got: {first_line(error)}") from error
+        expected = f"expected {package} to be installed (pip install {package})"
+        raise click.UsageError(f"{expected}, got: {first_line(error)}") from error
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is.
+    """Return the named device, or CUDA where there is one, else the CPU.
 
     Raises:
-        click.UsageError: no such device here.
+        click.UsageError: this machine has no such device.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

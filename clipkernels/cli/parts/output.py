@@ -1,4 +1,4 @@
-"""Where results go: stdout or a file that appears whole, as a table, CSV or JSON; progress goes to stderr."""
+"""Results on stdout or in a file that appears when complete, as tables, CSV or JSON; progress on stderr."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from tempfile import TemporaryFile
 from typing import TextIO
 
 import click
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from clipkernels.files import atomic_write
+
+MIN_PATH_COLUMNS = 16
 
 
 @contextmanager
 def opened(path: str | None, option: str = "--output") -> Iterator[TextIO]:
-    """A UTF-8 text stream: stdout for None or "-", else a temporary file that is renamed to `path` when all went well.
+    """Yield a UTF-8 text stream: stdout for None or "-", else a temporary file that becomes `path` on success.
 
     Raises:
         click.UsageError: a path that cannot be written.
@@ -45,14 +50,12 @@ def opened(path: str | None, option: str = "--output") -> Iterator[TextIO]:
         try:
             temporary = stack.enter_context(atomic_write(target))
         except OSError as error:
-            raise click.UsageError(
-                f"expected a file that can be written for {option}, got {path}: {error.strerror}"
-            ) from error
+            raise _cannot_write(path, option, error) from error
         yield stack.enter_context(open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline=""))
 
 
 def check_file(path: str, option: str = "--output") -> None:
-    """Raises click.UsageError for what is no file, or cannot become one: better now than after an hour."""
+    """Raise click.UsageError unless `path` is a file or can become one, before an hour of work is lost to it."""
     target = Path(path)
     if target.exists() and not target.is_file():  # a device or a pipe must not be renamed over
         raise click.UsageError(f"expected a file for {option}, got {path}, which is none")
@@ -60,36 +63,78 @@ def check_file(path: str, option: str = "--output") -> None:
         with TemporaryFile(dir=target.absolute().parent):
             pass
     except OSError as error:
-        raise click.UsageError(
-            f"expected a file that can be written for {option}, got {path}: {error.strerror}"
-        ) from error
+        raise _cannot_write(path, option, error) from error
+
+
+def _cannot_write(path: str, option: str, error: OSError) -> click.UsageError:
+    return click.UsageError(f"expected a file that can be written for {option}, got {path}: {error.strerror}")
 
 
 def refuse_same(files: Mapping[str, str | None]) -> None:
-    """Raises click.UsageError where two options name one file, or one that is to hold results names stdout."""
-    seen: dict[str, str] = {}
+    """Raise click.UsageError if two options name one file, or if an option that needs a file names stdout."""
+    options: dict[str, str] = {}
     for option, path in files.items():
         if path == "-":
             raise click.UsageError(f"expected a file for {option}, got {path}")
-        other = option if path is None else seen.setdefault(os.path.realpath(path), option)
+        other = option if path is None else options.setdefault(os.path.realpath(path), option)
         if other != option:
             raise click.UsageError(f"expected {option} and {other} to differ, got {path} for both")
 
 
+class PathCell:
+    """A path in a table; where there is no room for all of it, its middle is left out, so that rows differ."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        columns = cell_len(self.path)
+        return Measurement(min(columns, MIN_PATH_COLUMNS), columns)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(shorten(self.path, options.max_width), no_wrap=True)
+
+
+def shorten(text: str, columns: int) -> str:
+    """Return a text as it is if it fits into `columns` columns, else its start and its end, with … in between.
+
+    The end takes two thirds: files are told apart by their names more often than by their first folders.
+    """
+    if cell_len(text) <= columns:
+        return text
+    tail = max(1, 2 * (columns - 1) // 3)
+    head = max(0, columns - 1 - tail)
+    while head and cell_len(text[:head]) > columns - 1 - tail:  # a character may be two columns wide
+        head -= 1
+    room = columns - 1 - cell_len(text[:head])
+    end = min(room, len(text))
+    while end > 1 and cell_len(text[-end:]) > room:
+        end -= 1
+    return f"{text[:head]}…{text[-end:]}"
+
+
 def write_table(table: Table, stream: TextIO) -> None:
-    """The table on a stream, as wide as the terminal, or as wide as it needs where there is none."""
-    Console(file=stream, width=None if stream.isatty() else 200, highlight=False).print(table)
+    """Write a table to a stream, at the width of the terminal, or as wide as its content where there is none."""
+    if stream.isatty():
+        Console(file=stream, highlight=False).print(table)
+        return
+    unbounded = Console(file=stream, width=10_000, highlight=False)
+    width = Measurement.get(unbounded, unbounded.options, table).maximum
+    Console(file=stream, width=max(200, width), highlight=False).print(table)
 
 
 def schedule(tokens: Sequence[int]) -> str:
-    """Token counts for people: every count that differs from the one before, first and last where there are many."""
+    """Return token counts for people: each count that differs from the one before, or the first and the last of many.
+
+    `65→47→35→26`; more than four counts become `197→41`.
+    """
     counts = [count for index, count in enumerate(tokens) if index == 0 or count != tokens[index - 1]]
     return "→".join(map(str, counts if len(counts) <= 4 else (counts[0], counts[-1])))
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the log messages and warnings of host libraries, which would break the one-line rule."""
+    """Silence the log messages and warnings of host libraries, because an error is one line here."""
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -100,7 +145,7 @@ def quietly() -> Iterator[None]:
 
 
 def progress(quiet: bool = False) -> Progress:
-    """A progress bar on stderr that leaves no trace, and none at all where stderr is no terminal."""
+    """Return a progress bar on stderr that leaves no trace; it shows nothing where stderr is not a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""Pictures that matplotlib draws: of a benchmark, of a training, and of rankings."""
+"""Pictures of a benchmark, a training and rankings, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from clipkernels.cli.parts.output import quietly
 from clipkernels.images import first_line
 
 FORMATS = ("png", "svg", "pdf")
-MARKS = "osD^vPX*<>hp"
+MARKERS = "osD^vPX*<>hp"
 COLUMNS = 4
 
 
 class Shown(NamedTuple):
-    """An image (3,H,W) in [0, 1], the ranks (h,w) of its patches, 0 for what stays longest, and its name."""
+    """An image (3,H,W) in [0, 1], the ranks (h,w) of its patches, 0 for the one kept longest, and its name."""
 
     image: Tensor
     ranks: Tensor
@@ -27,10 +27,10 @@ class Shown(NamedTuple):
 
 
 def plot_format(path: str, option: str = "--plot") -> str:
-    """The format that a path's ending names, now that matplotlib can be imported.
+    """Return the format that a path's ending names.
 
     Raises:
-        click.UsageError: another ending, or no matplotlib.
+        click.UsageError: an ending not in FORMATS, or matplotlib is not installed.
     """
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in FORMATS:
@@ -39,22 +39,22 @@ def plot_format(path: str, option: str = "--plot") -> str:
         with quietly():
             import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        wanted = f"expected matplotlib for {option} (pip install matplotlib)"
-        raise click.UsageError(f"{wanted}, got: {first_line(error)}") from error
+        expected = f"expected matplotlib for {option} (pip install matplotlib)"
+        raise click.UsageError(f"{expected}, got: {first_line(error)}") from error
     return ending
 
 
 def draw_plot(rows: Sequence[Mapping[str, Any]], title: str, file: BinaryIO, form: str) -> None:
-    """The picture, written to a file.
+    """Draw a benchmark into a file.
 
-    On the left the speed-up with its 10-90 % band against the ideal one, and the line where both are equal; on the
-    right the mean cosine, with a line down to the least, against the speed-up. A colour is a method, a mark a precision
-    and mode.
+    The left half shows the speed-up with its 10-90 % band against the ideal one, and the line where both are equal. The
+    right half shows the mean cosine, with a line down to the least, against the speed-up. A colour is a method, a
+    marker is a precision and mode.
 
     Args:
         rows: records of `measure.Row`.
-        title: above both.
-        file: to write to.
+        title: above both halves.
+        file: the file to write.
         form: one of FORMATS.
     """
     from matplotlib.figure import Figure
@@ -62,17 +62,25 @@ def draw_plot(rows: Sequence[Mapping[str, Any]], title: str, file: BinaryIO, for
     kinds = list(dict.fromkeys((row["precision"], row["mode"]) for row in rows))
     names = list(dict.fromkeys(row["variant"] for row in rows))
     colours = {name: f"C{index % 10}" for index, name in enumerate(names)}
-    marks = dict(zip(kinds, cycle(MARKS), strict=False))
+    markers = dict(zip(kinds, cycle(MARKERS), strict=False))
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     left, right = figure.subplots(1, 2)
     for row in rows:
-        look = {"color": colours[row["variant"]], "marker": marks[row["precision"], row["mode"]], "linestyle": "none"}
-        fast = row["speedup"]
+        style = {
+            "color": colours[row["variant"]],
+            "marker": markers[row["precision"], row["mode"]],
+            "linestyle": "none",
+        }
+        speedup = row["speedup"]
         left.errorbar(
-            row["ideal_speedup"], fast, [[fast - row["speedup_p10"]], [row["speedup_p90"] - fast]], capsize=2, **look
+            row["ideal_speedup"],
+            speedup,
+            [[speedup - row["speedup_p10"]], [row["speedup_p90"] - speedup]],
+            capsize=2,
+            **style,
         )
-        right.errorbar(fast, row["cosine_mean"], [[row["cosine_mean"] - row["cosine_min"]], [0]], **look)
+        right.errorbar(speedup, row["cosine_mean"], [[row["cosine_mean"] - row["cosine_min"]], [0]], **style)
     most = 1.05 * max(row["ideal_speedup"] for row in rows)
     left.plot([1, most], [1, most], color="grey", linewidth=1, linestyle="--")
     left.annotate("ideal", (most, most), color="grey", ha="right", va="bottom")
@@ -83,7 +91,7 @@ def draw_plot(rows: Sequence[Mapping[str, Any]], title: str, file: BinaryIO, for
     for name in names:
         left.plot([], [], color=colours[name], linewidth=4, label=name)
     for kind in kinds:
-        left.plot([], [], color="grey", marker=marks[kind], linestyle="none", label=", ".join(kind))
+        left.plot([], [], color="grey", marker=markers[kind], linestyle="none", label=", ".join(kind))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     with quietly():
         figure.savefig(file, format=form, dpi=120)
@@ -92,14 +100,14 @@ def draw_plot(rows: Sequence[Mapping[str, Any]], title: str, file: BinaryIO, for
 def draw_training(
     losses: Sequence[float], overlaps: Sequence[float], chance: float, title: str, file: BinaryIO, form: str
 ) -> None:
-    """The loss of each epoch on the left, on the right the overlap after it, and that of a random order.
+    """Draw a training into a file: the loss of each epoch on the left, on the right the overlap after it.
 
     Args:
         losses: one per epoch.
-        overlaps: shares, as many; nan without images held out.
-        chance: the share that a random order has.
-        title: above both.
-        file: to write to.
+        overlaps: one share per epoch; nan without images held out.
+        chance: the overlap of a random order, a dashed line.
+        title: above both halves.
+        file: the file to write.
         form: one of FORMATS.
     """
     from matplotlib.figure import Figure
@@ -109,12 +117,12 @@ def draw_training(
     figure.suptitle(title, fontsize="medium")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(losses) + 1)
-    mark = "." if len(losses) < 100 else ""
-    left.plot(epochs, losses, marker=mark)
+    marker = "." if len(losses) < 100 else ""
+    left.plot(epochs, losses, marker=marker)
     left.set(xlabel="epoch", ylabel="loss")
-    right.plot(epochs, overlaps, marker=mark, label="images held out")
+    right.plot(epochs, overlaps, marker=marker, label="images held out")
     right.axhline(chance, color="grey", linewidth=1, linestyle="--", label="a random order")
-    right.set(xlabel="epoch", ylabel="overlap of what goes", ylim=(0, 1))
+    right.set(xlabel="epoch", ylabel="overlap of the dropped patches", ylim=(0, 1))
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.legend(fontsize="small")
     for axes in (left, right):
@@ -125,12 +133,12 @@ def draw_training(
 
 
 def draw_rankings(pictures: Sequence[Shown], title: str, file: BinaryIO, form: str) -> None:
-    """Each image, and under it its patches, brighter the longer they stay.
+    """Draw each image, and below it its patches, brighter the longer they are kept.
 
     Args:
-        pictures: one at least.
-        title: above all.
-        file: to write to.
+        pictures: at least one.
+        title: above all images.
+        file: the file to write.
         form: one of FORMATS.
     """
     from matplotlib.figure import Figure
@@ -149,7 +157,7 @@ def draw_rankings(pictures: Sequence[Shown], title: str, file: BinaryIO, form: s
         above.imshow(image.permute(1, 2, 0).numpy())
         above.set_title(name, fontsize="small", parse_math=False)
         below.imshow(image.mean(0).numpy(), cmap="gray", vmin=0, vmax=1)
-        place = (-0.5, width - 0.5, height - 0.5, -0.5)
-        below.imshow(-ranks.numpy(), cmap="viridis", alpha=0.65, extent=place, interpolation="nearest")
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        below.imshow(-ranks.numpy(), cmap="viridis", alpha=0.65, extent=extent, interpolation="nearest")
     with quietly():
         figure.savefig(file, format=form, dpi=120)

@@ -1,0 +1,225 @@
+"""The measurements of `clipkernels demo`, and their tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from clipkernels.classifier import Classifier
+from clipkernels.cli.parts import demo_images
+from clipkernels.cli.parts.demo_images import KINDS, LabelledImages, Size, draw, save
+from clipkernels.cli.parts.methods import default_methods
+from clipkernels.cli.parts.output import opened, progress, quietly, schedule, write_table
+from clipkernels.data import bundled
+from clipkernels.files import write_csv
+from clipkernels.measure.environment import environment
+from clipkernels.measure.timing import HOST, Speed, Times, Variant, tabulate, time_variants, vary
+from clipkernels.patching import patched, tower_of
+
+METHODS = 5
+BATCH = 128
+REPEATED = "dense (host), repeated"
+"""The host's own forward, timed a second time to measure how much the machine's speed varies."""
+MAX_DIFFERENCE = 0.1
+NOTES = (
+    "dense (host) is open_clip's own forward. Speed-ups and η are against the faster of the two dense rows, paired "
+    "within rounds of all rows in random order; images/s is that dense row's times the speed-up.",
+    "GMACs and ideal count the published schedule; η = speed-up ÷ (GMACs that the dense baseline ran ÷ GMACs that the "
+    "row ran). Where only CLS is pooled every row but dense (host) runs the last block for CLS alone, and η counts the "
+    "GMACs of both sides accordingly.",
+    "Accuracy is zero-shot, among 10 captions for digits and 64 for scenes; unseen are colour-shape pairs that are not "
+    "in the training data. same: images that get the same class as with dense (host).",
+)
+
+
+class Row(NamedTuple):
+    """One method on one model; accuracy per kind and agreement with dense where the model is trained."""
+
+    model: str
+    speed: Speed
+    accuracy: Mapping[str, float]
+    agreement: float | None
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as plain numbers."""
+        return {
+            "model": self.model,
+            **self.speed.record(),
+            **{kind: self.accuracy.get(kind) for kind in KINDS},
+            "agreement": self.agreement,
+        }
+
+
+def run(
+    name: str, threads: int | None, seed: int, quick: bool, save_images: str | None, form: str, output: str | None
+) -> None:
+    """Measure everything and write it; the arguments are the options of `clipkernels demo`.
+
+    Raises:
+        click.UsageError: a tower that open_clip does not have or that cannot be patched, or a file that cannot be
+            written.
+    """
+    import open_clip  # after the demo's first line, because it takes seconds
+
+    if name != "none" and name not in open_clip.list_models():
+        raise click.UsageError(f"expected --model to be none or one of open_clip's models, got {name!r}")
+    size = demo_images.QUICK if quick else demo_images.FULL
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        full = None if name == "none" else load_full(name, seed)
+        with opened(output) as stream, progress() as bar:
+            pictures = draw(size, seed)
+            if save_images:
+                save(pictures, Path(save_images))
+            batches = sum(-(-len(kind.labels) // BATCH) for kind in pictures.values())
+            rounds = (size.rounds + 1) + (size.full_rounds + 1 if full is not None else 0)
+            task = bar.add_task("measuring", total=METHODS * batches + (METHODS + 1) * rounds)
+            step = partial(bar.advance, task)
+            tables = {"bundled": bundled_rows(pictures, size, seed, step)}
+            if full is not None:
+                tables[name] = full_rows(name, full, size, seed, step)
+            write(tables, form, stream)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    finally:
+        torch.set_num_threads(before)
+
+
+def bundled_rows(
+    pictures: Mapping[str, LabelledImages], size: Size, seed: int, step: Callable[[], object]
+) -> list[Row]:
+    """Return speed, accuracy and agreement with dense of the bundled model, one row per method."""
+    model, preprocess, tokenizer = bundled()
+    tower = tower_of(model)
+    methods = default_methods(tower)
+    images = {
+        kind: torch.stack([preprocess(Image.fromarray(image)) for image in labelled.images])
+        for kind, labelled in pictures.items()
+    }
+    splits = torch.cat(list(images.values())).split(size.batch)
+    batches = [batch for batch in splits if len(batch) == size.batch][:4]
+    variants = vary(model, methods)
+    times = time_with_repeat("the included CLIP", variants, batches, size.rounds, seed, step)
+    classifiers = {
+        kind: Classifier(model, tokenizer, labelled.classes, labelled.templates) for kind, labelled in pictures.items()
+    }
+    rows: list[Row] = []
+    reference: dict[str, np.ndarray] = {}
+    for speed in tabulate(times, variants, tower, size.batch):
+        method = methods[speed.name]
+        with patched(model, method) if method else nullcontext():
+            predicted = {kind: predict(classifiers[kind], images[kind], step) for kind in KINDS}
+        reference = reference or predicted
+        accuracy = {kind: float(np.mean(predicted[kind] == pictures[kind].labels)) for kind in KINDS}
+        same = np.concatenate([predicted[kind] == reference[kind] for kind in KINDS])
+        rows.append(Row("bundled", speed, accuracy, float(np.mean(same))))
+    return rows
+
+
+def load_full(name: str, seed: int) -> nn.Module:
+    """Return an open_clip model with random weights.
+
+    Raises:
+        UnsupportedTower: its tower cannot be patched.
+    """
+    import open_clip
+
+    torch.manual_seed(seed)
+    with quietly():
+        model = open_clip.create_model(name, pretrained_text=False).eval()
+    tower_of(model)
+    return model
+
+
+def full_rows(name: str, model: nn.Module, size: Size, seed: int, step: Callable[[], object]) -> list[Row]:
+    """Return the speed of a full-size tower on random images, one row per method."""
+    tower = tower_of(model)
+    batches = torch.randn(2, size.full_batch, 3, *tower.image_size).unbind()
+    variants = vary(model, default_methods(tower))
+    times = time_with_repeat(name, variants, batches, size.full_rounds, seed, step)
+    return [Row(name, speed, {}, None) for speed in tabulate(times, variants, tower, size.full_batch)]
+
+
+def time_with_repeat(
+    name: str,
+    variants: Mapping[str, Variant],
+    batches: Sequence[Tensor],
+    rounds: int,
+    seed: int,
+    step: Callable[[], object],
+) -> Times:
+    """Return the times of all variants and of a repetition of dense (host).
+
+    A warning on stderr says so if the two differ by more than 10 %: by their paired ratio, as speed-ups are taken.
+    """
+    with_repeat = {**variants, REPEATED: variants[HOST]}
+    times = time_variants(with_repeat, batches, rounds, seed=seed, progress=step)
+    ratio = times.ratio(REPEATED, HOST).median
+    difference = max(ratio, 1 / ratio) - 1
+    if difference > MAX_DIFFERENCE:
+        line = f"two timings of dense (host) differ by {100 * difference:.0f} %, so speed-ups are as uncertain"
+        click.echo(f"warning: {name}: {line}: repeat this on an idle machine", err=True)
+    return times
+
+
+@torch.inference_mode()
+def predict(classifier: Classifier, images: Tensor, step: Callable[[], object]) -> np.ndarray:
+    """Return the index of the likeliest class of every image (n,)."""
+    predicted = []
+    for batch in images.split(BATCH):
+        predicted.append(classifier(batch).argmax(1))
+        step()
+    return torch.cat(predicted).numpy()
+
+
+def write(tables: Mapping[str, Sequence[Row]], form: str, stream: TextIO) -> None:
+    """Write all rows: tables with notes, JSON with the environment, or CSV."""
+    records = [row.record() for table in tables.values() for row in table]
+    if form == "csv":
+        write_csv(records, stream)
+    elif form == "json":
+        json.dump({"environment": environment(), "rows": records, "notes": NOTES}, stream, indent=2)
+        stream.write("\n")
+    else:
+        for name, rows in tables.items():
+            write_table(draw_table(name, rows), stream)
+        stream.write("\n".join(NOTES) + "\n")
+
+
+def draw_table(name: str, rows: Sequence[Row]) -> Table:
+    """Return the table of one model."""
+    scored = rows[0].agreement is not None
+    title = "the included CLIP, 32×32" if scored else f"{name}, random weights"
+    threads = torch.get_num_threads()
+    header = ["method", "tokens", "GMACs", "ideal", "images/s", "speed-up", "η"]
+    table = Table(title=f"{title}, fp32, {threads} thread{'s' * (threads > 1)}", title_justify="left")
+    for column in header + (["digits", "seen", "unseen", "same"] if scored else []):
+        table.add_column(column, justify="left" if column in ("method", "tokens") else "right")
+    for row in rows:
+        speed = row.speed
+        cells = [
+            speed.name,
+            schedule(speed.tokens),
+            f"{speed.gmacs:.{2 if speed.gmacs > 1 else 4}f}",
+            f"×{speed.ideal:.2f}",
+            f"{speed.images_per_second:.{0 if speed.images_per_second > 100 else 1}f}",
+            f"×{speed.speedup.median:.2f}",
+            f"{speed.efficiency.median:.2f}",
+        ]
+        if row.agreement is not None:
+            cells += [f"{100 * share:.1f} %" for share in (*row.accuracy.values(), row.agreement)]
+        table.add_row(*map(Text, cells))
+    return table
