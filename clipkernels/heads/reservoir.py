@@ -20,7 +20,7 @@ from clipkernels.arguments import check_numbers
 from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.arguments import check_positive
 from clipkernels.heads.presets import RESERVOIR_PRESETS, ReservoirPreset
-from clipkernels.heads.reservoir_entries import Entries, Evict, empty_entries, places_after_arrivals, occupied
+from clipkernels.heads.reservoir_entries import Entries, Evict, empty_entries, occupied, places_after_arrivals
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from clipkernels import ops, reference
 from clipkernels.arguments import check_numbers
-from clipkernels.heads.arguments import check_labels, check_positive, check_not_empty
+from clipkernels.heads.arguments import check_labels, check_not_empty, check_positive
 from clipkernels.heads.weight_search import SearchResult, grid, search
 from clipkernels.heads.zero_shot import ZeroShot
 from clipkernels.reference.precision import autocast_disabled

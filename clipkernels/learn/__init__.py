@@ -1,1 +1,1 @@
-"""What is trained: small parts beside a frozen CLIP."""
+"""Small trained modules beside a frozen CLIP: few-shot heads, patch ranking, distillation."""

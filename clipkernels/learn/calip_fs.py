@@ -1,10 +1,10 @@
-"""CALIP with weights: eight linear maps around its cross-attention, learnt from a few labelled images of each class.
+"""CALIP-FS: CALIP with eight linear maps around its cross-attention, trained on a few labelled images of each class.
 
     q, k, v of the classes and of the patches, softmax(q_t k_sᵀ/α) v_s and softmax(q_s k_tᵀ/α) v_t, each mapped again
 
-All start as identities, so that before the first step this is CALIP. No code of this variant was ever released: it is
-built from the paper's description. Maps of patches are multiplied into what the patches meet, so that no patch is ever
-mapped: a step costs little more than CALIP itself.
+All maps start as identities, so the untrained head equals CALIP. Built from the paper's description, because no code
+of this variant was released. The maps of the patches are folded into their other factor, so no patch is ever mapped
+and a step costs little more than CALIP itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from clipkernels.arguments import check_numbers
 from clipkernels.files import read_tensors, write_tensors
-from clipkernels.heads.arguments import check_labels, check_positive, check_not_empty, normalize_as
+from clipkernels.heads.arguments import check_labels, check_not_empty, check_positive, normalize_as
 from clipkernels.heads.calip import patches_of
 from clipkernels.heads.zero_shot import ZeroShot
 from clipkernels.learn.checkpoints import check_training
@@ -32,14 +32,14 @@ MAPS = tuple(f"{part}_{side}" for side in ("text", "image") for part in ("query"
 
 
 class FewShotCALIP(nn.Module):
-    """A head to train on cached features, the towers frozen; a module, to be moved by `.to()`.
+    """A head to train on cached features of frozen towers. It is a module: move it with `.to()`.
 
     Args:
         text: class embeddings (K,E), any floating dtype; need not be normalised.
-        alpha: what similarities are divided by before the softmax.
-        beta2: weight of the classes that have looked at the patches.
-        beta3: weight of the patches that have looked at the classes.
-        scale: what the cosines are multiplied by.
+        alpha: temperature, the divisor of the similarities before the softmax.
+        beta2: weight of the classes after they attended to the patches.
+        beta3: weight of the patches after they attended to the classes.
+        scale: factor of the cosines.
     Raises:
         ValueError: text that is not (K,E), an alpha that is not positive, numbers that are not finite.
     Source: CALIP-FS, arXiv 2209.14169, section 3.3.
@@ -67,12 +67,12 @@ class FewShotCALIP(nn.Module):
         """Logits (B,K) of an `Encoded` with `tokens`, in the dtype of the text; differentiable.
 
         Raises:
-            ValueError: features without `tokens`, of another E than the text, or on another device.
+            ValueError: features without `tokens`, with another E than the text, or on another device.
         """
         embedding, patches = patches_of(features)
         if embedding.shape[1:] != self.text.shape[1:] or embedding.device != self.text.device:
-            wanted = f"(B,{self.text.shape[1]}) on {self.text.device}"
-            raise ValueError(f"features must be {wanted}, got {tuple(embedding.shape)} on {embedding.device}")
+            expected = f"(B,{self.text.shape[1]}) on {self.text.device}"
+            raise ValueError(f"features must be {expected}, got {tuple(embedding.shape)} on {embedding.device}")
         with torch.autocast(embedding.device.type, enabled=False):
             return self._logits(normalize_as(embedding, self.text), patches.to(self.text.dtype))
 
@@ -80,16 +80,18 @@ class FewShotCALIP(nn.Module):
         text = self.text
         maps: Any = self.maps
         query, key, value = (maps[f"{part}_text"](text) for part in ("query", "key", "value"))
-        of_image, out_text = maps["value_image"], maps["out_text"]
+        value_image, out_text = maps["value_image"], maps["out_text"]
         # q·(W x + b) = (q W)·x + q·b
-        classes = linear(patches, query @ maps["key_image"].weight, query @ maps["key_image"].bias) / self.alpha
-        asked = image @ out_text.weight
-        told = (patches @ (asked @ of_image.weight)[..., None])[..., 0] + (asked @ of_image.bias)[:, None]
-        second = (told[:, None] @ classes.softmax(1))[:, 0] + (image @ out_text.bias)[:, None]
-        places = linear(patches, key @ maps["query_image"].weight, key @ maps["query_image"].bias) / self.alpha
-        # A row of the softmax adds up to one, so that the last map may come first.
-        seen = places.softmax(2) @ maps["out_image"](value)
-        third = (seen.mean(1) + seen.amax(1)) @ text.T
+        class_scores = linear(patches, query @ maps["key_image"].weight, query @ maps["key_image"].bias) / self.alpha
+        mapped_image = image @ out_text.weight
+        patch_values = (patches @ (mapped_image @ value_image.weight)[..., None])[..., 0] + (
+            mapped_image @ value_image.bias
+        )[:, None]
+        second = (patch_values[:, None] @ class_scores.softmax(1))[:, 0] + (image @ out_text.bias)[:, None]
+        patch_scores = linear(patches, key @ maps["query_image"].weight, key @ maps["query_image"].bias) / self.alpha
+        # The rows of the softmax sum to one, so the last map can be applied to the values first.
+        attended = patch_scores.softmax(2) @ maps["out_image"](value)
+        third = (attended.mean(1) + attended.amax(1)) @ text.T
         return self.scale * (image @ text.T + self.beta2 * second + self.beta3 * third)
 
     @torch.enable_grad()
@@ -104,18 +106,18 @@ class FewShotCALIP(nn.Module):
         seed: int = 0,
         progress: Callable[[int, float], None] | None = None,
     ) -> list[float]:
-        """Trains all maps with AdamW on cross-entropy.
+        """Train all maps with AdamW on cross-entropy.
 
         Args:
             features: an `Encoded` with `tokens` of n images, on this head's device.
             labels: (n,) int64, the true classes.
-            epochs: times that every image is seen.
-            batch_size: images of a step.
-            lr: learning rate; ten times more, usual for adapters, unlearned on small sets what CLIP knows.
-            seed: of the order of the images.
-            progress: called after each epoch with its number from 1 and its mean loss.
+            epochs: passes over the images.
+            batch_size: images per step.
+            lr: learning rate. Ten times the default, as is usual for adapters, lost CLIP's accuracy on small sets.
+            seed: seed of the order of the images.
+            progress: called after each epoch with its number, from 1, and its mean loss.
         Returns:
-            the mean loss of each epoch.
+            The mean loss of each epoch.
         Raises:
             ValueError: features or labels that do not fit, no image, epochs or a batch_size below one.
             RuntimeError: in inference mode.
@@ -142,41 +144,42 @@ class FewShotCALIP(nn.Module):
         return losses
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the maps and the class embeddings as safetensors, by way of a temporary file that is renamed."""
+        """Write the maps and the class embeddings as safetensors, through a temporary file that is renamed."""
         numbers = {name: repr(float(getattr(self, name))) for name in ("alpha", "beta2", "beta3", "scale")}
         write_tensors(path, self.state_dict(), {"format": FORMAT, **numbers})
 
     def load(self, path: str | os.PathLike[str]) -> FewShotCALIP:
-        """This head with what was saved, alpha, beta2, beta3 and scale included; whatever is raised, it is as it was.
+        """Load saved maps, alpha, beta2, beta3 and scale, and return this head; on any error it is left unchanged.
 
         Raises:
-            ValueError: the file is none of these, or one of other text embeddings (other classes, prompts or model).
+            ValueError: a file without such weights, or one with other text embeddings (other classes, prompts or
+                model).
         """
-        tensors, about = read_tensors(path)
-        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        if about.get("format") != FORMAT or set(tensors) != set(own):
-            raise ValueError(f"expected the weights of a FewShotCALIP, got {path} with format {about.get('format')!r}")
+        tensors, header = read_tensors(path)
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        if header.get("format") != FORMAT or set(tensors) != set(expected):
+            raise ValueError(f"expected the weights of a FewShotCALIP, got {path} with format {header.get('format')!r}")
         if not ZeroShot(self.text).matches(tensors["text"]):
             raise ValueError(
-                f"expected weights for the same classes, prompts and model, {own['text']}, got {path} of other text "
-                f"embeddings {tuple(tensors['text'].shape)}"
+                f"expected weights for the same classes, prompts and model, {expected['text']}, got {path} with other "
+                f"text embeddings {tuple(tensors['text'].shape)}"
             )
-        came = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if came != own:
-            wrong = next(name for name in own if came[name] != own[name])
-            raise ValueError(f"expected {wrong} of shape {own[wrong]}, got {path} with {came[wrong]}")
-        said = {name: about.get(name) for name in ("alpha", "beta2", "beta3", "scale")}
+        actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if actual != expected:
+            wrong = next(name for name in expected if actual[name] != expected[name])
+            raise ValueError(f"expected {wrong} of shape {expected[wrong]}, got {path} with {actual[wrong]}")
+        texts = {name: header.get(name) for name in ("alpha", "beta2", "beta3", "scale")}
         try:
-            numbers = {name: float(number or "") for name, number in said.items()}
+            numbers = {name: float(number or "") for name, number in texts.items()}
             check_numbers(**numbers)
         except ValueError:
-            raise ValueError(f"expected the numbers {', '.join(said)}, got {path} with {said}") from None
+            raise ValueError(f"expected the numbers {', '.join(texts)}, got {path} with {texts}") from None
         self.load_state_dict(tensors)
         self.__dict__.update(numbers)
         return self
 
 
 def _take_images(features: Encoded, index: Tensor) -> Encoded:
-    """Some images of cached features."""
+    """The cached features of the images at `index`."""
     assert features.tokens is not None
     return features._replace(embedding=features.embedding[index], tokens=features.tokens[index])

@@ -181,7 +181,7 @@ def test_fit_takes_the_first_of_the_best_of_the_published_grid(kind, monkeypatch
     )
     head = (ck.TipAdapter if kind == "tip" else ck.TipX)(text, support, labels)
     base, best, chosen = ck.ZeroShot(text)(features), -1, None
-    likeness = head._likeness(features.div(features.norm(dim=1, keepdim=True))) if kind == "tipx" else None
+    likeness = head._divergence_votes(features.div(features.norm(dim=1, keepdim=True))) if kind == "tipx" else None
     for beta in [i * (50 - 1) / few + 1 for i in range(few)]:
         votes = ck.TipAdapter(text, support, labels, 1.0, beta)(features) - base
         for alpha in [i * (50 - 0.1) / 20 + 0.1 for i in range(20)]:

@@ -160,7 +160,7 @@ def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypat
     golden_ranking(model, images, score="feature", block=1, path=file)
     held = file.read_bytes()
     monkeypatch.setattr(golden, "_rank", lambda *_: pytest.fail("was ranked"))
-    with pytest.raises(ValueError, match=r"expected rankings made as these are, got .* with block 1"):
+    with pytest.raises(ValueError, match=r"expected rankings with the same options, got .* with block 1"):
         golden_ranking(model, images, score="feature", block=2, path=file)
     with torch.no_grad():
         model.visual.transformer.resblocks[3].mlp.c_fc.weight.add_(1)
@@ -171,7 +171,7 @@ def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypat
     golden_ranking(model, images, score="confidence", text=classes, block=1, path=by_class)
     monkeypatch.setattr(golden, "_rank", lambda *_: pytest.fail("was ranked"))
     golden_ranking(model, images, score="confidence", text=2 * classes + 1e-9, block=1, path=by_class)
-    with pytest.raises(ValueError, match=r"expected rankings by the same classes and prompts, got .*classes"):
+    with pytest.raises(ValueError, match=r"expected rankings with the same classes and prompts, got .*classes"):
         golden_ranking(model, images, score="confidence", text=classes.flip(0), block=1, path=by_class)
     (tmp_path / "other.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="safetensors"):
@@ -184,7 +184,7 @@ def test_what_is_none_is_left_out():
     expected = golden_ranking(model, images[::2], text=classes, labels=labels[::2], block=1)
     came = golden_ranking(model, [images[0], None, images[2]], text=classes, labels=labels, block=1)
     assert torch.equal(came.ranks, expected.ranks) and came.new == 2
-    with pytest.raises(ValueError, match="images must be at least one, got 2 that are None"):
+    with pytest.raises(ValueError, match="images must hold at least one image, got 2 that are None"):
         golden_ranking(model, [None, None], score="feature", block=1)
 
 
@@ -255,7 +255,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
         ({"labels": None}, 'labels must be the true classes \\(n,\\) for score="label", got none'),
         ({"labels": torch.tensor([0, 1])}, r"labels must be \(3,\) torch.int64, got \(2,\)"),
         ({"labels": torch.tensor([0, 1, 5])}, "labels must be from 0 to 4, got 0 to 5"),
-        ({"images": torch.randn(0, 3, 32, 32), "labels": []}, "images must be at least one, got none"),
+        ({"images": torch.randn(0, 3, 32, 32), "labels": []}, "images must hold at least one image, got none"),
         ({"images": torch.randn(3, 3, 40, 40)}, r"images must be \(B,3,32,32\)"),
     ],
 )
@@ -269,5 +269,5 @@ def test_what_cannot_be_ranked_is_refused(wrong, message):
 def test_a_tower_without_a_grid_is_refused():
     model, images, *_ = small()
     model.visual.positional_embedding = torch.nn.Parameter(model.visual.positional_embedding[:16])
-    with pytest.raises(ValueError, match=r"must have a grid of patches of side 8, got 15 of an image of \(32, 32\)"):
+    with pytest.raises(ValueError, match=r"must have a grid of patches of side 8, got 15 patches of an image of \(32, 32\)"):
         golden_ranking(model, images, score="feature")

@@ -277,7 +277,7 @@ def test_a_predictor_for_another_tower_is_refused_and_the_model_stays_as_it_was(
         before = weight.detach().clone()
         with torch.no_grad():
             weight.mul_(2)
-        with pytest.raises(ValueError, match=r"expected the tower of the predictor .*, got another one"):
+        with pytest.raises(ValueError, match=r"expected the tower of the predictor .*, got another tower"):
             ck.patch(tiny, ck.PatchRanking(predictor))
         with torch.no_grad():
             weight.copy_(before)
@@ -288,7 +288,7 @@ def test_a_predictor_for_another_tower_is_refused_and_the_model_stays_as_it_was(
         ck.patch(tiny, ck.PatchRanking(RankPredictor(65, block=6)))
     with pytest.raises(ValueError, match=r"the predictor is for a tower with image size \[224, 224\], got one with \["):
         ck.patch(tiny, ck.PatchRanking(RankPredictor(65, about={"image_size": [224, 224]})))
-    with pytest.raises(ValueError, match="learnt tokens are for a tower of width 64 and at least 2 blocks, got 128"):
+    with pytest.raises(ValueError, match="learnt tokens are for a tower of width 64 and at least 2 blocks, got width 128"):
         ck.patch(tiny, ck.PatchRanking(RankPredictor(65), tokens=VisualTokens(2, 2, 64)))
     assert ck.method_of(tiny) == ck.EViT(0.5)
 
@@ -304,7 +304,7 @@ def ranked(images=64, patches=16):
 def test_features_that_are_no_numbers_are_refused():
     rankings = ranked()
     rankings.features[3, 2] = float("nan")
-    with pytest.raises(ValueError, match="rankings must have finite features, got 1 images whose are not"):
+    with pytest.raises(ValueError, match="rankings must have finite features, got 1 images with others"):
         fit_predictor(rankings)
 
 
@@ -366,7 +366,7 @@ def test_a_predictor_comes_back_as_it_was_saved(tmp_path):
         ({"held_out": 1.0}, r"held_out in \[0, 1\)"),
         ({"epochs": 0}, "epochs and batch_size must be at least one, got 0 and 64"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
-        ({"keep": 0.99}, "keep must let at least one of 16 patches go, got 0.99"),
+        ({"keep": 0.99}, "keep must remove at least one of 16 patches, got 0.99"),
         ({"margin": float("nan")}, "margin must be a finite number from 0, got nan"),
     ],
 )
@@ -472,11 +472,11 @@ def test_contexts_of_another_text_tower_are_refused(tiny):
     fitted.tokens.class_embeddings(tiny, tokenizer, PROMPTS)
     with torch.no_grad():
         tiny.transformer.resblocks[1].mlp.c_fc.bias[0] += 1
-    with pytest.raises(ValueError, match=r"expected the tower of the learnt tokens' text .*, got another one"):
+    with pytest.raises(ValueError, match=r"expected the tower of the learnt tokens' text .*, got another tower"):
         fitted.tokens.class_embeddings(tiny, tokenizer, PROMPTS)
     with pytest.raises(ValueError, match="the contexts are for a text tower of width 64, got 128"):
         VisualTokens(2, 2, 128, text_width=64).class_embeddings(tiny, tokenizer, PROMPTS)
-    with pytest.raises(ValueError, match="coupled tokens need a text tower of open_clip's own, got Module"):
+    with pytest.raises(ValueError, match="coupled tokens need open_clip's or OpenAI's text tower, got Module"):
         text_tower(nn.Module())
 
 
@@ -510,7 +510,7 @@ def test_training_tokens_refuses_what_it_cannot_do(tiny):
     images, labels, method = torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), patch_ranking(tiny)
     with pytest.raises(ValueError, match="labels must be from 0 to 2, got 0 to 3"):
         fit_tokens(tiny, tokenizer, PROMPTS, images, torch.tensor([0, 3]), method)
-    with pytest.raises(ValueError, match="images must be at least one, got none"):
+    with pytest.raises(ValueError, match="images must hold at least one image, got none"):
         fit_tokens(tiny, tokenizer, PROMPTS, images[:0], labels[:0], method)
     with pytest.raises(ValueError, match=r"model must be float32 or float64 .*, got torch\.bfloat16"):
         fit_tokens(tiny.bfloat16(), tokenizer, PROMPTS, images, labels, method)

@@ -13,7 +13,9 @@ from torch import Tensor
 SPECIAL = re.compile(r"\[[A-Z]+\d*\]|<[^<>\s]+>")
 PRINTABLE_BYTES = [byte for byte in range(256) if chr(byte).isprintable() and not chr(byte).isspace()]
 OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
-BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE_BYTES} | {chr(256 + place): byte for place, byte in enumerate(OTHER_BYTES)}
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE_BYTES} | {
+    chr(256 + place): byte for place, byte in enumerate(OTHER_BYTES)
+}
 """What byte-level BPE writes for each byte: printable Latin-1 for itself, the others from U+0100 on."""
 
 

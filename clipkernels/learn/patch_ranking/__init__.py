@@ -1,8 +1,8 @@
-"""Patch Ranking (arXiv 2409.14607): which patches CLIP can do without, learnt from what happens when they go.
+"""Patch Ranking (arXiv 2409.14607): learn to rank patches by how little CLIP's answer changes without them.
 
-golden_ranking   images -> the order in which their patches may go, by trying, which is slow
-fit_predictor    such rankings -> a small network that ranks by what enters a block, for `ck.PatchRanking`
-fit_tokens       a few labelled images -> tokens that make up for what is gone, likewise
+golden_ranking   images -> the order in which their patches may be removed, by exhaustive search, which is slow
+fit_predictor    golden rankings -> a small network that ranks patches by a block's input, for `ck.PatchRanking`
+fit_tokens       a few labelled images -> tokens that make up for the removed patches, for `ck.PatchRanking`
 """
 
 from clipkernels.learn.patch_ranking.golden import golden_ranking

@@ -1,10 +1,10 @@
-"""Golden rankings: the order in which an image's patches may go, by taking windows of them away and looking.
+"""Golden rankings: the order in which an image's patches may be removed, found by removing windows of patches.
 
     score of a window T: P(label | X∖T), max P(class | X∖T), or cos(z, z∖T);  of a patch: the mean over its windows
 
-In rounds: the patches that score highest go, the others are scored again without them. What enters the block is
-computed once, with its queries, keys and values, of which a variant gathers the rows it keeps; windows that hold the
-same patches are one variant; variants of one length run together.
+The search runs in rounds: the patches of the highest scores are removed, then the others are scored again without
+them. The block's input, queries, keys and values are computed once; a variant gathers the rows that it keeps. Windows
+with the same remaining patches are one variant, and variants of one length run as one batch.
 """
 
 from __future__ import annotations
@@ -32,16 +32,21 @@ from clipkernels.reference.ranking import strongest_first
 
 Score = Literal["label", "confidence", "feature"]
 Scorer = Callable[[Tensor, Tensor], Tensor]
-"""Scores (V,) fp64 of embeddings (V,E), each of the image at (V,)."""
+"""Scores (V,) fp64 of embeddings (V,E) of variants of the images at index (V,)."""
 
 MAX_IMAGES_PER_PART = 16
-"""At most so many images are ranked together, and then on disk."""
+"""Limit of the images that are ranked together and written to disk as one part."""
 POOLED_CHANNELS = 64
 
 
 class SearchOptions(NamedTuple):
-    """How patches are tried: before which block, in which windows (W,w·w), how many go in a round, how many variants
-    run at once."""
+    """Options of the search.
+
+    block: zero-based block before which patches are removed.
+    windows (W,w·w): int64 patches of each window.
+    step: patches removed per round.
+    batch_size: variants that run as one batch.
+    """
 
     block: int
     windows: Tensor
@@ -64,42 +69,41 @@ def golden_ranking(
     path: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Rankings:
-    """The order in which the patches of each image may go before a block, by what their removal does to the answer.
+    """The order in which the patches of each image may be removed before a block, with the block's input.
 
-    A patch's score is the mean over the windows that contain it; a window is tried while it holds a patch, and removes
-    what it holds. The `step` patches that score highest go, the others are scored again, until none is left. The tower
-    runs dense and in eval mode, whatever it is patched with.
+    A patch's score is the mean over the windows that contain it. A window is tried as long as it holds a patch, by
+    removing its remaining patches. In each round the `step` patches of the highest scores are removed and the others
+    are scored again, until none is left. The tower runs dense and in eval mode, even if it is patched.
 
     Args:
-        model: what `ck.patch` takes, with a tower whose patches are a grid.
-        images: (n,3,S,S) preprocessed, or a sequence of (3,S,S), which are taken one by one, those that are None left
-            out.
-        score: "label", the probability of the true class; "confidence", the largest of any class; "feature", the cosine
-            to the embedding of the whole image.
-        text: class embeddings (K,E) for the first two; need not be normalised.
+        model: a model that `ck.patch` takes, with a tower whose patches are a grid.
+        images: (n,3,S,S) preprocessed, or a sequence of (3,S,S), which is read one by one; a None in it is skipped.
+        score: "label", the probability of the true class; "confidence", the largest probability of any class;
+            "feature", the cosine to the embedding of the whole image.
+        text: class embeddings (K,E) for "label" and "confidence"; need not be normalised.
         labels: (n,) the true classes, for "label".
         window: side of a window, in patches.
-        stride: patches from one window to the next, at most `window`; where the last one does not reach the edge,
-            another stands there. The released code has stride = window.
-        step: patches that go in a round.
-        block: zero-based block before which they go.
-        batch_size: variants that run at once.
-        path: of a safetensors file with the result; what is done is beside it at once, and is not done again.
-        progress: called with how many images are done, and of how many.
+        stride: patches from one window to the next, at most `window`; if the last one does not reach the edge, one
+            more window is placed there. The released code has stride = window.
+        step: patches removed per round.
+        block: zero-based block before which the patches are removed.
+        batch_size: variants that run as one batch.
+        path: safetensors file for the result. Finished images are written beside it at once and are not ranked again.
+        progress: called with the number of finished images and the number of all images.
     Returns:
-        Rankings: ranks (n,P) int64, 0 for the patch that stays longest; and what enters the block, channels pooled.
+        Rankings: ranks (n,P) int64, 0 for the patch that stays longest; and the block's input with pooled channels.
     Raises:
-        ValueError: options that do not fit the tower or each other, no images or some of another size, labels out of
-            range, or a file of rankings that were made otherwise.
+        ValueError: options that do not fit the tower or each other, no images or images of another size, labels out of
+            range, or a file of rankings with other options.
         UnsupportedTower: as in `ck.patch`.
-    Guarantees: deterministic on one machine for the same images in the same order and one `batch_size`, interrupted or
-        not. Otherwise scores are equal to rounding, and patches whose scores nearly tie may change places. Of equal
-        scores the lower index goes first; NaN counts as -inf.
-        Probabilities are fp64 numbers, so that those near one still differ.
-    Source: Patch Ranking, arXiv 2409.14607, section 3.1. Its scores are of single patches or of disjoint windows.
+    Guarantees: deterministic on one machine for the same images in the same order and one `batch_size`, even if
+        interrupted. Otherwise scores are equal up to rounding, and patches with nearly equal scores may swap. Of equal
+        scores the lower index is removed first; NaN counts as -inf. Probabilities are fp64, because in fp32 those near
+        one would tie.
+    Source: Patch Ranking, arXiv 2409.14607, section 3.1, which scores single patches or disjoint windows.
     """
     if not len(images):
-        raise ValueError("images must be at least one, got none")
+        raise ValueError("images must hold at least one image, got none")
     tower = adapters.find_tower(model)
     grid = _patch_grid(tower)
     _check_options(tower, grid, score, window, stride, step, block, batch_size)
@@ -121,23 +125,23 @@ def golden_ranking(
     search = SearchOptions(block, windows_of(grid, window, stride).to(tower.like.device), step, batch_size)
     digests: list[bytes | None] = []
     with torch.inference_mode(), eval_mode(model):
-        together = min(MAX_IMAGES_PER_PART, -(-4 * batch_size // len(search.windows)))
-        for group in _unranked_groups(images, true, tower.image_size, store, digests, together):
+        group_size = min(MAX_IMAGES_PER_PART, -(-4 * batch_size // len(search.windows)))
+        for group in _unranked_groups(images, true, tower.image_size, store, digests, group_size):
             batch = torch.stack([image for image, _ in group.values()]).to(tower.like)
-            labelled = torch.tensor([label for _, label in group.values()], device=batch.device)
-            ranks, features = _rank_images(tower, batch, search, score, classes, labelled)
+            group_labels = torch.tensor([label for _, label in group.values()], device=batch.device)
+            ranks, features = _rank_images(tower, batch, search, score, classes, group_labels)
             store.add(list(group), ranks, features)
             if progress is not None:
                 progress(len(digests), len(images))
         if progress is not None:
             progress(len(images), len(images))
     if not any(digests):
-        raise ValueError(f"images must be at least one, got {len(images)} that are None")
+        raise ValueError(f"images must hold at least one image, got {len(images)} that are None")
     return store.finish([digest for digest in digests if digest is not None])
 
 
 def windows_of(grid: tuple[int, int], window: int, stride: int) -> Tensor:
-    """The patches (W,window·window) of every window over a grid, row by row."""
+    """The patches (W,window·window) int64 of every window over a grid, row by row."""
     starts = []
     for side in grid:
         steps = list(range(0, side - window + 1, stride))
@@ -150,12 +154,13 @@ def windows_of(grid: tuple[int, int], window: int, stride: int) -> Tensor:
 def _rank_images(
     tower: Tower, images: Tensor, search: SearchOptions, score: Score, classes: Tensor | None, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Ranks (b,P) of images (b,3,S,S), and what enters the block, its channels pooled, (b,S,G)."""
-    entering = run_to_block(tower, images, search.block)
-    batch, tokens = entering.x.shape[:2]
+    """Ranks (b,P) of images (b,3,S,S), and the block's input with pooled channels, (b,S,G)."""
+    block_input = run_to_block(tower, images, search.block)
+    batch, tokens = block_input.x.shape[:2]
     if classes is None:
-        every = torch.arange(tokens, device=images.device).expand(batch, -1)
-        dense = normalize(embed_subsets(tower, entering, torch.arange(batch, device=images.device), every).double())
+        all_tokens = torch.arange(tokens, device=images.device).expand(batch, -1)
+        every_image = torch.arange(batch, device=images.device)
+        dense = normalize(embed_subsets(tower, block_input, every_image, all_tokens).double())
     else:
         dense = None
     alive = torch.ones(batch, tokens - tower.prefix, dtype=torch.bool, device=images.device)
@@ -166,105 +171,113 @@ def _rank_images(
         if dense is not None:
             return (embeddings * dense[image]).sum(1)
         assert classes is not None
-        shares = (100 * embeddings @ classes.T).softmax(1)
-        return shares.gather(1, labels[image][:, None])[:, 0] if score == "label" else shares.amax(1)
+        probabilities = (100 * embeddings @ classes.T).softmax(1)
+        return probabilities.gather(1, labels[image][:, None])[:, 0] if score == "label" else probabilities.amax(1)
 
-    left = alive.shape[1]
-    while left:
-        found = _patch_scores(tower, entering, alive, search, scores)
-        order = strongest_first(found)
-        # Those that are gone come last, whatever the others score.
+    remaining = alive.shape[1]
+    while remaining:
+        order = strongest_first(_patch_scores(tower, block_input, alive, search, scores))
+        # Removed patches come last even if the others score -inf.
         order = order.gather(1, alive.gather(1, order).int().argsort(dim=1, descending=True, stable=True))
-        leaving = order[:, : min(search.step, left)]
-        places = torch.arange(left - 1, left - 1 - leaving.shape[1], -1, device=images.device)
-        ranks.scatter_(1, leaving, places.expand_as(leaving))
-        alive.scatter_(1, leaving, False)
-        left -= leaving.shape[1]
-    return ranks, pool_channels(entering.x, POOLED_CHANNELS)
+        removed = order[:, : min(search.step, remaining)]
+        places = torch.arange(remaining - 1, remaining - 1 - removed.shape[1], -1, device=images.device)
+        ranks.scatter_(1, removed, places.expand_as(removed))
+        alive.scatter_(1, removed, False)
+        remaining -= removed.shape[1]
+    return ranks, pool_channels(block_input.x, POOLED_CHANNELS)
 
 
-def _patch_scores(tower: Tower, entering: BlockInput, alive: Tensor, search: SearchOptions, scores: Scorer) -> Tensor:
-    """The score (b,P) fp64 of every patch that is there: the mean over its windows."""
+def _patch_scores(
+    tower: Tower, block_input: BlockInput, alive: Tensor, search: SearchOptions, scores: Scorer
+) -> Tensor:
+    """The score (b,P) fp64 of every remaining patch: the mean over its windows."""
     batch, patches = alive.shape
-    there = alive[:, search.windows]  # [b, W, w·w]
-    held = torch.where(there, search.windows, patches).sort(2).values
-    owners = torch.arange(batch, device=alive.device)[:, None, None].expand(-1, held.shape[1], 1)
-    tried = there.any(2)
-    variants, which = torch.cat([owners, held], 2)[tried].unique(dim=0, return_inverse=True)
-    image, gone = variants[:, 0], variants[:, 1:]
-    kept = torch.ones(len(variants), tower.prefix + patches + 1, dtype=torch.bool, device=alive.device)
-    kept[:, tower.prefix : -1] = alive[image]
-    kept.scatter_(1, gone + tower.prefix, False)
-    kept = kept[:, :-1]  # where the places of patches that are not there point
-    counts = kept.sum(1)
-    value = torch.full((len(variants),), float("-inf"), dtype=torch.float64, device=alive.device)
+    remaining = alive[:, search.windows]  # [b, W, w·w]
+    window_patches = torch.where(remaining, search.windows, patches).sort(2).values
+    image_index = torch.arange(batch, device=alive.device)[:, None, None].expand(-1, window_patches.shape[1], 1)
+    is_tried = remaining.any(2)
+    variants, variant_of_window = torch.cat([image_index, window_patches], 2)[is_tried].unique(
+        dim=0, return_inverse=True
+    )
+    image, removed = variants[:, 0], variants[:, 1:]
+    keep = torch.ones(len(variants), tower.prefix + patches + 1, dtype=torch.bool, device=alive.device)
+    keep[:, tower.prefix : -1] = alive[image]
+    keep.scatter_(1, removed + tower.prefix, False)
+    keep = keep[:, :-1]  # drop the last column, which stands for removed patches
+    counts = keep.sum(1)
+    variant_score = torch.full((len(variants),), float("-inf"), dtype=torch.float64, device=alive.device)
     for count in counts.unique().tolist():
-        alike = (counts == count).nonzero()[:, 0]
-        for some in alike.split(search.batch_size) if count else ():  # a tower without CLS needs one token
-            rows = kept[some].nonzero()[:, 1].view(-1, count)
-            value[some] = scores(embed_subsets(tower, entering, image[some], rows), image[some])
-    of_window = torch.zeros(tried.shape, dtype=torch.float64, device=alive.device)
-    of_window[tried] = value.nan_to_num(float("-inf"), neginf=float("-inf"))[which]
-    total, times = of_window.new_zeros(batch, patches), of_window.new_zeros(patches)
-    # Patch by patch of a window: no two add to the same place, so that the order of summation is fixed.
+        same_count = (counts == count).nonzero()[:, 0]
+        for chunk in same_count.split(search.batch_size) if count else ():  # a tower without CLS needs one token
+            rows = keep[chunk].nonzero()[:, 1].view(-1, count)
+            variant_score[chunk] = scores(embed_subsets(tower, block_input, image[chunk], rows), image[chunk])
+    window_score = torch.zeros(is_tried.shape, dtype=torch.float64, device=alive.device)
+    window_score[is_tried] = variant_score.nan_to_num(float("-inf"), neginf=float("-inf"))[variant_of_window]
+    total, num_windows = window_score.new_zeros(batch, patches), window_score.new_zeros(patches)
+    # One column of the windows at a time: within it no patch occurs twice, so the order of summation is fixed.
     for column in range(search.windows.shape[1]):
-        total.index_add_(1, search.windows[:, column], of_window)
-        times.index_add_(0, search.windows[:, column], torch.ones_like(of_window[0]))
-    return total / times
+        total.index_add_(1, search.windows[:, column], window_score)
+        num_windows.index_add_(0, search.windows[:, column], torch.ones_like(window_score[0]))
+    return total / num_windows
 
 
 def _unranked_groups(
     images: Tensor | Sequence[Tensor | None],
     labels: Sequence[int] | None,
-    size: tuple[int, int],
+    image_size: tuple[int, int],
     store: RankingStore,
     digests: list[bytes | None],
-    together: int,
+    group_size: int,
 ) -> Iterator[dict[bytes, tuple[Tensor, int]]]:
-    """Images that are not ranked yet, so many at a time, with labels, by their digests; `digests` gets all of them.
+    """Groups of up to `group_size` unranked images with their labels, by digest.
+
+    The digests of all images are appended to `digests`, None for a skipped one.
 
     Raises:
         ValueError: an image of another size.
     """
-    waiting: dict[bytes, tuple[Tensor, int]] = {}
+    group: dict[bytes, tuple[Tensor, int]] = {}
     for index in range(len(images)):
         image = images[index]
         if image is None:
             digests.append(None)
             continue
-        check_images(image[None], size)
+        check_images(image[None], image_size)
         label = -1 if labels is None else labels[index]
         digest = _digest(image, label)
         digests.append(digest)
         if digest not in store.rows:
-            waiting[digest] = image, label
-        if len(waiting) == together:
-            yield waiting
-            waiting = {}
-    if waiting:
-        yield waiting
+            group[digest] = image, label
+        if len(group) == group_size:
+            yield group
+            group = {}
+    if group:
+        yield group
 
 
 def _digest(tensor: Tensor, label: int = -1) -> bytes:
-    plain = tensor.detach().float().cpu().contiguous()
-    return sha256(plain.numpy().tobytes() + str((label, tuple(plain.shape))).encode()).digest()
+    values = tensor.detach().float().cpu().contiguous()
+    return sha256(values.numpy().tobytes() + str((label, tuple(values.shape))).encode()).digest()
 
 
 def _patch_grid(tower: Tower) -> tuple[int, int]:
-    """Rows and columns of patches.
+    """The rows and columns of the patch grid.
 
     Raises:
         ValueError: the patches are no grid.
     """
     height, width = (side // tower.patch for side in tower.image_size)
-    if height * width != tower.num_tokens - tower.prefix:
-        came = f"{tower.num_tokens - tower.prefix} of an image of {tower.image_size}"
-        raise ValueError(f"model must have a grid of patches of side {tower.patch}, got {came}")
+    patches = tower.num_tokens - tower.prefix
+    if height * width != patches:
+        raise ValueError(
+            f"model must have a grid of patches of side {tower.patch}, got {patches} patches of an image of "
+            f"{tower.image_size}"
+        )
     return height, width
 
 
 def _class_embeddings(score: str, text: Tensor | None, tower: Tower) -> Tensor:
-    """Class embeddings (K,E), normalised, fp64."""
+    """Normalised class embeddings (K,E), fp64, on the tower's device."""
     if text is None:
         raise ValueError(f'text must be the class embeddings (K,E) for score="{score}", got none')
     classes = ZeroShot(text).text
@@ -274,7 +287,7 @@ def _class_embeddings(score: str, text: Tensor | None, tower: Tower) -> Tensor:
 
 
 def _true_labels(labels: Tensor | Sequence[int] | None, images: int, classes: Tensor | None) -> list[int]:
-    """The true classes of the images."""
+    """The true classes of the images, checked."""
     if labels is None:
         raise ValueError('labels must be the true classes (n,) for score="label", got none')
     assert classes is not None
@@ -284,7 +297,7 @@ def _true_labels(labels: Tensor | Sequence[int] | None, images: int, classes: Te
 def _check_options(
     tower: Tower, grid: tuple[int, int], score: str, window: int, stride: int, step: int, block: int, batch_size: int
 ) -> None:
-    """Raises ValueError for options that cannot be."""
+    """Raise ValueError for an unknown score and for numbers that are no ints or out of range."""
     if score not in get_args(Score):
         raise ValueError(f'score must be "label", "confidence" or "feature", got {score!r}')
     limits = {
@@ -293,8 +306,8 @@ def _check_options(
         "step": (step, 1, grid[0] * grid[1]),
         "block": (block, 0, len(tower.blocks) - 1),
     }
-    for name, (given, low, high) in limits.items():
-        if isinstance(given, bool) or not isinstance(given, int) or not low <= given <= high:
-            raise ValueError(f"{name} must be an int from {low} to {high}, got {given!r}")
+    for name, (value, low, high) in limits.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{name} must be an int from {low} to {high}, got {value!r}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")

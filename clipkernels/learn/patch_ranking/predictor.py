@@ -1,8 +1,8 @@
-"""The predictor: one MLP-Mixer block that ranks patches by the tokens that enter a block, trained on golden rankings.
+"""The predictor: one MLP-Mixer block that ranks patches by a block's input tokens, trained on golden rankings.
 
     target q = softmax(v), v = 0 for the patches that stay and -5 - rank/10 for those that go;  loss KL(q ‖ softmax(ŝ))
 
-Some 46,000 parameters for a ViT-B/16. It is made for one tower, one block and one number of tokens, and says so.
+About 46,000 parameters for a ViT-B/16. It belongs to one tower, one block and one number of tokens, and checks them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ MARGIN_PAIRS = 1000
 
 
 class RankPredictor(nn.Module):
-    """What ranks the patches of one tower by the tokens that enter one of its blocks.
+    """A network that ranks the patches of one tower by the tokens that enter one of its blocks.
 
     Args:
-        tokens: N entering the block, the prefix included.
+        tokens: N, tokens that enter the block, prefix included.
         prefix: leading tokens that are no patches.
-        block: zero-based block that they enter.
-        channels: G that the tokens' channels are pooled to.
+        block: zero-based block whose input is ranked.
+        channels: G, the number of channels after pooling.
         token_hidden: hidden width of the MLP across tokens.
         channel_hidden: hidden width of the MLP across channels.
-        about: what is known of the tower: "tower", its fingerprint, "image_size", "blocks", "width".
+        about: properties of the tower: "tower", its fingerprint, "image_size", "blocks", "width".
     Source: Patch Ranking, arXiv 2409.14607, section 3.2; MLP-Mixer, arXiv 2105.01601.
     """
 
@@ -68,11 +68,11 @@ class RankPredictor(nn.Module):
         self.score = nn.Linear(channels, 1)
 
     def forward(self, x: Tensor, prefix: int | None = None) -> Tensor:
-        """Scores (B,P) fp32, detached, of the patches of x (B,N,C) that enter the block; larger stays longer.
+        """Scores (B,P) fp32, detached, of the patches of the block's input x (B,N,C); larger scores stay longer.
 
         Args:
-            x: in the dtype of the weights, unless autocast makes it another.
-            prefix: its leading tokens, where learnt ones stand behind the tower's; those are not looked at.
+            x: in the dtype of the weights; any dtype under autocast.
+            prefix: number of leading tokens of x, if learnt tokens follow the tower's prefix; those are ignored.
         Raises:
             ValueError: another number of tokens, dtype or device.
         """
@@ -83,46 +83,46 @@ class RankPredictor(nn.Module):
         return ops.predict_scores(x, self.mixer(), self.prefix)
 
     def mixer(self) -> Mixer:
-        """The weights as the operation takes them."""
-        first, into, out = self.norm1, self.token_in, self.token_out
-        second, widen, narrow = self.norm2, self.channel_in, self.channel_out
-        return Mixer(  # one by one: torch 2.6 traces no other way of making a NamedTuple
-            first.weight, first.bias, into.weight, into.bias, out.weight, out.bias,
-            second.weight, second.bias, widen.weight, widen.bias, narrow.weight, narrow.bias,
-            self.score.weight[0], self.score.bias, first.eps,
+        """The weights in the form that `ck.ops.predict_scores` takes."""
+        norm1, token_in, token_out = self.norm1, self.token_in, self.token_out
+        norm2, channel_in, channel_out = self.norm2, self.channel_in, self.channel_out
+        return Mixer(  # positionally, because torch 2.6 traces no other way of making a NamedTuple
+            norm1.weight, norm1.bias, token_in.weight, token_in.bias, token_out.weight, token_out.bias,
+            norm2.weight, norm2.bias, channel_in.weight, channel_in.bias, channel_out.weight, channel_out.bias,
+            self.score.weight[0], self.score.bias, norm1.eps,
         )  # fmt: skip
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates for one image."""
+        """Multiply-accumulate operations per image."""
         mixing = 2 * self.tokens * self.channels * (self.token_hidden + self.channel_hidden)
         return mixing + (self.tokens - self.prefix) * self.channels
 
     def check_tower(self, tower: Tower) -> None:
-        """Raises ValueError unless this was trained for the tower."""
+        """Raise ValueError unless this predictor was trained for the tower."""
         about = {**self.about, "tokens": self.tokens, "prefix": self.prefix}
-        came = {
+        actual = {
             **{"tokens": tower.num_tokens, "prefix": tower.prefix, "blocks": len(tower.blocks), "width": tower.width},
             "image_size": list(tower.image_size),
         }
-        for name, found in came.items():
-            if about.get(name, found) != found:
-                said = name.replace("_", " ")
-                raise ValueError(f"the predictor is for a tower with {said} {about[name]}, got one with {found}")
+        for name, value in actual.items():
+            if about.get(name, value) != value:
+                words = name.replace("_", " ")
+                raise ValueError(f"the predictor is for a tower with {words} {about[name]}, got one with {value}")
         if "tower" in self.about:
             check_fingerprint(self.about["tower"], fingerprinted_module(tower), "the predictor", self.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the weights, and what they are for, as safetensors, by way of a temporary file that is renamed."""
+        """Write the weights and the properties of their tower as safetensors, through a temporary file."""
         save_module(path, self, FORMAT, SIZES)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankPredictor:
-        """What `save` wrote, in fp32, on the CPU.
+        """The predictor that `save` wrote, in fp32, on the CPU.
 
         Raises:
-            ValueError: the file is none of these.
-            OSError: it cannot be read.
+            ValueError: the file holds no predictor.
+            OSError: the file cannot be read.
         """
         return load_module(cls, path, FORMAT, SIZES)
 
@@ -131,7 +131,7 @@ class RankPredictor(nn.Module):
 
 
 class Fitted(NamedTuple):
-    """A predictor, in eval mode, the mean loss of each epoch, and after each the overlap on what was held out."""
+    """A predictor in eval mode, the mean loss of each epoch, and the overlap on held-out images after each epoch."""
 
     predictor: RankPredictor
     losses: list[float]
@@ -155,30 +155,31 @@ def fit_predictor(
     device: torch.device | str = "cpu",
     progress: Callable[[int, float, float], object] | None = None,
 ) -> Fitted:
-    """A predictor trained on golden rankings, for the tower and the block that they are of.
+    """A predictor trained on golden rankings, for the tower and the block of these rankings.
 
-    Adam, its learning rate falling along a cosine to a tenth.
+    The optimizer is Adam; its learning rate falls along a cosine to a tenth.
 
     Args:
         rankings: from `golden_ranking`.
-        keep: share of the patches that stay, in (0, 1); of those that go it learns the order, too, so that a larger
-            share can be kept with the same predictor.
-        held_out: share of the images, drawn by the seed, that are not trained on and whose overlap is told.
-        margin: weight, 0 or more, of another loss, max(0, 1 - (ŝᵢ - ŝⱼ)), for 1,000 random pairs, i staying longer.
-        epochs: times that every image is seen.
-        batch_size: images of a step.
-        lr: learning rate at the start.
-        weight_decay: of Adam.
+        keep: share of the patches that stay, in (0, 1). The predictor also learns the order of the removed patches, so
+            a larger share can be kept with the same predictor.
+        held_out: share of the images, drawn by the seed, that are not trained on and give the overlap.
+        margin: weight, 0 or more, of an additional loss max(0, 1 - (ŝᵢ - ŝⱼ)) over 1,000 random pairs, of which patch
+            i stays longer.
+        epochs: passes over the images.
+        batch_size: images per step.
+        lr: initial learning rate.
+        weight_decay: weight decay of Adam.
         token_hidden: hidden width of the MLP across tokens.
         channel_hidden: hidden width of the MLP across channels.
-        seed: of the weights, the order of the images and the pairs.
-        device: where it is trained; what comes out is on the CPU.
-        progress: called after each epoch with its number from 1, its mean loss and the overlap (nan without images
-            held out).
+        seed: seed of the weights, of the order of the images and of the pairs.
+        device: device of the training; the returned predictor is on the CPU.
+        progress: called after each epoch with its number, from 1, its mean loss and the overlap (nan without held-out
+            images).
     Returns:
         Fitted.
     Raises:
-        ValueError: numbers out of range, no image to train on, features that are not finite, or a loss that is not.
+        ValueError: numbers out of range, no image to train on, or features or a loss that are not finite.
         RuntimeError: in inference mode.
     Source: Patch Ranking, arXiv 2409.14607, section 3.2; the target and the numbers are those of its released code.
     """
@@ -192,16 +193,16 @@ def fit_predictor(
     order = torch.randperm(len(rankings.ranks), generator=generator)
     test, train = order[: round(held_out * len(order))], order[round(held_out * len(order)) :]
     if not len(train):
-        raise ValueError(f"rankings must be of at least one image that is not held out, got {len(order)} images")
-    wrong = int((~rankings.features.isfinite()).flatten(1).any(1).sum())
-    if wrong:
-        raise ValueError(f"rankings must have finite features, got {wrong} images whose are not")
+        raise ValueError(f"rankings must hold at least one image that is not held out, got {len(order)} images")
+    num_invalid = int((~rankings.features.isfinite()).flatten(1).any(1).sum())
+    if num_invalid:
+        raise ValueError(f"rankings must have finite features, got {num_invalid} images with others")
     _, tokens, channels = rankings.features.shape
     about = rankings.about
     prefix, patches = about["prefix"], rankings.ranks.shape[1]
-    gone = patches - math.ceil(keep * patches)
-    if not gone:
-        raise ValueError(f"keep must let at least one of {patches} patches go, got {keep}")
+    num_removed = patches - math.ceil(keep * patches)
+    if not num_removed:
+        raise ValueError(f"keep must remove at least one of {patches} patches, got {keep}")
     with seeded(seed):
         predictor = RankPredictor(
             tokens, prefix, about["block"], channels=channels, token_hidden=token_hidden, channel_hidden=channel_hidden,
@@ -217,7 +218,7 @@ def fit_predictor(
         for batch in train[torch.randperm(len(train), generator=generator)].split(batch_size):
             batch = batch.to(device)
             scores = mix(features[batch], predictor.mixer(), prefix)
-            loss = kl_div(scores.log_softmax(1), target_distribution(ranks[batch], gone), reduction="batchmean")
+            loss = kl_div(scores.log_softmax(1), target_distribution(ranks[batch], num_removed), reduction="batchmean")
             if margin:
                 pairs = torch.randint(patches, (2, MARGIN_PAIRS), generator=generator).to(device)
                 loss = loss + margin * _margin_loss(scores, ranks[batch], pairs)
@@ -228,25 +229,27 @@ def fit_predictor(
             total += float(loss.detach()) * len(batch)
         losses.append(total / len(train))
         if not math.isfinite(losses[-1]):
-            raise ValueError(f"lr must be one that training survives, got {lr}: the loss of epoch {epoch + 1} is none")
+            raise ValueError(
+                f"lr must keep the loss finite, got {lr}, which makes it {losses[-1]} in epoch {epoch + 1}: lower it"
+            )
         with torch.no_grad():
             scores = mix(features[test], predictor.mixer(), prefix)
-        overlaps.append(overlap(scores, ranks[test], gone) if len(test) else math.nan)
+        overlaps.append(overlap(scores, ranks[test], num_removed) if len(test) else math.nan)
         if progress is not None:
             progress(epoch + 1, losses[-1], overlaps[-1])
     return Fitted(predictor.cpu().eval(), losses, overlaps)
 
 
-def target_distribution(ranks: Tensor, gone: int) -> Tensor:
-    """The distribution (n,P) that a predictor is to give: all alike that stay, those that go by their ranks."""
-    stays = ranks < ranks.shape[1] - gone
+def target_distribution(ranks: Tensor, num_removed: int) -> Tensor:
+    """The predictor's target distribution (n,P): equal for the patches that stay, by rank for the removed ones."""
+    stays = ranks < ranks.shape[1] - num_removed
     return torch.where(stays, 0.0, -5 - 0.1 * ranks).softmax(1)
 
 
 def overlap(scores: Tensor, ranks: Tensor, gone: int) -> float:
-    """The share of the `gone` patches that a ranking (n,P) lets go first that the lowest scores (n,P) are of, too.
+    """The share of the `gone` patches that a ranking (n,P) removes first that also have the lowest scores (n,P).
 
-    A random order has gone / P. Of equal scores the lower index stays, as in pruning.
+    The expected value of a random order is gone / P. Of equal scores the lower index stays, as in pruning.
     """
     patches = ranks.shape[1]
     lowest = strongest_first(scores)[:, patches - gone :]
@@ -254,7 +257,7 @@ def overlap(scores: Tensor, ranks: Tensor, gone: int) -> float:
 
 
 def _margin_loss(scores: Tensor, ranks: Tensor, pairs: Tensor) -> Tensor:
-    """The mean of max(0, 1 - (sᵢ - sⱼ)) over pairs (2,n) of different patches, i the one that stays longer."""
+    """The mean of max(0, 1 - (sᵢ - sⱼ)) over pairs (2,n) of different patches, of which patch i stays longer."""
     sign = (ranks[:, pairs[1]] - ranks[:, pairs[0]]).sign()
-    apart = sign * (scores[:, pairs[0]] - scores[:, pairs[1]])
-    return ((1 - apart).relu() * (sign != 0)).mean()
+    difference = sign * (scores[:, pairs[0]] - scores[:, pairs[1]])
+    return ((1 - difference).relu() * (sign != 0)).mean()

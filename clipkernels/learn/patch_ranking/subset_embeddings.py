@@ -1,6 +1,6 @@
-"""Embeddings of images without some of their patches: what enters a block is computed once for all of them.
+"""Embeddings of images without some of their patches, from a block input that is computed once per image.
 
-With it come its queries, keys and values there, of which every variant gathers the rows that it keeps.
+The block's queries, keys and values are computed once, too; each subset gathers the rows that it keeps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clipkernels.tower import Reads, TowerInput, refuse, run
 
 
 class BlockInput(NamedTuple):
-    """What enters a block: which one, x (b,N,C), its q, k, v (b,H,N,D) there, its rotary table or None."""
+    """The input of block number `block`: tokens x (b,N,C), q, k, v (b,H,N,D), and the rotary table or None."""
 
     block: int
     x: Tensor
@@ -29,7 +29,7 @@ class BlockInput(NamedTuple):
 
 
 class PrecomputedQKV(NamedTuple):
-    """A block's parts with queries, keys and values that are there already."""
+    """The parts of a block with queries, keys and values that are already computed."""
 
     parts: Any
     q: Tensor
@@ -55,7 +55,7 @@ class PrecomputedQKV(NamedTuple):
 
 
 def run_to_block(tower: Tower, images: Tensor, at: int) -> BlockInput:
-    """What images (b,3,S,S) are when they enter a block."""
+    """The input of the block number `at` for images (b,3,S,S)."""
     x, rope = tower.embed(images)
     x = run(tower, TowerInput(x, rope), _dense_plan(tower, x.shape[1]), blocks=at).x
     host = tower.blocks[at]
@@ -64,22 +64,22 @@ def run_to_block(tower: Tower, images: Tensor, at: int) -> BlockInput:
     return BlockInput(at, x, q, k, v, rope)
 
 
-def embed_subsets(tower: Tower, entering: BlockInput, image: Tensor, kept: Tensor) -> Tensor:
-    """Embeddings (V,E) of the images at (V,) with the tokens (V,M) alone, ascending, the prefix among them."""
-    at = image[:, None]
-    x, rope = entering.x[at, kept], entering.rope
-    q, k, v = (part[at, :, kept].transpose(1, 2) for part in (entering.q, entering.k, entering.v))
+def embed_subsets(tower: Tower, block_input: BlockInput, image: Tensor, tokens: Tensor) -> Tensor:
+    """Embeddings (V,E) of the images at index `image` (V,) from their tokens (V,M) only, ascending, prefix included."""
+    index = image[:, None]
+    x, rope = block_input.x[index, tokens], block_input.rope
+    q, k, v = (part[index, :, tokens].transpose(1, 2) for part in (block_input.q, block_input.k, block_input.v))
     if rope is not None:
-        each = rope[image] if rope.ndim > 3 and rope.shape[0] > 1 else rope
-        rope = block.gather_rope(each, kept[:, tower.prefix :] - tower.prefix)
-    parts: Any = PrecomputedQKV(tower.parts(tower.blocks[entering.block]), q, k, v)
+        table = rope[image] if rope.ndim > 3 and rope.shape[0] > 1 else rope
+        rope = block.gather_rope(table, tokens[:, tower.prefix :] - tower.prefix)
+    parts: Any = PrecomputedQKV(tower.parts(tower.blocks[block_input.block]), q, k, v)
     rows = tower.prefix if tower.pools_cls else None
-    after, last = entering.block + 1, entering.block == len(tower.blocks) - 1
+    after, last = block_input.block + 1, block_input.block == len(tower.blocks) - 1
     state = block.TokenState(x)
     x = block.forward(
         parts, state, None, tower.prefix, rows=rows if last else None, fused=use_epilogue_kernels(x)
     ).state.x
-    plan = _dense_plan(tower, kept.shape[1])
+    plan = _dense_plan(tower, tokens.shape[1])
     return tower.pool(run(tower, TowerInput(x, rope), plan, Reads(rows), first=after).x)
 
 

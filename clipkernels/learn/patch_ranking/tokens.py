@@ -1,10 +1,10 @@
-"""Learnt tokens that stand beside an image's patches and make up for those that a predictor lets go.
+"""Learnt tokens beside an image's patches that make up for the patches that a predictor removes.
 
     block d < D begins with [CLS, P_d, patches];  coupled to a context c_d of the text, P_d = M_d c_d + b_d
 
-They are never pruned; each of the first D blocks begins with its own, the others go on with what the last of these
-makes of them. Coupled, the same contexts replace the first words of every prompt in the blocks of the text tower. How
-many there are, and how deep, the paper does not say: here it is as in MaPLe (arXiv 2210.03117). A reconstruction.
+The tokens are never pruned. Each of the first D blocks starts with new ones; later blocks carry on the outputs of the
+last of these. If coupled, the same contexts replace the first words of every prompt in the text tower's blocks. This is
+a reconstruction: the paper does not state the number of tokens or the depth, so both are MaPLe's (arXiv 2210.03117).
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ INIT_STD = 0.02
 
 
 class VisualTokens(nn.Module):
-    """Tokens for the first blocks of a tower, of their own or made of contexts of the text.
+    """Learnt tokens for the first blocks of a tower: free parameters, or linear maps of contexts of the text tower.
 
     Args:
-        count: T tokens.
-        depth: D blocks that begin with tokens of their own.
+        count: T, tokens per block.
+        depth: D, the number of blocks that start with new tokens.
         width: C of the tower.
-        text_width: of the text tower, whose contexts they are then made of; 0 for tokens of their own.
-        about: what is known of the towers: "tower" and "text", their fingerprints.
+        text_width: width of the text tower for tokens that are maps of its contexts; 0 for free tokens.
+        about: properties of the towers: "tower" and "text", their fingerprints.
     Raises:
-        ValueError: no token or no block.
+        ValueError: a count or depth below one.
     Source: Patch Ranking, arXiv 2409.14607, section 3.3; MaPLe, arXiv 2210.03117.
     """
 
@@ -67,45 +67,47 @@ class VisualTokens(nn.Module):
         """The tokens (D,T,C) of each block."""
         if not self.text_width:
             return self.own
-        return torch.stack([made(context) for made, context in zip(self.maps, self.context, strict=True)])
+        return torch.stack([layer(context) for layer, context in zip(self.maps, self.context, strict=True)])
 
     def class_embeddings(
         self, model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
     ) -> Tensor:
-        """Class embeddings (K,E) fp32; where there are contexts, with them in place of the first words of every prompt.
+        """Class embeddings (K,E) fp32; contexts, if there are any, replace the first words of every prompt.
 
         Raises:
-            ValueError: a text tower without blocks of open_clip's, or another than the one they were trained for;
-                prompts that do not differ after the words that are replaced.
+            ValueError: a text tower without open_clip's or OpenAI's blocks, or another than the one of the training;
+                prompts that do not differ after the replaced words.
         """
         if not self.text_width:
             return class_embeddings(model, tokenizer, prompts)
         if "text" in self.about:
             check_fingerprint(self.about["text"], text_tower(model), "the learnt tokens' text", self.about)
-        ids = tokenizer([sentence for each in prompts.values() for sentence in each])
-        check_prompts(model, ids, [len(each) for each in prompts.values()], self.count)
+        ids = tokenizer([sentence for sentences in prompts.values() for sentence in sentences])
+        check_prompts(model, ids, [len(sentences) for sentences in prompts.values()], self.count)
         with injected_contexts(model, self.context):
             return class_embeddings(model, tokenizer, prompts)
 
     def check_tower(self, tower: Tower) -> None:
-        """Raises ValueError unless these were trained for the tower."""
+        """Raise ValueError unless these tokens were trained for the tower."""
         if self.width != tower.width or self.depth > len(tower.blocks):
-            wanted = f"a tower of width {self.width} and at least {self.depth} blocks"
-            raise ValueError(f"the learnt tokens are for {wanted}, got {tower.width} and {len(tower.blocks)}")
+            raise ValueError(
+                f"the learnt tokens are for a tower of width {self.width} and at least {self.depth} blocks, got width "
+                f"{tower.width} and {len(tower.blocks)} blocks"
+            )
         if "tower" in self.about:
             check_fingerprint(self.about["tower"], fingerprinted_module(tower), "the learnt tokens", self.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes them, and what they are for, as safetensors, by way of a temporary file that is renamed."""
+        """Write the tokens and the fingerprints of their towers as safetensors, through a temporary file."""
         save_module(path, self, FORMAT, SIZES)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VisualTokens:
-        """What `save` wrote, in fp32, on the CPU.
+        """The tokens that `save` wrote, in fp32, on the CPU.
 
         Raises:
-            ValueError: the file is none of these.
-            OSError: it cannot be read.
+            ValueError: the file holds no learnt tokens.
+            OSError: the file cannot be read.
         """
         return load_module(cls, path, FORMAT, SIZES)
 
@@ -141,35 +143,35 @@ def fit_tokens(
     seed: int = 0,
     progress: Callable[[int, float], object] | None = None,
 ) -> FittedTokens:
-    """Tokens trained on a few labelled images, through the pruned tower; nothing else learns.
+    """Tokens trained on a few labelled images through the pruned tower; nothing else is trained.
 
-    SGD with momentum .9 on cross-entropy, its learning rate falling along a cosine. Model and predictor are frozen
-    meanwhile and in eval mode; then everything is as it was.
+    The optimizer is SGD with momentum 0.9 on cross-entropy; its learning rate falls along a cosine. Model and predictor
+    are frozen and in eval mode during the training and restored afterwards.
 
     Args:
         model: a CLIP with `encode_image` and `encode_text`, in fp32 or fp64.
         tokenizer: a list of n texts to token ids (n,T).
-        prompts: the sentences of each class, such as `clipkernels.support.photo` makes.
+        prompts: the sentences of each class, such as those of `clipkernels.support.photo`.
         images: (n,3,S,S) preprocessed, or a sequence of (3,S,S).
         labels: (n,) int64, into the classes of `prompts`.
-        method: how the tower is pruned; tokens that it has are not used.
+        method: the method that prunes the tower; its own tokens, if any, are not used.
         count: tokens beside the patches.
-        depth: blocks that begin with tokens of their own; all of them in a shallower tower.
-        coupled: make them of contexts that the text tower has, too, in place of each prompt's first words.
-        epochs: times that every image is seen.
-        batch_size: images of a step.
-        lr: learning rate at the start.
-        weight_decay: of SGD.
-        scale: what cosines are multiplied by.
-        seed: of the tokens and the order of the images.
-        progress: called after each epoch with its number from 1 and its mean loss.
+        depth: blocks that start with new tokens; all blocks of a shallower tower.
+        coupled: derive the tokens from contexts that also replace each prompt's first words in the text tower.
+        epochs: passes over the images.
+        batch_size: images per step.
+        lr: initial learning rate.
+        weight_decay: weight decay of SGD.
+        scale: factor of the cosines.
+        seed: seed of the tokens and of the order of the images.
+        progress: called after each epoch with its number, from 1, and its mean loss.
     Returns:
-        FittedTokens, for `ck.PatchRanking(…, tokens=…)`. With coupled ones, class embeddings are made by
+        FittedTokens, for `ck.PatchRanking(…, tokens=…)`. If coupled, compute class embeddings with
         `tokens.class_embeddings`, as `ck.Classifier` does.
     Raises:
         ValueError: labels or images that do not fit, numbers out of range, a half-precision model, a model that is no
-            CLIP; for `coupled` a text tower without blocks of open_clip's, or prompts that do not differ after the
-            words that are replaced.
+            CLIP; if `coupled`, a text tower without open_clip's or OpenAI's blocks, or prompts that do not differ
+            after the replaced words.
         RuntimeError: in inference mode.
     Source: Patch Ranking, arXiv 2409.14607, section 3.3; the numbers are MaPLe's, arXiv 2210.03117.
     """
@@ -184,9 +186,9 @@ def fit_tokens(
         raise ValueError(f"model must be float32 or float64 to train through, got {like.dtype}")
     labels = check_labels(labels, len(images), len(prompts)).to(like.device)
     if not len(images):
-        raise ValueError("images must be at least one, got none")
-    sizes = [len(each) for each in prompts.values()]
-    ids = tokenizer([sentence for each in prompts.values() for sentence in each]).to(like.device)
+        raise ValueError("images must hold at least one image, got none")
+    sizes = [len(sentences) for sentences in prompts.values()]
+    ids = tokenizer([sentence for sentences in prompts.values() for sentence in sentences]).to(like.device)
     about: dict[str, Any] = {"tower": fingerprint(fingerprinted_module(tower)), "images": len(images)}
     about |= {"keep": method.keep, "block": method.block}
     width = 0
@@ -226,19 +228,19 @@ def fit_tokens(
 
 
 def _class_embeddings(model: Any, ids: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Class embeddings (K,E), with gradients."""
+    """Class embeddings (K,E), differentiable."""
     rows = normalize(model.encode_text(ids)).split(list(sizes))
-    return torch.stack([normalize(each.mean(0), dim=0) for each in rows])
+    return torch.stack([normalize(of_class.mean(0), dim=0) for of_class in rows])
 
 
 @contextmanager
 def _frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """The model without a parameter that asks for gradients."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asking:
+    """Freeze the model's parameters, and restore their `requires_grad` on exit."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)
