@@ -1,9 +1,9 @@
-"""Towers exported to ONNX and by `torch.export`: parity with PyTorch, operators, images per second and η on the CPU.
+"""Export towers to ONNX and by `torch.export`: parity with PyTorch, operators, images per second and η on the CPU.
 
     python -m bench.export --towers open_clip timm --batch 1 8 --rounds 5 --out export.csv
     python -m bench.export --towers clip --layers 2 --batch 1 --rounds 1
 
-One random-weight B/16 tower of each library, as the library has it and patched, with a dynamic batch:
+The models are one random-weight B/16 tower of each library, unpatched and patched, with a dynamic batch:
 
     images, shapes = torch.randn(2, 3, 224, 224), ({0: torch.export.Dim("batch", min=1, max=64)},)
     ck.patch(model, ck.EViT(keep=0.7)).eval()
@@ -11,9 +11,9 @@ One random-weight B/16 tower of each library, as the library has it and patched,
         program = torch.export.export(model.visual, (images,), dynamic_shapes=shapes, strict=False)
         torch.onnx.export(model.visual, (images,), "tower.onnx", dynamo=True, opset_version=20, dynamic_shapes=shapes)
 
-`model.visual` is open_clip's and clip's tower; a timm model goes in itself. So does the `vision_model` of transformers,
-but it returns every token and thus computes them all. For the embedding alone, and so the last block for its CLS row
-alone, export this:
+`model.visual` is the tower of open_clip and of clip. A timm model is exported itself. The `vision_model` of
+transformers can be exported, too, but it returns every token and therefore computes all of them. This module returns
+the embedding alone, so that the last block computes only its CLS row:
 
     class Embedding(nn.Module):
         def __init__(self, model):
@@ -23,9 +23,10 @@ alone, export this:
         def forward(self, images):
             return ck.encode_image(self.model, images).embedding
 
-Speed-ups and η are against the fastest dense of the same runtime, all of them interleaved, CPU time of one thread. A
-graph whose embeddings are wrong, or a patched one with a scatter in it, stops the run before anything is timed. Of a
-reduced tower one image in ten may be apart by more than rounding: two of its tokens were nearly tied.
+Speed-ups and η are against the fastest dense variant of the same runtime. All variants are interleaved and timed by the
+CPU time of one thread. A graph with wrong embeddings, or a patched graph with a scatter, stops the run before anything
+is timed. For a reduced tower one image in ten may differ by more than rounding, because two of its tokens may be nearly
+tied.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ METHODS: dict[str, ck.Method | None] = {
     "ToMe(r=13)": ck.ToMe(13),
 }
 RUNTIMES = ("eager", "torch.export", "onnxruntime")
-# Batches other than the one that is exported, which is 2.
+# Batches of the parity check besides 2, the batch of the exported example.
 PARITY = (1, 3, 8)
 SHAPES = ({0: torch.export.Dim("batch", min=1, max=64)},)
-ALLOWED = 1e-4
+MAX_ERROR = 1e-4
 GRAPH = {
     "scatter": ("Scatter", "ScatterElements", "ScatterND"),
     "nonzero": ("NonZero",),
@@ -89,7 +90,10 @@ GRAPH = {
 
 
 class Embedding(nn.Module):
-    """The embedding of images and nothing else: by the tower's own forward, unless a patched one returns its tokens."""
+    """A module that returns only the embedding of images.
+
+    It calls the tower's own forward, or `ck.encode_image` for a patched tower whose forward returns tokens.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -103,9 +107,13 @@ class Embedding(nn.Module):
 
 
 class Export(NamedTuple):
-    """One variant in one runtime: what encodes, the CPU seconds its export took, its nodes, and how far it is off.
+    """One variant in one runtime.
 
-    `error` is the largest difference to eager PyTorch over the largest entry, `cosine` the smallest of any image.
+    encode: a function from images to embeddings.
+    seconds: CPU seconds of the export.
+    nodes: number of nodes of the graph by kind.
+    error: largest difference to eager PyTorch, over the largest entry.
+    cosine: smallest cosine of any image's embedding with eager PyTorch's.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -118,17 +126,17 @@ class Export(NamedTuple):
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
-    header = taken(arguments)
+    header = header_of(arguments)
     records = resume(arguments.out, header)
     console = Console(width=None if sys.stdout.isatty() else 160)
     for name in arguments.towers:
         done = {(row["library"], row["batch"]) for row in records}
         batches = [batch for batch in arguments.batch if (name, batch) not in done]
         if not batches:
-            console.print(f"{name}: all rows are there already")
+            console.print(f"{name}: skipped, the file has all its rows")
             continue
         if importlib.util.find_spec(name) is None:
-            console.print(f"{name}: left out, it is not installed")
+            console.print(f"{name}: skipped, it is not installed")
             continue
         torch.manual_seed(arguments.seed)
         model = randomized(TOWERS[name](arguments.layers), arguments.seed)
@@ -138,26 +146,28 @@ def main() -> None:
                 for runtime, rows in paired(model, exports, batch, arguments, console).items():
                     console.print(draw(f"{name} {NAMES[name]}, {runtime}, batch {batch}", rows))
                     for row in rows:
-                        named = {"library": name, "tower": NAMES[name], "runtime": runtime, "batch": batch}
+                        case = {"library": name, "tower": NAMES[name], "runtime": runtime, "batch": batch}
                         commit = {"commit": header["environment"]["commit"]}
-                        records.append({**named, **record(row, exports[runtime][row.name]), **commit})
-                if arguments.out:  # a long run that is cut short keeps what it has
+                        records.append({**case, **record(row, exports[runtime][row.name]), **commit})
+                if arguments.out:  # an interrupted run keeps its rows
                     write(records, header, arguments.out)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], metavar="B", help="images per timed batch")
+    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS), help="libraries; default: all")
+    parser.add_argument(
+        "--batch", nargs="+", type=int, default=[1, 8], metavar="B", help="images per timed batch; default: 1 8"
+    )
     parser.add_argument("--layers", type=int, metavar="L", help="cut every tower to its first L blocks")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--opset", type=int, default=20, help="of ONNX, 18 or more")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; default %(default)s")
+    parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 18 or more; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="random weights and images; default %(default)s")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE.csv",
-        help="rows; a .json beside it adds the environment; rows found in it are not measured again",
+        help="rows; FILE.json adds the environment; existing rows are not measured again",
     )
     arguments = parser.parse_args()
     if arguments.opset < 18:
@@ -165,32 +175,32 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def taken(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the rows were taken with."""
-    found = environment()
+def header_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the header of the rows: environment, package versions and options."""
+    versions = environment()
     for name in ("onnx", "onnxruntime", "onnxscript", "timm", "transformers"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+            versions[name] = None
     options = {name: getattr(arguments, name) for name in ("layers", "rounds", "opset", "seed")}
-    return {"environment": found, "clock": "process", **options}
+    return {"environment": versions, "clock": "process", **options}
 
 
 def export_all(
     model: nn.Module, name: str, arguments: argparse.Namespace, console: Console
 ) -> dict[str, dict[str, Export]]:
-    """Every variant in every runtime, checked."""
+    """Return every variant in every runtime, after checking its embeddings."""
     generator = torch.Generator().manual_seed(arguments.seed + 1)
     size = ck.tower_of(model).image_size
     inputs = {batch: torch.randn(batch, 3, *size, generator=generator) for batch in (2, *PARITY)}
-    made: dict[str, dict[str, Export]] = {runtime: {} for runtime in RUNTIMES}
+    exports: dict[str, dict[str, Export]] = {runtime: {} for runtime in RUNTIMES}
     for variant, method in METHODS.items():
         memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         twin = copy.deepcopy(model, memo)
         module = Embedding(twin if method is None else ck.patch(twin, method)).eval()
         expected = {batch: module(images) for batch, images in inputs.items()}
-        made["eager"][variant] = Export(module, 0.0, {}, 0.0, 1.0)
+        exports["eager"][variant] = Export(module, 0.0, {}, 0.0, 1.0)
         for runtime in RUNTIMES[1:]:
             start = time.process_time()
             if runtime == "onnxruntime":
@@ -200,20 +210,24 @@ def export_all(
                 encode, nodes = program.module(), {"nodes": len(program.graph.nodes)}
             seconds = time.process_time() - start
             errors, cosine = compare(encode, inputs, expected)
-            error, apart = errors.max().item(), int((errors > ALLOWED).sum())
-            made[runtime][variant] = Export(encode, seconds, nodes, error, cosine)
-            found = ", ".join(f"{count} {kind}" for kind, count in nodes.items())
-            off = f"error {error:.1e}, {apart} of {len(errors)} images apart"
-            console.print(f"{name}, {variant}, {runtime}: {seconds:.0f} s, {off}, {found}")
-            # Where two choices differ by less than rounding, an image may go either way in another runtime.
-            few = 0 if isinstance(method or ck.Dense(), ck.Dense) else len(errors) // 10
-            assert apart <= few and cosine > 0.999, f"{name} {variant} in {runtime}: {off}, cosine {cosine:.6f}"
-            assert method is None or not nodes.get("scatter"), f"{name} {variant}: scatters in the ONNX graph"
-    return made
+            error, num_wrong = errors.max().item(), int((errors > MAX_ERROR).sum())
+            exports[runtime][variant] = Export(encode, seconds, nodes, error, cosine)
+            counts = ", ".join(f"{count} {kind}" for kind, count in nodes.items())
+            difference = f"error {error:.1e}, {num_wrong} of {len(errors)} images differ"
+            console.print(f"{name}, {variant}, {runtime}: {seconds:.0f} s, {difference}, {counts}")
+            # If two choices differ by less than rounding, another runtime may make the other one.
+            max_wrong = 0 if isinstance(method or ck.Dense(), ck.Dense) else len(errors) // 10
+            assert num_wrong <= max_wrong and cosine > 0.999, (
+                f"{name} {variant} in {runtime}: {difference}, cosine {cosine:.6f}"
+            )
+            assert method is None or not nodes.get("scatter"), (
+                f"{name} {variant}: expected no scatter in the graph, got {nodes['scatter']}"
+            )
+    return exports
 
 
 def in_onnxruntime(module: nn.Module, images: Tensor, opset: int) -> tuple[Callable[[Tensor], Tensor], dict[str, int]]:
-    """A module exported to ONNX, as a function that runs it on one thread of the CPU, and its nodes by kind."""
+    """Return a module exported to ONNX as a function on one CPU thread, and its number of nodes by kind."""
     program = torch.onnx.export(
         module, (images,), dynamo=True, opset_version=opset, dynamic_shapes=SHAPES, verbose=False
     )
@@ -230,7 +244,7 @@ def in_onnxruntime(module: nn.Module, images: Tensor, opset: int) -> tuple[Calla
 
 
 def count(model: onnx.ModelProto) -> dict[str, int]:
-    """How many nodes an ONNX model has, and how many of those that make one slow or its shapes depend on data."""
+    """Return an ONNX model's number of nodes, and of those that are slow or make shapes depend on data, by kind."""
 
     def walk(nodes: Any) -> Counter[str]:
         kinds = Counter(node.op_type for node in nodes)
@@ -243,16 +257,16 @@ def count(model: onnx.ModelProto) -> dict[str, int]:
     kinds = walk(model.graph.node)
     for function in model.functions:
         kinds += walk(function.node)
-    return {"nodes": kinds.total(), **{name: sum(kinds[kind] for kind in some) for name, some in GRAPH.items()}}
+    return {"nodes": kinds.total(), **{name: sum(kinds[kind] for kind in group) for name, group in GRAPH.items()}}
 
 
 def compare(
     encode: Callable[[Tensor], Tensor], inputs: Mapping[int, Tensor], expected: Mapping[int, Tensor]
 ) -> tuple[Tensor, float]:
-    """Every image's largest error over the largest entry, and the smallest cosine, at every batch size."""
-    came = {batch: encode(images) for batch, images in inputs.items()}
-    errors = [(came[batch] - right).abs().amax(1) / right.abs().max() for batch, right in expected.items()]
-    cosines = [cosine_similarity(came[batch], right).min().item() for batch, right in expected.items()]
+    """Return each image's largest error over the largest entry at every batch size, and the smallest cosine of all."""
+    actual = {batch: encode(images) for batch, images in inputs.items()}
+    errors = [(actual[batch] - right).abs().amax(1) / right.abs().max() for batch, right in expected.items()]
+    cosines = [cosine_similarity(actual[batch], right).min().item() for batch, right in expected.items()]
     return torch.cat(errors), min(cosines)
 
 
@@ -263,7 +277,7 @@ def paired(
     arguments: argparse.Namespace,
     console: Console,
 ) -> dict[str, list[Speed]]:
-    """The rows of each runtime at one batch size, the variants of all of them interleaved."""
+    """Return the rows of each runtime at one batch size, with the variants of all runtimes interleaved."""
     tower = ck.tower_of(model)
     generator = torch.Generator().manual_seed(arguments.seed + 2)
     sets = torch.randn(3, batch, 3, *tower.image_size, generator=generator).unbind()
@@ -293,7 +307,7 @@ def paired(
 
 
 def record(row: Speed, export: Export) -> dict[str, Any]:
-    """One row as plain numbers."""
+    """Return one row as plain numbers."""
     return {
         **row.record(),
         "error": float(f"{export.error:.2e}"),

@@ -20,10 +20,10 @@ NAMES = "open_clip models, or transformers:CLASS (a ViT-B/16), timm:MODEL, clip:
 
 @lru_cache(maxsize=2)
 def build(name: str, dtype: torch.dtype) -> nn.Module:
-    """The model with random weights, its image tower whole, its text tower a stub."""
+    """Return a model with random weights, a complete image tower, and a stub as text tower."""
     torch.manual_seed(0)
     library, _, kind = name.rpartition(":")
-    with DEVICE:  # a large tower is drawn faster there
+    with DEVICE:  # drawing the weights of a large tower is faster there
         if library == "transformers":
             model = transformers_tower(kind, 12)
         elif library == "timm":
@@ -34,7 +34,7 @@ def build(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def methods(name: str, model: nn.Module) -> dict[str, ck.Method | None]:
-    """What runs on a model, by name; None is the host library's own forward. Predictors have random weights."""
+    """Return the methods to run on a model, by name; None is the host's own forward. Predictors have random weights."""
     r = R.get(name, 13 if ":" in name else 8)
     return {
         HOST: None,
@@ -49,7 +49,7 @@ def methods(name: str, model: nn.Module) -> dict[str, ck.Method | None]:
 
 
 def images(tower: Any, batch: int, dtype: torch.dtype, sets: int = 3) -> tuple[Tensor, ...]:
-    """Random image batches (B,3,S,S)."""
+    """Return `sets` random image batches (B,3,S,S)."""
     generator = torch.Generator(DEVICE).manual_seed(1)
     size = (sets, batch, 3, *tower.image_size)
     return torch.randn(size, generator=generator, device=DEVICE).to(dtype).unbind()

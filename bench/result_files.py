@@ -1,4 +1,4 @@
-"""Rows of towers that were timed: a table for people, and files that appear whole."""
+"""Read and write rows of benchmarks: tables for the terminal, files written atomically, and resuming from them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Speed
 
 EXIT_DEADLINE = 75
-"""The exit status of a run that its deadline cut short."""
+"""Exit status of a run that reached its deadline."""
 MACHINE_KEYS = ("cpu", "driver", "commit", "date")
-"""What may differ between two machines, or two days, of one measurement: every row has its own."""
+"""Environment keys that may differ between rows of one file, measured on other machines or days; each row has them."""
 
 
 def draw(title: str, rows: Sequence[Speed]) -> Table:
-    """The rows for people."""
+    """Return a terminal table of the rows."""
     table = Table("variant", "ms", "images/s", "speed-up", "η [p10-p90]", "against", title=title, title_justify="left")
     for row in rows:
         table.add_row(
@@ -38,7 +38,7 @@ def draw(title: str, rows: Sequence[Speed]) -> Table:
 
 
 def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: Path) -> None:
-    """The CSV, and beside it a JSON of the same rows with the environment and how they were taken."""
+    """Write the rows as CSV to `out`, and with the header (environment and options) as JSON to the same name."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".csv", ".json"):
         target = out.with_suffix(suffix)
@@ -50,14 +50,14 @@ def write(records: Sequence[Mapping[str, Any]], header: Mapping[str, Any], out: 
 
 
 def save(figure: Any, file: Path) -> None:
-    """A picture, in the format that its file is named for, which appears whole."""
+    """Write a figure atomically, in the format of the file's extension."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as temporary:
         figure.savefig(temporary, format=file.suffix[1:] or "png", dpi=110)
 
 
 def read_csv(table: Path) -> list[dict[str, str]]:
-    """The rows of a CSV; none where there is no such file."""
+    """Return the rows of a CSV; empty if the file does not exist."""
     if not table.exists():
         return []
     with table.open(encoding="utf-8", newline="") as file:
@@ -65,38 +65,47 @@ def read_csv(table: Path) -> list[dict[str, str]]:
 
 
 def resume(out: Path | None, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows that an earlier run left in a file; ends the program where they were taken otherwise."""
+    """Return the rows that an earlier run wrote to the JSON of `out`; empty without such a file.
+
+    Raises:
+        SystemExit: the file's header differs from `header` in more than MACHINE_KEYS.
+    """
     source = out and out.with_suffix(".json")
     if source is None or not source.exists():
         return []
-    before = json.loads(source.read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = before.pop("rows")
-    kept = {name: before["environment"].get(name) for name in MACHINE_KEYS}
-    if before != {**header, "environment": header["environment"] | kept}:
-        raise SystemExit(f"error: {source} was taken with other options or versions: choose another --out")
+    earlier = json.loads(source.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = earlier.pop("rows")
+    machine = {name: earlier["environment"].get(name) for name in MACHINE_KEYS}
+    if earlier != {**header, "environment": header["environment"] | machine}:
+        raise SystemExit(f"error: {source} was measured with other options or versions: choose another --out")
     return rows
 
 
-TRIES = 2
-"""How often something is begun that ends the run it is in, before it is given up."""
+MAX_ATTEMPTS = 2
+"""A case is given up after this many attempts that ended their runs."""
 
 
 def attempts(out: Path | None) -> Counter[str]:
-    """How often earlier runs began each thing."""
+    """Return the number of times that earlier runs started each case."""
     file = out and out.with_suffix(".begun")
     return Counter(file.read_text(encoding="utf-8").splitlines() if file is not None and file.exists() else [])
 
 
 def remaining(every: Iterable[tuple[Any, ...]], done: Container[Any], out: Path | None) -> tuple[list[Any], list[str]]:
-    """What is not done, in order, but what earlier runs began goes last, for it may have ended them; and the names of
-    what they began too often."""
-    tried = attempts(out)
-    left = sorted((each for each in every if each not in done), key=lambda each: tried[str(each)])
-    return [each for each in left if tried[str(each)] < TRIES], [str(e) for e in left if tried[str(e)] >= TRIES]
+    """Return the cases that are not done, in order, and the names of those that were started too often.
+
+    Cases that earlier runs started come last, because they may have ended those runs.
+    """
+    counts = attempts(out)
+    pending = sorted((case for case in every if case not in done), key=lambda case: counts[str(case)])
+    return (
+        [case for case in pending if counts[str(case)] < MAX_ATTEMPTS],
+        [str(case) for case in pending if counts[str(case)] >= MAX_ATTEMPTS],
+    )
 
 
 def note_attempt(out: Path | None, name: str) -> None:
-    """Notes that something is begun."""
+    """Record that a case is started."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.with_suffix(".begun").open("a", encoding="utf-8") as file:
@@ -104,18 +113,18 @@ def note_attempt(out: Path | None, name: str) -> None:
 
 
 def stamp() -> dict[str, Any]:
-    """When, of what and under which driver a row is measured."""
+    """Return driver, commit and date of a row measured now."""
     now = environment()
     return {name: now[name] for name in ("driver", "commit", "date")}
 
 
 def header_of(arguments: Any, *names: str) -> dict[str, Any]:
-    """How a study of the bundled CLIP was made: where, on which images, with which of its options."""
+    """Return the header of a study of the bundled CLIP: environment, image files, and the options in `names`."""
     files = {name: getattr(arguments, name).name for name in ("images", "pool") if hasattr(arguments, name)}
     options = {name: getattr(arguments, name) for name in names}
     return {"environment": environment(), "model": "the CLIP that ships with clipkernels", **files, **options}
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The standard deviation of several values, 0 of one."""
+    """Return the standard deviation of the values; 0 of a single one."""
     return statistics.stdev(values) if len(values) > 1 else 0.0

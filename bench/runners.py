@@ -1,4 +1,4 @@
-"""Ways to run what a tower runs: in plain PyTorch, from a CUDA graph; whether it runs, and what it takes and could."""
+"""Run a tower on the reference or from a CUDA graph, check its output, and measure memory, launches and peak rates."""
 
 from __future__ import annotations
 
@@ -20,83 +20,88 @@ from clipkernels.measure.timing import Clock, Variant, measure
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-CHOICE = "CLIPKERNELS_BACKEND"
+BACKEND_VARIABLE = "CLIPKERNELS_BACKEND"
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
-"""Of the square matrices whose product says what a device can do."""
+"""Side of the square matrices whose product measures a device's arithmetic rate."""
 ALLOWED_EPS = 32
-"""Of the dtype's epsilons that two dense towers may differ by."""
+"""Largest difference of two dense towers, in epsilons of the dtype."""
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
-"""Bytes of a tensor larger than any cache of the device."""
+"""Bytes of a tensor that is larger than any cache of the device."""
 RUNS_AT_ONCE = {"cuda": 20, "cpu": 1}
-"""Runs that are timed together: starting and waiting for a GPU count for little then, and it leaves its idle clock."""
+"""Runs that are timed together, so that launch and synchronisation count little and a GPU leaves its idle clock."""
 
 
 def plain(variant: Variant) -> Variant:
-    """The same plan on the reference: plain PyTorch, attention by SDPA. Eager alone: a compiler keeps its choice."""
+    """Return the variant with the same plan on the reference: plain PyTorch, attention by SDPA.
+
+    It works in eager mode only, because a compiled variant keeps the backend that it was traced with.
+    """
 
     def encode(images: Tensor) -> object:
-        before = os.environ.get(CHOICE)
-        os.environ[CHOICE] = "reference"
+        before = os.environ.get(BACKEND_VARIABLE)
+        os.environ[BACKEND_VARIABLE] = "reference"
         try:
             return variant.encode(images)
         finally:
             if before is None:
-                del os.environ[CHOICE]
+                del os.environ[BACKEND_VARIABLE]
             else:
-                os.environ[CHOICE] = before
+                os.environ[BACKEND_VARIABLE] = before
 
     return variant._replace(encode=encode)
 
 
 @torch.inference_mode()
-def captured(variant: Variant, images: Tensor) -> Variant:
-    """The same from a CUDA graph of one batch (B,3,S,S); images are copied into it before every replay."""
-    given = images.clone()
+def in_cuda_graph(variant: Variant, images: Tensor) -> Variant:
+    """Return the variant as a CUDA graph of one batch (B,3,S,S); images are copied into it before every replay."""
+    inputs = images.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what the first runs compile and choose stays out of the graph
+    with torch.cuda.stream(stream):  # the first runs compile and tune, which must not be captured
         for _ in range(2):
-            variant.encode(given)
+            variant.encode(inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        embedding = variant.encode(given)
+        embedding = variant.encode(inputs)
 
     def encode(images: Tensor) -> object:
-        given.copy_(images)
+        inputs.copy_(images)
         graph.replay()
         return embedding
 
     return variant._replace(encode=encode)
 
 
-def replayed(
-    call: Callable[..., object], inputs: Sequence[Sequence[Tensor]], span: float = 0.0, most: int = 1
+def capture_calls(
+    call: Callable[..., object], inputs: Sequence[Sequence[Tensor]], span: float = 0.0, max_calls: int = 1
 ) -> tuple[Callable[[], None], int]:
-    """A CUDA graph of several calls: what replays it and waits for the device, and the number of calls.
+    """Capture several calls in one CUDA graph.
 
     Args:
-        call: what is captured; the first runs compile it, outside the graph.
-        inputs: its arguments, used in turn, each at least once.
-        span: seconds that the calls of one graph should fill.
-        most: calls of one graph, unless there are more inputs.
+        call: the function to capture; it first runs outside the graph, where it compiles.
+        inputs: argument lists of the calls, used in turn, each at least once.
+        span: seconds that the calls of one graph should take.
+        max_calls: maximum number of calls in the graph, unless there are more inputs.
+    Returns:
+        A function that replays the graph and waits for the device, and the number of calls in the graph.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for own in inputs:
-            call(*own)
+        for arguments in inputs:
+            call(*arguments)
         stream.synchronize()
         start = time.perf_counter()
         call(*inputs[0])
         stream.synchronize()
-        took = time.perf_counter() - start
+        seconds = time.perf_counter() - start
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    turns = list(islice(cycle(inputs), max(min(int(span / took), most), len(inputs))))
+    turns = list(islice(cycle(inputs), max(min(int(span / seconds), max_calls), len(inputs))))
     with torch.cuda.graph(graph):
-        for own in turns:
-            call(*own)
+        for arguments in turns:
+            call(*arguments)
 
     def replay() -> None:
         graph.replay()
@@ -106,19 +111,19 @@ def replayed(
 
 
 def in_graphs(variants: Mapping[str, Variant], images: Tensor) -> dict[str, Variant]:
-    """Variants from CUDA graphs, until one cannot be captured, which is named."""
-    found = {}
+    """Return variants as CUDA graphs, up to the first that cannot be captured, whose error is printed."""
+    graphs = {}
     for label, variant in variants.items():
         try:
-            found[f"{label}, graph"] = captured(variant, images)
+            graphs[f"{label}, graph"] = in_cuda_graph(variant, images)
         except RuntimeError:
             print(f"no graph of {label}:\n{traceback.format_exc()}", flush=True)
             break
-    return found
+    return graphs
 
 
 def is_device_lost() -> bool:
-    """Whether the device takes no more work."""
+    """Return true if a GPU exists and accepts no more work."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -127,12 +132,16 @@ def is_device_lost() -> bool:
     return False
 
 
-def runs_without_error(label: str, attempt: Callable[[], object], needed: str) -> bool:
-    """Whether an attempt at a variant raises nothing; one that does is named, unless it is needed: then it raises."""
+def runs_without_error(label: str, attempt: Callable[[], object], required: str) -> bool:
+    """Return true if `attempt` at the variant `label` succeeds; print its error if not.
+
+    Raises:
+        Exception: the attempt's own, if `label` is `required` or the device is lost.
+    """
     try:
         attempt()
-    except Exception:  # a wrong result, what a compiler or a device refuses
-        if label == needed or is_device_lost():
+    except Exception:  # a wrong result, or an error of a compiler or of the device
+        if label == required or is_device_lost():
             raise
         print(f"left out, {label}:\n{traceback.format_exc()}", flush=True)
         return False
@@ -141,28 +150,32 @@ def runs_without_error(label: str, attempt: Callable[[], object], needed: str) -
 
 @torch.inference_mode()
 def run_once(variant: Variant, images: Tensor, expected: Tensor | None = None) -> None:
-    """Warms a variant; raises where its embeddings are not finite, or not those expected, up to rounding."""
-    came: Any = variant.encode(images)
-    assert came.isfinite().all(), "the embedding is not finite"
+    """Run a variant once, to warm it up.
+
+    Raises:
+        AssertionError: an embedding is not finite, or differs from `expected` by more than ALLOWED_EPS epsilons.
+    """
+    actual: Any = variant.encode(images)
+    assert actual.isfinite().all(), "expected finite embeddings, got inf or nan"
     if expected is not None:
-        error = ((came.double() - expected.double()).norm() / expected.double().norm()).item()
+        error = ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
         allowed = ALLOWED_EPS * torch.finfo(images.dtype).eps
         assert error <= allowed, f"relative error {error:.1e} is above {allowed:.1e}"
 
 
 @torch.inference_mode()
 def peak_mib(label: str, variant: Variant, images: Tensor) -> float | None:
-    """MiB that one more batch of a warm variant takes at the peak; None where a graph has a pool of its own."""
+    """Return the peak MiB of one more batch of a warm variant; None for a CUDA graph, which has its own pool."""
     if any(way in label for way in ("graph", "max-autotune", "reduce-overhead")):
         return None
-    most = peak(partial(variant.encode, images), images.device)
-    return most and round(most / 2**20, 2)
+    num_bytes = peak(partial(variant.encode, images), images.device)
+    return num_bytes and round(num_bytes / 2**20, 2)
 
 
 @torch.inference_mode()
 def launches(run: Callable[[], object]) -> int:
-    """Kernels and copies that one call starts on a GPU; what is timed afterwards may be slower."""
-    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")  # which CUDA graphs do not survive
+    """Return the number of kernels and copies that one call starts on a GPU. Later timings may be slower."""
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")  # CUDA graphs do not survive a lazy reinitialisation
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
@@ -171,7 +184,7 @@ def launches(run: Callable[[], object]) -> int:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, clock: Clock = "wall") -> float:
-    """TFLOP/s of a large product of random matrices: what arithmetic reaches at best here and now."""
+    """Return TFLOP/s of a large product of random matrices, the best arithmetic rate of the device now."""
     side = MATMUL_SIDE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, side, side, device=device, generator=generator).to(dtype).unbind()
@@ -179,7 +192,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, clock: Clock = "wall")
 
 
 def copy_rate(device: torch.device) -> float:
-    """GB/s, read and written, of copying a tensor larger than any cache of the device."""
+    """Return GB/s, read plus written, of copying a tensor that is larger than any cache of the device."""
     x = torch.randn(COPY_BYTES[device.type] // 4, device=device)
     y = torch.empty_like(x)
     return round(2 * x.nbytes / _seconds(lambda: y.copy_(x), device) / 1e9, 2)
@@ -187,11 +200,11 @@ def copy_rate(device: torch.device) -> float:
 
 @torch.inference_mode()
 def _seconds(run: Callable[[], object], device: torch.device, clock: Clock = "wall") -> float:
-    """Of one run among several at once, on a warm device."""
-    several = RUNS_AT_ONCE[device.type]
+    """Return the seconds of one run, timed with RUNS_AT_ONCE of them on a warm device."""
+    count = RUNS_AT_ONCE[device.type]
 
     def runs() -> None:
-        for _ in range(several):
+        for _ in range(count):
             run()
 
-    return measure({"": runs}, rounds=7, warmup=10, clock=clock).of("").median / several
+    return measure({"": runs}, rounds=7, warmup=10, clock=clock).of("").median / count

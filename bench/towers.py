@@ -1,4 +1,4 @@
-"""Images per second and reduction efficiency η of random-weight CLIP towers, every variant interleaved with dense.
+"""Measure images/s and reduction efficiency η of random-weight CLIP towers, every variant interleaved with dense.
 
     python -m bench.towers --models ViT-B-16 --batch 1 8 32 --threads 1 --clock process --out towers.csv
     python -m bench.towers --models ViT-L-14 --dtype bfloat16 --batch 1 256 --plain --graphs 8   # on a GPU
@@ -7,11 +7,11 @@
     python -m bench.towers --models transformers:CLIPModel timm:vit_base_patch16_siglip_224 clip:ViT-B-16
     pytest bench/towers.py -k "B-32 and b8" --benchmark-json=towers.json
 
-η = (t_dense / t_reduced) ÷ (GMACs_dense / GMACs_reduced), dense being the fastest dense variant of the run and the
-GMACs those that each side ran. A row also has the memory that a batch takes at the peak, and its arithmetic as a
-share of what a large matrix product reached in the same run. A run goes on where its file ends; what cannot run is
-named, and a tower whose result is wrong is never timed. Under pytest each round of a benchmark first times both dense
-variants, so that its `extra_info` holds a paired speed-up and η too.
+η = (t_dense / t_reduced) ÷ (GMACs_dense / GMACs_reduced), where dense is the fastest dense variant of the run and the
+GMACs are those that each side ran. A row also has the peak memory of a batch, and its arithmetic rate as a share of a
+large matrix product's in the same run. A run resumes from its file. A variant that cannot run is reported and left out,
+and a tower with a wrong result is never timed. Under pytest each round of a benchmark first times both dense variants,
+so `extra_info` holds a paired speed-up and η, too.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ from clipkernels.measure.timing import HOST, Speed, Times, Variant, plan_for, ta
 from clipkernels.measure.towers import compile_each, room_to_compile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ON_CPU = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
-BATCHES = dict.fromkeys(R, (1, 32, 256)) if CUDA else ON_CPU
+CPU_BATCHES = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
+BATCHES = dict.fromkeys(R, (1, 32, 256)) if CUDA else CPU_BATCHES
 ROUNDS = 20 if CUDA else 5
 OPTIONS = ("rounds", "clock", "seed", "only", "plain", "graphs", "compile", "compiled", "launches", "peer")
 
@@ -66,32 +66,32 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     started = monotonic()
-    taken = {name: getattr(arguments, name) for name in OPTIONS}
-    header = {"environment": environment(), **taken, "peer": arguments.peer and arguments.peer.name}
+    options = {name: getattr(arguments, name) for name in OPTIONS}
+    header = {"environment": environment(), **options, "peer": arguments.peer and arguments.peer.name}
     records = resume(arguments.out, header)
     done = {(row["model"], row["dtype"], row["batch"]) for row in records}
     console = Console(width=None if sys.stdout.isatty() else 160)
     every = [(name, dtype, batch) for batch, name, dtype in product(arguments.batch, arguments.models, arguments.dtype)]
-    left, failed = remaining(every, done, arguments.out)
-    for at, (name, dtype, batch) in enumerate(left):
-        if at and monotonic() - started > arguments.deadline:
-            print(f"{len(left) - at} of {len(every)} left: the same command goes on with them", flush=True)
+    cases, failed = remaining(every, done, arguments.out)
+    for index, (name, dtype, batch) in enumerate(cases):
+        if index and monotonic() - started > arguments.deadline:
+            print(f"{len(cases) - index} of {len(every)} left: run the same command again to continue", flush=True)
             sys.exit(EXIT_DEADLINE)
         note_attempt(arguments.out, str((name, dtype, batch)))
         try:
-            rows, whole = paired(name, DTYPES[dtype], batch, arguments)
-        except Exception:  # no memory, no compiler, a wrong result: the others are still worth measuring
+            rows, complete = paired(name, DTYPES[dtype], batch, arguments)
+        except Exception:  # out of memory, no compiler, or a wrong result: the other cases are still worth measuring
             traceback.print_exc()
             failed.append(f"{name} {dtype} b{batch}")
             if is_device_lost():
                 sys.exit(EXIT_DEADLINE)
             continue
         console.print(draw(f"{name} {dtype}, batch {batch}, {arguments.threads} threads", [row for row, _ in rows]))
-        said = {"model": name, "dtype": dtype, "batch": batch}
-        records += [{**said, **row.record(), **more, **stamp()} for row, more in rows]
-        if arguments.out:  # a long run that is cut short keeps what it has
+        case = {"model": name, "dtype": dtype, "batch": batch}
+        records += [{**case, **row.record(), **extra, **stamp()} for row, extra in rows]
+        if arguments.out:  # an interrupted run keeps its rows
             write(records, header, arguments.out)
-        if not whole:  # a capture that fails may leave random numbers and streams as they were in it
+        if not complete:  # a failed capture may leave the random generator and the stream in capture mode
             sys.exit(EXIT_DEADLINE)
     if failed:
         sys.exit(f"error: {', '.join(failed)} could not be measured")
@@ -100,28 +100,38 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(R), metavar="NAME", help=NAMES)
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32], metavar="B")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="VARIANT", help="the host and those whose names begin so"
+        "--batch", nargs="+", type=int, default=[1, 8, 32], metavar="B", help="images per batch; default: 1 8 32"
     )
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="default: float32")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="VARIANT", help="the host and variants whose names start like this"
+    )
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="order of the variants; default %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: CPU time, one thread")
-    parser.add_argument("--plain", action="store_true", help="every method in plain PyTorch, too, at the same schedule")
+    parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: CPU time of one thread")
+    parser.add_argument("--plain", action="store_true", help="also every method in plain PyTorch, with the same plan")
     parser.add_argument(
-        "--graphs", type=int, default=0, metavar="B", help="up to this batch every variant from a CUDA graph, too"
+        "--graphs", type=int, default=0, metavar="B", help="up to this batch, also every variant from a CUDA graph"
     )
-    parser.add_argument("--compile", nargs="+", default=[], metavar="MODE", help="variants under torch.compile, too")
+    parser.add_argument("--compile", nargs="+", default=[], metavar="MODE", help="also variants under torch.compile")
     parser.add_argument(
-        "--compiled", nargs="+", default=[""], metavar="VARIANT", help="which: those whose names begin so"
+        "--compiled",
+        nargs="+",
+        default=[""],
+        metavar="VARIANT",
+        help="variants to compile: names start like this; default: all",
     )
-    parser.add_argument("--launches", action="store_true", help="count them, too, which disturbs later timings")
     parser.add_argument(
-        "--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe, run on timm's ViT-B/16"
+        "--launches", action="store_true", help="also count kernel launches, which disturbs later timings"
     )
-    parser.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing later")
+    parser.add_argument(
+        "--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe to run on timm's ViT-B/16"
+    )
+    parser.add_argument(
+        "--deadline", type=float, default=float("inf"), metavar="SECONDS", help="start no case after this time"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
     arguments = parser.parse_args()
     unknown = sorted({name for name in arguments.models if ":" not in name} - set(open_clip.list_models()))
@@ -145,8 +155,11 @@ def parse() -> argparse.Namespace:
 def paired(
     name: str, dtype: torch.dtype, batch: int, arguments: argparse.Namespace
 ) -> tuple[list[tuple[Speed, dict[str, Any]]], bool]:
-    """The rows of one model, dtype and batch size, all variants interleaved, and what else is known of each; and
-    whether every graph could be captured."""
+    """Measure one model, dtype and batch size, all variants interleaved.
+
+    Returns:
+        The rows, each with its additional figures, and true if every CUDA graph could be captured.
+    """
     rate = matmul_rate(dtype, DEVICE, arguments.clock)
     peers: dict[str, Variant] = {}
     if arguments.peer:
@@ -157,27 +170,28 @@ def paired(
         model = build(name, dtype)
     tower = ck.tower_of(model)
     batches = images(tower, batch, dtype)
-    chosen = {
+    selected = {
         label: method for label, method in methods(name, model).items() if label.startswith((HOST, *arguments.only))
     }
-    chosen = {
+    selected = {
         label: method
-        for label, method in chosen.items()
+        for label, method in selected.items()
         if runs_without_error(label, partial(check, model, {label: method}, batches[0]), HOST)
     }
-    eager = vary(model, chosen)
+    eager = vary(model, selected)
     if arguments.plain:
         eager |= {f"{label}, plain": plain(variant) for label, variant in eager.items() if label != HOST}
     variants = eager
-    some = {label: eager[label] for label in chosen if label.startswith(tuple(arguments.compiled))}
+    compilable = {label: eager[label] for label in selected if label.startswith(tuple(arguments.compiled))}
     for mode in arguments.compile:
-        variants = variants | compile_each(some, mode)
+        variants = variants | compile_each(compilable, mode)
     graphs = in_graphs(eager, batches[0]) if batch <= arguments.graphs else {}
-    whole = len(graphs) == len(eager) or batch > arguments.graphs
+    complete = len(graphs) == len(eager) or batch > arguments.graphs
     variants = {**variants, **graphs, f"{HOST} again": variants[HOST], **peers}
-    with torch.inference_mode():  # of those that choose nothing, so that rounding moves no token
-        dense = [label for label, method in chosen.items() if method is None or isinstance(method, ck.Dense)]
-        full = {label: eager[label].encode(batches[0]) for label in dense}
+    # Only dense variants have an expected embedding: rounding may move a token of the others.
+    with torch.inference_mode():
+        dense = [label for label, method in selected.items() if method is None or isinstance(method, ck.Dense)]
+        expected = {label: eager[label].encode(batches[0]) for label in dense}
     with (
         Progress(console=Console(stderr=True), transient=True) as bar,
         room_to_compile(len(variants)) if arguments.compile else nullcontext(),
@@ -186,11 +200,11 @@ def paired(
             label: variant
             for label, variant in variants.items()
             if runs_without_error(
-                label, partial(run_once, variant, batches[0], full.get(label.partition(", ")[0])), HOST
+                label, partial(run_once, variant, batches[0], expected.get(label.partition(", ")[0])), HOST
             )
         }
         peers = {label: variant for label, variant in peers.items() if label in variants}
-        warmup = 3 if arguments.compile else 1  # the second call of a compiled one may record a graph
+        warmup = 3 if arguments.compile else 1  # the second call of a compiled variant may record a CUDA graph
         task = bar.add_task(f"{name} {dtype} b{batch}", total=(arguments.rounds + warmup) * len(variants))
         times = time_variants(
             variants,
@@ -201,25 +215,30 @@ def paired(
             arguments.clock,
             progress=lambda: bar.advance(task),
         )
-        known = {label: {"peak_mib": peak_mib(label, variant, batches[0])} for label, variant in variants.items()}
+        extras = {label: {"peak_mib": peak_mib(label, variant, batches[0])} for label, variant in variants.items()}
         if arguments.launches:
             for label, variant in variants.items():
-                known[label]["launches"] = launches(partial(variant.encode, batches[0]))
+                extras[label]["launches"] = launches(partial(variant.encode, batches[0]))
     rows = tabulate(times, variants, tower, batch)
     if peers:
         rows += tabulate(times, peers, tower, batch, baseline="timm (host)")
-    return [(row, {**known[row.name], **arithmetic(row, batch, rate)}) for row in rows], whole
+    return [(row, {**extras[row.name], **arithmetic(row, batch, rate)}) for row in rows], complete
 
 
 def arithmetic(row: Speed, batch: int, rate: float) -> dict[str, float]:
-    """What a row computes in a second, in TFLOP/s, beside what a large matrix product does."""
+    """Return the TFLOP/s of a row, and its share of `rate`, the TFLOP/s of a large matrix product."""
     reached = 2 * row.gmacs_run * batch / row.seconds.median / 1e3
     return {"tflop_per_s": round(reached, 4), "of_matmul": round(reached / rate, 4), "matmul_tflop_per_s": rate}
 
 
 @torch.inference_mode()
 def check(model: nn.Module, methods: Mapping[str, ck.Method | None], images: Tensor) -> None:
-    """Fails unless dense gives the host's embedding and every method as many tokens as its plan says."""
+    """Check methods on two images.
+
+    Raises:
+        AssertionError: an embedding is not finite, `Dense()` differs from the host by more than ALLOWED_EPS epsilons,
+            or a method leaves a number of tokens other than its plan's.
+    """
     images = images[:2]
     tower = ck.tower_of(model)
     host = tower.encode(images).double()
@@ -229,9 +248,9 @@ def check(model: nn.Module, methods: Mapping[str, ck.Method | None], images: Ten
         with ck.patched(model, method):
             embedding = tower.encode(images).double()
             tokens = ck.encode_image(model, images, tokens=True).tokens
-        assert tokens is not None and embedding.isfinite().all(), f"{name}: the embedding is not finite"
-        came, planned = tokens.shape[1], plan_for(tower, method).tokens[-1]
-        assert came == planned, f"{name}: expected {planned} tokens, got {came}"
+        assert tokens is not None and embedding.isfinite().all(), f"{name}: expected finite embeddings, got inf or nan"
+        actual, planned = tokens.shape[1], plan_for(tower, method).tokens[-1]
+        assert actual == planned, f"{name}: expected {planned} tokens, got {actual}"
         if isinstance(method, ck.Dense):
             error = ((embedding - host).norm() / host.norm()).item()
             allowed = ALLOWED_EPS * torch.finfo(images.dtype).eps
@@ -247,14 +266,14 @@ def check(model: nn.Module, methods: Mapping[str, ck.Method | None], images: Ten
     [pytest.param(name, batch, id=f"{name}-b{batch}") for name, batches in BATCHES.items() for batch in batches],
 )
 def test_tower(benchmark: Any, name: str, batch: int, dtype: str, variant: str) -> None:
-    """Time of one batch; every round times both dense variants first."""
+    """Time one batch. Every round first times both dense variants."""
     model = build(name, DTYPES[dtype])
     tower = ck.tower_of(model)
-    chosen = {label: method for label, method in methods(name, model).items() if label.startswith(variant)}
-    variant = next(iter(chosen))
+    selected = {label: method for label, method in methods(name, model).items() if label.startswith(variant)}
+    variant = next(iter(selected))
     batches = images(tower, batch, DTYPES[dtype])
-    check(model, chosen, batches[0])
-    variants = vary(model, {HOST: None, "Dense()": ck.Dense(), **chosen})
+    check(model, selected, batches[0])
+    variants = vary(model, {HOST: None, "Dense()": ck.Dense(), **selected})
     seconds: dict[str, list[float]] = {HOST: [], "Dense()": []}
 
     def run() -> None:

@@ -1,1 +1,1 @@
-"""The GPU campaign: its steps, its report, and the searches beside it."""
+"""The GPU campaign: steps, report, and searches for configurations."""

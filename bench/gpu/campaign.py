@@ -1,20 +1,20 @@
-"""Everything that needs a GPU, in runs of ten minutes, each worth the most when it is interrupted.
+"""Run everything that needs a GPU, in runs of ten minutes, ordered so that an interrupted run is worth the most.
 
     make gpu                                         # with PYTHON and OUT= as `make help` says
     make gpu ARGS="--list"                           # the steps with their estimates; needs no GPU
     make gpu ARGS="--simulate 570 570"               # the schedule of two runs; needs no GPU
     make gpu ARGS="--resume build/gpu/results.tar.gz"
     make gpu ARGS="--steps tests ops"
-    make gpu ARGS="--again tests"                    # although it is done
+    make gpu ARGS="--again tests"                    # measure a complete step anew
     make gpu ARGS="--peer tome=../ToMe"              # facebookresearch/ToMe beside ours
     make gpu ARGS="--dry-run"                        # every step at toy sizes; needs no GPU
 
-Nothing is installed and nothing is downloaded. Missing packages are named first, with the steps they cost
-(`bench/gpu/steps.py` has the steps, in order). A step starts only if it can achieve something before `--limit`, and a
-skipped step is named. Rows, logs and done.json are in one folder per device, bench/results/<device>. After every step
-the report and the archive of that folder are whole: an interrupted run costs one step. Three files have to be brought
-back, all in --out: results.tar.gz, report.md and log.txt. The same command goes on where the last run ended, on
-another machine with --resume. CLIPKERNELS_COMMIT names the commit of a copy without git.
+Nothing is installed and nothing is downloaded. Missing packages are named first, with the steps that need them.
+`bench/gpu/steps.py` lists the steps in order. A step starts only if it can make progress before `--limit`, and every
+skipped step is named. Each device has one folder of rows, logs and done.json, bench/results/<device>. After every step
+the report and the archive of that folder are complete, so an interrupted run costs one step. Three files have to be
+brought back, all in --out: results.tar.gz, report.md and log.txt. The same command continues where the last run ended;
+on another machine it needs --resume. CLIPKERNELS_COMMIT names the commit of a copy without git.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ RESULTS = ROOT / "bench" / "results"
 LIMIT = 570.0
 # Seconds for the report and the archive after each step.
 OVERHEAD = 3.0
-# Seconds beyond its estimate, at least, that a step may take before it is stopped.
+# Minimum of the seconds beyond its estimate that a step may take before it is stopped.
 PATIENCE = 30.0
-# The exit status of a step that its deadline cut short, as in `rows.py`.
-MORE = 75
+# The exit status of a step that reached its deadline, as in `bench/result_files.py`, which imports more than the
+# standard library.
+EXIT_DEADLINE = 75
 DRY = "dry-run"
 
 
 class Done(NamedTuple):
-    """The state of a step after its last visit: whole or failed, seconds, the last line that it printed, and the
-    driver, commit and date."""
+    """The state of a step after its last visit: true if it is complete, true if it failed, its seconds, the last line
+    that it printed, and the driver, commit and date."""
 
     whole: bool
     failed: bool
@@ -60,15 +61,15 @@ class Done(NamedTuple):
 
 
 class Campaign:
-    """One run: its steps, the folder of results, the folder for what is brought back, and the time.
+    """One run of the campaign.
 
     Args:
         every: the steps.
-        folder: of rows, logs and done.json.
-        out: of the archive, the report and the log.
+        folder: the folder of rows, logs and done.json.
+        out: the folder of the archive, the report and the log.
         limit: seconds of the run.
-        started: `time.monotonic()` at its start.
-        dry: true where nothing is measured.
+        started: `time.monotonic()` at the start of the run.
+        dry: true if nothing is measured.
     """
 
     def __init__(
@@ -79,13 +80,13 @@ class Campaign:
         self.running: subprocess.Popen[bytes] | None
 
     def run(self) -> list[str]:
-        """Visits steps until none can achieve anything; returns the names of those that failed."""
+        """Visit steps until none can make progress; return the names of the steps that failed."""
         visits: dict[str, int] = {}
         failed: list[str] = []
         try:
             while True:
                 progress = Progress(self.whole(visits) | set(failed), self.failed(), visits)
-                visit = next_visit(self.every, progress, self.left())
+                visit = next_visit(self.every, progress, self.remaining())
                 if visit is None:
                     break
                 visits[visit.step.name] = visits.get(visit.step.name, 0) + 1
@@ -96,17 +97,19 @@ class Campaign:
             self.stop()
         for step in self.every:
             if step.name not in self.whole(visits) and step.name not in visits:
-                self.say(f"skipped {step.name}: needs {step.least:.0f} s, {max(self.left(), 0):.0f} s are left")
+                self.say(
+                    f"skipped {step.name}: needs {step.min_seconds:.0f} s, {max(self.remaining(), 0):.0f} s are left"
+                )
         return failed
 
     def visit(self, visit: Visit) -> Done:
-        """Runs a step until it ends or its time is over, and notes its state."""
+        """Run a step until it ends or reaches its time limit; record and return its state."""
         step, began = visit.step, time.monotonic()
         log = self.folder / f"{step.name}.log"
         deadline = [] if step.piece is None else ["--deadline", f"{max(visit.seconds - step.piece, 1):.0f}"]
-        # A step that takes far longer than expected hangs, and the others are still worth their time.
+        # A step that takes far longer than expected probably hangs, and the time is better spent on the other steps.
         patience = max(step.seconds, PATIENCE) if step.piece is None else 2 * step.piece
-        allowed = min(self.left(), visit.seconds + patience)
+        allowed = min(self.remaining(), visit.seconds + patience)
         with log.open("a", encoding="utf-8") as stream:
             self.running = subprocess.Popen(
                 [sys.executable, "-u", *(["-m", "bench.gpu.dry_run"] if self.dry else []), *step.command, *deadline],
@@ -118,31 +121,31 @@ class Campaign:
             )
         try:
             status = self.running.wait(max(allowed, 0.1))
-            end = {0: "done", MORE: "more is left"}.get(status, f"exit status {status}")
+            end = {0: "done", EXIT_DEADLINE: "incomplete"}.get(status, f"exit status {status}")
         except subprocess.TimeoutExpired:
-            self.stop()  # with its workers, which would disturb the timings
-            status, end = MORE if step.piece is not None else 1, "stopped at its time limit"
+            self.stop()  # its workers would disturb later timings
+            status, end = EXIT_DEADLINE if step.piece is not None else 1, "stopped at its time limit"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        took = time.monotonic() - began
-        self.say(f"{step.name}: {end} after {took:.0f} s: {lines[-1] if lines else 'no output'}")
-        failed = status not in (0, MORE)
+        seconds = time.monotonic() - began
+        self.say(f"{step.name}: {end} after {seconds:.0f} s: {lines[-1] if lines else 'no output'}")
+        failed = status not in (0, EXIT_DEADLINE)
         if failed:
             self.say("\n".join(f"    {line}" for line in lines[-30:]))
         from bench.result_files import stamp
 
-        state = Done(status == 0, failed, round(took), lines[-1] if lines else "no output", **stamp())
+        state = Done(status == 0, failed, round(seconds), lines[-1] if lines else "no output", **stamp())
         self.done[step.name] = state
-        save_json({name: each._asdict() for name, each in self.done.items()}, self.folder / "done.json")
+        save_json({name: done._asdict() for name, done in self.done.items()}, self.folder / "done.json")
         return state
 
     def publish(self) -> None:
-        """Writes the report and the archive, each whole or not at all."""
+        """Write the report and the archive, each atomically."""
         from bench.gpu.report import render
         from clipkernels.files import atomic_write
 
         try:
-            render(self.folder, None if self.dry or self.folder.parent != RESULTS else ROOT / "README.md")
-        except Exception:  # rows that cannot be drawn are still worth bringing back
+            render(self.folder, None if self.dry or self.folder.parent != RESULTS else ROOT / "docs" / "results.md")
+        except Exception:  # rows without a report are still worth bringing back
             self.say(f"no report:\n{traceback.format_exc()}")
         with atomic_write(self.out / "results.tar.gz") as temporary, tarfile.open(temporary, "w:gz") as archive:
             archive.add(self.folder, self.folder.name)
@@ -151,26 +154,26 @@ class Campaign:
                 Path(temporary).write_bytes((self.folder / "report.md").read_bytes())
 
     def whole(self, visits: Mapping[str, int]) -> set[str]:
-        """The steps that need no further visit."""
+        """Return the names of the steps that need no further visit."""
         again = {step.name for step in self.every if step.always and step.name not in visits}
         return {name for name, state in self.done.items() if state.whole} - again
 
     def failed(self) -> set[str]:
-        """The steps whose last visit failed."""
+        """Return the names of the steps whose last visit failed."""
         return {name for name, state in self.done.items() if state.failed}
 
-    def left(self) -> float:
-        """Seconds until the run has to end."""
+    def remaining(self) -> float:
+        """Return the seconds until the run has to end."""
         return self.limit - OVERHEAD - (time.monotonic() - self.started)
 
     def say(self, line: str) -> None:
-        """Prints a line, and appends it to the log."""
+        """Print a line and append it to the log."""
         print(line, flush=True)
         with (self.out / "log.txt").open("a", encoding="utf-8") as log:
             log.write(f"{line}\n")
 
     def stop(self) -> None:
-        """Ends the step that still runs, with every process that it started."""
+        """Kill the running step with every process that it started."""
         if self.running is not None and self.running.poll() is None:
             os.killpg(self.running.pid, signal.SIGKILL)
             self.running.wait()
@@ -188,14 +191,15 @@ def main() -> None:
     for line in losses(every, missing):
         print(line, flush=True)
     if not BASE.keys().isdisjoint(missing):
-        sys.exit(f"error: expected {', '.join(BASE)}, got no {', '.join(name for name in BASE if name in missing)}")
+        absent = ", ".join(name for name in BASE if name in missing)
+        sys.exit(f"error: expected the packages {', '.join(BASE)}; install the missing {absent}")
     folder = arguments.folder or RESULTS / device_name(arguments.dry_run)
     chosen = [
         step
         for step in steps(folder, arguments.peer)
         if step.name in (arguments.steps or [step.name]) and set(missing).isdisjoint(step.needs)
     ]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the step that runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit stops the running step
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.resume:
         unpack(arguments.resume, folder)
@@ -205,31 +209,39 @@ def main() -> None:
             forget(step, folder)
     campaign = Campaign(chosen, folder, arguments.out, arguments.limit, started, arguments.dry_run)
     failed = campaign.run()
-    ahead = [step.name for step in chosen if step.name not in campaign.done or not campaign.done[step.name].whole]
+    incomplete = [step.name for step in chosen if step.name not in campaign.done or not campaign.done[step.name].whole]
     campaign.say(f"results in {folder}; archive, report and log in {arguments.out}")
-    if ahead:
-        campaign.say(f"left: {', '.join(ahead)}; the same command goes on with them")
+    if incomplete:
+        campaign.say(f"incomplete: {', '.join(incomplete)}; run the same command again to continue")
     if failed:
-        sys.exit(f"error: {', '.join(failed)} failed; the log has the last lines of each")
+        sys.exit(f"error: {', '.join(failed)} failed; the log has the last lines of their output")
 
 
 def parse() -> argparse.Namespace:
     names = [step.name for step in steps(RESULTS, "tome=PATH")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", nargs="+", choices=names, metavar="STEP", help="these alone; --list names all")
-    parser.add_argument("--again", nargs="+", choices=names, default=[], metavar="STEP", help="measure them anew")
+    parser.add_argument("--steps", nargs="+", choices=names, metavar="STEP", help="run only these; --list names all")
+    parser.add_argument("--again", nargs="+", choices=names, default=[], metavar="STEP", help="measure these anew")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, metavar="SECONDS", help="of this run; default %(default)g"
+        "--limit", type=float, default=LIMIT, metavar="SECONDS", help="time of this run; default %(default)g"
     )
     parser.add_argument("--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe to time beside ours")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="of rows and logs; default bench/results/<device>")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="rows and logs; default bench/results/<device>")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="of the three files to bring back"
+        "--out",
+        type=Path,
+        default=ROOT / "build" / "gpu",
+        metavar="DIR",
+        help="the three files to bring back; default build/gpu",
     )
-    parser.add_argument("--resume", type=Path, metavar="FILE.tar.gz", help="go on after the run that wrote it")
+    parser.add_argument("--resume", type=Path, metavar="FILE.tar.gz", help="continue the run that wrote this archive")
     parser.add_argument("--list", action="store_true", help="print the steps and run nothing")
-    parser.add_argument("--simulate", nargs="+", type=float, metavar="SECONDS", help="print the schedule of such runs")
-    parser.add_argument("--dry-run", action="store_true", help="run every step without a GPU; no figure means anything")
+    parser.add_argument(
+        "--simulate", nargs="+", type=float, metavar="SECONDS", help="print the schedule of runs with these time limits"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run every step at toy sizes without a GPU; all figures are meaningless"
+    )
     arguments = parser.parse_args()
     if arguments.dry_run and arguments.folder is None:
         arguments.folder = arguments.out / DRY
@@ -237,7 +249,7 @@ def parse() -> argparse.Namespace:
         if getattr(arguments, name) is not None:
             setattr(arguments, name, getattr(arguments, name).resolve())
     if arguments.resume and not arguments.resume.is_file():
-        parser.error(f"expected an archive that `make gpu` wrote for --resume, got {arguments.resume}")
+        parser.error(f"expected --resume with an archive written by `make gpu`, got {arguments.resume}")
     if arguments.peer:
         peer, _, path = arguments.peer.partition("=")
         arguments.peer = f"{peer}={Path(path).resolve()}"
@@ -245,7 +257,7 @@ def parse() -> argparse.Namespace:
 
 
 def listed(every: Sequence[Step]) -> list[str]:
-    """A line for each step."""
+    """Return a line for each step."""
     return [
         f"{step.name}: {step.seconds:.0f} s of {max(step.total, step.seconds):.0f}: python {' '.join(step.command)}"
         for step in every
@@ -253,7 +265,7 @@ def listed(every: Sequence[Step]) -> list[str]:
 
 
 def device_name(dry: bool) -> str:
-    """The folder's name for this machine's GPU; ends the program where there is none."""
+    """Return the name of the folder for this machine's GPU; exit with an error without a GPU."""
     import torch
 
     if not dry and not torch.cuda.is_available():
@@ -262,22 +274,22 @@ def device_name(dry: bool) -> str:
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """The environment of a step, in which the checkout's package and benches are found."""
-    given = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    """Return the environment variables of a step, with the checkout on Python's path."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if dry:
-        given.pop("TRITON_INTERPRET", None)
-    return given
+        variables.pop("TRITON_INTERPRET", None)
+    return variables
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Puts the files of an archive into a folder, which must hold no results yet.
+    """Extract the files of an archive into a folder without results.
 
     Raises:
-        SystemExit: it holds some, or the archive is of another device.
+        SystemExit: the folder has results, or the archive is of another device.
     """
     if (folder / "done.json").exists():
         sys.exit(
-            f"error: expected no results in {folder} with --resume, got some: leave --resume out to go on with them"
+            f"error: expected no results in {folder} with --resume, got done.json: omit --resume to continue with it"
         )
     with tarfile.open(archive) as packed:
         outside = [name for name in packed.getnames() if Path(name).parts[0] != folder.name]
@@ -287,7 +299,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Done]:
-    """The states that earlier runs left in a folder."""
+    """Return the states of the steps that done.json in a folder records; empty without that file."""
     file = folder / "done.json"
     if not file.exists():
         return {}
@@ -295,18 +307,18 @@ def read(folder: Path) -> dict[str, Done]:
 
 
 def forget(step: Step, folder: Path) -> None:
-    """Removes the rows and the state of a step, so that it starts anew."""
+    """Remove the rows and the state of a step, so that it starts anew."""
     for option in ("--out", "--output", "--rows"):
         if option in step.command:
             table = Path(step.command[step.command.index(option) + 1])
             for suffix in (".csv", ".json", ".begun"):
                 table.with_suffix(suffix).unlink(missing_ok=True)
-    states = {name: each._asdict() for name, each in read(folder).items() if name != step.name}
+    states = {name: state._asdict() for name, state in read(folder).items() if name != step.name}
     save_json(states, folder / "done.json")
 
 
 def save_json(content: object, file: Path) -> None:
-    """Writes a file whole or not at all."""
+    """Write a JSON file atomically."""
     from clipkernels.files import atomic_write
 
     with atomic_write(file) as temporary:

@@ -1,8 +1,9 @@
-"""The ceilings of a device: bytes that a copy moves in a second, and operations of a large matrix product.
+"""Measure the ceilings of a device: the bandwidth of a copy and the arithmetic rate of a large matrix product.
 
     python -m bench.gpu.ceilings --out ceilings.json
 
-Random data, read and written bytes counted, medians of runs on a warm device; the environment stands beside them.
+Data are random. Bandwidth counts bytes read and bytes written. Figures are medians of runs on a warm device. The file
+has the environment, too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from clipkernels.measure.environment import environment
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="rates and environment")
     arguments = parser.parse_args()
     dtypes = (torch.bfloat16, torch.float32, *([torch.float16] if CUDA else []))
     products = {str(dtype).removeprefix("torch."): matmul_rate(dtype, DEVICE) for dtype in dtypes}

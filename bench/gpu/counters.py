@@ -1,10 +1,10 @@
-"""What a GPU's counters say of the two kernels furthest from their floor: `ncu` on a few calls of each.
+"""Read a GPU's counters of the two kernels furthest from their floor: run `ncu` on a few calls of each.
 
     python -m bench.gpu.counters --ops bench/results/nvidia-h200/ops.csv --out counters.csv
-    python -m bench.gpu.counters --call prune_tokens B-16 256     # what ncu is run on
+    python -m bench.gpu.counters --call prune_tokens B-16 256     # the command that ncu profiles
 
-It takes the operations whose Triton form has the smallest `of_floor` at the largest batch of a table that `ops.py`
-wrote. Where ncu is missing or may not read the counters it says so and writes nothing.
+The operations are those whose Triton kernel has the smallest `of_floor` at the largest batch, in a table written by
+`bench/ops.py --rows`. If ncu is missing or may not read the counters, a line says so and nothing is written.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def main() -> None:
         call(op, tower, int(batch))
         return
     if not arguments.ops or not arguments.out:
-        sys.exit("error: expected --ops and --out, or --call")
+        sys.exit("error: expected --ops with --out, or --call, got neither")
     ncu = shutil.which("ncu")
     if ncu is None:
-        print("ncu is not installed: no counters")
+        print("no counters: ncu is not installed")
         return
     chosen = furthest(arguments.ops)
     if not chosen:
@@ -56,12 +56,12 @@ def main() -> None:
         command += ["--metrics", ",".join(METRICS)]
         command += ["--kernel-name", "regex:^_.*_kernel", "--target-processes", "application-only"]
         command += [sys.executable, __file__, "--call", op, tower, batch]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = parsed(done.stdout.splitlines())
-        if done.returncode or not found:
-            print(f"ncu could not read the counters of {op} {tower} b{batch}: {(done.stdout + done.stderr)[-300:]}")
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        launches = parse_launches(process.stdout.splitlines())
+        if process.returncode or not launches:
+            print(f"no counters: ncu failed on {op} {tower} b{batch}: {(process.stdout + process.stderr)[-300:]}")
             return
-        rows += [{"op": op, "tower": tower, "batch": batch, **row} for row in found]
+        rows += [{"op": op, "tower": tower, "batch": batch, **row} for row in launches]
         with atomic_write(arguments.out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             write_csv(rows, file)
     print(f"{len(rows)} launches in {arguments.out}")
@@ -69,14 +69,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", type=Path, metavar="FILE.csv", help="what `ops.py --rows` wrote")
-    parser.add_argument("--out", type=Path, metavar="FILE.csv")
-    parser.add_argument("--call", nargs=3, metavar=("OP", "SHAPE", "BATCH"), help="call it three times, and no more")
+    parser.add_argument("--ops", type=Path, metavar="FILE.csv", help="a table written by bench/ops.py --rows")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="one row for each launch")
+    parser.add_argument("--call", nargs=3, metavar=("OP", "SHAPE", "BATCH"), help="only call an operation three times")
     return parser.parse_args()
 
 
 def call(op: str, tower: str, batch: int) -> None:
-    """A few calls of one operation's kernels."""
+    """Call one operation's kernels three times."""
     case = CASES[op]
     source = InputFactory(
         SHAPES[tower], batch, torch.bfloat16, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,23 +87,23 @@ def call(op: str, tower: str, batch: int) -> None:
 
 
 def furthest(table: Path, count: int = 2) -> list[tuple[str, str, str]]:
-    """The operations, with shape and batch, whose kernels are furthest from their floor: one row of each operation."""
+    """Return op, tower and batch of the `count` operations furthest from their floor, at the worst tower of each."""
     rows = [row for row in read_csv(table) if row["variant"] == "triton"]
     largest = max((int(row["batch"]) for row in rows), default=0)
     rows = sorted((row for row in rows if int(row["batch"]) == largest), key=lambda row: float(row["of_floor"]))
-    first: dict[str, tuple[str, str, str]] = {}
+    worst: dict[str, tuple[str, str, str]] = {}
     for row in rows:
-        first.setdefault(row["op"], (row["op"], row["tower"], row["batch"]))
-    return list(first.values())[:count]
+        worst.setdefault(row["op"], (row["op"], row["tower"], row["batch"]))
+    return list(worst.values())[:count]
 
 
-def parsed(lines: Iterable[str]) -> list[dict[str, str]]:
-    """The launches of what ncu prints: a table between its own lines, whose second row has the units."""
+def parse_launches(lines: Iterable[str]) -> list[dict[str, str]]:
+    """Return the launches in ncu's output: a table between its messages; the table's second row has the units."""
     table = [line for line in lines if line.startswith('"')]
     rows = list(csv.DictReader(table))
     units, launches = (rows[0], rows[1:]) if rows else ({}, [])
-    named = {name: f"{name} [{units[name]}]" if units[name] else name for name in METRICS if name in units}
-    return [{"kernel": row["Kernel Name"], **{named[name]: row[name] for name in named}} for row in launches]
+    columns = {name: f"{name} [{units[name]}]" if units[name] else name for name in METRICS if name in units}
+    return [{"kernel": row["Kernel Name"], **{columns[name]: row[name] for name in columns}} for row in launches]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Compiles the kernels that the first steps of `make gpu` launch, in parallel processes, and times nothing.
+"""Compile the kernels that the first steps of `make gpu` launch, in parallel processes, without timing anything.
 
     python -m bench.gpu.warm --models ViT-B-16 ViT-L-14
 
-Every process calls its share once, on the GPU, at the shapes that are timed later: Triton and the compiler of PyTorch
-keep the results on disk, and later processes find them there. A call that fails is named and does not stop the others;
-the step that measures it reports it.
+Every process runs its jobs once, on the GPU, at the shapes that are timed later. Triton and PyTorch's compiler keep the
+results on disk, where later processes find them. A failing job is reported and does not stop the others; the step that
+measures it reports the details.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPES_FIRST = ("B-16", "L-14-336")
 
 
 class Job(NamedTuple):
-    """An operation at a shape, a model's methods at a batch, or the compiled host or `Dense()` of a model."""
+    """An operation at a shape and batch, a model's methods at a batch, or a model's compiled host and `Dense()`."""
 
     kind: str
     name: str
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
 
 
 def call(job: Job) -> str | None:
-    """Runs a job once; returns the last line of its traceback where it fails."""
+    """Run a job once; return the last line of its traceback, or None if it succeeds."""
     try:
         with torch.inference_mode():
             if job.kind == "tower":
@@ -75,13 +75,13 @@ def call(job: Job) -> str | None:
             else:
                 source = InputFactory(SHAPES[job.name], job.batch, torch.bfloat16, DEVICE)
                 CASES[job.kind].call(source, "triton", *CASES[job.kind].inputs(source))
-    except Exception:  # the step that measures it says more
+    except Exception:  # the step that measures the job reports the full traceback
         return traceback.format_exc().splitlines()[-1]
     return None
 
 
 def run_tower(name: str, batch: int) -> None:
-    """Every method of the first steps on one batch."""
+    """Run every method of the first steps on one batch."""
     model = build(name, torch.bfloat16)
     tower = ck.tower_of(model)
     for method in methods(name, model).values():
@@ -91,7 +91,7 @@ def run_tower(name: str, batch: int) -> None:
 
 
 def run_compiled(name: str, batch: int) -> None:
-    """The host and `Dense()` under torch.compile."""
+    """Run the host and `Dense()` under torch.compile."""
     model = build(name, torch.bfloat16)
     for variant in vary(model, {HOST: None, "Dense()": ck.Dense()}).values():
         encode = torch.compile(variant.encode, mode="default", dynamic=False)

@@ -1,4 +1,4 @@
-"""Streams of photographs: clean, and at severities 1 to 5 of corruptions, as strong as CIFAR-10-C where it has them."""
+"""Streams of photographs: clean, and corrupted at severities 1 to 5, with CIFAR-10-C's strengths where it has them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 import clipkernels as ck
 
 STRENGTHS: dict[str, Sequence[float]] = {
-    "noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation, of 1
+    "noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation, relative to the range of 1
     "blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # radius in pixels
-    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # of the spread around the mean
-    "brightness": (1.1, 1.2, 1.3, 1.4, 1.6),  # times
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # factor of the deviation from the mean
+    "brightness": (1.1, 1.2, 1.3, 1.4, 1.6),  # factor
     "jpeg": (80, 65, 58, 50, 40),  # quality
 }
 STREAMS = ("clean", *STRENGTHS)
@@ -32,24 +32,24 @@ class Stream(NamedTuple):
 
 
 def corrupt(images: np.ndarray, labels: np.ndarray, limit: int, seed: int) -> dict[str, Stream]:
-    """The streams of `limit` images drawn from (n,32,32,3) uint8, each corruption with its own severities."""
+    """Return the streams of `limit` images drawn from (n,32,32,3) uint8; each corruption draws its own severities."""
     _, preprocess, _ = ck.bundled()
-    pick = np.random.default_rng(seed).permutation(len(images))[:limit]
-    made = {}
+    selection = np.random.default_rng(seed).permutation(len(images))[:limit]
+    streams = {}
     for place, kind in enumerate(STREAMS):
         rng = np.random.default_rng([seed, place])
-        severity = rng.integers(1, 6, len(pick)) if kind != "clean" else np.zeros(len(pick), dtype=np.int64)
+        severity = rng.integers(1, 6, len(selection)) if kind != "clean" else np.zeros(len(selection), dtype=np.int64)
         pictures = [
             corrupted(Image.fromarray(images[index]), kind, level, rng)
-            for index, level in zip(pick, severity, strict=True)
+            for index, level in zip(selection, severity, strict=True)
         ]
         stacked = torch.stack([preprocess(picture) for picture in pictures])
-        made[kind] = Stream(stacked, torch.from_numpy(labels[pick]), torch.from_numpy(severity))
-    return made
+        streams[kind] = Stream(stacked, torch.from_numpy(labels[selection]), torch.from_numpy(severity))
+    return streams
 
 
 def corrupted(image: Image.Image, kind: str, severity: int, rng: np.random.Generator) -> Image.Image:
-    """One image at a severity from 1 to 5."""
+    """Return one image with a kind of corruption at a severity from 1 to 5."""
     if kind == "clean":
         return image
     strength = STRENGTHS[kind][severity - 1]

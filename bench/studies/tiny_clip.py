@@ -3,9 +3,9 @@
     python -m bench.studies.tiny_clip --photos cifar10-train.tar.gz --val cifar10-val.tar.gz --compile --out tiny_clip
     python -m bench.studies.tiny_clip --photos train_folder --val val_folder --resume --out tiny_clip
 
-Photographs come as a folder (or .tar.gz) with one sub-folder per class, or from torchvision with --cifar10 DIR.
-The loss is CLIP's symmetric cross-entropy over the distinct captions of a batch, a caption being right for every
-image it is true of; the temperature follows a schedule to CLIP's final 1/100 and stays there.
+Photographs come from a folder (or .tar.gz) with one sub-folder per class, or from torchvision with --cifar10 DIR. The
+loss is CLIP's symmetric cross-entropy over the distinct captions of a batch; a caption is correct for every image that
+it is true of. The temperature follows a schedule to CLIP's final 1/100 and stays there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ANY = -1
 
 
 class Caption(NamedTuple):
-    """What a text says of an image: its kind and two attributes, ANY where it is silent."""
+    """A text and its claims about an image: a kind and two attributes, ANY for an attribute that is not mentioned."""
 
     kind: int
     first: int
@@ -79,7 +79,7 @@ def main() -> None:
     embed = torch.compile(embed_images) if arguments.compile else embed_images
     bar = tqdm(range(step, arguments.steps), initial=step, total=arguments.steps, mininterval=20)
     for step in bar:
-        images, captions, true = batch(photos, classes, step, arguments.seed)
+        images, captions, matches = batch(photos, classes, step, arguments.seed)
         for group in optimizer.param_groups:
             group["lr"] = arguments.lr * schedule(step, arguments.steps)
         scale = math.exp(math.log(14) + min(1, 2 * step / arguments.steps) * math.log(100 / 14))
@@ -88,7 +88,7 @@ def main() -> None:
             with sdpa_kernel(SDPBackend.MATH):
                 text = model.encode_text(tokenizer(captions).to(arguments.device))
         logits = scale * normalize(visual.float(), dim=-1) @ normalize(text.float(), dim=-1).T
-        loss = contrastive(logits, true.to(arguments.device))
+        loss = contrastive(logits, matches.to(arguments.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -111,29 +111,31 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="training photographs: folder or .tar.gz, one folder per class")
-    parser.add_argument("--val", type=Path, help="validation photographs, likewise")
+    parser.add_argument("--val", type=Path, help="validation photographs: folder or .tar.gz, one folder per class")
     parser.add_argument("--cifar10", type=Path, help="use torchvision's CIFAR-10, downloaded to this folder")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints and evaluations")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the image tower (a fifth faster on a CPU)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=5000, help="training steps; default %(default)s")
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="peak learning rate; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="weights, batches and augmentation; default %(default)s")
+    parser.add_argument(
+        "--every", type=int, default=500, help="steps between checkpoints and evaluations; default %(default)s"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="compile the image tower (20 %% faster on a CPU)")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="weights, checkpoint and log")
     arguments = parser.parse_args()
     if arguments.cifar10 is None and (arguments.photos is None or arguments.val is None):
-        parser.error("expected --photos and --val, or --cifar10")
+        parser.error("expected --photos with --val, or --cifar10")
     if arguments.steps >= HELD_OUT_SEED:
         parser.error(
-            f"expected --steps below {HELD_OUT_SEED}, from where on scenes are held out, got {arguments.steps}"
+            f"expected --steps below {HELD_OUT_SEED}, because higher seeds are held out, got {arguments.steps}"
         )
     return arguments
 
 
 def read_photos(arguments: argparse.Namespace, train: bool) -> tuple[scenes.Images, list[str]]:
-    """All photographs at 32×32 in memory, and the class names in label order."""
+    """Return all photographs at 32×32, and the class names in label order."""
     if arguments.cifar10 is not None:
         from torchvision.datasets import CIFAR10
 
@@ -143,43 +145,44 @@ def read_photos(arguments: argparse.Namespace, train: bool) -> tuple[scenes.Imag
 
 
 def read(source: Path) -> tuple[scenes.Images, list[str]]:
-    """The photographs of a folder or .tar.gz with one sub-folder per class, at 32×32, and the class names."""
-    found: list[tuple[str, np.ndarray]] = []
+    """Return the photographs of a folder or .tar.gz with one sub-folder per class, at 32×32, and the class names."""
+    photos: list[tuple[str, np.ndarray]] = []
     if source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.is_file()):
-            found.append((path.parent.name, decode(path.read_bytes())))
+            photos.append((path.parent.name, decode(path.read_bytes())))
     else:
         with tarfile.open(source) as archive:
             for member in archive:
                 file = archive.extractfile(member)
                 if file is not None:
-                    found.append((Path(member.name).parent.name, decode(file.read())))
-    classes = sorted({name for name, _ in found})
-    labels = np.asarray([classes.index(name) for name, _ in found])
-    return scenes.Images(np.stack([image for _, image in found]), labels), classes
+                    photos.append((Path(member.name).parent.name, decode(file.read())))
+    classes = sorted({name for name, _ in photos})
+    labels = np.asarray([classes.index(name) for name, _ in photos])
+    return scenes.Images(np.stack([image for _, image in photos]), labels), classes
 
 
 def few(labels: Tensor, shots: int, seed: int) -> Tensor:
-    """Where so many images of each class are, drawn at random, of labels (n,)."""
+    """Return the indices of `shots` random images of each class, given the labels (n,)."""
     order = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(labels)))
     ordered = labels[order]
     return torch.cat([order[ordered == k][:shots] for k in ordered.unique().tolist()])
 
 
 def decode(data: bytes) -> np.ndarray:
+    """Return the pixels of an encoded image, (32,32,3) uint8."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     return np.asarray(image if image.size == (32, 32) else image.resize((32, 32), Image.Resampling.BICUBIC))
 
 
 def batch(photos: scenes.Images, classes: Sequence[str], step: int, seed: int) -> tuple[np.ndarray, list[str], Tensor]:
-    """Images (256,32,32,3), the distinct captions drawn for them, and which is true of which (256, captions)."""
+    """Return images (256,32,32,3), the distinct captions drawn for them, and the matches (256, captions), boolean."""
     rng = np.random.default_rng([seed, step])
     per_epoch = len(photos.labels) // SHARE["photo"]
     order = np.random.default_rng([seed, 7, step // per_epoch]).permutation(len(photos.labels))
     pick = order[step % per_epoch * SHARE["photo"] :][: SHARE["photo"]]
-    drawn = seed * 10 * HELD_OUT_SEED + step
-    digit = digits.draw(SHARE["digit"], drawn, held_out=False)
-    scene = scenes.draw(SHARE["scene"], drawn)
+    draw_seed = seed * 10 * HELD_OUT_SEED + step
+    digit = digits.draw(SHARE["digit"], draw_seed, held_out=False)
+    scene = scenes.draw(SHARE["scene"], draw_seed)
     images = np.concatenate([photos.images[pick], digit.images, scene.images])
     shapes = len(scenes.SHAPES)
     facts = np.concatenate(
@@ -189,36 +192,39 @@ def batch(photos: scenes.Images, classes: Sequence[str], step: int, seed: int) -
             np.stack([np.full(len(scene.labels), 2), scene.labels // shapes, scene.labels % shapes], 1),
         ]
     )
-    # Two templates per kind and step keep the text tower cheap; over the run every template meets every class.
-    said = {kind: rng.integers(len(t), size=2) for kind, t in enumerate(ALL_TEMPLATES)}
-    captions = {caption(tuple(fact), said[fact[0]], rng, classes) for fact in facts.tolist()}
+    # Only two templates per kind and step, to keep the text tower cheap. Over the run every template meets every class.
+    templates = {kind: rng.integers(len(t), size=2) for kind, t in enumerate(ALL_TEMPLATES)}
+    captions = {caption(tuple(fact), templates[fact[0]], rng, classes) for fact in facts.tolist()}
     ordered = sorted(captions)
     claims = np.asarray([c[:3] for c in ordered])
-    true = ((claims[None] == facts[:, None]) | (claims[None] == ANY)).all(-1)
-    return images, [c.text for c in ordered], torch.from_numpy(true)
+    matches = ((claims[None] == facts[:, None]) | (claims[None] == ANY)).all(-1)
+    return images, [c.text for c in ordered], torch.from_numpy(matches)
 
 
 ALL_TEMPLATES = (PHOTO_TEMPLATES, digits.TEMPLATES, scenes.TEMPLATES)
 
 
-def caption(fact: tuple[int, int, int], said: np.ndarray, rng: np.random.Generator, classes: Sequence[str]) -> Caption:
+def caption(
+    fact: tuple[int, int, int], templates: np.ndarray, rng: np.random.Generator, classes: Sequence[str]
+) -> Caption:
+    """Return a random caption of an image's kind and attributes, in one of two templates of that kind."""
     kind, first, second = fact
-    template = ALL_TEMPLATES[kind][said[rng.integers(2)]]
+    template = ALL_TEMPLATES[kind][templates[rng.integers(2)]]
     if kind == 0:
         return Caption(kind, first, second, template.format(classes[first]))
     if kind == 1:
         return Caption(kind, first, second, template.format(digits.CLASSES[first] if rng.random() < 0.5 else first))
     colour, shape = list(scenes.COLOURS)[first], list(scenes.SHAPES)[second]
-    silent = rng.random()
-    if silent < 0.15:
+    draw = rng.random()
+    if draw < 0.15:
         return Caption(kind, first, ANY, template.format(f"{colour} shape"))
-    if silent < 0.3:
+    if draw < 0.3:
         return Caption(kind, ANY, second, template.format(shape))
     return Caption(kind, first, second, template.format(f"{colour} {shape}"))
 
 
 def prepare(images: np.ndarray, step: int, seed: int) -> Tensor:
-    """Augmented, normalised images (B,3,32,32): crop, flip of the photographs, brightness, contrast, cutout."""
+    """Return augmented, normalised images (B,3,32,32): crop, flip of photographs, brightness, contrast, cutout."""
     rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     n, side = len(x), scenes.SIDE
@@ -243,12 +249,14 @@ def prepare(images: np.ndarray, step: int, seed: int) -> Tensor:
 
 
 def standardise(x: Tensor) -> Tensor:
+    """Return images (B,3,S,S) in [0, 1] normalised by CLIP's mean and standard deviation."""
     mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
     return (x - mean[:, None, None]) / std[:, None, None]
 
 
 def embed_images(visual: torch.nn.Module, images: Tensor) -> Tensor:
-    """The tower's own forward with explicit attention: SDPA's CPU backward takes 40 % of a step at 65 tokens."""
+    """Return the embeddings of images by the tower's own forward, with attention written out."""
+    # SDPA's backward would take 40 % of a training step on a CPU at 65 tokens.
     x = visual._embeds(images)
     for block in visual.transformer.resblocks:
         mha = block.attn
@@ -260,23 +268,24 @@ def embed_images(visual: torch.nn.Module, images: Tensor) -> Tensor:
     return visual.ln_post(x[:, 0]) @ visual.proj
 
 
-def contrastive(logits: Tensor, true: Tensor) -> Tensor:
-    """Symmetric cross-entropy of logits (B,U); every row's and column's target is uniform over what is true."""
-    by_image, by_caption = true.float(), true.float().T
+def contrastive(logits: Tensor, matches: Tensor) -> Tensor:
+    """Return the symmetric cross-entropy of logits (B,U). Targets are uniform over the matches of a row or column."""
+    by_image, by_caption = matches.float(), matches.float().T
     image = -(log_softmax(logits, 1) * by_image / by_image.sum(1, keepdim=True)).sum(1).mean()
     text = -(log_softmax(logits.T, 1) * by_caption / by_caption.sum(1, keepdim=True)).sum(1).mean()
     return (image + text) / 2
 
 
 def groups(model: torch.nn.Module) -> list[dict[str, object]]:
-    """Weight decay on matrices only."""
-    named = [(name, p) for name, p in model.named_parameters() if name != "logit_scale"]
-    decayed = [p for name, p in named if p.ndim > 1 and "embedding" not in name]
-    rest = [p for name, p in named if not (p.ndim > 1 and "embedding" not in name)]
+    """Return parameter groups with weight decay on matrices only."""
+    parameters = [(name, p) for name, p in model.named_parameters() if name != "logit_scale"]
+    decayed = [p for name, p in parameters if p.ndim > 1 and "embedding" not in name]
+    rest = [p for name, p in parameters if not (p.ndim > 1 and "embedding" not in name)]
     return [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
 
 
 def schedule(step: int, steps: int, warmup: int = 300) -> float:
+    """Return the factor of the learning rate: linear warm-up, then cosine decay to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -286,7 +295,7 @@ def schedule(step: int, steps: int, warmup: int = 300) -> float:
 def evaluate(
     model: open_clip.CLIP, tokenizer: ByteTokenizer, photos: scenes.Images, classes: Sequence[str]
 ) -> dict[str, float]:
-    """Zero-shot accuracy in percent per data set, template ensembles against the data set's own captions."""
+    """Return zero-shot accuracy in percent per data set, with an ensemble of the data set's templates."""
     model.eval()
     sets = {
         "photographs": (photos, classes, PHOTO_TEMPLATES),
@@ -311,6 +320,7 @@ def evaluate(
 
 
 def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, step: int) -> None:
+    """Write model, optimizer and number of steps to a checkpoint."""
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
     for index, slot in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{key}": value.contiguous() for key, value in slot.items()}
@@ -318,6 +328,7 @@ def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path, s
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> int:
+    """Load model and optimizer from a checkpoint; return its number of steps."""
     tensors = load_file(path)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     state: dict[int, dict[str, Tensor]] = {}
@@ -330,6 +341,7 @@ def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file atomically."""
     save_file(tensors, path.with_suffix(".partial"))
     path.with_suffix(".partial").chmod(0o644)
     os.replace(path.with_suffix(".partial"), path)

@@ -106,7 +106,7 @@ def test_a_compiled_tower_gives_the_embedding_of_the_eager_one(name, method, mod
 def test_a_tower_replays_from_a_cuda_graph(name, method):
     found, images = tower(name, method)
     expected = found.encode(images[1])
-    came = runners.captured(Variant(found.encode, method, exact=False), images[0]).encode(images[1])
+    came = runners.in_cuda_graph(Variant(found.encode, method, exact=False), images[0]).encode(images[1])
     torch.cuda.synchronize()
     torch.testing.assert_close(came, expected, atol=2e-2, rtol=2e-2)
 
@@ -135,7 +135,7 @@ def test_the_benches_ways_to_run_a_tower_give_what_it_gives(name):
     variants = vary(ck.unpatch(model), {"host": None, "EViT": ck.EViT(0.5)})
     variants["plain"] = runners.plain(variants["EViT"])
     for label, variant in variants.items():
-        graph = runners.captured(variant, images[0])
+        graph = runners.in_cuda_graph(variant, images[0])
         for some in images:
             torch.testing.assert_close(graph.encode(some), variant.encode(some), rtol=0.02, atol=0.02)
         assert 10 < runners.launches(partial(variant.encode, images[0])) < 200, label
