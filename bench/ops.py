@@ -189,7 +189,8 @@ def test_op(
         run, calls = runner(call, arguments)
         benchmark.group = f"{op} {shape} b{batch} {dtype}"
         benchmark(run)
-    num_bytes = sum(tensor.nbytes for tensor in (*inputs[0], *results)) - (case.unread(source) if case.unread else 0)
+    unread = case.unread_bytes(source) if case.unread_bytes else 0
+    num_bytes = sum(tensor.nbytes for tensor in (*inputs[0], *results)) - unread
     flops = products(op, source)
     info = {"op": op, "variant": variant, **source.shape._asdict(), "tower": shape, "batch": batch}
     info |= {"dtype": str(dtype).removeprefix("torch."), "bytes": num_bytes, "copy_gb_per_s": copy_gb, "flops": flops}
@@ -243,7 +244,7 @@ def check(op: str, variant: str, source: InputFactory, inputs: tuple[Tensor, ...
         case = case._replace(call=lambda source, _, *inputs: CASES[op].call(source, "reference", *inputs)[0])
     # Only our kernels have the kernels' error budget; every other variant has PyTorch's.
     verdict = check_against_fp64(case, source, inputs, results, "triton" if variant == "triton" else "reference")
-    assert verdict.wrong is None, verdict.wrong
+    assert verdict.fault is None, verdict.fault
 
 
 def runner(call: Call, inputs: list[tuple[Tensor, ...]]) -> tuple[Callable[[], object], int]:

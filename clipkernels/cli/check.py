@@ -177,14 +177,14 @@ def _row(
         with torch.inference_mode():
             outputs = flat(case.call(source, run_on, *inputs))
             verdict = check_against_fp64(case, source, inputs, outputs, "triton" if run_on == "triton" else "reference")
-            fault = verdict.wrong
+            fault = verdict.fault
             if fault is None and run_on == "triton":
                 fault = _bit_difference(case, source, inputs, outputs)
     except Exception as error:  # a kernel that does not launch is a fault like others
         # The end of a compiler's message names the error.
         message = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
         return row | {"error": None, "allowed": None, "reference": None, "verdict": message}
-    figures = {"error": verdict.error, "allowed": verdict.allowed, "reference": verdict.eager}
+    figures = {"error": verdict.error, "allowed": verdict.allowed, "reference": verdict.reference_error}
     return row | figures | {"verdict": fault or "ok"}
 
 
@@ -193,7 +193,7 @@ def _bit_difference(case: Case, source: InputFactory, inputs: tuple[Tensor, ...]
     repeated = flat(case.call(source, "triton", *inputs))
     if not all(torch.equal(one, other) for one, other in zip(outputs, repeated, strict=True)):
         return "a second run gives other bits"
-    batched = len(inputs) - case.shared
+    batched = len(inputs) - case.num_shared
     last_image = [tensor[-1:] if tensor.ndim > 1 and at < batched else tensor for at, tensor in enumerate(inputs)]
     alone = flat(case.call(source, "triton", *last_image))
     if not all(torch.equal(one[-1:], other) for one, other in zip(outputs, alone, strict=True)):

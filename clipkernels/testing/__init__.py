@@ -1,4 +1,4 @@
-"""Error budgets, towers with random weights and operation cases, shared by tests, benches and `clipkernels check`."""
+"""Error budgets, towers with random weights and operation cases, shared by tests, bench/ and `clipkernels check`."""
 
 from clipkernels.testing.budget import (
     GuardedAllocations,

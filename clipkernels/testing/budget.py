@@ -1,4 +1,4 @@
-"""Error budgets, guarded allocations and views with gaps: the tools that kernels are tested with."""
+"""Tools to test kernels: error budgets, guarded allocations and views with gaps."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ from torch.overrides import TorchFunctionMode
 from clipkernels.backend import interpreting
 
 
-def budget(came: Tensor, exact: Tensor, eager: Tensor) -> float:
-    """The error that a result may have: 2‖eager - exact‖∞ + eps·‖exact‖∞.
+def budget(actual: Tensor, exact: Tensor, eager: Tensor) -> float:
+    """Return the largest error that a result may have: 2‖eager - exact‖∞ + eps·‖exact‖∞.
 
     Args:
-        came: what is tested, in its own dtype.
-        exact: the same in fp64.
-        eager: what plain PyTorch makes of the same inputs in the tested dtype.
+        actual: the tested result, in its own dtype, which sets eps.
+        exact: the fp64 result.
+        eager: the result of plain PyTorch for the same inputs in the tested dtype.
     """
     # The interpreter's bf16 store truncates instead of rounding.
-    steps = 2 if came.dtype == torch.bfloat16 and interpreting() else 1
+    steps = 2 if actual.dtype == torch.bfloat16 and interpreting() else 1
     if not exact.numel():
         return 0.0
-    return float(2 * (eager.double() - exact).abs().max() + steps * torch.finfo(came.dtype).eps * exact.abs().max())
+    return float(2 * (eager.double() - exact).abs().max() + steps * torch.finfo(actual.dtype).eps * exact.abs().max())
 
 
-def assert_within_budget(came: Tensor, exact: Tensor, eager: Tensor) -> None:
-    """Fails unless ‖came - exact‖∞ is within the `budget` of the same arguments.
+def assert_within_budget(actual: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """Assert that ‖actual - exact‖∞ is at most the `budget` of the same arguments.
 
     Raises:
-        AssertionError: with the error and the budget.
+        AssertionError: the shapes differ, or the error is larger; the message names the error and the budget.
     """
-    assert came.shape == exact.shape, f"expected shape {tuple(exact.shape)}, got {tuple(came.shape)}"
-    if not came.numel():
+    assert actual.shape == exact.shape, f"expected shape {tuple(exact.shape)}, got {tuple(actual.shape)}"
+    if not actual.numel():
         return
-    allowed = budget(came, exact, eager)
-    error = (came.double() - exact).abs().max()
+    allowed = budget(actual, exact, eager)
+    error = (actual.double() - exact).abs().max()
     assert error <= allowed, f"error {error:.3e} is above the budget {allowed:.3e}"
 
 
 class GuardedAllocations(TorchFunctionMode):
-    """Inside this context new uninitialised tensors hold NaN (or a large integer), between guards.
+    """A context in which new uninitialised tensors contain NaN (or the largest integer) and lie between guards.
 
-    Leaving it checks the guards, so that a row left unwritten shows as NaN and a store out of bounds as an error.
+    A row that a kernel does not write then shows as NaN. Leaving the context checks the guards, which reveals a store
+    out of bounds.
 
     Raises:
-        AssertionError: something was stored outside of its tensor.
+        AssertionError: a kernel stored outside of its output.
     """
 
     GUARD = 64
@@ -61,27 +62,28 @@ class GuardedAllocations(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func not in (torch.empty, torch.empty_like, Tensor.new_empty) or not made.is_contiguous():
-            return made
-        size = made.numel()
-        poison = float("nan") if made.is_floating_point() else torch.iinfo(made.dtype).max
-        buffer = torch.full((size + 2 * self.GUARD,), poison, dtype=made.dtype, device=made.device)
+        result = func(*args, **(kwargs or {}))
+        if func not in (torch.empty, torch.empty_like, Tensor.new_empty) or not result.is_contiguous():
+            return result
+        size = result.numel()
+        poison = float("nan") if result.is_floating_point() else torch.iinfo(result.dtype).max
+        buffer = torch.full((size + 2 * self.GUARD,), poison, dtype=result.dtype, device=result.device)
         self.buffers.append((buffer, size))
-        return buffer[self.GUARD : self.GUARD + size].view(made.shape)
+        return buffer[self.GUARD : self.GUARD + size].view(result.shape)
 
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
         for buffer, size in self.buffers:
-            around = torch.cat([buffer[: self.GUARD], buffer[self.GUARD + size :]])
-            whole = around.isnan() if around.is_floating_point() else around == torch.iinfo(around.dtype).max
-            assert whole.all(), f"a kernel stored outside of its output of {size} {buffer.dtype}"
+            guards = torch.cat([buffer[: self.GUARD], buffer[self.GUARD + size :]])
+            intact = guards.isnan() if guards.is_floating_point() else guards == torch.iinfo(guards.dtype).max
+            assert intact.all(), f"a kernel stored outside of its output of {size} elements of {buffer.dtype}"
 
 
 @contextmanager
 def exact_interpreter_dot() -> Iterator[None]:
-    """Inside this context the interpreter sums products in fp64: NumPy's fp32 ones round by CPU, and on some a row
-    otherwise where it stands elsewhere in a block, which no GPU does."""
+    """Return a context in which Triton's interpreter sums matrix products in fp64."""
+    # NumPy's fp32 products round differently by CPU. On some CPUs the rounding of a row also depends on its position in
+    # the block, which is true of no GPU.
     if not interpreting():
         yield
         return
@@ -96,7 +98,7 @@ def exact_interpreter_dot() -> Iterator[None]:
 
 
 def with_gaps(x: Tensor) -> Tensor:
-    """The same values as x with gaps of NaN between the rows of its last two axes: a non-contiguous view."""
+    """Return a non-contiguous view with the values of x and NaN in the gaps of its last two axes."""
     shape = (*x.shape[:-2], 2 * x.shape[-2], x.shape[-1] + 3)
     wide = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
     view = wide[..., ::2, 1:-2]

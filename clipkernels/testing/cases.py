@@ -1,4 +1,4 @@
-"""Every operation with inputs to try it on and a call of flat inputs, for `check` and the benches."""
+"""A case of every operation: its inputs, and a call that takes them as flat tensors. For `check` and bench/."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ Inputs = tuple[Tensor, ...]
 
 
 class Case(NamedTuple):
-    """One operation.
+    """One operation with one set of options.
 
-    inputs: makes the flat inputs.
-    call: runs the operation, called with the factory, a backend and the flat inputs.
-    unread: bytes of the inputs that the operation need not read.
-    shared: the number of inputs, at the end, that all images share.
+    inputs: creates the flat inputs, from a factory.
+    call: runs the operation, on a factory, a backend and the flat inputs.
+    unread_bytes: number of input bytes that the operation need not read, from a factory; None is 0.
+    num_shared: number of trailing inputs that all images share.
     """
 
     inputs: Callable[[InputFactory], Inputs]
     call: Callable[..., Any]
-    unread: Callable[[InputFactory], int] | None = None
-    shared: int = 0
+    unread_bytes: Callable[[InputFactory], int] | None = None
+    num_shared: int = 0
 
 
 def _packed(factory: InputFactory) -> Inputs:
-    """A packed projection."""
     return (factory.tokens(3),)
 
 
@@ -55,13 +54,13 @@ def _rank(factory: InputFactory, backend: Backend, packed: Tensor) -> Tensor:
     return ops.rank_tokens(q, k, prefix=factory.shape.prefix, backend=backend)
 
 
-def _values_and_most_queries(factory: InputFactory) -> int:
-    """Bytes of the values, and of all queries but one."""
+def _bytes_beside_keys_and_cls(factory: InputFactory) -> int:
+    """Return the bytes of the values and of all queries but the first."""
     return factory.batch * (2 * factory.shape.tokens - 1) * factory.shape.width * factory.dtype.itemsize
 
 
 def _tokens_and_mixer(factory: InputFactory) -> Inputs:
-    """Tokens, and the weights of a predictor with 64 pooled channels and 32 and 256 hidden ones."""
+    """Return tokens, and the weights of a predictor with 64 pooled channels and 32 and 256 hidden units."""
     n, g, ht, hc = factory.shape.tokens, 64, 32, 256
     token, channel = ((ht, n), (ht,), (n, ht), (n,)), ((hc, g), (hc,), (g, hc), (g,))
     sizes: tuple[tuple[int, ...], ...] = ((g,), (g,), *token, (g,), (g,), *channel, (g,), (1,))
@@ -70,9 +69,9 @@ def _tokens_and_mixer(factory: InputFactory) -> Inputs:
 
 
 def _predict(factory: InputFactory, backend: Backend, x: Tensor, *weights: Tensor) -> Tensor:
-    mixer = ops.Mixer(*weights)  # type: ignore[arg-type]  # eps, after the weights, has its default
+    mixer = ops.Mixer(*weights)  # type: ignore[arg-type]  # the last field, eps, has a default
     scores = ops.predict_scores(x, mixer, factory.shape.prefix, backend=backend)
-    return scores.to(x.dtype)  # the precision it is compared in, because halves are summed to 16 bits
+    return scores.to(x.dtype)  # compared in this precision, because products of halves have rounded operands
 
 
 def _tokens_and_scores(factory: InputFactory) -> Inputs:
@@ -103,7 +102,7 @@ def _prune_fuse_norm(
 
 
 def _dropped_bytes(factory: InputFactory) -> int:
-    """Bytes of the patches that are not kept."""
+    """Return the bytes of the dropped patches."""
     return factory.batch * (factory.patches - factory.keep) * factory.shape.width * factory.dtype.itemsize
 
 
@@ -115,13 +114,13 @@ def _points_head_scores_and_norm(factory: InputFactory) -> Inputs:
     return factory.points(), factory.scores(factory.shape.heads), factory.vector(), factory.vector()
 
 
-def _merging(factory: InputFactory) -> int:
-    """Patches that each of the two centres takes on average at TCA's sharper published rate."""
+def _patches_per_center(factory: InputFactory) -> int:
+    """Return the mean number of patches that join each of two centres at TCA's stronger published rate."""
     return factory.patches + 1 - math.ceil(0.9 * factory.patches)
 
 
 def _condense(factory: InputFactory, backend: Backend, x: Tensor, scores: Tensor) -> ops.Condensed:
-    m = _merging(factory)
+    m = _patches_per_center(factory)
     keep, prefix = factory.patches + 1 - 3 * m, factory.shape.prefix
     return ops.condense_tokens(x, scores, keep, 2 * m, 2, prefix=prefix, backend=backend)
 
@@ -129,7 +128,7 @@ def _condense(factory: InputFactory, backend: Backend, x: Tensor, scores: Tensor
 def _condense_by_rank(
     factory: InputFactory, backend: Backend, x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor
 ) -> ops.Condensed:
-    m = _merging(factory)
+    m = _patches_per_center(factory)
     keep, prefix, norm = factory.patches + 1 - 3 * m, factory.shape.prefix, (weight, bias, 1e-5)
     return ops.condense_tokens(x, scores, keep, 2 * m, 2, scores, "rank", prefix, norm=norm, backend=backend)
 
@@ -182,7 +181,7 @@ def _calip(factory: InputFactory, backend: Backend, visual: Tensor, pooled: Tens
 
 
 def _queries_and_support(factory: InputFactory) -> Inputs:
-    """Queries, a support sorted by class, its labels and the row at which each class begins."""
+    """Return queries, a support sorted by class, its labels, and the row at which each class begins."""
     size = (factory.support,)
     labels = torch.randint(factory.classes, size, generator=factory.generator, device=factory.device).sort().values
     _, offsets = reference.sort_by_class(labels, factory.classes)
@@ -197,7 +196,7 @@ def _affinity(
 
 
 def _distill_inputs(factory: InputFactory) -> Inputs:
-    """Tokens, a teacher's, weights, a mask that selects two tokens in five, and a projection."""
+    """Return tokens, a teacher's tokens, weights, a mask that selects two tokens in five, and a projection."""
     size = (factory.batch, factory.shape.tokens)
     teacher = factory.units(*size)
     weights, order = torch.rand(2, *size, generator=factory.generator, device=factory.device)
@@ -210,7 +209,7 @@ def _selected_tokens(factory: InputFactory) -> int:
 
 
 def _unselected_bytes(factory: InputFactory) -> int:
-    """Bytes of the tokens that are not selected, and of the teacher's."""
+    """Return the bytes of the student's and the teacher's tokens that are not selected."""
     rows = factory.batch * (factory.shape.tokens - _selected_tokens(factory))
     return rows * (factory.shape.width + factory.embedding) * factory.dtype.itemsize
 
@@ -260,8 +259,8 @@ CASES = {
     "attention_cls_sized": Case(_packed_and_sizes, partial(_attention, "cls")),
     "attention_received": Case(_packed, partial(_attention, "received")),
     "attention_keys": Case(_packed, partial(_attention, "keys")),
-    "rank_tokens": Case(_packed, _rank, _values_and_most_queries),
-    "predict_scores": Case(_tokens_and_mixer, _predict, shared=14),
+    "rank_tokens": Case(_packed, _rank, _bytes_beside_keys_and_cls),
+    "predict_scores": Case(_tokens_and_mixer, _predict, num_shared=14),
     "prune_tokens": Case(_tokens_and_scores, _prune, _dropped_bytes),
     "prune_tokens_heads_fuse_norm": Case(_tokens_head_scores_and_norm, _prune_fuse_norm),
     "prune_tokens_rank": Case(_tokens_and_head_scores, _prune_by_rank, _dropped_bytes),
@@ -270,10 +269,10 @@ CASES = {
     "match_tokens": Case(_keys, _match),
     "merge_tokens": Case(_tokens_sizes_and_edges, _merge),
     "merge_tokens_norm": Case(_tokens_sizes_norm_and_edges, _merge_norm),
-    "cross_attention": Case(_patches_and_classes, _cross_attention, shared=1),
-    "calip_logits": Case(_patches_pooled_and_classes, _calip, shared=1),
-    "affinity": Case(_queries_and_support, _affinity, shared=3),
-    "targeted_l1": Case(_distill_inputs, _targeted_l1, _unselected_bytes, shared=1),
+    "cross_attention": Case(_patches_and_classes, _cross_attention, num_shared=1),
+    "calip_logits": Case(_patches_pooled_and_classes, _calip, num_shared=1),
+    "affinity": Case(_queries_and_support, _affinity, num_shared=3),
+    "targeted_l1": Case(_distill_inputs, _targeted_l1, _unselected_bytes, num_shared=1),
     "bias_act_quick_gelu": Case(_hidden_and_bias, partial(_bias_act, "quick_gelu")),
     "bias_act_gelu": Case(_hidden_and_bias, partial(_bias_act, "gelu")),
     "bias_act_gelu_tanh": Case(_hidden_and_bias, partial(_bias_act, "gelu_tanh")),

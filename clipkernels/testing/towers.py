@@ -1,4 +1,4 @@
-"""Towers of every host library with random weights, and methods with weights of their own."""
+"""Towers of every host library with random weights, and a method with random weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from clipkernels.patching import patch, tower_of
 
 
 def open_clip_tower(name: str, layers: int | None = 2, **vision: Any) -> nn.Module:
-    """An open_clip model named `name` with random weights, its image tower at real width but few blocks, or all.
+    """Return the open_clip model `name` with random weights and an image tower of real width.
 
-    Beside it stands a text tower of one layer: some named ones load their configuration over a network.
+    Args:
+        name: a model of open_clip.
+        layers: blocks of the image tower; None is all.
+        vision: entries of the vision configuration to override.
     """
+    # The text tower is a small one of our own, because some configurations load one over a network.
     import open_clip
 
     config = open_clip.get_model_config(name)
@@ -42,17 +46,17 @@ def open_clip_tower(name: str, layers: int | None = 2, **vision: Any) -> nn.Modu
 
 
 def timm_tower(name: str, layers: int | None = 2, **options: Any) -> nn.Module:
-    """A timm model named `name` with random weights, at real width but few blocks, or all."""
+    """Return the timm model `name` with random weights, at real width and with `layers` blocks; None is all."""
     import timm
 
     return _create(timm.create_model, layers, name, **options).eval()
 
 
 def _create(create: Callable[..., Any], layers: int | None, name: str, **options: Any) -> Any:
-    """A timm model cut to its first blocks; ViTamin's makers take no depth."""
+    """Return a timm model with its first `layers` blocks."""
     if layers is None:
         return create(name, **options)
-    if not name.startswith("vitamin"):
+    if not name.startswith("vitamin"):  # the constructors of ViTamin take no depth
         return create(name, **options, depth=layers)
     model = create(name, **options)
     model.blocks = model.blocks[:layers]
@@ -60,12 +64,13 @@ def _create(create: Callable[..., Any], layers: int | None, name: str, **options
 
 
 def transformers_tower(family: str, layers: int = 2, **vision: Any) -> nn.Module:
-    """A model of transformers with random weights and a text half of one layer; a ViT-B/16 at 224 unless told.
+    """Return a transformers model with random weights, a ViT-B/16 at 224 pixels by default.
 
     Args:
-        family: the model's class, such as "CLIPModel" or "SiglipVisionModel".
+        family: the model's class, such as "CLIPModel" or "SiglipVisionModel"; one with text has a text tower of one
+            layer.
         layers: blocks of the image tower.
-        vision: entries of its configuration.
+        vision: entries of the vision configuration to override.
     """
     import transformers
 
@@ -73,27 +78,27 @@ def transformers_tower(family: str, layers: int = 2, **vision: Any) -> nn.Module
     vision = {**sizes, "num_hidden_layers": layers, **({"num_patches": 196} if "Siglip2" in family else {}), **vision}
     if "Siglip2" not in family:
         vision.setdefault("image_size", 224)
-    maker = getattr(transformers, family)
+    model_class = getattr(transformers, family)
     if "Vision" in family:
-        return maker(maker.config_class(**vision)).eval()
+        return model_class(model_class.config_class(**vision)).eval()
     text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 1}
     if "Siglip" in family:
         text["projection_size"] = vision["hidden_size"]
     if "AltCLIP" in family:
         text["project_dim"] = 64
-    return maker(maker.config_class(vision_config=vision, text_config=text)).eval()
+    return model_class(model_class.config_class(vision_config=vision, text_config=text)).eval()
 
 
 def openai_tower(layers: int = 2, size: int = 224, patch: int = 16, width: int = 768, out: int = 512) -> nn.Module:
-    """A CLIP of OpenAI's package, or of clip-anytorch, with random weights and a text half of one layer."""
+    """Return a CLIP of OpenAI's package, or of clip-anytorch, with random weights and a text tower of one layer."""
     from clip.model import CLIP
 
     return CLIP(out, size, layers, width, patch, 16, 64, 64, 1, 1).eval()
 
 
 def patch_ranking(model: nn.Module, keep: float = 0.5, block: int = 1, learnt: int = 0) -> PatchRanking:
-    """The method with random weights for a model's tower, and with so many learnt tokens in its first two blocks."""
+    """Return the method with random weights for a model's tower, with `learnt` tokens in its first two blocks."""
     tower = tower_of(model)
     torch.manual_seed(0)
     predictor = RankPredictor(tower.num_tokens, tower.prefix, block).to(tower.like)
@@ -104,18 +109,21 @@ def patch_ranking(model: nn.Module, keep: float = 0.5, block: int = 1, learnt: i
 
 
 def patched_with(model: nn.Module, method: Method | partial[Method]) -> nn.Module:
-    """The model patched with a method, or with what makes one for it."""
+    """Return the model, patched with a method or with the result of a partial that takes the model."""
     return patch(model, method(model) if isinstance(method, partial) else method)
 
 
 def method_id(method: Method | partial[Method]) -> str:
-    """The name of a method, or of what makes one, that is the same in every process."""
+    """Return a test id, the same in every process, for a method or for a partial that creates one."""
     return method.func.__name__ if isinstance(method, partial) else str(method)
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model with random vectors (biases, layer scales, norms), so that none can be left out unnoticed, and with
-    sharper attention than fresh weights have, so that it matters who is attended to and where they stand."""
+    """Return the model with random weights, biases, layer scales and norms.
+
+    Random vectors reveal an implementation that leaves one out. Attention is sharper than with fresh weights, which
+    reveals one that attends to a wrong token or position.
+    """
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -110,8 +110,8 @@ def test_pruning_counts_only_the_rows_that_it_keeps() -> None:
     case, some = ops.CASES["prune_tokens"], source()
     inputs = case.inputs(some)
     came = ops.flat(case.call(some, "reference", *inputs))
-    assert case.unread is not None
-    moved = sum(tensor.nbytes for tensor in (*inputs, *came)) - case.unread(some)
+    assert case.unread_bytes is not None
+    moved = sum(tensor.nbytes for tensor in (*inputs, *came)) - case.unread_bytes(some)
     rows, scores, index = 2 * 15 * 128 * 4, 2 * 20 * 4, 2 * 14 * 8
     assert moved == 2 * rows + scores + index
 

@@ -132,4 +132,4 @@ def test_the_reference_is_within_its_own_allowance(op, dtype):
     verdict = check_against_fp64(
         CASES[op], source, inputs, flat(CASES[op].call(source, "reference", *inputs)), "reference"
     )
-    assert verdict.wrong is None and verdict.error == verdict.eager <= verdict.allowed
+    assert verdict.fault is None and verdict.error == verdict.reference_error <= verdict.allowed

@@ -158,7 +158,7 @@ source = InputFactory(Shape(21, 128, 2, 1, 4), 2, torch.float32, torch.device("c
 for name, case in CASES.items():
     inputs = case.inputs(source)
     verdict = check_against_fp64(case, source, inputs, flat(case.call(source, "auto", *inputs)), "reference")
-    assert verdict.wrong is None, (name, verdict)
+    assert verdict.fault is None, (name, verdict)
     try:
         case.call(source, "triton", *inputs)
     except RuntimeError as error:
