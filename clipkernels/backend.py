@@ -1,4 +1,4 @@
-"""Which backend runs an op: the only place that knows about devices and the environment."""
+"""The choice of the backend that runs an op. No other module knows about devices and the environment."""
 
 from __future__ import annotations
 
@@ -18,50 +18,51 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kernel: bool = True) -> str:
-    """The backend, "triton" or "reference", that serves an op on tensors of this device and dtype.
+    """The backend that runs an op on tensors of this device and dtype: "triton" or "reference".
 
     Args:
         backend: "auto", "triton" or "reference"; CLIPKERNELS_BACKEND replaces "auto" alone.
-        device: of the tensors.
-        dtype: of the tensors.
-        op: name of the op, for messages.
-        kernel: whether the op has a Triton kernel for what it was given.
+        device: the device of the tensors.
+        dtype: the dtype of the tensors.
+        op: the name of the op, for messages.
+        kernel: true if the op has a Triton kernel for its arguments.
     Raises:
-        ValueError: an unknown backend, or fp64 asked of triton.
-        RuntimeError: triton was asked for and cannot run here; the message says why.
+        ValueError: the backend is unknown, or triton is requested for fp64.
+        RuntimeError: triton is requested and cannot run here; the message gives the reason.
     """
-    wanted = requested_backend(backend)
-    if wanted not in ("auto", "triton", "reference"):
-        raise ValueError(f'backend must be "auto", "triton" or "reference", got {wanted!r}')
-    if wanted == "reference":
-        return wanted
-    if wanted == "auto":
+    backend_name = requested_backend(backend)
+    if backend_name not in ("auto", "triton", "reference"):
+        raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend_name!r}')
+    if backend_name == "reference":
+        return backend_name
+    if backend_name == "auto":
         if device.type == "cpu" or not kernel or dtype == torch.float64 or transform_obstacle() is not None:
             return "reference"
         obstacle = _obstacle(device)
         if obstacle is not None and device.type == "cuda":
-            warnings.warn(f"{obstacle}; CUDA tensors take the slower reference until then", stacklevel=3)
+            warnings.warn(f"{obstacle}; until then, CUDA tensors take the slower reference", stacklevel=3)
         return "triton" if obstacle is None else "reference"
-    said = 'backend="triton"' if backend == "triton" else "CLIPKERNELS_BACKEND=triton"
+    setting = 'backend="triton"' if backend == "triton" else "CLIPKERNELS_BACKEND=triton"
     if not kernel:
-        raise RuntimeError(f"{said} was asked for, but {op} has no Triton kernel: expected auto or reference")
+        raise RuntimeError(f"{setting} is set, but {op} has no Triton kernel: use auto or reference")
     if dtype == torch.float64:
         raise ValueError(f'the triton backend of {op} takes float32, float16 or bfloat16, got float64: use "reference"')
     obstacle = transform_obstacle() or _obstacle(device)
     if obstacle is not None:
-        raise RuntimeError(f"{said} was asked for, but {obstacle}")
-    return wanted
+        raise RuntimeError(f"{setting} is set, but {obstacle}")
+    return backend_name
 
 
 def requested_backend(backend: str) -> str:
-    """What was asked for: an argument, or CLIPKERNELS_BACKEND in place of "auto"."""
+    """The argument itself, or CLIPKERNELS_BACKEND in place of "auto"."""
     return os.environ.get("CLIPKERNELS_BACKEND", "auto") if backend == "auto" else backend
 
 
 def use_epilogue_kernels(x: Tensor) -> bool:
-    """Whether the sums, norms and activations of a tower on x run as kernels: not where a compiler would fuse them."""
+    """Return true if the sums, norms and activations of a tower on x run as kernels."""
     if choose("auto", x.device, x.dtype, "add_norm") == "reference":
         return False
+    # A compiler fuses them itself, and autocast decides the dtype of each norm.
     return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -80,25 +81,26 @@ def explain(device: torch.device) -> tuple[str, str]:
     obstacle = _obstacle(device)
     if obstacle is not None:
         return "reference", obstacle
-    return "triton", "triton is installed and serves this device; ops without a kernel take the reference"
+    return "triton", "triton is installed and supports this device; ops without a kernel take the reference"
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    """Return true if Triton kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def transform_obstacle() -> str | None:
-    """Why no kernel can run under the gradient transforms of the moment, or None."""
+    """The reason why no kernel can run under the active gradient transforms, or None."""
     if torch.compiler.is_compiling():
         return None
+    # Private API of torch, tried with 2.6, 2.11, 2.14 and 2.15.
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return "the kernels have no forward-mode gradients and no torch.func transforms: use the reference"
     return None
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why triton cannot run on a device, or None."""
+    """The reason why triton cannot run on a device, or None."""
     if not _HAS_TRITON:
         return "triton is not installed: pip install triton (Linux)"
     if device.type == "cpu" and not interpreting():
@@ -110,9 +112,9 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
-@cache  # asked by every operation
+@cache  # every operation calls it
 def _too_old(device: torch.device) -> str | None:
-    """Why the kernels cannot run on an NVIDIA GPU of this age, or None."""
+    """The reason why an NVIDIA GPU is too old for the kernels, or None."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability(device)

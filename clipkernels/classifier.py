@@ -20,25 +20,25 @@ PROMPTS_PER_BATCH = 256
 
 
 class Classifier:
-    """A CLIP model that names which of K classes an image shows.
+    """A CLIP model that classifies images into K classes.
 
-    The class embeddings are encoded once, at construction. Nothing is changed until everything has been checked, and
-    then only by `method`, patched into the model in place as `ck.patch` does it.
+    The class embeddings are encoded once, at construction. The model is changed only by `method`, which is patched in
+    place as `ck.patch` does it, after all arguments have been checked.
 
     Args:
         model: any model with `visual`, `encode_image` and `encode_text` (open_clip's CLIP, CustomTextCLIP, CoCa).
-        tokenizer: a list of n texts to token ids (n,T).
+        tokenizer: a function from a list of n texts to token ids (n,T).
         classes: K different names.
-        templates: prompts with `{}` where the name goes, or a mapping of each class to prompts of its own, such as
-            `clipkernels.support` makes; a class is the mean over all of its prompts.
-        method: what the tower does with its tokens; None leaves the model as it is, patched or not.
-        head: a finished head, or a callable that makes one of the class embeddings (K,E), such as a head's class or a
-            partial of it. What has an attribute `needs` and is no class counts as finished: it brings its own class
-            embeddings, and the classes give only its names.
+        templates: prompts with `{}` in place of the name, or a mapping from each class to its own prompts, as
+            `clipkernels.support` makes them; a class embedding is the mean over all prompts of the class.
+        method: the method that reduces the tower's tokens; None leaves the model as it is, patched or not.
+        head: a finished head, or a callable that makes a head from the class embeddings (K,E), such as a head's class
+            or a partial of it. An object with an attribute `needs` that is not a class counts as a finished head: it
+            has its own class embeddings, and `classes` only names them.
     Raises:
         ValueError: no classes, an empty or repeated name, a string in place of a list, a template without `{}`, a
-            class without prompts, a model that is no CLIP.
-        UnsupportedTower: a method for a tower that cannot be served.
+            class without prompts, or a model that is not a CLIP.
+        UnsupportedTower: a method is given and the tower is not supported.
     """
 
     def __init__(
@@ -59,36 +59,36 @@ class Classifier:
             self.head = cast(Head, head)
         else:
             make = cast(Callable[[Tensor], Head], head)
-            # Learnt tokens may be coupled to what the text tower reads.
-            learnt = getattr(method or _method_of(model), "tokens", None)
-            embed = getattr(learnt, "class_embeddings", class_embeddings)
+            # Learnt tokens may be coupled to tokens in the text tower, which change the class embeddings.
+            learnt_tokens = getattr(method or _method_of(model), "tokens", None)
+            embed = getattr(learnt_tokens, "class_embeddings", class_embeddings)
             self.head = make(embed(model, tokenizer, prompts))
         self.model: Any = model if method is None else patch(model, method)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B,K) of preprocessed images (B,3,S,S), on the model's device and in its dtype.
+        """Logits (B,K) of preprocessed images (B,3,S,S) on the model's device and in its dtype.
 
-        Training mode and gradients are the caller's: use `torch.inference_mode()` where none are needed.
+        Training mode and gradients stay as the caller set them: use `torch.inference_mode()` if no gradient is needed.
 
         Raises:
-            ValueError: images of another size than the tower takes.
+            ValueError: the images do not have the tower's size.
         """
         if self.head.needs:
             extras: dict[str, Any] = dict.fromkeys(self.head.needs, True)
             return self.head(encode_image(self.model, images, anchors=getattr(self.head, "anchors", None), **extras))
         size = getattr(self.model.visual, "image_size", None)
-        if size is not None and not hasattr(self.model.visual, "trunk"):  # timm's towers say themselves what they take
+        if size is not None and not hasattr(self.model.visual, "trunk"):  # timm's towers check it
             check_images(images, (size, size) if isinstance(size, int) else size)
         return self.head(self.model.encode_image(images))
 
     def reset(self) -> None:
-        """Lets a head that adapts forget what it has seen; nothing happens with another."""
+        """Clear the state of a head that adapts; do nothing for any other head."""
         if hasattr(self.head, "reset"):
             self.head.reset()
 
 
 def _method_of(model: nn.Module) -> Method | None:
-    """The method that a model is patched with, if it can be."""
+    """The method that a model is patched with; None for an unpatched or unsupported model."""
     try:
         return method_of(model)
     except UnsupportedTower:
@@ -99,22 +99,22 @@ def prompts_of(classes: Sequence[str], templates: Sequence[str] | Mapping[str, S
     """The prompts of each class.
 
     Raises:
-        ValueError: a string in place of a list, no template or one without `{}`, a class without prompts.
+        ValueError: a string in place of a list, no template, a template without `{}`, or a class without prompts.
     """
     if not isinstance(templates, Mapping):
         templates = check_templates(templates)
         return {name: [template.replace("{}", name) for template in templates] for name in classes}
     for name in classes:
-        given = templates.get(name, ())
-        if isinstance(given, str) or not given or not all(isinstance(prompt, str) for prompt in given):
-            raise ValueError(f"templates must hold a list of prompts for {name!r}, got {given!r:.100}")
+        prompts = templates.get(name, ())
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"templates must hold a list of prompts for {name!r}, got {prompts!r:.100}")
     return {name: list(templates[name]) for name in classes}
 
 
 def class_embeddings(
     model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
 ) -> Tensor:
-    """Class embeddings (K,E) fp32, L2-normalised means of the normalised embeddings of each class's prompts.
+    """Class embeddings (K,E) fp32: the L2-normalised mean of the normalised embeddings of each class's prompts.
 
     Source: CLIP, arXiv 2103.00020, section 3.1.4.
     """
@@ -127,19 +127,20 @@ def prompt_embeddings(
 ) -> list[Tensor]:
     """The L2-normalised embeddings (m,E) fp32 of the m prompts of each class.
 
-    The model encodes in eval mode, on the device of its parameters; its mode is restored.
+    The model encodes in eval mode, on the device of its parameters. Its mode is restored afterwards.
     """
-    sentences = [sentence for each in prompts.values() for sentence in each]
+    sentences = [sentence for group in prompts.values() for sentence in group]
     device = next(model.parameters()).device
     with eval_mode(model):
-        parts = [sentences[start : start + PROMPTS_PER_BATCH] for start in range(0, len(sentences), PROMPTS_PER_BATCH)]
-        text = torch.cat([normalize(model.encode_text(tokenizer(part).to(device)).float()) for part in parts])
-    return list(text.split([len(each) for each in prompts.values()]))
+        starts = range(0, len(sentences), PROMPTS_PER_BATCH)
+        batches = [sentences[start : start + PROMPTS_PER_BATCH] for start in starts]
+        text = torch.cat([normalize(model.encode_text(tokenizer(batch).to(device)).float()) for batch in batches])
+    return list(text.split([len(group) for group in prompts.values()]))
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; then every module in the mode that it was in."""
+    """Put the model in eval mode, then restore the mode of every module."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -150,6 +151,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """Class names as a tuple. Raise ValueError unless they are different, non-empty strings."""
     if isinstance(classes, str):
         raise ValueError(f"classes must be a list of names, got the string {classes!r}")
     classes = tuple(classes)
@@ -159,12 +161,13 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"classes must be non-empty strings, got {name!r}")
     if len(set(classes)) < len(classes):
-        twice = next(name for name in classes if classes.count(name) > 1)
-        raise ValueError(f"classes must differ, got {twice!r} {classes.count(twice)} times")
+        repeated = next(name for name in classes if classes.count(name) > 1)
+        raise ValueError(f"classes must differ, got {repeated!r} {classes.count(repeated)} times")
     return classes
 
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Templates as a tuple. Raise ValueError unless there is at least one and each has a `{}`."""
     if isinstance(templates, str):
         raise ValueError(f"templates must be a list of prompts, got the string {templates!r}")
     templates = tuple(templates)
@@ -172,5 +175,5 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
         raise ValueError("templates must hold at least one prompt, got none")
     for template in templates:
         if not isinstance(template, str) or "{}" not in template:
-            raise ValueError(f"templates must hold {{}} where the class name goes, got {template!r}")
+            raise ValueError(f"templates must hold {{}} in place of the class name, got {template!r}")
     return templates

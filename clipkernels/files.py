@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and tensors in them: safetensors, never pickle."""
+"""Atomic writes, and files of tensors: safetensors, never pickle."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 METADATA_KEY = "clipkernels"
-"""Where the header of a file of ours says what it is, as JSON."""
+"""Header key of the JSON metadata in the files that clipkernels writes."""
 STALE_SECONDS = 3600
-"""Seconds after which a half-written file is one that was left behind."""
+"""Seconds without a write after which a temporary file counts as left behind."""
 TEMPORARY = r"\.[0-9a-f]{32}\.safetensors\.[a-z0-9_]{8}"
-"""What `replacing` calls a file beside one that is named by a UUID."""
+"""Pattern of the temporary files that `atomic_write` makes for safetensors files named by a UUID."""
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The name of a temporary file beside `path`, which takes its place when all went well.
+    """Yield the name of a temporary file beside `path`, which replaces `path` on success and is deleted on error.
 
     Raises:
-        OSError: no file can be made there.
+        OSError: no file can be created there.
     """
     target = Path(path)
     number, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -48,13 +48,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def sweep(folder: Path, names: str = r"\..*") -> None:
-    """Removes what writers that were killed left behind: files of such names that nobody writes any more. All hidden
-    ones, in a folder that is nobody else's; `TEMPORARY`, where a user may keep something beside ours."""
-    for left in folder.iterdir():
-        if re.fullmatch(names, left.name):
-            with suppress(FileNotFoundError):  # another one sweeps, or the writer has just finished
-                if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                    left.unlink()
+    """Remove stale temporary files that killed writers left behind.
+
+    Args:
+        folder: the folder.
+        names: a pattern that whole file names must match. The default matches every hidden file; pass `TEMPORARY` for
+            a folder that may also hold a user's files.
+    """
+    for file in folder.iterdir():
+        if re.fullmatch(names, file.name):
+            with suppress(FileNotFoundError):  # another process sweeps too, or the writer has just finished
+                if time.time() - file.stat().st_mtime > STALE_SECONDS:
+                    file.unlink()
 
 
 def digest_table(digests: Sequence[bytes]) -> Tensor:
@@ -62,24 +67,24 @@ def digest_table(digests: Sequence[bytes]) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Writes tensors and what is to be known about them, whole or not at all.
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write tensors and a header to a safetensors file, atomically.
 
     Raises:
         OSError: the file cannot be written.
     """
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(about)))
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(header)))
         file.flush()
         os.fsync(file.fileno())
 
 
 def map_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file where they lie in it, read when they are looked at, and what is known about them.
+    """The memory-mapped tensors of a file, which are read on access, and the file's header.
 
     Raises:
-        ValueError: the file is no safetensors file.
-        OSError: it cannot be read.
+        ValueError: the file is not a safetensors file.
+        OSError: the file cannot be read.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -89,23 +94,23 @@ def map_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, on the CPU, and what is known about them; raises as `map_tensors`."""
-    tensors, about = map_tensors(path)
-    # Copied from where they lie in the file, which may be anywhere: products of aligned rows are faster.
-    return {name: tensor.clone() for name, tensor in tensors.items()}, about
+    """The tensors of a file, copied to CPU memory, and the file's header; raises as `map_tensors`."""
+    tensors, header = map_tensors(path)
+    # A copy is aligned, which a place in the file may not be: products of aligned rows are faster.
+    return {name: tensor.clone() for name, tensor in tensors.items()}, header
 
 
 def read_metadata(header: Mapping[str, str]) -> dict[str, Any]:
-    """What the header of a file says of it, its "format" among it; nothing where the file is another's."""
+    """The metadata in a file's header, "format" among them; empty for a file that clipkernels did not write."""
     try:
-        said = json.loads(header.get(METADATA_KEY, ""))
+        metadata = json.loads(header.get(METADATA_KEY, ""))
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def write_csv(records: Sequence[Mapping[str, Any]], stream: TextIO) -> None:
-    """Records with the same keys as CSV with a header; several numbers, such as token counts, are one cell."""
+    """Write records with the same keys as CSV with a header. A list, such as token counts, becomes one cell."""
     writer = csv.DictWriter(stream, records[0], lineterminator="\n")
     writer.writeheader()
     for record in records:

@@ -1,6 +1,6 @@
-"""The methods: frozen configurations whose only act is to turn (tokens, blocks) into a plan.
+"""The methods: frozen configurations that turn (tokens, blocks) into a plan and do nothing else.
 
-Ratios become counts here, with the expressions of the published code; the ops take counts.
+Methods convert ratios into counts, with the expressions of the published code. The ops take counts.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Predictor(Protocol):
     """A trained ranking of the patches that enter one block, such as `learn.patch_ranking.RankPredictor`.
 
-    block: zero-based block before whose attention it ranks.
-    tokens, prefix: the sequence it is trained for.
+    block: zero-based index of the block; the ranking runs before its attention.
+    tokens, prefix: the number of tokens, and of leading tokens that are not patches, that it is trained for.
     macs: multiply-accumulates for one image.
     """
 
@@ -34,34 +34,42 @@ class Predictor(Protocol):
     @property
     def macs(self) -> int: ...
 
-    def check_tower(self, tower: Tower) -> None: ...
+    def check_tower(self, tower: Tower) -> None:
+        """Raise ValueError unless the predictor is for this tower."""
 
 
 class LearntTokens(Protocol):
-    """Tokens trained to stand beside the patches, such as `learn.patch_ranking.VisualTokens`; `count` per block."""
+    """Tokens trained to join the patches, such as `learn.patch_ranking.VisualTokens`.
+
+    count: number of learnt tokens per block.
+    """
 
     count: int
 
-    def check_tower(self, tower: Tower) -> None: ...
+    def check_tower(self, tower: Tower) -> None:
+        """Raise ValueError unless the tokens are for this tower."""
 
 
 class Method(Protocol):
-    """Anything hashable with a `plan`: a new method needs nothing else.
+    """Anything hashable with a `plan`; a new method needs nothing else.
 
-    One that brings weights also has `weights()`, the modules that `tower.run` takes by name, `predictor` and `learnt`,
-    and `check_tower(tower)`, which raises ValueError where they were made for another tower.
+    A method with weights also has `weights()`, which returns the modules that `tower.run` takes by name, `predictor`
+    and `learnt`, and `check_tower(tower)`, which raises ValueError if they were made for another tower.
     """
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
-        """The plan for `blocks` blocks that `tokens` tokens enter, the first `prefix` of which no step may touch."""
+        """The plan for a tower of `blocks` blocks and `tokens` input tokens.
+
+        No step may touch the first `prefix` tokens.
+        """
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Every token kept: the tower's own result, computed without its waste.
+    """No reduction: the output of the host tower, computed faster.
 
-    Exact up to rounding: packed query, key and value projection, and the last block's query, projection and MLP for
-    the CLS row alone where only CLS is pooled.
+    Exact up to rounding. Query, key and value come from one packed projection. If only CLS is pooled, the last block
+    computes its query, projection and MLP for the CLS row alone.
     """
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
@@ -70,21 +78,21 @@ class Dense:
 
 @dataclass(frozen=True)
 class EViT:
-    """Keep the patches CLS attends to most; the others become one token, weighted by that attention.
+    """Keep the patches that CLS attends to most; fuse the others into one token, weighted by that attention.
 
     Args:
-        keep: share of the patches kept in each named block, in (0, 1].
+        keep: share of the patches to keep in each pruning block, in (0, 1].
         blocks: zero-based blocks that prune; None is (3, 6, 9) on towers of ten blocks or more, and a quarter, half
             and three quarters of the depth on shallower ones.
-        fuse: add the token Σ aᵢxᵢ of the patches not kept, a the head-mean CLS attention, not renormalised.
+        fuse: append the token Σ aᵢxᵢ over the patches not kept, a the head-mean CLS attention, not renormalised.
         score: "cls", or "random": one fixed subset per block and seed for all images, for comparison. Its fused
-            token weighs the patches by the random scores, which add up to one over all patches.
-        seed: of the random subsets.
-        multiple: keep as many more patches as make the tokens left a multiple of this, where there are as many: counts
-            such as 8 or 16 suit some matrix units. 1 is the published schedule.
+            token weights the patches by the random scores, which sum to one over all patches.
+        seed: seed of the random subsets.
+        multiple: round the number of kept patches up so that the remaining token count is a multiple of this, if
+            enough patches exist. Multiples such as 8 or 16 suit some matrix units. 1 is the published schedule.
     Raises:
-        ValueError: keep outside (0, 1], an unknown score, a multiple below 1, or, from `plan`, a block the tower does
-            not have.
+        ValueError: keep outside (0, 1], an unknown score, a multiple below 1, or, from `plan`, a block that the tower
+            does not have.
     Source: EViT, arXiv 2202.07800, section 3.2.
     """
 
@@ -102,43 +110,44 @@ class EViT:
             raise ValueError(f'score must be "cls" or "random", got {self.score!r}')
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a non-negative int, got {self.seed!r}")
-        object.__setattr__(self, "blocks", _checked_blocks(self.blocks))
+        object.__setattr__(self, "blocks", _normalize_blocks(self.blocks))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         entry = tokens
         steps: list[Step | None] = [None] * blocks
         for block in resolve_blocks(self.blocks, blocks):
             patches = tokens - prefix
-            keep = _rounded(math.ceil(self.keep * patches), prefix + self.fuse, patches - 1, self.multiple)
+            keep = _round_up(math.ceil(self.keep * patches), prefix + self.fuse, patches - 1, self.multiple)
             if keep == patches:
                 continue
-            ranked = self.score == "cls"
-            step = Prune(keep, self.fuse) if ranked else Prune(keep, self.fuse, None, self.seed * blocks + block)
+            by_cls = self.score == "cls"
+            step = Prune(keep, self.fuse) if by_cls else Prune(keep, self.fuse, None, self.seed * blocks + block)
             steps[block], tokens = step, step.leaves(tokens, prefix)
         return Plan(tuple(steps), entry, prefix)
 
 
 @dataclass(frozen=True)
 class TCA:
-    """Keep the patches CLS attends to most, merge the next ones around a few centres, fuse the others into one token.
+    """Keep the patches that CLS attends to most, merge the next ones around a few centres, fuse the others.
 
-    Of P patches a block drops m = P + 1 - ⌈(1-rate)·P⌉ twice: P + 1 - 3m are kept, 2m merge into `centers` tokens,
-    m - 1 become the token Σ aᵢxᵢ, a the head-mean CLS attention. `ck.Reservoir` is the method's other half.
+    With m = P + 1 - ⌈(1-rate)·P⌉, a block of P patches keeps P + 1 - 3m, merges 2m into `centers` tokens and fuses
+    m - 1 into one token, Σ aᵢxᵢ, a the head-mean CLS attention. `ck.Reservoir` is the method's test-time-adaptation
+    head.
 
     Args:
         rate: r in [0, 1). The paper's "R=0.9" is 0.035, its "R=0.7" is 0.1; 0 keeps everything.
         blocks: zero-based blocks that condense; None as in `EViT`.
-        centers: tokens that the merging patches become; the paper has 2, its released code 4.
-        score: "rank", the mean over heads of the place a patch has in each, as the paper describes, or "attention",
-            the mean of the heads' CLS attention, as its released code computes. Towers that do not pool CLS alone
-            rank by the attention received, which is a mean already: there the two are one.
-        seed: of the first centre, another place among the merging patches for each block but the same for all images;
-            None is the highest score.
-        multiple: as in `EViT`; the patches that are kept more are not fused.
+        centers: number of tokens that the merging patches become; the paper has 2, its released code 4.
+        score: "rank", the mean over heads of a patch's rank in each head, as the paper describes, or "attention", the
+            mean over heads of the CLS attention, as its released code computes. Towers that do not pool CLS alone
+            rank by the attention received. That is already a mean over heads, so both scores give the same order.
+        seed: seed of the first centre, which is one of the merging patches. Its place differs between blocks and is
+            the same for all images. None starts at the highest score.
+        multiple: as in `EViT`; the additional kept patches are taken from the fused ones.
     Raises:
-        ValueError: arguments out of range, or, from `plan`, a block the tower does not have, or a rate that leaves a
-            block nothing to keep, merge or fuse, naming the block and the rates that would do.
-    Source: TCA, arXiv 2410.14729, section 3; how the patches are divided is that of its released code.
+        ValueError: an argument out of range; or, from `plan`, a block that the tower does not have, or a rate that
+            leaves a block nothing to keep, merge or fuse. The message names the block and the valid rates.
+    Source: TCA, arXiv 2410.14729, section 3; the division of the patches is that of its released code.
     """
 
     rate: float
@@ -158,7 +167,7 @@ class TCA:
             raise ValueError(f'score must be "rank" or "attention", got {self.score!r}')
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise ValueError(f"seed must be a non-negative int or None, got {self.seed!r}")
-        object.__setattr__(self, "blocks", _checked_blocks(self.blocks))
+        object.__setattr__(self, "blocks", _normalize_blocks(self.blocks))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         entry = tokens
@@ -169,26 +178,26 @@ class TCA:
             patches = tokens - prefix
             split = self._split(patches, self.rate)
             if split is None:
-                wrong = (
+                problem = (
                     f"block {block} cannot condense {patches} patches at rate {self.rate} into {self.centers} centers"
                 )
-                raise ValueError(f"{wrong}: {self._valid(entry, blocks, prefix)}")
+                raise ValueError(f"{problem}: {self._valid_rates(entry, blocks, prefix)}")
             keep, merge = split
-            keep = _rounded(keep, prefix + self.centers + 1, patches - merge - 1, self.multiple)
+            keep = _round_up(keep, prefix + self.centers + 1, patches - merge - 1, self.multiple)
             first = 0 if self.seed is None else random.Random(self.seed * blocks + block).randrange(merge)
             step = Condense(keep, merge, self.centers, "rank" if self.score == "rank" else "mean", first)
             steps[block], tokens = step, step.leaves(tokens, prefix)
         return Plan(tuple(steps), entry, prefix)
 
     def _split(self, patches: int, rate: float) -> tuple[int, int] | None:
-        """How many patches are kept and merged, None where too few would be left of either or none would go."""
+        """The numbers of patches to keep and to merge; None if either is too small or nothing would be removed."""
         n = math.ceil((1 - rate) * patches)
         m = patches + 1 - n
         fits = n - 2 * m >= 1 and 2 * m >= self.centers and m >= 2 and 3 * m > self.centers + 2
         return (n - 2 * m, 2 * m) if fits else None
 
-    def _valid(self, tokens: int, blocks: int, prefix: int) -> str:
-        """The rates, in thousandths, that every named block can take."""
+    def _valid_rates(self, tokens: int, blocks: int, prefix: int) -> str:
+        """The rates, in thousandths, that every condensing block can take, as a sentence."""
         valid = []
         for rate in (thousandth / 1000 for thousandth in range(1, 1000)):
             patches: int | None = tokens - prefix
@@ -205,14 +214,14 @@ class ToMe:
     """Merge r tokens per block, each into its most similar neighbour.
 
     Args:
-        r: an int for every block, or one int per block, padded with 0. Clamped per block to half of the tokens after
+        r: one int for all blocks, or one int per block, padded with 0. Clamped per block to half of the tokens after
             the prefix.
-        inflect: from -1 (many merges in the first blocks, none in the last) over 0 (constant) to 1; 0 where r is given
-            per block.
-        proportional: weigh keys by the size of their token in the attention of later blocks.
+        inflect: slope of the schedule, from -1 (most merges in the first block, none in the last) over 0 (constant) to
+            1 (none in the first block, most in the last). Must be 0 if r is given per block.
+        proportional: in the attention of later blocks, weight each key by the size of its token.
     Raises:
-        ValueError: a negative r, an r that is no int, an inflect outside [-1, 1] or beside an r per block, or, from
-            `plan`, more entries than the tower has blocks.
+        ValueError: a negative r, an r that is not an int, an inflect outside [-1, 1] or beside an r per block, or,
+            from `plan`, more entries than the tower has blocks.
     Source: ToMe, arXiv 2210.09461, section 3; the inflected schedule is that of its released code.
     """
 
@@ -254,19 +263,21 @@ class ToMe:
 
 @dataclass(frozen=True)
 class PatchRanking:
-    """Keep the patches that a predictor ranks highest, which has learnt what CLIP's answer can do without.
+    """Keep the patches ranked highest by a trained predictor.
+
+    The predictor has learnt which patches CLIP's embedding depends on least.
 
     Args:
-        predictor: of the tower, from `clipkernels.learn.patch_ranking.fit_predictor`.
-        keep: share of the patches kept, in (0, 1]; with 1 the predictor is not asked.
-        block: zero-based block before which the others go; None is the one that the predictor is for.
-        tokens: learnt ones that stand beside the patches in every block, from
+        predictor: a predictor for the tower, from `clipkernels.learn.patch_ranking.fit_predictor`.
+        keep: share of the patches to keep, in (0, 1]; with 1 the predictor does not run.
+        block: zero-based block before which the other patches are dropped; None is the predictor's block.
+        tokens: learnt tokens that join the patches in every block, from
             `clipkernels.learn.patch_ranking.fit_tokens`, or None.
         multiple: as in `EViT`.
     Raises:
-        ValueError: keep outside (0, 1], a block that is not the predictor's, or, from `plan`, tokens or blocks of
-            another tower than the predictor's.
-        TypeError: a predictor or tokens that are something else.
+        ValueError: keep outside (0, 1], a block that is not the predictor's, or, from `plan`, a tower whose tokens or
+            blocks differ from those that the predictor is for.
+        TypeError: predictor or tokens of a wrong type.
     Source: Patch Ranking, arXiv 2409.14607.
     """
 
@@ -288,37 +299,37 @@ class PatchRanking:
         object.__setattr__(self, "block", self.predictor.block)
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
-        block, trained = self.predictor.block, (self.predictor.tokens, self.predictor.prefix)
-        if (tokens, prefix) != trained:
+        block, sequence = self.predictor.block, (self.predictor.tokens, self.predictor.prefix)
+        if (tokens, prefix) != sequence:
             raise ValueError(
-                f"the predictor is for {trained[0]} tokens, {trained[1]} of them prefix, got {tokens} and {prefix}"
+                f"the predictor is for {sequence[0]} tokens, {sequence[1]} of them prefix, got {tokens} and {prefix}"
             )
         if block >= blocks:
             raise ValueError(f"the predictor is for block {block}, got a tower of {blocks} blocks")
         steps: list[Step | None] = [None] * blocks
         learnt = 0 if self.tokens is None else self.tokens.count
-        keep = _rounded(math.ceil(self.keep * (tokens - prefix)), prefix + learnt, tokens - prefix, self.multiple)
+        keep = _round_up(math.ceil(self.keep * (tokens - prefix)), prefix + learnt, tokens - prefix, self.multiple)
         if keep < tokens - prefix:
             steps[block] = Predict(keep, self.predictor.macs)
         return Plan(tuple(steps), tokens, prefix, learnt)
 
     def weights(self) -> dict[str, nn.Module]:
-        """Predictor and learnt tokens."""
-        found: dict[str, Any] = {"predictor": self.predictor}
-        return found | ({} if self.tokens is None else {"learnt": self.tokens})
+        """The modules of the method by name: `predictor` and, if there are learnt tokens, `learnt`."""
+        modules: dict[str, Any] = {"predictor": self.predictor}
+        return modules | ({} if self.tokens is None else {"learnt": self.tokens})
 
     def check_tower(self, tower: Tower) -> None:
-        """Raises ValueError unless predictor and learnt tokens are for this tower."""
+        """Raise ValueError unless predictor and learnt tokens are for this tower."""
         self.predictor.check_tower(tower)
         if self.tokens is not None:
             self.tokens.check_tower(tower)
 
 
 def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
-    """The zero-based blocks meant by `blocks` on a tower of `depth` blocks, ascending; None is the default schedule.
+    """The zero-based blocks of a schedule on a tower of `depth` blocks, ascending; None is the default schedule.
 
     Raises:
-        ValueError: a block the tower does not have.
+        ValueError: a block that the tower does not have.
     """
     if blocks is None:
         return (3, 6, 9) if depth >= 10 else tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
@@ -338,14 +349,13 @@ def _check_multiple(multiple: int) -> None:
         raise ValueError(f"multiple must be a positive int, got {multiple!r}")
 
 
-def _rounded(keep: int, others: int, most: int, multiple: int) -> int:
-    """The least count of `keep` or more that makes a multiple with the others; `keep` itself where that is above
-    `most`."""
-    more = keep + -(keep + others) % multiple
-    return more if more <= most else keep
+def _round_up(keep: int, others: int, most: int, multiple: int) -> int:
+    """The least count ≥ keep for which count + others is a multiple; `keep` if that exceeds `most`."""
+    count = keep + -(keep + others) % multiple
+    return count if count <= most else keep
 
 
-def _checked_blocks(blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _normalize_blocks(blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
     if isinstance(blocks, int):
         raise ValueError(f"blocks must be a tuple of ints such as (3, 6, 9), got {blocks!r}")
     return None if blocks is None else tuple(blocks)

@@ -1,7 +1,7 @@
-"""patch, unpatch, patched: give a tower a method and take it back.
+"""Patch a tower with a method, and undo it: patch, unpatch, patched.
 
-Patching swaps the class of the one module that runs the blocks for a subclass of its own type whose loop keeps all
-token state in locals. The method sits in the instance's `__dict__`, outside `state_dict` and `parameters()`.
+Patching swaps the class of the one module that runs the blocks for a subclass of its type, whose loop keeps all token
+state in local variables. The method is stored in the instance's `__dict__`, outside `state_dict` and `parameters()`.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def patch(model: Model, method: Method) -> Model:
-    """The model, its image tower now running `method`, in place; patching again replaces the method.
+    """Patch a model in place so that its image tower runs `method`, and return it. Patching again replaces the method.
 
-    While patched, a tower whose pool reads the CLS row alone, and that hands out nothing else, computes no other row in
-    its last block: read all of them with `encode_image(tokens=True)`. Where CLS alone is pooled its attention ranks the
-    patches, elsewhere what they receive of all tokens' attention. Registers and CLS are never dropped. Rotary
-    embeddings go where their patches go: a merged token has its target's place, a fused one none.
+    A patched tower whose pool reads the CLS row alone, and which returns no other token, computes no other row in its
+    last block; `encode_image(tokens=True)` computes all of them. If CLS alone is pooled, its attention ranks the
+    patches; otherwise the attention that they receive from all tokens does. Registers and CLS are never dropped. Rotary
+    embeddings follow their patches: a merged token has the position of its target, a fused token has none.
 
     Args:
-        model: a model of open_clip, transformers, timm or OpenAI's clip, its image tower, or one that holds such.
-        method: `Dense`, `EViT`, `ToMe` or anything with their `plan`. One with weights of its own, such as
-            `PatchRanking`, runs with them if they have the tower's device and dtype, else with copies, which are made
-            anew when the tower moves.
+        model: a model of open_clip, transformers, timm or OpenAI's clip, its image tower, or a module that contains
+            exactly one such tower.
+        method: `Dense`, `EViT`, `ToMe` or any object with a `plan` like theirs. The weights of a method, such as
+            `PatchRanking`, are used themselves if they have the tower's device and dtype. Otherwise copies of them are,
+            which are made again when the tower moves.
     Raises:
-        UnsupportedTower: the tower cannot be served, or its block computes something else than expected.
-        ValueError: the method does not fit the tower, or its weights were made for another.
-        TypeError: the model is no torch module, or the method has no `plan`.
-        Whatever is raised, the model is as it was.
+        UnsupportedTower: the tower is not supported, or a block does not compute what its parts do.
+        ValueError: the method does not fit the tower, or its weights were made for another tower.
+        TypeError: the model is not a torch module, or the method has no `plan`.
+        On any error the model is left unchanged.
     """
     if isinstance(method, type) or not callable(getattr(method, "plan", None)):
         raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
@@ -53,24 +54,25 @@ def patch(model: Model, method: Method) -> Model:
         check(tower)
     weights = _weights_on_device_of(method, tower.owner)
     _check_weights(plan, weights)
-    before = tower.owner.__dict__.get(SLOT)
-    if before is None:
+    previous = tower.owner.__dict__.get(SLOT)
+    if previous is None:
         verify(tower)
     try:
         _install(tower, Slot(method, weights, plan, pool_of(tower), tower.__class__, WeakModule(tower.root)))
-    except BaseException:  # no memory, most likely
+    except BaseException:  # most likely out of memory
         unpatch(model)
-        if before is not None:
-            _install(tower, before)
+        if previous is not None:
+            _install(tower, previous)
         raise
     return model
 
 
 def _install(tower: Tower, slot: Slot) -> None:
-    """Has a tower run what a slot says, its separate projections side by side."""
+    """Make a tower run the method of a slot, and pack its separate projections."""
     owner: Any = tower.owner
     if SLOT not in owner.__dict__:
-        owner.__dict__.pop("forward", None)  # its class's own, left behind by a hook, would outlive the class
+        # A hook may have left the class's own forward in the instance, where it would hide the new class's.
+        owner.__dict__.pop("forward", None)
         owner.__class__ = _subclass(owner.__class__, tower.__class__)
     owner.__dict__[SLOT] = slot
     for host in tower.blocks:
@@ -78,10 +80,10 @@ def _install(tower: Tower, slot: Slot) -> None:
 
 
 def unpatch(model: Model) -> Model:
-    """The model as it was before `patch`, bit for bit; nothing happens to an unpatched one.
+    """Undo `patch`, bit for bit, and return the model. An unpatched model is left unchanged.
 
     Raises:
-        UnsupportedTower: the model has no tower that could have been patched, or its class was swapped since.
+        UnsupportedTower: the model has no supported tower, or the tower's class or forward was replaced after patching.
     """
     tower = adapters.find_tower(model)
     owner: Any = tower.owner
@@ -99,21 +101,21 @@ def unpatch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, method: Method) -> Iterator[Model]:
-    """The model patched for the length of a `with` block; then whatever was there before, another method included."""
-    before = adapters.find_tower(model).owner.__dict__.get(SLOT)
+    """Patch the model for the length of a `with` block, then restore its previous state or method."""
+    previous = adapters.find_tower(model).owner.__dict__.get(SLOT)
     patch(model, method)
     try:
         yield model
     finally:
         unpatch(model)
-        if before is not None:
+        if previous is not None:
             tower = adapters.find_tower(model)
-            # The tower may have learnt or moved meanwhile.
-            _install(tower, before._replace(weights=_weights_on_device_of(before.method, tower.owner)))
+            # The tower may have been trained or moved meanwhile.
+            _install(tower, previous._replace(weights=_weights_on_device_of(previous.method, tower.owner)))
 
 
 def method_of(model: nn.Module) -> Method | None:
-    """The method a model is patched with, or None."""
+    """The method that a model is patched with, or None."""
     slot = adapters.find_tower(model).owner.__dict__.get(SLOT)
     return None if slot is None else slot.method
 
@@ -122,36 +124,36 @@ def tower_of(model: nn.Module) -> Tower:
     """The image tower of a model, patched or not: its sizes, blocks and parts.
 
     Raises:
-        UnsupportedTower: the tower is none that can be served; the message names what was found.
+        UnsupportedTower: the tower is not supported; the message names its type.
     """
     return adapters.find_tower(model)
 
 
 def _weights_on_device_of(method: Method, owner: nn.Module) -> dict[str, nn.Module]:
-    """The weights that come with a method, on the device and in the dtype of the blocks that an owner holds: the
-    modules themselves where they are that, else copies."""
+    """The modules of a method on the device and in the dtype of an owner's blocks: themselves, or copies if needed."""
     if not hasattr(method, "weights"):
         return {}
     like = next(parameter for parameter in owner.parameters() if parameter.ndim > 1)  # norms may be wider
-    made: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for name, module in method.weights().items():
-        there = all(p.device == like.device and p.dtype == like.dtype for p in module.parameters())
-        made[name] = module if there else copy.deepcopy(module).to(like)
-    return made
+        matches = all(p.device == like.device and p.dtype == like.dtype for p in module.parameters())
+        modules[name] = module if matches else copy.deepcopy(module).to(like)
+    return modules
 
 
 def _check_weights(plan: Plan, weights: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError unless a plan's weights are there."""
-    ranks = any(isinstance(step, Predict) for step in plan.steps)
-    for name, asked, what in (("predictor", ranks, "Predict steps"), ("learnt", plan.learnt > 0, "learnt tokens")):
-        if asked and name not in weights:
-            came = ", ".join(weights) or "none"
-            raise ValueError(f"a plan with {what} needs a method whose weights() have {name!r}, got {came}")
+    """Raise ValueError unless the modules that a plan needs are among the weights."""
+    predicts = any(isinstance(step, Predict) for step in plan.steps)
+    needs = (("predictor", predicts, "Predict steps"), ("learnt", plan.learnt > 0, "learnt tokens"))
+    for name, needed, feature in needs:
+        if needed and name not in weights:
+            actual = ", ".join(weights) or "none"
+            raise ValueError(f"a plan with {feature} needs a method whose weights() have {name!r}, got {actual}")
 
 
 @cache
 def _subclass(base: Any, tower: Any) -> Any:
-    """A subclass of a host's class that runs the patched loop, and pickles and copies as one."""
+    """A subclass of a host's class that runs the patched loop and supports pickling and copying."""
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         return _rebuild, (base, tower), self.__dict__
@@ -159,17 +161,17 @@ def _subclass(base: Any, tower: Any) -> Any:
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         base._apply(self, fn, recurse)
         slot = self.__dict__.get(SLOT)
-        if slot is not None:  # what moved or changed its dtype lies apart again
-            found = tower(slot.root.ref(), self)
-            for host in found.blocks:
-                pack(found.projections(host))
+        if slot is not None:  # parameters that moved or changed dtype are no longer packed
+            adapter = tower(slot.root.ref(), self)
+            for host in adapter.blocks:
+                pack(adapter.projections(host))
             self.__dict__[SLOT] = slot._replace(weights=_weights_on_device_of(slot.method, self))
         return self
 
     def extra_repr(self: nn.Module) -> str:
         slot = self.__dict__.get(SLOT)
-        mark = [] if slot is None else [f"clipkernels: {slot.method}"]
-        return ", ".join([*mark, *filter(None, [base.extra_repr(self)])])
+        label = [] if slot is None else [f"clipkernels: {slot.method}"]
+        return ", ".join([*label, *filter(None, [base.extra_repr(self)])])
 
     namespace = {
         "_apply": _apply,
@@ -182,7 +184,7 @@ def _subclass(base: Any, tower: Any) -> Any:
 
 
 def _rebuild(base: Any, tower: Any) -> nn.Module:
-    """An empty instance of a patched class, whose state the pickle restores."""
+    """An empty instance of a patched class; unpickling then restores its state."""
     cls = _subclass(base, tower)
     instance: nn.Module = cls.__new__(cls)
     return instance

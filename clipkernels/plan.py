@@ -1,7 +1,7 @@
-"""The plan: what happens to the tokens of every block, in integers only.
+"""The plan: one step or none per block, in integers only.
 
-A method turns (tokens, blocks) into a plan, one `Step | None` per block; execution, FLOPs and the ideal speed-up all
-read the same plan. Steps act between a block's attention and its MLP, `Predict` before its attention.
+A method turns (tokens, blocks) into a plan, one `Step | None` per block. Execution, FLOPs and the ideal speed-up all
+read the same plan. Steps run between a block's attention and its MLP, `Predict` before its attention.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ Signal = Literal["cls", "received", "keys"]
 
 @dataclass(frozen=True)
 class Prune:
-    """Keep the `keep` best patches; the others become one fused token, or go.
+    """Keep the `keep` best patches; fuse the others into one token, or drop them.
 
     Args:
-        keep: patches kept.
+        keep: number of patches to keep.
         fuse: append Σ score·patch over the patches not kept.
-        signal: what ranks the patches, the CLS row of attention or what they receive of all rows; None ranks them at
-            random, the same way for all images. A tower that does not pool CLS alone takes "received" for "cls".
-        seed: of the random ranking.
+        signal: the scores that rank the patches: "cls", the CLS row of attention; "received", the attention that they
+            receive from all rows; or None, a random order that is the same for all images. A tower that does not pool
+            CLS alone uses "received" in place of "cls".
+        seed: seed of the random order.
     """
 
     keep: int
@@ -30,31 +31,37 @@ class Prune:
     seed: int = 0
 
     def leaves(self, tokens: int, prefix: int) -> int:
+        """The number of tokens after the step, of `tokens` before it."""
         return prefix + self.keep + self.fuse
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge r tokens into their most similar neighbours; `proportional` attention weighs keys by size afterwards."""
+    """Merge r tokens into their most similar neighbours.
+
+    With `proportional`, later attention weights each key by the size of its token.
+    """
 
     r: int
     proportional: bool = True
     signal: Literal["keys"] = "keys"
 
     def leaves(self, tokens: int, prefix: int) -> int:
+        """The number of tokens after the step, of `tokens` before it."""
         return tokens - self.r
 
 
 @dataclass(frozen=True)
 class Condense:
-    """Keep the `keep` best patches, merge the next `merge` into `centers` tokens, fuse the others into one.
+    """Keep the `keep` best patches, merge the next `merge` into `centers` tokens, fuse the others into one token.
 
     Args:
-        keep: patches kept, by descending score.
-        merge: patches that merge, those that come next.
-        centers: tokens they become: K-centre greedy chooses them, each other one joins the nearest.
-        heads: how scores of several heads become one: their mean, or the mean of each head's ranks.
-        first: the place among the merging patches, in descending score, of the first centre.
+        keep: number of patches to keep, by descending score.
+        merge: number of patches to merge, those with the next highest scores.
+        centers: number of tokens that they become. K-centre greedy chooses the centres; each other patch joins the
+            nearest one.
+        heads: reduction of the scores over heads: their mean, or the mean of each head's ranks.
+        first: index of the first centre among the merging patches, in descending score.
         signal: as in `Prune`.
     """
 
@@ -66,15 +73,16 @@ class Condense:
     signal: Literal["cls", "received"] = "cls"
 
     def leaves(self, tokens: int, prefix: int) -> int:
+        """The number of tokens after the step, of `tokens` before it."""
         return prefix + self.keep + self.centers + 1
 
 
 @dataclass(frozen=True)
 class Predict:
-    """Keep the `keep` best of the patches that enter the block, as the method's predictor ranks them.
+    """Keep the `keep` patches that the method's predictor ranks highest among those entering the block.
 
     Args:
-        keep: patches kept.
+        keep: number of patches to keep.
         macs: multiply-accumulates of the predictor for one image.
     """
 
@@ -82,6 +90,7 @@ class Predict:
     macs: int = 0
 
     def leaves(self, tokens: int, prefix: int) -> int:
+        """The number of tokens after the step, of `tokens` before it."""
         return prefix + self.keep
 
 
@@ -94,11 +103,12 @@ class Plan:
 
     Args:
         steps: one entry per block.
-        entry: tokens entering the tower's first block, the prefix included.
-        prefix: leading tokens (CLS, registers) that no step touches.
-        learnt: tokens of the method's own beside them, in every block, gone after the last.
+        entry: number of tokens entering the tower's first block, the prefix included.
+        prefix: number of leading tokens (CLS, registers) that no step touches.
+        learnt: number of the method's learnt tokens, which join the others in every block and are removed after the
+            last one.
     Raises:
-        ValueError: a step that keeps or merges more than its block has.
+        ValueError: a step keeps or merges more patches than its block has.
     """
 
     steps: tuple[Step | None, ...]
@@ -119,49 +129,50 @@ class Plan:
                 0 <= step.keep <= patches - step.merge and 1 <= step.centers <= step.merge > step.first >= 0
             ):
                 raise ValueError(
-                    f"block {block} must keep and merge {patches} patches at most, into as many centers or fewer, "
-                    f"got keep={step.keep}, merge={step.merge}, centers={step.centers}, first={step.first}"
+                    f"block {block} must keep and merge {patches} patches at most, and have no more centers than "
+                    f"merged patches, got keep={step.keep}, merge={step.merge}, centers={step.centers}, "
+                    f"first={step.first}"
                 )
 
     @property
     def passes(self) -> tuple[tuple[int, int], ...]:
-        """L pairs: the tokens that each block attends with, and those that pass its MLP."""
+        """L pairs: the numbers of tokens in each block's attention and in its MLP."""
         pairs, tokens = [], self.entry
         for step in self.steps:
-            left = step.leaves(tokens, self.prefix) if step else tokens
-            attended = left if isinstance(step, Predict) else tokens
-            pairs.append((attended + self.learnt, left + self.learnt))
-            tokens = left
+            remaining = step.leaves(tokens, self.prefix) if step else tokens
+            in_attention = remaining if isinstance(step, Predict) else tokens
+            pairs.append((in_attention + self.learnt, remaining + self.learnt))
+            tokens = remaining
         return tuple(pairs)
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """L+1 counts: the tokens that each block attends with, and those leaving the last."""
+        """L+1 counts: the number of tokens in each block's attention, and after the last block."""
         passes = self.passes
-        return (*(attended for attended, _ in passes), passes[-1][1] - self.learnt if passes else self.entry)
+        return (*(in_attention for in_attention, _ in passes), passes[-1][1] - self.learnt if passes else self.entry)
 
     @property
     def merges(self) -> bool:
-        """Whether a step merges tokens, so that a row may stand for several places."""
+        """True if a step merges tokens, so that a row may stand for several patches."""
         return any(isinstance(step, (Merge, Condense)) for step in self.steps)
 
     @property
     def proportional(self) -> bool:
-        """Whether attention weighs keys by the size of their token."""
+        """True if attention weights each key by the size of its token."""
         return any(isinstance(step, Merge) and step.proportional for step in self.steps)
 
     @property
     def prunes(self) -> bool:
-        """Whether a step prunes tokens."""
+        """True if a step prunes tokens."""
         return any(isinstance(step, (Prune, Predict)) for step in self.steps)
 
     @property
     def drops(self) -> bool:
-        """Whether a step lets patches go without a token that holds them."""
+        """True if a step drops patches without fusing them into a token."""
         return any(isinstance(step, Predict) or (isinstance(step, Prune) and not step.fuse) for step in self.steps)
 
     def ranked_by(self, signal: Literal["cls", "received"]) -> Plan:
-        """The same plan with every step that ranks by attention reading this signal of it."""
+        """The same plan with this signal in every step that ranks by attention."""
         return replace(
             self,
             steps=tuple(
@@ -171,29 +182,29 @@ class Plan:
         )
 
     def gmacs(self, width: int, patch: int = 16, out: int = 512, exact: bool = False, mlp_ratio: float = 4.0) -> float:
-        """Multiply-accumulates of one image in 10⁹, counted as fvcore does (the "GFLOPs" of the papers).
+        """Multiply-accumulates for one image, in 10⁹, counted as fvcore does (the "GFLOPs" of the papers).
 
         Args:
             width: C.
             patch: side of a patch in pixels.
             out: width E of the joint embedding.
-            exact: count the last block as it runs where only CLS is pooled: keys and values for every token, the
-                query, projection and MLP for the CLS row alone.
+            exact: count the last block as it runs if only CLS is pooled: keys and values for every token, and query,
+                projection and MLP for the CLS row alone.
             mlp_ratio: hidden width of the MLP over C.
         Source: TCA, arXiv 2410.14729, whose tables this reproduces.
         """
         total = 3 * patch**2 * width * (self.entry - self.prefix) + 5 * self.entry * width + 5 * width + width * out
         total += sum(step.macs for step in self.steps if isinstance(step, Predict))
-        for block, (attended, passed) in enumerate(self.passes):
-            last = exact and block == len(self.steps) - 1
-            queries, passed = (1, 1) if last else (attended, passed)
-            total += (2 * attended + 2 * queries) * width**2 + 2 * queries * attended * width
-            total += round(2 * mlp_ratio * width) * passed * width + 5 * (attended + passed) * width
+        for block, (keys, rows) in enumerate(self.passes):
+            cls_alone = exact and block == len(self.steps) - 1
+            queries, rows = (1, 1) if cls_alone else (keys, rows)
+            total += (2 * keys + 2 * queries) * width**2 + 2 * queries * keys * width
+            total += round(2 * mlp_ratio * width) * rows * width + 5 * (keys + rows) * width
         return total / 1e9
 
     def ideal_speedup(
         self, width: int, patch: int = 16, out: int = 512, exact: bool = False, mlp_ratio: float = 4.0
     ) -> float:
-        """GMACs of the dense tower over this plan's: the speed-up if every saved operation were saved time."""
+        """GMACs of the dense tower divided by this plan's: the speed-up if time were proportional to operations."""
         dense = Plan((None,) * len(self.steps), self.entry, self.prefix)
         return dense.gmacs(width, patch, out, exact, mlp_ratio) / self.gmacs(width, patch, out, exact, mlp_ratio)

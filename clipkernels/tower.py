@@ -1,6 +1,6 @@
-"""Runs a tower's blocks under a plan, for the host's own forward and for `encode_image`.
+"""Run a tower's blocks under a plan, for the host's own forward and for `encode_image`.
 
-All state of a forward is local to it.
+All state of a forward is local to it, so that threads can share a model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ SLOT = "_clipkernels"
 
 
 class WeakModule:
-    """A module held without owning it, so that no cycle keeps a dropped model alive; it follows copies and pickles."""
+    """A weak reference to a module that survives copies and pickles.
+
+    An owner refers to its tower by it, because a cycle would keep a deleted model alive.
+    """
 
     def __init__(self, module: nn.Module | None) -> None:
         self.ref = (lambda: None) if module is None else weakref.ref(module)
@@ -38,14 +41,14 @@ class WeakModule:
 
 
 class Slot(NamedTuple):
-    """The configuration that a patched owner carries.
+    """The configuration in the `__dict__` of a patched owner.
 
-    method: what it runs.
-    weights: the modules that come with the method, by the names that `run` takes.
-    plan: for the tower's usual number of tokens.
-    reads: `pool_of` the tower when the plan was made.
+    method: the method that it runs.
+    weights: the modules of the method, by their parameter names in `run`.
+    plan: the plan for the tower's usual number of tokens.
+    reads: the tower's `pool_of` when the plan was made.
     tower: the class of the adapter.
-    root: the module around the owner.
+    root: the whole image tower, which contains the owner.
     """
 
     method: Method
@@ -61,8 +64,8 @@ class TowerInput(NamedTuple):
 
     x (B,N,C): embedded tokens.
     rope (…,P,2·D): the host's rotary table of the patches, or None.
-    visible (B,N): 1 for tokens that may be attended to and 0 for padding, or None for all 1; without steps only.
-    anchors (A,L,C): CLS tokens as they leave each block, from which blocks that condense choose; None for none.
+    visible (B,N): 1 for a token and 0 for padding, or None for all 1; allowed only without steps.
+    anchors (A,L,C): CLS tokens after each block, for blocks that condense to choose from; None for no anchors.
     """
 
     x: Tensor
@@ -74,54 +77,60 @@ class TowerInput(NamedTuple):
 class Reads(NamedTuple):
     """The parts of a forward's result that are read.
 
-    rows: leading rows of the last block that are enough, or None for all.
-    whole: merged tokens go back to the places that they stand for, because more than CLS is read.
-    track: return, after each step, the row that holds each patch, or -1.
-    path: return the CLS row that leaves every block.
-    take: return the tokens that leave these blocks, with each patch at its place (needs `track`).
+    rows: number of leading rows that the last block computes, or None for all.
+    patches: patch rows are read, so that merged tokens must be copied back to the positions of their patches.
+    track: return the row that holds each patch after each step, or -1.
+    path: return the CLS row after every block.
+    take_indices: return the tokens after these blocks, each patch at its position (needs `track`).
     """
 
     rows: int | None = None
-    whole: bool = False
+    patches: bool = False
     track: bool = False
     path: bool = False
-    take: Collection[int] = ()
+    take_indices: Collection[int] = ()
 
 
 class ForwardOutput(NamedTuple):
-    """x (B,N',C) after the last block, sources one (B,P) int64 per step, path (B,C) per block, taken (B,N,C) each."""
+    """The result of the blocks.
+
+    x (B,N',C): the tokens after the last block.
+    sources: the row (B,P) int64 that holds each patch after each step.
+    path: the CLS row (B,C) after each block.
+    intermediates: the tokens (B,N,C) after each block of `take_indices`.
+    """
 
     x: Tensor
     sources: list[Tensor]
     path: list[Tensor]
-    taken: list[Tensor]
+    intermediates: list[Tensor]
 
 
 ALL_ROWS = Reads()
-"""Every row of the last block and nothing else."""
+"""Read every row of the last block and nothing else."""
 
 
 def decide_reads(
     plan: Plan,
     *,
-    whole: bool,
+    patches: bool,
     every_row: bool = False,
     source: bool = False,
     path: bool = False,
-    take: Collection[int] = (),
+    take_indices: Collection[int] = (),
 ) -> Reads:
-    """The rows to compute and the places to track.
+    """The rows to compute and the patches to track.
 
     Args:
-        plan: of the forward.
-        whole: the pool or the caller reads more than the CLS row.
-        every_row: the caller reads any row for another reason.
-        source: the caller reads the places of the patches.
-        path: the caller reads the CLS row of every block.
-        take: the blocks whose tokens the caller reads.
+        plan: the plan of the forward.
+        patches: the pool or the caller reads the patches, each at its position.
+        every_row: the caller reads the rows of the last block as they are.
+        source: the caller reads the row that holds each patch.
+        path: the caller reads the CLS row after every block.
+        take_indices: the blocks whose tokens the caller reads.
     """
-    rows = None if whole or every_row or source or take else plan.prefix
-    return Reads(rows, whole, source or bool(take) or (plan.merges and whole), path, take)
+    rows = None if patches or every_row or source or take_indices else plan.prefix
+    return Reads(rows, patches, source or bool(take_indices) or (plan.merges and patches), path, take_indices)
 
 
 def run(
@@ -135,27 +144,27 @@ def run(
     predictor: block.Predictor | None = None,
     learnt: Callable[[], Tensor] | None = None,
 ) -> ForwardOutput:
-    """The blocks of a tower on embedded tokens.
+    """Run the blocks of a tower on embedded tokens.
 
     Args:
-        tower: whose blocks run.
+        tower: the tower.
         inputs: the tensors that enter the first block that runs.
         plan: one step or None per block, for N tokens.
         reads: the parts of the result that are read.
-        first: the block to begin with.
-        blocks: stop before this one.
-        predictor: ranks the patches for steps that ask for it.
-        learnt: gives (D,T,C), tokens for each of the first D blocks to begin with, behind the prefix; the other blocks
-            go on with what the last of these makes of them. None for none.
+        first: index of the first block that runs.
+        blocks: index of the block to stop before, or None to run all.
+        predictor: ranks the patches for `Predict` steps.
+        learnt: returns learnt tokens (D,T,C), which follow the prefix. Each of the first D blocks starts with its own;
+            the later blocks continue with the output of block D-1. None for no learnt tokens.
     """
     x, rope, visible, anchors = inputs
     prefix, last = plan.prefix + plan.learnt, len(plan.steps) - 1
-    own = () if learnt is None else learnt().unbind()
-    # A key that stands for no patch has the weight of none.
+    learnt_tokens = () if learnt is None else learnt().unbind()
+    # Padding is a token of size 0, which proportional attention gives no weight.
     state, proportional = TokenState(x, size=visible, rope=rope), plan.proportional or visible is not None
     sources: list[Tensor] = []
     path: list[Tensor] = []
-    taken: list[Tensor] = []
+    intermediates: list[Tensor] = []
     source = None
     if reads.track:
         source = torch.arange(x.shape[1] + plan.learnt, device=x.device).expand(x.shape[0], -1)
@@ -165,11 +174,11 @@ def run(
     for index in range(first, len(hosts)):
         host, step, follows = hosts[index], plan.steps[index], index + 1
         refuse(tower, host, index)
-        if index < len(own):
-            state = state._replace(x=_with_learnt(state.x, own[index], plan, bool(index)))
-        # The next block begins with what this one leaves, unless tokens come or go in between.
-        same = len(own) <= follows < len(hosts) and not isinstance(plan.steps[follows], Predict)
-        # The first block has no CLS token before it that an anchor could be compared with.
+        if index < len(learnt_tokens):
+            state = state._replace(x=_with_learnt(state.x, learnt_tokens[index], plan, bool(index)))
+        # The next block starts with this one's output unless tokens join or leave in between.
+        same = len(learnt_tokens) <= follows < len(hosts) and not isinstance(plan.steps[follows], Predict)
+        # No block precedes the first one, so it has no CLS token to compare an anchor with.
         table = anchors[:, index - 1] if anchors is not None and index and isinstance(step, Condense) else None
         options: dict[str, Any] = {
             "proportional": proportional,
@@ -185,15 +194,15 @@ def run(
         else:
             output = block.forward(parts[index], state, step, prefix, **options)
         state = output.state
-        if source is not None and output.to is not None:
-            source = torch.where(source < 0, source, output.to.gather(1, source.clamp_min(0)))
+        if source is not None and output.destination is not None:
+            source = torch.where(source < 0, source, output.destination.gather(1, source.clamp_min(0)))
             sources.append(source[:, prefix:])
         if reads.path:
             path.append(state.x[:, 0])
-        if index in reads.take:
-            taken.append(_without_learnt(unmerge(state.x, sources, prefix), plan))
+        if index in reads.take_indices:
+            intermediates.append(_without_learnt(unmerge(state.x, sources, prefix), plan))
     sources = [source - plan.learnt * (source >= 0) for source in sources] if plan.learnt else sources
-    return ForwardOutput(_without_learnt(state.x, plan), sources, path, taken)
+    return ForwardOutput(_without_learnt(state.x, plan), sources, path, intermediates)
 
 
 def run_patched(
@@ -201,41 +210,44 @@ def run_patched(
     x: Tensor,
     rope: Tensor | None = None,
     visible: Tensor | None = None,
-    take: Collection[int] = (),
+    take_indices: Collection[int] = (),
     blocks: int | None = None,
-    whole: bool = False,
+    patches: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loop of a patched owner: the tokens that its host goes on with, and those that leave the blocks in `take`.
+    """Run the blocks of a patched owner.
 
     Args:
         owner: the module that runs.
-        x: (B,N,C) entering the first block.
-        rope: the rotary table of its patches, or None.
+        x: tokens (B,N,C) entering the first block.
+        rope: the rotary table of the patches, or None.
         visible: (B,N) 0 for padding, or None.
-        take: blocks whose result is returned too, every patch at its place.
-        blocks: stop after so many.
-        whole: every row is read, whatever the pool reads.
+        take_indices: the blocks whose output is returned too.
+        blocks: number of blocks to run, or None for all.
+        patches: the caller reads the patches, even if the pool reads CLS alone.
+    Returns:
+        The tokens that the host continues with, and those after each block of `take_indices`, each patch at its
+        position.
     """
     slot = owner.__dict__[SLOT]
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
     if (x.shape[1], len(tower.blocks), pool_of(tower)) != (plan.entry, len(plan.steps), slot.reads):
-        # A loop that outlived its tower goes on with the prefix it had.
+        # An owner that outlived its tower keeps its prefix.
         plan = make_plan(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
     if visible is not None and (any(plan.steps) or plan.learnt):
         _refuse_padding(visible, plan)
         visible = None
-    # Whoever hooks the owner may read any row.
-    whole, hooked = whole or not adapters.outputs_only_cls(tower), bool(owner._forward_hooks)
-    reads = decide_reads(plan, whole=whole, every_row=hooked, take=take)
+    patches = patches or not adapters.outputs_only_cls(tower)
+    hooked = bool(owner._forward_hooks)  # a hook may read any row
+    reads = decide_reads(plan, patches=patches, every_row=hooked, take_indices=take_indices)
     output = run(tower, TowerInput(x, rope, visible), plan, reads, blocks=blocks, **slot.weights)
-    return unmerge_for_pool(output, plan, reads), output.taken
+    return unmerge_for_pool(output, plan, reads), output.intermediates
 
 
 def make_plan(method: Method, tower: Tower, tokens: int, prefix: int | None = None) -> Plan:
     """The method's plan for a tower that `tokens` tokens enter.
 
     Raises:
-        ValueError: a plan for other tokens or blocks, or one that the tower's pool cannot read.
+        ValueError: the plan is for another number of tokens or blocks, or the tower's pool cannot read its result.
     """
     depth, prefix = len(tower.blocks), tower.prefix if prefix is None else prefix
     plan = method.plan(tokens=tokens, blocks=depth, prefix=prefix)
@@ -252,17 +264,17 @@ def make_plan(method: Method, tower: Tower, tokens: int, prefix: int | None = No
 
 
 def pool_of(tower: Tower) -> tuple[bool, bool]:
-    """The parts of its result that a tower reads, on which plans depend: CLS alone is pooled, tokens are returned."""
+    """The properties of a tower's pool that plans depend on: it pools CLS alone, and the tower returns tokens."""
     return tower.pools_cls, tower.returns_tokens
 
 
 def unmerge_for_pool(output: ForwardOutput, plan: Plan, reads: Reads) -> Tensor:
-    """The tokens that are handed on: merged ones go back to their places where more than CLS is read."""
-    return unmerge(output.x, output.sources, plan.prefix) if plan.merges and reads.whole else output.x
+    """The tokens for the pool. Merged tokens are copied back to the positions of their patches if those are read."""
+    return unmerge(output.x, output.sources, plan.prefix) if plan.merges and reads.patches else output.x
 
 
 def unmerge(x: Tensor, sources: list[Tensor], prefix: int) -> Tensor:
-    """Tokens (B,N,C) with every patch back at its place: the row that holds it now, zeros where it is gone."""
+    """Tokens (B,N,C) with every patch at its position: a copy of the row that holds it, zeros if it is gone."""
     if not sources:
         return x
     source = sources[-1]
@@ -272,33 +284,34 @@ def unmerge(x: Tensor, sources: list[Tensor], prefix: int) -> Tensor:
 
 
 def refuse(tower: Tower, host: nn.Module, index: int) -> None:
-    """Raises UnsupportedTower where running a block's parts would skip something its own forward does."""
-    why = tower.unsupported_reason(host)
-    if why is not None:
-        raise UnsupportedTower(f"block {index}: {why}")
+    """Raise UnsupportedTower if a block's parts would skip something that its own forward does."""
+    reason = tower.unsupported_reason(host)
+    if reason is not None:
+        raise UnsupportedTower(f"block {index}: {reason}")
 
 
-def _with_learnt(x: Tensor, own: Tensor, plan: Plan, there: bool) -> Tensor:
-    """Tokens with learnt ones (T,C) behind the prefix, in place of those that are `there` already."""
-    patches = x[:, plan.prefix + plan.learnt if there else plan.prefix :]
-    return torch.cat([x[:, : plan.prefix], own.to(x.dtype).expand(x.shape[0], -1, -1), patches], 1)
+def _with_learnt(x: Tensor, learnt: Tensor, plan: Plan, replace: bool) -> Tensor:
+    """Tokens with learnt ones (T,C) after the prefix; with `replace`, in place of those already there."""
+    patches = x[:, plan.prefix + plan.learnt if replace else plan.prefix :]
+    return torch.cat([x[:, : plan.prefix], learnt.to(x.dtype).expand(x.shape[0], -1, -1), patches], 1)
 
 
 def _without_learnt(x: Tensor, plan: Plan) -> Tensor:
-    """Tokens without the learnt ones, if they are there: where CLS alone is computed they are not."""
+    """Tokens without the learnt ones."""
+    # A last block that computes CLS alone has no learnt tokens.
     start = plan.prefix + plan.learnt
     return torch.cat([x[:, : plan.prefix], x[:, start:]], 1) if plan.learnt and x.shape[1] >= start else x
 
 
 def _refuse_padding(visible: Tensor, plan: Plan) -> None:
-    """Raises ValueError where a mask (B,N) hides tokens, which no step may keep, or the pool will be given it again."""
+    """Raise ValueError if a mask (B,N) hides tokens, or if the plan prunes and the pool will read the mask again."""
     if torch.compiler.is_compiling() or not visible.all():
         raise ValueError(
-            "a tower that prunes or merges takes images without padding, got a mask that may hide patches: give images "
-            "that fill it, or patch with ck.Dense()"
+            "a tower that prunes or merges takes images without padding, got a mask that may hide patches: use images "
+            "that fill the mask, or patch with ck.Dense()"
         )
     if plan.prunes:
         raise ValueError(
-            "a pool that is given the mask of all patches cannot read the few that pruning leaves: merge with ck.ToMe, "
-            "ask ck.encode_image, or use transformers 5, which leaves out a mask that hides nothing"
+            "a pool with a mask for all patches cannot read the patches left by pruning: merge with ck.ToMe, call "
+            "ck.encode_image, or use transformers 5, which omits a mask that hides nothing"
         )

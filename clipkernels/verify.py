@@ -1,4 +1,4 @@
-"""Whether a tower's blocks are what their parts say: asked once, before a tower is patched."""
+"""Check, before a tower is patched, that its blocks compute what their parts compute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipkernels.tower import refuse
 
 
 def verify(tower: Tower) -> None:
-    """Raises UnsupportedTower unless each kind of block gives through its parts what its own forward gives."""
+    """Raise UnsupportedTower unless each kind of block computes the same through its parts as by its own forward."""
     for module in tower.owner.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedTower(f"expected modules in Python, got the ScriptModule {type(module).__name__}")
@@ -36,8 +36,12 @@ def verify(tower: Tower) -> None:
 
 
 def _probe(tower: Tower, host: nn.Module, index: int) -> None:
-    """Compares what a block adds to its input with what its parts add, in fp32 on random input."""
-    # Copied without hooks, so that nothing is left behind in the model, its hooks or its mode.
+    """Compare the residual of a block's own forward with that of its parts, in fp32 on random input.
+
+    Raises:
+        UnsupportedTower: the two differ, or the parts do not run.
+    """
+    # A copy without hooks, because the probe must leave the model, its hooks and its mode unchanged.
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     memo: dict[int, Any] = {id(vars(m)[name]): OrderedDict() for m in host.modules() for name in hooks}
     generator = torch.Generator().manual_seed(0)
@@ -47,30 +51,32 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
         rope = tower.rope_like(host, x.shape[1] - tower.prefix)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             expected = tower.run_block(probe, x, rope) - x
-            choose("auto", x.device, x.dtype, "attention")  # what was asked for may serve where the model goes later
-    except Exception as error:  # whatever a module that cannot be copied or run in fp32 raises
+            # A requested backend that cannot run here is only a warning: the model may move to a device where it can.
+            choose("auto", x.device, x.dtype, "attention")
+    except Exception as error:  # any error of a module that cannot be copied or run in fp32
         warnings.warn(f"block {index} could not be verified: {error}", stacklevel=4)
         return
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             parts = tower.parts(probe)
             output = block.forward(parts, TokenState(x, rope=rope), None, tower.prefix, fused=use_epilogue_kernels(x))
-            came = output.state.x - x
-    except Exception as error:  # its parts are not what they seem
+            actual = output.state.x - x
+    except Exception as error:  # the parts differ from the modules that they are named after
         raise UnsupportedTower(f"block {index}: its own forward runs, its parts do not: {error}") from error
     if not expected.isfinite().all():
         warnings.warn("the model's weights are not finite, its blocks could not be verified", stacklevel=4)
         return
-    off, scale = (came - expected).abs().max(), expected.abs().max()
-    # 2e-3 leaves room for TF32; what the block adds may be small beside x, whose rounding it then carries.
-    if off > 2e-3 * scale + 8 * torch.finfo(x.dtype).eps * x.abs().max():
+    difference, scale = (actual - expected).abs().max(), expected.abs().max()
+    # 2e-3 leaves room for TF32. A residual that is small beside x carries the rounding of x.
+    if difference > 2e-3 * scale + 8 * torch.finfo(x.dtype).eps * x.abs().max():
         raise UnsupportedTower(
-            f"block {index}: expected a plain attention block, got {type(host).__name__}, which adds something that "
-            f"differs by {off / scale:.1e} of it"
+            f"block {index}: expected a plain attention block, got {type(host).__name__}, whose residual differs from "
+            f"that of its parts by a relative {difference / scale:.1e}"
         )
 
 
 def refuse_replaced(tower: Tower) -> None:
-    """Raises UnsupportedTower where the owner's forward, which is about to be passed by, is not its class's."""
+    """Raise UnsupportedTower if the owner's forward is not its class's."""
+    # The patched loop replaces the class's forward alone and would bypass another one.
     if is_forward_replaced(tower.owner):
-        raise UnsupportedTower(f"the forward of {type(tower.owner).__name__} was replaced: patch before that")
+        raise UnsupportedTower(f"the forward of {type(tower.owner).__name__} was replaced: patch the model first")

@@ -1,4 +1,4 @@
-"""Where the parts of each library's image tower are: one module per library, imported when its models are met."""
+"""Adapters to the image towers of each library: one module per library, imported when one of its models is passed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class UnsupportedTower(ValueError):
-    """The tower cannot be served; the message names what was found. Nothing was changed."""
+    """The tower is not supported. The message names its type; the model is unchanged."""
 
 
 class Tower(Protocol):
-    """What an adapter says of a host's image tower. Every property and method reads the host as it is now."""
+    """An adapter's view of a host's image tower. Every property and method reads the host's current state."""
 
     @property
     def root(self) -> nn.Module:
@@ -22,7 +22,7 @@ class Tower(Protocol):
 
     @property
     def owner(self) -> nn.Module:
-        """The module that holds and runs the blocks: its class is swapped."""
+        """The module that holds and runs the blocks. Patching swaps its class."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -30,11 +30,11 @@ class Tower(Protocol):
 
     @property
     def prefix(self) -> int:
-        """Leading tokens that are no patches: CLS, registers."""
+        """Number of leading tokens that are not patches: CLS, registers."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens entering the first block, the prefix included."""
+        """Number of tokens entering the first block, the prefix included."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -42,7 +42,7 @@ class Tower(Protocol):
 
     @property
     def width(self) -> int:
-        """C."""
+        """Width C of the tokens."""
 
     @property
     def patch(self) -> int:
@@ -50,95 +50,99 @@ class Tower(Protocol):
 
     @property
     def out(self) -> int:
-        """E, the width of the embedding."""
+        """Width E of the embedding."""
 
     @property
     def mlp_ratio(self) -> float:
-        """Multiply-accumulates of the MLP per token over 2·C²: of two layers, the hidden width over C."""
+        """Multiply-accumulates of the MLP per token over 2·C². For two layers this is the hidden width over C."""
 
     @property
     def like(self) -> Tensor:
-        """Any tensor with the dtype and device of the tokens."""
+        """A tensor with the dtype and device of the tokens."""
 
     @property
     def has_cls(self) -> bool:
-        """Whether the first token is CLS."""
+        """True if the first token is CLS."""
 
     @property
     def pools_cls(self) -> bool:
-        """Whether the pool reads the CLS row alone; then its attention ranks, otherwise what patches receive."""
+        """True if the pool reads the CLS row alone.
+
+        Then the attention of CLS ranks the patches; otherwise the attention that they receive does.
+        """
 
     @property
     def returns_tokens(self) -> bool:
-        """Whether the host's own forward returns tokens beside the embedding."""
+        """True if the host's own forward returns tokens beside the embedding."""
 
     @property
     def pools_with_queries(self) -> bool:
-        """Whether the pool asks with several learned queries, whose answers then stand for the tokens."""
+        """True if the pool has several learned queries, whose answers `project` returns in place of the tokens."""
 
     @property
     def checkpointing(self) -> bool:
-        """Whether the host was asked to recompute activations."""
+        """True if the host recomputes activations in the backward pass."""
 
     def parts(self, host: nn.Module) -> Any:
-        """A block's parts, a `block.Parts`."""
+        """The parts of a block, a `block.Parts`."""
 
     def projections(self, host: nn.Module) -> Sequence[nn.Module]:
-        """A block's separate query, key and value projections, to be packed; none where they are one already."""
+        """A block's separate query, key and value projections, to be packed; empty if it has one projection."""
 
     def run_block(self, host: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
         """The host's own forward of one block, (B,N,C) to (B,N,C)."""
 
     def rope_like(self, host: nn.Module, patches: int) -> Tensor | None:
-        """Some rotary table (patches,2·D) such as this block takes, or None."""
+        """A rotary table (patches,2·D) for testing this block, or None if it takes none."""
 
     def unsupported_reason(self, host: nn.Module) -> str | None:
-        """Why running the parts of a block would not be what its own forward does, or None."""
+        """The reason why a block's parts would not compute what its own forward does, or None."""
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens (B,N,C) entering the first block, and the rotary table (…,P,2·D) of their patches or None."""
+        """The tokens (B,N,C) entering the first block, and the rotary table (…,P,2·D) of the patches, or None."""
 
     def pool(self, x: Tensor) -> Tensor:
-        """The embedding (B,E) the host makes of what leaves the last block (B,N,C)."""
+        """The embedding (B,E) of the tokens (B,N,C) after the last block: the host's norm, pool and projection."""
 
     def project(self, x: Tensor) -> Tensor:
-        """Every token, or every query's answer, after the host's final norm and projection, (B,N',E)."""
+        """Every token after the host's final norm and projection, (B,N',E); every query's answer if the pool has
+        several queries."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """The embedding (B,E) by the host's own forward."""
+        """The embedding (B,E), computed by the host's own forward."""
 
     @staticmethod
     def overrides(run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        """The owner's methods while patched; `run` is `tower.run_patched`."""
+        """The methods, by name, that replace the owner's own while patched; `run` is `tower.run_patched`."""
 
 
 def outputs_only_cls(tower: Tower) -> bool:
-    """Whether whoever calls a tower's own forward sees nothing of its last tokens but CLS."""
+    """Return true if the output of a tower's own forward depends on the CLS row of its last block alone."""
     return tower.pools_cls and not tower.returns_tokens
 
 
 def find_tower(model: nn.Module) -> Tower:
-    """The image tower of a model: the model itself, its image half, or the one tower somewhere inside it.
+    """The image tower of a model: the model itself, its image half, or the one tower among its submodules.
 
     Raises:
-        UnsupportedTower: there is none that can be served, or more than one; the message names what was found.
-        TypeError: the model is no torch module.
+        UnsupportedTower: the model has no supported tower, or more than one; the message names them.
+        TypeError: the model is not a torch module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module with an image tower, got {type(model).__name__}")
     tower = _find_in_library(model)
     if tower is not None:
         return tower
-    inside: dict[int, tuple[str, Tower]] = {}
+    towers: dict[int, tuple[str, Tower]] = {}
     for name, module in model.named_modules():
         tower = _find_in_library(module)
         if tower is not None:
-            inside.setdefault(id(tower.owner), (name, tower))
-    if len(inside) == 1:
-        return next(iter(inside.values()))[1]
-    if inside:
-        names = ", ".join(name for name, _ in inside.values())
-        raise UnsupportedTower(f"expected one image tower, got {len(inside)} in {type(model).__name__}: {names}")
+            towers.setdefault(id(tower.owner), (name, tower))
+    if len(towers) == 1:
+        return next(iter(towers.values()))[1]
+    if towers:
+        names = ", ".join(name for name, _ in towers.values())
+        raise UnsupportedTower(f"expected one image tower, got {len(towers)} in {type(model).__name__}: {names}")
     raise UnsupportedTower(f"expected {SUPPORTED}, got {describe(model)}")
 
 
@@ -146,17 +150,15 @@ SUPPORTED = "an image ViT of open_clip, transformers, timm or OpenAI's clip"
 
 
 def describe(model: nn.Module) -> str:
-    """The name of a model's image tower, as far as it has one."""
+    """The type of a model's image tower, or of the model itself if it has none, for messages."""
     visual = getattr(model, "visual", None) or getattr(model, "vision_model", None) or model
-    trunk = getattr(visual, "trunk", None)
-    return (
-        f"{type(visual).__name__} around timm's {type(trunk).__name__}" if trunk is not None else type(visual).__name__
-    )
+    name, trunk = type(visual).__name__, getattr(visual, "trunk", None)
+    return name if trunk is None else f"{name} around timm's {type(trunk).__name__}"
 
 
 def _find_in_library(model: Any) -> Tower | None:
-    """The tower of a module that a served library would call a model or an image tower, or None."""
-    # Whoever has a library's model has imported the library.
+    """The tower of a module that is a model or an image tower of a supported library, or None."""
+    # A library that has not been imported cannot have made the model.
     if "transformers" in sys.modules and (hasattr(model, "vision_model") or hasattr(model, "encoder")):
         from clipkernels.adapters import transformers
 
@@ -178,14 +180,14 @@ def _find_in_library(model: Any) -> Tower | None:
 
 
 class ResNet(Protocol):
-    """A tower without tokens whose attention pool can be asked at every position."""
+    """A tower without tokens, whose attention pool can be queried at every position."""
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image in pixels."""
 
     def tokens(self, images: Tensor) -> Tensor:
-        """What the pool gives for the mean position, the embedding, and every other: (B,1+P,E)."""
+        """The pool's output (B,1+P,E) for the mean position, which is the embedding, and for every other position."""
 
 
 def find_resnet(model: nn.Module) -> ResNet | None:

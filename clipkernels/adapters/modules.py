@@ -1,7 +1,7 @@
-"""What of a host's modules may be read instead of called: norms, scales, projections, MLPs.
+"""Read the weights of a host's norms, scales, projections and MLPs, instead of calling the modules.
 
-A module is read only where it is exactly what its class says: no hook, no replaced forward, no subclass of its own.
-Whatever else it is, it is called.
+A module is read only if it does exactly what its class does: it has no hook, no replaced forward, and is not a
+subclass. Any other module is called.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ACTS: dict[str, Act] = {
 
 
 def norm_of(module: nn.Module) -> Norm | None:
-    """(weight, bias, eps) of a LayerNorm that is nothing else, or None."""
+    """(weight, bias, eps) of a plain LayerNorm, or None if the module must be called."""
     if (
         not isinstance(module, nn.LayerNorm)
         or _name(module) not in ("LayerNorm", "LayerNormFp32")
@@ -39,7 +39,7 @@ def norm_of(module: nn.Module) -> Norm | None:
 
 
 def act_of(module: nn.Module) -> Act | None:
-    """The activation that a module is, or None where it must be called."""
+    """The activation function of a module, or None if the module must be called."""
     act = _ACTS.get(_name(module))
     if act is None or is_modified(module):
         return None
@@ -47,12 +47,12 @@ def act_of(module: nn.Module) -> Act | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a projection is its weight and bias alone."""
+    """Return true if a projection computes weight·x + bias and nothing else."""
     return type(module) is nn.Linear and not is_modified(module)
 
 
 def scale_of(module: nn.Module) -> tuple[bool, Tensor | None]:
-    """Whether a layer scale may be read, and its gamma, None where it is no scale at all."""
+    """True if a layer scale may be read, and its gamma, which is None for an identity."""
     name = _name(module)
     if name not in ("Identity", "LayerScale") or is_modified(module):
         return False, None
@@ -61,50 +61,53 @@ def scale_of(module: nn.Module) -> tuple[bool, Tensor | None]:
 
 
 def is_noop(module: nn.Module) -> bool:
-    """Whether a module hands on what it is given: an identity, or a dropout at rest."""
+    """Return true if a module returns its input: an identity, or an inactive dropout."""
     if is_modified(module):
         return False
     return type(module) is nn.Identity or (type(module) is nn.Dropout and (not module.training or module.p == 0))
 
 
 def is_modified(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says."""
+    """Return true if calling a module does more than its class's forward."""
     return is_forward_replaced(module) or has_hooks(module) or has_hooks(nn.modules.module, "_global_")
 
 
 def is_forward_replaced(module: nn.Module) -> bool:
-    """Whether a module's forward is not its class's."""
-    own = module.__dict__.get("forward")
-    if own is not None and getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
-        own = None  # transformers 4 leaves that behind
-    return own is not None or hasattr(module, "_hf_hook")
+    """Return true if a module's forward is not its class's."""
+    forward = module.__dict__.get("forward")
+    # transformers 4 leaves the class's own forward behind in the instance.
+    is_own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
+    return (forward is not None and not is_own) or hasattr(module, "_hf_hook")
 
 
 def has_hooks(holder: Any, start: str = "_") -> bool:
-    """Whether a module, or torch for all modules, holds hooks in attributes whose names start so."""
+    """Return true if a module, or torch for all modules, has hooks in attributes whose names start with `start`."""
     kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
     return any(getattr(holder, start + kind) for kind in kinds)
 
 
 def bypass_reason(*modules: nn.Module, harmless: Callable[[nn.Module], bool] | None = None) -> str | None:
-    """Why modules that a block's parts pass by must not be passed by, or None; `harmless` knows hooks that may be."""
+    """The reason why bypassing these modules would change behaviour, or None.
+
+    `harmless` returns true for a module whose hooks may be bypassed.
+    """
     for module in modules:
         if getattr(module, "_compiled_call_impl", None) is not None:
             return f"its {type(module).__name__} is compiled by itself: compile the whole tower instead"
         if is_forward_replaced(module):
-            return f"the forward of its {type(module).__name__} was replaced: patch before that"
+            return f"the forward of its {type(module).__name__} was replaced: patch the model first"
         if has_hooks(module) and not (harmless and harmless(module)):
             return f"its {type(module).__name__} carries a hook, which would be skipped: remove it first"
         if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
-            return f"its {type(module).__name__} has sharded parameters: patch before sharding"
+            return f"its {type(module).__name__} has sharded parameters: patch the model before sharding it"
     return None
 
 
 def refuse_mask(attn_mask: Tensor | None, is_causal: bool = False) -> None:
-    """Raises ValueError where a host's loop is called with a mask, which no tower of images needs."""
+    """Raise ValueError if a host's loop is called with a mask, which no image tower needs."""
     if attn_mask is not None or is_causal:
-        came = "is_causal=True" if attn_mask is None else f"an attn_mask of shape {tuple(attn_mask.shape)}"
-        raise ValueError(f"a patched tower takes no mask, got {came}")
+        actual = "is_causal=True" if attn_mask is None else f"an attn_mask of shape {tuple(attn_mask.shape)}"
+        raise ValueError(f"a patched tower takes no mask, got {actual}")
 
 
 def split_heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
@@ -115,7 +118,7 @@ def split_heads(packed: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
 def qkv_of(
     x: Tensor, weight: Tensor, bias: Tensor | None, heads: int, rows: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C) by one packed weight (3·A,C) and bias (3·A,) or None."""
+    """q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C) with one packed weight (3·A,C) and bias (3·A,) or None."""
     if rows is None:
         q, k, v = split_heads(linear(x, weight, bias), 3, heads)
         return q, k, v
@@ -126,7 +129,10 @@ def qkv_of(
 
 
 def project_branch(x: Tensor, projection: nn.Module, scale: Tensor | None, fused: bool) -> Branch:
-    """scale·projection(x) as a branch whose bias and scale are left to the sum where `fused` and the module allow."""
+    """scale·projection(x) as a branch.
+
+    With `fused` and a plain projection, bias and scale are left to the sum that follows.
+    """
     if fused and is_linear(projection):
         plain: Any = projection
         return Branch(linear(x, plain.weight), plain.bias, scale)
@@ -135,7 +141,7 @@ def project_branch(x: Tensor, projection: nn.Module, scale: Tensor | None, fused
 
 
 def mlp_of(x: Tensor, expand: nn.Module, act: nn.Module, contract: nn.Module, scale: Tensor | None) -> Branch | None:
-    """The branch scale·contract(act(expand(x))) with its activation as a kernel, None where a module must be called."""
+    """The branch scale·contract(act(expand(x))) with its activation as a kernel; None if a module must be called."""
     kind = act_of(act)
     if kind is None or not is_linear(expand) or not is_linear(contract):
         return None
@@ -144,12 +150,12 @@ def mlp_of(x: Tensor, expand: nn.Module, act: nn.Module, contract: nn.Module, sc
 
 
 def ratio_of(mlp: nn.Module, width: int) -> float:
-    """Multiply-accumulates of an MLP per token over 2·C², which is its hidden width over C where it has two layers."""
+    """Multiply-accumulates of an MLP per token over 2·C². For two layers this is the hidden width over C."""
     sizes = ((getattr(module, "in_features", 0), getattr(module, "out_features", 0)) for module in mlp.modules())
     return sum(rows * columns for rows, columns in sizes) / (2 * width**2)
 
 
 def _name(module: nn.Module) -> str:
-    """The name of a class that a served library defines, or the empty string."""
+    """The name of a module's class if a supported library defines it, or the empty string."""
     kind = type(module)
     return kind.__name__ if kind.__module__.split(".")[0] in _LIBRARIES else ""

@@ -1,6 +1,6 @@
 """open_clip's VisionTransformer, with `nn.MultiheadAttention` or its own `Attention`.
 
-Parts are read by attribute, never by version. The tower pools CLS, the average of the patches, or by learned queries.
+Parts are found by attribute, never by version. The tower pools CLS, the average of the patches, or by learned queries.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from clipkernels.reference import Norm
 
 
 def find(visual: Any) -> OpenCLIPTower | None:
-    """The tower of an open_clip VisionTransformer, None for anything else.
+    """The tower of an open_clip VisionTransformer; None for anything else.
 
     Raises:
-        UnsupportedTower: it has two attentional poolers.
+        UnsupportedTower: the model has two attentional poolers.
     """
-    needs = ("transformer", "_embeds", "_pool", "ln_post", "class_embedding", "positional_embedding")
-    if not all(hasattr(visual, attribute) for attribute in needs) or not hasattr(visual.transformer, "resblocks"):
+    attributes = ("transformer", "_embeds", "_pool", "ln_post", "class_embedding", "positional_embedding")
+    if not all(hasattr(visual, attribute) for attribute in attributes) or not hasattr(visual.transformer, "resblocks"):
         return None
     if getattr(visual, "attn_pool_contrastive", None) is not None:
         raise UnsupportedTower(
@@ -47,11 +47,11 @@ def find(visual: Any) -> OpenCLIPTower | None:
 
 
 class OpenCLIPTower:
-    """The parts of an open_clip VisionTransformer.
+    """The adapter of an open_clip VisionTransformer.
 
     Args:
         visual: the VisionTransformer.
-        owner: the instance of its transformer that runs, if not its own: DataParallel runs replicas.
+        owner: the transformer that runs, or None for the VisionTransformer's own; DataParallel runs replicas.
     """
 
     prefix = 1
@@ -100,7 +100,7 @@ class OpenCLIPTower:
     @property
     def pools_cls(self) -> bool:
         visual = self.visual
-        if visual is None:  # a transformer unpickled without its tower: who knows what will read it
+        if visual is None:  # a transformer unpickled without its tower, whose output may be read in any way
             return False
         return visual.attn_pool is None and visual.pool_type == "tok"
 
@@ -162,21 +162,21 @@ class OpenCLIPTower:
             stop_early: bool = False,
         ) -> tuple[Tensor, list[Tensor]]:
             refuse_mask(attn_mask)
-            take, last = feature_take_indices(len(self.resblocks), indices)
-            return run(self, x, take=take, blocks=last + 1 if stop_early else None)
+            take_indices, last = feature_take_indices(len(self.resblocks), indices)
+            return run(self, x, take_indices=take_indices, blocks=last + 1 if stop_early else None)
 
         return {"forward": forward, "forward_intermediates": forward_intermediates}
 
 
 def unsupported_reason(host: Any) -> str | None:
-    """Why a residual block with `nn.MultiheadAttention`, or open_clip's own `Attention`, cannot be served, or None."""
-    # A wrapper may pass on what it lacks, so a part counts only where the module itself holds it.
+    """The reason why a block with `nn.MultiheadAttention` or open_clip's own `Attention` is not supported, or None."""
+    # A wrapper may forward attributes to the module inside it, so a part counts only as a child of the block itself.
     if not all(part in host._modules for part in ("ln_1", "attn", "ln_2", "mlp")):
         return f"expected ln_1, attn, ln_2 and mlp, got {type(host).__name__}"
     attn: Any = host.attn
-    why = bypass_reason(host, attn, getattr(attn, "attn_drop", attn))
-    if why is not None:
-        return why
+    reason = bypass_reason(host, attn, getattr(attn, "attn_drop", attn))
+    if reason is not None:
+        return reason
     if not hasattr(attn, "in_proj_weight") or not hasattr(attn, "num_heads") or hasattr(attn, "base_layer"):
         return f"expected attention with in_proj_weight and num_heads, got {type(attn).__name__}"
     if attn.in_proj_weight is None:
@@ -214,7 +214,7 @@ class OpenCLIPBlock:
         x = self.host.ln_1(x) if normed is None else normed
         q, k, v = qkv_of(x, attn.in_proj_weight, attn.in_proj_bias, attn.num_heads, rows)
         if hasattr(attn, "ln_q"):
-            # v's dtype: the norms of open_clip's own Attention may be wider than its projections.
+            # Cast to v's dtype, because the norms of open_clip's own Attention may be wider than its projections.
             q, k = attn.ln_q(q).to(v.dtype), attn.ln_k(k).to(v.dtype)
         return q, k, v
 
@@ -225,12 +225,12 @@ class OpenCLIPBlock:
         x = out.transpose(1, 2).flatten(2)
         if not isinstance(attn, nn.MultiheadAttention):
             x = attn.out_drop(attn.out_proj(attn.ln_inner(x)))
-            return Branch(_optional(host, "ls_1", _optional(host, "ln_attn", x)))
+            return Branch(_apply_optional(host, "ls_1", _apply_optional(host, "ln_attn", x)))
         weight, bias = attn.out_proj.weight, attn.out_proj.bias
         readable, scale = _scale(host, "ls_1")
         if fused and readable:
             return Branch(linear(x, weight), bias, scale)
-        return Branch(_optional(host, "ls_1", linear(x, weight, bias)))
+        return Branch(_apply_optional(host, "ls_1", linear(x, weight, bias)))
 
     def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
         host, mlp = self.host, self.host.mlp
@@ -241,22 +241,23 @@ class OpenCLIPBlock:
             branch = mlp_of(x, expand, act, contract, scale)
             if branch is not None:
                 return branch
-        return Branch(_optional(host, "ls_2", mlp(x)))
+        return Branch(_apply_optional(host, "ls_2", mlp(x)))
 
 
 def _scale(host: Any, name: str) -> tuple[bool, Tensor | None]:
-    """Whether a block's layer scale may be read, and its gamma or None; OpenAI's blocks have none."""
+    """True if a block's layer scale may be read, and its gamma or None; OpenAI's blocks have no layer scale."""
     module = getattr(host, name, None)
     return (True, None) if module is None else scale_of(module)
 
 
-def _optional(host: Any, name: str, x: Tensor) -> Tensor:
+def _apply_optional(host: Any, name: str, x: Tensor) -> Tensor:
+    """The output of a block's module on x, or x itself if the block has no such module."""
     module = getattr(host, name, None)
     return x if module is None else module(x)
 
 
 class OpenCLIPResNet:
-    """A ModifiedResNet, whose attention pool asks with the mean position alone."""
+    """The adapter of a ModifiedResNet, whose own attention pool has the mean position as its only query."""
 
     def __init__(self, visual: Any) -> None:
         self.visual = visual

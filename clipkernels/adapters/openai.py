@@ -1,4 +1,4 @@
-"""OpenAI's own clip package, and clip-anytorch: open_clip's tower as it began.
+"""OpenAI's clip package, and clip-anytorch: the first form of open_clip's tower.
 
 It runs sequence-first, pools CLS and has no layer scale.
 """
@@ -16,15 +16,16 @@ from clipkernels.adapters.open_clip import OpenCLIPTower, unsupported_reason
 
 
 def find(visual: Any) -> OpenAITower | None:
-    """The tower of a clip VisionTransformer, None for anything else."""
-    needs = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "input_resolution")
-    if not all(hasattr(visual, attribute) for attribute in needs) or not hasattr(visual.transformer, "resblocks"):
+    """The tower of a clip VisionTransformer; None for anything else."""
+    embedding = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
+    attributes = (*embedding, "transformer", "ln_post", "input_resolution")
+    if not all(hasattr(visual, attribute) for attribute in attributes) or not hasattr(visual.transformer, "resblocks"):
         return None
     return OpenAITower(visual)
 
 
 class OpenAITower(OpenCLIPTower):
-    """The parts of a clip VisionTransformer; arguments as there."""
+    """The adapter of a clip VisionTransformer; arguments as in `OpenCLIPTower`."""
 
     returns_tokens = pools_with_queries = checkpointing = False
 
@@ -43,7 +44,8 @@ class OpenAITower(OpenCLIPTower):
 
     @property
     def pools_cls(self) -> bool:
-        return self.visual is not None  # a transformer unpickled without its tower: who knows what will read it
+        # The output of a transformer unpickled without its tower may be read in any way.
+        return self.visual is not None
 
     def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
         return host(x.transpose(0, 1)).transpose(0, 1)

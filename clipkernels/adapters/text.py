@@ -1,9 +1,10 @@
-"""Where the parts of each library's text tower are: what it makes of token ids, word by word and as a whole.
+"""Adapters to the text towers of each library: the embedding of a text, and of each of its tokens.
 
-The words of open_clip's and of transformers' models are public intermediates, which are projected here. OpenAI's clip
-and the towers of transformers that open_clip wraps hand out none: for these a few lines of the host's forward are
-retraced, of its own modules (`OpenAIText`, `WrappedText`). So is which row is pooled, where no pooled one is handed out
-(OpenAI's clip, ChineseCLIP). When a teacher is made, `verify` compares the embeddings of its tower with the host's own.
+The token states of open_clip's and of transformers' models are public intermediates, which are projected here. OpenAI's
+clip, and the transformers towers that open_clip wraps, return none. For these, a few lines of the host's forward are
+repeated with its own modules (`OpenAIText`, `WrappedText`). The choice of the pooled row is repeated too for towers
+that do not return it (OpenAI's clip, ChineseCLIP). When a teacher is made, `verify_text_tower` compares the embeddings
+of its tower with the host's own.
 """
 
 from __future__ import annotations
@@ -20,45 +21,45 @@ from clipkernels.adapters import UnsupportedTower
 
 SUPPORTED = "a text tower of open_clip, transformers or OpenAI's clip"
 Tokenizer = Callable[[list[str]], Tensor]
-"""n texts to token ids (n,T)."""
+"""A function from n texts to token ids (n,T)."""
 
 
 class Sentences(NamedTuple):
-    """What a text tower makes of token ids (B,T), nothing normalised.
+    """The output of a text tower for token ids (B,T), nothing normalised.
 
-    text (B,E): what the host's own encode_text, or get_text_features, returns.
+    text (B,E): the output of the host's own encode_text or get_text_features.
     words (B,T,E): every token after the final norm and the projection.
-    more (B,n,E): likewise tokens that the tower adds itself, such as CoCa's CLS; None where it adds none.
+    extra (B,n,E): tokens that the tower itself adds, such as CoCa's CLS, likewise; None if it adds none.
     """
 
     text: Tensor
     words: Tensor
-    more: Tensor | None = None
+    extra: Tensor | None = None
 
 
 class TextTower(Protocol):
-    """What an adapter says of a host's text tower. Everything reads the host as it is now, and writes nothing to it."""
+    """An adapter's view of a host's text tower. It reads the host's current state and never changes it."""
 
     @property
     def pools_row(self) -> bool:
-        """Whether the embedding is one of the rows, projected."""
+        """True if the embedding is one of the rows, projected."""
 
     @property
     def context(self) -> int | None:
-        """The most tokens that a text may have, None where the host does not say."""
+        """The largest number of tokens in a text, or None if the host does not define it."""
 
     def encode(self, ids: Tensor) -> Sentences:
-        """Embeddings of ids (B,T) int64 on the tower's device, and their words."""
+        """The embeddings of texts, and of their tokens, by ids (B,T) int64 on the tower's device."""
 
     def host(self, ids: Tensor) -> Tensor:
-        """The embeddings (B,E) by the host's own forward."""
+        """The embeddings (B,E), computed by the host's own forward."""
 
 
 def find_text_tower(model: nn.Module) -> TextTower:
     """The text tower of a model.
 
     Raises:
-        UnsupportedTower: it has none that can be served; the message names what was found.
+        UnsupportedTower: the model has no supported text tower; the message names its type.
     """
     if hasattr(model, "text_model") and hasattr(model, "get_text_features"):
         if not hasattr(model, "text_projection") and not hasattr(model.text_model, "head"):
@@ -75,7 +76,7 @@ def find_text_tower(model: nn.Module) -> TextTower:
 
 
 class OpenCLIPText:
-    """The text half of open_clip's CLIP, CustomTextCLIP and CoCa, by their intermediates."""
+    """The text half of open_clip's CLIP, CustomTextCLIP and CoCa, read from their intermediates."""
 
     pools_row = True
 
@@ -90,14 +91,14 @@ class OpenCLIPText:
         out = self.model.forward_intermediates(
             text=ids, text_indices=1, normalize=False, normalize_intermediates=True, text_output_extra_tokens=True
         )
-        added = out.get("text_intermediates_suffix")
-        more = None if added is None else self._projected(added[-1])
-        return Sentences(out["text_features"], self._projected(out["text_intermediates"][-1]), more)
+        suffix = out.get("text_intermediates_suffix")
+        extra = None if suffix is None else self._project(suffix[-1])
+        return Sentences(out["text_features"], self._project(out["text_intermediates"][-1]), extra)
 
     def host(self, ids: Tensor) -> Tensor:
         return self.model.encode_text(ids, normalize=False)
 
-    def _projected(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor) -> Tensor:
         projection = getattr(self.model, "text", self.model).text_projection
         if projection is None:
             return x
@@ -105,7 +106,7 @@ class OpenCLIPText:
 
 
 class WrappedText:
-    """A text tower of transformers as open_clip wraps it, with a pooler and a projection of its own; retraced."""
+    """A transformers text tower inside open_clip's wrapper, which has pooler and projection; repeats its forward."""
 
     pools_row = False
 
@@ -142,7 +143,7 @@ class TransformersText:
         text = self.model.text_model
         out = text(**self._inputs(ids))
         states, pooled = out.last_hidden_state, out.pooler_output
-        if not hasattr(self.model, "text_projection"):  # SigLIP's head has been applied to what is pooled
+        if not hasattr(self.model, "text_projection"):  # SigLIP's pooled output already includes its head
             return Sentences(pooled, text.head(states))
         project = self.model.text_projection
         return Sentences(project(states[:, 0] if pooled is None else pooled), project(states))
@@ -153,14 +154,14 @@ class TransformersText:
 
     def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
         config = self.model.text_model.config
-        # BERTs are trained with a mask of padding; CLIP looks back only, and SigLIP at its padding too.
+        # BERTs are trained with a padding mask. CLIP attends backwards only, and SigLIP attends to its padding.
         if not hasattr(config, "type_vocab_size"):
             return {"input_ids": ids}
         return {"input_ids": ids, "attention_mask": (ids != config.pad_token_id).long()}
 
 
 class OpenAIText:
-    """The text half of OpenAI's clip, which runs sequence-first and has no intermediates to give; retraced."""
+    """The text half of OpenAI's clip, which runs sequence-first and returns no intermediates; repeats its forward."""
 
     pools_row = True
 
@@ -186,37 +187,42 @@ class OpenAIText:
 
 @torch.no_grad()
 def verify_text_tower(tower: TextTower, ids: Tensor) -> int:
-    """The width E of a tower's embeddings, once it was seen that the embeddings of ids (B,T) are the host's own, and,
-    where the host pools a row, that they are among the rows.
+    """The width E of a tower's embeddings, after checking them on ids (B,T).
 
     Raises:
-        UnsupportedTower: they are not.
+        UnsupportedTower: the embeddings differ from the host's own, or the host pools a row and they are not among the
+            rows.
     """
     expected = tower.host(ids).float()
-    came = tower.encode(ids)
-    rows = came.words if came.more is None else torch.cat([came.words, came.more], 1)
+    actual = tower.encode(ids)
+    rows = actual.words if actual.extra is None else torch.cat([actual.words, actual.extra], 1)
     if not expected.isfinite().all():
         warnings.warn("the model's weights are not finite, its text tower could not be verified", stacklevel=3)
         return expected.shape[1]
     scale = expected.abs().amax(1)
     # Room for TF32, or for the rounding of products of other sizes in half precision.
-    room = max(2e-3, 8 * torch.finfo(came.text.dtype).eps) * scale
-    off = (came.text.float() - expected).abs().amax(1)
-    if not (off <= room).all():
+    tolerance = max(2e-3, 8 * torch.finfo(actual.text.dtype).eps) * scale
+    difference = (actual.text.float() - expected).abs().amax(1)
+    if not (difference <= tolerance).all():
         raise UnsupportedTower(
-            f"expected the host's own text embedding, got one that is off by {(off / scale).max():.1e}"
+            f"expected the host's own text embedding, got a relative difference of {(difference / scale).max():.1e}"
         )
-    off = (rows.float() - expected[:, None]).abs().amax(2).amin(1)
-    if tower.pools_row and not (off <= room).all():
+    difference = (rows.float() - expected[:, None]).abs().amax(2).amin(1)
+    if tower.pools_row and not (difference <= tolerance).all():
         raise UnsupportedTower(
-            f"expected one of the words to be the text's embedding, got none that comes closer than "
-            f"{(off / scale).max():.1e} of it"
+            f"expected one of the tokens to be the text's embedding, got a relative difference of at least "
+            f"{(difference / scale).max():.1e}"
         )
     return expected.shape[1]
 
 
 class Marks(NamedTuple):
-    """What a tokenizer puts around words: so many ids before them, these behind them, then padding."""
+    """The ids that a tokenizer puts around the words of a text.
+
+    start: number of ids before the words.
+    end: the ids after the words.
+    padding: the id that fills the rest.
+    """
 
     start: int
     end: tuple[int, ...]
@@ -224,46 +230,46 @@ class Marks(NamedTuple):
 
     @classmethod
     def from_ids(cls, ids: Tensor) -> Marks:
-        """The marks of a tokenizer by its ids (n,T) of no text, of a short one and of others.
+        """The marks of a tokenizer, from its ids (n,T) of the empty text, of a short text, and of other texts.
 
         Raises:
-            ValueError: it puts no padding behind a text, or nothing between the marks of one.
+            ValueError: the tokenizer puts no padding after a text, or its marks do not separate words from padding.
         """
-        empty, some = ids[0].tolist(), ids[1].tolist()
+        empty, short = ids[0].tolist(), ids[1].tolist()
         padding = empty[-1]
-        around, short = _stripped(empty, padding), _stripped(some, padding)
+        empty_marks, short_text = _strip_padding(empty, padding), _strip_padding(short, padding)
         start = 0
-        while start < len(around) and around[start] == some[start]:
+        while start < len(empty_marks) and empty_marks[start] == short[start]:
             start += 1
-        # What is behind a text grows shorter with it; what is before it is no padding.
-        if not len(around) < len(short) < len(some) or some[start] == padding:
+        # Padding after a text shrinks as the text grows, and no padding stands before it.
+        if not len(empty_marks) < len(short_text) < len(short) or short[start] == padding:
             raise ValueError(
-                f"tokenizer must put its padding behind a text, got ids {empty!r:.60} of no text and {some!r:.60} of a "
-                "short one: set its padding_side to right"
+                f"tokenizer must pad after a text, got ids {empty!r:.60} for the empty text and {short!r:.60} for a "
+                "short text: set its padding_side to right"
             )
-        marks = cls(start, tuple(around[start:]), padding)
+        marks = cls(start, tuple(empty_marks[start:]), padding)
         counts = marks.words(ids).sum(1).tolist()
         if counts[0] or not all(counts[1:]):
             raise ValueError(
-                f"tokenizer must put the same marks around each text, got {counts[0]} words of no text and "
-                f"{counts[1:]} of some, by ids {ids.tolist()!r:.200}"
+                f"tokenizer must put the same marks around each text, got {counts[0]} words in the empty text and "
+                f"{counts[1:]} in the others, from ids {ids.tolist()!r:.200}"
             )
         return marks
 
     def words(self, ids: Tensor) -> Tensor:
-        """Which of ids (B,T) are words; bool."""
+        """A mask (B,T) bool of the words among ids (B,T)."""
         place = torch.arange(ids.shape[1], device=ids.device)
-        # Padding may be a word's id too, such as CLIP's, which is that of an exclamation mark: it is what comes last.
+        # The padding id may also be a word's, as CLIP's is that of an exclamation mark: only a trailing run is padding.
         length = torch.where(ids != self.padding, place + 1, 0).amax(1)
         if self.end:
             ends = (length[:, None] - len(self.end) + place[: len(self.end)]).clamp(min=0)
-            closed = ids.gather(1, ends) == torch.tensor(self.end, device=ids.device)
-            length = length - len(self.end) * closed.all(1)
+            matches = ids.gather(1, ends) == torch.tensor(self.end, device=ids.device)
+            length = length - len(self.end) * matches.all(1)
         return (place >= self.start) & (place < length[:, None])
 
 
-def _stripped(ids: list[int], padding: int) -> list[int]:
-    """Ids without the padding at their end."""
+def _strip_padding(ids: list[int], padding: int) -> list[int]:
+    """Ids without trailing padding."""
     length = len(ids)
     while length and ids[length - 1] == padding:
         length -= 1
@@ -271,11 +277,13 @@ def _stripped(ids: list[int], padding: int) -> list[int]:
 
 
 def ids_of(tokenizer: Any, texts: list[str], context: int | None) -> Tensor:
-    """The token ids (n,T) int64 of texts. One of transformers' tokenizers, which does neither unless asked, pads behind
-    them and cuts to the length that a tower was trained with, whichever side it is set to pad.
+    """The token ids (n,T) int64 of texts.
+
+    A tokenizer of transformers is called with padding after the text and truncation, to the length that the tower was
+    trained with. By default it does neither, and pads on the side that it is set to.
 
     Raises:
-        ValueError: the tokenizer gives something else, or pads before a text and cannot be asked otherwise.
+        ValueError: the tokenizer returns something else, or pads before a text and has no option to change that.
     """
     if hasattr(tokenizer, "model_max_length"):
         length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
@@ -284,12 +292,12 @@ def ids_of(tokenizer: Any, texts: list[str], context: int | None) -> Tensor:
             options["padding_side"] = "right"
         elif getattr(tokenizer, "padding_side", "right") != "right":
             raise ValueError(
-                f"tokenizer must pad behind a text, got {type(tokenizer).__name__} that pads before it: set its "
+                f"tokenizer must pad after a text, got {type(tokenizer).__name__}, which pads before it: set its "
                 "padding_side to right"
             )
         return tokenizer(texts, return_tensors="pt", **options)["input_ids"]
     ids = tokenizer(texts)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(texts):
-        came = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"tokenizer must give ids ({len(texts)},T) of {len(texts)} texts, got {came}")
+        actual = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"tokenizer must return ids ({len(texts)},T) for {len(texts)} texts, got {actual}")
     return ids.long()

@@ -3,7 +3,8 @@
     VisionTransformer  SigLIP, SigLIP2, MobileCLIP-B and -L, ViTamin's transformer stage, DeiT, DINOv2, …
     Eva                EVA01, EVA02, PE-Core: rotary embeddings, post-norm blocks, SwiGLU
 
-The trunk itself is the owner: its own loops pass the blocks by where it recomputes activations or collects states.
+The trunk itself is the owner, because its own loops bypass a container of blocks when they recompute activations or
+collect states.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ FORWARDS = (Block.forward, EvaBlock.forward, ResPostBlock.forward, EvaBlockPostN
 
 
 def find(visual: Any) -> TimmTower | None:
-    """The tower of a TimmModel or of a timm model, None for one that is no VisionTransformer and no Eva.
+    """The tower of a TimmModel or of a timm model; None unless it is a VisionTransformer or an Eva.
 
     Raises:
-        UnsupportedTower: a variant whose own forward does more than theirs.
+        UnsupportedTower: a subclass has another forward, or each block has its own rotary embedding.
     """
     trunk = getattr(visual, "trunk", visual)
     if not isinstance(trunk, (VisionTransformer, Eva)):
@@ -52,11 +53,11 @@ def find(visual: Any) -> TimmTower | None:
 
 
 class TimmTower:
-    """The parts of a timm trunk.
+    """The adapter of a timm trunk.
 
     Args:
         visual: the trunk, or the TimmModel around it.
-        owner: the trunk that runs, if not that one: DataParallel runs replicas.
+        owner: the trunk that runs, or None for that of `visual`; DataParallel runs replicas.
     """
 
     def __init__(self, visual: Any, owner: Any = None) -> None:
@@ -147,9 +148,9 @@ class TimmTower:
         if not any(type(host).forward is forward for forward in FORWARDS):
             return f"expected the forward of a Block or an EvaBlock, got that of {type(host).__name__}"
         attn = host.attn
-        why = bypass_reason(host, attn, attn.attn_drop)
-        if why is not None:
-            return why
+        reason = bypass_reason(host, attn, attn.attn_drop)
+        if reason is not None:
+            return reason
         if not isinstance(attn, (Attention, AttentionRope, EvaAttention)):
             return f"expected Attention, AttentionRope or EvaAttention, got {type(attn).__name__}"
         if getattr(attn, "gate", None) is not None:
@@ -165,7 +166,7 @@ class TimmTower:
         return self._out(self.owner.forward_head(self.owner.norm(x)))
 
     def project(self, x: Tensor) -> Tensor:
-        # What the pool gives for each token by itself.
+        # Each token alone passes through the pool.
         trunk, x = self.owner, self.owner.norm(x)
         if isinstance(trunk.attn_pool, AttentionPoolLatent):
             x = trunk.attn_pool(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])
@@ -187,7 +188,7 @@ class TimmTower:
         def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
             refuse_mask(attn_mask, is_causal)
             x, rope = _embed(self, x)
-            return self.norm(run(self, x, rope, whole=True)[0])
+            return self.norm(run(self, x, rope, patches=True)[0])
 
         def forward_intermediates(
             self: Any,
@@ -205,22 +206,23 @@ class TimmTower:
             refuse_mask(attn_mask, is_causal)
             if output_fmt not in ("NCHW", "NLC"):
                 raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
-            take, last = feature_take_indices(len(self.blocks), indices)
+            take_indices, last = feature_take_indices(len(self.blocks), indices)
             size, prefix = x.shape[-2:], self.num_prefix_tokens
             x, rope = _embed(self, x)
-            x, taken = run(self, x, rope, take=take, blocks=last + 1 if stop_early else None, whole=True)
-            taken = [self.norm(y) if norm else y for y in taken]
-            states = [y[:, prefix:] for y in taken]
+            blocks = last + 1 if stop_early else None
+            x, intermediates = run(self, x, rope, take_indices=take_indices, blocks=blocks, patches=True)
+            intermediates = [self.norm(y) if norm else y for y in intermediates]
+            states = [y[:, prefix:] for y in intermediates]
             if output_fmt == "NCHW":
                 grid = self.patch_embed.dynamic_feat_size(size)
                 states = [y.mT.unflatten(2, grid).contiguous() for y in states]
-            leading = [y[:, :prefix] for y in taken] if return_prefix_tokens and prefix else None
+            leading = [y[:, :prefix] for y in intermediates] if return_prefix_tokens and prefix else None
             if output_dict:
-                made = {"image_intermediates": states, "image_intermediates_prefix": leading}
-                made["image_features"] = None if intermediates_only else self.norm(x)
-                return {name: value for name, value in made.items() if value is not None}
-            found = states if leading is None else list(zip(states, leading))  # noqa: B905  # old dynamo
-            return found if intermediates_only else (self.norm(x), found)
+                output = {"image_intermediates": states, "image_intermediates_prefix": leading}
+                output["image_features"] = None if intermediates_only else self.norm(x)
+                return {name: value for name, value in output.items() if value is not None}
+            outputs = states if leading is None else list(zip(states, leading))  # noqa: B905  # old dynamo
+            return outputs if intermediates_only else (self.norm(x), outputs)
 
         return {
             "forward": forward,
@@ -230,7 +232,8 @@ class TimmTower:
 
 
 def _embed(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    made = trunk._pos_embed(trunk.patch_embed(images))
-    # Eva drops patches, while training, with their rotary embeddings; VisionTransformer has none.
-    x, rope = made if isinstance(made, tuple) else (trunk.patch_drop(made), None)
+    """The tokens (B,N,C) entering the first block, and the rotary table (…,P,2·D) of the patches, or None."""
+    embedded = trunk._pos_embed(trunk.patch_embed(images))
+    # In training, Eva itself drops patches together with their rotary embeddings. VisionTransformer has none of these.
+    x, rope = embedded if isinstance(embedded, tuple) else (trunk.patch_drop(embedded), None)
     return trunk.norm_pre(x), rope

@@ -1,4 +1,4 @@
-"""The parts of timm's blocks: Block and EvaBlock, and their forms whose norms come after attention and MLP."""
+"""The parts of timm's blocks: Block and EvaBlock, and their post-norm variants."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from clipkernels.reference import Norm
 
 
 def separate_projections(attn: Any) -> Sequence[nn.Module]:
-    """The separate query, key and value projections of an attention, or none."""
+    """The separate query, key and value projections of an attention; empty if it has one projection."""
     return (attn.q_proj, attn.k_proj, attn.v_proj) if getattr(attn, "qkv", None) is None else ()
 
 
 class TimmBlock:
-    """The parts of one block; a post-norm block norms what its attention and its MLP give instead of what they take."""
+    """The parts of one block. A post-norm block applies its norms to the outputs of attention and MLP."""
 
     def __init__(self, host: Any) -> None:
         self.host = host
@@ -57,8 +57,8 @@ class TimmBlock:
         q, k, v = _project_qkv(attn, x, rows)
         q, k = attn.q_norm(q), attn.k_norm(k)
         if rope is not None:
-            # A few rows alone are none of patches.
-            q, k = (q if rows is not None else _turn(q, rope, attn)).type_as(v), _turn(k, rope, attn).type_as(v)
+            # Leading rows are not patches, so they have no position.
+            q, k = (q if rows is not None else _rotate(q, rope, attn)).type_as(v), _rotate(k, rope, attn).type_as(v)
         return q, k, v
 
     def project(self, out: Tensor, fused: bool) -> Branch:
@@ -70,15 +70,15 @@ class TimmBlock:
         if not self.post:
             x = host.norm2(x) if normed is None else normed
         readable, scale = self._scale(2)
-        at_rest = type(mlp) is Mlp and all(is_noop(module) for module in (mlp.drop1, mlp.norm, mlp.drop2))
-        if fused and readable and at_rest and not is_modified(mlp):
+        is_plain = type(mlp) is Mlp and all(is_noop(module) for module in (mlp.drop1, mlp.norm, mlp.drop2))
+        if fused and readable and is_plain and not is_modified(mlp):
             branch = mlp_of(x, mlp.fc1, mlp.act, mlp.fc2, scale)
             if branch is not None:
                 return branch
         return self._branch(2, x, mlp, None, fused=False)
 
     def _branch(self, half: int, x: Tensor, module: Any, drop: nn.Module | None, fused: bool) -> Branch:
-        """Branch 1 or 2: a module, a dropout, then layer scale or post-norm, then stochastic depth."""
+        """Branch 1 (attention) or 2 (MLP) on x: module, dropout, layer scale or post-norm, stochastic depth."""
         host = self.host
         readable, scale = self._scale(half)
         if readable and (drop is None or is_noop(drop)):
@@ -94,7 +94,7 @@ class TimmBlock:
         return Branch(getattr(host, f"drop_path{half}")(x))
 
     def _scale(self, half: int) -> tuple[bool, Tensor | None]:
-        """Whether nothing but a layer scale follows branch 1 or 2, and its gamma or None."""
+        """True if nothing but a layer scale follows branch 1 or 2, and its gamma or None."""
         host = self.host
         if self.post or not is_noop(getattr(host, f"drop_path{half}")):
             return False, None
@@ -103,7 +103,7 @@ class TimmBlock:
 
 
 def _project_qkv(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B,H,rows or N,D), k and v (B,H,N,D), from one projection or three."""
+    """q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C), from one projection or three."""
     if attn.qkv is not None:
         bias = attn.qkv.bias
         if getattr(attn, "q_bias", None) is not None:
@@ -116,9 +116,9 @@ def _project_qkv(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor
     return separate_qkv(separate_projections(attn), x, attn.num_heads, rows)
 
 
-def _turn(x: Tensor, rope: Tensor, attn: Any) -> Tensor:
-    """x (B,H,N,D) with its last P tokens, the patches, turned by their table (…,P,2·D)."""
+def _rotate(x: Tensor, rope: Tensor, attn: Any) -> Tensor:
+    """x (B,H,N,D) with its last P tokens, the patches, rotated by the rotary table (…,P,2·D)."""
     prefix = x.shape[2] - rope.shape[-2]
-    half = {"half": True} if getattr(attn, "rotate_half", False) else {}  # old timm knows no such layout
-    turned = apply_rot_embed_cat(x[:, :, prefix:], rope, **half)
-    return torch.cat([x[:, :, :prefix], turned], 2)
+    half = {"half": True} if getattr(attn, "rotate_half", False) else {}  # old timm has no such layout
+    rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, **half)
+    return torch.cat([x[:, :, :prefix], rotated], 2)

@@ -1,7 +1,8 @@
 """Hugging Face's CLIP, SigLIP, SigLIP2, ChineseCLIP, AltCLIP and MetaCLIP2 image towers, transformers 4.48 to 5.
 
-All hold `embeddings`, `encoder.layers` and `post_layernorm`; the CLIPs pool CLS, the SigLIPs by a learned query. What
-differs between versions (what a layer takes and returns, where the tower hangs) is read, never asked of a version.
+All have `embeddings`, `encoder.layers` and `post_layernorm`. The CLIPs pool CLS, the SigLIPs pool by a learned query.
+Differences between versions (a layer's arguments and result, the place of the tower in a model) are found by attribute,
+never by version.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ CAPTURE = "transformers.utils.output_capturing"
 
 
 def find(model: Any) -> TransformersTower | None:
-    """The tower of a model with an image half, or of that half, None for anything else."""
+    """The tower of a model with an image half, or of that half; None for anything else.
+
+    Raises:
+        UnsupportedTower: the tower has a class embedding but is not a CLIP.
+    """
     vision, projection = model, None
     while hasattr(vision, "vision_model"):
         projection = getattr(vision, "visual_projection", projection)
@@ -33,19 +38,19 @@ def find(model: Any) -> TransformersTower | None:
         return None
     if not hasattr(vision.encoder, "layers") or not hasattr(vision.embeddings, "position_embedding"):
         return None
-    # Those without the CLIPs' norm before the blocks have a pooling head, or none at all.
+    # Towers without CLIP's norm before the blocks have a pooling head, or no pool.
     if not hasattr(vision, "pre_layrnorm") and hasattr(vision.embeddings, "class_embedding"):
         raise UnsupportedTower(f"expected a CLIP or a SigLIP, got {type(vision).__name__}")
     return TransformersTower(vision, projection=projection)
 
 
 class TransformersTower:
-    """The parts of a vision transformer.
+    """The adapter of a vision transformer.
 
     Args:
         vision: the module with embeddings, encoder and post_layernorm.
-        owner: the encoder that runs, if not its own: DataParallel runs replicas.
-        projection: the linear layer that follows the pool, if there is one.
+        owner: the encoder that runs, or None for that of `vision`; DataParallel runs replicas.
+        projection: the linear layer that follows the pool, or None.
     """
 
     pools_with_queries = False
@@ -103,17 +108,18 @@ class TransformersTower:
 
     @property
     def checkpointing(self) -> bool:
-        asked = self.owner.gradient_checkpointing or getattr(self.owner.layers[0], "gradient_checkpointing", False)
-        return asked and self.owner.training
+        encoder = self.owner
+        enabled = encoder.gradient_checkpointing or getattr(encoder.layers[0], "gradient_checkpointing", False)
+        return enabled and encoder.training
 
     def parts(self, host: nn.Module) -> TransformersBlock:
         return TransformersBlock(host)
 
     def projections(self, host: Any) -> Sequence[nn.Module]:
-        return _separate(host.self_attn)
+        return _projections(host.self_attn)
 
     def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
-        # Some versions want every mask named; all of them take None.
+        # In some versions every mask is a required argument; all versions take None.
         masks = [name for name in inspect.signature(type(host).forward).parameters if name.endswith("mask")]
         out = host(x, **dict.fromkeys(masks))
         return out[0] if isinstance(out, tuple) else out
@@ -125,10 +131,10 @@ class TransformersTower:
         if not all(part in host._modules for part in ("layer_norm1", "self_attn", "layer_norm2", "mlp")):
             return f"expected layer_norm1, self_attn, layer_norm2 and mlp, got {type(host).__name__}"
         attn = host.self_attn
-        # transformers 5 leaves hooks behind that collect states; `forward` below feeds them.
-        why = bypass_reason(host, attn, harmless=_captured)
-        if why is not None:
-            return why
+        # transformers 5 leaves hooks behind that collect states. The patched `forward` below calls them.
+        reason = bypass_reason(host, attn, harmless=_has_only_capture_hooks)
+        if reason is not None:
+            return reason
         if not all(part in attn._modules for part in ("q_proj", "k_proj", "v_proj", "out_proj")):
             return f"expected q_proj, k_proj, v_proj and out_proj, got {type(attn).__name__}"
         if attn.scale != attn.head_dim**-0.5:
@@ -142,24 +148,24 @@ class TransformersTower:
     def pool(self, x: Tensor) -> Tensor:
         if self.pools_cls:
             return self.project(x[:, :1])[:, 0]
-        return self._projected(self._head(self.vision.post_layernorm(x)))
+        return self._project(self._head(self.vision.post_layernorm(x)))
 
     def project(self, x: Tensor) -> Tensor:
         x = self.vision.post_layernorm(x)
-        if not self.pools_cls:  # what the head gives for each token by itself
+        if not self.pools_cls:  # each token alone passes through the head
             x = self._head(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])
-        return self._projected(x)
+        return self._project(x)
 
     def encode(self, images: Tensor) -> Tensor:
         pixels, *grid = self._inputs(images).values()
-        # SigLIP2 wants a mask between the two, under a name that changed.
+        # SigLIP2 takes a mask between the two, whose name differs between versions.
         mask = [pixels.new_ones(pixels.shape[:2]).int()] if grid else []
-        return self._projected(self.vision(pixels, *mask, *grid).pooler_output)
+        return self._project(self.vision(pixels, *mask, *grid).pooler_output)
 
     def _inputs(self, images: Tensor) -> dict[str, Tensor]:
-        """What the embeddings take: images, or, for SigLIP2, their patches row by row and the grid they came from."""
+        """The arguments of the embeddings: images, or for SigLIP2 their patches in row order and the grid's size."""
         embeddings = self.vision.embeddings
-        if hasattr(embeddings, "num_patches_per_side"):  # Idefics' and SmolVLM's place patches by a mask
+        if hasattr(embeddings, "num_patches_per_side"):  # Idefics and SmolVLM position patches by a mask
             raise UnsupportedTower(f"expected embeddings that take images alone, got {type(embeddings).__name__}")
         if not isinstance(embeddings.patch_embedding, nn.Linear):
             return {"pixel_values": images}
@@ -173,7 +179,7 @@ class TransformersTower:
             raise UnsupportedTower(f"expected a pooling head, got {type(self.vision).__name__} without one")
         return self.vision.head(x)
 
-    def _projected(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor) -> Tensor:
         return x if self.projection is None else self.projection(x)
 
     @staticmethod
@@ -190,16 +196,18 @@ class TransformersTower:
         ) -> Any:
             if causal_attention_mask is not None or kwargs.get("is_causal"):
                 raise ValueError("a patched tower takes no causal mask")
-            if _asked(self, "output_attentions", output_attentions):
+            if _is_requested(self, "output_attentions", output_attentions):
                 raise ValueError("a patched tower has no attention maps to return: unpatch it for output_attentions")
             _refuse_collectors(self)
-            wanted = _asked(self, "output_hidden_states", output_hidden_states)
-            take = range(len(self.layers)) if wanted else ()
-            x, taken = run(self, inputs_embeds, visible=_visible(attention_mask), take=take)
-            states = (inputs_embeds, *taken) if wanted else None
+            collect = _is_requested(self, "output_hidden_states", output_hidden_states)
+            take_indices = range(len(self.layers)) if collect else ()
+            x, intermediates = run(
+                self, inputs_embeds, visible=_visible_keys(attention_mask), take_indices=take_indices
+            )
+            states = (inputs_embeds, *intermediates) if collect else None
             if states is not None:
                 for layer, entering, leaving in zip(self.layers, states, states[1:]):  # noqa: B905  # old dynamo
-                    for hook in filter(_captures, layer._forward_hooks.values()):
+                    for hook in filter(_is_capture_hook, layer._forward_hooks.values()):
                         hook(layer, (entering,), leaving)
             if return_dict is False:
                 return (x,) if states is None else (x, states)
@@ -208,44 +216,53 @@ class TransformersTower:
         return {"forward": forward}
 
 
-def _asked(encoder: Any, name: str, given: Any) -> bool:
-    """Whether an output was asked for, by argument or by configuration; a choice of some states counts as all."""
-    return (getattr(encoder.config, name, False) if given is None else given) not in (False, None)
+def _is_requested(encoder: Any, name: str, argument: Any) -> bool:
+    """Return true if an optional output is requested, by argument or by configuration.
+
+    A selection of hidden states counts as a request for all.
+    """
+    return (getattr(encoder.config, name, False) if argument is None else argument) not in (False, None)
 
 
 def _refuse_collectors(encoder: Any) -> None:
-    """Raises ValueError where transformers 4.5x has replaced the forward of its layers to collect their outputs."""
-    own = (layer for layer in encoder.layers if "forward" in layer.__dict__)
-    closures = [layer for layer in own if layer.forward.__globals__["__name__"] == "transformers.utils.generic"]
+    """Raise ValueError if transformers 4.5x has replaced the forward of its layers to collect their outputs."""
+    replaced = (layer for layer in encoder.layers if "forward" in layer.__dict__)
+    closures = [layer for layer in replaced if layer.forward.__globals__["__name__"] == "transformers.utils.generic"]
     if closures:
-        for layer in closures:  # an error keeps transformers from putting them back itself
+        for layer in closures:  # after an error transformers does not restore them itself
             del layer.forward
         raise ValueError(
-            "a patched tower has no hidden states for this transformers: unpatch it for output_hidden_states"
+            "a patched tower returns no hidden states with this version of transformers: unpatch it for "
+            "output_hidden_states"
         )
 
 
-def _visible(mask: Tensor | None) -> Tensor | None:
-    """Which keys (B,N) a padding mask shows, 1 or 0 in fp32, or None for all; every query must see the same ones."""
+def _visible_keys(mask: Tensor | None) -> Tensor | None:
+    """A padding mask as (B,N) fp32, 1 for a visible key and 0 for a hidden one, or None if there is no mask.
+
+    Every query must see the same keys.
+    """
     if mask is None:
         return None
     keys = mask if mask.ndim == 2 else mask[:, 0, 0]
-    # Masks that are added hold 0 where a key is seen.
+    # An additive mask is 0 for a visible key.
     return (keys == 0 if mask.is_floating_point() and mask.ndim > 2 else keys != 0).float()
 
 
-def _captures(hook: Any) -> bool:
+def _is_capture_hook(hook: Any) -> bool:
+    """Return true if a hook is one by which transformers collects outputs."""
     return getattr(hook, "__module__", None) == CAPTURE
 
 
-def _captured(module: Any) -> bool:
-    """Whether the only hooks of a module are those by which transformers collects outputs."""
+def _has_only_capture_hooks(module: Any) -> bool:
+    """Return true if a module has hooks, all of them those by which transformers collects outputs."""
     hooks = list(module._forward_hooks.values())
     others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return bool(hooks) and all(map(_captures, hooks)) and not any(others)
+    return bool(hooks) and all(map(_is_capture_hook, hooks)) and not any(others)
 
 
-def _separate(attn: Any) -> Sequence[nn.Module]:
+def _projections(attn: Any) -> Sequence[nn.Module]:
+    """The query, key and value projections of an attention."""
     return attn.q_proj, attn.k_proj, attn.v_proj
 
 
@@ -268,7 +285,7 @@ class TransformersBlock:
     ) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.host.self_attn
         x = self.host.layer_norm1(x) if normed is None else normed
-        return separate_qkv(_separate(attn), x, attn.num_heads, rows)
+        return separate_qkv(_projections(attn), x, attn.num_heads, rows)
 
     def project(self, out: Tensor, fused: bool) -> Branch:
         return project_branch(out.transpose(1, 2).flatten(2), self.host.self_attn.out_proj, None, fused)

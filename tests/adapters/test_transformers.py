@@ -90,7 +90,7 @@ def test_tuples_are_returned_to_those_who_ask_for_them():
 @torch.no_grad()
 def test_merging_keeps_the_length_of_what_is_handed_out_and_pruning_the_survivors(family):
     model, images = build(family)
-    tokens = ck.tower_of(model).tokens
+    tokens = ck.tower_of(model).num_tokens
     with ck.patched(model, ck.ToMe(8)):
         assert model(pixel_values=images).last_hidden_state.shape[1] == tokens
     with ck.patched(model, ck.EViT(0.5)):
@@ -195,7 +195,7 @@ def test_padding_is_handled_by_dense_and_refused_by_reducers():
         torch.testing.assert_close(pooled(model, full), expected, rtol=1e-4, atol=1e-4)
     with ck.patched(model, ck.EViT(0.5)):
         if transformers.__version__.startswith("4."):
-            with pytest.raises(ValueError, match="a pool that is given the mask of all patches"):
+            with pytest.raises(ValueError, match="a pool with a mask for all patches"):
                 pooled(model, full)
         else:
             expected = ck.encode_image(model, images).embedding

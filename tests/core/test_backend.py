@@ -74,7 +74,7 @@ def test_explain_gives_the_backend_and_a_reason(monkeypatch):
 
 def test_an_environment_that_asks_too_much_is_named_in_the_error(monkeypatch):
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="CLIPKERNELS_BACKEND=triton was asked for, but prune_tokens has no Triton"):
+    with pytest.raises(RuntimeError, match="CLIPKERNELS_BACKEND=triton is set, but prune_tokens has no Triton"):
         choose("auto", CUDA, kernel=False)
 
 

@@ -142,7 +142,7 @@ def test_a_model_in_half_precision_classifies(tiny: Any, tokenizer: Any, images:
         ({"classes": ["cat", 3]}, "classes must be non-empty strings, got 3"),
         ({"templates": "a {}"}, "templates must be a list of prompts, got the string 'a {}'"),
         ({"templates": []}, "templates must hold at least one prompt, got none"),
-        ({"templates": ["a {}", "a photo"]}, "templates must hold {} where the class name goes, got 'a photo'"),
+        ({"templates": ["a {}", "a photo"]}, "templates must hold {} in place of the class name, got 'a photo'"),
         ({"method": ck.EViT(0.5, blocks=(9,))}, "blocks must be ints in"),
     ],
 )

@@ -241,7 +241,7 @@ def test_a_small_branch_beside_a_large_input_is_verified_too(tiny, dtype):
     ck.unpatch(ck.patch(tiny.to(dtype), ck.Dense()))
     for block in tiny.visual.transformer.resblocks:
         block.__class__ = More
-    with pytest.raises(ck.UnsupportedTower, match="got More, which adds something that differs"):
+    with pytest.raises(ck.UnsupportedTower, match="got More, whose residual differs"):
         ck.patch(tiny, ck.Dense())
 
 
@@ -303,7 +303,7 @@ def test_a_block_whose_parts_do_not_run_is_refused_and_left_as_it_was(tiny, imag
 def test_a_backend_that_may_serve_where_the_model_goes_is_a_warning(tiny, monkeypatch):
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.warns(UserWarning, match="block 0 could not be verified: CLIPKERNELS_BACKEND=triton was asked for"):
+    with pytest.warns(UserWarning, match="block 0 could not be verified: CLIPKERNELS_BACKEND=triton is set"):
         ck.patch(tiny, ck.Dense())
 
 
