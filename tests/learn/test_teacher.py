@@ -221,14 +221,14 @@ def test_marks_and_padding_are_no_words(empty, some, row, words):
 )
 def test_a_tokenizer_that_pads_before_a_text_is_refused(empty, some):
     with pytest.raises(
-        ValueError, match=r"tokenizer must put its padding behind a text, got ids .* padding_side to right"
+        ValueError, match=r"tokenizer must pad after a text, got ids .* padding_side to right"
     ):
         text.Marks.from_ids(torch.tensor([empty, some]))
 
 
 def test_a_tokenizer_with_other_marks_for_some_texts_is_refused():
     with pytest.raises(
-        ValueError, match=r"the same marks around each text, got 0 words of no text and .*1, 0.* of some"
+        ValueError, match=r"the same marks around each text, got 0 words in the empty text and .*1, 0.* in the"
     ):
         text.Marks.from_ids(torch.tensor([[8, 9, 0, 0, 0], [8, 3, 9, 0, 0], [8, 9, 0, 0, 0]]))
 
@@ -476,8 +476,8 @@ def test_a_text_tower_that_does_something_else_than_expected_is_refused(tiny):
         def encode_text(self, text, normalize=False):
             return (1 + 0.1 * (text[:, 2:3] == 63)) * super().encode_text(text, normalize)  # of one letter
 
-    off = r"the host's own text embedding, got one that is off by 9\.1e-02"
-    for kind, match in ((Scaled, off), (Brief, off), (Gated, "none that")):
+    off = r"the host's own text embedding, got a relative difference of 9\.1e-02"
+    for kind, match in ((Scaled, off), (Brief, off), (Gated, "expected one of the tokens")):
         with pytest.raises(ck.UnsupportedTower, match=match):
             Teacher(randomized(kind(32, VISION, TEXT)), Letters())
 
@@ -524,7 +524,7 @@ def test_what_does_not_fit_is_an_error(tiny, images):
     for match, arguments in wrong.items():
         with pytest.raises(ValueError, match=match):
             teacher(*arguments)
-    with pytest.raises(ValueError, match=r"tokenizer must give ids \(3,T\) of 3 texts, got list"):
+    with pytest.raises(ValueError, match=r"tokenizer must return ids \(3,T\) for 3 texts, got list"):
         Teacher(tiny, lambda texts: [[1, 2]])
     narrow = clip()
     narrow.visual.proj = nn.Parameter(torch.randn(64, 16))
@@ -646,7 +646,7 @@ def test_a_tokenizer_of_transformers_that_pads_before_a_text_is_asked_otherwise_
         def __call__(self, texts, padding, truncation, max_length, return_tensors):
             raise AssertionError
 
-    with pytest.raises(ValueError, match="must pad behind a text, got Old that pads before it: set its padding_side"):
+    with pytest.raises(ValueError, match="must pad after a text, got Old, which pads before it: set its padding_side"):
         Teacher(model, Old())
 
 

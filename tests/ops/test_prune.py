@@ -212,7 +212,7 @@ def test_the_operator_compiles_into_one_graph(device):
             {"norm": (torch.ones(23), torch.ones(24), 1e-5)},
             r"norm's weight must be \(C,\) = \(24\) on cpu, got \(23\)",
         ),
-        ({"norm": (torch.ones(24), torch.ones(24))}, r"norm must be \(weight, bias, eps\), got 2 of them"),
+        ({"norm": (torch.ones(24), torch.ones(24))}, r"norm must be \(weight, bias, eps\), got 2 values"),
         ({"norm": (torch.ones(24), torch.ones(24), "1")}, "norm's eps must be a finite number, got '1'"),
     ],
 )

@@ -298,7 +298,7 @@ def test_the_same_images_serve_another_tower_once_they_are_encoded_again(
     found = support.generate(tiny, bundled[1], SAID, spy, tmp_path / "set", **FEW)
     assert spy.calls == [] and encoded == [8]
     torch.testing.assert_close(found.features, SupportSet.load(tmp_path / "set", tiny).features)
-    with pytest.raises(ValueError, match="got another one"):
+    with pytest.raises(ValueError, match="got another tower"):
         SupportSet.load(tmp_path / "set", bundled[0])
 
 

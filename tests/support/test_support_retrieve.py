@@ -233,7 +233,7 @@ def test_saved_features_of_another_tower_are_refused(bundled: Any, photos: Path,
     (file,) = photos.parent.glob("photos.*.safetensors")
     with torch.no_grad():
         tiny.visual.proj.add_(0.01)
-    with pytest.raises(ValueError, match=r"expected the tower of .*photos.*bundled, no tag; .* got another one"):
+    with pytest.raises(ValueError, match=r"expected the tower of .*photos.*bundled, no tag; .* got another tower"):
         support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), file)
 
 
