@@ -263,7 +263,7 @@ def test_a_saved_reservoir_goes_on_where_it_was(tmp_path):
 def test_a_reservoir_of_something_else_is_refused(tmp_path):
     encoded, text = features(10)
     head = ck.Reservoir(text)
-    with pytest.raises(ValueError, match="seen nothing cannot be saved"):
+    with pytest.raises(ValueError, match="expected a reservoir that has processed images"):
         head.save(tmp_path / "empty")
     head(encoded)
     file = tmp_path / "reservoir.safetensors"

@@ -364,7 +364,7 @@ def test_only_the_projections_are_its_state() -> None:
     ("options", "message"),
     [
         ({}, "expected the width of the student's text or visual states, got neither"),
-        ({"text": 0}, "widths must be at least one, got 12 of the teacher, text=0, visual=None"),
+        ({"text": 0}, "widths must be at least one, got teacher=12, text=0, visual=None"),
         ({"text": 4, "keep": 0}, "keep must be a number in (0, 1], got 0"),
         ({"text": 4, "keep": math.nan}, "keep must be a number in (0, 1], got nan"),
         ({"text": 4, "temperature": 0.0}, "temperature must be positive, got 0.0"),
@@ -424,5 +424,7 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> No
 
 def test_states_without_their_branch_are_named() -> None:
     distil = TargetedDistillation(E, visual=V).double()
-    with pytest.raises(ValueError, match="expected no text states, got some: make this with text= their width"):
+    with pytest.raises(
+        ValueError, match="expected no text states, got some: construct this module with text= their width"
+    ):
         distil(features(), **states(), labels=LABELS)

@@ -136,7 +136,7 @@ def test_what_is_ranked_already_is_not_ranked_again(tmp_path, monkeypatch):
     model, images, classes, labels = small()
     ranked = []
     real = golden._rank_images
-    monkeypatch.setattr(golden, "_rank", lambda *a: ranked.append(len(a[1])) or real(*a))
+    monkeypatch.setattr(golden, "_rank_images", lambda *a: ranked.append(len(a[1])) or real(*a))
     file = tmp_path / "ranks.safetensors"
     first = golden_ranking(model, images[:2], text=classes, labels=labels[:2], block=1, path=file)
     assert ranked == [2] and [path.name for path in tmp_path.iterdir()] == [file.name]
@@ -159,7 +159,7 @@ def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypat
     file = tmp_path / "ranks.safetensors"
     golden_ranking(model, images, score="feature", block=1, path=file)
     held = file.read_bytes()
-    monkeypatch.setattr(golden, "_rank", lambda *_: pytest.fail("was ranked"))
+    monkeypatch.setattr(golden, "_rank_images", lambda *_: pytest.fail("was ranked"))
     with pytest.raises(ValueError, match=r"expected rankings with the same options, got .* with block 1"):
         golden_ranking(model, images, score="feature", block=2, path=file)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypat
     by_class = tmp_path / "classes.safetensors"
     monkeypatch.undo()
     golden_ranking(model, images, score="confidence", text=classes, block=1, path=by_class)
-    monkeypatch.setattr(golden, "_rank", lambda *_: pytest.fail("was ranked"))
+    monkeypatch.setattr(golden, "_rank_images", lambda *_: pytest.fail("was ranked"))
     golden_ranking(model, images, score="confidence", text=2 * classes + 1e-9, block=1, path=by_class)
     with pytest.raises(ValueError, match=r"expected rankings with the same classes and prompts, got .*classes"):
         golden_ranking(model, images, score="confidence", text=classes.flip(0), block=1, path=by_class)
@@ -269,5 +269,7 @@ def test_what_cannot_be_ranked_is_refused(wrong, message):
 def test_a_tower_without_a_grid_is_refused():
     model, images, *_ = small()
     model.visual.positional_embedding = torch.nn.Parameter(model.visual.positional_embedding[:16])
-    with pytest.raises(ValueError, match=r"must have a grid of patches of side 8, got 15 patches of an image of \(32, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"must have a grid of patches of side 8, got 15 patches of an image of \(32, 32\)"
+    ):
         golden_ranking(model, images, score="feature")

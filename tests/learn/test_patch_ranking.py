@@ -288,7 +288,9 @@ def test_a_predictor_for_another_tower_is_refused_and_the_model_stays_as_it_was(
         ck.patch(tiny, ck.PatchRanking(RankPredictor(65, block=6)))
     with pytest.raises(ValueError, match=r"the predictor is for a tower with image size \[224, 224\], got one with \["):
         ck.patch(tiny, ck.PatchRanking(RankPredictor(65, about={"image_size": [224, 224]})))
-    with pytest.raises(ValueError, match="learnt tokens are for a tower of width 64 and at least 2 blocks, got width 128"):
+    with pytest.raises(
+        ValueError, match="learnt tokens are for a tower of width 64 and at least 2 blocks, got width 128"
+    ):
         ck.patch(tiny, ck.PatchRanking(RankPredictor(65), tokens=VisualTokens(2, 2, 64)))
     assert ck.method_of(tiny) == ck.EViT(0.5)
 

@@ -220,9 +220,7 @@ def test_marks_and_padding_are_no_words(empty, some, row, words):
     ],
 )
 def test_a_tokenizer_that_pads_before_a_text_is_refused(empty, some):
-    with pytest.raises(
-        ValueError, match=r"tokenizer must pad after a text, got ids .* padding_side to right"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer must pad after a text, got ids .* padding_side to right"):
         text.Marks.from_ids(torch.tensor([empty, some]))
 
 
@@ -262,7 +260,7 @@ def test_answers_are_joined_as_told(tiny):
     torch.testing.assert_close(kept[0], tiny.encode_text(tokenizer(["{why} is it red: no"])), rtol=1e-5, atol=1e-5)
     for join in ("{}", "{} {} {name}", "{0} {1}", "{} {!r}", "{} {:>9}", "{} {} {", "{} {} {}"):
         with pytest.raises(
-            ValueError, match=r"join must hold \{\} for the text and for the answer, and no other field"
+            ValueError, match=r"join must hold one \{\} for the text, one for the answer and no more"
         ) as e:
             Teacher(tiny, tokenizer, join=join)
         assert str(e.value).endswith(f'got "{join}"')
@@ -381,7 +379,7 @@ def test_queries_are_no_regions():
     pooled = randomized(coca(attentional_pool=True, attn_pooler_heads=2)).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     teacher = Teacher(pooled, Letters(length=15))
-    with pytest.raises(ck.UnsupportedTower, match=r"patches can be told apart, got .* queries: regions=False"):
+    with pytest.raises(ck.UnsupportedTower, match=r"outputs its patches, got .* queries: pass regions=False"):
         teacher(images)
     came = teacher(images, regions=False)
     torch.testing.assert_close(came.image, pooled.encode_image(images, normalize=False), rtol=1e-5, atol=1e-5)
@@ -506,19 +504,19 @@ def test_what_does_not_fit_is_an_error(tiny, images):
         "texts must be a list of strings, got the string 'a cat'": (None, "a cat"),
         "one text for each image, got 3 images and 2 texts": (images, ["a", "b"]),
         "expected texts with the answers, got none": (images, None, ["yes"]),
-        "answers must be a list of strings, or one for each text, got 'yes'": (None, ["a"], "yes"),
-        r"answers must be a list of strings, or one for each text, got \[\]": (None, ["a"], []),
-        "expected answers for 2 texts, got them for 1": (None, ["a", "b"], [["yes"]]),
+        "answers must be a list of strings, or one list for each text, got 'yes'": (None, ["a"], "yes"),
+        r"answers must be a list of strings, or one list for each text, got \[\]": (None, ["a"], []),
+        "expected answers for 2 texts, got answers for 1": (None, ["a", "b"], [["yes"]]),
         r"expected 2 answers for each text, got \['yes'\]": (None, ["a", "b"], [["yes", "no"], ["yes"]]),
         r"images must be \(B,3,S,S\), got list": ([images[0]],),
         "texts must be a list of strings, got 3 at 1": (None, ["a", 3]),
         "texts must be a list of strings, got None at 0": (images, [None, "a", "b"]),
         "texts must be a list of strings, got 3$": (None, 3),
-        "or one for each text, got 1 at 0": (None, ["a", "b"], [1, 2]),
-        "or one for each text, got 2 at 1": (None, ["a", "b"], [["no"], 2]),
-        "or one for each text, got 'no' at 1": (None, ["a", "b"], [["no"], "no"]),
-        "or one for each text, got 5 at 1": (None, ["a", "b"], [["no", 5], ["yes", "no"]]),
-        "or one for each text, got 7$": (None, ["a"], 7),
+        "or one list for each text, got 1 at 0": (None, ["a", "b"], [1, 2]),
+        "or one list for each text, got 2 at 1": (None, ["a", "b"], [["no"], 2]),
+        "or one list for each text, got 'no' at 1": (None, ["a", "b"], [["no"], "no"]),
+        "or one list for each text, got 5 at 1": (None, ["a", "b"], [["no", 5], ["yes", "no"]]),
+        "or one list for each text, got 7$": (None, ["a"], 7),
         r"expected answers for each text, got \[\[\], \[\]\]": (None, ["a", "b"], [[], []]),
     }
     for match, arguments in wrong.items():
@@ -529,7 +527,7 @@ def test_what_does_not_fit_is_an_error(tiny, images):
     narrow = clip()
     narrow.visual.proj = nn.Parameter(torch.randn(64, 16))
     narrow.visual.output_dim = 16
-    with pytest.raises(ValueError, match="embeddings of one width, got 16 of images and 32 of texts"):
+    with pytest.raises(ValueError, match="embeddings of one width, got 16 for images and 32 for texts"):
         Teacher(narrow, Letters())
 
 

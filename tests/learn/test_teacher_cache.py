@@ -175,7 +175,7 @@ def test_a_folder_that_is_refused_is_not_swept(tiny, images, tmp_path):
     left.write_bytes(b"half")
     os.utime(left, (0, 0))
     save_file({"image": images}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="features of a teacher alone"):
+    with pytest.raises(ValueError, match="expected a folder that holds only a teacher's features"):
         TeacherCache(tmp_path, counting(tiny))
     assert left.exists()
     (tmp_path / "a.safetensors").unlink()
@@ -291,7 +291,7 @@ def test_images_that_wait_hold_themselves_alone(tiny, images, tmp_path, monkeypa
     [
         ("visual.ln_post.bias", r"another image tower \(float32 .* instead of float32"),
         ("ln_final.bias", r"another text tower \(float32"),
-        ("heads", r"another reading of a few texts \(as by other heads, .*\): choose another folder"),
+        ("heads", r"another reading of a few texts \(other attention heads, .*\): choose another folder"),
         ("method", r"another method \(host instead of EViT\(keep=0\.5"),
         ("tokenizer", r"another tokenizer \([0-9a-f]{16} instead of [0-9a-f]{16}\): choose another folder"),
         ("dtype", r"another dtype \(float16 instead of bfloat16\)"),
@@ -381,7 +381,7 @@ def test_other_files_are_refused(tiny, images, tmp_path):
     with pytest.raises(ValueError, match=r"of a teacher alone, got .*a\.safetensors in it, of format None .*: choose"):
         TeacherCache(tmp_path, counting(tiny))
     write_tensors(tmp_path / "a.safetensors", {"image": images}, {"clipkernels": json.dumps({"format": "other"})})
-    with pytest.raises(ValueError, match="features of a teacher alone"):
+    with pytest.raises(ValueError, match="expected a folder that holds only a teacher's features"):
         TeacherCache(tmp_path, counting(tiny))
 
 
@@ -392,7 +392,7 @@ def test_features_that_are_not_finite_are_not_kept_but_those_beside_them_are(tin
     known = module.content_hash(images[1]).hex()
     for ask in (cache, lambda x: cache.add([x[:1], x[1:]])):
         with pytest.raises(
-            ValueError, match=rf"finite in float16, got others of image 1, .* \(SHA-256 {known}\), one of 1"
+            ValueError, match=rf"finite in float16, got others for image 1, .* \(SHA-256 {known}\), one of 1"
         ):
             ask(images)
     assert [len(load_file(file)["image"]) for file in tmp_path.iterdir()] == [2]
@@ -400,7 +400,7 @@ def test_features_that_are_not_finite_are_not_kept_but_those_beside_them_are(tin
     assert_rounded(
         cache(images[[2, 0]]), TeacherFeatures(*(x if x is None else x[[2, 0]] for x in expected)), torch.float16
     )
-    with pytest.raises(ValueError, match=r"others of image 2, counted from 0 .* the other 0 are kept"):
+    with pytest.raises(ValueError, match=r"others for image 2, counted from 0 .* the other 0 are stored"):
         cache(images[[0, 2, 1, 1]])
 
 
@@ -409,9 +409,9 @@ def test_a_text_whose_features_are_not_finite_is_named(tiny, tmp_path):
         tiny.text_projection.mul_(1e6)
     large = TeacherCache(tmp_path, counting(tiny))
     known = sha256(b"a").hexdigest()
-    with pytest.raises(ValueError, match=rf"finite in float16, got others of text 0, .* {known}\), one of 2 in"):
+    with pytest.raises(ValueError, match=rf"finite in float16, got others for text 0, .* {known}\), one of 2 in"):
         large.add(texts=["a", "b"])
-    with pytest.raises(ValueError, match=r"got others of the text 'a' \(SHA-256"):
+    with pytest.raises(ValueError, match=r"got others for the text 'a' \(SHA-256"):
         large(texts=["a"])
     assert not list(tmp_path.iterdir())
     assert TeacherCache(tmp_path, counting(tiny), torch.bfloat16).add(texts=["a"]) == 1
@@ -482,11 +482,11 @@ def test_what_does_not_fit_is_an_error(tiny, images, tmp_path):
     wrong = {
         r"images must be \(3,S,S\) or \(B,3,S,S\) one after .* size, got \(32, 32\)": {"images": images[0]},
         r"of one size, got \(3, 3, 16, 16\)": {"images": [images[0], images[..., :16, :16]]},
-        "one after the other, of one size, got list": {"images": [["path"]]},
-        "texts must come one after the other, got 'a cat'": {"texts": "a cat"},
-        "texts must come one after the other, got None": {"texts": None},
-        "images must come one after the other, got None": {"images": None},
-        "texts must be strings one after the other, got 3 at 1": {"texts": ["a", 3]},
+        "of one size, got list": {"images": [["path"]]},
+        "texts must be an iterable of texts, got 'a cat'": {"texts": "a cat"},
+        "texts must be an iterable of texts, got None": {"texts": None},
+        "images must be an iterable of images, got None": {"images": None},
+        "texts must be an iterable of strings, got 3 at 1": {"texts": ["a", 3]},
     }
     for match, arguments in wrong.items():
         with pytest.raises(ValueError, match=match):

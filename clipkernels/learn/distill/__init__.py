@@ -1,9 +1,9 @@
-"""CLIP-TD (arXiv 2201.05729): a student of images and text learns from a frozen CLIP, where CLIP sees what matters.
+"""CLIP-TD (arXiv 2201.05729): distill a frozen CLIP into a vision-language student, on the tokens CLIP finds relevant.
 
-Teacher                 a frozen CLIP: what it says of images and their patches, of texts, their words and answers
-TeacherCache            the same, encoded once and kept on disk
-align_words/align_grid  which of its words and patches stands for each of a student's
-TargetedDistillation    the objective, with the projections that it needs
+Teacher                 a frozen CLIP: features of images and their patches, of texts, their words and answers
+TeacherCache            the same features, encoded once and stored on disk
+align_words/align_grid  the teacher's word or patch for each of the student's
+TargetedDistillation    the objective with its projections
 """
 
 from clipkernels.learn.distill.align import align_grid, align_words

@@ -1,4 +1,4 @@
-"""Which of a teacher's tokens stands for each of a student's."""
+"""Alignment of tokens: the teacher's word or patch that corresponds to each of the student's."""
 
 from __future__ import annotations
 
@@ -16,43 +16,46 @@ OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
 BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE_BYTES} | {
     chr(256 + place): byte for place, byte in enumerate(OTHER_BYTES)
 }
-"""What byte-level BPE writes for each byte: printable Latin-1 for itself, the others from U+0100 on."""
+"""The byte of each character of byte-level BPE: printable Latin-1 stands for itself, the others start at U+0100."""
 
 
 def align_words(student_pieces: Sequence[str], teacher_pieces: Sequence[str]) -> list[int]:
-    """For each piece of a student's tokenizer the teacher's piece of the same text that covers most of it.
+    """For each piece of the student's tokenizer, the index of the teacher's piece that covers most of its characters.
 
-    Pieces are compared by their characters, without case, space and the marks of WordPiece ("##"), SentencePiece ("▁")
-    and CLIP ("</w>"). Byte-level BPE, GPT-2's and CLIP's, is decoded; a character whose bytes are cut apart belongs to
-    each piece that has some of them. Where the two differ, as where one drops accents or cuts the text, the rest is
-    matched in order.
+    Pieces are compared by their characters, without case, spaces and the marks of WordPiece ("##"), SentencePiece ("▁")
+    and CLIP ("</w>"). Byte-level BPE (GPT-2's and CLIP's) is decoded; a character whose bytes are split belongs to each
+    piece that holds one of its bytes. If the two texts differ, for example because one tokenizer drops accents or
+    truncates, the remaining characters are matched in order.
 
     Args:
         student_pieces: n strings, in the order of the text.
-        teacher_pieces: likewise, such as `Teacher.pieces` gives; "" for what is no word.
+        teacher_pieces: strings in the order of the text, such as those of `Teacher.pieces`; "" for tokens that are no
+            words.
     Returns:
-        n indices of the teacher's pieces, ties to the earlier; -1 for specials such as "[CLS]" and "<s>", and for what
-        no piece of the teacher covers.
+        n indices of the teacher's pieces, ties to the earlier one; -1 for specials such as "[CLS]" and "<s>", and for
+        pieces that no piece of the teacher covers.
     """
-    (own, owners), (other, holders) = _characters_of(student_pieces), _characters_of(teacher_pieces)
-    covers: list[Counter[int]] = [Counter() for _ in student_pieces]
-    for start, at, size in SequenceMatcher(None, own, other, autojunk=False).get_matching_blocks():
+    student_text, student_owners = _characters_of(student_pieces)
+    teacher_text, teacher_owners = _characters_of(teacher_pieces)
+    overlaps: list[Counter[int]] = [Counter() for _ in student_pieces]
+    matcher = SequenceMatcher(None, student_text, teacher_text, autojunk=False)
+    for student_start, teacher_start, size in matcher.get_matching_blocks():
         for offset in range(size):
-            for owner in owners[start + offset]:
-                covers[owner].update(holders[at + offset])
-    # The first of the largest counts is the earlier piece: characters come in the order of the text.
-    return [max(cover, key=lambda piece: cover[piece]) if cover else -1 for cover in covers]
+            for owner in student_owners[student_start + offset]:
+                overlaps[owner].update(teacher_owners[teacher_start + offset])
+    # max returns the first of equal counts, which is the earlier piece because characters are in text order.
+    return [max(overlap, key=lambda piece: overlap[piece]) if overlap else -1 for overlap in overlaps]
 
 
 def align_grid(student: tuple[int, int], teacher: tuple[int, int]) -> Tensor:
-    """For each of a student's h·w patches, row by row, the teacher's patch whose centre is nearest; (h·w,) int64.
+    """For each of the student's h·w patches, row by row, the teacher's patch with the nearest centre; (h·w,) int64.
 
     Args:
         student: h and w, rows and columns.
-        teacher: H and W, of the same image.
+        teacher: H and W, rows and columns for the same image.
     Raises:
         ValueError: a grid without patches.
-    Guarantees: ties to the upper and to the left.
+    Guarantees: ties go to the upper and to the left patch.
     """
     if min(*student, *teacher) < 1:
         raise ValueError(f"expected grids of at least one patch, got {student} and {teacher}")
@@ -64,14 +67,14 @@ def align_grid(student: tuple[int, int], teacher: tuple[int, int]) -> Tensor:
 
 
 def rows_or_zeros(x: Tensor, index: Tensor) -> Tensor:
-    """The rows (B,n,E) of x (B,N,E) at index (B,n), zeros where that is negative."""
+    """The rows (B,n,E) of x (B,N,E) at index (B,n), zeros where the index is negative."""
     x = x if x.shape[1] else x.new_zeros(len(x), 1, x.shape[2])
-    found = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
-    return found.masked_fill((index < 0)[..., None], 0)
+    rows = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
+    return rows.masked_fill((index < 0)[..., None], 0)
 
 
 def align_rows(name: str, x: Tensor | None, mask: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of x (B,N,E) at index (B,n) or (n,), and which of them are there.
+    """The rows (B,n,E) of x (B,N,E) at index (B,n) or (n,), and a mask (B,n), False for missing rows.
 
     Raises:
         ValueError: no features, or an index of another shape or dtype or out of range.
@@ -84,42 +87,41 @@ def align_rows(name: str, x: Tensor | None, mask: Tensor | None, index: Tensor) 
     if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < count:
         raise ValueError(f"{name} must be from -1 to {count - 1}, got {int(index.min())} to {int(index.max())}")
     index = index.to(x.device).expand(batch, -1)
-    there = index >= 0
+    is_aligned = index >= 0
     rows = rows_or_zeros(x, index)
-    return rows, there if mask is None else rows_or_zeros(mask[..., None], index)[..., 0]
+    return rows, is_aligned if mask is None else rows_or_zeros(mask[..., None], index)[..., 0]
 
 
 def _characters_of(pieces: Sequence[str]) -> tuple[str, list[list[int]]]:
-    """The characters of all pieces, and the pieces that each belongs to."""
-    written: list[tuple[str, int | None, int]] = []  # a character, the byte that it may stand for, its piece
+    """The normalised characters of all pieces, and for each character the pieces that it belongs to."""
+    characters: list[tuple[str, int | None, int]] = []  # a character, the byte that it may stand for, its piece
     for index, piece in enumerate(pieces):
         piece = piece.removesuffix("</w>")
         if SPECIAL.fullmatch(piece):
             continue
         piece = piece.removeprefix("##") if len(piece) > 2 else piece
         bytewise = all(character in BYTE_OF_CHARACTER for character in piece)
-        written += [(character, BYTE_OF_CHARACTER[character] if bytewise else None, index) for character in piece]
-    spelled, owners, place = "", [], 0
-    while place < len(written):
-        character, size = _decode_first([byte for _, byte, _ in written[place : place + 4]])
-        if not size:  # no byte, or no whole character: plain text, such as a WordPiece with an accent
-            character, size = written[place][0], 1
-        plain = "".join(character.replace("Ġ", "").replace("▁", "").casefold().split())
-        spelled += plain
-        owners += [sorted({piece for _, _, piece in written[place : place + size]})] * len(plain)
+        characters += [(character, BYTE_OF_CHARACTER[character] if bytewise else None, index) for character in piece]
+    text, owners, place = "", [], 0
+    while place < len(characters):
+        character, size = _decode_first([byte for _, byte, _ in characters[place : place + 4]])
+        if not size:  # no bytes of a whole character: plain text, such as a WordPiece with an accent
+            character, size = characters[place][0], 1
+        normalized = "".join(character.replace("Ġ", "").replace("▁", "").casefold().split())
+        text += normalized
+        owners += [sorted({piece for _, _, piece in characters[place : place + size]})] * len(normalized)
         place += size
-    return spelled, owners
+    return text, owners
 
 
 def _decode_first(codes: Sequence[int | None]) -> tuple[str, int]:
-    """The character that up to four bytes begin with in UTF-8, and how many of them are its own; none, and 0, where
-    they begin with none."""
+    """The first UTF-8 character of up to four bytes and its number of bytes; "" and 0 if they start with none."""
     for size in range(1, len(codes) + 1):
-        head = [code for code in codes[:size] if code is not None]
-        if len(head) < size:
+        prefix = [code for code in codes[:size] if code is not None]
+        if len(prefix) < size:
             break
         try:
-            return bytes(head).decode(), size
+            return bytes(prefix).decode(), size
         except UnicodeDecodeError:
             continue
     return "", 0

@@ -1,4 +1,4 @@
-"""What a frozen teacher says, kept on disk: encoded once, known again by its content."""
+"""A frozen teacher's features on disk: each image and text is encoded once and identified by its content."""
 
 from __future__ import annotations
 
@@ -20,38 +20,39 @@ from clipkernels.learn.distill.features import Answers, TeacherFeatures, feature
 from clipkernels.learn.distill.teacher import Teacher
 
 Progress = Callable[[str, int, int], object]
-"""Called with "image" or "text", how many came, and how many of them were encoded."""
+"""Called with "image" or "text", the number of items processed, and the number of those that were encoded."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 THREADS = min(8, os.cpu_count() or 1)
 MAX_MAPPED_FILES = 256
-"""Files that are mapped at a time: a process may map some 65,000, all libraries and tensors among them."""
+"""Limit of the files mapped at a time, because a process may hold about 65,000 maps, libraries and tensors included."""
 
 
 class TeacherCache:
-    """A teacher that sees and reads nothing twice, in a folder that several processes may use at once.
+    """A teacher that encodes nothing twice: its features are stored in a folder that several processes may share.
 
-    Each batch is on disk before the next one is encoded, in a file that is whole or not there: however a process ends,
-    it loses no more than the batch in hand. Two that encode the same at the same time both keep it, which is harmless.
-    What is looked up is read from where it lies in the files, and no file is held in memory.
+    Each batch is written atomically before the next one is encoded, so a process that is killed loses at most its
+    current batch. If two processes encode the same items at the same time, both store them, which is harmless. Features
+    are read through memory maps of the files; no file is held in memory.
 
-    `add` first what is known beforehand: it is kept in files of a batch each. What is missing in a call is kept at once
-    in files of its own, up to three a call, which are never joined: another process may be reading them.
+    `add` the items that are known beforehand: they are stored in files of one batch each. Items missing in a call are
+    stored at once in files of their own, up to three per call. These are never merged, because another process may be
+    reading them.
 
-    An image is known by the SHA-256 of its preprocessed values, its shape and its dtype, a text by that of its UTF-8.
-    What is on a GPU is copied for that: give images on the CPU, and a device. Of a text nothing is kept behind its last
-    word: there `words` are zeros, where the teacher has its end and its padding. They are as many as the teacher's; of
-    a tokenizer that pads to the longest of its batch, there may be more.
+    An image is identified by the SHA-256 of its preprocessed values, shape and dtype, a text by that of its UTF-8.
+    Images on a GPU are copied to the CPU for the hash, so pass CPU images and a device. Only tokens up to a text's last
+    word are stored; `words` is zero at end-of-text and padding positions. T is the teacher's, or larger if the tokenizer
+    pads to the longest text of its batch.
 
     Args:
-        folder: made if it is not there.
-        teacher: who says what is not there yet; it is to stay as it is, but may move, or lose precision.
-        dtype: in which features are kept: torch.float16, torch.bfloat16 or torch.float32.
-        batch_size: images that are encoded together, and kept in one file.
+        folder: created if it does not exist.
+        teacher: encodes the missing items. Its weights and method must stay the same; it may move or be cast.
+        dtype: dtype of the stored features: torch.float16, torch.bfloat16 or torch.float32.
+        batch_size: images that are encoded together and stored in one file.
     Raises:
-        ValueError: a folder with features of another teacher (image tower, text tower, method, tokenizer), or in
-            another dtype, or with safetensors files of another kind; another dtype than these.
-        OSError: the folder cannot be made or read.
+        ValueError: a folder with features of another teacher (image tower, text tower, method, tokenizer), in another
+            dtype, or with other safetensors files; another dtype than the three.
+        OSError: the folder cannot be created or read.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class TeacherCache:
         self.stamp, self.about = teacher.stamp, self._about()
         self.joined = teacher.joined
         self.files: set[str] = set()
-        self.maps: dict[Path, dict[str, Tensor]] = {}  # the least recently used first
-        self.listed = -1
-        self.places: dict[tuple[Kind, bool], dict[bytes, tuple[Path, int]]] = {
+        self.maps: dict[Path, dict[str, Tensor]] = {}  # least recently used first
+        self.folder_mtime = -1
+        self.locations: dict[tuple[Kind, bool], dict[bytes, tuple[Path, int]]] = {
             (kind, whole): {} for kind in FIELDS for whole in (False, True)
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ class TeacherCache:
 
     @property
     def width(self) -> int:
-        """E."""
+        """Width E of the embeddings."""
         return self.teacher.width
 
     def add(
@@ -94,23 +95,23 @@ class TeacherCache:
         words: bool = True,
         progress: Progress | None = None,
     ) -> int:
-        """How many images and texts were encoded: those that were not there.
+        """Encode and store the missing images and texts; return the number of those that were encoded.
 
         Args:
-            images: batches (B,3,S,S) or images (3,S,S), preprocessed, one after the other.
-            texts: strings.
-            regions: keep what the teacher says of each patch too.
-            words: keep what it says of each token too.
+            images: iterable of preprocessed batches (B,3,S,S) or images (3,S,S).
+            texts: iterable of strings.
+            regions: also store the features of each patch.
+            words: also store the features of each token.
             progress: called after each image and each text.
         Raises:
-            ValueError: images of another shape, something else than strings for texts; features that are not finite in
-                the cache's dtype, which are not kept, while the others of their batch are; a teacher that was patched
-                otherwise or has other weights than when the cache was opened.
+            ValueError: images of another shape or texts that are no strings; features that are not finite in the
+                cache's dtype, which are not stored, while the others of their batch are; a teacher whose method or
+                weights changed since the cache was opened.
             OSError: a file cannot be written.
         """
-        for name, given in (("images", images), ("texts", texts)):
-            if isinstance(given, str) or not isinstance(given, Iterable):
-                raise ValueError(f"{name} must come one after the other, got {given!r:.100}")
+        for name, items in (("images", images), ("texts", texts)):
+            if isinstance(items, str) or not isinstance(items, Iterable):
+                raise ValueError(f"{name} must be an iterable of {name}, got {items!r:.100}")
         total = self._add("image", _single_images(images), regions, progress)
         return total + self._add("text", _checked_strings(texts), words, progress)
 
@@ -124,20 +125,21 @@ class TeacherCache:
         words: bool = True,
         device: torch.device | str | None = None,
     ) -> TeacherFeatures:
-        """What the teacher says, as it says it itself, but rounded to the cache's dtype, and with zeros for `words`
-        behind a text's last; what is missing is encoded and kept.
+        """The teacher's features, rounded to the cache's dtype and with zero `words` after a text's last word.
+
+        Missing items are encoded and stored.
 
         Args:
             images, texts, answers, regions, words: as of `Teacher`.
-            device: of the result; that of the images if not given, of the teacher where there are none.
+            device: device of the result; by default the images', or the teacher's if there are no images.
         Returns:
             TeacherFeatures, fp32.
         Raises:
             As `Teacher`; and ValueError as `add`.
         """
-        found = features_of(self, images, texts, answers, regions, words)
+        features = features_of(self, images, texts, answers, regions, words)
         target = device if device is not None else self.teacher.device if images is None else images.device
-        moved = (None if x is None else x.to(target) for x in found)
+        moved = (None if x is None else x.to(target) for x in features)
         return TeacherFeatures(*(x.float() if x is not None and x.is_floating_point() else x for x in moved))
 
     def see(self, images: Tensor, regions: bool = True) -> TeacherFeatures:
@@ -146,8 +148,8 @@ class TeacherCache:
         with ThreadPoolExecutor(THREADS) as pool:
             digests = list(pool.map(content_hash, images))
         named: dict[bytes, tuple[str, Tensor]] = {}
-        for place, (digest, image) in enumerate(zip(digests, images, strict=True)):
-            named.setdefault(digest, (f"image {place}, counted from 0", image))
+        for index, (digest, image) in enumerate(zip(digests, images, strict=True)):
+            named.setdefault(digest, (f"image {index}, counted from 0", image))
         self._encode("image", named, regions)
         return self._look_up("image", digests, regions) if digests else self.teacher.see(images, regions)
 
@@ -162,110 +164,111 @@ class TeacherCache:
         return {**self.teacher.about, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def _add(self, kind: Kind, items: Iterable[Any], whole: bool, progress: Progress | None) -> int:
-        waiting: dict[bytes, tuple[str, Any]] = {}
-        came = new = 0
+        batch: dict[bytes, tuple[str, Any]] = {}
+        count = new = 0
         for item in items:
-            if progress is not None and came:
-                progress(kind, came, new)
-            # A loader may fill the same memory again, and a view would hold the whole batch.
-            own = item if isinstance(item, str) else item.detach().to("cpu", copy=True)
-            digest = content_hash(own)
-            if digest not in self.places[kind, whole]:
-                waiting.setdefault(digest, (f"{kind} {came}, counted from 0", own))
-            came += 1
-            if len(waiting) == self.sizes[kind]:
-                new += self._encode(kind, waiting, whole)
-                waiting = {}
-        new += self._encode(kind, waiting, whole)
-        if progress is not None and came:
-            progress(kind, came, new)
+            if progress is not None and count:
+                progress(kind, count, new)
+            # Copy, because a loader may reuse the memory and a view would keep the whole batch alive.
+            value = item if isinstance(item, str) else item.detach().to("cpu", copy=True)
+            digest = content_hash(value)
+            if digest not in self.locations[kind, whole]:
+                batch.setdefault(digest, (f"{kind} {count}, counted from 0", value))
+            count += 1
+            if len(batch) == self.sizes[kind]:
+                new += self._encode(kind, batch, whole)
+                batch = {}
+        new += self._encode(kind, batch, whole)
+        if progress is not None and count:
+            progress(kind, count, new)
         return new
 
     def _encode(self, kind: Kind, items: Mapping[bytes, tuple[str, Any]], whole: bool) -> int:
-        """Has the teacher say what is not there of some images or texts, each with its name, batch by batch, and keeps
-        it; how many."""
-        there = self.places[kind, whole]
-        if all(digest in there for digest in items):
+        """Encode and store the missing ones of `items`, digest to (name, image or text); return their number."""
+        stored = self.locations[kind, whole]
+        if all(digest in stored for digest in items):
             return 0
-        self._read_new_files()  # another process may have them
-        missing = [digest for digest in items if digest not in there]
+        self._read_new_files()  # another process may have stored them
+        missing = [digest for digest in items if digest not in stored]
         for start in range(0, len(missing), self.sizes[kind]):
             self._check_teacher()
             digests = missing[start : start + self.sizes[kind]]
             names, batch = zip(*(items[digest] for digest in digests), strict=True)
-            made = self.teacher.see(torch.stack(batch), whole) if kind == "image" else self.teacher.read(batch, whole)
-            self._write(kind, names, digests, made)
+            features = (
+                self.teacher.see(torch.stack(batch), whole) if kind == "image" else self.teacher.read(batch, whole)
+            )
+            self._write(kind, names, digests, features)
         return len(missing)
 
     def _check_teacher(self) -> None:
-        """Raises ValueError unless the teacher is the one that files name."""
+        """Raise ValueError unless the teacher is still the one that the files name."""
         stamp = self.teacher.stamp
         if stamp == self.stamp:
             return
         differ = feature_files.differences(self._about(), self.about)
         if differ:
             raise ValueError(
-                f"expected the teacher as it was when its cache was opened, got one with another {differ}: open one in "
-                "another folder"
+                f"expected the teacher as it was when its cache was opened, got one with another {differ}: open a "
+                "cache in another folder"
             )
-        self.stamp = stamp  # it has moved, or was cast
+        self.stamp = stamp  # the model was moved or cast
 
-    def _write(self, kind: Kind, names: Sequence[str], digests: Sequence[bytes], made: TeacherFeatures) -> None:
-        """Keeps what is finite; raises ValueError where something is not."""
-        tensors = feature_files.to_tensors(kind, made, self.dtype)
-        fine = feature_files.finite_rows(tensors).tolist()
-        rows = [row for row, each in enumerate(fine) if each]
-        if len(rows) < len(fine):
-            tensors = {name: found[rows] for name, found in tensors.items()}
+    def _write(self, kind: Kind, names: Sequence[str], digests: Sequence[bytes], features: TeacherFeatures) -> None:
+        """Store the finite features; raise ValueError if any are not finite."""
+        tensors = feature_files.to_tensors(kind, features, self.dtype)
+        is_finite = feature_files.finite_rows(tensors).tolist()
+        rows = [row for row, finite in enumerate(is_finite) if finite]
+        if len(rows) < len(is_finite):
+            tensors = {name: tensor[rows] for name, tensor in tensors.items()}
         if rows:
-            own, before = [digests[row] for row in rows], self.folder.stat().st_mtime_ns
+            row_digests, mtime = [digests[row] for row in rows], self.folder.stat().st_mtime_ns
             file = self.folder / f"{uuid4().hex}.safetensors"
-            feature_files.write_features(file, own, tensors, self.about)
-            self._index_file(file, own, tensors)
-            # Nobody else has written since; one that writes meanwhile is seen after the next change, or encoded again.
-            if before == self.listed:
-                self.listed = self.folder.stat().st_mtime_ns
-        if len(rows) < len(fine):
-            first, wrong = fine.index(False), len(fine) - len(rows)
+            feature_files.write_features(file, row_digests, tensors, self.about)
+            self._index_file(file, row_digests, tensors)
+            # No other process had written before. A file written meanwhile is noticed after the next change of the
+            # folder, or its items are encoded again.
+            if mtime == self.folder_mtime:
+                self.folder_mtime = self.folder.stat().st_mtime_ns
+        if len(rows) < len(is_finite):
+            first, wrong = is_finite.index(False), len(is_finite) - len(rows)
             raise ValueError(
-                f"expected features that are finite in {self.about['dtype']}, got others of {names[first]} (SHA-256 "
-                f"{digests[first].hex()}), one of {wrong} in its batch; the other {len(rows)} are kept"
+                f"expected features that are finite in {self.about['dtype']}, got others for {names[first]} (SHA-256 "
+                f"{digests[first].hex()}), one of {wrong} in its batch; the other {len(rows)} are stored"
             )
 
     def _read_new_files(self) -> None:
-        """Takes in what is in the folder and not known yet."""
+        """Index the files of the folder that are not indexed yet."""
         changed = self.folder.stat().st_mtime_ns
-        if changed == self.listed:
+        if changed == self.folder_mtime:
             return
         for name in sorted(set(os.listdir(self.folder)) - self.files):
             if name.endswith(".safetensors"):
                 tensors, header = map_tensors(self.folder / name)
                 feature_files.check_header(self.folder / name, header, self.about)
                 self._index_file(self.folder / name, list(map(bytes, tensors["sha256"].numpy())), tensors)
-        self.listed = changed
+        self.folder_mtime = changed
 
     def _index_file(self, file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
-        """Takes in where the features of some images or texts are."""
+        """Record the file and row of each image or text of a file."""
         self.files.add(file.name)
         kind: Kind = "image" if "image" in tensors else "text"
         for whole in (False, True) if FIELDS[kind][1] in tensors else (False,):
             for row, digest in enumerate(digests):
-                self.places[kind, whole].setdefault(digest, (file, row))
+                self.locations[kind, whole].setdefault(digest, (file, row))
 
     def _look_up(self, kind: Kind, digests: Sequence[bytes], whole: bool) -> TeacherFeatures:
-        """The rows of these, in their order."""
-        found: dict[Path, tuple[list[int], list[int]]] = {}
-        for place, digest in enumerate(digests):
-            file, row = self.places[kind, whole][digest]
-            rows, places = found.setdefault(file, ([], []))
+        """The features of these digests, in their order."""
+        by_file: dict[Path, tuple[list[int], list[int]]] = {}
+        for position, digest in enumerate(digests):
+            file, row = self.locations[kind, whole][digest]
+            rows, positions = by_file.setdefault(file, ([], []))
             rows.append(row)
-            places.append(place)
-        return feature_files.gather_features(
-            kind, whole, len(digests), ((self._map_file(file), *each) for file, each in found.items())
-        )
+            positions.append(position)
+        parts = ((self._map_file(file), rows, positions) for file, (rows, positions) in by_file.items())
+        return feature_files.gather_features(kind, whole, len(digests), parts)
 
     def _map_file(self, file: Path) -> dict[str, Tensor]:
-        """The tensors of a file, where they lie in it."""
+        """The memory-mapped tensors of a file."""
         tensors = self.maps.pop(file, None) or map_tensors(file)[0]
         self.maps[file] = tensors
         for oldest in list(self.maps)[:-MAX_MAPPED_FILES]:
@@ -274,23 +277,23 @@ class TeacherCache:
 
 
 def _single_images(images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Images (3,S,S) of batches and of images.
+    """Single images (3,S,S) from an iterable of batches and images.
 
     Raises:
-        ValueError: something else, or an image of another shape than the first.
+        ValueError: items of another kind, or an image of another shape than the first.
     """
     shape = None
     for item in images:
         shape = item.shape[-3:] if shape is None and isinstance(item, Tensor) else shape
         if not isinstance(item, Tensor) or item.ndim not in (3, 4) or item.shape[-3:] != shape:
-            came = tuple(item.shape) if isinstance(item, Tensor) else type(item).__name__
-            raise ValueError(f"images must be (3,S,S) or (B,3,S,S) one after the other, of one size, got {came}")
+            actual = tuple(item.shape) if isinstance(item, Tensor) else type(item).__name__
+            raise ValueError(f"images must be an iterable of (3,S,S) or (B,3,S,S) of one size, got {actual}")
         yield from item if item.ndim == 4 else (item,)
 
 
 def _checked_strings(texts: Iterable[str]) -> Iterator[str]:
-    """Texts as they come; raises ValueError for what is none."""
-    for place, each in enumerate(texts):
-        if not isinstance(each, str):
-            raise ValueError(f"texts must be strings one after the other, got {each!r:.100} at {place}")
-        yield each
+    """The texts, one by one; raise ValueError for an item that is no string."""
+    for index, item in enumerate(texts):
+        if not isinstance(item, str):
+            raise ValueError(f"texts must be an iterable of strings, got {item!r:.100} at {index}")
+        yield item

@@ -1,4 +1,4 @@
-"""What a teacher says, whether it says it now or said it before, and how it is asked: each different text once."""
+"""A teacher's features, fresh or cached, computed with each distinct text encoded once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Answers = Sequence[str] | Sequence[Sequence[str]]
 
 
 class TeacherFeatures(NamedTuple):
-    """What a frozen CLIP says of B pairs of an image and a text, nothing normalised; what is not known is None.
+    """A frozen CLIP's features of B pairs of an image and a text, not normalised; None for absent ones.
 
-    image (B,E): embeddings.
-    text (B,E): likewise.
+    image (B,E): embeddings of the images.
+    text (B,E): embeddings of the texts.
     regions (B,P,E): each patch after the final norm and the projection.
-    words (B,T,E): each token of the text, likewise.
-    regions_mask (B,P): bool, False where a patch is gone; None where all are there.
-    words_mask (B,T): bool, True for words: no padding, no start and no end; None where all are.
-    answers (B,a,E): embeddings of the text with each of a answers.
+    words (B,T,E): each token of the text after the final norm and the projection.
+    regions_mask (B,P): bool, False for removed patches; None if all are present.
+    words_mask (B,T): bool, True for words, False for padding, start and end; None if all are words.
+    answers (B,a,E): embeddings of the text joined with each of a answers.
     """
 
     image: Tensor | None = None
@@ -37,36 +37,37 @@ class TeacherFeatures(NamedTuple):
         """These features with one word for each of a student's n tokens, and one region for each of its m patches.
 
         Args:
-            words: (B,n) or (n,) int64 the teacher's token for each of the student's, -1 for none, such as `align_words`
-                gives; None leaves the words as they are.
-            regions: (B,m) or (m,) int64 the teacher's patch for each of the student's, likewise, such as `align_grid`
-                gives.
+            words: (B,n) or (n,) int64, the teacher's token for each of the student's, -1 for none, as from
+                `align_words`; None leaves the words unchanged.
+            regions: (B,m) or (m,) int64, the teacher's patch for each of the student's, -1 for none, as from
+                `align_grid`; None leaves the regions unchanged.
         Returns:
             TeacherFeatures with words (B,n,E) and regions (B,m,E), zeros at -1, and masks that are False there.
         Raises:
-            ValueError: an index of another shape or dtype or out of range, or features without what is aligned.
+            ValueError: an index of another shape or dtype or out of range, or features without the words or regions
+                to be aligned.
         """
-        made = self
+        result = self
         if words is not None:
             rows, mask = align_rows("words", self.words, self.words_mask, words)
-            made = made._replace(words=rows, words_mask=mask)
+            result = result._replace(words=rows, words_mask=mask)
         if regions is not None:
             rows, mask = align_rows("regions", self.regions, self.regions_mask, regions)
-            made = made._replace(regions=rows, regions_mask=mask)
-        return made
+            result = result._replace(regions=rows, regions_mask=mask)
+        return result
 
 
 class Source(Protocol):
-    """What sees and reads: a teacher, or what it said before."""
+    """A source of features: a teacher or its cache."""
 
     def see(self, images: Tensor, regions: bool = True) -> TeacherFeatures:
-        """`image`, and `regions` with their mask."""
+        """`image` of images (B,3,S,S), and optionally `regions` with their mask."""
 
     def read(self, texts: Sequence[str], words: bool = True) -> TeacherFeatures:
-        """`text`, and `words` with their mask, of different texts."""
+        """`text` of distinct texts, and optionally `words` with their mask."""
 
     def joined(self, sentence: str, answer: str) -> str:
-        """A text with one of its answers."""
+        """A text joined with one of its answers."""
 
 
 def features_of(
@@ -77,74 +78,75 @@ def features_of(
     regions: bool,
     words: bool,
 ) -> TeacherFeatures:
-    """What a source says, which reads each different text once; arguments and errors as of `Teacher`."""
+    """The features that a source computes, each distinct text once; arguments and errors as of `Teacher`."""
     if images is None and texts is None:
         raise ValueError("expected images or texts, got neither")
     if images is not None and (not isinstance(images, Tensor) or images.ndim != 4):
-        came: Any = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images must be (B,3,S,S), got {came}")
+        actual: Any = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be (B,3,S,S), got {actual}")
     texts = None if texts is None else check_strings("texts must be a list of strings", texts)
     if images is not None and texts is not None and len(images) != len(texts):
         raise ValueError(f"expected one text for each image, got {len(images)} images and {len(texts)} texts")
-    together, count = ([], 0) if answers is None else _answers_per_text(texts, answers)
-    made = TeacherFeatures() if images is None else source.see(images, regions)
+    answer_lists, count = ([], 0) if answers is None else _answers_per_text(texts, answers)
+    features = TeacherFeatures() if images is None else source.see(images, regions)
     if texts is None:
-        return made
-    once = {sentence: row for row, sentence in enumerate(dict.fromkeys(texts))}
-    read, rows = source.read(list(once), words), torch.tensor([once[each] for each in texts], dtype=torch.int64)
-    for name, found in read._asdict().items():
-        if found is not None:
-            made = made._replace(**{name: found[rows.to(found.device)]})
+        return features
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    text_features = source.read(list(row_of), words)
+    rows = torch.tensor([row_of[text] for text in texts], dtype=torch.int64)
+    for name, tensor in text_features._asdict().items():
+        if tensor is not None:
+            features = features._replace(**{name: tensor[rows.to(tensor.device)]})
     if answers is None:
-        return made
+        return features
     joined = [
-        source.joined(sentence, answer) for sentence, each in zip(texts, together, strict=True) for answer in each
+        source.joined(text, answer) for text, of_text in zip(texts, answer_lists, strict=True) for answer in of_text
     ]
-    once = {sentence: row for row, sentence in enumerate(dict.fromkeys(joined))}
-    embedded = source.read(list(once), False).text
-    assert embedded is not None
-    index = torch.tensor([once[each] for each in joined], dtype=torch.int64, device=embedded.device)
-    return made._replace(answers=embedded[index.view(len(texts), count)])
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(joined))}
+    embeddings = source.read(list(row_of), False).text
+    assert embeddings is not None
+    index = torch.tensor([row_of[text] for text in joined], dtype=torch.int64, device=embeddings.device)
+    return features._replace(answers=embeddings[index.view(len(texts), count)])
 
 
 def _answers_per_text(texts: Sequence[str] | None, answers: Answers) -> tuple[list[list[str]], int]:
-    """The answers of each text, and how many each has.
+    """The answers of each text, and their number per text.
 
     Raises:
-        ValueError: no texts, something else than lists of strings, no answers, or more for one text than for another.
+        ValueError: no texts, answers that are no lists of strings, no answers, or different numbers of answers.
     """
     if texts is None:
         raise ValueError("expected texts with the answers, got none")
-    wanted = "answers must be a list of strings, or one for each text"
+    expected = "answers must be a list of strings, or one list for each text"
     if isinstance(answers, str) or not isinstance(answers, Iterable):
-        raise ValueError(f"{wanted}, got {answers!r:.100}")
-    given = list(answers)
-    if texts and not given:
-        raise ValueError(f"{wanted}, got []")
-    if all(isinstance(each, str) for each in given):
-        return [check_strings(wanted, given)] * len(texts), len(given)
-    for place, each in enumerate(given):
-        if isinstance(each, str) or not isinstance(each, Iterable):
-            raise ValueError(f"{wanted}, got {each!r:.100} at {place}")
-    if len(given) != len(texts):
-        raise ValueError(f"expected answers for {len(texts)} texts, got them for {len(given)}")
-    lists = [check_strings(wanted, each) for each in given]
+        raise ValueError(f"{expected}, got {answers!r:.100}")
+    items = list(answers)
+    if texts and not items:
+        raise ValueError(f"{expected}, got []")
+    if all(isinstance(item, str) for item in items):
+        return [check_strings(expected, items)] * len(texts), len(items)
+    for index, item in enumerate(items):
+        if isinstance(item, str) or not isinstance(item, Iterable):
+            raise ValueError(f"{expected}, got {item!r:.100} at {index}")
+    if len(items) != len(texts):
+        raise ValueError(f"expected answers for {len(texts)} texts, got answers for {len(items)}")
+    lists = [check_strings(expected, item) for item in items]
     if not lists[0]:
         raise ValueError(f"expected answers for each text, got {lists!r:.100}")
-    wrong = [each for each in lists if len(each) != len(lists[0])]
+    wrong = [of_text for of_text in lists if len(of_text) != len(lists[0])]
     if wrong:
         raise ValueError(f"expected {len(lists[0])} answers for each text, got {wrong[0]!r:.100}")
     return lists, len(lists[0])
 
 
-def check_strings(wanted: str, given: Any) -> list[str]:
-    """A list of strings as such; raises ValueError, which says what is wanted, for anything else."""
-    if isinstance(given, str):
-        raise ValueError(f"{wanted}, got the string {given!r:.100}")
-    if not isinstance(given, Iterable):
-        raise ValueError(f"{wanted}, got {given!r:.100}")
-    found = list(given)
-    for place, each in enumerate(found):
-        if not isinstance(each, str):
-            raise ValueError(f"{wanted}, got {each!r:.100} at {place}")
-    return found
+def check_strings(expected: str, value: Any) -> list[str]:
+    """The value as a list of strings; raise ValueError, with the text `expected`, for anything else."""
+    if isinstance(value, str):
+        raise ValueError(f"{expected}, got the string {value!r:.100}")
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{expected}, got {value!r:.100}")
+    items = list(value)
+    for index, item in enumerate(items):
+        if not isinstance(item, str):
+            raise ValueError(f"{expected}, got {item!r:.100} at {index}")
+    return items

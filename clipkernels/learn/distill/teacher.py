@@ -1,4 +1,4 @@
-"""A frozen CLIP as a teacher: what it says of images, of their patches, of texts and of their words."""
+"""A frozen CLIP as a teacher: features of images, of their patches, of texts and of their words."""
 
 from __future__ import annotations
 
@@ -28,46 +28,49 @@ PROBE = ("", "a", "Is it 2 o'clock already? Then 10 naïve foxes jump over the l
 
 
 class Teacher:
-    """A frozen CLIP that says what it sees and reads.
+    """A frozen CLIP that computes features of images and texts.
 
-    It is no module: a student may hold it, and has none of its weights in its `state_dict` and `parameters`. It runs
-    without gradients, in eval mode and in its own precision, autocast or not; then each of its modules is in the mode
-    that it was in. Nothing else is changed, so that threads may share it where the model is in eval mode already. A
-    model that is patched is a cheaper teacher, whose regions are what is left of each patch.
+    A teacher is not a module, so a student may hold it without having its weights in `state_dict` and `parameters`. It
+    runs without gradients, in eval mode and in the model's precision, even under autocast; afterwards each module is
+    back in its previous mode. Nothing else is changed, so threads may share a teacher whose model is already in eval
+    mode. A patched model is a cheaper teacher; its regions are the tokens that hold each patch after the method.
 
     Args:
-        model: a CLIP with both of its towers, patched or not: of open_clip (CLIP, CustomTextCLIP, CoCa, with timm's and
-            transformers' towers inside), of transformers (CLIP, SigLIP, SigLIP2, MetaCLIP2, ChineseCLIP, AltCLIP) or of
-            OpenAI's clip. One of open_clip's ResNets may see: its regions are the positions of the last feature map. A
-            tower of timm's alone, or a vision model of transformers', cannot teach: it reads nothing.
-        tokenizer: n texts to token ids (n,T), padded behind the text, like open_clip's; or one of transformers', which
-            pads to the length that the text tower has.
-        join: what a text and one of its answers make together, with a `{}` for either, or a callable of both.
+        model: a CLIP with both of its towers, patched or not: from open_clip (CLIP, CustomTextCLIP, CoCa, with timm's
+            and transformers' towers inside), from transformers (CLIP, SigLIP, SigLIP2, MetaCLIP2, ChineseCLIP, AltCLIP)
+            or from OpenAI's clip. One of open_clip's ResNets may be the image tower; its regions are the positions of
+            the last feature map. A timm tower or a transformers vision model alone is refused, because it has no text
+            tower.
+        tokenizer: a callable from n texts to token ids (n,T) that pads behind the text, like open_clip's; or a
+            transformers tokenizer, which is made to pad to the context length of the text tower.
+        join: format string with a `{}` for the text and a `{}` for the answer, or a callable of both.
     Raises:
-        UnsupportedTower: an image or a text tower that cannot be served, or a text tower whose words are not what it
-            pools.
-        ValueError: embeddings of different widths, a tokenizer that gives something else, or another `join`.
+        UnsupportedTower: an image or text tower that is not supported, or a text tower that pools something else than
+            its words' features.
+        ValueError: embeddings of different widths, a tokenizer with another kind of result, or another `join`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: text.Tokenizer, *, join: Join = "{} {}") -> None:
         self.model, self.tokenizer, self.join = model, tokenizer, join
         if isinstance(join, str) and not _has_two_fields(join):
-            raise ValueError(f'join must hold {{}} for the text and for the answer, and no other field, got "{join}"')
+            raise ValueError(f'join must hold one {{}} for the text, one for the answer and no more, got "{join}"')
         self.reads = text.find_text_tower(model)
         tower = None if adapters.find_resnet(model) is not None else adapters.find_tower(model)
         self.queries = tower is not None and tower.pools_with_queries
         self.probe = text.ids_of(tokenizer, list(PROBE), self.reads.context)
         self.marks = text.Marks.from_ids(self.probe)
         probes = {ids.shape[1]: ids for ids in (text.ids_of(tokenizer, [PROBE[1]], self.reads.context), self.probe)}
-        for length, ids in probes.items():  # two where the tokenizer pads to the longest
+        for length, ids in probes.items():  # two lengths if the tokenizer pads to the longest text
             try:
                 with self._frozen():
                     self.width = text.verify_text_tower(self.reads, ids.to(self.device))
             except RuntimeError as error:
-                wanted = f"tokenizer must give as many ids as the text tower reads, got {length}"
-                raise ValueError(f"{wanted}: {' '.join(str(error).split())}") from error
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"tokenizer must give as many ids as the text tower reads, got {length}: {reason}"
+                ) from error
         if tower is not None and tower.out != self.width:
-            raise ValueError(f"expected embeddings of one width, got {tower.out} of images and {self.width} of texts")
+            raise ValueError(f"expected embeddings of one width, got {tower.out} for images and {self.width} for texts")
 
     @property
     def device(self) -> torch.device:
@@ -76,25 +79,32 @@ class Teacher:
 
     @property
     def method(self) -> str:
-        """What the model is patched with, as it prints itself; "host" for nothing, and for what changes nothing."""
+        """The repr of the method that the model is patched with; "host" for an unpatched model and for `Dense`."""
         method = None if adapters.find_resnet(self.model) is not None else method_of(self.model)
         return "host" if method is None or isinstance(method, Dense) else repr(method)
 
     @property
     def about(self) -> dict[str, Any]:
-        """What features depend on besides what is seen and read: the image tower and the text tower, by `fingerprint`;
-        what that makes of a few texts, by `glance`; the method; the tokenizer, by the ids that it gives of them."""
+        """Everything besides the inputs that determines the features.
+
+        Both towers' fingerprints, a probe of the text tower's outputs, the method, and a hash of the tokenizer's ids
+        for a few texts.
+        """
         probe = self.probe.cpu().contiguous()
         ids = sha256(str(tuple(probe.shape)).encode() + probe.numpy().tobytes()).hexdigest()[:16]
-        image, sentences = fingerprint(self.model), fingerprint(self.model, "text")
         with self._frozen():
-            read = output_probe(self.reads.host(self.probe.to(self.device)))
-        known = {"image tower": image, "text tower": sentences, "reading of a few texts": read}
-        return {**known, "method": self.method, "tokenizer": ids}
+            outputs = output_probe(self.reads.host(self.probe.to(self.device)))
+        return {
+            "image tower": fingerprint(self.model),
+            "text tower": fingerprint(self.model, "text"),
+            "reading of a few texts": outputs,
+            "method": self.method,
+            "tokenizer": ids,
+        }
 
     @property
     def stamp(self) -> tuple[Any, ...]:
-        """What is another one once the model was patched otherwise or its weights were written, replaced or moved."""
+        """A cheap, process-local stamp that changes with the method and if weights are written, replaced or moved."""
         return self.method, *weights_version(self.model)
 
     def __call__(
@@ -106,90 +116,94 @@ class Teacher:
         regions: bool = True,
         words: bool = True,
     ) -> TeacherFeatures:
-        """What the teacher says of B images, of B texts, and of each text with its answers, or of some of these.
+        """The features of B images, of B texts and of each text with its answers; images or texts may be None.
 
         Args:
-            images: (B,3,S,S) preprocessed, of any device and dtype.
-            texts: B strings; each that occurs is encoded once.
-            answers: a strings for all texts, or a strings for each of them; a text and an answer are read as one,
-                joined by `join`.
-            regions: also what it says of each patch.
-            words: also what it says of each token of the texts.
+            images: (B,3,S,S) preprocessed, on any device and of any dtype.
+            texts: B strings; each distinct one is encoded once.
+            answers: a strings for all texts, or a strings for each of them. A text and an answer are encoded as one
+                text, joined by `join`.
+            regions: also compute the features of each patch.
+            words: also compute the features of each token of the texts.
         Returns:
-            TeacherFeatures, fp32, on the device of the model; what was not asked is None.
+            TeacherFeatures, fp32, on the device of the model; features that were not requested are None.
         Raises:
-            ValueError: nothing to see or to read, images of another size than the tower's, something else than a list
-                of strings, or numbers of images, texts and answers that do not fit.
-            UnsupportedTower: regions of a tower whose learned queries are all that it hands out: pass regions=False.
+            ValueError: neither images nor texts, images of another size than the tower's, texts that are no list of
+                strings, or numbers of images, texts and answers that do not fit.
+            UnsupportedTower: regions of a tower that outputs only its learned queries: pass regions=False.
         """
         return features_of(self, images, texts, answers, regions, words)
 
     def see(self, images: Tensor, regions: bool = True) -> TeacherFeatures:
-        """`image` of images (B,3,S,S), and `regions` with `regions_mask` where asked."""
-        if images.ndim == 4 and not len(images):  # hosts cannot reshape an empty batch
+        """`image` of images (B,3,S,S), and optionally `regions` with `regions_mask`."""
+        if images.ndim == 4 and not len(images):  # the hosts' forwards cannot reshape an empty batch
             one = self.see(images.new_zeros(1, *images.shape[1:]), regions)
             return TeacherFeatures(*(None if x is None else x[:0] for x in one))
         resnet = adapters.find_resnet(self.model) is not None
         if regions and self.queries:
             raise UnsupportedTower(
-                "expected a tower whose patches can be told apart, got one that hands out its queries: regions=False"
+                "expected a tower that outputs its patches, got one that outputs its queries: pass regions=False"
             )
         with self._frozen():
             images = images.to(self.device, self._like.dtype)
-            seen = encode_image(self.model, images, tokens=regions, source=regions and not resnet)
+            encoded = encode_image(self.model, images, tokens=regions, source=regions and not resnet)
+        embedding = encoded.embedding.float()
         if not regions:
-            return TeacherFeatures(image=seen.embedding.float())
-        assert seen.tokens is not None
-        tokens, source = seen.tokens.float(), seen.source
+            return TeacherFeatures(image=embedding)
+        assert encoded.tokens is not None
+        tokens, source = encoded.tokens.float(), encoded.source
         if source is None or not source.shape[1]:
-            return TeacherFeatures(image=seen.embedding.float(), regions=tokens[:, seen.prefix :])
+            return TeacherFeatures(image=embedding, regions=tokens[:, encoded.prefix :])
         holder = source[:, -1].long()
-        return TeacherFeatures(
-            image=seen.embedding.float(), regions=rows_or_zeros(tokens, holder), regions_mask=holder >= 0
-        )
+        return TeacherFeatures(image=embedding, regions=rows_or_zeros(tokens, holder), regions_mask=holder >= 0)
 
     def read(self, texts: Sequence[str], words: bool = True) -> TeacherFeatures:
-        """`text` of texts, and `words` with `words_mask` where asked."""
+        """`text` of texts, and optionally `words` with `words_mask`."""
         sentences, pooled, rows, masks = list(texts) or [""], [], [], []
         with self._frozen():
             for start in range(0, len(sentences), PROMPTS_PER_BATCH):
                 part = sentences[start : start + PROMPTS_PER_BATCH]
                 ids = text.ids_of(self.tokenizer, part, self.reads.context).to(self.device)
-                made = self.reads.encode(ids)
-                pooled.append(made.text.float())
+                features = self.reads.encode(ids)
+                pooled.append(features.text.float())
                 if words:
-                    rows.append(made.words.float())
+                    rows.append(features.words.float())
                     masks.append(self.marks.words(ids))
-        found = TeacherFeatures(text=torch.cat(pooled)[: len(texts)])
+        embedding = torch.cat(pooled)[: len(texts)]
         if not words:
-            return found
-        return found._replace(words=_concat_padded(rows)[: len(texts)], words_mask=_concat_padded(masks)[: len(texts)])
+            return TeacherFeatures(text=embedding)
+        return TeacherFeatures(
+            text=embedding, words=_concat_padded(rows)[: len(texts)], words_mask=_concat_padded(masks)[: len(texts)]
+        )
 
     def joined(self, sentence: str, answer: str) -> str:
-        """A text with one of its answers."""
+        """A text joined with one of its answers."""
         return self.join.format(sentence, answer) if isinstance(self.join, str) else self.join(sentence, answer)
 
     def pieces(self, sentence: str) -> list[str]:
-        """The T pieces that a text is cut into, one for each of its `words`, "" for what is no word; for `align_words`.
+        """The T pieces of a text for `align_words`: one for each of its `words`, "" for tokens that are no words.
 
         Raises:
-            ValueError: the tokenizer does not say what its ids stand for.
+            ValueError: a tokenizer that cannot convert ids to pieces.
         """
         ids = text.ids_of(self.tokenizer, [sentence], self.reads.context)
         inner: Any = getattr(self.tokenizer, "tokenizer", self.tokenizer)
         if hasattr(inner, "convert_ids_to_tokens"):
-            named = inner.convert_ids_to_tokens(ids[0].tolist())
+            pieces = inner.convert_ids_to_tokens(ids[0].tolist())
         elif hasattr(inner, "decoder"):
-            named = [inner.decoder[number] for number in ids[0].tolist()]
+            pieces = [inner.decoder[number] for number in ids[0].tolist()]
         else:
-            wanted = "expected a tokenizer with convert_ids_to_tokens or a decoder"
-            raise ValueError(f"{wanted}, got {type(self.tokenizer).__name__}")
-        return [piece if word else "" for piece, word in zip(named, self.marks.words(ids)[0].tolist(), strict=True)]
+            raise ValueError(
+                f"expected a tokenizer with convert_ids_to_tokens or a decoder, got {type(self.tokenizer).__name__}"
+            )
+        is_word = self.marks.words(ids)[0].tolist()
+        return [piece if word else "" for piece, word in zip(pieces, is_word, strict=True)]
 
     @property
     def _like(self) -> Tensor:
-        # The patches' convolution tells the precision: some other weights of a half tower are fp32.
-        return next((each for each in self.model.parameters() if each.ndim == 4), next(self.model.parameters()))
+        # The patch convolution has the tower's precision; other weights of a half-precision tower may be fp32.
+        parameters = self.model.parameters()
+        return next((weight for weight in parameters if weight.ndim == 4), next(self.model.parameters()))
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -198,7 +212,7 @@ class Teacher:
 
 
 def _has_two_fields(join: str) -> bool:
-    """Whether a format string has two fields, both `{}`."""
+    """Return true if a format string has exactly two fields, both `{}`."""
     try:
         fields = [field[1:] for field in Formatter().parse(join) if field[1] is not None]
     except ValueError:  # such as a single brace
@@ -207,6 +221,6 @@ def _has_two_fields(join: str) -> bool:
 
 
 def _concat_padded(parts: list[Tensor]) -> Tensor:
-    """Parts (b,T,…) one after the other, those of fewer tokens filled up with zeros."""
+    """The concatenation of parts (b,T,…), each padded with zeros to the largest T."""
     length = max(part.shape[1] for part in parts)
     return torch.cat([pad(part, (0, 0) * (part.ndim - 2) + (0, length - part.shape[1])) for part in parts])
