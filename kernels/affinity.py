@@ -1,17 +1,17 @@
-"""Affinity: how near each query is to the rows of a support set, summed by class, in one pass.
+"""Affinity: kernel similarity of each query to the rows of a support set, summed by class, in one pass.
 
     out_ic = Σ_{j in class c} w_j · exp(-β(1 - q_i·f_j))
 
-The support is sorted by class. A program takes BLOCK_T queries, BLOCK_C classes that follow each other and, of their
-rows, those between two multiples of ROWS: however unequal the classes are, no program has more than ROWS rows, and
-there are K/BLOCK_C + n/ROWS programs a tile of queries. The sums are then of several programs, and a second launch adds
-them in the order of the rows; with n < ROWS the first one has the result.
+The support is sorted by class. A program takes BLOCK_T queries, BLOCK_C consecutive classes and those of their rows
+that lie between two multiples of ROWS. However unequal the classes are, no program has more than ROWS rows, and each
+tile of queries has K/BLOCK_C + n/ROWS programs. With n < ROWS these programs write the result. Otherwise several may
+share a class, and a second launch adds their sums in the order of the rows.
 
 Reads q and f once from memory, (t + n)·E elements (f again from cache for each tile of queries), and writes 4·t·K
-bytes; between two launches 4·t·K + 64·t·n/ROWS bytes go out and come back. 2·t·n·E operations, and 64·t·n for the sums
-by class, a product with ones and zeros that are made in registers; fp32, on no tensor cores, adds them without one. At
-n = 50,000, K = 1000, E = 512, t = 256 in bf16: 56 MB (13 µs) and 14 GFLOP (18 µs), where two matrix products take 39
-GFLOP, read 100 MB of ones and zeros, and move the (t,n) affinities several times.
+bytes. With two launches another 4·t·K + 64·t·n/ROWS bytes are written and read. Takes 2·t·n·E operations, and 64·t·n
+for the sums by class: in half precision a product with ones and zeros that are created in registers, in fp32, which has
+no tensor cores, plain additions. At n = 50,000, K = 1000, E = 512, t = 256 in bf16 that is 56 MB (13 µs) and 14 GFLOP
+(18 µs). Two matrix products take 39 GFLOP, read 100 MB of ones and zeros, and move the (t,n) affinities several times.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from clipkernels.kernels.rank import LOG2E
 
-REDO = tl.constexpr(16)  # rows, and elements of them, at a time where it is rare: few registers
+REDO = tl.constexpr(16)  # rows and elements at a time on the rare path, small to save registers
 
 
 @triton.jit
 def _bound(offsets_ptr, classes, here, low, rows):
-    """Where classes begin, or others end, counted from row `low`, within `rows` rows."""
+    """Return the offsets of classes relative to row `low`, clamped to 0..rows."""
     return tl.minimum(tl.maximum(tl.load(offsets_ptr + classes, mask=here, other=0) - low, 0), rows).to(tl.int32)
 
 
@@ -38,7 +38,7 @@ def _sums(
     E: tl.constexpr, WEIGHED: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums [BLOCK_T, BLOCK_C] over the rows from `low` on, in `count` classes."""
+    """Return the sums [BLOCK_T, BLOCK_C] over `rows` rows from row `low` on, for `count` classes."""
     offs_c = tl.arange(0, BLOCK_C)
     q_ptr += offs_t.to(tl.int64)[:, None] * stride_qt
     first = _bound(offsets_ptr, offs_c, offs_c < count, low, rows)
@@ -69,7 +69,7 @@ def _sums(
                     part = tl.sum(tl.where(mine[None, :], p, 0.0), 1)  # [BLOCK_T]
                     total += tl.where((offs_c == c)[None, :], part[:, None], 0.0)
                 c += 1
-        else:  # a product with ones and zeros, in two parts: p to 16 bits
+        else:  # a product with ones and zeros, of p in two parts, which keep 16 bits of it
             mine = (offs_n[:, None] >= first[None, :]) & (offs_n[:, None] < after[None, :])
             mine = tl.where(mine, 1.0, 0.0).to(tl.bfloat16)  # [BLOCK_N, BLOCK_C]
             coarse = p.to(tl.bfloat16)
@@ -91,10 +91,10 @@ def _affinity_kernel(
     ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # Programs of the same rows follow each other and share them in cache.
+    # Programs of the same rows are neighbours, so that they share the rows in cache.
     tile, item = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     offs_t, offs_c = tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C)
-    # Group g of classes begins at row a_g, in chunk a_g // ROWS: (group, chunk) has the number group + chunk.
+    # Group g of classes begins at row a_g, in chunk a_g // ROWS. The item of (group, chunk) is group + chunk.
     offs_g = tl.arange(0, BLOCK_G)
     later = (offs_g > 0) & (offs_g * BLOCK_C < K)
     a = tl.load(offsets_ptr + offs_g * BLOCK_C, mask=later, other=0)
@@ -113,7 +113,7 @@ def _affinity_kernel(
     )  # fmt: skip
     if not EXACT:
         spoilt = tl.max((total != total).to(tl.int32), 1)  # [BLOCK_T]
-        if tl.max(spoilt, 0) > 0:  # 0·∞: what is not finite shall spoil its own class alone
+        if tl.max(spoilt, 0) > 0:  # 0·∞ is NaN, but a row that is not finite may spoil its own class only
             again = _sums(
                 q_ptr, f_ptr, weight_ptr, offsets_ptr, offs_t, low, rows, t, count, scale, stride_qt, stride_fn,
                 E, WEIGHED, WIDE, True, BLOCK_T, REDO, REDO, BLOCK_C,
@@ -133,7 +133,7 @@ def _add_kernel(
     t, n, K, tiles,
     ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The parts (items,t,BLOCK_C) of each group of classes, added in the order of their rows."""
+    """Add the parts (items,t,BLOCK_C) of each group of classes, in the order of their rows."""
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     offs_t, offs_c = tile * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     offs_k = group * BLOCK_C + offs_c
@@ -153,9 +153,12 @@ def _add_kernel(
 
 
 def config(n: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows to a program, block sizes, warps and stages for n rows; how many queries there are changes no bit."""
-    # Some 128 programs at least, if each has two tiles of rows to go through.
-    if dtype == torch.float32:  # multiplied without tensor cores, so that nothing is rounded on the way
+    """Return rows per program, block sizes, warps and stages for n rows.
+
+    The number of queries is no argument, so that it changes no bit of the result.
+    """
+    # At least about 128 programs, as long as each of them has two tiles of rows.
+    if dtype == torch.float32:  # without tensor cores, which would round the operands
         block_n, block_c = (64, 16) if n > 8192 else (32, 8)
         blocks = {"BLOCK_T": 32, "BLOCK_E": 16, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 2}
     else:
@@ -165,10 +168,10 @@ def config(n: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def affinity(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, weights: Tensor | None) -> Tensor:
-    """Launches the kernels: (t,K) fp32, of a support whose class c has the rows from offsets[c] to offsets[c+1].
+    """Launch the kernels: (t,K) fp32, for a support whose class c has the rows from offsets[c] to offsets[c+1].
 
-    Rows before offsets[0] and from offsets[K] on count for no class. The interpreter, which has no bf16 arithmetic,
-    multiplies in fp32.
+    Rows before offsets[0] and from offsets[K] on belong to no class. The interpreter multiplies in fp32, because it has
+    no bf16 arithmetic.
     """
     t, n, classes = queries.shape[0], support.shape[0], offsets.shape[0] - 1
     out = torch.empty(t, classes, dtype=torch.float32, device=queries.device)

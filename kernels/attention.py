@@ -1,11 +1,11 @@
-"""Attention that also says who matters: non-causal, over at most a thousand tokens, from the packed projection.
+"""Attention with a signal that ranks tokens: non-causal, up to a thousand tokens, from the packed projection.
 
     p_ij ∝ size_j · exp(q_i·k_j / D**0.5);  out = p v;  cls_h = p_h0;  received = mean over heads and queries of p
 
-Reads Q, K, V once (3·B·N·C) and writes B·N·C; the CLS row adds B·H·P fp32, and one program per head that finds K in
-cache. What each patch receives needs the final sums: each program goes over its keys again (QK^T a second time, K from
-cache) unless they are one tile, stores its column sums, and a second launch adds them in a fixed order. 4·B·N²·C
-operations, 6 with `received`.
+Reads Q, K, V once (3·B·N·C) and writes B·N·C. The CLS row adds B·H·P fp32, and one program per head, which reads K from
+cache. `received` needs the final row sums first: unless all keys are one tile, each program goes over its keys again
+(QK^T a second time, K from cache). It stores its column sums, and a second launch adds them in a fixed order. Takes
+4·B·N²·C operations, 6·B·N²·C with `received`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _logits(
     q, k_ptr, offs_n, offs_d, N, scale, stride_kn,
     D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Logits [BLOCK_M, BLOCK_N] in units of log2; -inf beyond N."""
+    """Return logits [BLOCK_M, BLOCK_N] in units of log2; -inf beyond N."""
     mask = (offs_d < D)[:, None] & (offs_n < N)[None, :]
     k = tl.load(k_ptr + offs_n.to(tl.int64)[None, :] * stride_kn + offs_d[:, None], mask=mask, other=0.0)
     if WIDE:
@@ -38,7 +38,7 @@ def _attend(
     D: tl.constexpr, SIZED: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Σ exp(s - max) v [BLOCK_M, BLOCK_D], the sums and maxima [BLOCK_M], and the last tile's exp(s - max)."""
+    """Return Σ exp(s - max) v [BLOCK_M, BLOCK_D], the sums and maxima [BLOCK_M], and exp(s - max) of the last tile."""
     offs_d = tl.arange(0, BLOCK_D)
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -71,7 +71,8 @@ def _attention_kernel(
     D: tl.constexpr, SIZED: tl.constexpr, SIGNAL: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
     UNIT: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # One axis: the others end at 65,535. Programs of a head follow each other and share its keys in cache.
+    # A grid of one axis, because the other axes end at 65,535. Programs of a head are neighbours, so that they share
+    # its keys in cache.
     tile, row = tl.program_id(0) % tiles, tl.program_id(0).to(tl.int64) // tiles
     head, batch = row % H, row // H
     offs_m, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -104,16 +105,16 @@ def _attention_kernel(
                         p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
                 share = tl.where((offs_m < M)[:, None], p / total[:, None], 0.0)
                 tl.store(row_ptr + offs_n - prefix, tl.sum(share, 0), mask=(offs_n >= prefix) & (offs_n < N))
-    elif SIGNAL == "cls":  # the one program more: query 0 by itself, while the others have its keys in cache
+    elif SIGNAL == "cls":  # the extra program of a head: query 0 alone, while the keys are in cache
         row_ptr = signal_ptr + (batch * H + head) * P
         cls_row(q_ptr, k_ptr, size_ptr, row_ptr, N, prefix, scale, stride_kn, D, SIZED, TILES, BLOCK_N, BLOCK_D)
 
 
 def config(keys: int, width: int, dtype: torch.dtype, signal: str | None) -> dict[str, int]:
-    """Block sizes, warps and stages for N keys and heads of width D."""
+    """Return block sizes, warps and stages for N keys and heads of width D."""
     block_d = max(16, triton.next_power_of_2(width))
-    # As many queries to a program as do not spill: each program reads all keys and values of its head again.
-    if dtype == torch.float32:  # multiplied without tensor cores, so that choices match
+    # As many queries per program as fit without spills, because each program reads all keys and values of its head.
+    if dtype == torch.float32:  # without tensor cores, so that the selections match the reference
         block_m, block_n, warps = (32, 32, 8) if block_d <= 64 and signal != "received" else (16, 16, 4)
     else:
         block_n = 64 if block_d <= 64 else 32
@@ -124,10 +125,10 @@ def config(keys: int, width: int, dtype: torch.dtype, signal: str | None) -> dic
 def attention(
     q: Tensor, k: Tensor, v: Tensor | None, size: Tensor | None, signal: str | None, prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernels: out (B,H,M,D), stored as (B,M,H,D), and the signal, (B,H,P) or (B,P) fp32.
+    """Launch the kernels: out (B,H,M,D), stored as (B,M,H,D), and the signal, (B,H,P) or (B,P) fp32.
 
-    Without v, or without a signal, that result is empty. The interpreter, which has no bf16 arithmetic, multiplies in
-    fp32.
+    Without v `out` is empty, and without a signal the signal is. The interpreter multiplies in fp32, because it has no
+    bf16 arithmetic.
     """
     batch, heads, rows, width = q.shape
     tokens = k.shape[2]

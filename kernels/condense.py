@@ -1,11 +1,11 @@
-"""Condense: rank, keep, cluster the next best around K-centre greedy's centres, fuse the rest, and the LayerNorm.
+"""Condense: keep the best patches, cluster the next best by K-centre greedy, fuse the rest, apply a LayerNorm.
 
     kept_i = place_i < keep;  centre_{j+1} = argmax_i min_{k≤j} ‖x_i - c_k‖ over the `merge` next places
     row_j = Σ w_i·x_i / Σ w_i over those nearest to c_j, w = 1/‖x_i - c_j‖ or 1;  fused = Σ weight_i·x_i over the rest
 
-Reads M·C of x once, the merging rows K + 1 times more (they stay in cache: 52·1024 halves for L/14), and writes M'·C.
-Two launches: choose and cluster, one program per image, then gather. No sort, no atomic, no wait for the host; a row's
-result depends on its image alone.
+Reads M·C of x once, the merging rows K + 1 more times (they stay in cache: 52·1024 half-precision elements for L/14),
+and writes M'·C. Two launches: the first selects and clusters, with one program per image, the second gathers. No sort,
+no atomics, no host sync. A row's result depends on its image alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _cluster_kernel(
     C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, RANK: tl.constexpr, OWN: tl.constexpr, WH: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The patches of an image by place, the row each goes to, and what it weighs there."""
+    """Store the patches of an image in descending order, the row that each goes to, and its coefficient there."""
     batch = tl.program_id(0).to(tl.int64)
     x_ptr += batch * stride_xb
     order_ptr += batch * P
@@ -40,7 +40,7 @@ def _cluster_kernel(
         reduced = reduce_heads(scores_ptr + batch * H * P, offs, P, H * 1.0, H, RANK, BLOCK_P, BLOCK_J)
         row_ptr = reduced_ptr + batch * P
         tl.store(row_ptr + offs, reduced, mask=offs < P)
-        tl.debug_barrier()  # every thread compares with what all have stored
+        tl.debug_barrier()  # the scores that a thread reads next were stored by others
     else:
         row_ptr = scores_ptr + batch * P
     at = rank_of(row_ptr, offs, P, BLOCK_P, BLOCK_J)
@@ -56,7 +56,7 @@ def _cluster_kernel(
     tl.store(source_ptr + offs, tl.where(kept, prefix + at, prefix + keep + K).to(tl.int64), mask=kept | gone)
     weight = tl.where(weight > float("-inf"), weight, 0.0)  # NaN compares as false
     tl.store(coefficient_ptr + offs, tl.where(kept, 1.0, weight), mask=kept | gone)
-    tl.debug_barrier()  # the order is read by other threads
+    tl.debug_barrier()  # the order that a thread reads next was stored by others
 
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < merge
@@ -78,7 +78,7 @@ def _cluster_kernel(
             apart = tl.where(mask, x - c[None, :], 0.0)
             squares += tl.sum(apart * apart, 1)
         away = tl.sqrt_rn(squares)
-        closer = away < distance  # of equals the earlier centre; NaN never is
+        closer = away < distance  # the earlier of equally near centres stays; NaN is never closer
         joined = tl.where(closer, center, joined)
         distance = tl.where(closer, away, distance)
         chosen = tl.argmax(tl.where(mask_m, distance, -1.0), 0).to(tl.int32)
@@ -115,7 +115,7 @@ def _condense_kernel(
         mask = (offs_r < prefix + keep)[:, None] & (offs_c < C)[None, :]
         x = tl.load(x_ptr + from_row[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0)
         store_rows(x, offs_r, prefix + keep, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
-    else:  # the sums first, because they take longest: the fused token's, then one for each centre
+    else:  # the sums are the first programs, because they take longest: the fused token's, then one per centre
         fused = tile == -K - 1
         center = tile + K
         row = tl.where(fused, prefix + keep + K, prefix + keep + center)
@@ -134,7 +134,7 @@ def _condense_kernel(
                 piece = tl.load(piece_ptr, mask=here[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
                 acc += tl.sum(weight[:, None] * piece, 0)
                 members += tl.sum(here.to(tl.int32), 0)
-        if (members == 0) & (tile > -K - 1):  # a centre that coincides with another yields its own token
+        if (members == 0) & (tile > -K - 1):  # a centre without patches coincides with another and yields its own token
             own = tl.load(index_ptr + batch * (keep + K) + keep + center)
             acc = tl.load(x_ptr + (prefix + own) * stride_xn + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
         offs_1 = row + tl.arange(0, 1)
@@ -142,9 +142,9 @@ def _condense_kernel(
 
 
 def config(patches: int, merge: int, width: int) -> dict[str, dict[str, int]]:
-    """Block sizes and warps of both launches, for P patches of width C of which `merge` cluster."""
+    """Return block sizes and warps of both launches, for P patches of width C, `merge` of which are clustered."""
     block_m = max(16, triton.next_power_of_2(merge))
-    # Above 64 merging rows the compiler spills with more warps, or with wider tiles.
+    # With more than 64 merging rows the compiler spills if there are more warps or wider tiles.
     tile = {"BLOCK_C": max(16, min(triton.next_power_of_2(width), 4096 // block_m)) if block_m <= 64 else 16}
     places = ranking.blocks(patches)
     warps = {"num_warps": 4} if block_m > 64 else {}
@@ -164,8 +164,11 @@ def condense_tokens(
     first: int,
     norm: tuple[Tensor, Tensor, float] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Launches the kernels: tokens (B,prefix+keep+centers+1,C), source (B,P) int64, index (B,keep+centers) int64, the
-    coefficient (B,P) fp32 of each patch in its row, normed like tokens or None."""
+    """Launch the kernels.
+
+    Returns tokens (B,prefix+keep+centers+1,C), source (B,P) int64, index (B,keep+centers) int64, the coefficient (B,P)
+    fp32 of each patch in its row, and normed like tokens or None.
+    """
     batch, tokens, width = x.shape
     patches = tokens - prefix
     out = x.new_empty(batch, prefix + keep + centers + 1, width)

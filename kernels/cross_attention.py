@@ -1,17 +1,17 @@
-"""CALIP's cross-attention: patches look at the classes, classes look at the patches, and the logits of both.
+"""CALIP's cross-attention: patches attend to the classes, classes to the patches, and the logits of both.
 
     A = visual @ text.T / α;  seen = softmax_k(A) text;  found = softmax_p(A)ᵀ visual
     terms = pooled textᵀ,  Σ_p softmax_p(A)·⟨pooled, visual_p⟩,  (mean_p + max_p of seen) textᵀ
 
-A program holds some rows of one side and goes once over all of the other with a running softmax; a tile of that is both
-its keys and its values. For `found` the sides change places. The similarities (B,P,K) never leave a program.
-Terms: reads B·P·E, and K·E from cache; writes for each of B·P/32 tiles of patches the sum and the largest of its rows
-and for each class the largest similarity and two sums, 2·E + 3·K fp32 numbers, which a second launch adds up in a fixed
-order and multiplies with the classes. 4·B·P·K·E operations: the mean comes of the rows that the maximum needs anyway,
-so that the K×K Gram matrix of the classes would spare none.
-Rows: reads both sides twice, writes B·(P + K)·E; 8·B·P·K·E operations.
-Where whole rows do not fit (fp32, which no matrix unit multiplies exactly, or little shared memory), a program makes a
-slice of E of the result, and every slice makes the similarities again.
+A program holds rows of one side and goes once over all rows of the other side with a running softmax. A tile of the
+other side is both its keys and its values. For `found` the sides swap. The similarities (B,P,K) never leave a program.
+Terms: reads B·P·E, and K·E from cache. For each of B·P/32 tiles of patches it writes the sum and the maximum of the
+rows and, for each class, the maximum similarity and two sums: 2·E + 3·K fp32 numbers. A second launch adds them in a
+fixed order and multiplies by the classes. Takes 4·B·P·K·E operations. The K×K Gram matrix of the classes would save
+none, because the mean uses the rows that the maximum needs anyway.
+Rows: reads both sides twice, writes B·(P + K)·E; takes 8·B·P·K·E operations.
+If entire rows do not fit (in fp32, which no matrix unit multiplies exactly, or with little shared memory), a program
+computes a slice of E of the result, and every slice computes the similarities again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _rows(
     ptr, first, rows, start,
     E: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Columns from `start` on of the rows from `first` on, [BLOCK, WIDTH]; 0 beyond either end."""
+    """Load rows from `first` on, columns from `start` on, [BLOCK, WIDTH]; 0 beyond either end."""
     offs_r, offs_e = tl.arange(0, BLOCK), start + tl.arange(0, WIDTH)
     mask = (first + offs_r < rows)[:, None]
     if E % WIDTH != 0:
@@ -52,7 +52,7 @@ def _put(
     acc, total, out_ptr, sums_ptr, first, M, start,
     E: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    """Stores attended rows, or their sum and their largest."""
+    """Store attended rows, or their sum and their maximum."""
     offs_r, offs_e = tl.arange(0, BLOCK), start + tl.arange(0, WIDTH)
     seen = acc / total[:, None]
     here = (first + offs_r < M)[:, None]
@@ -72,7 +72,7 @@ def _attend_kernel(
     E: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, REST: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of softmax_n(q k · scale) k, for M rows q and N columns k of an image; scale is in units of log2."""
+    """Attend: softmax_n(q k · scale) k for M rows q and N columns k of an image; scale is in units of log2."""
     piece, batch = tl.program_id(0) % (tiles * slices), tl.program_id(0).to(tl.int64) // (tiles * slices)
     if WHOLE:
         tile, start = piece, 0
@@ -88,7 +88,7 @@ def _attend_kernel(
         if REST:
             q_rest = _rows(q_ptr, first, M, BLOCK_E, E, BLOCK_M, REST, WIDE)
     if REDUCE:
-        near = tl.zeros([BLOCK_M], tl.float32)  # each row to the image as a whole
+        near = tl.zeros([BLOCK_M], tl.float32)  # similarity of each row to the pooled image
         for d in range(0, E, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             x = _rows(q_ptr, first, M, d, E, BLOCK_M, BLOCK_D, WIDE).to(tl.float32)
@@ -115,7 +115,7 @@ def _attend_kernel(
                 b = _rows(k_ptr, left, N, d, E, BLOCK_N, BLOCK_D, WIDE)
                 s = tl.dot(a, tl.trans(b), s, input_precision="ieee")
         s *= scale
-        if REDUCE and start == 0:  # the softmax over the rows, as far as this tile of them goes
+        if REDUCE and start == 0:  # this tile's part of the softmax over the rows
             there = tl.where(mask_m, s, float("-inf"))
             top = tl.max(there, 0)
             p = tl.exp2(there - top[None, :])
@@ -147,7 +147,7 @@ def _terms_kernel(
     stride_pb,
     E: tl.constexpr, TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The three terms of some images and classes, from what each tile of patches has left."""
+    """Compute the three terms of a tile of images and classes from the numbers that each tile of patches stored."""
     offs_b = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     first_k = tl.program_id(0) % tiles * BLOCK_K
     offs_k = first_k + tl.arange(0, BLOCK_K)
@@ -186,15 +186,15 @@ def _terms_kernel(
 
 
 def config(columns: int, width: int, dtype: torch.dtype, shared: int) -> dict[str, int | bool]:
-    """Block sizes, warps and stages for N columns of width E, with so many bytes of shared memory to a program."""
+    """Return block sizes, warps and stages for N columns of width E and `shared` bytes of shared memory per program."""
     if dtype != torch.float32:
-        # A power of two and the next one of what is left: 768 is 512 and 256, 1152 is 1024 and 128.
+        # A power of two, and the next power of two for the rest: 768 is 512 and 256, 1152 is 1024 and 128.
         block_e = max(16, 1 << (width.bit_length() - 1))
         rest = max(16, triton.next_power_of_2(width - block_e)) if width > block_e else 0
         block_e, rest = (2 * block_e, 0) if rest == block_e else (block_e, rest)
         held = block_e + rest
-        # As much as eight warps hold. Each makes eight columns of the similarities: of 32 every one is made twice.
-        # 32 rows of 1024 leave no register for masks, nor to unroll the loop over few tiles.
+        # As much as fits into eight warps. Each warp computes eight columns of the similarities, so that of 32 columns
+        # each is computed twice. 32 rows of 1024 leave no register for masks, nor to unroll a loop over few tiles.
         wide = 1024 if width == 1024 and columns > 96 else 768
         for block_m, block_n, least, most in ((32, 64, 0, 512), (32, 32, 0, wide), (16, 32, 513, 1536)):
             for stages in (3, 2):
@@ -209,13 +209,13 @@ def config(columns: int, width: int, dtype: torch.dtype, shared: int) -> dict[st
 
 
 def terms_config() -> dict[str, int]:
-    """Block sizes and warps of the second launch."""
+    """Return block sizes and warps of the second launch."""
     return {"BLOCK_B": 16, "BLOCK_K": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
 
 
 @cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may take; of a device that has none, what an H200 has."""
+    """Return the bytes of shared memory that a program may use; on other devices than CUDA, those of an H200."""
     if device.type != "cuda":
         return 232448
     properties = torch.cuda.get_device_properties(device)
@@ -223,12 +223,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 def attend(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """Launches the kernel: softmax(rows columnsᵀ / α) columns, (B,M,E); either side may be (M,E), of all images."""
+    """Launch the kernel: softmax(rows columnsᵀ / α) columns, (B,M,E); a side of two axes is shared by all images."""
     return _attend(rows, columns, None, alpha)[0]
 
 
 def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> Tensor:
-    """Launches the kernels: the three terms of the logits, each × 100, (3,B,K) fp32."""
+    """Launch the kernels: the three terms of the logits, each × 100, (3,B,K) fp32."""
     batch, patches, width = visual.shape
     classes = len(text)
     terms = torch.empty(3, batch, classes, dtype=torch.float32, device=visual.device)
@@ -247,8 +247,12 @@ def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> T
 
 
 def _attend(rows: Tensor, columns: Tensor, pooled: Tensor | None, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Attended rows (B,M,E); or with `pooled`, for each of T tiles of rows, (B,T,2,E) their sum and their largest, and
-    (B,T,N,3) of each column the largest similarity, the sum and the weighted sum of the exponentials."""
+    """Launch the first kernel.
+
+    Returns the attended rows (B,M,E), or with `pooled`, for each of T tiles of rows, their sum and their maximum
+    (B,T,2,E) and, for each column, the maximum similarity, the sum and the weighted sum of the exponentials (B,T,N,3).
+    The results that are not computed are empty.
+    """
     (*batches, m, width), n = rows.shape, columns.shape[-2]
     batch = batches[0] if batches else len(columns)
     blocks = config(n, width, rows.dtype, shared_memory(rows.device))
@@ -261,7 +265,7 @@ def _attend(rows: Tensor, columns: Tensor, pooled: Tensor | None, alpha: float) 
     )
     if batch == 0:
         return out, sums, found
-    # The rows of an image one after another, so that their distance is known when compiling.
+    # The rows of an image must be contiguous, because the kernel is compiled for a row stride of E.
     rows, columns = (x if x.stride()[-2:] == (width, 1) else x.contiguous() for x in (rows, columns))
     with torch.cuda.device_of(rows):
         _attend_kernel[(batch * tiles * slices,)](

@@ -1,9 +1,9 @@
-"""Exact epilogues: what follows a matrix product, in one pass instead of three.
+"""Exact epilogues of a matrix product, in one pass instead of three.
 
     bias_act: act(x + bias);  add_norm: out = x + scale·(y + bias), normed = LayerNorm(out)
 
-The first reads and writes its tensor once. The second reads x and y and writes out and its norm: 4·B·N·C, where a sum
-and a LayerNorm of their own take 5, and 9 with a bias and a LayerScale.
+`bias_act` reads and writes its tensor once. `add_norm` reads x and y and writes out and its norm, 4·B·N·C. A separate
+sum and LayerNorm move 5·B·N·C, and 9·B·N·C with a bias and a LayerScale.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def _add_norm_kernel(
 
 
 def config(op: str, width: int) -> dict[str, int]:
-    """Block sizes and warps of either kernel, for rows of width C."""
+    """Return block sizes and warps of either kernel, for rows of width C."""
     if op == "bias_act":
         return {"BLOCK_R": 4, "BLOCK_C": min(1024, triton.next_power_of_2(width)), "num_warps": 4}
     return {**layer_norm.blocks(4, width, 4096), "num_warps": 4}
 
 
 def bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    """Launches the kernel: like x (…,C), contiguous."""
+    """Launch the kernel: like x (…,C), contiguous."""
     x = x.contiguous()
     out = torch.empty_like(x)
     if out.numel() == 0:
@@ -90,7 +90,7 @@ def add_norm(
     scale: Tensor | None,
     norm: tuple[Tensor, Tensor, float] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launches the kernel: out and normed or None, (…,C) contiguous, in the wider dtype of x and y."""
+    """Launch the kernel: out, and normed or None, (…,C) contiguous, in the wider dtype of x and y."""
     x, y = x.contiguous(), y.contiguous()
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
     normed = torch.empty_like(out) if norm is not None else None

@@ -1,4 +1,4 @@
-"""Rows and, where asked, their LayerNorm, stored together: the end of every kernel that writes tokens."""
+"""Storing rows and, optionally, their LayerNorm: the end of every kernel that writes tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def store_rows(
     x, offs_r, rows, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps,
     C: tl.constexpr, NORM: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Stores x [BLOCK_R, BLOCK_C] at rows `offs_r` < `rows` of width C; the LayerNorm is of the values as stored."""
+    """Store x [BLOCK_R, BLOCK_C] at rows `offs_r` < `rows` of width C; the LayerNorm is of the values as stored."""
     offs_c = tl.arange(0, BLOCK_C)
     mask = (offs_r < rows)[:, None] & (offs_c < C)[None, :]
     offs = offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]
@@ -30,11 +30,11 @@ def store_rows(
 
 
 def arguments(norm: tuple[Tensor, Tensor, float] | None, x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Weight, bias and eps for a launch; without a norm, anything that can be pointed at."""
+    """Return weight, bias and eps for a launch; without a norm x replaces both, because a launch needs pointers."""
     return (x, x, 0.0) if norm is None else (norm[0].contiguous(), norm[1].contiguous(), norm[2])
 
 
 def blocks(rows: int, width: int, elements: int) -> dict[str, int]:
-    """Tile sizes for rows of width C, `elements` of them at most in a tile of several rows."""
+    """Return tile sizes for rows of width C; a tile of several rows has at most `elements` elements."""
     block_c = triton.next_power_of_2(width)
     return {"BLOCK_R": max(1, min(rows, elements // block_c)), "BLOCK_C": block_c}

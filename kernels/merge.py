@@ -1,11 +1,11 @@
-"""Match and merge: each even token finds its most similar odd one, the r strongest pairs become one token each.
+"""Match and merge: each even token finds its most similar odd token, and the r most similar pairs merge.
 
     unit = mean over heads of k, normalised;  strength_a, nearest_a = max, argmax over b of unit_a · unit_b
     merged_b = x_b + Σ share_a·(x_a - x_b),  share_a = size_a / (size_b + Σ size_a)
 
-Matching reads the keys once (B·N·C, or B·N·D as a metric) and keeps 4·B·N·D bytes of unit vectors between its three
-launches; the similarities, N²/4·D multiplications an image, stay in registers. Merging reads N·C and writes (N-r)·C in
-one launch: every row gathers its own sources, so nothing is scattered and there are no atomics.
+Matching reads the keys once (B·N·C, or B·N·D for a metric) and stores 4·B·N·D bytes of unit vectors between its three
+launches. The similarities, N²/4·D multiplications per image, stay in registers. Merging reads N·C and writes (N-r)·C in
+one launch. Every row gathers its own sources, so there is no scatter and no atomic.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _unit_kernel(
     stride_mb, stride_mh, stride_mn,
     H: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The mean over heads, rounded to the dtype of the metric, at length one."""
+    """Store the mean over heads, rounded to the dtype of the metric and normalised to length one."""
     batch, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offs_n, offs_d = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64), tl.arange(0, BLOCK_D)
     mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
@@ -35,7 +35,7 @@ def _unit_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for head in tl.static_range(H):  # unrolled: all loads in flight
         total += tl.load(metric_ptr + tl.cast(head, tl.int64) * stride_mh, mask=mask, other=0.0).to(tl.float32)
-    # Rounded as the reference is, or what ties there would not tie here.
+    # Rounded like the reference, or similarities that tie there would not tie here.
     mean = tl.div_rn(total, H * 1.0).to(metric_ptr.dtype.element_ty).to(tl.float32)
     length = tl.maximum(tl.sqrt_rn(tl.sum(mean * mean, 1)), 1e-12)
     unit = tl.div_rn(mean, tl.broadcast_to(length[:, None], [BLOCK_N, BLOCK_D]))
@@ -48,7 +48,7 @@ def _nearest_kernel(
     N, A, even, odd,
     D: tl.constexpr, TILES: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """For each of A even tokens from `even` on: the largest similarity to an odd one from `odd` on, and which."""
+    """Store, for each of A even tokens from `even` on, its most similar odd token from `odd` on and the similarity."""
     batch, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     unit_ptr += batch * N * D
     offs_a = tile * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -68,7 +68,7 @@ def _nearest_kernel(
             s = tl.dot(a, b, s, input_precision="ieee")
         s = tl.where((s == s) & mask_b[None, :], s, float("-inf"))
         most = tl.max(s, 1)
-        first = tl.min(tl.where(s == most[:, None], offs_b[None, :], N), 1)  # of equal ones the lower index
+        first = tl.min(tl.where(s == most[:, None], offs_b[None, :], N), 1)  # the lower index of equal ones
         better = most > best
         best = tl.where(better, most, best)
         nearest = tl.where(better, first, nearest)
@@ -82,7 +82,7 @@ def _strongest_kernel(
     A, r, even, odd,
     BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """The r strongest pairs of an image, and the even tokens that stay, both ascending."""
+    """Store the r strongest pairs of an image and the remaining even tokens, both in ascending order."""
     batch = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_P)
     kept_ptr += batch * (even + A - r)
@@ -130,7 +130,7 @@ def _merge_kernel(
     mine = tl.sum(joins.to(tl.int32), 0) > 0
     acc = x
     pair = tl.min(tl.where(mine, offs_s, BLOCK_S), 0)
-    while pair < BLOCK_S:  # the pairs of this tile's rows, in order
+    while pair < BLOCK_S:  # over the pairs whose targets are in this tile, in order
         chosen = offs_s == pair
         a = tl.sum(tl.where(chosen, offs_a, 0), 0)
         share = tl.sum(tl.where(joins & chosen[None, :], gain[None, :], 0.0), 1) / total  # [BLOCK_R]
@@ -144,23 +144,23 @@ def _merge_kernel(
 
 
 def match_config(width: int) -> dict[str, dict[str, int]]:
-    """Block sizes and warps of the first two launches, for a metric of width D."""
+    """Return block sizes and warps of the first two launches, for a metric of width D."""
     block_d = max(16, triton.next_power_of_2(width))
-    # Whole rows to take their length; pieces of them to multiply.
+    # The length needs entire rows; the products take them in pieces.
     unit = {"BLOCK_N": max(1, (1024 if block_d <= 64 else 512) // block_d), "BLOCK_D": block_d, "num_warps": 4}
     return {"unit": unit, "nearest": {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_D": min(64, block_d), "num_warps": 4}}
 
 
 def merge_config(r: int, width: int) -> dict[str, int]:
-    """Block sizes and warps of the merge, for r pairs of tokens of width C."""
+    """Return block sizes and warps of the merge, for r pairs of tokens of width C."""
     return {"BLOCK_S": max(16, triton.next_power_of_2(r)), **layer_norm.blocks(8, width, 4096), "num_warps": 4}
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernels: kept (B,A-r), source (B,r), target (B,r) int64, for a metric (B,N,D) or (B,H,N,D)."""
+    """Launch the kernels: kept (B,A-r), source (B,r), target (B,r) int64, for a metric (B,N,D) or (B,H,N,D)."""
     per_head = metric if metric.ndim == 4 else metric[:, None]
     batch, heads, tokens, width = per_head.shape
-    # The prefix never merges: neither as a source (even positions) nor as a target (odd ones).
+    # The prefix takes no part, neither as a source (even positions) nor as a target (odd ones).
     even, odd = (prefix + 1) // 2, prefix // 2
     a, b = (tokens + 1) // 2 - even, tokens // 2 - odd
     kept, source, target = (
@@ -199,7 +199,7 @@ def merge_tokens(
     size: Tensor | None,
     norm: tuple[Tensor, Tensor, float] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launches the kernel: tokens (B,N-r,C), size (B,N-r) fp32, normed like tokens or None."""
+    """Launch the kernel: tokens (B,N-r,C), size (B,N-r) fp32, normed like tokens or None."""
     batch, tokens, width = x.shape
     r = source.shape[1]
     out = x.new_empty(batch, tokens - r, width)

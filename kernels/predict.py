@@ -1,13 +1,13 @@
-"""Predict: every patch scored by a small MLP-Mixer on pooled channels, an image in one program.
+"""Predict: a small MLP-Mixer on pooled channels scores every patch, with one program per image.
 
     p = pool(x) [N, G];  p += W₂ gelu(W₁ LN(p));  p += gelu(LN(p) V₁ᵀ) V₂ᵀ;  score = p · w
 
-W acts along the tokens, V along the channels. Two loops over tiles of tokens: the first pools and adds up what the
-hidden tokens see, [Ht, G], which takes all tokens; the second does the rest row by row.
-Reads N·C of x and writes N - prefix scores. The pooled tokens, N·G fp32, are written and read again, from cache, and
-the weights of the channels are read from cache for every tile. N·(C·G + 2·Ht·G + 2·G·Hc) products: the first of them
-pool, x by zeros and ones and then over the size of a bin, so that rows come in wide loads whatever C/G is and bins may
-overlap. One launch, no atomics; a score depends on its image alone.
+W acts along the tokens, V along the channels. There are two loops over tiles of tokens: the first pools channels and
+accumulates the hidden tokens [Ht, G], which depend on all tokens; the second computes the rest row by row.
+Reads N·C of x and writes N - prefix scores. The pooled tokens, N·G fp32, are written and read again from cache, and the
+channel weights are read from cache for every tile. Takes N·(C·G + 2·Ht·G + 2·G·Hc) products. The first C·G of them
+pool: they multiply x by zeros and ones, and the sums are divided by the size of a bin, so that loads of rows are wide
+for any C/G and bins may overlap. One launch, no atomics. A score depends on its image alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _pool(
     x_ptr, offs_n, N, stride_xn,
     C: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Means of the channels of some tokens over bins ⌊g·C/G⌋ to ⌈(g+1)·C/G⌉, [BLOCK_N, G]; 0 beyond the last token."""
+    """Return means of channels over bins ⌊g·C/G⌋ to ⌈(g+1)·C/G⌉ for a tile of tokens, [BLOCK_N, G]; 0 beyond N."""
     offs_g = tl.arange(0, G)
     low, high = offs_g * C // G, ((offs_g + 1) * C + G - 1) // G
     row_ptr = x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn
@@ -41,7 +41,7 @@ def _pool(
 
 @triton.jit
 def _normed(p, weight_ptr, bias_ptr, eps, G: tl.constexpr):
-    """The LayerNorm of rows [BLOCK_N, G]."""
+    """Return the LayerNorm of rows [BLOCK_N, G]."""
     offs_g = tl.arange(0, G)
     centred = p - (tl.sum(p, 1) / G)[:, None]
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / G + eps)
@@ -56,7 +56,7 @@ def _gelu(x):
 
 @triton.jit
 def _matrix(ptr, offs_r, rows, offs_c, columns, stride, WIDE: tl.constexpr):
-    """Rows and columns of a weight, 0 beyond its ends."""
+    """Load a tile of a weight, 0 beyond its ends."""
     mask = (offs_r < rows)[:, None] & (offs_c < columns)[None, :]
     weight = tl.load(ptr + offs_r[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
     if WIDE:
@@ -88,7 +88,7 @@ def _predict_kernel(
         token_in = _matrix(token_in_weight_ptr, offs_t, HT, offs_n, N, N, WIDE)  # [HT, BLOCK_N]
         hidden = tl.dot(token_in, normed.to(token_in.dtype), hidden, input_precision="ieee")
     hidden = _gelu(hidden + tl.load(token_in_bias_ptr + offs_t).to(tl.float32)[:, None])
-    tl.debug_barrier()  # other threads of this program stored what is read next
+    tl.debug_barrier()  # the pooled tokens that a thread reads next were stored by others
     for tile in range(TILES):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         p = tl.load(pooled_ptr + offs_n[:, None] * G + offs_g[None, :], mask=(offs_n < N)[:, None], other=0.0)
@@ -110,16 +110,16 @@ def _predict_kernel(
 
 
 def config(tokens: int, hidden: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes, warps and stages for N tokens and Hc hidden channels."""
+    """Return block sizes, warps and stages for N tokens and Hc hidden channels."""
     if dtype == torch.float32:
         return {"BLOCK_N": 32, "BLOCK_C": 32, "BLOCK_H": min(32, hidden), "num_warps": 8, "num_stages": 2}
-    # Every tile makes the bins of all channels anew.
+    # Every tile computes the bins of all channels again, so tiles are large.
     block_n, block_c = (64, 128) if tokens <= 64 else (128, 64)
     return {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_H": min(64, hidden), "num_warps": 8, "num_stages": 3}
 
 
 def predict_scores(x: Tensor, weights: list[Tensor], eps: float, prefix: int) -> Tensor:
-    """Launches the kernel: scores (B,P) fp32 of tokens (B,N,C), by the weights of a `reference.Mixer` in its order."""
+    """Launch the kernel: scores (B,P) fp32 of tokens (B,N,C), for the weights of a `reference.Mixer` in its order."""
     batch, tokens, width = x.shape
     scores = torch.empty(batch, tokens - prefix, dtype=torch.float32, device=x.device)
     if scores.numel() == 0:

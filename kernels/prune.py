@@ -1,10 +1,10 @@
-"""Prune: top-k, compaction, the fused token and the LayerNorm that follows, by counting instead of sorting.
+"""Prune: top-k, compaction, a fused token and a LayerNorm, by counting instead of sorting.
 
     kept_i = place_i < keep;  row_i = prefix + #{kept j < i};  fused = Σ score_i·x_i over the patches not kept
 
-Reads M·C of x once (M = N with a fused token, prefix + keep without) and writes M'·C; the scores are read by the first
-launch, one program per image, and by it alone. Two launches: choose, then gather. No sort, no atomic; a row's result
-depends on its image alone.
+Reads M·C of x once (M = N with a fused token, prefix + keep without) and writes M'·C. Two launches: the first reads the
+scores and selects, with one program per image, the second gathers. No sort, no atomics. A row's result depends on its
+image alone.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def _choose_kernel(
     P, keep,
     H: tl.constexpr, RANK: tl.constexpr, FUSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Which patches of an image stay, ascending, and with FUSE which go, ascending, and what they weigh."""
+    """Store the kept patches of an image and, with FUSE, the dropped ones and their weights, in ascending order."""
     batch = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_P)
     if H:
         reduced = reduce_heads(scores_ptr + batch * H * P, offs, P, H * 1.0, H, RANK, BLOCK_P, BLOCK_J)
         row_ptr = reduced_ptr + batch * P
         tl.store(row_ptr + offs, reduced, mask=offs < P)
-        tl.debug_barrier()  # every thread compares with what all have stored
+        tl.debug_barrier()  # the scores that a thread reads next were stored by others
     else:
         row_ptr = scores_ptr + batch * P
     kept = (rank_of(row_ptr, offs, P, BLOCK_P, BLOCK_J) < keep) & (offs < P)
@@ -68,7 +68,7 @@ def _gather_kernel(
         mask = (row < prefix + keep)[:, None] & (offs_c < C)[None, :]
         x = tl.load(x_ptr + source[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0)
         store_rows(x, row, prefix + keep, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
-    elif FUSE:  # the first tile, because it takes longest
+    elif FUSE:  # the first program of an image, because it takes longest
         acc = tl.zeros([BLOCK_C], dtype=tl.float32)
         for start in range(0, BLOCK_P, BLOCK_R):
             if start < P - keep:
@@ -84,7 +84,7 @@ def _gather_kernel(
 
 
 def config(patches: int, width: int) -> dict[str, int]:
-    """Block sizes and warps of the gather, for P patches of width C."""
+    """Return block sizes and warps of the gather, for P patches of width C."""
     tile = layer_norm.blocks(16, width, 8192)
     return {"BLOCK_P": ranking.blocks(patches)["BLOCK_P"], **tile, "num_warps": 4}
 
@@ -92,7 +92,7 @@ def config(patches: int, width: int) -> dict[str, int]:
 def prune_tokens(
     x: Tensor, scores: Tensor, keep: int, fuse: bool, heads: str, prefix: int, norm: tuple[Tensor, Tensor, float] | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launches the kernels: tokens (B,prefix+keep[+1],C), index (B,keep) int64, normed like tokens or None."""
+    """Launch the kernels: tokens (B,prefix+keep[+1],C), index (B,keep) int64, normed like tokens or None."""
     batch, tokens, width = x.shape
     patches, rows = tokens - prefix, prefix + keep + fuse
     out = x.new_empty(batch, rows, width)

@@ -1,8 +1,8 @@
-"""Rank: the CLS row of each head's attention without the rest of it, and the mean or the ranks over heads.
+"""Rank: only the CLS row of each head's attention, and its mean or the mean of its ranks over heads.
 
     cls_hj = softmax_j(q_h0 · k_hj / D**0.5 + log size_j);  score_j = mean_h cls_hj, or mean_h #{i : cls_hi beaten by j}
 
-Reads K once (B·N·C) and writes B·H·P scores; reducing reads those and writes B·P. One launch each.
+Reads K once (B·N·C) and writes B·H·P scores. The reduction over heads reads those and writes B·P. One launch each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def cls_row(
     q_ptr, k_ptr, size_ptr, row_ptr, N, prefix, scale, stride_kn,
     D: tl.constexpr, SIZED: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Stores the softmax of one query over N keys without the prefix columns; logits are in units of log2."""
+    """Store the softmax of one query over N keys, without the prefix columns; logits are in units of log2."""
     offs_d = tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32) * scale
     most, total = float("-inf"), 0.0
@@ -40,7 +40,7 @@ def cls_row(
             p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
         total = total * tl.exp2(most - higher) + tl.sum(p, 0)
         most = higher
-    tl.debug_barrier()  # other threads of this program stored what is read next
+    tl.debug_barrier()  # the logits that a thread reads next were stored by others
     for tile in range(TILES):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mine = (offs_n >= prefix) & (offs_n < N)
@@ -81,23 +81,24 @@ def _heads_kernel(
 
 
 def config(width: int) -> dict[str, int]:
-    """Block sizes and warps of the CLS row, for heads of width D."""
+    """Return block sizes and warps of the CLS row, for heads of width D."""
     return {"BLOCK_N": 64, "BLOCK_D": max(16, triton.next_power_of_2(width)), "num_warps": 4}
 
 
 def in_units(*tensors: Tensor) -> tuple[int, list[list[int]]]:
-    """The strides of (B,H,N,D) tensors without the last, all in units of 8 elements if they are multiples of that.
+    """Return a unit and the strides of (B,H,N,D) tensors in that unit, without the last stride.
 
-    Heads of 72 lie at no multiple of 16, which is all that triton sees by itself: multiplied by a constant unit inside,
-    they are known to begin where 16 bytes can be loaded at once.
+    The unit is 8 elements if all strides are multiples of 8, else 1.
     """
+    # Triton detects strides that are multiples of 16 only, which heads of width 72 do not have. Because the kernel
+    # multiplies strides by a constant unit, the compiler knows that each head begins where 16 bytes load at once.
     strides = [tensor.stride()[:3] for tensor in tensors]
     unit = 8 if all(stride % 8 == 0 for three in strides for stride in three) else 1
     return unit, [[stride // unit for stride in three] for three in strides]
 
 
 def cls_scores(q: Tensor, k: Tensor, size: Tensor | None, prefix: int) -> Tensor:
-    """Launches the kernel: the CLS row of every head's attention, (B,H,P) fp32."""
+    """Launch the kernel: the CLS row of every head's attention, (B,H,P) fp32."""
     batch, heads, tokens, width = k.shape
     out = torch.empty(batch, heads, tokens - prefix, dtype=torch.float32, device=k.device)
     if out.numel() == 0:
@@ -117,7 +118,7 @@ def cls_scores(q: Tensor, k: Tensor, size: Tensor | None, prefix: int) -> Tensor
 
 
 def reduce_scores(scores: Tensor, rank: bool, divisor: int) -> Tensor:
-    """Launches the kernel: rows (B,R,P) fp32 summed over R and divided, (B,P) fp32; or the rows' ranks."""
+    """Launch the kernel: rows (B,R,P) fp32, or their ranks, summed over R and divided by `divisor`, (B,P) fp32."""
     batch, rows, patches = scores.shape
     out = torch.empty(batch, patches, dtype=torch.float32, device=scores.device)
     if out.numel() == 0:

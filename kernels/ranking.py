@@ -1,8 +1,8 @@
-"""Order without sorting: how many beat me is where I stand.
+"""Ranks without sorting: the position of a score is the number of scores that beat it.
 
     place_i = #{j : s_j > s_i or (s_j = s_i and j < i)}
 
-For the scores of one image, up to a few thousand; NaN counts as -inf and ties go to the lower index.
+Works on the scores of one image, up to a few thousand. NaN counts as -inf, and ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def load_scores(ptr, offs, size):
-    """Scores as fp32, NaN and what lies beyond `size` as -inf."""
+    """Load scores as fp32; -inf for NaN and beyond `size`."""
     s = tl.load(ptr + offs, mask=offs < size, other=float("-inf")).to(tl.float32)
     return tl.where(s == s, s, float("-inf"))
 
 
 @triton.jit
 def rank_of(ptr, offs, size, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr):
-    """How many of `size` scores beat each of those at `offs`."""
+    """Return, for each score at `offs`, the number of `size` scores that beat it."""
     own = load_scores(ptr, offs, size)
     count = tl.zeros_like(offs)
     for start in range(0, BLOCK_P, BLOCK_J):
@@ -38,7 +38,7 @@ def reduce_heads(
     ptr, offs, size, divisor,
     H: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """The sum of H rows of scores, or of each row's ranks (0 weakest), over `divisor`."""
+    """Return the sum of H rows of scores, or of their ranks (0 is weakest), divided by `divisor`."""
     total = tl.zeros([BLOCK_P], dtype=tl.int32 if RANK else tl.float32)
     if RANK:
         for head in range(H):
@@ -50,10 +50,10 @@ def reduce_heads(
             mask = (offs_h < H)[:, None] & (offs < size)[None, :]
             rows = tl.load(ptr + offs_h.to(tl.int64)[:, None] * size + offs[None, :], mask=mask, other=0.0)
             total += tl.sum(rows.to(tl.float32), 0)
-    return tl.div_rn(total.to(tl.float32), divisor)  # rounded as the reference is: ranks over H may tie
+    return tl.div_rn(total.to(tl.float32), divisor)  # rounded like the reference, because ranks divided by H may tie
 
 
 def blocks(size: int) -> dict[str, int]:
-    """Block sizes and warps to place `size` scores."""
+    """Return block sizes and warps to rank `size` scores."""
     block_p = max(16, triton.next_power_of_2(size))
     return {"BLOCK_P": block_p, "BLOCK_J": 8, "num_warps": 8 if block_p >= 256 else 4}

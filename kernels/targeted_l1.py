@@ -1,15 +1,17 @@
-"""Targeted L1: how far the selected tokens of an instance, projected, are from a teacher's, and its gradients.
+"""Targeted L1: distance of an instance's selected, projected tokens to a teacher's, and its gradients.
 
     v = P h - g;  out_b = Σ_i w_bi · ‖v_bi‖₁ / E over the selected i
     c_bi = w_bi · grad_b / E;  grad of h_bi = c_bi · sign(v_bi) P;  grad of P = Σ_bi c_bi · sign(v_bi)ᵀ h_bi
 
-The r selected rows of all instances, by a running count of the mask, are one matrix: tiles are full however little an
-instance selects, and the host need not know r. P h is never in memory; its signs are where a gradient is wanted, in two
-bits. For that of P each c·sign(v) is rounded to the input dtype, as h is: .3 of the error budget at worst.
+A running count of the mask turns the r selected rows of all instances into one matrix. Its tiles are full however few
+tokens an instance selects, and the host need not know r. P h is never in memory; if a gradient is required, its signs
+are stored, in two bits each. For the gradient of P each c·sign(v) is rounded to the input dtype, as h is, which takes
+0.3 of the error budget at worst.
 
-Reads r·(d + E) elements and writes r·E/4 bytes of signs; the gradient of h reads these and writes B·n·d, zeros too;
-that of P reads r·d and these, and adds up to GROUPS parts of 4·E·d bytes. 2·r·d·E operations each, P from cache. At
-B = 256, n = 197, r = 79·B, d = 768, E = 512 in bf16: 54, 80 and 59 MB (13, 19, 14 µs) and 16 GFLOP (20 µs) each.
+Reads r·(d + E) elements and writes r·E/4 bytes of signs. The gradient of h reads the signs and writes B·n·d elements,
+zeros included. The gradient of P reads r·d elements and the signs, and adds up to GROUPS parts of 4·E·d bytes. Each of
+the three takes 2·r·d·E operations and reads P from cache. At B = 256, n = 197, r = 79·B, d = 768, E = 512 in bf16 they
+move 54, 80 and 59 MB (13, 19, 14 µs) and take 16 GFLOP (20 µs) each.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SIGNS = tl.constexpr(16)  # to a word
-GROUPS = 8  # of rows, that the gradient of P is the sum of
-CHUNK = 512  # rows that a group takes at a time
+SIGNS = tl.constexpr(16)  # signs per word
+GROUPS = 8  # groups of rows, whose parts the gradient of P is the sum of
+CHUNK = 512  # rows that a group processes at a time
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _order_kernel(count_ptr, order_ptr, rows, BLOCK: tl.constexpr):
-    """Where the selected rows are, then where the others are, and in the end how many are selected."""
+    """Store the indices of the selected rows, then those of the others, and last the number of selected rows."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     count = tl.load(count_ptr + offs, mask=offs < rows, other=0)
     before = tl.load(count_ptr + offs - 1, mask=(offs > 0) & (offs < rows), other=0)  # [BLOCK]
@@ -37,20 +39,20 @@ def _order_kernel(count_ptr, order_ptr, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows(x_ptr, index, n, stride_xb, stride_xn):
-    """Where rows of x (B,n,…) begin."""
+    """Return pointers to rows of x (B,n,…)."""
     return x_ptr + (index // n).to(tl.int64) * stride_xb + (index % n).to(tl.int64) * stride_xn
 
 
 @triton.jit
 def _tile(row_ptr, offs_c, mask_r, C, WIDE: tl.constexpr):
-    """Columns of rows, 0 beyond their ends."""
+    """Load columns of rows, 0 beyond their ends."""
     x = tl.load(row_ptr[:, None] + offs_c[None, :], mask=mask_r[:, None] & (offs_c < C)[None, :], other=0.0)
     return x.to(tl.float32) if WIDE else x
 
 
 @triton.jit
 def _unpack(signs_ptr, offs_r, total, start, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Signs [ROWS, COLUMNS] from column `start` on, 0 beyond the last selected row and column."""
+    """Load signs [ROWS, COLUMNS] from column `start` on, 0 beyond the last selected row and the last column."""
     WORDS: tl.constexpr = (E + SIGNS - 1) // SIGNS
     offs_w = start // SIGNS + tl.arange(0, COLUMNS // SIGNS)
     word_ptr = signs_ptr + offs_r.to(tl.int64)[:, None] * WORDS + offs_w[None, :]
@@ -66,7 +68,7 @@ def _distance_kernel(
     stride_sb, stride_sn, stride_tb, stride_tn,
     D: tl.constexpr, E: tl.constexpr, LEARNS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of E adds to the distances of a tile of selected rows, and the signs."""
+    """Store the part of a tile of E in the distances of a tile of selected rows, and the signs."""
     TILES: tl.constexpr = (E + BLOCK - 1) // BLOCK
     tile, first = tl.program_id(0) % TILES, tl.program_id(0) // TILES * BLOCK
     offs_r, offs_e = first + tl.arange(0, BLOCK), tile * BLOCK + tl.arange(0, BLOCK)
@@ -90,7 +92,7 @@ def _distance_kernel(
             WORDS: tl.constexpr = (E + SIGNS - 1) // SIGNS
             offs_w = tile * (BLOCK // SIGNS) + tl.arange(0, BLOCK // SIGNS)
             to = signs_ptr + offs_r.to(tl.int64)[:, None] * WORDS + offs_w[None, :]
-            words = tl.sum(codes, 2).to(tl.int64).to(tl.int32)  # of triton 3.2 the interpreter sums to int64
+            words = tl.sum(codes, 2).to(tl.int64).to(tl.int32)  # the interpreter of triton 3.2 sums to int64
             tl.store(to, words, mask=here[:, None] & (offs_w < WORDS)[None, :])
 
 
@@ -98,7 +100,7 @@ def _distance_kernel(
 def _add_kernel(
     part_ptr, weight_ptr, mask_ptr, out_ptr, rows, n, E: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The weighted distances of an instance, added tile after tile."""
+    """Add the weighted distances of an instance, tile after tile."""
     batch = tl.program_id(0).to(tl.int64)
     weighted = tl.zeros([BLOCK], tl.float32)
     start = 0
@@ -119,7 +121,7 @@ def _student_kernel(
     rows,
     D: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of rows, which are 0 from the last selected one on."""
+    """Store the gradients of a tile of rows, 0 after the last selected row."""
     TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
     tile, first = tl.program_id(0) % TILES, tl.program_id(0) // TILES * BLOCK
     offs_r, offs_d = first + tl.arange(0, BLOCK), tile * BLOCK + tl.arange(0, BLOCK)
@@ -145,7 +147,7 @@ def _projection_kernel(
     stride_sb, stride_sn,
     D: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """What a group of rows, every so many chunks of them, adds to a tile of the gradient."""
+    """Store the part of a group of rows, every `groups`-th chunk, in a tile of the gradient."""
     TILES: tl.constexpr = (D + BLOCK - 1) // BLOCK
     item, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     first = item // TILES * BLOCK
@@ -161,7 +163,7 @@ def _projection_kernel(
             h = _tile(_rows(student_ptr, index, n, stride_sb, stride_sn), offs_d, here, D, WIDE)  # [STEP, BLOCK]
             scale = tl.load(scale_ptr + index, mask=here, other=0.0)
             factor = _unpack(signs_ptr, offs_r, total, first, E, STEP, BLOCK) * scale[:, None]  # [STEP, BLOCK]
-            factor = factor.to(student_ptr.dtype.element_ty).to(h.dtype)  # rounded alike where h is widened
+            factor = factor.to(student_ptr.dtype.element_ty).to(h.dtype)  # rounded even if h was widened
             grad = tl.dot(tl.trans(factor), h, grad, input_precision="ieee")  # [BLOCK, BLOCK]
         begin += groups * CHUNK
     to = part_ptr + (group.to(tl.int64) * E + offs_e)[:, None] * D + offs_d[None, :]
@@ -169,20 +171,23 @@ def _projection_kernel(
 
 
 def config(width: int, embedding: int, dtype: torch.dtype, over_rows: bool = False) -> dict[str, int]:
-    """Sides of a tile, elements to a step of a product, warps and stages; the batch must not change them."""
-    narrow = bool(width % 8 or embedding % 8)  # loads: an address for each element
-    if narrow or dtype == torch.float32:  # which has no tensor cores
+    """Return the side of a tile, the elements per step of a product, warps and stages.
+
+    The batch is no argument, so that it changes no bit of a result.
+    """
+    narrow = bool(width % 8 or embedding % 8)  # loads are narrow, with an address for each element
+    if narrow or dtype == torch.float32:  # fp32 has no tensor cores
         return {"BLOCK": 64, "STEP": 16, "num_warps": 8 if narrow else 4, "num_stages": 2}
-    # In a product over rows the signs of a step are unpacked, scaled and turned in registers.
+    # A product over rows unpacks, scales and transposes the signs of a step in registers, so its steps are short.
     return {"BLOCK": 128, "STEP": 32 if over_rows else 64, "num_warps": 8, "num_stages": 2 if over_rows else 3}
 
 
 def targeted_l1(
     student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor, learns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernels: distances (B,) fp32 and, for the backward, signs (B·n,⌈E/16⌉) and order (B·n+1,) int32.
+    """Launch the kernels: distances (B,) fp32 and, for the backward, signs (B·n,⌈E/16⌉) and order (B·n+1,) int32.
 
-    Without `learns` there are no rows of signs. The interpreter, which has no bf16 arithmetic, multiplies in fp32.
+    Without `learns` the signs have no rows. The interpreter multiplies in fp32, because it has no bf16 arithmetic.
     """
     (batch, tokens, width), embedding = student.shape, teacher.shape[2]
     rows, blocks = batch * tokens, config(width, embedding, student.dtype)
@@ -211,7 +216,7 @@ def targeted_l1(
 
 
 def student_gradient(projection: Tensor, scale: Tensor, signs: Tensor, order: Tensor) -> Tensor:
-    """Launches the kernel: (B,n,d), like projection, of what a sign of each token weighs (B,n) fp32."""
+    """Launch the kernel: the gradient (B,n,d) of student, like projection; `scale` (B,n) fp32 multiplies a token's signs."""
     embedding, width = projection.shape
     grad = torch.empty(*scale.shape, width, dtype=projection.dtype, device=projection.device)
     if grad.numel() == 0:
@@ -227,12 +232,12 @@ def student_gradient(projection: Tensor, scale: Tensor, signs: Tensor, order: Te
 
 
 def projection_gradient(student: Tensor, scale: Tensor, signs: Tensor, order: Tensor, embedding: int) -> Tensor:
-    """Launches the kernel: (E,d), like student, of what a sign of each token weighs (B,n) fp32."""
+    """Launch the kernel: the gradient (E,d) of projection, like student; `scale` (B,n) fp32 multiplies a token's signs."""
     batch, tokens, width = student.shape
     rows, blocks = batch * tokens, config(width, embedding, student.dtype, over_rows=True)
     if rows == 0:
         return student.new_zeros(embedding, width)
-    short = student.dtype == torch.float16  # of range: the largest factor is made 1
+    short = student.dtype == torch.float16  # its range is short, so the largest factor is scaled to 1
     if short:
         most = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
         scale = scale / most
