@@ -216,7 +216,7 @@ def targeted_l1(
 
 
 def student_gradient(projection: Tensor, scale: Tensor, signs: Tensor, order: Tensor) -> Tensor:
-    """Launch the kernel: the gradient (B,n,d) of student, like projection; `scale` (B,n) fp32 multiplies a token's signs."""
+    """Launch the kernel: gradient (B,n,d) of student, like projection; scale (B,n) fp32 multiplies a token's signs."""
     embedding, width = projection.shape
     grad = torch.empty(*scale.shape, width, dtype=projection.dtype, device=projection.device)
     if grad.numel() == 0:
@@ -232,7 +232,7 @@ def student_gradient(projection: Tensor, scale: Tensor, signs: Tensor, order: Te
 
 
 def projection_gradient(student: Tensor, scale: Tensor, signs: Tensor, order: Tensor, embedding: int) -> Tensor:
-    """Launch the kernel: the gradient (E,d) of projection, like student; `scale` (B,n) fp32 multiplies a token's signs."""
+    """Launch the kernel: gradient (E,d) of projection, like student; scale (B,n) fp32 multiplies a token's signs."""
     batch, tokens, width = student.shape
     rows, blocks = batch * tokens, config(width, embedding, student.dtype, over_rows=True)
     if rows == 0:
