@@ -104,7 +104,7 @@ def forward(
     proportional: bool = False,
     rows: int | None = None,
     track: bool = False,
-    after: Norm | None = None,
+    next_norm: Norm | None = None,
     fused: bool = False,
     anchors: Tensor | None = None,
     predictor: Predictor | None = None,
@@ -120,7 +120,7 @@ def forward(
         rows: compute these leading rows alone, or None for all. With `rows`, a step after attention is ignored,
             because it moves no prefix token.
         track: also return the destination of every row.
-        after: norm1 of the next block, computed together with the last sum.
+        next_norm: norm1 of the next block, computed together with the last sum.
         fused: run sums, norms and activations as kernels.
         anchors: (A,C) CLS tokens; rows of zeros do not count. The anchor most similar to an image's CLS token joins
             attention as one more token, and is dropped after it. None for no anchor.
@@ -177,7 +177,7 @@ def forward(
         merged = ops.merge_tokens(x[:, lead:], match, sizes, None if lead else norm2)
         x, size, normed = merged if not lead else _prepend(x[:, :lead], merged)
     branch = parts.mlp(x, normed, fused)
-    x, normed = ops.add_norm(x, branch.y, branch.bias, branch.scale, after, backend=backend)
+    x, normed = ops.add_norm(x, branch.y, branch.bias, branch.scale, next_norm, backend=backend)
     return BlockOutput(TokenState(x, normed, size, rope), destination)
 
 

@@ -61,13 +61,13 @@ def fingerprint(model: nn.Module, half: Literal["image", "text"] = "image") -> d
     return digests
 
 
-def same_tower(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+def same_tower(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
     """Return true if two fingerprints are of one tower, compared in the lower of their precisions.
 
     A float16 and a bfloat16 fingerprint never match.
     """
-    common = [name for name in one if name in other]
-    return bool(common) and one[common[0]] == other[common[0]]
+    common = [name for name in first if name in second]
+    return bool(common) and first[common[0]] == second[common[0]]
 
 
 def output_probe(embeddings: Tensor) -> list[list[float]]:
@@ -81,10 +81,10 @@ def output_probe(embeddings: Tensor) -> list[list[float]]:
     return [[round(value, 4) for value in row] for row in rows]
 
 
-def same_probe(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> bool:
+def same_probe(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> bool:
     """Return true if two probes are of one tower, whatever its precision and device."""
-    first, second = torch.tensor(one), torch.tensor(other)
-    return first.shape == second.shape and bool(((first - second).norm(dim=-1) <= PROBE_ATOL).all())
+    a, b = torch.tensor(first), torch.tensor(second)
+    return a.shape == b.shape and bool(((a - b).norm(dim=-1) <= PROBE_ATOL).all())
 
 
 def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:

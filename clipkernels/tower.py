@@ -184,7 +184,7 @@ def run(
             "proportional": proportional,
             "rows": reads.rows if index == last else None,
             "track": reads.track,
-            "after": parts[follows].norm1 if fused and same else None,
+            "next_norm": parts[follows].norm1 if fused and same else None,
             "fused": fused,
             "anchors": table,
             "predictor": predictor,

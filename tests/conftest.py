@@ -1,9 +1,10 @@
-"""Runs Triton kernels in Triton's interpreter where there is no GPU: that must be decided before triton is imported."""
+"""Shared fixtures. Without a GPU, Triton kernels run in Triton's interpreter."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Triton reads TRITON_INTERPRET when it is imported.
 GPU = Path("/dev/kfd").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,7 +24,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """On a busy machine several threads mostly wait for each other."""
+    """Run the tests of a module on one thread, because on a busy machine threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,8 +33,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a small model, known to open_clip for one test."""
-    import open_clip  # not everywhere the kernels' tests run
+    """The name of a small model that is registered in open_clip for one test."""
+    import open_clip  # the tests of the kernels also run without it
 
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny-test", TINY)
     return "ViT-tiny-test"
@@ -41,7 +42,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def resnet(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a small ResNet, known to open_clip for one test."""
+    """The name of a small ResNet that is registered in open_clip for one test."""
     import open_clip
 
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
@@ -51,20 +52,20 @@ def resnet(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where kernels run here: a GPU, or the CPU under the interpreter."""
+    """The device that kernels run on: a GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.fixture(params=["reference", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Either backend; what the kernels allocate is poisoned and guarded."""
+    """The name of each backend; buffers that kernels allocate are poisoned and guarded."""
     return request.getfixturevalue("triton") if request.param == "triton" else request.param
 
 
 @pytest.fixture
 def triton() -> Iterator[str]:
-    """The Triton backend's name; what its kernels allocate is poisoned and guarded."""
-    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    """The name of the Triton backend; buffers that its kernels allocate are poisoned and guarded."""
+    pytest.importorskip("triton", reason="triton is not installed: it exists for Linux alone")
     with GuardedAllocations(), exact_interpreter_dot():
         yield "triton"
 

@@ -257,8 +257,8 @@ def _is_capture_hook(hook: Any) -> bool:
 def _has_only_capture_hooks(module: Any) -> bool:
     """Return true if a module has hooks, all of them those by which transformers collects outputs."""
     hooks = list(module._forward_hooks.values())
-    others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return bool(hooks) and all(map(_is_capture_hook, hooks)) and not any(others)
+    other_hooks = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return bool(hooks) and all(map(_is_capture_hook, hooks)) and not any(other_hooks)
 
 
 def _projections(attn: Any) -> Sequence[nn.Module]:

@@ -1,4 +1,4 @@
-"""Every named configuration of open_clip: 115 served and given back, the other 29 refused by name."""
+"""Every named configuration of open_clip: 115 are patched and unpatched, the other 29 are refused by name."""
 
 import importlib.metadata
 import json
@@ -11,7 +11,7 @@ from torch import nn
 import clipkernels as ck
 from clipkernels.testing import assert_within_budget, open_clip_tower, patch_ranking, randomized
 
-REFUSED = {
+UNSUPPORTED = {
     "ModifiedResNet": (
         *("RN50", "RN50-quickgelu", "RN50x4", "RN50x4-quickgelu", "RN50x16", "RN50x16-quickgelu"),
         *("RN50x64", "RN50x64-quickgelu", "RN101", "RN101-quickgelu"),
@@ -27,9 +27,9 @@ REFUSED = {
     "TimmModel around timm's SwinTransformer": ("swin_base_patch4_window7_224",),
     "TimmModel around timm's VisionTransformerRelPos": ("vit_relpos_medium_patch16_cls_224",),
 }
-SERVED = [name for name in open_clip.list_models() if name not in sum(REFUSED.values(), ())]
+SUPPORTED = [name for name in open_clip.list_models() if name not in sum(UNSUPPORTED.values(), ())]
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)]
-# Fast in `make test`, each for something of its own; `make test-all` runs every distinct configuration.
+# The quick tests run these, each for the feature named; `make test-all` runs every distinct configuration.
 REPRESENTATIVES = {
     "ViT-B-16": "CLS pooling",
     "ViT-B-32-256": "65 tokens",
@@ -51,16 +51,16 @@ TWO_HEADS = {"ViT-H-16": {"width": 160}, "ViT-L-14-CLIPA": {"width": 128}}
 
 def _distinct():
     """One name per vision configuration."""
-    seen = {}
-    for name in SERVED:
+    names = {}
+    for name in SUPPORTED:
         config = open_clip.get_model_config(name)
         key = json.dumps([config["embed_dim"], config.get("quick_gelu", False), config["vision_cfg"]], sort_keys=True)
-        seen.setdefault(key, name)
-    return list(seen.values())
+        names.setdefault(key, name)
+    return list(names.values())
 
 
 def _parameters():
-    """Representatives, the widest of them with two heads alone; every configuration as it is for `make test-all`."""
+    """Every distinct configuration. Quick are the representatives, the widest of them with two heads only."""
     for name in dict.fromkeys([*REPRESENTATIVES, *_distinct()]):
         if name in TWO_HEADS:
             yield pytest.param(name, TWO_HEADS[name], id=f"{name}, two heads")
@@ -69,7 +69,7 @@ def _parameters():
 
 
 def _model(name, **vision):
-    """A two-block tower whose every vector is random, so that none can be left out."""
+    """A two-block tower in which every vector is random, so that a test fails if one is ignored."""
     return randomized(open_clip_tower(name, **vision))
 
 
@@ -78,30 +78,30 @@ def _outputs(model, images):
     return out if isinstance(out, tuple) else (out,)
 
 
-def test_of_open_clips_144_names_115_are_served():
+def test_open_clip_has_115_supported_names_of_144():
     if not importlib.metadata.version("open_clip_torch").startswith("3.3."):
         pytest.skip("counted for open_clip 3.3")
     assert len(open_clip.list_models()) == 144
-    assert (len(SERVED), sum(map(len, REFUSED.values()))) == (115, 29)
-    assert set(REPRESENTATIVES) <= set(SERVED)
+    assert (len(SUPPORTED), sum(map(len, UNSUPPORTED.values()))) == (115, 29)
+    assert set(REPRESENTATIVES) <= set(SUPPORTED)
 
 
 @pytest.mark.slow
 def test_every_name_at_full_depth_is_recognised():
-    for name in SERVED:
+    for name in SUPPORTED:
         with torch.device("meta"):
             tower = ck.tower_of(open_clip_tower(name, None))
         config = open_clip.get_model_config(name)
         side, other = tower.image_size
         assert side == other and tower.out == config["embed_dim"], name
         assert tower.num_tokens == (side // tower.patch) ** 2 + tower.prefix, name
-        if "timm_model_name" not in config["vision_cfg"]:  # where both name a size, timm's own model decides
+        if "timm_model_name" not in config["vision_cfg"]:  # otherwise timm's own model defines the size
             assert side == config["vision_cfg"].get("image_size", 224), name
 
 
 @pytest.mark.parametrize(("name", "vision"), list(_parameters()))
 @torch.no_grad()
-def test_a_tower_is_served_and_given_back(name, vision):
+def test_patching_and_unpatching_a_tower(name, vision):
     model = _model(name, **vision)
     tower = ck.tower_of(model)
     images = torch.randn(1, 3, *tower.image_size, generator=torch.Generator().manual_seed(0))
@@ -114,27 +114,27 @@ def test_a_tower_is_served_and_given_back(name, vision):
         encoded = ck.encode_image(model, images, tokens=True, source=True)
         pooled, *rest = _outputs(model, images)
         if method == ck.Dense():
-            for came, true, host in zip((pooled, *rest), exact, before, strict=True):
-                assert_within_budget(came, true, host)
+            for actual, true, host in zip((pooled, *rest), exact, before, strict=True):
+                assert_within_budget(actual, true, host)
         torch.testing.assert_close(encoded.embedding, pooled, atol=1e-4, rtol=1e-4)
         _check_tokens(model, method, encoded, rest, tower)
     _check_gradients(model, images)
     ck.unpatch(model)
     assert list(model.state_dict()) == keys
-    for came, host in zip(_outputs(model, images), before, strict=True):
-        assert torch.equal(came, host)
+    for actual, host in zip(_outputs(model, images), before, strict=True):
+        assert torch.equal(actual, host)
 
 
 def _check_gradients(model, images):
-    """Recomputing activations changes no gradient, and `Dense()` has the host's."""
+    """Assert that recomputing activations changes no gradient, and that `Dense()` has the host's gradients."""
     model.visual.set_grad_checkpointing(False)
     ck.patch(model, ck.EViT(0.5))
-    kept = _first_gradient(model, images)
+    without_checkpointing = _first_gradient(model, images)
     host = _first_gradient(ck.unpatch(model), images)
     model.visual.set_grad_checkpointing(True)
-    for method, expected in ((ck.EViT(0.5), kept), (ck.Dense(), host)):
-        came = _first_gradient(ck.patch(model, method), images)
-        assert (came - expected).norm() <= 1e-3 * expected.norm()
+    for method, expected in ((ck.EViT(0.5), without_checkpointing), (ck.Dense(), host)):
+        actual = _first_gradient(ck.patch(model, method), images)
+        assert (actual - expected).norm() <= 1e-3 * expected.norm()
     model.visual.set_grad_checkpointing(False)
 
 
@@ -147,7 +147,7 @@ def _first_gradient(model, images):
 
 
 def _check_tokens(model, method, encoded, rest, tower):
-    """Token counts equal the plan's, and `output_tokens` keeps its length under merging."""
+    """Assert that token counts equal the plan's, and that `output_tokens` keeps its length under merging."""
     plan = method.plan(tokens=tower.num_tokens, blocks=len(tower.blocks), prefix=tower.prefix)
     pooler = model.visual.attn_pool if tower.pools_with_queries else None
     assert encoded.tokens.shape[1] == (plan.tokens[-1] if pooler is None else pooler.query.shape[0])
@@ -171,7 +171,7 @@ def _check_tokens(model, method, encoded, rest, tower):
     ],
 )
 @torch.no_grad()
-def test_open_clips_own_attention_is_served(options):
+def test_open_clips_own_attention_is_supported(options):
     model = _model("ViT-S-32", **options)
     assert not isinstance(model.visual.transformer.resblocks[0].attn, nn.MultiheadAttention)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -183,7 +183,7 @@ def test_open_clips_own_attention_is_served(options):
     assert ck.encode_image(model, images, tokens=True).tokens.shape[1] == 42
 
 
-def test_attention_that_is_no_plain_dot_product_is_refused():
+def test_attention_that_is_not_plain_dot_product_is_refused():
     model = _model("ViT-S-32", scaled_cosine_attn=True)
     with pytest.raises(ck.UnsupportedTower, match="block 0: expected dot-product attention, got scaled cosine"):
         ck.patch(model, ck.Dense())
@@ -202,7 +202,7 @@ def test_a_pair_of_poolers_is_refused():
 
 
 @torch.no_grad()
-def test_blocks_that_run_sequence_first_are_served():
+def test_sequence_first_blocks_are_supported():
     model = _model("ViT-S-32")
     transformer = model.visual.transformer
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -229,7 +229,7 @@ def test_the_average_pool_weighs_merged_tokens_by_size():
 
 
 def _last_tokens(model, images):
-    """What leaves the last block, before norm and projection, of a patched tower."""
+    """The tokens after the last block of a patched tower, before norm and projection."""
     from clipkernels.tower import TowerInput, run
 
     tower = ck.tower_of(model)
@@ -237,18 +237,19 @@ def _last_tokens(model, images):
     return run(tower, TowerInput(tower.embed(images)[0]), plan).x
 
 
-def _refused():
-    for found, names in REFUSED.items():
+def _unsupported():
+    """Unsupported configurations; one per kind of tower is quick."""
+    for tower_name, names in UNSUPPORTED.items():
         for name in names:
-            yield pytest.param(name, found, marks=[] if name == names[0] else [pytest.mark.slow])
+            yield pytest.param(name, tower_name, marks=[] if name == names[0] else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("name", "found"), list(_refused()))
-def test_another_tower_is_refused_by_name_before_it_is_touched(name, found):
+@pytest.mark.parametrize(("name", "found"), list(_unsupported()))
+def test_an_unsupported_tower_is_refused_by_name_and_unchanged(name, tower_name):
     with torch.device("meta"):
         model = open_clip_tower(name, None)
     classes = [type(module) for module in model.modules()]
-    for act in (lambda: ck.patch(model, ck.EViT(0.7)), lambda: ck.unpatch(model), lambda: ck.method_of(model)):
-        with pytest.raises(ck.UnsupportedTower, match=f"expected an image ViT of open_clip, .*, got {found}"):
-            act()
+    for call in (lambda: ck.patch(model, ck.EViT(0.7)), lambda: ck.unpatch(model), lambda: ck.method_of(model)):
+        with pytest.raises(ck.UnsupportedTower, match=f"expected an image ViT of open_clip, .*, got {tower_name}"):
+            call()
     assert [type(module) for module in model.modules()] == classes

@@ -21,22 +21,22 @@ def images():
 
 
 @torch.no_grad()
-def test_a_tower_is_served_and_given_back(model, images):
+def test_patching_and_unpatching_a_tower(model, images):
     before, keys = model.encode_image(images), list(model.state_dict())
     tower = ck.tower_of(model)
     assert (tower.num_tokens, tower.image_size, tower.patch, tower.out) == (65, (64, 64), 8, 32)
     for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
-        came = model.encode_image(images)
+        actual = model.encode_image(images)
         encoded = ck.encode_image(model, images, tokens=True, cls_path=True, source=True)
         plan = method.plan(65, 3)
         if method == ck.Dense():
             torch.testing.assert_close(
-                came, before, rtol=1e-5, atol=1e-5
-            )  # its norms are fp32 alone: no fp64 to compare
+                actual, before, rtol=1e-5, atol=1e-5
+            )  # its norms are fp32 alone, so there is no fp64 result to compare with
         else:
-            assert not torch.allclose(came, before, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(encoded.embedding, came, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(actual, before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoded.embedding, actual, rtol=1e-4, atol=1e-4)
         assert encoded.tokens.shape == (2, plan.tokens[-1], 32) and encoded.cls_path.shape == (2, 3, 128)
         assert list(model.state_dict()) == keys
     ck.unpatch(model)
@@ -44,22 +44,22 @@ def test_a_tower_is_served_and_given_back(model, images):
 
 
 @torch.no_grad()
-def test_weights_converted_to_half_precision_are_served(model, images):
+def test_weights_in_half_precision_are_supported(model, images):
     expected = model.encode_image(images)
     clip_model.convert_weights(model)
     assert model.dtype == torch.float16 and model.visual.ln_post.weight.dtype == torch.float32
     host = model.encode_image(images)
     for method in (*METHODS, patch_ranking(model, learnt=2)):
         with ck.patched(model, method):
-            came = model.encode_image(images)
-        assert came.dtype == torch.float16 and came.isfinite().all()
+            actual = model.encode_image(images)
+        assert actual.dtype == torch.float16 and actual.isfinite().all()
         if method == ck.Dense():
-            cosine, at_host = (torch.cosine_similarity(x.float(), expected, dim=-1) for x in (came, host))
+            cosine, at_host = (torch.cosine_similarity(x.float(), expected, dim=-1) for x in (actual, host))
             assert (cosine > at_host - 1e-3).all() and (cosine > 0.999).all()
 
 
 @torch.no_grad()
-def test_text_goes_on_working_beside_a_patched_tower(model, images):
+def test_a_patched_tower_leaves_the_text_tower_unchanged(model, images):
     text = torch.randint(1, 60, (3, 16), generator=torch.Generator().manual_seed(0))
     before = model.encode_text(text)
     ck.patch(model, ck.EViT(0.5))

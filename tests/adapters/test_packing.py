@@ -1,4 +1,4 @@
-"""Separate projections share one storage while patched, notice whatever happens to them, and are put back."""
+"""Packed projections: one product while patched, every change of a weight is noticed, and unpatching undoes it."""
 
 import copy
 import pickle
@@ -16,7 +16,8 @@ from clipkernels.testing import randomized, timm_tower, transformers_tower
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
 
 
-def three(bias=(True, True, True), width=8):
+def linears(bias=(True, True, True), width=8):
+    """Three linear layers, each with or without a bias."""
     torch.manual_seed(0)
     return [nn.Linear(width, width, bias=with_bias) for with_bias in bias]
 
@@ -33,33 +34,35 @@ def images():
 
 
 def projections(model):
+    """The separate projections of every block."""
     tower = ck.tower_of(model)
     return [tower.projections(host) for host in tower.blocks]
 
 
 def is_packed(model):
-    return [packed_weights(three) is not None for three in projections(model)]
+    """True for each block whose projections are packed."""
+    return [packed_weights(qkv) is not None for qkv in projections(model)]
 
 
 @pytest.mark.parametrize("bias", [(True, True, True), (False, False, False), (True, False, True)])
 @torch.no_grad()
-def test_one_product_serves_three(bias):
-    projections, x = three(bias), torch.randn(2, 5, 8)
+def test_one_product_equals_three_projections(bias):
+    projections, x = linears(bias), torch.randn(2, 5, 8)
     expected = torch.cat([projection(x) for projection in projections], -1)
     before = [p.clone() for projection in projections for p in projection.parameters()]
     identities = [id(p) for projection in projections for p in projection.parameters()]
     assert packed_weights(projections) is None
     pack(projections)
-    weight, joined = packed_weights(projections)
-    assert weight.shape == (24, 8) and (joined is None) == (not any(bias))
-    torch.testing.assert_close(nn.functional.linear(x, weight, joined), expected)
+    weight, joined_bias = packed_weights(projections)
+    assert weight.shape == (24, 8) and (joined_bias is None) == (not any(bias))
+    torch.testing.assert_close(nn.functional.linear(x, weight, joined_bias), expected)
     after = [p for projection in projections for p in projection.parameters()]
     assert [id(p) for p in after] == identities
     assert all(p.untyped_storage().nbytes() == p.nbytes and p.storage_offset() == 0 for p in after)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    place = weight.data_ptr()
+    address = weight.data_ptr()
     pack(projections)
-    assert packed_weights(projections)[0].data_ptr() == place
+    assert packed_weights(projections)[0].data_ptr() == address
     unpack(projections)
     assert packed_weights(projections) is None
     assert len({p.data_ptr() for p in after}) == len(after)
@@ -67,7 +70,7 @@ def test_one_product_serves_three(bias):
 
 
 @torch.no_grad()
-def test_every_way_of_giving_a_weight_another_storage_is_noticed():
+def test_every_change_of_a_weights_storage_ends_packing():
     for change in (
         lambda q, k, v: setattr(k, "weight", nn.Parameter(k.weight.clone())),
         lambda q, k, v: setattr(k.weight, "data", k.weight.data.clone()),
@@ -77,15 +80,15 @@ def test_every_way_of_giving_a_weight_another_storage_is_noticed():
         lambda q, k, v: k.register_forward_hook(lambda *_: None),
         lambda q, k, v: setattr(v, "forward", lambda x: x),
     ):
-        projections = three()
+        projections = linears()
         pack(projections)
         assert packed_weights(projections) is not None
         change(*projections)
         assert packed_weights(projections) is None
 
 
-def test_where_gradients_must_reach_each_weight_there_are_three_products():
-    projections = three()
+def test_weights_that_need_gradients_are_multiplied_separately():
+    projections = linears()
     pack(projections)
     assert packed_weights(projections) is None
     with torch.no_grad():
@@ -95,15 +98,15 @@ def test_where_gradients_must_reach_each_weight_there_are_three_products():
     assert packed_weights(projections) is not None
 
 
-def test_what_cannot_be_packed_is_left_alone():
+def test_projections_that_cannot_be_packed_stay_unchanged():
     class Quantised(nn.Linear):
         pass
 
-    wide, mixed = [nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 8)], three()
+    unequal, mixed = [nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 8)], linears()
     mixed[1].half()
     with torch.inference_mode():
-        inferred = three()
-    for projections in (wide, mixed, inferred, [Quantised(8, 8)] * 3, [m.to("meta") for m in three()], []):
+        inference = linears()
+    for projections in (unequal, mixed, inference, [Quantised(8, 8)] * 3, [m.to("meta") for m in linears()], []):
         before = [p.data_ptr() for m in projections for p in m.parameters()]
         pack(projections)
         unpack(projections)
@@ -112,7 +115,7 @@ def test_what_cannot_be_packed_is_left_alone():
 
 @pytest.mark.parametrize("method", [ck.Dense(), ck.EViT(0.5)])
 @torch.no_grad()
-def test_a_patched_tower_is_packed_and_unpatching_gives_every_weight_its_own_storage(model, images, method):
+def test_a_tower_is_packed_while_it_is_patched(model, images, method):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = model(pixel_values=images).pooler_output
     ck.patch(model, method)
@@ -126,7 +129,7 @@ def test_a_patched_tower_is_packed_and_unpatching_gives_every_weight_its_own_sto
 
 
 @torch.no_grad()
-def test_rotary_towers_whose_keys_have_no_bias_are_packed_too():
+def test_rotary_towers_without_a_key_bias_are_packed():
     pytest.importorskip("timm", reason="timm is not installed")
     model = randomized(timm_tower("eva02_base_patch16_clip_224", embed_dim=64, num_heads=2, img_size=64)).eval()
     images = torch.randn(2, 3, 64, 64)
@@ -137,24 +140,24 @@ def test_rotary_towers_whose_keys_have_no_bias_are_packed_too():
 
 
 def fresh(model, images, method):
-    """What a model that was never touched gives with these weights."""
+    """The output of a newly built model with the same weights, patched."""
     other = transformers_tower("CLIPVisionModel", **SIZES).to(next(model.parameters()).dtype)
     other.load_state_dict(model.state_dict())
     return ck.patch(other, method)(pixel_values=images).pooler_output
 
 
 @torch.no_grad()
-def test_loading_weights_after_patching_is_seen(model, images):
+def test_a_packed_tower_reads_loaded_weights(model, images):
     method = ck.EViT(0.5)
     ck.patch(model, method)
     for assign in (False, True):
         state = {name: tensor * 1.1 for name, tensor in model.state_dict().items()}
         model.load_state_dict(state, assign=assign)
         torch.testing.assert_close(model(pixel_values=images).pooler_output, fresh(model, images, method))
-    assert is_packed(model) == [False, False]  # new parameters lie where the file's do: three products
+    assert is_packed(model) == [False, False]  # new parameters have their own addresses: three products
 
 
-def test_an_optimiser_step_is_seen(model, images):
+def test_a_packed_tower_reads_the_weights_of_an_optimiser_step(model, images):
     method = ck.Dense()
     ck.patch(model.requires_grad_(True), method)
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -168,7 +171,7 @@ def test_an_optimiser_step_is_seen(model, images):
 
 
 @torch.no_grad()
-def test_another_dtype_is_seen_and_packed_again(model, images):
+def test_a_tower_in_another_dtype_is_packed_again(model, images):
     method = ck.EViT(0.5)
     ck.patch(model, method)
     for dtype in (torch.bfloat16, torch.float64):
@@ -181,7 +184,7 @@ def test_another_dtype_is_seen_and_packed_again(model, images):
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @torch.no_grad()
-def test_a_copy_has_weights_of_its_own(model, images, copier):
+def test_a_copy_has_its_own_weights(model, images, copier):
     expected = ck.patch(model, ck.Dense())(pixel_values=images).pooler_output
     other = copier(model)
     torch.testing.assert_close(other(pixel_values=images).pooler_output, expected)
@@ -192,7 +195,7 @@ def test_a_copy_has_weights_of_its_own(model, images, copier):
 
 
 @torch.no_grad()
-def test_weights_are_saved_and_loaded_while_packed(model, images, tmp_path):
+def test_packed_weights_can_be_saved_and_loaded(model, images, tmp_path):
     expected = ck.patch(model, ck.Dense())(pixel_values=images).pooler_output
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     model.save_pretrained(tmp_path / "folder")
@@ -203,7 +206,7 @@ def test_weights_are_saved_and_loaded_while_packed(model, images, tmp_path):
 
 
 @torch.no_grad()
-def test_tools_that_drop_tied_weights_keep_those_that_are_packed(model, images, tmp_path):
+def test_tools_that_drop_tied_weights_keep_packed_weights(model, images, tmp_path):
     from safetensors.torch import save_model
 
     expected = ck.patch(model, ck.Dense())(pixel_values=images).pooler_output
@@ -221,7 +224,7 @@ def test_tools_that_drop_tied_weights_keep_those_that_are_packed(model, images, 
     torch.testing.assert_close(prepared(pixel_values=images).pooler_output, expected)
 
 
-def test_patching_under_inference_mode_leaves_weights_that_train(model, images):
+def test_weights_patched_under_inference_mode_can_be_trained(model, images):
     with torch.inference_mode(), ck.patched(model, ck.EViT(0.5)):
         model(pixel_values=images)
         assert is_packed(model) == [True, True]
@@ -235,8 +238,8 @@ def layers_of(model):
     return "encoder.layers" if hasattr(model, "encoder") else "vision_model.encoder.layers"
 
 
-def test_tangents_and_batches_of_weights_reach_every_projection():
-    projections, x = three(), torch.randn(2, 5, 8)
+def test_jvp_and_vmap_reach_every_packed_projection():
+    projections, x = linears(), torch.randn(2, 5, 8)
     pack(projections)
     for projection in projections:
         projection.requires_grad_(False)
@@ -253,7 +256,7 @@ def test_tangents_and_batches_of_weights_reach_every_projection():
 
 
 @torch.no_grad()
-def test_a_patch_that_runs_out_of_memory_while_packing_leaves_the_model_as_it_was(model, images, monkeypatch):
+def test_running_out_of_memory_while_packing_leaves_the_model_unchanged(model, images, monkeypatch):
     before = model(pixel_values=images).pooler_output
     calls = []
 
@@ -271,21 +274,18 @@ def test_a_patch_that_runs_out_of_memory_while_packing_leaves_the_model_as_it_wa
 
 
 @torch.no_grad()
-def test_what_is_left_of_a_pack_is_undone_too(model):
+def test_a_pack_that_lost_a_weight_is_undone(model):
     ck.patch(model, ck.Dense())
-    three = projections(model)[0]
-    three[1].weight = nn.Parameter(three[1].weight.clone())
-    lies = [projection.weight.data_ptr() for projection in three]
+    qkv = projections(model)[0]
+    qkv[1].weight = nn.Parameter(qkv[1].weight.clone())
+    addresses = [projection.weight.data_ptr() for projection in qkv]
     ck.unpatch(model)
-    assert [projection.weight.data_ptr() == place for projection, place in zip(three, lies, strict=True)] == [
-        False,
-        True,
-        False,
-    ]
+    same = [projection.weight.data_ptr() == address for projection, address in zip(qkv, addresses, strict=True)]
+    assert same == [False, True, False]
 
 
 @torch.no_grad()
-def test_low_rank_adapters_on_a_projection_are_called(model, images):
+def test_an_adapter_on_a_projection_is_called(model, images):
     class Adapted(nn.Linear):
         def forward(self, x):
             return super().forward(x) + 0.5 * x

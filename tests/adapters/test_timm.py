@@ -14,7 +14,7 @@ from clipkernels.tower import Reads, TowerInput, run
 timm = pytest.importorskip("timm", reason="timm is not installed")
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.ToMe(8), ck.TCA(0.1)]
 SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
-# What each is here for.
+# Towers by name: options, and the feature that each tests.
 TOWERS = {
     "vit_base_patch16_clip_224": ({}, "CLS pooling, norm before the blocks"),
     "vit_base_patch16_siglip_224": ({}, "no CLS, MAP pooling"),
@@ -39,14 +39,14 @@ def build(name, layers=3, **more):
         options["block_fn"] = ResPostBlock
     try:
         model = timm_tower(name, layers, **options)
-    except RuntimeError as error:  # an older timm has fewer models
+    except RuntimeError as error:  # older versions of timm have fewer models
         pytest.skip(str(error))
     return randomized(model), torch.randn(2, 3, *model.patch_embed.img_size)
 
 
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
-def test_a_tower_is_served_and_given_back(name):
+def test_patching_and_unpatching_a_tower(name):
     model, images = build(name)
     tower = ck.tower_of(model)
     before, state = model(images), {key: value.clone() for key, value in model.state_dict().items()}
@@ -54,14 +54,14 @@ def test_a_tower_is_served_and_given_back(name):
     model.float()
     for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
-        came = model(images)
+        actual = model(images)
         encoded = ck.encode_image(model, images, tokens=True, source=True)
         plan = method.plan(tower.num_tokens, len(tower.blocks), tower.prefix)
         if method == ck.Dense():
-            assert_within_budget(came, exact, before)
+            assert_within_budget(actual, exact, before)
         else:
-            assert not torch.allclose(came, before, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(encoded.embedding, came, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(actual, before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoded.embedding, actual, atol=1e-5, rtol=1e-5)
         assert encoded.tokens.shape == (2, plan.tokens[-1], 24)
         assert encoded.source.shape == (2, sum(map(bool, plan.steps)), tower.num_tokens - tower.prefix)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -75,8 +75,8 @@ def _names():
         yield from timm.list_models(module=module)
 
 
-# By name: what is refused, and what its message says.
-REFUSED = {
+# Unsupported names, as patterns, with the message of each.
+UNSUPPORTED = {
     r"rope_mixed": "rotary embeddings that all blocks share",
     r"(large|huge|giant|5b)_patch16_sapiens2": "as many key as query heads",
     r"18x2|_xp_|_d?pwee_": "the forward of a Block or an EvaBlock, got that of (Parallel|DiffParallel)",
@@ -87,9 +87,9 @@ REFUSED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(_names()))
 @torch.no_grad()
-def test_every_name_is_served_or_refused_for_a_reason(name):
-    """At real width, with two blocks and few patches."""
-    message = next((why for part, why in REFUSED.items() if re.search(part, name)), None)
+def test_every_name_is_supported_or_refused_with_a_reason(name):
+    """Test each name at its real width, with two blocks and few patches."""
+    message = next((text for part, text in UNSUPPORTED.items() if re.search(part, name)), None)
     if message is not None:
         with torch.device("meta"):
             model = timm_tower(name, None)
@@ -97,8 +97,8 @@ def test_every_name_is_served_or_refused_for_a_reason(name):
             ck.patch(model, ck.Dense())
         return
     patch = re.search(r"patch(\d+)", name)
-    size = {"img_size": 4 * int(patch[1])} if patch else {}  # others have a size that convolutions led to
-    layers = None if "sapiens2" in name else 2  # whose key heads are a list with one entry per block
+    size = {"img_size": 4 * int(patch[1])} if patch else {}  # the size of other models depends on convolutions
+    layers = None if "sapiens2" in name else 2  # has a list of key heads with one entry per block
     model = randomized(timm_tower(name, layers, **size))
     tower = ck.tower_of(model)
     images, state = torch.randn(1, 3, *tower.image_size), list(model.state_dict())
@@ -107,11 +107,11 @@ def test_every_name_is_served_or_refused_for_a_reason(name):
     model.float()
     for method in (*METHODS, patch_ranking(model, learnt=2)):
         ck.patch(model, method)
-        came, encoded = model(images), ck.encode_image(model, images, tokens=True, source=True)
+        actual, encoded = model(images), ck.encode_image(model, images, tokens=True, source=True)
         plan = method.plan(tower.num_tokens, len(tower.blocks), tower.prefix)
         if method == ck.Dense():
-            assert_within_budget(came, exact, before)
-        torch.testing.assert_close(encoded.embedding, came, atol=1e-4, rtol=1e-4)
+            assert_within_budget(actual, exact, before)
+        torch.testing.assert_close(encoded.embedding, actual, atol=1e-4, rtol=1e-4)
         assert encoded.tokens.shape == (1, plan.tokens[-1], tower.out)
         assert encoded.source.shape == (
             1,
@@ -130,15 +130,15 @@ def test_registers_are_never_dropped_merged_or_moved(name):
     tower = ck.tower_of(model)
     x, rope = tower.embed(images)
     for method in (ck.EViT(0.1), ck.ToMe(100)):
-        # Blocks that add nothing leave the tokens as they came: what is in front at the end was in front at the start.
+        # Blocks whose residuals are zero leave the tokens unchanged, so the prefix must come out as it went in.
         for block in model.blocks:
             for parameter in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
                 parameter.zero_()
         plan = method.plan(tower.num_tokens, 3, tower.prefix)
-        ran = run(tower, TowerInput(x, rope), plan.ranked_by("received"), Reads(track=True))
-        assert torch.equal(ran.x[:, : tower.prefix], x[:, : tower.prefix])
-        assert ran.x.shape[1] == plan.tokens[-1] < x.shape[1]
-        assert all(((source < 0) | (source >= tower.prefix)).all() for source in ran.sources)
+        output = run(tower, TowerInput(x, rope), plan.ranked_by("received"), Reads(track=True))
+        assert torch.equal(output.x[:, : tower.prefix], x[:, : tower.prefix])
+        assert output.x.shape[1] == plan.tokens[-1] < x.shape[1]
+        assert all(((source < 0) | (source >= tower.prefix)).all() for source in output.sources)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -150,13 +150,13 @@ def test_rotary_embeddings_follow_their_patches_through_pruning(name, fuse):
     model, images = build(name)
     tower = ck.tower_of(model)
     with ck.patched(model, ck.EViT(0.5, blocks=(0,), fuse=fuse)):
-        came = ck.encode_image(model, images, source=True)
+        actual = ck.encode_image(model, images, source=True)
         features = model.forward_features(images)
     x, rope = tower.embed(images)
     keep = -(-rope.shape[-2] // 2)
     for image in range(2):
-        # The host's own blocks on the patches that were kept, each with the row of the table that was its own.
-        row = came.source[image, 0]
+        # The host's own blocks on the kept patches, each with its own row of the rotary table.
+        row = actual.source[image, 0]
         index = ((row >= 0) & (row < tower.prefix + keep)).nonzero()[:, 0]
         assert len(index) == keep
         block = model.blocks[0]
@@ -166,11 +166,11 @@ def test_rotary_embeddings_follow_their_patches_through_pruning(name, fuse):
         table = rope[..., index, :]
         tokens = middle[image : image + 1, rows]
         if fuse:
-            # The fused token stands for no place and is not turned.
+            # The fused token has no position and is not rotated.
             weights = _received_or_cls(tower, x, rope, image)
-            gone = torch.ones(rope.shape[-2], dtype=torch.bool)
-            gone[index] = False
-            fused = weights[gone] @ middle[image, tower.prefix :][gone]
+            dropped = torch.ones(rope.shape[-2], dtype=torch.bool)
+            dropped[index] = False
+            fused = weights[dropped] @ middle[image, tower.prefix :][dropped]
             tokens = torch.cat([tokens, fused[None, None]], 1)
             width = table.shape[-1] // 2
             table = torch.cat([table, torch.cat([torch.zeros(1, width), torch.ones(1, width)], 1)])
@@ -194,7 +194,7 @@ def _received_or_cls(tower, x, rope, image):
 
 
 @torch.no_grad()
-def test_a_merged_token_has_its_targets_place():
+def test_a_merged_token_has_the_position_of_its_target():
     model, images = build("vit_pe_core_base_patch16_224")
     tower = ck.tower_of(model)
     x, rope = tower.embed(images)
@@ -202,10 +202,10 @@ def test_a_merged_token_has_its_targets_place():
     merged, to = one_block.forward(tower.parts(tower.blocks[0]), state, ck.Merge(5), 1, track=True)
     for image in range(2):
         for row in range(1, merged.x.shape[1]):
-            held = (to[image] == row).nonzero()[:, 0]
-            # Targets are at odd positions; what did not merge is by itself.
-            place = held[held % 2 == 1] if len(held) > 1 else held
-            assert torch.equal(merged.rope[image, 0, row - 1], rope[place[0] - 1])
+            members = (to[image] == row).nonzero()[:, 0]
+            # Targets are at odd positions; a token that did not merge is alone in its row.
+            target = members[members % 2 == 1] if len(members) > 1 else members
+            assert torch.equal(merged.rope[image, 0, row - 1], rope[target[0] - 1])
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_clip_224", "eva02_base_patch16_clip_224"])
@@ -216,9 +216,9 @@ def test_features_and_intermediates_keep_the_hosts_shapes(name):
     for options in ({}, {"output_fmt": "NLC", "return_prefix_tokens": True}, {"indices": [0, 1], "stop_early": True}):
         host = model.forward_intermediates(images, norm=True, **options)
         with ck.patched(model, ck.Dense()):
-            came = model.forward_intermediates(images, norm=True, **options)
+            actual = model.forward_intermediates(images, norm=True, **options)
             torch.testing.assert_close(model.forward_features(images), features, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(came, host, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual, host, rtol=1e-4, atol=1e-4)
         with ck.patched(model, ck.ToMe(4)):
             final, merged = model.forward_intermediates(images, **options)
             if not options.get("stop_early"):
@@ -228,8 +228,8 @@ def test_features_and_intermediates_keep_the_hosts_shapes(name):
     with ck.patched(model, ck.EViT(0.5, fuse=False)):
         only = model.forward_intermediates(images, intermediates_only=True)
         source = ck.encode_image(model, images, source=True).source
-    gone = (source[:, -1] < 0).unflatten(1, only[-1].shape[2:])
-    assert gone.any() and (only[-1].abs().sum(1)[gone] == 0).all() and (only[-1].abs().sum(1)[~gone] > 0).all()
+    dropped = (source[:, -1] < 0).unflatten(1, only[-1].shape[2:])
+    assert dropped.any() and (only[-1].abs().sum(1)[dropped] == 0).all() and (only[-1].abs().sum(1)[~dropped] > 0).all()
     with ck.patched(model, ck.Dense()), pytest.raises(ValueError, match='output_fmt must be "NCHW" or "NLC"'):
         model.forward_intermediates(images, output_fmt="NHWC")
 
@@ -254,8 +254,8 @@ def test_checkpointing_and_stochastic_depth_keep_gradients(name):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in TOWERS if "distilled" not in name])  # whose pool is fixed
-def test_training_is_the_hosts_own_dropouts_and_gradients_included(name):
+@pytest.mark.parametrize("name", [name for name in TOWERS if "distilled" not in name])  # its pool is fixed
+def test_dense_trains_as_the_host_with_dropout_and_gradients(name):
     model, images = build(name, global_pool="avg", proj_drop_rate=0.3, drop_path_rate=0.3, patch_drop_rate=0.3)
     model.train()
     outcomes = []
@@ -268,16 +268,16 @@ def test_training_is_the_hosts_own_dropouts_and_gradients_included(name):
         out.pow(2).sum().backward()
         outcomes.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert len(outcomes[0]) > len(list(model.blocks.parameters()))
-    for host, came in zip(*outcomes, strict=True):
-        torch.testing.assert_close(came, host, rtol=1e-4, atol=1e-4)
+    for host, actual in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, host, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "eva02_base_patch16_clip_224"])
-def test_checkpointing_runs_every_block_again(name, monkeypatch):
+def test_checkpointing_recomputes_every_block(name, monkeypatch):
     model, images = build(name)
     ck.patch(model, ck.EViT(0.5)).set_grad_checkpointing(True)
     runs, once = [], one_block.forward
-    monkeypatch.setattr(one_block, "forward", lambda *given, **options: runs.append(1) or once(*given, **options))
+    monkeypatch.setattr(one_block, "forward", lambda *args, **options: runs.append(1) or once(*args, **options))
     model(images).sum().backward()
     assert len(runs) == 6
     runs.clear()
@@ -295,13 +295,13 @@ def test_every_tower_is_verified_without_a_warning(name, recwarn):
 
 
 @torch.no_grad()
-def test_another_pool_after_patching_is_seen():
+def test_changing_the_pool_after_patching_takes_effect():
     model, images = build("vit_base_patch16_clip_224")
     ck.patch(model, ck.EViT(0.5))
     model.reset_classifier(0, "avg")
-    came = model(images)
-    torch.testing.assert_close(came, ck.encode_image(model, images).embedding, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(came, ck.patch(ck.unpatch(model), ck.EViT(0.5))(images))
+    actual = model(images)
+    torch.testing.assert_close(actual, ck.encode_image(model, images).embedding, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, ck.patch(ck.unpatch(model), ck.EViT(0.5))(images))
 
 
 @torch.no_grad()
@@ -317,21 +317,21 @@ def test_a_mask_is_refused_rather_than_ignored():
 
 
 @torch.no_grad()
-def test_what_pools_no_cls_ranks_by_what_patches_receive():
+def test_a_tower_without_cls_ranks_by_received_attention():
     model, images = build("vit_base_patch16_siglip_224")
     tower = ck.tower_of(model)
     x, _ = tower.embed(images)
     ck.patch(model, ck.EViT(0.5, blocks=(0,), fuse=False))
-    kept = ck.encode_image(model, images, source=True).source[:, 0] >= 0
+    is_kept = ck.encode_image(model, images, source=True).source[:, 0] >= 0
     for image in range(2):
         scores = _received_or_cls(tower, x, None, image)
-        assert set(scores.topk(8).indices.tolist()) == set(kept[image].nonzero()[:, 0].tolist())
+        assert set(scores.topk(8).indices.tolist()) == set(is_kept[image].nonzero()[:, 0].tolist())
     with pytest.raises(ck.UnsupportedTower, match="a CLS token for cls_path and anchors, got Vision"):
         ck.encode_image(model, images, cls_path=True)
 
 
 @torch.no_grad()
-def test_tokens_are_what_the_pool_gives_for_each_alone():
+def test_each_token_is_the_pools_output_for_it_alone():
     model, images = build("vit_base_patch16_siglip_224")
     tower = ck.tower_of(model)
     encoded = ck.encode_image(model, images, tokens=True)
@@ -357,7 +357,7 @@ def test_tokens_are_what_the_pool_gives_for_each_alone():
         (lambda: _with(lambda attn: attn.attn_drop.register_forward_hook(print)), "its Dropout carries a hook"),
     ],
 )
-def test_what_cannot_be_served_is_refused_untouched(make, message):
+def test_an_unsupported_tower_is_refused_unchanged(make, message):
     model = make()
     classes = [type(module) for module in model.modules()]
     with pytest.raises(ck.UnsupportedTower, match=message):
@@ -383,7 +383,7 @@ def _with(change):
 
 
 @torch.no_grad()
-def test_a_hook_on_the_passed_by_container_is_refused():
+def test_a_hook_on_the_bypassed_container_is_refused():
     model, images = build("vit_base_patch16_clip_224")
     ck.patch(model, ck.Dense())
     handle = model.blocks.register_forward_hook(lambda *_: None)

@@ -1,4 +1,4 @@
-"""Hugging Face's image towers: every family, what their own forwards return, padding, packed projections."""
+"""Hugging Face's image towers: every family, the outputs of their own forwards, padding, checkpointing."""
 
 import copy
 import importlib
@@ -10,7 +10,7 @@ from torch import nn
 import clipkernels as ck
 from clipkernels.testing import assert_within_budget, patch_ranking, randomized, transformers_tower
 
-# Deprecated in transformers 5.23, the only way in 4.
+# Deprecated in transformers 5.23, but the only way in transformers 4.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_:FutureWarning")
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -20,7 +20,7 @@ FAMILIES = {
     "CLIPVisionModel": "no projection",
     "CLIPVisionModelWithProjection": "projects, no text",
     "SiglipModel": "pools by a learned query",
-    "SiglipVisionModel": "likewise, alone",
+    "SiglipVisionModel": "pools by a learned query, no text",
     "Siglip2Model": "takes patches and a mask",
     "ChineseCLIPModel": "a family of its own",
     "AltCLIPModel": "a family of its own",
@@ -38,24 +38,26 @@ def build(family, **vision):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_tower_is_served_and_given_back(family):
+def test_patching_and_unpatching_a_tower(family):
     model, images = build(family)
     tower = ck.tower_of(model)
     before, state = tower.encode(images), {key: value.clone() for key, value in model.state_dict().items()}
     exact = ck.tower_of(model.double()).encode(images.double())
     model.float()
-    masked = family == "Siglip2Model" and transformers.__version__.startswith("4.")  # its pool wants a full-length mask
-    every = (*METHODS, patch_ranking(model, learnt=2))
-    for method in every if not masked else (ck.Dense(), ck.ToMe(8)):
+    needs_mask = family == "Siglip2Model" and transformers.__version__.startswith(
+        "4."
+    )  # its pool needs a mask of full length
+    methods = (*METHODS, patch_ranking(model, learnt=2))
+    for method in methods if not needs_mask else (ck.Dense(), ck.ToMe(8)):
         ck.patch(model, method)
-        came = tower.encode(images)
+        actual = tower.encode(images)
         encoded = ck.encode_image(model, images, tokens=True, source=True)
         plan = method.plan(tower.num_tokens, 3, tower.prefix)
         if method == ck.Dense():
-            assert_within_budget(came, exact, before)
+            assert_within_budget(actual, exact, before)
         else:
-            assert not torch.allclose(came, before, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(encoded.embedding, came, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(actual, before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoded.embedding, actual, atol=1e-5, rtol=1e-5)
         assert encoded.tokens.shape == (2, plan.tokens[-1], tower.out)
         assert encoded.source.shape == (2, sum(map(bool, plan.steps)), 64)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -78,7 +80,7 @@ def test_the_public_methods_of_a_clip_give_the_reduced_embedding():
 
 
 @torch.no_grad()
-def test_tuples_are_returned_to_those_who_ask_for_them():
+def test_return_dict_false_returns_tuples():
     model, images = build("CLIPVisionModel")
     ck.patch(model, ck.EViT(0.5))
     tokens, pooled = model(pixel_values=images, return_dict=False)
@@ -88,41 +90,43 @@ def test_tuples_are_returned_to_those_who_ask_for_them():
 
 @pytest.mark.parametrize("family", ["CLIPVisionModel", "SiglipVisionModel"])
 @torch.no_grad()
-def test_merging_keeps_the_length_of_what_is_handed_out_and_pruning_the_survivors(family):
+def test_hidden_states_keep_their_length_under_merging_but_not_pruning(family):
     model, images = build(family)
     tokens = ck.tower_of(model).num_tokens
     with ck.patched(model, ck.ToMe(8)):
         assert model(pixel_values=images).last_hidden_state.shape[1] == tokens
     with ck.patched(model, ck.EViT(0.5)):
-        left = ck.encode_image(model, images, tokens=True).tokens.shape[1]
-        assert model(pixel_values=images).last_hidden_state.shape[1] == left < tokens
+        remaining = ck.encode_image(model, images, tokens=True).tokens.shape[1]
+        assert model(pixel_values=images).last_hidden_state.shape[1] == remaining < tokens
 
 
 @pytest.mark.parametrize("family", ["CLIPVisionModel", "SiglipVisionModel"])
 @torch.no_grad()
-def test_hidden_states_are_those_of_the_host_every_patch_at_its_place(family):
+def test_hidden_states_are_the_hosts_with_each_patch_at_its_position(family):
     if family == "SiglipVisionModel" and transformers.__version__.startswith("4."):
-        pytest.skip("transformers 4 collects SigLIP's states by replacing the forward of its layers: see below")
+        pytest.skip(
+            "transformers 4 replaces the forward of SigLIP's layers to collect states, which a test below covers"
+        )
     model, images = build(family)
     host = model(pixel_values=images, output_hidden_states=True).hidden_states
     model(pixel_values=images)
     ck.patch(model, ck.Dense())
-    came = model(pixel_values=images, output_hidden_states=True).hidden_states
-    assert len(came) == len(host) == 4
-    for one, other in zip(came, host, strict=True):
+    actual = model(pixel_values=images, output_hidden_states=True).hidden_states
+    assert len(actual) == len(host) == 4
+    for one, other in zip(actual, host, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     ck.patch(model, ck.EViT(0.5, fuse=False))
     reduced = model(pixel_values=images, output_hidden_states=True).hidden_states
     assert [state.shape for state in reduced] == [state.shape for state in host]
     prefix = ck.tower_of(model).prefix
-    gone = ck.encode_image(model, images, source=True).source[:, -1] < 0
-    assert gone.any() and (reduced[-1][:, prefix:][gone] == 0).all()
-    # What transformers leaves behind for collecting states must not stop the next forward.
+    dropped = ck.encode_image(model, images, source=True).source[:, -1] < 0
+    assert dropped.any() and (reduced[-1][:, prefix:][dropped] == 0).all()
+    # The hooks that transformers leaves behind for collecting states must not stop the next forward.
     assert model(pixel_values=images).pooler_output.isfinite().all()
 
 
 @torch.no_grad()
-def test_transformers_that_replaces_forwards_to_collect_states_is_refused_and_cleared_up_after():
+def test_collecting_states_by_replaced_forwards_is_refused_and_undone():
     model, images = build("SiglipVisionModel")
     model(pixel_values=images, output_hidden_states=True)
     ck.patch(model, ck.Dense())
@@ -136,7 +140,7 @@ def test_transformers_that_replaces_forwards_to_collect_states_is_refused_and_cl
 
 
 @torch.no_grad()
-def test_a_hook_of_accelerate_on_the_encoder_keeps_it_from_being_unpatched():
+def test_a_hook_of_accelerate_on_the_encoder_blocks_unpatching():
     hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
     model, images = build("CLIPVisionModel")
     ck.patch(model, ck.EViT(0.5))
@@ -160,26 +164,27 @@ def test_attention_maps_and_causal_masks_are_refused():
         ck.tower_of(model).owner(inputs_embeds=x, causal_attention_mask=torch.zeros(1, 1, 65, 65))
 
 
-def siglip2(images, shown):
-    """What SigLIP2's processor makes of images whose first `shown` rows of 8 patches are there, the rest padding."""
+def siglip2_inputs(images, rows):
+    """SigLIP2's inputs for images whose first `rows` rows of 8 patches are visible and the rest padding."""
     patches = images.unflatten(3, (8, 8)).unflatten(2, (8, 8)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    mask = (torch.arange(64) < 8 * shown).int().expand(len(images), -1)
+    mask = (torch.arange(64) < 8 * rows).int().expand(len(images), -1)
     return {
         "pixel_values": patches * mask[..., None],
         "pixel_attention_mask": mask,
-        "spatial_shapes": torch.tensor([[shown, 8]] * len(images)),
+        "spatial_shapes": torch.tensor([[rows, 8]] * len(images)),
     }
 
 
 def pooled(model, inputs):
+    """The embedding (B,E) by the model's public method."""
     out = model.get_image_features(**inputs)
     return out if isinstance(out, torch.Tensor) else out.pooler_output
 
 
 @torch.no_grad()
-def test_padding_is_handled_by_dense_and_refused_by_reducers():
+def test_dense_takes_padding_and_other_methods_refuse_it():
     model, images = build("Siglip2Model")
-    padded, full = siglip2(images, 5), siglip2(images, 8)
+    padded, full = siglip2_inputs(images, 5), siglip2_inputs(images, 8)
     host, whole = pooled(model, padded), pooled(model, full)
     hidden = (1 - padded["pixel_attention_mask"])[..., None]
     noisy = {**padded, "pixel_values": padded["pixel_values"] + torch.randn(2, 64, 192) * hidden}
@@ -221,7 +226,7 @@ def test_checkpointing_gives_the_same_gradients(family):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_asking_to_recompute_is_heard():
+def test_gradient_checkpointing_counts_in_training_alone():
     model, _ = build("CLIPModel")
     ck.patch(model, ck.EViT(0.5))
     model.gradient_checkpointing_enable()
@@ -231,20 +236,20 @@ def test_asking_to_recompute_is_heard():
 
 
 @torch.no_grad()
-def test_states_are_interpolated_to_another_size_and_planned_anew():
+def test_another_image_size_makes_a_new_plan():
     model, _ = build("CLIPVisionModel")
     large = torch.randn(1, 3, 96, 96)
     host = model(pixel_values=large, interpolate_pos_encoding=True)
     with ck.patched(model, ck.Dense()):
-        came = model(pixel_values=large, interpolate_pos_encoding=True)
-        torch.testing.assert_close(came.pooler_output, host.pooler_output, rtol=1e-4, atol=1e-4)
+        actual = model(pixel_values=large, interpolate_pos_encoding=True)
+        torch.testing.assert_close(actual.pooler_output, host.pooler_output, rtol=1e-4, atol=1e-4)
     with ck.patched(model, ck.EViT(0.5)):
-        came = model(pixel_values=large, interpolate_pos_encoding=True)
-        assert came.last_hidden_state.shape[1] == ck.EViT(0.5).plan(145, 3).tokens[-1]
+        actual = model(pixel_values=large, interpolate_pos_encoding=True)
+        assert actual.last_hidden_state.shape[1] == ck.EViT(0.5).plan(145, 3).tokens[-1]
 
 
 @torch.no_grad()
-def test_two_towers_in_one_model_are_named_and_one_inside_another_is_found():
+def test_one_tower_inside_a_module_is_found_and_two_are_refused():
     model, images = build("CLIPVisionModel")
     wrapper = nn.Sequential(nn.Identity(), nn.ModuleDict({"tower": model}))
     ck.patch(wrapper, ck.EViT(0.5))
@@ -266,7 +271,7 @@ def test_two_towers_in_one_model_are_named_and_one_inside_another_is_found():
     ],
 )
 @torch.no_grad()
-def test_a_layer_that_does_more_is_refused_and_a_new_mlp_is_called(change, message):
+def test_a_changed_layer_is_refused_and_a_new_mlp_is_called(change, message):
     model, images = build("CLIPVisionModel")
     change(model.get_submodule(encoder_of(model)).layers[1])
     if message is None:
@@ -284,7 +289,7 @@ def encoder_of(model):
 
 @pytest.mark.parametrize("family", ["Idefics3VisionTransformer", "Idefics2VisionTransformer"])
 @torch.no_grad()
-def test_a_tower_that_needs_more_than_images_is_patched_but_not_encoded(family):
+def test_a_tower_that_needs_a_mask_is_patched_but_not_encoded(family):
     library = family[:8].lower()
     maker = getattr(importlib.import_module(f"transformers.models.{library}.modeling_{library}"), family)
     tower = randomized(maker._from_config(maker.config_class(**SIZES, image_size=64, num_hidden_layers=2)).eval())

@@ -1,4 +1,4 @@
-"""Which backend is taken, and what is said when it cannot be."""
+"""The choice of the backend, and the errors when it cannot run."""
 
 import subprocess
 import sys
@@ -11,11 +11,11 @@ from clipkernels import backend
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def choose(asked, device=CPU, dtype=torch.float32, kernel=True):
-    return backend.choose(asked, device, dtype, "prune_tokens", kernel)
+def choose(name, device=CPU, dtype=torch.float32, kernel=True):
+    return backend.choose(name, device, dtype, "prune_tokens", kernel)
 
 
-def test_auto_is_the_reference_on_the_cpu_even_under_the_interpreter(monkeypatch):
+def test_auto_is_the_reference_on_the_cpu_under_the_interpreter_too(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("auto") == "reference"
 
@@ -27,7 +27,7 @@ def test_auto_is_triton_on_cuda_where_a_kernel_exists(monkeypatch):
     assert choose("auto", CUDA, torch.float64) == "reference"
 
 
-def test_auto_on_cuda_without_triton_warns_and_takes_the_reference(monkeypatch):
+def test_auto_on_cuda_without_triton_warns_and_uses_the_reference(monkeypatch):
     monkeypatch.setattr(backend, "_HAS_TRITON", False)
     with pytest.warns(UserWarning, match="triton is not installed.*slower reference"):
         assert choose("auto", CUDA) == "reference"
@@ -72,14 +72,14 @@ def test_explain_gives_the_backend_and_a_reason(monkeypatch):
     assert backend.explain(CPU) == ("none", 'backend must be "auto", "triton" or "reference", got \'fast\'')
 
 
-def test_an_environment_that_asks_too_much_is_named_in_the_error(monkeypatch):
+def test_an_error_names_the_environment_variable_that_caused_it(monkeypatch):
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="CLIPKERNELS_BACKEND=triton is set, but prune_tokens has no Triton"):
         choose("auto", CUDA, kernel=False)
 
 
-@pytest.mark.slow  # test_packaging runs every operation without triton
-def test_everything_works_on_the_reference_where_triton_cannot_be_imported():
+@pytest.mark.slow  # test_packaging also runs every operation without triton
+def test_a_tower_runs_on_the_reference_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, clipkernels as ck\n"
@@ -87,5 +87,5 @@ def test_everything_works_on_the_reference_where_triton_cannot_be_imported():
         "with torch.no_grad(), ck.patched(model, ck.EViT(0.5)):\n"
         "    print(tuple(ck.encode_image(model, torch.zeros(2, 3, 32, 32), tokens=True).tokens.shape))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "(2, 11, 128)", done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout.strip() == "(2, 11, 128)", process.stderr

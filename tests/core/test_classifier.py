@@ -1,4 +1,4 @@
-"""Classifier and ZeroShot: images in, logits out, and what bad input gets."""
+"""Classifier and ZeroShot: images in, logits out, and errors for bad arguments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_scale_multiplies_the_logits() -> None:
     torch.testing.assert_close(ck.ZeroShot(text, scale=3.0)(image), 0.03 * ck.ZeroShot(text)(image))
 
 
-def test_a_head_reads_the_embedding_of_an_encoded() -> None:
+def test_a_head_accepts_an_encoded_in_place_of_an_embedding() -> None:
     image, text = torch.randn(2, 8), torch.randn(4, 8)
     assert torch.equal(ck.ZeroShot(text)(ck.Encoded(image)), ck.ZeroShot(text)(image))
 
@@ -56,7 +56,7 @@ def test_double_features_stay_double() -> None:
 
 
 @pytest.mark.parametrize("text", [torch.randn(8), torch.randn(0, 8), torch.randn(1, 2, 8)])
-def test_text_that_is_no_table_is_refused(text: Tensor) -> None:
+def test_text_that_is_not_a_nonempty_matrix_is_refused(text: Tensor) -> None:
     with pytest.raises(ValueError, match=r"text must be class embeddings \(K,E\) with K ≥ 1, got"):
         ck.ZeroShot(text)
 
@@ -66,7 +66,7 @@ def test_features_of_another_width_are_refused() -> None:
         ck.ZeroShot(torch.randn(4, 8))(torch.randn(2, 9))
 
 
-def test_class_embeddings_are_normalised_means_of_normalised_prompts(tiny: Any, tokenizer: Any) -> None:
+def test_class_embeddings_are_normalised_means_of_the_prompts(tiny: Any, tokenizer: Any) -> None:
     templates = ("a photo of a {}.", "a {} {}, drawn.")
     text = class_embeddings(tiny, tokenizer, prompts_of(CLASSES, templates))
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_a_method_is_patched_in_place(tiny: Any, tokenizer: Any, images: Tensor)
         torch.testing.assert_close(classifier(images), expected)
 
 
-def test_no_method_leaves_the_model_as_it_is(tiny: Any, tokenizer: Any) -> None:
+def test_no_method_leaves_the_patch_of_the_model(tiny: Any, tokenizer: Any) -> None:
     ck.patch(tiny, ck.ToMe(4))
     ck.Classifier(tiny, tokenizer, CLASSES)
     assert ck.method_of(tiny) == ck.ToMe(4)
@@ -114,9 +114,7 @@ def test_the_mode_of_every_module_is_restored(tiny: Any, tokenizer: Any) -> None
     assert [module.training for module in tiny.modules()] == before
 
 
-def test_the_text_is_encoded_without_gradients_but_images_keep_theirs(
-    tiny: Any, tokenizer: Any, images: Tensor
-) -> None:
+def test_gradients_reach_images_but_not_the_text_tower(tiny: Any, tokenizer: Any, images: Tensor) -> None:
     images.requires_grad_()
     classifier = ck.Classifier(tiny, tokenizer, CLASSES)
     classifier(images).sum().backward()
@@ -146,7 +144,7 @@ def test_a_model_in_half_precision_classifies(tiny: Any, tokenizer: Any, images:
         ({"method": ck.EViT(0.5, blocks=(9,))}, "blocks must be ints in"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_the_model_as_it_was(
+def test_bad_arguments_give_one_line_and_leave_the_model_unchanged(
     tiny: Any, tokenizer: Any, images: Tensor, arguments: Any, message: str
 ) -> None:
     before, kind = tiny.encode_image(images), type(tiny.visual.transformer)
@@ -159,7 +157,7 @@ def test_bad_input_is_one_line_and_leaves_the_model_as_it_was(
     assert torch.equal(tiny.encode_image(images), before)
 
 
-def test_a_model_that_is_no_clip_is_refused(tokenizer: Any) -> None:
+def test_a_model_that_is_not_a_clip_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="model must be a CLIP, got Linear without visual, encode_image, encode_text"):
         ck.Classifier(nn.Linear(2, 2), tokenizer, CLASSES)
 
@@ -173,11 +171,11 @@ def test_images_of_another_size_are_refused(tiny: Any, tokenizer: Any, shape: tu
 def test_a_resnet_classifies_but_takes_no_method(tokenizer: Any) -> None:
     torch.manual_seed(0)
     model = open_clip.CLIP(32, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}, TEXT).eval()
-    some = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        logits = ck.Classifier(model, tokenizer, CLASSES)(some)
+        logits = ck.Classifier(model, tokenizer, CLASSES)(images)
         text = class_embeddings(model, tokenizer, prompts_of(CLASSES, ("a photo of a {}.",)))
-        torch.testing.assert_close(logits, 100 * model.encode_image(some, normalize=True) @ text.T)
+        torch.testing.assert_close(logits, 100 * model.encode_image(images, normalize=True) @ text.T)
     with pytest.raises(ck.UnsupportedTower, match="ModifiedResNet"):
         ck.Classifier(model, tokenizer, CLASSES, method=ck.Dense())
 
@@ -193,19 +191,19 @@ def test_a_model_with_its_own_text_tower_classifies(tokenizer: Any, images: Tens
 
 def test_coca_classifies(tokenizer: Any) -> None:
     model: Any = open_clip_tower("coca_ViT-B-32", layers=1)
-    some = torch.randn(2, 3, 224, 224)
+    images = torch.randn(2, 3, 224, 224)
 
     def short(texts: list[str]) -> Tensor:
         return tokenizer(texts, context_length=16).clamp_max(63)
 
     with torch.no_grad():
-        logits = ck.Classifier(model, short, CLASSES, method=ck.Dense())(some)
+        logits = ck.Classifier(model, short, CLASSES, method=ck.Dense())(images)
         text = model.encode_text(short([f"a photo of a {name}." for name in CLASSES]))
-        torch.testing.assert_close(logits, 100 * model.encode_image(some) @ text.T, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(logits, 100 * model.encode_image(images) @ text.T, rtol=1e-4, atol=1e-3)
 
 
 class Tokens:
-    """A head that reads all tokens and the path of CLS."""
+    """A head that reads all tokens and the CLS tokens of every block."""
 
     needs = ("tokens", "cls_path")
 
@@ -217,7 +215,7 @@ class Tokens:
 
 
 @pytest.mark.parametrize(("head", "weight"), [(Tokens, 1.0), (partial(Tokens, weight=2.0), 2.0)])
-def test_a_callable_makes_the_head_of_the_class_embeddings(
+def test_a_callable_makes_the_head_from_the_class_embeddings(
     tiny: Any, tokenizer: Any, images: Tensor, head: Any, weight: float
 ) -> None:
     classifier = ck.Classifier(tiny, tokenizer, CLASSES, head=head, method=ck.EViT(0.5))
@@ -240,5 +238,5 @@ def test_logits_are_those_of_fp32_under_autocast():
     head = ck.ZeroShot(text)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(head(image), ck.ZeroShot(text)(image)) and head(image).dtype == torch.float32
-        came = head(image)
-    assert torch.equal(came, head(image))
+        logits = head(image)
+    assert torch.equal(logits, head(image))

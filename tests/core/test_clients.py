@@ -1,4 +1,4 @@
-"""Programs that hold a CLIP of their own, patched from outside: their public interfaces give the reduced results."""
+"""Libraries that contain a CLIP: after patching, their public interfaces give the reduced results."""
 
 import json
 
@@ -16,7 +16,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny CLIP as its users keep one: weights, a tokenizer of single letters, an image processor."""
+    """A folder with a tiny CLIP saved by transformers: weights, a tokenizer of single letters, an image processor."""
     path = tmp_path_factory.mktemp("clip")
     randomized(transformers_tower("CLIPModel", 3, **SIZES)).save_pretrained(path)
     letters = [chr(code) for code in range(97, 123)]
@@ -41,7 +41,7 @@ def pictures():
 
 
 def embeddings(folder, pictures, method):
-    """What a model that is patched directly gives for the pictures."""
+    """A model patched directly, and its embeddings of the pictures."""
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     processor = transformers.CLIPProcessor.from_pretrained(folder)
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
@@ -51,17 +51,17 @@ def embeddings(folder, pictures, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_sentence_transformers_clip_is_patched_as_it_is(folder, pictures, method):
+def test_a_sentence_transformers_clip_is_patched_directly(folder, pictures, method):
     st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     client = st.SentenceTransformer(str(folder), device="cpu")
     before = client.encode(pictures, convert_to_tensor=True)
     assert ck.patch(client, method) is client
-    came = client.encode(pictures, convert_to_tensor=True)
+    actual = client.encode(pictures, convert_to_tensor=True)
     _, expected = embeddings(folder, pictures, method)
-    torch.testing.assert_close(came, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     ck.unpatch(client)
     assert torch.equal(client.encode(pictures, convert_to_tensor=True), before)
-    assert torch.allclose(came, before, rtol=1e-4, atol=1e-4) == (method == ck.Dense())
+    assert torch.allclose(actual, before, rtol=1e-4, atol=1e-4) == (method == ck.Dense())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -71,7 +71,7 @@ def test_a_zero_shot_pipeline_is_patched_through_its_model(folder, pictures, met
     labels = ["a", "b", "c"]
     before = client(pictures, candidate_labels=labels, hypothesis_template="{}")
     ck.patch(client.model, method)
-    came = client(pictures, candidate_labels=labels, hypothesis_template="{}")
+    actual = client(pictures, candidate_labels=labels, hypothesis_template="{}")
     model, embedding = embeddings(folder, pictures, method)
     with torch.no_grad():
         text = client.tokenizer(labels, return_tensors="pt", padding=True)
@@ -79,7 +79,7 @@ def test_a_zero_shot_pipeline_is_patched_through_its_model(folder, pictures, met
         features = features if isinstance(features, torch.Tensor) else features.pooler_output
         logits = torch.nn.functional.cosine_similarity(embedding[:, None], features[None], dim=-1)
         expected = (logits * model.logit_scale.exp()).softmax(-1)
-    for row, scores in zip(came, expected, strict=True):
+    for row, scores in zip(actual, expected, strict=True):
         assert {guess["label"]: guess["score"] for guess in row} == pytest.approx(
             dict(zip(labels, scores.tolist(), strict=True)), abs=1e-4
         )
@@ -89,7 +89,7 @@ def test_a_zero_shot_pipeline_is_patched_through_its_model(folder, pictures, met
 
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_open_clips_own_encode_image_and_forward_are_reduced(tiny, images, method):
+def test_open_clips_own_encode_image_gives_the_reduced_embedding(tiny, images, method):
     before = tiny.encode_image(images)
     ck.patch(tiny, method)
     expected = ck.encode_image(tiny, images).embedding
@@ -100,7 +100,7 @@ def test_open_clips_own_encode_image_and_forward_are_reduced(tiny, images, metho
 
 
 @torch.no_grad()
-def test_a_model_inside_another_library_wrapper_is_found(tiny, images):
+def test_a_model_inside_a_wrapper_is_found(tiny, images):
     parallel = torch.nn.DataParallel(tiny)
     ck.patch(parallel, ck.EViT(0.5))
     assert ck.method_of(tiny) == ck.EViT(0.5) == ck.method_of(parallel)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
 
 
 def _need(module):
+    """The module, or skip the test if it is not installed."""
     return pytest.importorskip(module, reason=f"{module} is not installed")
 
 
@@ -60,6 +61,7 @@ TOWERS = {
 
 
 def build(name, method, sizes=(1, 2, 3, 5)):
+    """The adapter of a patched tower, and batches of images of these sizes."""
     torch._dynamo.reset()
     model = patched_with(randomized(TOWERS[name]()), method)
     generator = torch.Generator().manual_seed(0)
@@ -67,12 +69,12 @@ def build(name, method, sizes=(1, 2, 3, 5)):
 
 
 def _pairs():
-    """Every library once, with CLS and without; `make test-all` runs the others."""
-    merged = "timm SigLIP"  # which has no CLS
+    """Pairs of tower and method. One method per library is quick, with CLS and without; the others are slow."""
+    without_cls = "timm SigLIP"
     for name in TOWERS:
         for method in METHODS:
             plain = name in ("open_clip", "transformers CLIP", "OpenAI") and isinstance(method, ck.EViT)
-            quick = plain or (name == merged and isinstance(method, ck.ToMe))
+            quick = plain or (name == without_cls and isinstance(method, ck.ToMe))
             yield pytest.param(name, method, marks=[] if quick else [pytest.mark.slow])
 
 
@@ -81,7 +83,7 @@ def _pairs():
 def test_one_graph_serves_every_batch(name, method):
     tower, batches = build(name, method)
     counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(tower.encode, fullgraph=True, backend=counter)  # fullgraph: a break is an error
+    compiled = torch.compile(tower.encode, fullgraph=True, backend=counter)  # a graph break is an error
     for batch in batches:
         torch.testing.assert_close(compiled(batch), tower.encode(batch), rtol=1e-4, atol=1e-4)
     assert counter.frame_count <= 3  # batch 1, batch 2, any batch
@@ -91,8 +93,8 @@ def test_one_graph_serves_every_batch(name, method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
-def test_a_batch_that_is_dynamic_from_the_start_is_compiled_once(name, method):
-    # Seven first: torch takes a batch as large as another size (3 channels, 2 heads) for the same number.
+def test_a_dynamic_batch_is_compiled_once(name, method):
+    # Start with 7: torch identifies a batch size that equals another size (3 channels, 2 heads) with it.
     tower, batches = build(name, method, (7, 4, 5))
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(tower.encode, fullgraph=True, dynamic=True, backend=counter)
@@ -106,7 +108,7 @@ def test_a_batch_that_is_dynamic_from_the_start_is_compiled_once(name, method):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
-def test_inductor_gives_the_embedding_of_eager_in_every_mode(name, mode):
+def test_inductor_gives_the_eager_embedding_in_every_mode(name, mode):
     for method in METHODS:
         tower, batches = build(name, method)
         compiled = torch.compile(tower.encode, fullgraph=True, mode=mode)
@@ -114,12 +116,12 @@ def test_inductor_gives_the_embedding_of_eager_in_every_mode(name, mode):
 
 
 @torch.no_grad()
-def test_new_weights_are_seen_after_compiling():
+def test_a_compiled_tower_reads_new_weights():
     tower, batches = build("transformers CLIP", ck.EViT(0.5))
     compiled = torch.compile(tower.encode, fullgraph=True, backend="eager")
     before = compiled(batches[1])
     for parameter in tower.root.parameters():
-        parameter.data = parameter.data * 1.1  # another storage: what was packed is so no longer
+        parameter.data = parameter.data * 1.1  # a new storage: the weights are no longer packed
     after = compiled(batches[1])
     assert not torch.allclose(after, before)
     torch.testing.assert_close(after, tower.encode(batches[1]), rtol=1e-4, atol=1e-4)

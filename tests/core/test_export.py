@@ -1,4 +1,4 @@
-"""Towers of every library exported by torch.export and to ONNX, run in onnxruntime at batch sizes of their own."""
+"""Towers of every library exported by torch.export and to ONNX, and run in onnxruntime at other batch sizes."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from clipkernels.testing import (
     transformers_tower,
 )
 
-# One step each, so that what follows it runs in the second block.
+# One step each, in the first block, so that the second block runs on its result.
 METHODS = {
     "Dense": ck.Dense(),
     "EViT": ck.EViT(0.5, blocks=(0,)),
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*", "ignore:.*axis n
 
 
 def _need(module):
+    """The module, or skip the test if it is not installed."""
     return pytest.importorskip(module, reason=f"{module} is not installed")
 
 
@@ -61,18 +62,18 @@ TOWERS = {
     "timm PE-Core": lambda: _timm("vit_pe_core_base_patch16_224"),
 }
 PAIRS = [(name, method) for name in TOWERS for method in METHODS]
-# SigLIP has no CLS: what was merged goes back to its place for the pool.
+# SigLIP has no CLS, so merged tokens are copied back to the positions of their patches for the pool.
 IN_ONNX = [("open_clip", "EViT"), ("timm", "ToMe")]
 TRACED = [(name, "ToMe") for name in TOWERS if name not in ("timm EVA02", "timm PE-Core")] + [("timm EVA02", "EViT")]
 
 
 def _marked(quick):
-    """Every tower with every method; `make test-all` runs those that are not quick."""
+    """Every tower with every method; a pair that is not in `quick` is slow."""
     return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in PAIRS]
 
 
 class Embedding(nn.Module):
-    """The embedding of images alone."""
+    """A module that returns the embedding alone."""
 
     def __init__(self, model):
         super().__init__()
@@ -83,7 +84,7 @@ class Embedding(nn.Module):
 
 
 class Call(nn.Module):
-    """A function as a module."""
+    """A module that calls a function."""
 
     def __init__(self, function):
         super().__init__()
@@ -94,7 +95,7 @@ class Call(nn.Module):
 
 
 def build(name, method):
-    """What a user would export, and images for the trace and for two other batch sizes."""
+    """The module that a user exports, and images for the trace and for two other batch sizes."""
     model = patched_with(randomized(TOWERS[name]()), METHODS[method])
     module = Embedding(model) if name == "transformers" else getattr(model, "visual", model)
     generator = torch.Generator().manual_seed(0)
@@ -117,71 +118,72 @@ def in_onnxruntime(module, inputs, opset=18):
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def encode(*inputs):
-        names = [given.name for given in session.get_inputs()]
-        feed = {name: given.numpy() for name, given in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(came) for came in session.run(None, feed)]
+        names = [tensor.name for tensor in session.get_inputs()]
+        feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(actual) for actual in session.run(None, feed)]
 
     return model, encode
 
 
 def kinds(nodes):
     """The operators of an ONNX graph and of those inside its nodes."""
-    found = {node.op_type for node in nodes}
+    operators = {node.op_type for node in nodes}
     for node in nodes:
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
-                found |= kinds(graph.node)
-    return found
+                operators |= kinds(graph.node)
+    return operators
 
 
 def assert_slim(model, opset=18):
-    """Fails unless an ONNX model has its opset or a later one, a free batch, and no scatter, loop or branch."""
+    """Assert that an ONNX model has this opset or a later one, a free batch size, and no scatter, loop or branch."""
     assert {entry.domain: entry.version for entry in model.opset_import}[""] >= opset
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    found = kinds([*model.graph.node, *(node for function in model.functions for node in function.node)])
-    slow = {kind for kind in found if "Scatter" in kind or kind in ("Loop", "Scan", "If", "NonZero", "Unique")}
+    operators = kinds([*model.graph.node, *(node for function in model.functions for node in function.node)])
+    slow = {kind for kind in operators if "Scatter" in kind or kind in ("Loop", "Scan", "If", "NonZero", "Unique")}
     assert not slow
 
 
-def assert_near(came, expected):
-    assert came.shape == expected.shape
-    assert (came - expected).abs().max() <= 1e-5 * expected.abs().max()
+def assert_near(actual, expected):
+    """Assert that two tensors differ by 1e-5 of the largest value at most."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(("name", "method"), _marked(TRACED))
 @torch.no_grad()
-def test_a_program_of_torch_export_serves_every_batch_without_scatters(name, method):
-    module, (images, *others) = build(name, method)
+def test_torch_export_serves_every_batch_without_scatters(name, method):
+    module, (images, *batches) = build(name, method)
     program = torch.export.export(module, (images,), dynamic_shapes=({0: BATCH},), strict=False)
     assert not [node.target for node in program.graph.nodes if "scatter" in str(node.target)]
-    for other in others:
+    for other in batches:
         assert_near(program.module()(other), module(other))
 
 
 @torch.no_grad()
-def test_the_vision_model_of_transformers_exports_with_every_token():
+def test_a_transformers_vision_model_exports_with_every_token():
     model = ck.patch(randomized(_transformers()), METHODS["ToMe"])
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(model.vision_model, (images,), dynamic_shapes=({0: BATCH},), strict=False)
-    came, expected = program.module()(images[:1]), model.vision_model(images[:1])
-    assert came.last_hidden_state.shape == (1, 17, 64)
-    assert_near(came.last_hidden_state, expected.last_hidden_state)
-    assert_near(came.pooler_output, expected.pooler_output)
+    actual, expected = program.module()(images[:1]), model.vision_model(images[:1])
+    assert actual.last_hidden_state.shape == (1, 17, 64)
+    assert_near(actual.last_hidden_state, expected.last_hidden_state)
+    assert_near(actual.pooler_output, expected.pooler_output)
 
 
 @pytest.mark.parametrize(("name", "method"), _marked(IN_ONNX))
 @torch.no_grad()
-def test_onnxruntime_gives_the_embedding_at_every_batch(name, method):
-    module, (images, *others) = build(name, method)
+def test_onnxruntime_gives_the_embedding_at_every_batch_size(name, method):
+    module, (images, *batches) = build(name, method)
     model, encode = in_onnxruntime(module, (images,))
     assert_slim(model)
-    for other in others:
-        (came,) = encode(other)
-        assert_near(came, module(other))
+    for other in batches:
+        (actual,) = encode(other)
+        assert_near(actual, module(other))
 
 
 def scores_with_ties():
-    """Scores (4,9) that are all equal, in pairs, not numbers in part, and infinite in part."""
+    """Scores (4,9): all equal; equal in pairs; with NaN and -inf; with infinities and a NaN."""
     nan, inf = float("nan"), float("inf")
     pairs = [0.3, 0.1, 0.3, 0.2, 0.1, 0.2, 0.0, -0.0, 0.3]
     absent = [nan, 0.1, -inf, nan, 0.2, 0.1, -inf, nan, 0.2]
@@ -190,20 +192,20 @@ def scores_with_ties():
 
 @pytest.mark.parametrize("keep", [4, pytest.param(9, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_equal_scores_prune_in_onnxruntime_by_their_place(keep):
+def test_pruning_in_onnxruntime_breaks_ties_by_index(keep):
     scores, x = scores_with_ties(), torch.randn(4, 10, 8, generator=torch.Generator().manual_seed(0))
     module = Call(lambda x, scores: ck.ops.prune_tokens(x, scores, keep)[:2])
     model, encode = in_onnxruntime(module, (x[:2], scores[:2]))
     assert_slim(model)
     tokens, index = encode(x, scores)
-    right = module(x, scores)
-    assert torch.equal(index, right[1]) and torch.equal(tokens, right[0])
+    expected = module(x, scores)
+    assert torch.equal(index, expected[1]) and torch.equal(tokens, expected[0])
     assert index[0].tolist() == list(range(keep))
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_equal_scores_are_ranked_per_head_in_onnxruntime_by_their_place():
+def test_ranking_per_head_in_onnxruntime_breaks_ties_by_index():
     scores, x = scores_with_ties(), torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(0))
     module = Call(lambda x, scores: ck.ops.prune_tokens(x, scores, 5, heads="rank")[1])
     model, encode = in_onnxruntime(module, (x, scores.view(2, 2, 9)))
@@ -213,8 +215,8 @@ def test_equal_scores_are_ranked_per_head_in_onnxruntime_by_their_place():
 
 @pytest.mark.parametrize("prefix", [pytest.param(0, marks=pytest.mark.slow), 1])
 @torch.no_grad()
-def test_equal_similarities_match_in_onnxruntime_by_their_place(prefix):
-    # Of unit vectors along the axes products are exactly 0 or 1; of no length, 0; of no number, the least.
+def test_matching_in_onnxruntime_breaks_ties_by_index(prefix):
+    # Products of unit vectors along the axes are exactly 0 or 1, those of zero vectors 0; NaN ranks last.
     metric = torch.zeros(4, 9, 4)
     metric[0, :, 0] = 1
     metric[1] = metric[3] = torch.eye(4).repeat(3, 1)[:9]
@@ -222,12 +224,12 @@ def test_equal_similarities_match_in_onnxruntime_by_their_place(prefix):
     module = Call(lambda metric: ck.ops.match_tokens(metric, 3, prefix))
     model, encode = in_onnxruntime(module, (metric[:2],))
     assert_slim(model)
-    for came, right in zip(encode(metric), module(metric), strict=True):
-        assert torch.equal(came, right)
+    for actual, expected in zip(encode(metric), module(metric), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @torch.no_grad()
-def test_attention_weighed_by_size_runs_as_one_operator_of_a_later_opset():
+def test_attention_with_sizes_is_one_operator_of_opset_23():
     generator = torch.Generator().manual_seed(0)
     inputs = (torch.randn(2, 3, 2, 9, 16, generator=generator), torch.rand(2, 9, generator=generator) + 1)
     module = Call(lambda qkv, size: ck.ops.attention(*qkv.unbind(1), size)[0])

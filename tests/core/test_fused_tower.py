@@ -1,4 +1,4 @@
-"""Whole towers on the Triton backend: the kernels where a GPU runs them, against the same tower on the reference."""
+"""Whole towers on the Triton backend, compared with the same tower on the reference."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("open_clip", reason="open_clip is not installed, whose towers these are")
+pytest.importorskip("open_clip", reason="open_clip is not installed, which defines the towers")
 
 import clipkernels as ck
 from clipkernels.testing import (
@@ -37,7 +37,7 @@ def images(device, batch=2):
 
 @pytest.fixture
 def on(monkeypatch, triton):
-    """Sets the backend of everything from here on."""
+    """A function that sets the backend for the rest of the test."""
     return lambda name: monkeypatch.setenv("CLIPKERNELS_BACKEND", name)
 
 
@@ -50,7 +50,7 @@ TOWERS = [
 
 
 def _pairs():
-    """Every method on one tower, one method on the others; `make test-all` runs every method on each."""
+    """Every method on every tower. Quick are all methods on one tower, and one method on the others."""
     for name, vision in TOWERS:
         for method in METHODS:
             quick = name == "ViT-B-32" or method == ck.EViT(0.5)
@@ -61,7 +61,7 @@ def _pairs():
 
 @pytest.mark.parametrize(("name", "vision", "method"), list(_pairs()))
 @torch.no_grad()
-def test_a_tower_gives_the_embedding_of_the_reference(device, on, name, vision, method):
+def test_kernels_give_the_embedding_of_the_reference(device, on, name, vision, method):
     model = patched_with(tower(name, **vision), method).to(device)
     on("reference")
     expected = model.encode_image(images(device))
@@ -73,7 +73,7 @@ def test_a_tower_gives_the_embedding_of_the_reference(device, on, name, vision, 
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
 NARROW = {"embed_dim": 128, "num_heads": 2, "img_size": 64, "num_classes": 24}
-# Each for what its epilogues are made of.
+# Towers by the modules that their epilogues consist of.
 OTHERS = {
     "transformers CLIPModel": "three packed projections, QuickGELU of transformers",
     "transformers SiglipModel": "no CLS, tanh GELU of transformers",
@@ -87,18 +87,18 @@ OTHERS = {
 @pytest.mark.parametrize("method", [ck.Dense(), ck.EViT(0.5), ck.ToMe(3)], ids=str)
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_the_towers_of_other_libraries_do_too(device, on, name, method):
+def test_towers_of_other_libraries_give_the_embedding_of_the_reference(device, on, name, method):
     library, _, kind = name.partition(" ")
     pytest.importorskip("clip" if library == "openai" else library, reason=f"{library} is not installed")
     if library == "openai":
         model = openai_tower(2, 64, 16, 128, 24)
     else:
         model = transformers_tower(kind, **SIZES) if library == "transformers" else timm_tower(kind, **NARROW)
-    found = ck.tower_of(ck.patch(randomized(model), method).to(device))
+    adapter = ck.tower_of(ck.patch(randomized(model), method).to(device))
     on("reference")
-    expected = found.encode(images(device))
+    expected = adapter.encode(images(device))
     on("triton")
-    torch.testing.assert_close(found.encode(images(device)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(adapter.encode(images(device)), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_reference(device, on, method):
 
 
 @torch.no_grad()
-def test_every_sum_norm_and_activation_of_a_block_is_one_of_three_launches(device, on, monkeypatch):
+def test_a_block_has_three_launches_beside_attention(device, on, monkeypatch):
     model = ck.patch(tower("ViT-B-32-quickgelu"), ck.Dense()).to(device)
     called, normed = [], []
     for name in ("add_norm", "bias_act", "attention"):
@@ -148,7 +148,7 @@ def test_every_sum_norm_and_activation_of_a_block_is_one_of_three_launches(devic
     on("triton")
     model.encode_image(images(device))
     assert called == ["attention", "add_norm", "bias_act", "add_norm"] * 3
-    assert len(normed) == 3  # before the blocks, in the first, after the last: those that follow no sum
+    assert len(normed) == 3  # before the blocks, in the first block and after the last: the norms that follow no sum
 
 
 SLOW = [pytest.param(where, marks=pytest.mark.slow) for where in ("ln_1", "mlp", "mlp.c_proj")]
@@ -156,33 +156,33 @@ SLOW = [pytest.param(where, marks=pytest.mark.slow) for where in ("ln_1", "mlp",
 
 @pytest.mark.parametrize("where", ["ln_2", "mlp.gelu", "ls_2", *SLOW])
 @torch.no_grad()
-def test_a_hook_on_what_would_be_fused_fires_and_changes_nothing(device, on, where):
+def test_a_hook_on_a_fused_module_fires_and_changes_nothing(device, on, where):
     model = ck.patch(tower(ls_init_value=0.5), ck.EViT(0.5)).to(device)
     on("triton")
     expected = model.encode_image(images(device))
-    fired = []
+    calls = []
     for block in model.visual.transformer.resblocks:
-        block.get_submodule(where).register_forward_hook(lambda *_: fired.append(1))
+        block.get_submodule(where).register_forward_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(model.encode_image(images(device)), expected, atol=1e-5, rtol=1e-4)
-    assert len(fired) == 3
+    assert len(calls) == 3
 
 
 @torch.no_grad()
 def test_a_hook_on_every_module_fires(device, on):
     model = ck.patch(tower(), ck.Dense()).to(device)
     on("triton")
-    seen = set()
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(id(module)))
+    modules = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: modules.add(id(module)))
     try:
         model.encode_image(images(device))
     finally:
         handle.remove()
     block = model.visual.transformer.resblocks[1]
-    assert {id(module) for module in (block.ln_1, block.ln_2, block.mlp, *block.mlp)} <= seen
+    assert {id(module) for module in (block.ln_1, block.ln_2, block.mlp, *block.mlp)} <= modules
 
 
 @torch.no_grad()
-def test_a_projection_of_another_class_is_called(device, on):
+def test_a_projection_of_a_subclass_is_called(device, on):
     class Adapted(nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1
@@ -204,14 +204,14 @@ def test_a_compiled_tower_leaves_sums_and_norms_to_the_compiler(device, monkeypa
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
     targets = set()
 
-    def look(graph, _):
+    def record(graph, _):
         targets.update(str(node.target) for node in graph.graph.nodes)
         return graph
 
-    came = torch.compile(model.encode_image, fullgraph=True, backend=look)(images(device))
-    torch.testing.assert_close(came, expected, atol=2e-5, rtol=1e-4)
-    ours = {target.split(".")[1] for target in targets if target.startswith("clipkernels.")}
-    assert ours == {"attention", "prune_tokens"}
+    actual = torch.compile(model.encode_image, fullgraph=True, backend=record)(images(device))
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+    operators = {target.split(".")[1] for target in targets if target.startswith("clipkernels.")}
+    assert operators == {"attention", "prune_tokens"}
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -223,6 +223,6 @@ def test_autocast_leaves_the_norms_to_the_host(device, on, vision, backend):
     tokens = model.visual._embeds(images(device))
     on(backend)
     with torch.autocast(device.type, torch.bfloat16):
-        came = model.encode_image(images(device)).float()
+        actual = model.encode_image(images(device)).float()
         assert model.visual.transformer(tokens).isfinite().all()  # fp32 tokens meet narrower branches
-    assert nn.functional.cosine_similarity(came, expected).min() > 0.99
+    assert nn.functional.cosine_similarity(actual, expected).min() > 0.99

@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs, Inductor's code around the operators, and no host synchronisation."""
+"""Tests that need a GPU: CUDA graphs, Inductor's code around the operators, and no host synchronisation."""
 
 from functools import partial
 
@@ -30,23 +30,23 @@ METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1), partial(patch_rank
 @torch.inference_mode()
 def test_an_operation_replays_from_a_cuda_graph(op):
     case, source = CASES[op], InputFactory(SHAPES["B-16"], 2, torch.bfloat16, CUDA)
-    inputs, others = case.inputs(source), case.inputs(source)
-    expected = flat(case.call(source, "triton", *others))
+    inputs, new_inputs = case.inputs(source), case.inputs(source)
+    expected = flat(case.call(source, "triton", *new_inputs))
     case.call(source, "triton", *inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        came = flat(case.call(source, "triton", *inputs))
-    for tensor, other in zip(inputs, others, strict=True):
+        actual = flat(case.call(source, "triton", *inputs))
+    for tensor, other in zip(inputs, new_inputs, strict=True):
         tensor.copy_(other)
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(came, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("op", CASES)
 @torch.inference_mode()
-def test_no_operation_waits_for_the_gpu(op):
+def test_no_operation_synchronises_with_the_gpu(op):
     case, source = CASES[op], InputFactory(SHAPES["B-32"], 2, torch.bfloat16, CUDA)
     inputs = case.inputs(source)
     case.call(source, "triton", *inputs)
@@ -69,13 +69,13 @@ def test_an_operation_compiles_with_inductor(op):
 
 
 def tower(name, method):
-    """The bf16 tower of one library, patched, and images for it."""
+    """The bf16 tower of one library, patched, and two batches of images for it."""
     library, _, kind = name.partition(" ")
     pytest.importorskip(library, reason=f"{library} is not installed")
     make = {"open_clip": open_clip_tower, "timm": timm_tower, "transformers": transformers_tower}[library]
     model = patched_with(randomized(make(kind)).to(CUDA, torch.bfloat16), method)
-    found = ck.tower_of(model)
-    return found, torch.randn(2, 4, 3, *found.image_size, device=CUDA, dtype=torch.bfloat16)
+    adapter = ck.tower_of(model)
+    return adapter, torch.randn(2, 4, 3, *adapter.image_size, device=CUDA, dtype=torch.bfloat16)
 
 
 TOWERS = (
@@ -90,29 +90,29 @@ TOWERS = (
 @pytest.mark.parametrize("method", METHODS, ids=method_id)
 @pytest.mark.parametrize("name", TOWERS)
 @torch.inference_mode()
-def test_a_compiled_tower_gives_the_embedding_of_the_eager_one(name, method, mode):
+def test_a_compiled_tower_gives_the_eager_embedding(name, method, mode):
     if mode != "default" and not name.startswith("open_clip") and method != METHODS[1]:
-        pytest.skip("one method in every mode is enough for the other libraries: each compiles for minutes")
+        pytest.skip("each compiles for minutes: one method in every mode is enough for the other libraries")
     torch._dynamo.reset()
-    found, (images, _) = tower(name, method)
-    expected = found.encode(images).float()
-    came = torch.compile(found.encode, fullgraph=True, mode=mode)(images).float()
-    assert torch.nn.functional.cosine_similarity(came, expected).min() > 0.99
+    adapter, (images, _) = tower(name, method)
+    expected = adapter.encode(images).float()
+    actual = torch.compile(adapter.encode, fullgraph=True, mode=mode)(images).float()
+    assert torch.nn.functional.cosine_similarity(actual, expected).min() > 0.99
 
 
 @pytest.mark.parametrize("method", METHODS, ids=method_id)
 @pytest.mark.parametrize("name", TOWERS)
 @torch.inference_mode()
 def test_a_tower_replays_from_a_cuda_graph(name, method):
-    found, images = tower(name, method)
-    expected = found.encode(images[1])
-    came = runners.in_cuda_graph(Variant(found.encode, method, exact=False), images[0]).encode(images[1])
+    adapter, images = tower(name, method)
+    expected = adapter.encode(images[1])
+    actual = runners.in_cuda_graph(Variant(adapter.encode, method, exact=False), images[0]).encode(images[1])
     torch.cuda.synchronize()
-    torch.testing.assert_close(came, expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
 
 
 @torch.inference_mode()
-def test_a_reservoir_from_a_file_goes_on_where_the_model_is(tmp_path):
+def test_a_reservoir_from_a_file_moves_to_the_models_device(tmp_path):
     pytest.importorskip("open_clip", reason="open_clip is not installed")
     model, _, tokenizer = ck.bundled()
     images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -128,15 +128,15 @@ def test_a_reservoir_from_a_file_goes_on_where_the_model_is(tmp_path):
 
 @pytest.mark.parametrize("name", ["open_clip ViT-B-32", "timm vit_base_patch16_siglip_224"])
 @torch.inference_mode()
-def test_the_benches_ways_to_run_a_tower_give_what_it_gives(name):
-    """The host's own forward, and a method on kernels and in plain PyTorch, from Python and from a graph."""
-    found, images = tower(name, ck.EViT(0.5))
-    model = found.root
+def test_the_runners_of_the_benchmarks_give_the_embedding(name):
+    """Run the host's own forward, and a method on kernels and in plain PyTorch, eagerly and from a graph."""
+    adapter, images = tower(name, ck.EViT(0.5))
+    model = adapter.root
     variants = vary(ck.unpatch(model), {"host": None, "EViT": ck.EViT(0.5)})
     variants["plain"] = runners.plain(variants["EViT"])
     for label, variant in variants.items():
         graph = runners.in_cuda_graph(variant, images[0])
-        for some in images:
-            torch.testing.assert_close(graph.encode(some), variant.encode(some), rtol=0.02, atol=0.02)
+        for batch in images:
+            torch.testing.assert_close(graph.encode(batch), variant.encode(batch), rtol=0.02, atol=0.02)
         assert 10 < runners.launches(partial(variant.encode, images[0])) < 200, label
     assert runners.matmul_rate(torch.bfloat16, CUDA) > 1

@@ -1,4 +1,4 @@
-"""Patching: undo, replacement, unsupported_reason, and everything that must go on working meanwhile."""
+"""Patching: undo, replacement, refusals, and all uses of a model that a patch must not break."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lru_cache.*")
 
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_unpatching_gives_the_bits_back(tiny, images, method):
+def test_unpatching_restores_the_model_bit_for_bit(tiny, images, method):
     before, keys, cls = tiny.encode_image(images), list(tiny.state_dict()), type(tiny.visual.transformer)
     assert ck.patch(tiny, method) is tiny
     assert ck.method_of(tiny) == method
@@ -34,7 +34,7 @@ def test_unpatching_gives_the_bits_back(tiny, images, method):
 
 
 @torch.no_grad()
-def test_dense_is_the_tower_itself_up_to_rounding(tiny, images):
+def test_dense_equals_the_host_up_to_rounding(tiny, images):
     expected = tiny.encode_image(images)
     with ck.patched(tiny, ck.Dense()):
         torch.testing.assert_close(tiny.encode_image(images), expected, atol=5e-6, rtol=1e-5)
@@ -56,7 +56,7 @@ def test_patching_again_replaces_the_method(tiny, images):
     assert ck.method_of(tiny) is None
 
 
-def test_patched_restores_what_was_there_even_after_an_error(tiny):
+def test_patched_restores_the_previous_method_after_an_error(tiny):
     ck.patch(tiny, ck.EViT(0.5))
     with pytest.raises(KeyError), ck.patched(tiny, ck.ToMe(8)) as inside:
         assert inside is tiny and ck.method_of(tiny) == ck.ToMe(8)
@@ -101,7 +101,7 @@ def test_torch_save_and_load_keep_the_patch(tiny, images, tmp_path):
 
 
 @torch.no_grad()
-def test_new_weights_and_dtypes_are_seen_after_patching(tiny, images):
+def test_a_patched_tower_reads_new_weights_and_dtypes(tiny, images):
     ck.patch(tiny, ck.EViT(0.5))
     other = {name: tensor + 0.01 for name, tensor in tiny.state_dict().items()}
     tiny.load_state_dict(other)
@@ -114,7 +114,7 @@ def test_new_weights_and_dtypes_are_seen_after_patching(tiny, images):
     assert tiny.to("meta").encode_image(images.bfloat16().to("meta")).shape == (3, 128)
 
 
-def test_an_optimiser_step_is_seen_after_patching(tiny, images):
+def test_a_patched_tower_reads_the_weights_of_an_optimiser_step(tiny, images):
     ck.patch(tiny, ck.EViT(0.5))
     optimiser = torch.optim.SGD(tiny.visual.parameters(), lr=0.1)
     before = tiny.encode_image(images)
@@ -158,8 +158,8 @@ def test_eight_threads_with_different_batches_share_one_model(tiny, method):
 
     alone = [encode(batch)[0] for batch in batches]
     with ThreadPoolExecutor(8) as pool:
-        for expected, came in zip(alone, pool.map(encode, batches), strict=True):
-            assert all(torch.equal(one, expected) for one in came)
+        for expected, actual in zip(alone, pool.map(encode, batches), strict=True):
+            assert all(torch.equal(one, expected) for one in actual)
 
 
 @torch.no_grad()
@@ -175,28 +175,28 @@ def test_nothing_is_written_to_a_module_while_it_runs(tiny, images):
 
 @torch.no_grad()
 def test_hooks_on_the_tower_and_its_norms_and_mlps_fire(tiny, images):
-    fired, visual = [], tiny.visual
+    calls, visual = [], tiny.visual
     block = visual.transformer.resblocks[0]
-    watched = {"visual": visual, "transformer": visual.transformer, "norm": block.ln_1, "mlp": block.mlp}
+    hooked = {"visual": visual, "transformer": visual.transformer, "norm": block.ln_1, "mlp": block.mlp}
     ck.patch(tiny, ck.EViT(0.5))
-    for name, module in watched.items():
-        module.register_forward_hook(lambda *_, name=name: fired.append(name))
+    for name, module in hooked.items():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
     tiny.encode_image(images)
-    assert sorted(fired) == sorted(watched)
+    assert sorted(calls) == sorted(hooked)
 
 
 @torch.no_grad()
 def test_a_hook_on_the_transformer_sees_every_row(tiny, images):
     ck.patch(tiny, ck.Dense())
-    seen = []
-    tiny.visual.transformer.register_forward_hook(lambda _, __, out: seen.append(out.shape))
+    shapes = []
+    tiny.visual.transformer.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
     tiny.encode_image(images)
-    assert seen == [(3, 65, 128)]
+    assert shapes == [(3, 65, 128)]
 
 
 @pytest.mark.parametrize("where", ["block", "attn"])
 @torch.no_grad()
-def test_a_hook_that_would_be_skipped_is_refused_at_patch_time_and_later(tiny, images, where):
+def test_a_hook_on_a_bypassed_module_is_refused_now_and_later(tiny, images, where):
     block = tiny.visual.transformer.resblocks[2]
     module = block if where == "block" else block.attn
     handle = module.register_forward_hook(lambda *_: None)
@@ -216,7 +216,7 @@ def test_a_replaced_forward_is_refused(tiny):
         ck.patch(tiny, ck.Dense())
 
 
-def test_a_block_that_computes_something_else_is_refused(tiny):
+def test_a_block_with_another_forward_is_refused(tiny):
     class Doubled(type(tiny.visual.transformer.resblocks[0])):
         def forward(self, q_x, *args, **kwargs):
             return 2 * super().forward(q_x, *args, **kwargs)
@@ -228,7 +228,7 @@ def test_a_block_that_computes_something_else_is_refused(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_small_branch_beside_a_large_input_is_verified_too(tiny, dtype):
+def test_a_residual_that_is_small_beside_the_input_is_verified(tiny, dtype):
     class More(type(tiny.visual.transformer.resblocks[0])):
         def forward(self, q_x, *args, **kwargs):
             return q_x + 1.1 * (super().forward(q_x, *args, **kwargs) - q_x)
@@ -259,7 +259,7 @@ def test_a_wrapped_or_separately_compiled_block_is_refused(tiny):
         ck.patch(tiny, ck.Dense())
 
 
-def test_attention_with_what_the_parts_do_not_know_is_refused(tiny):
+def test_attention_with_unsupported_options_is_refused(tiny):
     attn = tiny.visual.transformer.resblocks[1].attn
     for name, value in (("dropout", 0.1), ("add_zero_attn", True), ("bias_k", nn.Parameter(torch.zeros(1, 1, 128)))):
         before = getattr(attn, name)
@@ -281,8 +281,8 @@ def test_a_block_that_cannot_be_copied_is_patched_with_a_warning(tiny, images):
     assert tiny.encode_image(images).shape == (3, 128)
 
 
-def test_a_block_whose_parts_do_not_run_is_refused_and_left_as_it_was(tiny, images):
-    class Gained(nn.LayerNorm):
+def test_a_block_whose_parts_do_not_run_is_refused_unchanged(tiny, images):
+    class WithGain(nn.LayerNorm):
         def forward(self, x, gain):
             return super().forward(x) * gain
 
@@ -293,14 +293,14 @@ def test_a_block_whose_parts_do_not_run_is_refused_and_left_as_it_was(tiny, imag
 
     block = tiny.visual.transformer.resblocks[0]
     before = tiny.encode_image(images)
-    block.__class__, block.ln_1.__class__ = Block, Gained
+    block.__class__, block.ln_1.__class__ = Block, WithGain
     with pytest.raises(ck.UnsupportedTower, match=r"block 0: its own forward runs, its parts do not: .*'gain'"):
         ck.patch(tiny, ck.Dense())
     assert ck.method_of(tiny) is None
     torch.testing.assert_close(tiny.encode_image(images), before)
 
 
-def test_a_backend_that_may_serve_where_the_model_goes_is_a_warning(tiny, monkeypatch):
+def test_a_backend_that_cannot_run_here_is_a_warning(tiny, monkeypatch):
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.warns(UserWarning, match="block 0 could not be verified: CLIPKERNELS_BACKEND=triton is set"):
@@ -318,7 +318,7 @@ def test_a_backend_that_may_serve_where_the_model_goes_is_a_warning(tiny, monkey
         ((None,) * 6, 2, r"a plan with learnt tokens needs a method whose weights\(\) have 'learnt', got none"),
     ],
 )
-def test_a_plan_that_needs_weights_which_its_method_has_not_is_refused(tiny, steps, learnt, message):
+def test_a_plan_without_the_weights_it_needs_is_refused(tiny, steps, learnt, message):
     class Bare:
         def plan(self, tokens, blocks, prefix=1):
             return ck.Plan(steps[:blocks], tokens, prefix, learnt)
@@ -328,7 +328,7 @@ def test_a_plan_that_needs_weights_which_its_method_has_not_is_refused(tiny, ste
     assert ck.method_of(tiny) is None
 
 
-def test_a_hook_that_cannot_be_copied_does_not_stop_the_check(tiny):
+def test_a_hook_that_cannot_be_copied_does_not_stop_verification(tiny):
     import threading
 
     lock = threading.Lock()
@@ -344,7 +344,7 @@ def test_patching_under_autocast_verifies_in_full_precision(tiny):
         ck.patch(tiny, ck.Dense())
 
 
-def test_checkpointing_runs_every_block_again_for_the_backward(tiny, images):
+def test_checkpointing_recomputes_every_block_in_the_backward(tiny, images):
     ck.patch(tiny.train(), ck.EViT(0.5))
     calls = []
     for block in tiny.visual.transformer.resblocks:
@@ -356,7 +356,7 @@ def test_checkpointing_runs_every_block_again_for_the_backward(tiny, images):
 
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
-def test_the_last_block_runs_for_the_cls_row_alone(tiny, images, method):
+def test_the_last_block_computes_the_cls_row_alone(tiny, images, method):
     ck.patch(tiny, method)
     rows = []
     tiny.visual.transformer.resblocks[5].mlp.register_forward_hook(lambda _, args, out: rows.append(out.shape[1]))
@@ -367,14 +367,14 @@ def test_the_last_block_runs_for_the_cls_row_alone(tiny, images, method):
 
 
 @torch.no_grad()
-def test_output_tokens_switched_on_after_patching_returns_them(tiny, images):
+def test_output_tokens_can_be_enabled_after_patching(tiny, images):
     ck.patch(tiny, ck.ToMe(8))
     tiny.visual.output_tokens = True
     assert tiny.visual(images)[1].shape == (3, 64, 128)
 
 
 @torch.no_grad()
-def test_dropping_the_last_blocks_after_patching_plans_anew(tiny, images):
+def test_removing_blocks_after_patching_makes_a_new_plan(tiny, images):
     ck.patch(tiny, ck.ToMe(8))
     tiny.visual.prune_intermediate_layers([2])
     fresh = ck.bundled()[0]
@@ -383,7 +383,7 @@ def test_dropping_the_last_blocks_after_patching_plans_anew(tiny, images):
 
 
 @torch.no_grad()
-def test_a_patched_model_is_freed_when_its_last_name_goes(tiny):
+def test_a_patched_model_is_freed_without_the_garbage_collector(tiny):
     model = ck.patch(copy.deepcopy(tiny), ck.EViT(0.5))
     watch = weakref.ref(model.visual)
     gc.disable()
@@ -394,7 +394,7 @@ def test_a_patched_model_is_freed_when_its_last_name_goes(tiny):
         gc.enable()
 
 
-def test_attention_that_is_more_than_torchs_own_is_refused(tiny):
+def test_a_subclass_of_torchs_attention_is_refused(tiny):
     class Wrapped(nn.MultiheadAttention):
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
@@ -426,16 +426,16 @@ def test_a_scripted_tower_is_refused(tiny):
         ck.patch(tiny, ck.Dense())
 
 
-def test_patching_leaves_no_trace_in_the_model_or_the_generator(tiny):
-    fired = []
-    tiny.visual.transformer.resblocks[0].mlp.register_forward_hook(lambda *_: fired.append(1))
+def test_patching_keeps_the_mode_and_the_random_state(tiny):
+    calls = []
+    tiny.visual.transformer.resblocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     tiny.train()
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
     ck.patch(tiny, ck.EViT(0.5))
     assert torch.equal(torch.rand(1), expected)
-    assert fired == []
+    assert calls == []
     assert all(module.training for module in tiny.modules())
 
 
@@ -445,7 +445,7 @@ def test_a_model_on_the_meta_device_is_patched_with_a_warning(tiny):
     assert tiny.encode_image(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 128)
 
 
-def test_a_model_whose_weights_are_not_loaded_yet_is_patched_with_a_warning(tiny):
+def test_a_model_with_unloaded_weights_is_patched_with_a_warning(tiny):
     torch.nn.init.constant_(tiny.visual.transformer.resblocks[0].ln_1.weight, float("nan"))
     with pytest.warns(UserWarning, match="weights are not finite, its blocks could not be verified"):
         ck.patch(tiny, ck.EViT(0.5))
@@ -461,7 +461,7 @@ def test_a_model_whose_weights_are_not_loaded_yet_is_patched_with_a_warning(tiny
     ],
 )
 @torch.no_grad()
-def test_a_method_that_does_not_fit_leaves_the_model_as_it_was(tiny, images, method, error, message):
+def test_a_method_that_does_not_fit_leaves_the_model_unchanged(tiny, images, method, error, message):
     before = tiny.encode_image(images)
     with pytest.raises(error, match=message):
         ck.patch(tiny, method)
@@ -473,7 +473,7 @@ def test_a_method_that_does_not_fit_leaves_the_model_as_it_was(tiny, images, met
 
 
 @pytest.mark.parametrize(("model", "error"), [(nn.Linear(2, 2), ck.UnsupportedTower), ("ViT-B-16", TypeError)])
-def test_what_is_no_clip_is_refused(model, error):
+def test_a_model_that_is_not_a_clip_is_refused(model, error):
     with pytest.raises(
         error,
         match=r"expected an image ViT of open_clip, .*, got Linear|model must be a torch\.nn\.Module",
@@ -488,7 +488,7 @@ def test_a_mask_is_refused_rather_than_ignored(tiny):
         tiny.visual.transformer(torch.zeros(1, 65, 128), attn_mask=torch.zeros(65, 65))
 
 
-def test_patch_dropout_while_training_keeps_the_ratio(tiny, images):
+def test_patch_dropout_keeps_the_share_of_patches_in_training(tiny, images):
     from open_clip.transformer import PatchDropout
 
     tiny.visual.patch_dropout = PatchDropout(0.5)

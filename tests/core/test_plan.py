@@ -31,9 +31,9 @@ def test_dense_towers_have_the_published_gmacs():
     ("r", "tokens", "blocks", "tower", "left", "gmacs"),
     [(13, 197, 12, B16, 41, 10.38), (8, 197, 12, B16, 101, 13.12), (7, 257, 24, L14, 89, 53.74)],
 )
-def test_tome_has_the_published_tokens_and_gmacs(r, tokens, blocks, tower, left, gmacs):
+def test_tome_has_the_published_tokens_and_gmacs(r, tokens, blocks, tower, remaining, gmacs):
     plan = ck.ToMe(r).plan(tokens=tokens, blocks=blocks)
-    assert plan.tokens[-1] == left
+    assert plan.tokens[-1] == remaining
     assert plan.gmacs(**tower) == pytest.approx(gmacs, abs=0.005)
 
 
@@ -41,7 +41,7 @@ def _merged(method, tokens=197, blocks=12):
     return [step.r if step else 0 for step in method.plan(tokens=tokens, blocks=blocks).steps]
 
 
-def test_tome_inflection_falls_rises_or_stays():
+def test_tome_schedules_fall_rise_or_stay_with_inflect():
     assert _merged(ck.ToMe(13, inflect=-1)) == [26, 23, 21, 18, 16, 14, 11, 9, 7, 4, 2, 0]
     assert _merged(ck.ToMe(13, inflect=1)) == [0, 2, 4, 7, 9, 11, 14, 16, 18, 21, 23, 26]
     assert _merged(ck.ToMe(13, inflect=0)) == [13] * 12
@@ -63,7 +63,7 @@ def test_evit_that_keeps_everything_has_no_step():
     assert plan.ideal_speedup(768) == 1
 
 
-def test_evit_counts_come_from_the_tokens_at_hand():
+def test_evit_counts_follow_the_number_of_tokens():
     plan = ck.EViT(0.5).plan(tokens=577, blocks=12)
     assert plan.tokens[4] == 1 + 288 + 1
 
@@ -90,8 +90,8 @@ def test_exact_gmacs_count_the_last_block_for_the_cls_row_alone():
 
 def test_ideal_speedups_of_four_towers_at_keep_half():
     towers = [(50, 12, 768, 32, 512), (197, 12, 768, 16, 512), (257, 24, 1024, 14, 768), (577, 24, 1024, 14, 768)]
-    came = [ck.EViT(0.5).plan(n, depth).ideal_speedup(*rest) for n, depth, *rest in towers]
-    assert came == pytest.approx([1.85, 1.99, 3.17, 3.27], abs=0.005)
+    actual = [ck.EViT(0.5).plan(n, depth).ideal_speedup(*rest) for n, depth, *rest in towers]
+    assert actual == pytest.approx([1.85, 1.99, 3.17, 3.27], abs=0.005)
 
 
 @pytest.mark.parametrize("multiple", [8, 16])
@@ -104,17 +104,17 @@ def test_ideal_speedups_of_four_towers_at_keep_half():
         lambda multiple: ck.PatchRanking(RankPredictor(197), multiple=multiple),
     ],
 )
-def test_a_multiple_keeps_the_fewest_more_that_make_one(make, multiple):
-    def left(multiple):
+def test_a_multiple_rounds_the_remaining_tokens_up(make, multiple):
+    def remaining(multiple):
         plan = make(multiple).plan(tokens=197, blocks=12)
-        return [after for step, after in zip(plan.steps, plan.tokens[1:], strict=True) if step]
+        return [count for step, count in zip(plan.steps, plan.tokens[1:], strict=True) if step]
 
-    # Each step takes the share of what came, so only the first is the published count rounded up.
-    assert left(multiple)[0] == -(-left(1)[0] // multiple) * multiple
-    assert all(tokens % multiple == 0 for tokens in left(multiple))
+    # Each step keeps a share of the tokens that enter it, so only the first is the published count rounded up.
+    assert remaining(multiple)[0] == -(-remaining(1)[0] // multiple) * multiple
+    assert all(tokens % multiple == 0 for tokens in remaining(multiple))
 
 
-def test_a_multiple_that_does_not_fit_leaves_the_published_count():
+def test_a_multiple_that_does_not_fit_is_ignored():
     assert ck.EViT(0.5, multiple=64).plan(10, 12).tokens == ck.EViT(0.5).plan(10, 12).tokens
     assert ck.EViT(1.0, multiple=8).plan(197, 12).steps == (None,) * 12
 
@@ -150,7 +150,7 @@ def test_random_subsets_differ_by_block_and_by_seed():
         (lambda: ck.ToMe([1] * 13).plan(197, 12), "at most one entry per block, 12 here, got 13"),
     ],
 )
-def test_bad_settings_are_refused_with_what_was_expected(make, message):
+def test_bad_arguments_are_refused_with_the_expected_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -184,6 +184,6 @@ def test_gmacs_follow_the_width_of_the_mlp():
         ((Merge(31),), 5, "block 0 must merge 0 to 30 tokens, got 31"),
     ],
 )
-def test_a_plan_that_cannot_be_carried_out_is_refused(steps, prefix, message):
+def test_a_plan_with_too_few_patches_is_refused(steps, prefix, message):
     with pytest.raises(ValueError, match=message):
         Plan(steps, 65, prefix)

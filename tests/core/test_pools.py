@@ -1,4 +1,4 @@
-"""Every kind of pool, of every library, after merging: tokens that are equal may become one without a trace."""
+"""Every kind of pool of every library after merging: merging equal tokens leaves the result unchanged."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def tower(request):
 
 
 def twins(tower):
-    """Tokens (2,N,C) of which PAIRS neighbours are equal, each pair with one place, and their rotary table or None."""
+    """Tokens (2,N,C) with PAIRS pairs of equal neighbours at equal positions, and their rotary table or None."""
     x, rope = tower.embed(torch.randn(2, 3, *tower.image_size))
     x = x * 3 + torch.randn_like(x)
     rope = None if rope is None else rope.clone()
@@ -51,29 +51,30 @@ def twins(tower):
 def test_merging_equal_tokens_changes_nothing(tower):
     x, rope = twins(tower)
     dense = run(tower, TowerInput(x, rope), ck.Dense().plan(tower.num_tokens, 3, tower.prefix)).x
-    ran = run(tower, TowerInput(x, rope), ck.ToMe([PAIRS]).plan(tower.num_tokens, 3, tower.prefix), Reads(track=True))
-    assert ran.x.shape[1] == tower.num_tokens - PAIRS
-    restored = unmerge(ran.x, ran.sources, tower.prefix)
+    plan = ck.ToMe([PAIRS]).plan(tower.num_tokens, 3, tower.prefix)
+    output = run(tower, TowerInput(x, rope), plan, Reads(track=True))
+    assert output.x.shape[1] == tower.num_tokens - PAIRS
+    restored = unmerge(output.x, output.sources, tower.prefix)
     torch.testing.assert_close(restored, dense, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tower.pool(restored), tower.pool(dense), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_without_sizes_it_would(tower):
-    """The same without proportional attention differs, so the test above can fail."""
+def test_merging_without_sizes_changes_the_tokens(tower):
+    """Without proportional attention the result differs, so the test above can fail."""
     x, rope = twins(tower)
     dense = run(tower, TowerInput(x, rope), ck.Dense().plan(tower.num_tokens, 3, tower.prefix)).x
     plan = ck.ToMe([PAIRS], proportional=False).plan(tower.num_tokens, 3, tower.prefix)
-    ran = run(tower, TowerInput(x, rope), plan, Reads(track=True))
-    assert not torch.allclose(unmerge(ran.x, ran.sources, tower.prefix), dense, rtol=1e-4, atol=1e-4)
+    output = run(tower, TowerInput(x, rope), plan, Reads(track=True))
+    assert not torch.allclose(unmerge(output.x, output.sources, tower.prefix), dense, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_the_prefix_comes_out_in_front_and_apart(tower):
+def test_the_prefix_stays_in_front_and_holds_no_patches(tower):
     x, rope = twins(tower)
     for method in (ck.EViT(0.3), ck.ToMe(8)):
         plan = method.plan(tower.num_tokens, 3, tower.prefix)
-        ran = run(tower, TowerInput(x, rope), plan.ranked_by("received"), Reads(track=True))
-        assert ran.x.shape[1] == plan.tokens[-1]
-        for source in ran.sources:
+        output = run(tower, TowerInput(x, rope), plan.ranked_by("received"), Reads(track=True))
+        assert output.x.shape[1] == plan.tokens[-1]
+        for source in output.sources:
             assert ((source < 0) | (source >= tower.prefix)).all()

@@ -1,4 +1,4 @@
-"""TCA in a tower: its plan, condensation and anchors against a literal reading, on towers of every kind."""
+"""TCA in a tower: plan, condensation and anchors compared with a literal implementation, on towers of every kind."""
 
 import math
 
@@ -31,8 +31,8 @@ def test_plans_are_those_of_the_published_tables(tower, rate, centers, counts, s
     plan = ck.TCA(rate, centers=centers).plan(tokens, blocks)
     assert [plan.tokens[block + 1] for block in (3, 6, 9)] == counts
     assert plan.tokens[0] == tokens and plan.tokens[-1] == counts[-1]
-    came = [(step.keep, step.merge) for step in plan.steps if step]
-    assert came == steps or (steps is None and len(came) == 3)
+    actual = [(step.keep, step.merge) for step in plan.steps if step]
+    assert actual == steps or (steps is None and len(actual) == 3)
     assert plan.gmacs(*geometry) == pytest.approx(gmacs, abs=0.005)
     dense = ck.Dense().plan(tokens, blocks).gmacs(*geometry)
     assert 100 * (1 - plan.gmacs(*geometry) / dense) == pytest.approx(cut, abs=0.06)
@@ -41,7 +41,7 @@ def test_plans_are_those_of_the_published_tables(tower, rate, centers, counts, s
 @pytest.mark.parametrize(
     ("tokens", "low", "high"), [(50, 0.023, 0.272), (197, 0.006, 0.301), (257, 0.004, 0.304), (577, 0.002, 0.285)]
 )
-def test_a_rate_that_leaves_a_block_nothing_is_refused_with_those_that_would_do(tokens, low, high):
+def test_a_rate_that_does_not_fit_is_refused_with_the_valid_rates(tokens, low, high):
     message = rf"block \d cannot condense \d+ patches at rate .* into 2 centers: valid rates are {low:g} to {high:g}"
     for rate in (low, high):
         assert ck.TCA(rate).plan(tokens, 12).tokens[-1] < tokens
@@ -55,7 +55,7 @@ def test_a_tower_too_small_for_any_rate_is_refused():
         ck.TCA(0.1).plan(5, 12)
 
 
-def test_a_rate_of_nothing_is_dense_and_named_blocks_are_kept():
+def test_a_rate_of_zero_is_dense_and_blocks_are_checked():
     assert ck.TCA(0).plan(197, 12) == ck.Dense().plan(197, 12)
     plan = ck.TCA(0.1, blocks=(5, 2)).plan(197, 12)
     assert [block for block, step in enumerate(plan.steps) if step] == [2, 5]
@@ -64,10 +64,10 @@ def test_a_rate_of_nothing_is_dense_and_named_blocks_are_kept():
             ck.TCA(rate, blocks=(12,)).plan(197, 12)
 
 
-def test_a_seed_moves_the_first_centre_differently_in_each_block():
+def test_a_seed_chooses_the_first_centre_of_each_block():
     first = [step.first for step in ck.TCA(0.1, seed=1).plan(197, 12).steps if step]
-    again = [step.first for step in ck.TCA(0.1, seed=1).plan(197, 12).steps if step]
-    assert first == again and len(set(first)) > 1
+    repeated = [step.first for step in ck.TCA(0.1, seed=1).plan(197, 12).steps if step]
+    assert first == repeated and len(set(first)) > 1
     assert [step.first for step in ck.TCA(0.1, seed=2).plan(197, 12).steps if step] != first
     assert [step.first for step in ck.TCA(0.1).plan(197, 12).steps if step] == [0, 0, 0]
 
@@ -90,9 +90,9 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def run_literally(visual, images, method, anchors=()):
-    """The last tokens and the CLS token after every block, one image after another."""
-    read = [run_tower(visual, image, method, anchors) for image in images.split(1)]
-    return (torch.stack(parts) for parts in zip(*read, strict=True))
+    """The last tokens, and the CLS token after every block, computed image by image."""
+    results = [run_tower(visual, image, method, anchors) for image in images.split(1)]
+    return (torch.stack(parts) for parts in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("anchored", [False, True])
@@ -106,16 +106,16 @@ def test_a_tower_condenses_as_the_paper_says(tiny, images, score, rate, centers,
     anchors = torch.randn(3, 6, 128, generator=torch.Generator().manual_seed(1)).double() if anchored else None
     tokens, path = run_literally(model.visual, images, method, [] if anchors is None else list(anchors))
     ck.patch(model, method)
-    came = ck.encode_image(model, images, tokens=True, cls_path=True, anchors=anchors)
+    actual = ck.encode_image(model, images, tokens=True, cls_path=True, anchors=anchors)
     expected = model.visual.ln_post(tokens) @ model.visual.proj
-    torch.testing.assert_close(came.tokens, expected, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(came.cls_path, path, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(actual.tokens, expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(actual.cls_path, path, atol=1e-9, rtol=1e-9)
     if not anchored:
-        torch.testing.assert_close(model.encode_image(images), came.embedding, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(model.encode_image(images), actual.embedding, atol=1e-9, rtol=1e-9)
 
 
 @torch.no_grad()
-def test_an_anchor_changes_the_embedding_and_absent_ones_do_not_count(tiny, images):
+def test_anchors_change_the_embedding_and_rows_of_zeros_do_not(tiny, images):
     ck.patch(tiny, ck.TCA(0.1))
     anchors = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(1))
     plain = ck.encode_image(tiny, images).embedding
@@ -123,7 +123,7 @@ def test_an_anchor_changes_the_embedding_and_absent_ones_do_not_count(tiny, imag
     assert not torch.allclose(plain, with_one, atol=1e-4)
     padded = torch.cat([torch.zeros(1, 6, 128), anchors[:1], torch.zeros(2, 6, 128)])
     assert torch.equal(ck.encode_image(tiny, images, anchors=padded).embedding, with_one)
-    # Each image takes its own: those of an image alone are those of a batch.
+    # Each image chooses its own anchor, so a batch gives the same as its images one by one.
     both = ck.encode_image(tiny, images, anchors=anchors).embedding
     alone = torch.cat([ck.encode_image(tiny, image[None], anchors=anchors).embedding for image in images])
     torch.testing.assert_close(both, alone, atol=1e-5, rtol=1e-5)
@@ -137,7 +137,7 @@ def test_anchors_count_only_where_a_method_condenses(tiny, images):
         assert torch.equal(
             ck.encode_image(tiny, images, anchors=anchors).embedding, ck.encode_image(tiny, images).embedding
         )
-    # The last block computes CLS alone; its anchor counts all the same.
+    # The last block computes CLS alone, and its anchor still counts.
     ck.patch(tiny, ck.TCA(0.1, blocks=(5,)))
     alone = ck.encode_image(tiny, images, anchors=anchors).embedding
     whole = ck.encode_image(tiny, images, anchors=anchors, tokens=True).embedding
@@ -159,9 +159,9 @@ def test_one_graph_serves_every_table_of_anchors():
     generator = torch.Generator().manual_seed(1)
     for batch in (2, 3, 5):
         images, anchors = (torch.randn(*size, generator=generator) for size in ((batch, 3, 32, 32), (4, 3, 64)))
-        came, expected = compiled(images, anchors), encode(images, anchors)
-        torch.testing.assert_close(came.embedding, expected.embedding)
-        torch.testing.assert_close(came.cls_path, expected.cls_path)
+        actual, expected = compiled(images, anchors), encode(images, anchors)
+        torch.testing.assert_close(actual.embedding, expected.embedding)
+        torch.testing.assert_close(actual.cls_path, expected.cls_path)
     assert counter.frame_count <= 2
 
 
@@ -180,7 +180,7 @@ def test_anchors_need_a_cls_token():
 
 
 @torch.no_grad()
-def test_merging_first_and_condensing_then_keeps_sizes(tiny, images):
+def test_condensing_after_merging_keeps_sizes(tiny, images):
     class Both:
         def plan(self, tokens, blocks, prefix=1):
             merge, condense = ck.Merge(10), ck.Condense(keep=30, merge=10, centers=2)
@@ -191,21 +191,21 @@ def test_merging_first_and_condensing_then_keeps_sizes(tiny, images):
     ck.patch(tiny, Both())
     tower = ck.tower_of(tiny)
     plan = Both().plan(65, 6)
-    seen = []
+    sizes_by_block = []
     original = ck.ops.attention
 
     def spy(q, k, v, size, *rest):
-        seen.append(size)
+        sizes_by_block.append(size)
         return original(q, k, v, size, *rest)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ck.ops, "attention", spy)
-        ran = run(tower, TowerInput(tower.embed(images)[0]), plan, Reads(track=True))
-    sizes, source = seen[2], ran.sources[-1]
+        output = run(tower, TowerInput(tower.embed(images)[0]), plan, Reads(track=True))
+    sizes, source = sizes_by_block[2], output.sources[-1]
     assert sizes.shape == (3, 34) and torch.equal(sizes[:, -1], torch.ones(3))
     for image in range(3):
-        held = torch.bincount(source[image], minlength=34)
-        assert torch.equal(sizes[image, 1:-1], held[1:-1].float())
+        members = torch.bincount(source[image], minlength=34)
+        assert torch.equal(sizes[image, 1:-1], members[1:-1].float())
 
 
 @pytest.mark.parametrize("name", ["eva02_base_patch16_clip_224", "vit_small_patch16_dinov3"])
@@ -220,32 +220,32 @@ def test_rotary_embeddings_follow_kept_patches_and_centres(name):
     method = ck.TCA(0.1, blocks=(0,))
     tower = ck.tower_of(model)
     with ck.patched(model, method):
-        came = ck.encode_image(model, images, tokens=True, source=True)
+        actual = ck.encode_image(model, images, tokens=True, source=True)
     step, prefix = method.plan(tower.num_tokens, 3, tower.prefix).steps[0], tower.prefix
     x, rope = tower.embed(images)
-    # The first block by hand: its tokens, and the patch behind each of them, from the op itself.
+    # The first block by hand, with the patch of each token from the op itself.
     parts = tower.parts(model.blocks[0])
     q, k, v = parts.qkv(x, None, None, rope)
     out, scores = ck.ops.attention(q, k, v, None, "cls" if tower.pools_cls else "received", prefix)
     branch = parts.project(out, False)
     x = x + branch.y * (1 if branch.scale is None else branch.scale)
-    made = ck.ops.condense_tokens(x, scores, step.keep, step.merge, step.centers, scores, "rank", prefix)
-    assert torch.equal(made.source, came.source[:, 0].long())
+    condensed = ck.ops.condense_tokens(x, scores, step.keep, step.merge, step.centers, scores, "rank", prefix)
+    assert torch.equal(condensed.source, actual.source[:, 0].long())
     for image in range(2):
-        tokens = made.tokens[image : image + 1]
+        tokens = condensed.tokens[image : image + 1]
         y = parts.mlp(tokens, None, False)
         tokens = tokens + y.y * (1 if y.scale is None else y.scale)
-        table = rope[..., made.index[image], :]
+        table = rope[..., condensed.index[image], :]
         width = table.shape[-1] // 2
         still = torch.cat([torch.zeros_like(table[..., :1, :width]), torch.ones_like(table[..., :1, :width])], -1)
         for later in model.blocks[1:]:
             tokens = later(tokens, rope=torch.cat([table, still], -2))
         expected = tower.project(tokens)
-        torch.testing.assert_close(came.tokens[image : image + 1], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual.tokens[image : image + 1], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_a_pool_that_reads_all_tokens_sees_every_patch_where_its_token_is():
+def test_an_average_pool_reads_every_patch_from_the_row_that_holds_it():
     model = randomized(open_clip_tower("ViT-L-14-CLIPA"))
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     ck.patch(model, ck.TCA(0.1))

@@ -1,4 +1,4 @@
-"""encode_image: what one forward hands back, patched or not, against the host run by hand."""
+"""encode_image: the results of one forward, patched or not, compared with the host run by hand."""
 
 import open_clip
 import pytest
@@ -21,7 +21,7 @@ def by_hand(model, images):
 
 @pytest.mark.parametrize("patched", [False, True])
 @torch.no_grad()
-def test_an_unreduced_tower_hands_back_what_the_host_computes(tiny, images, patched):
+def test_an_unreduced_tower_returns_the_hosts_intermediates(tiny, images, patched):
     tokens, path = by_hand(tiny, images)
     embedding = tiny.encode_image(images)
     if patched:
@@ -34,7 +34,7 @@ def test_an_unreduced_tower_hands_back_what_the_host_computes(tiny, images, patc
 
 
 @torch.no_grad()
-def test_only_what_was_asked_for_comes_back(tiny, images):
+def test_only_requested_outputs_are_returned(tiny, images):
     assert ck.encode_image(tiny, images)[1:] == (None, None, None, 1)
     ck.patch(tiny, ck.EViT(0.5))
     encoded = ck.encode_image(tiny, images, cls_path=True)
@@ -43,7 +43,7 @@ def test_only_what_was_asked_for_comes_back(tiny, images):
     torch.testing.assert_close(tiny.visual.ln_post(encoded.cls_path[:, -1]) @ tiny.visual.proj, encoded.embedding)
 
 
-def test_the_result_says_how_many_of_its_tokens_are_no_patches():
+def test_the_result_has_the_number_of_prefix_tokens():
     model = timm_tower("vit_small_patch14_reg4_dinov2", img_size=28)
     with torch.no_grad():
         encoded = ck.encode_image(model, torch.randn(2, 3, 28, 28), tokens=True)
@@ -51,7 +51,7 @@ def test_the_result_says_how_many_of_its_tokens_are_no_patches():
 
 
 def literal_evit(model, images, keep, blocks, fuse):
-    """EViT as methods describe it, one image and one patch at a time, with the host's own modules."""
+    """EViT as its docstring describes it, one image and one patch at a time, with the host's own modules."""
     import math
 
     visual, out, holders = model.visual, [], []
@@ -66,15 +66,14 @@ def literal_evit(model, images, keep, blocks, fuse):
                 patches, scores = x[1:], weights[0, 0, 1:]
                 count = math.ceil(keep * len(patches))
                 order = sorted(range(len(patches)), key=lambda i: (-float(scores[i]), i))
-                kept, gone = sorted(order[:count]), order[count:]
-                new = [x[0], *(patches[i] for i in kept)]
+                survivors, others = sorted(order[:count]), order[count:]
+                new = [x[0], *(patches[i] for i in survivors)]
                 if fuse:
-                    new.append(sum(scores[i] * patches[i] for i in gone))
+                    new.append(sum(scores[i] * patches[i] for i in others))
                 x = torch.stack(new)
-                place = {
-                    i: 1 + kept.index(i) if i in kept else (count + 1 if fuse else -1) for i in range(len(patches))
-                }
-                rows = [place[row] if row >= 0 else -1 for row in rows]
+                new_row = dict.fromkeys(range(len(patches)), count + 1 if fuse else -1)
+                new_row |= {i: 1 + row for row, i in enumerate(survivors)}
+                rows = [new_row[row] if row >= 0 else -1 for row in rows]
                 for patch, row in enumerate(rows):
                     where[patch].append(row)
                 rows = [row - 1 if row >= 0 else -1 for row in rows]
@@ -86,7 +85,7 @@ def literal_evit(model, images, keep, blocks, fuse):
 
 @pytest.mark.parametrize("fuse", [False, True])
 @torch.no_grad()
-def test_evit_is_its_definition(tiny, images, fuse):
+def test_evit_equals_a_literal_implementation(tiny, images, fuse):
     tokens, source = literal_evit(tiny, images, 0.6, (1, 3, 4), fuse)
     ck.patch(tiny, ck.EViT(0.6, fuse=fuse))
     encoded = ck.encode_image(tiny, images, tokens=True, source=True)
@@ -95,7 +94,7 @@ def test_evit_is_its_definition(tiny, images, fuse):
 
 
 def literal_tome(model, images, r, proportional):
-    """ToMe with the whole attention, one image at a time, groups of patches kept as Python lists."""
+    """ToMe with attention written out, one image at a time, and groups of patches as Python lists."""
     visual, out, holders = model.visual, [], []
     for image in images:
         x = visual._embeds(image[None])[0]
@@ -115,9 +114,9 @@ def literal_tome(model, images, r, proportional):
             best, nearest = similarity.max(1)
             count = min(r, (len(x) - 1) // 2)
             order = sorted(range(len(best)), key=lambda i: (-float(best[i]), i))
-            source, kept = sorted(order[:count]), sorted(order[count:])
+            source, survivors = sorted(order[:count]), sorted(order[count:])
             rows, new = [], []
-            for i in kept:
+            for i in survivors:
                 rows.append(x[2 * i])
                 new.append(groups[2 * i])
             for j in range(len(x) // 2):
@@ -134,7 +133,7 @@ def literal_tome(model, images, r, proportional):
 
 @pytest.mark.parametrize("proportional", [False, True])
 @torch.no_grad()
-def test_tome_is_its_definition(tiny, images, proportional):
+def test_tome_equals_a_literal_implementation(tiny, images, proportional):
     tokens, source = literal_tome(tiny, images, 9, proportional)
     ck.patch(tiny, ck.ToMe(9, proportional=proportional))
     encoded = ck.encode_image(tiny, images, tokens=True, source=True)
@@ -143,15 +142,15 @@ def test_tome_is_its_definition(tiny, images, proportional):
 
 
 @torch.no_grad()
-def test_a_random_subset_is_the_same_for_every_image_and_other_for_every_seed(tiny, images):
-    kept = []
+def test_a_random_subset_depends_on_the_seed_and_not_on_the_image(tiny, images):
+    subsets = []
     for seed in (0, 0, 1):
         ck.patch(tiny, ck.EViT(0.5, score="random", seed=seed, fuse=False))
         source = ck.encode_image(tiny, images, source=True).source
         assert torch.equal(source[0], source[1])
-        kept.append(source[0, 0] >= 0)
-    assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
-    assert [int(k.sum()) for k in kept] == [32, 32, 32]
+        subsets.append(source[0, 0] >= 0)
+    assert torch.equal(subsets[0], subsets[1]) and not torch.equal(subsets[0], subsets[2])
+    assert [int(subset.sum()) for subset in subsets] == [32, 32, 32]
 
 
 @torch.no_grad()
@@ -164,7 +163,7 @@ def test_a_plan_may_prune_in_one_block_and_merge_in_the_next(tiny, images):
     assert encoded.tokens.shape == (3, 30, 128)
     first, second = encoded.source.unbind(1)
     assert first.max() == 41 and second.max() == 29
-    # Patches that shared a row go on sharing one.
+    # Patches that shared a row still share one.
     for image in range(3):
         fused = second[image][first[image] == 41]
         assert (fused == fused[0]).all()
@@ -183,7 +182,7 @@ def test_a_plan_may_merge_and_then_prune_and_merge_again(tiny, images, fuse):
 
 
 @torch.no_grad()
-def test_a_plan_that_merges_and_drops_is_refused_where_all_tokens_are_pooled():
+def test_merging_and_dropping_is_refused_if_all_tokens_are_pooled():
     class Both:
         def plan(self, tokens, blocks, prefix=1):
             return Plan((Prune(40, fuse=False), Merge(1)), tokens, prefix)
@@ -204,14 +203,14 @@ def test_the_queries_of_a_pooler_see_merged_tokens_at_their_size():
 @pytest.mark.parametrize("indices", [None, 2, [1], [0, 4]])
 @pytest.mark.parametrize("stop_early", [False, True])
 @torch.no_grad()
-def test_intermediates_of_a_dense_tower_are_the_hosts(tiny, images, indices, stop_early):
+def test_a_dense_tower_has_the_hosts_intermediates(tiny, images, indices, stop_early):
     expected = tiny.visual.forward_intermediates(images, indices=indices, stop_early=stop_early)
-    came = ck.patch(tiny, ck.Dense()).visual.forward_intermediates(images, indices=indices, stop_early=stop_early)
-    torch.testing.assert_close(came, expected, atol=1e-5, rtol=1e-4)
+    actual = ck.patch(tiny, ck.Dense()).visual.forward_intermediates(images, indices=indices, stop_early=stop_early)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_a_random_ranking_follows_the_dtype_of_the_tower_and_any_seed(tiny, images):
+def test_a_random_ranking_has_the_towers_dtype_and_takes_any_seed(tiny, images):
     ck.patch(tiny.double(), ck.EViT(0.5, score="random", seed=2**40))
     assert tiny.encode_image(images.double()).dtype == torch.float64
 
@@ -267,8 +266,8 @@ def test_half_precision_towers_of_both_norm_kinds_run(images):
         for method in (ck.Dense(), ck.EViT(0.5), ck.ToMe(3)):
             assert ck.encode_image(ck.patch(model, method), images.to(dtype)).embedding.dtype == dtype
         ck.unpatch(model)
-        came = ck.encode_image(model, images.to(dtype), tokens=True).tokens
-        cosine = torch.nn.functional.cosine_similarity(came.float(), exact, dim=-1)
+        actual = ck.encode_image(model, images.to(dtype), tokens=True).tokens
+        cosine = torch.nn.functional.cosine_similarity(actual.float(), exact, dim=-1)
         assert cosine.min() > (0.9999 if dtype == torch.float16 else 0.999)
 
 
@@ -277,8 +276,8 @@ def test_autocast_runs_a_reduced_tower(tiny, images):
     ck.patch(tiny, ck.EViT(0.5))
     expected = tiny.encode_image(images)
     with torch.autocast("cpu", torch.bfloat16):
-        came = tiny.encode_image(images)
-    assert torch.nn.functional.cosine_similarity(came.float(), expected).min() > 0.9
+        actual = tiny.encode_image(images)
+    assert torch.nn.functional.cosine_similarity(actual.float(), expected).min() > 0.9
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 64, 64), (3, 32, 32), (3, 1, 32, 32)])
@@ -288,7 +287,7 @@ def test_images_of_another_size_are_refused(tiny, shape):
 
 
 @torch.no_grad()
-def test_a_resnet_hands_back_every_position_of_its_pool():
+def test_a_resnet_returns_every_position_of_its_pool():
     torch.manual_seed(0)
     model = open_clip_tower("RN50", layers=[1, 1, 1, 1]).visual
     images = torch.randn(2, 3, 224, 224)
