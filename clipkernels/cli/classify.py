@@ -54,7 +54,7 @@ Example:
 @click.option("--classes", help="Class names, separated by commas.")
 @click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
 @click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
-@click.option("--model", "name", help="open_clip model  [default: the small one that ships with the package]")
+@click.option("--model", "name", help="open_clip model  [default: the small one that is included]")
 @click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
 @click.option(
     "--method",

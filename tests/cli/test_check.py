@@ -1,4 +1,4 @@
-"""clipkernels check: right operations pass, wrong ones are found out, whatever the format."""
+"""`clipkernels check`: correct operations pass and wrong ones fail, in every format."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ def interpreted(triton, monkeypatch):
 
 
 def _sweep():
-    """One operation of each kind; the kernels themselves are tested file by file."""
+    """One operation of each kind, the others slow, because every kernel has a test file of its own."""
     for op in CASES:
         quick = op in ("prune_tokens", "match_tokens", "bias_act_gelu")
         yield pytest.param(op, marks=[] if quick else [pytest.mark.slow])
@@ -38,7 +38,7 @@ def _sweep():
 
 @pytest.mark.parametrize("op", list(_sweep()))
 def test_every_operation_passes_in_the_interpreter(interpreted, op):
-    result = run("--ops", op, "--dtype", "float32", "--dtype", "bfloat16", "--interpret", "--format", "json")
+    result = run("--ops", op, "--precision", "fp32", "--precision", "bf16", "--interpret", "--format", "json")
     rows = json.loads(result.stdout)["rows"]
     assert result.exit_code == 0 and {row["verdict"] for row in rows} == {"ok"}
     assert {row["backend"] for row in rows} == {"triton"}
@@ -51,7 +51,7 @@ def test_without_a_gpu_or_the_interpreter_the_reference_is_checked(monkeypatch):
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert result.exit_code == 0, result.output
     assert {row["backend"] for row in rows} == {"reference"} and {row["verdict"] for row in rows} == {"ok"}
-    assert f"{len(rows)} of {len(rows)} are right on cpu" in result.stderr
+    assert f"{len(rows)} of {len(rows)} passed on cpu" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -62,35 +62,35 @@ def test_without_a_gpu_or_the_interpreter_the_reference_is_checked(monkeypatch):
     ],
     ids=["values", "choices"],
 )
-def test_a_wrong_kernel_is_found_out_and_the_exit_status_is_one(interpreted, monkeypatch, spoil, verdict):
+def test_a_wrong_kernel_fails_with_exit_status_one(interpreted, monkeypatch, spoil, verdict):
     monkeypatch.setattr(custom_ops.prune, "prune_tokens", spoil(custom_ops.prune.prune_tokens))
-    result = run("--ops", "prune_tokens", "--dtype", "float32", "--interpret", "--format", "json")
+    result = run("--ops", "prune_tokens", "--precision", "fp32", "--interpret", "--format", "json")
     assert result.exit_code == 1
     assert any(row["verdict"].startswith(verdict) for row in json.loads(result.stdout)["rows"])
 
 
-def test_a_kernel_that_depends_on_the_batch_or_the_run_is_found_out(interpreted, monkeypatch):
-    launch, seen = custom_ops.epilogue.bias_act, []
+def test_a_kernel_that_depends_on_batch_or_run_fails(interpreted, monkeypatch):
+    launch, calls = custom_ops.epilogue.bias_act, []
 
     def drifts(x, bias, act):
-        seen.append(1)
-        return launch(x, bias, act) + (1e-7 if len(seen) % 2 else 0)
+        calls.append(1)
+        return launch(x, bias, act) + (1e-7 if len(calls) % 2 else 0)
 
     monkeypatch.setattr(custom_ops.epilogue, "bias_act", drifts)
-    result = run("--ops", "bias_act_gelu_tanh", "--dtype", "float32", "--interpret", "--format", "json")
+    result = run("--ops", "bias_act_gelu_tanh", "--precision", "fp32", "--interpret", "--format", "json")
     assert result.exit_code == 1
     assert {row["verdict"] for row in json.loads(result.stdout)["rows"]} == {"a second run gives other bits"}
     monkeypatch.setattr(custom_ops.epilogue, "bias_act", lambda x, b, act: launch(x, b, act) + 1e-7 * (len(x) - 1))
-    result = run("--ops", "bias_act_gelu_tanh", "--dtype", "float32", "--interpret", "--format", "json")
+    result = run("--ops", "bias_act_gelu_tanh", "--precision", "fp32", "--interpret", "--format", "json")
     assert {row["verdict"] for row in json.loads(result.stdout)["rows"]} == {"the last image alone gives other bits"}
 
 
-def test_a_kernel_that_does_not_launch_is_a_verdict(interpreted, monkeypatch):
+def test_a_kernel_that_does_not_launch_fails(interpreted, monkeypatch):
     def fails(*_):
         raise RuntimeError("out of shared memory\nat line 1")
 
     monkeypatch.setattr(custom_ops.epilogue, "bias_act", fails)
-    result = run("--ops", "bias_act_gelu", "--dtype", "float16", "--interpret")
+    result = run("--ops", "bias_act_gelu", "--precision", "fp16", "--interpret")
     assert result.exit_code == 1 and "out of shared memory" in result.stdout
 
 
@@ -102,16 +102,16 @@ def test_a_kernel_that_does_not_launch_is_a_verdict(interpreted, monkeypatch):
         (["--interpret", "--device", "cuda"], "error: expected --device cpu with --interpret, got cuda"),
     ],
 )
-def test_what_cannot_be_checked_is_said_in_one_line(monkeypatch, arguments, message):
+def test_a_check_that_cannot_run_is_one_line(monkeypatch, arguments, message):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     result = run(*arguments)
     assert result.exit_code == 2 and result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1 and not result.stdout
 
 
-def test_interpret_starts_a_process_that_reads_it_in_time(monkeypatch):
+def test_interpret_starts_a_process_with_the_variable_set(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("sys.argv", ["clipkernels", "check", "--interpret", "--dtype", "float32"])
+    monkeypatch.setattr("sys.argv", ["clipkernels", "check", "--interpret", "--precision", "fp32"])
     called = {}
 
     def call(command, env):
@@ -119,14 +119,14 @@ def test_interpret_starts_a_process_that_reads_it_in_time(monkeypatch):
         return 1
 
     monkeypatch.setattr(sys.modules["clipkernels.cli.check"].subprocess, "call", call)
-    assert run("--interpret", "--dtype", "float32").exit_code == 1
-    assert called["command"][1:] == ["-m", "clipkernels", "check", "--interpret", "--dtype", "float32"]
+    assert run("--interpret", "--precision", "fp32").exit_code == 1
+    assert called["command"][1:] == ["-m", "clipkernels", "check", "--interpret", "--precision", "fp32"]
     assert called["env"]["TRITON_INTERPRET"] == "1"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", CASES)
-def test_the_reference_is_within_its_own_allowance(op, dtype):
+def test_the_reference_is_within_its_own_budget(op, dtype):
     source = InputFactory(Shape(21, 128, 2, 1, 4), 2, dtype, CPU)
     inputs = CASES[op].inputs(source)
     verdict = check_against_fp64(

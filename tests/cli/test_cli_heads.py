@@ -1,4 +1,4 @@
-"""`clipkernels classify --head`: the same answers as the heads themselves, and what does not belong together."""
+"""`clipkernels classify --head`: the answers of the heads themselves, and options that do not belong together."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def known(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A support set of them, its classes in another order than their folders'."""
+    """A support set of these digits, its classes in another order than their folders."""
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     folder = tmp_path_factory.mktemp("support")
     prompts = support.photo(digits.CLASSES, digits.TEMPLATES)
     model, preprocess, tokenizer = ck.bundled()
     cache = folder / "cache.safetensors"
-    found = support.retrieve(model, preprocess, tokenizer, prompts, pictures, per_class=4, cache=cache)
-    found.save(folder / "set")
+    built = support.retrieve(model, preprocess, tokenizer, prompts, pictures, per_class=4, cache=cache)
+    built.save(folder / "set")
     return folder / "set"
 
 
@@ -47,7 +47,7 @@ def run(*arguments: object) -> Result:
 
 
 def expected(pictures: Path, head: ck.heads.Head, model: torch.nn.Module) -> tuple[list[str], torch.Tensor]:
-    """The files in order, and their probabilities."""
+    """Return the files in order and the probabilities (n,K) of their classes."""
     preprocess = ck.bundled()[1]
     files = sorted(pictures.rglob("*.png"))
     images = torch.stack([preprocess(Image.open(file).convert("RGB")) for file in files])
@@ -55,33 +55,33 @@ def expected(pictures: Path, head: ck.heads.Head, model: torch.nn.Module) -> tup
         return [str(file) for file in files], head(ck.encode_image(model, images, tokens=True)).softmax(1)
 
 
-@pytest.mark.parametrize("method", [("dense",), ("evit", "--keep", 0.5)])
+@pytest.mark.parametrize("method", ["dense", "evit:0.5"])
 @pytest.mark.parametrize("head", ["zero-shot", "calip", "tip", "tipx"])
-def test_answers_are_those_of_the_head(pictures: Path, known: Path, head: str, method: tuple[object, ...]) -> None:
+def test_answers_are_those_of_the_head(pictures: Path, known: Path, head: str, method: str) -> None:
     options = ("--support", known) if head.startswith("tip") else ("--classes", DIGITS, "--template", "{}")
-    done = run(pictures, "--head", head, *options, "--method", *method, "--format", "csv")
-    assert done.exit_code == 0, done.stderr
+    result = run(pictures, "--head", head, *options, "--method", method, "--format", "csv")
+    assert result.exit_code == 0, result.stderr
     model, _, tokenizer = ck.bundled()
-    ck.patch(model, ck.Dense() if method == ("dense",) else ck.EViT(0.5))
-    found = support.SupportSet.load(known, model)
+    ck.patch(model, ck.Dense() if method == "dense" else ck.EViT(0.5))
+    known_set = support.SupportSet.load(known, model)
     text = support.class_embeddings(
-        model, tokenizer, found.prompts if head.startswith("tip") else support.photo(digits.CLASSES, ("{}",))
+        model, tokenizer, known_set.prompts if head.startswith("tip") else support.photo(digits.CLASSES, ("{}",))
     )
     makers = {
         "zero-shot": lambda: ck.ZeroShot(text),
         "calip": lambda: ck.CALIP(text),
-        "tip": lambda: ck.TipAdapter(text, found.features, found.labels),
-        "tipx": lambda: ck.TipX(text, found.features, found.labels),
+        "tip": lambda: ck.TipAdapter(text, known_set.features, known_set.labels),
+        "tipx": lambda: ck.TipX(text, known_set.features, known_set.labels),
     }
-    files, shares = expected(pictures, makers[head](), model)
-    rows = {row["path"]: row for row in csv.DictReader(io.StringIO(done.stdout))}
+    files, probabilities = expected(pictures, makers[head](), model)
+    rows = {row["path"]: row for row in csv.DictReader(io.StringIO(result.stdout))}
     assert sorted(rows) == files
-    for file, share in zip(files, shares, strict=True):
-        assert rows[file]["class"] == digits.CLASSES[int(share.argmax())]
-        assert float(rows[file]["probability"]) == pytest.approx(float(share.max()), abs=1e-4)
+    for file, row in zip(files, probabilities, strict=True):
+        assert rows[file]["class"] == digits.CLASSES[int(row.argmax())]
+        assert float(rows[file]["probability"]) == pytest.approx(float(row.max()), abs=1e-4)
 
 
-def test_a_preset_changes_what_calip_says(pictures: Path) -> None:
+def test_a_preset_changes_the_answers_of_calip(pictures: Path) -> None:
     options = (pictures, "--head", "calip", "--classes", DIGITS, "--format", "csv")
     assert run(*options).stdout != run(*options, "--preset", "eurosat").stdout
 
@@ -103,6 +103,6 @@ def test_options_that_do_not_belong_together_are_one_line(
     pictures: Path, known: Path, options: tuple[str, ...], message: str
 ) -> None:
     places = {"KNOWN": str(known), "PICTURES": str(pictures)}
-    done = run(pictures, *(places.get(option, option) for option in options))
-    assert done.exit_code == 2 and done.stdout == ""
-    assert message in done.stderr and done.stderr.count("\n") == 1
+    result = run(pictures, *(places.get(option, option) for option in options))
+    assert result.exit_code == 2 and result.stdout == ""
+    assert message in result.stderr and result.stderr.count("\n") == 1

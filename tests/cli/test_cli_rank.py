@@ -1,4 +1,4 @@
-"""`clipkernels rank`, `train-predictor`, and what takes their predictor: the library's own answers, and refusals."""
+"""`clipkernels rank`, `train-predictor` and patch-ranking: the library's own answers, and refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from clipkernels.learn.patch_ranking import (
 from clipkernels.support import class_embeddings
 
 DIGITS = ",".join(digits.CLASSES)
-HERE = ("--device", "cpu")  # where the library is asked, too
+HERE = ("--device", "cpu")  # where the library runs in these tests, too
 FAST = ("--window", 4, "--stride", 4, "--step", 32, *HERE)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,8 +42,8 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def done(*arguments: object) -> dict[str, Any]:
-    """What a command that succeeds says as JSON."""
+def json_of(*arguments: object) -> dict[str, Any]:
+    """Return the JSON of a command that succeeds."""
     result = run(*arguments, "--format", "json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
@@ -72,23 +72,23 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(pictures: Path) -> list[Path]:
-    """Eight of them, of different classes."""
+    """Eight of these digits, of different classes."""
     return sorted(pictures.rglob("*.png"))[::7][:8]
 
 
 @pytest.fixture(scope="module")
 def ranks(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rankings of twenty of them."""
+    """Rankings of twenty of the digits."""
     file = tmp_path_factory.mktemp("ranks") / "ranks.safetensors"
-    assert done("rank", pictures, "--folder-labels", *FAST, "--limit", 20, "--output", file)["ranked"] == 20
+    assert json_of("rank", pictures, "--folder-labels", *FAST, "--limit", 20, "--output", file)["ranked"] == 20
     return file
 
 
 @pytest.fixture(scope="module")
 def predictor(ranks: Path) -> Path:
-    """A predictor that has seen them."""
+    """A predictor that is trained on these rankings."""
     file = ranks.with_name("predictor.safetensors")
-    done("train-predictor", ranks, "--epochs", 2, "--output", file)
+    json_of("train-predictor", ranks, "--epochs", 2, "--output", file)
     return file
 
 
@@ -102,7 +102,7 @@ def embeddings(classes: list[str], *templates: str) -> torch.Tensor:
     return class_embeddings(model, tokenizer, support.photo(classes, templates or support.PHOTO))
 
 
-SOME = {"window": 4, "stride": 2, "step": 40, "block": 4}
+SETTINGS = {"window": 4, "stride": 2, "step": 40, "block": 4}
 
 
 @pytest.mark.parametrize(
@@ -118,29 +118,32 @@ SOME = {"window": 4, "stride": 2, "step": 40, "block": 4}
 def test_rankings_are_those_of_the_library(
     files: list[Path], tmp_path: Path, options: tuple[object, ...], score: Any, classes: Any
 ) -> None:
-    file, own = tmp_path / "ranks.safetensors", [path.parent.name for path in files]
-    numbers = [part for name, number in SOME.items() for part in (f"--{name}", number)]
-    said = done("rank", *files, *options, *numbers, *HERE, "--output", file)
-    names = sorted(set(own)) if classes == "folders" else list(classes or ())
+    file, folders = tmp_path / "ranks.safetensors", [path.parent.name for path in files]
+    numbers = [part for name, number in SETTINGS.items() for part in (f"--{name}", number)]
+    record = json_of("rank", *files, *options, *numbers, *HERE, "--output", file)
+    names = sorted(set(folders)) if classes == "folders" else list(classes or ())
     expected = golden_ranking(
         ck.bundled()[0],
         preprocessed(files),
         score=score,
         text=embeddings(names) if names else None,
-        labels=[names.index(name) for name in own] if score == "label" else None,
-        **SOME,
+        labels=[names.index(name) for name in folders] if score == "label" else None,
+        **SETTINGS,
     )
-    came = Rankings.load(file)
-    assert torch.equal(came.ranks, expected.ranks) and torch.equal(came.features, expected.features)
-    assert came.about == expected.about
-    assert {name: said[name] for name in ("images", "ranked", "patches", "score", *SOME)} == {
-        **{"images": 8, "ranked": 8, "patches": 64, "score": score},
-        **SOME,
+    actual = Rankings.load(file)
+    assert torch.equal(actual.ranks, expected.ranks) and torch.equal(actual.features, expected.features)
+    assert actual.about == expected.about
+    assert {name: record[name] for name in ("images", "ranked", "patches", "score", *SETTINGS)} == {
+        "images": 8,
+        "ranked": 8,
+        "patches": 64,
+        "score": score,
+        **SETTINGS,
     }
-    assert said["file"] == str(file) and said["images_per_second"] == pytest.approx(8 / said["seconds"], rel=0.05)
+    assert record["file"] == str(file) and record["images_per_second"] == pytest.approx(8 / record["seconds"], rel=0.05)
 
 
-def test_the_table_the_csv_and_the_summary_hold_the_same(files: list[Path], tmp_path: Path) -> None:
+def test_table_csv_and_summary_agree(files: list[Path], tmp_path: Path) -> None:
     common = ("rank", *files, "--score", "feature", *FAST, "--output")
     rows = list(csv.DictReader(io.StringIO(run(*common, tmp_path / "a", "--format", "csv").stdout)))
     assert [(row["file"], row["images"], row["ranked"], row["patches"]) for row in rows] == [
@@ -151,28 +154,26 @@ def test_the_table_the_csv_and_the_summary_hold_the_same(files: list[Path], tmp_
     assert re.fullmatch(r"8 images of 64 patches, 8 ranked in [\d.]+ s: [\d.]+ images/s\n", result.stderr)
 
 
-def test_what_is_ranked_is_not_ranked_again_and_more_images_are(files: list[Path], tmp_path: Path) -> None:
+def test_only_new_images_are_ranked(files: list[Path], tmp_path: Path) -> None:
     file = tmp_path / "ranks.safetensors"
     common = ("--folder-labels", "--classes", DIGITS, *FAST, "--output", file)
-    assert done("rank", *files[:5], *common)["ranked"] == 5
+    assert json_of("rank", *files[:5], *common)["ranked"] == 5
     first = file.read_bytes()
-    again = run("rank", *files[:5], *common, "--batch-size", 3)
-    assert re.fullmatch(r"5 images of 64 patches, 0 ranked in [\d.]+ s; 5 were ranked already\n", again.stderr)
+    result = run("rank", *files[:5], *common, "--batch-size", 3)
+    assert re.fullmatch(r"5 images of 64 patches, 0 ranked in [\d.]+ s; 5 ranked before\n", result.stderr)
     assert file.read_bytes() == first
-    more = done("rank", *files, *common)
+    more = json_of("rank", *files, *common)
     assert (more["images"], more["ranked"]) == (8, 3)
-    assert done("rank", files[0], *common)["images_per_second"] is None
+    assert json_of("rank", files[0], *common)["images_per_second"] is None
     assert len(Rankings.load(file).ranks) == 8 and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_run_that_is_interrupted_keeps_what_is_ranked(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, seen = Pictures.__getitem__, []
+def test_an_interrupted_run_keeps_its_rankings(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, indices = Pictures.__getitem__, []
 
     def interrupted(self: Pictures, index: int) -> Any:
-        seen.append(index)
-        if len(seen) == 20:
+        indices.append(index)
+        if len(indices) == 20:
             raise KeyboardInterrupt
         return read(self, index)
 
@@ -182,49 +183,49 @@ def test_a_run_that_is_interrupted_keeps_what_is_ranked(
         result = run(*common)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\nerror: interrupted\n")
     result = run(*common)
-    assert "24 images of 64 patches, 8 ranked in" in result.stderr and "; 16 were ranked already" in result.stderr
+    assert "24 images of 64 patches, 8 ranked in" in result.stderr and "; 16 ranked before" in result.stderr
 
 
-def test_a_number_is_drawn_by_a_seed_and_a_larger_one_adds_to_it(pictures: Path, tmp_path: Path) -> None:
+def test_a_limit_draws_by_seed_and_a_larger_one_adds(pictures: Path, tmp_path: Path) -> None:
     common = ("rank", pictures, "--score", "feature", *FAST)
     features = {}
     for seed in ((), ("--shuffle", 0), ("--shuffle", 1)):
         file = tmp_path / f"ranks{len(features)}"
-        assert done(*common, *seed, "--limit", 3, "--output", file)["images"] == 3
+        assert json_of(*common, *seed, "--limit", 3, "--output", file)["images"] == 3
         features[seed] = Rankings.load(file).features
     default, zero, one = features.values()
     assert torch.equal(default, zero) and not torch.equal(zero, one)
-    more = done(*common, "--limit", 5, "--output", tmp_path / "ranks0")
+    more = json_of(*common, "--limit", 5, "--output", tmp_path / "ranks0")
     assert (more["images"], more["ranked"]) == (5, 2)
-    assert done(*common, "--limit", 100, "--output", tmp_path / "ranks0")["images"] == 60
+    assert json_of(*common, "--limit", 100, "--output", tmp_path / "ranks0")["images"] == 60
 
 
 def test_a_file_that_is_named_twice_is_ranked_once(files: list[Path], tmp_path: Path) -> None:
     common = ("rank", files[0], files[1], files[0], "--score", "feature", *FAST, "--output", tmp_path / "ranks")
-    said = done(*common)
-    assert (said["images"], said["ranked"]) == (3, 2)
+    record = json_of(*common)
+    assert (record["images"], record["ranked"]) == (3, 2)
 
 
 def test_other_prompts_or_options_need_another_file(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("zero\n\n one \n", encoding="utf-8")
     file = tmp_path / "ranks.safetensors"
     common = ("rank", files[0], *FAST, "--output", file)
-    assert done(*common, "--classes", "zero,one")["ranked"] == 1
-    assert done(*common, "--classes-file", tmp_path / "classes.txt")["ranked"] == 0
-    assert done(*common, "--classes", "zero,one", "--template", support.PHOTO[0])["ranked"] == 0
+    assert json_of(*common, "--classes", "zero,one")["ranked"] == 1
+    assert json_of(*common, "--classes-file", tmp_path / "classes.txt")["ranked"] == 0
+    assert json_of(*common, "--classes", "zero,one", "--template", support.PHOTO[0])["ranked"] == 0
     for options in (("--classes", "one,zero"), ("--classes", "zero,one", "--template", "{}.")):
         wanted = f"expected rankings with the same classes and prompts, got {file} with others: choose another"
-        assert wanted in error(run(*common, *options))
+        assert expected in error(run(*common, *options))
     wanted = f"expected rankings with the same options, got {file} with"
     for options in (
         ("--classes", "zero,one", "--window", 5),
         ("--classes", "zero,one", "--block", 2),
         ("--score", "feature"),
     ):
-        assert wanted in error(run(*common, *options))
+        assert expected in error(run(*common, *options))
 
 
-def test_files_that_are_no_image_are_named_and_the_others_are_ranked(
+def test_files_that_are_not_images_are_skipped(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = io.BytesIO()
@@ -247,27 +248,27 @@ def test_files_that_are_no_image_are_named_and_the_others_are_ranked(
     result = run("rank", *mixed, *common, "--output", tmp_path / "mixed.safetensors")
     assert result.exit_code == 1
     assert (json.loads(result.stdout)["images"], json.loads(result.stdout)["ranked"]) == (5, 5)
-    assert re.findall(r"^no image: (.*?): ", result.stderr, re.MULTILINE) == [str(path) for path in broken]
-    assert result.stderr.endswith("; 3 no image\n") and set(reads.values()) == {1}
+    assert re.findall(r"^skipped (.*?): not an image", result.stderr, re.MULTILINE) == [str(path) for path in broken]
+    assert result.stderr.endswith("; 3 files skipped\n") and set(reads.values()) == {1}
     reads.clear()
     clean = run("rank", *files[:5], *common, "--output", tmp_path / "clean.safetensors")
     assert clean.exit_code == 0 and set(reads.values()) == {1}
     assert (tmp_path / "mixed.safetensors").read_bytes() == (tmp_path / "clean.safetensors").read_bytes()
 
 
-def test_no_file_that_is_an_image_is_an_error(tmp_path: Path) -> None:
+def test_files_without_an_image_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     result = run("rank", tmp_path, "--score", "feature", *FAST, "--output", tmp_path / "ranks.safetensors")
     assert result.exit_code == 2 and not (tmp_path / "ranks.safetensors").exists()
-    assert "expected images, got 1 files that are none, such as" in result.stderr.splitlines()[-1]
+    assert "expected images, got 1 files that are not, such as" in result.stderr.splitlines()[-1]
 
 
-def test_precision_and_model_are_those_of_the_tower(files: list[Path], tmp_path: Path, registered: str) -> None:
+def test_rankings_record_precision_and_model(files: list[Path], tmp_path: Path, registered: str) -> None:
     common = ("rank", *files[:2], "--score", "feature", "--window", 2, "--stride", 2, "--step", 8)
-    done(*common, "--precision", "bf16", "--output", tmp_path / "low")
+    json_of(*common, "--precision", "bf16", "--output", tmp_path / "low")
     assert list(Rankings.load(tmp_path / "low").about["tower"]) == ["bfloat16"]
-    said = done(*common, "--model", registered, "--output", tmp_path / "other")
-    assert said["patches"] == 16 and Rankings.load(tmp_path / "other").about["width"] == 64
+    record = json_of(*common, "--model", registered, "--output", tmp_path / "other")
+    assert record["patches"] == 16 and Rankings.load(tmp_path / "other").about["width"] == 64
 
 
 def test_a_picture_shows_the_first_images_and_their_rankings(pictures: Path, tmp_path: Path) -> None:
@@ -282,7 +283,7 @@ def test_a_picture_shows_the_first_images_and_their_rankings(pictures: Path, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks.png", "ranks.safetensors"]
 
 
-def test_a_picture_takes_names_as_they_are(files: list[Path], tmp_path: Path) -> None:
+def test_a_picture_draws_names_literally(files: list[Path], tmp_path: Path) -> None:
     matplotlib()
     odd = tmp_path / "a name that is longer than its image is wide, with $x_{ in it.png"
     odd.write_bytes(files[0].read_bytes())
@@ -292,13 +293,13 @@ def test_a_picture_takes_names_as_they_are(files: list[Path], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("verb", ["rank", "train-predictor"])
-def test_a_picture_without_matplotlib_names_what_to_install(
+def test_a_picture_without_matplotlib_names_the_package(
     verb: str, ranks: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    given, option = {"rank": (files[0], "--picture"), "train-predictor": (ranks, "--plot")}[verb]
-    result = run(verb, given, option, tmp_path / "x.png", "--output", tmp_path / "out.safetensors")
+    argument, option = {"rank": (files[0], "--picture"), "train-predictor": (ranks, "--plot")}[verb]
+    result = run(verb, argument, option, tmp_path / "x.png", "--output", tmp_path / "out.safetensors")
     assert f"expected matplotlib for {option} (pip install matplotlib)" in error(result)
 
 
@@ -330,7 +331,7 @@ def test_a_picture_without_matplotlib_names_what_to_install(
         (("--folder-labels", "--output", __file__), "expected a safetensors file, got"),
     ],
 )
-def test_what_cannot_be_ranked_is_one_line(
+def test_a_wrong_rank_option_is_one_line(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -339,7 +340,7 @@ def test_what_cannot_be_ranked_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_ranking_needs_a_file_and_images_that_are_there(files: list[Path], tmp_path: Path, resnet: str) -> None:
+def test_rank_needs_an_output_and_existing_images(files: list[Path], tmp_path: Path, resnet: str) -> None:
     assert "Missing option '--output'" in error(run("rank", files[0], "--score", "feature"))
     common = ("--score", "feature", "--output", tmp_path / "ranks")
     assert "which matches nothing" in error(run("rank", tmp_path / "gone.png", *common))
@@ -360,72 +361,78 @@ def test_a_ranking_needs_a_file_and_images_that_are_there(files: list[Path], tmp
         {"seed": 3},
     ],
 )
-def test_a_predictor_is_that_of_the_library(ranks: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_predictor_equals_that_of_the_library(ranks: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     options = {"epochs": 2, **options}
-    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
-    said = done("train-predictor", ranks, *given, *HERE, "--output", tmp_path / "predictor")
+    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    record = json_of("train-predictor", ranks, *arguments, *HERE, "--output", tmp_path / "predictor")
     expected = fit_predictor(Rankings.load(ranks), **options)
-    came = RankPredictor.load(tmp_path / "predictor")
-    assert all(torch.equal(came.state_dict()[name], w) for name, w in expected.predictor.state_dict().items())
-    assert came.about == expected.predictor.about
-    held, kept = round(20 * options.get("held_out", 0.1)), math.ceil(64 * options.get("keep", 0.6))
-    assert said == {
-        **{"file": str(tmp_path / "predictor"), "images": 20 - held, "held_out": held},
-        **{"keep": options.get("keep", 0.6), "parameters": 37_666, "mmacs": 2.4003},
+    actual = RankPredictor.load(tmp_path / "predictor")
+    assert all(torch.equal(actual.state_dict()[name], w) for name, w in expected.predictor.state_dict().items())
+    assert actual.about == expected.predictor.about
+    held_out, keep = round(20 * options.get("held_out", 0.1)), math.ceil(64 * options.get("keep", 0.6))
+    assert record == {
+        "file": str(tmp_path / "predictor"),
+        "images": 20 - held_out,
+        "held_out": held_out,
+        "keep": options.get("keep", 0.6),
+        "parameters": 37_666,
+        "mmacs": 2.4003,
         "loss": pytest.approx(expected.losses[-1], abs=1e-6),
         "overlap": pytest.approx(expected.overlaps[-1], abs=1e-6),
-        "overlap_random": pytest.approx(1 - kept / 64, abs=1e-6),
+        "overlap_random": pytest.approx(1 - keep / 64, abs=1e-6),
     }
 
 
-def test_the_options_of_a_training_change_it(ranks: Path) -> None:
-    found = Rankings.load(ranks)
-    weights = {repr(fit_predictor(found, **{"epochs": 2, **o}).predictor) for o in ({}, {"margin": 0.5}, {"seed": 3})}
+def test_training_options_change_the_predictor(ranks: Path) -> None:
+    rankings = Rankings.load(ranks)
+    weights = {
+        repr(fit_predictor(rankings, **{"epochs": 2, **o}).predictor) for o in ({}, {"margin": 0.5}, {"seed": 3})
+    }
     assert len(weights) == 3
 
 
-def test_the_table_and_the_csv_of_a_training_hold_the_same(ranks: Path, tmp_path: Path) -> None:
+def test_table_and_csv_of_a_training_agree(ranks: Path, tmp_path: Path) -> None:
     common = ("train-predictor", ranks, "--epochs", 2, "--output", tmp_path / "predictor")
     (row,) = csv.DictReader(io.StringIO(run(*common, "--format", "csv").stdout))
     result = run(*common)
     assert (row["images"], row["held_out"], row["overlap_random"]) == ("18", "2", "0.390625")
-    shown = ("37,666", "2.40", f"{float(row['loss']):.4f}", f"{100 * float(row['overlap']):.1f} %", "39.1 %")
-    assert all(text in result.stdout for text in shown)
+    cells = ("37,666", "2.40", f"{float(row['loss']):.4f}", f"{100 * float(row['overlap']):.1f} %", "39.1 %")
+    assert all(text in result.stdout for text in cells)
     assert re.fullmatch(
         r"2 epochs on 18 images in [\d.]+ s: loss [\d.]+, overlap [\d.]+ % \(random 39.1 %\)\n", result.stderr
     )
 
 
-def test_without_images_held_out_there_is_no_overlap(ranks: Path, tmp_path: Path) -> None:
+def test_without_held_out_images_there_is_no_overlap(ranks: Path, tmp_path: Path) -> None:
     common = ("train-predictor", ranks, "--epochs", 1, "--held-out", 0, "--output", tmp_path / "predictor")
-    said = done(*common)
-    assert (said["images"], said["held_out"], said["overlap"]) == (20, 0, None)
+    record = json_of(*common)
+    assert (record["images"], record["held_out"], record["overlap"]) == (20, 0, None)
     assert "overlap" not in run(*common).stderr
 
 
-def test_several_files_are_one_and_a_shared_image_counts_once(files: list[Path], ranks: Path, tmp_path: Path) -> None:
+def test_a_shared_image_of_several_files_counts_once(files: list[Path], ranks: Path, tmp_path: Path) -> None:
     common = ("--score", "feature", *FAST, "--output")
     parts = [tmp_path / "a", tmp_path / "b"]
-    for part, some in zip(parts, (files[:5], files[3:]), strict=True):
-        done("rank", *some, *common, part)
-    done("rank", *files, *common, tmp_path / "whole")
-    for name, given in (("one", [tmp_path / "whole"]), ("two", parts), ("three", [*parts, parts[0]])):
-        said = done("train-predictor", *given, "--epochs", 1, "--held-out", 0.25, "--output", tmp_path / name)
-        assert (said["images"], said["held_out"]) == (6, 2)
+    for part, subset in zip(parts, (files[:5], files[3:]), strict=True):
+        json_of("rank", *subset, *common, part)
+    json_of("rank", *files, *common, tmp_path / "whole")
+    for name, inputs in (("one", [tmp_path / "whole"]), ("two", parts), ("three", [*parts, parts[0]])):
+        record = json_of("train-predictor", *inputs, "--epochs", 1, "--held-out", 0.25, "--output", tmp_path / name)
+        assert (record["images"], record["held_out"]) == (6, 2)
     weights = [RankPredictor.load(tmp_path / name).state_dict() for name in ("one", "two", "three")]
     for name, weight in weights[0].items():
         assert torch.equal(weights[1][name], weights[2][name])
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-4)  # features of other batches
 
 
-def test_files_that_were_made_otherwise_are_not_mixed(files: list[Path], ranks: Path, tmp_path: Path) -> None:
-    done("rank", files[0], "--score", "feature", *FAST, "--window", 8, "--output", tmp_path / "other")
+def test_files_made_with_other_options_are_refused(files: list[Path], ranks: Path, tmp_path: Path) -> None:
+    json_of("rank", files[0], "--score", "feature", *FAST, "--window", 8, "--output", tmp_path / "other")
     result = run("train-predictor", ranks, tmp_path / "other", "--output", tmp_path / "predictor")
-    wanted = f"expected rankings that were made alike, got {tmp_path / 'other'} with another score, window"
-    assert wanted in error(result) and f" than {ranks}" in result.stderr
+    expected = f"expected rankings that were made alike, got {tmp_path / 'other'} with another score, window"
+    assert expected in error(result) and f" than {ranks}" in result.stderr
 
 
-def test_training_draws_what_it_learnt(ranks: Path, tmp_path: Path) -> None:
+def test_training_draws_a_plot(ranks: Path, tmp_path: Path) -> None:
     matplotlib()
     options = ("--epochs", 2, "--plot", tmp_path / "training.png", "--output", tmp_path / "predictor")
     assert run("train-predictor", ranks, *options).exit_code == 0
@@ -435,10 +442,8 @@ def test_training_draws_what_it_learnt(ranks: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_training_that_is_stopped_leaves_the_old_file(
-    ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(found: Rankings, **options: Any) -> None:
+def test_interrupted_training_leaves_the_old_file(ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(rankings: Rankings, **options: Any) -> None:
         options["progress"](1, 0.5, 0.5)
         raise KeyboardInterrupt
 
@@ -473,18 +478,18 @@ def test_training_that_is_stopped_leaves_the_old_file(
         ((__file__,), "expected a safetensors file, got"),
     ],
 )
-def test_what_cannot_be_trained_is_one_line(
+def test_a_wrong_training_option_is_one_line(
     ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    held = ranks.read_bytes()
-    given = [str(ranks) if option == "RANKS" else option for option in options]
+    before = ranks.read_bytes()
+    arguments = [str(ranks) if option == "RANKS" else option for option in options]
     output = () if "--output" in options else ("--output", "predictor")
-    assert message in error(run("train-predictor", ranks, *output, *given))
-    assert list(tmp_path.iterdir()) == [] and ranks.read_bytes() == held
+    assert message in error(run("train-predictor", ranks, *output, *arguments))
+    assert list(tmp_path.iterdir()) == [] and ranks.read_bytes() == before
 
 
-def test_a_predictor_is_none_of_the_rankings(ranks: Path, predictor: Path, tmp_path: Path) -> None:
+def test_a_predictor_file_is_not_rankings(ranks: Path, predictor: Path, tmp_path: Path) -> None:
     result = run("train-predictor", predictor, "--output", tmp_path / "other")
     assert "expected rankings, as golden_ranking writes them" in error(result)
     assert "Missing argument 'RANKINGS...'" in error(run("train-predictor", "--output", tmp_path / "other"))
@@ -495,29 +500,35 @@ def classify(*arguments: object) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("options", "keep", "tokens"), [((), 0.6, "65→40"), (("--keep", 0.5), 0.5, "65→33"), (("--keep", 1), 1.0, "65")]
+    ("spec", "keep", "tokens"),
+    [("patch-ranking", 0.6, "65→40"), ("patch-ranking:0.5", 0.5, "65→33"), ("patch-ranking:1", 1.0, "65")],
 )
-def test_classify_keeps_what_a_predictor_ranks_highest(
-    files: list[Path], predictor: Path, options: tuple[object, ...], keep: float, tokens: str
+def test_classify_keeps_the_highest_ranked_patches(
+    files: list[Path], predictor: Path, spec: str, keep: float, tokens: str
 ) -> None:
-    result = classify(*files, "--method", "patch-ranking", "--predictor", predictor, *options)
+    result = classify(*files, "--method", spec, "--predictor", predictor)
     assert result.exit_code == 0, result.output
-    assert f"keep={keep}, block=3, tokens=None, multiple=1), tokens {tokens}\n" in result.stderr
+    assert f"PatchRanking(keep={keep:g}), tokens {tokens}\n" in result.stderr
     model, _, tokenizer = ck.bundled()
     method = ck.PatchRanking(RankPredictor.load(predictor), keep)
     classifier = ck.Classifier(model, tokenizer, digits.CLASSES, method=method)
     with torch.inference_mode():
         expected = classifier(preprocessed(files)).softmax(1).amax(1)
-    came = [json.loads(line)["probability"] for line in result.stdout.splitlines()]
-    assert came == pytest.approx(expected.tolist(), abs=1e-4)
+    actual = [json.loads(line)["probability"] for line in result.stdout.splitlines()]
+    assert actual == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_evit_keeps_what_it_kept_without_a_word_about_it(files: list[Path]) -> None:
-    assert "EViT(keep=0.7" in classify(files[0], "--method", "evit").stderr
+def test_classify_keeps_the_share_that_the_predictor_was_trained_for(
+    files: list[Path], ranks: Path, tmp_path: Path
+) -> None:
+    options = ("--keep", 0.4, "--epochs", 1, "--output", tmp_path / "predictor")
+    json_of("train-predictor", ranks, *options)
+    result = classify(files[0], "--method", "patch-ranking", "--predictor", tmp_path / "predictor")
+    assert "PatchRanking(keep=0.4), tokens 65→27\n" in result.stderr
 
 
 @pytest.mark.parametrize("text_width", [0, 128])
-def test_learnt_tokens_stand_beside_what_is_kept(
+def test_learnt_tokens_stand_beside_the_patches(
     files: list[Path], predictor: Path, tmp_path: Path, text_width: int
 ) -> None:
     model, _, tokenizer = ck.bundled()
@@ -527,19 +538,19 @@ def test_learnt_tokens_stand_beside_what_is_kept(
     options = ("--method", "patch-ranking", "--predictor", predictor)
     result = classify(*files, *options, "--tokens", tmp_path / "tokens")
     assert result.exit_code == 0, result.output
-    assert "tokens 67→42→40" in result.stderr and "VisualTokens(count=2" in result.stderr
+    assert "tokens 67→42→40" in result.stderr and "PatchRanking(keep=0.6, tokens=2)" in result.stderr
     method = ck.PatchRanking(RankPredictor.load(predictor), tokens=tokens)
     classifier = ck.Classifier(model, tokenizer, digits.CLASSES, method=method)
     with torch.inference_mode():
         expected = classifier(preprocessed(files)).softmax(1).amax(1)
-    came = [json.loads(line)["probability"] for line in result.stdout.splitlines()]
-    assert came == pytest.approx(expected.tolist(), abs=1e-4)
+    actual = [json.loads(line)["probability"] for line in result.stdout.splitlines()]
+    assert actual == pytest.approx(expected.tolist(), abs=1e-4)
     assert result.stdout != classify(*files, *options).stdout
 
 
-def test_a_predictor_of_rankings_in_low_precision_serves_the_tower_in_any(files: list[Path], tmp_path: Path) -> None:
-    done("rank", *files, "--score", "feature", *FAST, "--precision", "bf16", "--output", tmp_path / "ranks")
-    done("train-predictor", tmp_path / "ranks", "--epochs", 1, "--output", tmp_path / "predictor")
+def test_a_predictor_of_bf16_rankings_serves_any_precision(files: list[Path], tmp_path: Path) -> None:
+    json_of("rank", *files, "--score", "feature", *FAST, "--precision", "bf16", "--output", tmp_path / "ranks")
+    json_of("train-predictor", tmp_path / "ranks", "--epochs", 1, "--output", tmp_path / "predictor")
     for precision in ("fp32", "bf16"):
         options = ("--method", "patch-ranking", "--predictor", tmp_path / "predictor", "--precision", precision)
         assert classify(files[0], *options).exit_code == 0
@@ -562,20 +573,18 @@ def test_a_predictor_of_rankings_in_low_precision_serves_the_tower_in_any(files:
             ("--method", "patch-ranking", "--predictor", "PREDICTOR", "--tokens", "PREDICTOR"),
             "expected a file of format clipkernels.visual_tokens",
         ),
-        (("--method", "patch-ranking", "--predictor", "PREDICTOR", "--keep", 0), "keep must be a number in (0, 1]"),
-        (("--method", "patch-ranking", "--predictor", "PREDICTOR", "--r", 8), "expected --method tome with --r, got"),
+        (("--method", "patch-ranking:0", "--predictor", "PREDICTOR"), "keep must be a number in (0, 1], got 0.0"),
         (
-            ("--method", "patch-ranking", "--predictor", "PREDICTOR", "--blocks", "3"),
-            "expected --method evit or tca with --blocks, got patch-ranking",
+            ("--method", "patch-ranking:0.6:blocks=3", "--predictor", "PREDICTOR"),
+            "expected a method such as patch-ranking:0.6, got 'patch-ranking:0.6:blocks=3': the keys are multiple",
         ),
-        (("--method", "tome", "--keep", 0.6), "expected --method evit or patch-ranking with --keep, got tome"),
     ],
 )
-def test_what_does_not_go_with_a_predictor_is_one_line(
+def test_a_wrong_option_beside_a_predictor_is_one_line(
     files: list[Path], ranks: Path, predictor: Path, options: tuple[object, ...], message: str
 ) -> None:
-    places = {"PREDICTOR": predictor, "RANKS": ranks}
-    assert message in error(classify(files[0], *(places.get(str(option), option) for option in options)))
+    paths = {"PREDICTOR": predictor, "RANKS": ranks}
+    assert message in error(classify(files[0], *(paths.get(str(option), option) for option in options)))
 
 
 def test_a_predictor_or_tokens_of_another_tower_are_one_line(
@@ -595,26 +604,33 @@ def test_a_predictor_or_tokens_of_another_tower_are_one_line(
     assert "the learnt tokens are for a tower of width 64" in error(result)
 
 
-def test_bench_times_patch_ranking_beside_the_others(files: list[Path], predictor: Path) -> None:
-    common = ("bench", "--images", files[0], "--images", files[1], "--rounds", 1)
-    methods = ("--methods", "evit:0.5,patch-ranking:0.6", "--predictor", predictor)
-    rows = {row["variant"]: row for row in done(*common, *methods)["rows"]}
+def test_bench_times_patch_ranking_and_its_tokens(files: list[Path], predictor: Path) -> None:
+    common = ("bench", files[0], files[1], "--rounds", 1, "--predictor", predictor)
+    methods = ("--methods", "evit:0.5,patch-ranking:0.6")
+    rows = {row["variant"]: row for row in json_of(*common, *methods)["rows"]}
+    assert list(rows)[2:] == ["EViT(keep=0.5)", "PatchRanking(keep=0.6)"]
     assert rows["PatchRanking(keep=0.6)"]["tokens"] == [65, 65, 65, 40, 40, 40, 40]
     plan = ck.PatchRanking(RankPredictor.load(predictor)).plan(tokens=65, blocks=6)
     assert rows["PatchRanking(keep=0.6)"]["gmacs"] == pytest.approx(plan.gmacs(128, patch=4, out=128), abs=1e-5)
+    torch.manual_seed(0)
+    VisualTokens(2, 3, 128).save(predictor.with_name("tokens"))
+    options = ("--method", "patch-ranking", "--tokens", predictor.with_name("tokens"))
+    row = json_of(*common, *options)["rows"][2]
+    assert (row["variant"], row["tokens"]) == ("PatchRanking(keep=0.6, tokens=2)", [67, 67, 67, 42, 42, 42, 40])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--methods", "patch-ranking:0.6"), "expected --predictor with patch-ranking, got none"),
-        (("--predictor", "PREDICTOR"), "expected --methods patch-ranking:0.6 with --predictor, got none"),
+        (("--predictor", "PREDICTOR"), "expected --method patch-ranking with --predictor, got no --method"),
+        (("--tokens", "PREDICTOR", "--method", "tome"), "expected --method patch-ranking with --tokens, got tome"),
         (("--predictor", "PREDICTOR", "--methods", "tome:8"), "with --predictor, got tome:8"),
-        (("--predictor", "PREDICTOR", "--methods", "patch-ranking"), "got 'patch-ranking': could not convert"),
+        (("--predictor", "PREDICTOR", "--methods", "patch-ranking:x"), "keep: expected a number, got 'x'"),
         (("--predictor", "PREDICTOR", "--methods", "patch-ranking:2"), "got 'patch-ranking:2': keep must be a number"),
     ],
 )
-def test_what_bench_cannot_rank_with_is_one_line(predictor: Path, options: tuple[object, ...], message: str) -> None:
+def test_a_wrong_predictor_for_bench_is_one_line(predictor: Path, options: tuple[object, ...], message: str) -> None:
     assert message in error(run("bench", *(predictor if option == "PREDICTOR" else option for option in options)))
 
 

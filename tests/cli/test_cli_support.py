@@ -1,4 +1,4 @@
-"""`clipkernels support build`: what it leaves, says and refuses, on the bundled model and digits."""
+"""`clipkernels support build`: files, messages and refusals, on the bundled model and digits."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quick demo's digits, a folder per class."""
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     folder = tmp_path_factory.mktemp("pictures")
-    drawn = draw(QUICK, seed=0)
-    save({"digits": drawn["digits"]}, folder)
+    save({"digits": draw(QUICK, seed=0)["digits"]}, folder)
     return folder / "digits"
 
 
@@ -57,7 +56,7 @@ def pictures(drawn: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Stands in for Stable Diffusion: noise of the seeds it is given; the calls."""
+    """The calls of a stand-in for Stable Diffusion, which makes noise from its generators."""
     calls: list[dict[str, Any]] = []
 
     def pipeline(**arguments: Any) -> Any:
@@ -69,29 +68,29 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_a_set_is_built_of_a_folder(pictures: Path, tmp_path: Path) -> None:
+def test_a_set_is_built_from_a_folder(pictures: Path, tmp_path: Path) -> None:
     common = ("--classes", DIGITS, "--per-class", 5, "--format", "json", "--template", "the handwritten digit {}.")
     result = run("build", tmp_path / "set", "--from-folder", pictures, *common)
     assert result.exit_code == 0, result.output
     assert result.stderr == f"50 images of 10 classes in {tmp_path / 'set'}, LC\n"
     model, preprocess, tokenizer = ck.bundled()
-    found = SupportSet.load(tmp_path / "set", model)
+    built = SupportSet.load(tmp_path / "set", model)
     prompts = support.photo(digits.CLASSES, ("the handwritten digit {}.",))
     expected = support.retrieve(model, preprocess, tokenizer, prompts, pictures, per_class=5)
-    assert torch.equal(found.features, expected.features) and found.classes == digits.CLASSES
+    assert torch.equal(built.features, expected.features) and built.classes == digits.CLASSES
     table = json.loads(result.stdout)
     assert (table["kind"], table["model"], table["settings"]["per_class"]) == ("LC", "bundled", 5)
     text = support.class_embeddings(model, tokenizer, prompts)
     for k, row in enumerate(table["classes"]):
-        mean = (found.features[found.labels == k] @ text[k]).mean().item()
+        mean = (built.features[built.labels == k] @ text[k]).mean().item()
         assert row == {"class": digits.CLASSES[k], "images": 5, "similarity": pytest.approx(mean, abs=1e-5)}
-    true = [Path(image.path).parent.name for image in expected.images]
-    right = sum(name == digits.CLASSES[label] for name, label in zip(true, found.labels.tolist(), strict=True))
-    assert right >= 25  # of 50, where chance finds 5
-    again = run("build", tmp_path / "same", "--from-embeddings", *tmp_path.glob("digits.*.safetensors"), *common)
-    assert again.exit_code == 0, again.output
+    folders = [Path(image.path).parent.name for image in expected.images]
+    correct = sum(name == digits.CLASSES[label] for name, label in zip(folders, built.labels.tolist(), strict=True))
+    assert correct >= 25  # of 50, where chance gives 5
+    result = run("build", tmp_path / "same", "--from-embeddings", *tmp_path.glob("digits.*.safetensors"), *common)
+    assert result.exit_code == 0, result.output
     same = SupportSet.load(tmp_path / "same", model)
-    assert torch.equal(same.features, found.features)
+    assert torch.equal(same.features, built.features)
 
 
 def test_the_table_and_the_csv_hold_the_same(pictures: Path, tmp_path: Path) -> None:
@@ -125,41 +124,39 @@ def test_a_set_is_brought_up_to_date_with_its_folders(pictures: Path, tmp_path: 
         ("combined", [*(template.replace("{}", "cat") for template in support.ENSEMBLE), "A cat has fur."]),
     ],
 )
-def test_prompts_are_those_asked_for(kind: str, expected: list[str], pictures: Path, tmp_path: Path) -> None:
-    (tmp_path / "said.json").write_text(json.dumps({"cat": ["A cat has fur.", "?"], "dog": ["It barks."]}))
-    sentences = ("--cupl", tmp_path / "said.json") if kind in ("cupl", "combined") else ()
+def test_prompts_are_of_the_chosen_kind(kind: str, expected: list[str], pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "sentences.json").write_text(json.dumps({"cat": ["A cat has fur.", "?"], "dog": ["It barks."]}))
+    sentences = ("--cupl", tmp_path / "sentences.json") if kind in ("cupl", "combined") else ()
     options = ("--classes", "cat", "--prompts", kind, *sentences)
     result = run("build", tmp_path / "set", "--from-folder", pictures, *options)
     assert result.exit_code == 0, result.output
     assert SupportSet.load(tmp_path / "set", ck.bundled()[0]).prompts == {"cat": expected}
 
 
-def test_files_that_are_no_image_are_named_and_the_status_is_one(pictures: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_images_give_status_one(pictures: Path, tmp_path: Path) -> None:
     (pictures / "text.png").write_text("no image")
     result = run("build", tmp_path / "set", "--from-folder", pictures, "--classes", "one")
     assert result.exit_code == 1
-    assert f"no image: {pictures / 'text.png'}: in no format that Pillow knows\n" in result.stderr
-    assert result.stderr.endswith("60 images of 1 classes in " + f"{tmp_path / 'set'}, LC; 1 left out\n")
+    assert f"skipped {pictures / 'text.png'}: not an image (no format that Pillow knows)\n" in result.stderr
+    assert result.stderr.endswith("60 images of 1 classes in " + f"{tmp_path / 'set'}, LC; 1 skipped\n")
     assert len(SupportSet.load(tmp_path / "set", ck.bundled()[0]).images) == 60
 
 
-def test_classes_without_a_hit_are_one_line_and_nothing_is_left(pictures: Path, tmp_path: Path) -> None:
+def test_classes_without_a_hit_are_one_line_and_no_set(pictures: Path, tmp_path: Path) -> None:
     options = ("--classes", "one,two", "--minimum", 0.99)
     line = error(run("build", tmp_path / "set", "--from-folder", pictures, *options))
     assert "score of at least 0.99 of every class, got none for 'one', 'two'" in line
     assert not (tmp_path / "set").exists()
 
 
-def test_images_stay_where_they_are_if_asked_to(pictures: Path, tmp_path: Path) -> None:
+def test_no_copy_leaves_the_images_where_they_are(pictures: Path, tmp_path: Path) -> None:
     cache = ("--cache", tmp_path / "cache")
     run("build", tmp_path / "set", "--from-folder", pictures, "--classes", "one", "--no-copy", *cache)
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["features.safetensors", "manifest.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "digits", "set"]
 
 
-def test_a_set_is_generated_with_the_published_settings_and_taken_up(
-    fake: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_set_is_generated_as_published_and_resumed(fake: list[dict[str, Any]], tmp_path: Path) -> None:
     options = ("--diffusion", "somebody/something", "--classes", "one,two", "--per-class")
     result = run("build", tmp_path / "set", *options, 2)
     assert result.exit_code == 0, result.output
@@ -183,7 +180,7 @@ def test_another_tower_is_refused(registered: str, pictures: Path, tmp_path: Pat
     assert f"expected the tower of {tmp_path / 'set'} (bundled, no tag; float32" in result.stderr.splitlines()[-1]
 
 
-def test_an_open_clip_model_builds_too(registered: str, pictures: Path, tmp_path: Path) -> None:
+def test_a_set_is_built_with_an_open_clip_model(registered: str, pictures: Path, tmp_path: Path) -> None:
     options = ("--model", registered, "--classes", "one", "--per-class", 1, "--precision", "bf16")
     result = run("build", tmp_path / "set", "--from-folder", pictures, *options)
     assert result.exit_code == 0, result.output
@@ -242,8 +239,8 @@ def test_a_wrong_option_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no").touch()
-    named = [str(pictures) if option == "PICTURES" else option for option in options]
-    assert message in error(run("build", "set", *named))
+    arguments = [str(pictures) if option == "PICTURES" else option for option in options]
+    assert message in error(run("build", "set", *arguments))
 
 
 def test_an_interrupted_build_says_so(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
