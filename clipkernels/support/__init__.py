@@ -1,8 +1,8 @@
-"""SuS: support sets from class names alone, of the user's own images (LC) or of generated ones (SD).
+"""SuS: support sets from class names alone, with the user's own images (LC) or with generated ones (SD).
 
     prompts = support.photo(classes)                                  # or cupl, or combined
-    found = support.retrieve(model, preprocess, tokenizer, prompts, "photos/")
-    found.save("set/")
+    images = support.retrieve(model, preprocess, tokenizer, prompts, "photos/")
+    images.save("set/")
     loaded = support.SupportSet.load("set/", model)                   # refuses any other tower
     head = ck.TipX(support.class_embeddings(model, tokenizer, prompts), loaded.features, loaded.labels)
 

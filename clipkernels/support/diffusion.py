@@ -2,7 +2,7 @@
 
     image i of a class: its sentence i mod m, from noise seeded by (seed, class, i, attempt)
 
-Each image carries its recipe, so that a run that was stopped goes on, and never with another one.
+Each image file holds its recipe, so an interrupted run resumes, and never with other settings.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from clipkernels.support.prompts import Prompts, check_prompts, list_names
 from clipkernels.support.store import FEATURES, SupportSet, assemble, refuse_empty
 
 RECIPE = "clipkernels"
-"""The PNG text that holds how an image was made."""
+"""Key of the PNG text chunk that holds an image's recipe."""
 
 
 def load_pipeline(source: str | os.PathLike[str], device: torch.device | str = "cpu") -> Any:
-    """diffusers' StableDiffusionPipeline of a folder, or of a model id, which it downloads; half precision on a GPU.
+    """diffusers' StableDiffusionPipeline from a folder or a model id; a model id is downloaded. fp16 on a GPU.
 
     Raises:
         ImportError: diffusers is not installed.
@@ -72,93 +72,98 @@ def generate(
     progress: Progress | None = None,
     report: Report = warnings.warn,
 ) -> SupportSet:
-    """The set of images generated from each class's sentences, in turn; saved in a folder, where each image is as soon
-    as it is made: a run that was stopped goes on, and leaves the same images on the same machine.
+    """A support set of images generated from each class's sentences in turn, saved in a folder.
 
-    A later call with a larger `per_class` keeps the images and features that are there, bit for bit; the features of the
-    new ones are, to rounding, those of a set generated at once.
+    Each image is written as soon as it is generated. An interrupted run resumes and ends with the same images on the
+    same machine. A later call with a larger `per_class` keeps the existing images and features bit for bit; the features
+    of the new images equal those of a set generated at once up to rounding.
 
-    What the pipeline's safety checker flags, and blackens, is tried again from other noise; a place where all of it is
-    flagged stays empty, which every run reports.
+    An image that the pipeline's safety checker flags, and blackens, is generated again from other noise. If all attempts
+    are flagged the image is left out, and every run reports it.
 
     Args:
-        model: what `ck.encode_image` takes.
-        preprocess: what makes a tensor (3,S,S) of a PIL image.
-        prompts: the sentences of each class; its order is that of the labels.
-        pipeline: diffusers' StableDiffusionPipeline or what is called like it, or what `load_pipeline` takes.
-        folder: new, empty, or a support set of this kind.
+        model: a model that `ck.encode_image` takes.
+        preprocess: a callable from a PIL image to a tensor (3,S,S).
+        prompts: the sentences of each class; its order is the order of the labels.
+        pipeline: diffusers' StableDiffusionPipeline, a callable with its interface, or an argument of `load_pipeline`.
+        folder: a new or empty folder, or a support set of this kind.
         per_class: images per class.
-        guidance: the scale of classifier-free guidance.
-        steps: of denoising.
-        seed: of the noise.
-        retries: how often a flagged image is tried again.
-        images_per_call: with more than one, images may differ by rounding where a run was stopped.
-        name, pretrained: of the model, for the manifest.
+        guidance: scale of classifier-free guidance.
+        steps: denoising steps.
+        seed: seed of the noise.
+        retries: further attempts for a flagged image.
+        images_per_call: images per call of the pipeline. With more than one, the images of an interrupted run may differ
+            by rounding.
+        name, pretrained: name and weights of the model, for the manifest.
         batch_size: images per forward of the model.
-        progress: called with what is being done, how many are, and of how many.
+        progress: called with the stage, the number of finished items and the number of all items.
         report: called with a line for each image that is left out.
     Raises:
-        ValueError: images in the folder that are not of this set, were made in another way or are broken, classes
-            without an image, which it names, a preprocessing that is left to chance, or numbers out of range.
+        ValueError: images in the folder that do not belong to this set, have another recipe or are broken, classes
+            without an image (the message names them), a random preprocessing, or numbers out of range.
         ImportError: diffusers is not installed.
         OSError: a file cannot be read or written.
     Source: SuS-X, arXiv 2211.16198, section 3.1 (SD), and the settings of its released code for Stable Diffusion v1-4.
     """
     prompts = check_prompts(prompts)
     counts = {"per_class": per_class, "steps": steps, "images_per_call": images_per_call}
-    for what, count in counts.items():
+    for option, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{what} must be a positive int, got {count!r}")
+            raise ValueError(f"{option} must be a positive int, got {count!r}")
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        raise ValueError(f"retries must be an int of at least 0, got {retries!r}")
+        raise ValueError(f"retries must be an int ≥ 0, got {retries!r}")
     if isinstance(pipeline, (str, os.PathLike)):
         pipeline = load_pipeline(pipeline, next(model.parameters()).device)
-    root, who = Path(folder), encoder_of(model, preprocess)
+    root, encoder = Path(folder), encoder_of(model, preprocess)
     previous_classes(root, "SD")
-    how = {"guidance": float(guidance), "steps": steps, "seed": seed, "pipeline": _pipeline_hash(pipeline)}
-    places = {
+    settings = {"guidance": float(guidance), "steps": steps, "seed": seed, "pipeline": _pipeline_hash(pipeline)}
+    recipes = {
         label: [
-            (root / at / f"{i:04}.png", {"prompt": said[i % len(said)], "index": i, **how}) for i in range(per_class)
+            (root / folder_name / f"{i:04}.png", {"prompt": sentences[i % len(sentences)], "index": i, **settings})
+            for i in range(per_class)
         ]
-        for (label, said), at in zip(prompts.items(), folder_names(list(prompts)), strict=True)
+        for (label, sentences), folder_name in zip(prompts.items(), folder_names(list(prompts)), strict=True)
     }
-    for recipes in places.values():
-        at = recipes[0][0].parent
-        refuse_foreign_images(at, sorted(set(images_in(at)) - {path.name for path, _ in recipes}))
-        for path, recipe in recipes:
+    for of_class in recipes.values():
+        parent = of_class[0][0].parent
+        refuse_foreign_images(parent, sorted(set(images_in(parent)) - {path.name for path, _ in of_class}))
+        for path, recipe in of_class:
             _check_recipe(path, recipe)
     done, total = 0, per_class * len(prompts)
-    for label, recipes in places.items():
+    for label, of_class in recipes.items():
         for start in range(0, per_class, images_per_call):
-            group = recipes[start : start + images_per_call]
+            group = of_class[start : start + images_per_call]
             _generate_missing(pipeline, label, group, retries, report)
             done += len(group)
             if progress is not None:
                 progress("generating", done, total)
-    made = {label: [str(path) for path, _ in recipes if path.exists()] for label, recipes in places.items()}
-    refuse_empty(made, "an image that is not flagged")
-    flat = [path for paths in made.values() for path in paths]
-    told: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report": report}
-    encoding = encode(model, preprocess, who, flat, root / FEATURES, **told)
+    paths = {label: [str(path) for path, _ in of_class if path.exists()] for label, of_class in recipes.items()}
+    refuse_empty(paths, "an image that is not flagged")
+    flat = [path for of_class in paths.values() for path in of_class]
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report": report}
+    encoding = encode(model, preprocess, encoder, flat, root / FEATURES, **options)
     broken = sorted(set(flat) - set(encoding.paths))
     if broken:
-        raise ValueError(f"expected images with features, got {list_names(broken)}: delete them, and they are made again")
-    settings = {"source": getattr(pipeline, "name_or_path", None), "per_class": per_class, "retries": retries, **how}
+        raise ValueError(
+            f"expected readable images, got {list_names(broken)}: delete them and run again to generate them anew"
+        )
+    source = getattr(pipeline, "name_or_path", None)
+    settings = {"source": source, "per_class": per_class, "retries": retries, **settings}
     about = {"kind": "SD", "settings": settings, "model": name, "pretrained": pretrained}
-    found = assemble(model, prompts, encoding, made, about)
-    found.save(root)
-    return found
+    support_set = assemble(model, prompts, encoding, paths, about)
+    support_set.save(root)
+    return support_set
 
 
 def _generate_missing(
     pipeline: Any, label: str, group: Sequence[tuple[Path, dict[str, Any]]], retries: int, report: Report
 ) -> None:
-    """Makes the images of a group that are not there; what stays flagged leaves a note, and is not tried again."""
+    """Generate the missing images of a group; an image that stays flagged leaves a note and is not tried again."""
     missing = []
     for path, recipe in group:
-        noted = None if path.exists() else _retries_used(path, recipe)
-        if noted is not None and retries <= noted:
-            report(f"no image {recipe['index']} of {label!r}: flagged {noted + 1} times")
+        used = None if path.exists() else _retries_used(path, recipe)
+        if used is not None and retries <= used:
+            report(f"skipped image {recipe['index']} of {label!r}: flagged {used + 1} times")
         elif not path.exists():
             missing.append((path, recipe))
     for attempt in range(retries + 1):
@@ -178,23 +183,23 @@ def _generate_missing(
         for (path, recipe), image, flagged in zip(missing, output.images, flags, strict=True):
             if not flagged:
                 _write_image(path, image, {**recipe, "attempt": attempt})
-        missing = [place for place, flagged in zip(missing, flags, strict=True) if flagged]
+        missing = [item for item, flagged in zip(missing, flags, strict=True) if flagged]
     for path, recipe in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path.with_suffix(".flagged")) as temporary:
             Path(temporary).write_text(json.dumps({**recipe, "retries": retries}), encoding="utf-8")
-        report(f"no image {recipe['index']} of {label!r}: flagged {retries + 1} times")
+        report(f"skipped image {recipe['index']} of {label!r}: flagged {retries + 1} times")
 
 
 def _retries_used(path: Path, recipe: Mapping[str, Any]) -> int | None:
-    """How often a place that was left empty has been tried again by this recipe, None where it has not been left."""
-    note = path.with_suffix(".flagged")
+    """The number of retries after which this recipe was given up, None if it was not."""
+    file = path.with_suffix(".flagged")
     try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
-        retries = int(noted.pop("retries"))
+        note = json.loads(file.read_text(encoding="utf-8"))
+        retries = int(note.pop("retries"))
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return retries if noted == recipe else None
+    return retries if note == recipe else None
 
 
 def _write_image(path: Path, image: Image.Image, recipe: Mapping[str, Any]) -> None:
@@ -206,34 +211,36 @@ def _write_image(path: Path, image: Image.Image, recipe: Mapping[str, Any]) -> N
 
 
 def _check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
-    """Raises ValueError where an image was made in another way than it would be now."""
+    """Raise ValueError if an image exists and has another recipe, or none."""
     if not path.exists():
         return
     try:
         with Image.open(path) as image:
-            came = json.loads(image.info[RECIPE])
+            actual = json.loads(image.info[RECIPE])
     except OSError as error:
-        if error.errno is not None:  # it is the disk's, not Pillow's
+        if error.errno is not None:  # an error of the disk, not Pillow's
             raise
-        raise ValueError(f"expected an image, got {path}, which is broken: delete it, and it is made again") from error
+        raise ValueError(
+            f"expected an image, got {path}, which is broken: delete it and run again to generate it anew"
+        ) from error
     except (KeyError, ValueError) as error:
         raise ValueError(f"expected an image that was generated here, got {path}: choose another folder") from error
-    for what, value in recipe.items():
-        if came.get(what) != value:
+    for option, value in recipe.items():
+        if actual.get(option) != value:
             raise ValueError(
-                f"expected {path} to be made with {what} {value!r}, got {came.get(what)!r}: choose another folder"
+                f"expected {path} to be made with {option} {value!r}, got {actual.get(option)!r}: choose another folder"
             )
 
 
 def _seed(seed: int, label: str, index: int, attempt: int) -> int:
-    """A seed of 63 bits that depends on everything given."""
+    """A seed of 63 bits that depends on all arguments."""
     digest = sha256(json.dumps([seed, label, index, attempt]).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _pipeline_hash(pipeline: Any) -> str:
-    """What distinguishes a pipeline from others: its type, its weights, in their precision, and its scheduler."""
-    kind = pipeline if hasattr(pipeline, "__qualname__") else type(pipeline)  # a function, or what has a class
+    """A hash of a pipeline's type, its weights in their precision, and its scheduler."""
+    kind = pipeline if hasattr(pipeline, "__qualname__") else type(pipeline)  # a function stands for itself
     parts: dict[str, Any] = {"": f"{kind.__module__}.{kind.__qualname__}"}
     for part, module in getattr(pipeline, "components", {}).items():
         if isinstance(module, nn.Module) and part != "safety_checker":

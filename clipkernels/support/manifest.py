@@ -1,4 +1,4 @@
-"""What a support set says of itself, in manifest.json: how its images and features came to be."""
+"""The manifest of a support set, manifest.json: the origin of its images and features."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from clipkernels.support.folders import FORMAT, MANIFEST
 
 MANIFEST_KEYS = ("kind", "settings", "model", "pretrained")
 UNFINISHED = "unfinished"
-"""What the manifest holds while its folder's images are being changed."""
+"""Key that the manifest holds while the folder's images are being changed."""
 
 
-def write_manifest(root: Path, said: Mapping[str, Any]) -> None:
-    """Writes what a support set says of itself, whole or not at all."""
+def write_manifest(root: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest of a support set atomically."""
     with atomic_write(root / MANIFEST) as temporary:
-        Path(temporary).write_text(json.dumps({"format": FORMAT, **said}, indent=1) + "\n", encoding="utf-8")
+        Path(temporary).write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(root: Path, unfinished: bool = False) -> dict[str, Any]:
-    """What a support set says of itself.
+    """The manifest of a support set.
 
     Raises:
-        ValueError: there is none, it is no manifest, or that of a set that was not finished, unless that may be.
+        ValueError: no manifest, an invalid one, or one of an unfinished set, unless `unfinished` allows that.
     """
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-        found = manifest["format"]
-        if found != FORMAT:
-            raise ValueError(f"format {found!r}")
+        version = manifest["format"]
+        if version != FORMAT:
+            raise ValueError(f"format {version!r}")
         parts = [manifest[key] for key in (*MANIFEST_KEYS, *Encoder._fields)]
         parts += [manifest["features"]["sha256"], manifest["features"]["shape"], dict(manifest["tower"])]
-        for each in manifest["classes"]:
-            files = [each["folder"], *(image["file"] for image in each["images"] if "file" in image)]
-            parts += [each["name"], each["prompts"], *(image["sha256"] for image in each["images"])]
+        for entry in manifest["classes"]:
+            files = [entry["folder"], *(image["file"] for image in entry["images"] if "file" in image)]
+            parts += [entry["name"], entry["prompts"], *(image["sha256"] for image in entry["images"])]
             outside = [file for file in files if os.path.basename(file) != file or file in ("", "..")]
             if outside:
                 raise ValueError(f"the name {outside[0]!r}")
@@ -47,15 +47,15 @@ def read_manifest(root: Path, unfinished: bool = False) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected the manifest of a support set, got {root / MANIFEST} with {error}") from error
     if manifest.get(UNFINISHED) and not unfinished:
-        raise ValueError(f"expected a finished support set, got {root}, whose saving was stopped: build it again")
+        raise ValueError(f"expected a finished support set, got {root}, whose saving was interrupted: build it again")
     return manifest
 
 
 def previous_classes(root: Path, kind: str) -> list[dict[str, Any]]:
-    """What a folder's manifest says of its classes, nothing where there is none.
+    """The class entries of a folder's manifest, finished or not; empty if there is no manifest.
 
     Raises:
-        ValueError: it is of another kind.
+        ValueError: a support set of another kind.
     """
     if not (root / MANIFEST).exists():
         return []

@@ -1,4 +1,4 @@
-"""Sentences for each class: of templates, of a language model, or both; and the class embeddings they make."""
+"""Sentences for each class, from templates, from a language model, or both; and their class embeddings."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ MIN_CHARACTERS = 5
 
 
 def photo(classes: Sequence[str], templates: Sequence[str] = PHOTO) -> dict[str, list[str]]:
-    """The sentences that templates make of each class: one by default; `ENSEMBLE` has seven.
+    """Sentences from templates for each class: one by default; `ENSEMBLE` has seven.
 
     Raises:
-        ValueError: no classes, an empty or repeated name, a string in place of a list, a template without `{}`.
+        ValueError: no classes, an empty or repeated name, a string instead of a list, a template without `{}`.
     """
     return prompts_of(check_classes(classes), check_templates(templates))
 
@@ -52,53 +52,58 @@ def cupl(
     questions: Sequence[str] = QUESTIONS,
     answers: int = 10,
 ) -> dict[str, list[str]]:
-    """A language model's sentences about each class, of which those under five characters, or that begin with "?", are
-    dropped. White space, line breaks included, is one blank each.
+    """A language model's sentences about each class.
+
+    Sentences of fewer than five characters, or that start with "?", are dropped. White space, line breaks included, is
+    collapsed to single blanks.
 
     Args:
-        classes: K different names.
-        source: a JSON file of {class: [sentences]}, which may hold other classes too; such a mapping; or what answers
-            a list of questions with as many strings, such as a local language model: it is called once per class.
-        questions: with `{}` where the name goes, for a source that answers them.
-        answers: how often each question is asked.
+        classes: K distinct names.
+        source: a JSON file of {class: [sentences]}, which may also hold other classes; such a mapping; or a callable
+            from a list of questions to a list of as many answers, such as a local language model. The callable is
+            called once per class.
+        questions: questions with `{}` for the class name, if the source is a callable.
+        answers: answers per question.
     Raises:
-        ValueError: a file that is no such JSON, classes that are not in it or are left without a sentence, another
-            number of answers than of questions, and what `photo` raises.
+        ValueError: a file that is no such JSON, classes that are missing or have no valid sentence, a wrong number of
+            answers, and the errors of `photo`.
         OSError: the file cannot be read.
     Source: CuPL, arXiv 2209.03320; the filter is that of SuS-X's released code.
     """
     names = check_classes(classes)
     if callable(source):
         questions = check_templates(questions)
-        said: Mapping[str, Any] = {name: _ask(source, name, questions, answers) for name in names}
+        sentences_of: Mapping[str, Any] = {name: _ask(source, name, questions, answers) for name in names}
     elif isinstance(source, Mapping):
-        said = source
+        sentences_of = source
     else:
         try:
-            said = json.loads(Path(source).read_text(encoding="utf-8"))
+            sentences_of = json.loads(Path(source).read_text(encoding="utf-8"))
         except ValueError as error:  # no JSON, or no UTF-8
             raise ValueError(f"expected a JSON file of sentences per class, got {source}: {error}") from error
-        if not isinstance(said, dict):
-            raise ValueError(f"expected a JSON file of sentences per class, got {source} with a {type(said).__name__}")
-    missing = [name for name in names if name not in said]
+        if not isinstance(sentences_of, dict):
+            kind = type(sentences_of).__name__
+            raise ValueError(f"expected a JSON file of sentences per class, got {source} with a {kind}")
+    missing = [name for name in names if name not in sentences_of]
     if missing:
         raise ValueError(f"expected sentences for every class, got none for {list_names(missing)}")
-    kept = {name: _filtered(name, said[name]) for name in names}
-    empty = [name for name, sentences in kept.items() if not sentences]
+    result = {name: _filter_sentences(name, sentences_of[name]) for name in names}
+    empty = [name for name, sentences in result.items() if not sentences]
     if empty:
         raise ValueError(
-            f'expected sentences of {MIN_CHARACTERS} characters or more that do not begin with "?" for every class, got none '
-            f"for {list_names(empty)}"
+            f'expected sentences of {MIN_CHARACTERS} characters or more that do not begin with "?" for every class, '
+            f"got none for {list_names(empty)}"
         )
-    return kept
+    return result
 
 
 def combined(*prompts: Prompts) -> dict[str, list[str]]:
-    """Every class's sentences of several mappings, one list after another; TIP-X's default is of
-    `photo(classes, ENSEMBLE)` and `cupl(classes, …)`.
+    """The concatenation of several mappings' sentences for each class.
+
+    TIP-X's default is `combined(photo(classes, ENSEMBLE), cupl(classes, …))`.
 
     Raises:
-        ValueError: nothing to combine, or mappings of different classes.
+        ValueError: no mapping, or mappings of different classes.
     """
     if not prompts:
         raise ValueError("combined takes at least one mapping of prompts, got none")
@@ -106,14 +111,16 @@ def combined(*prompts: Prompts) -> dict[str, list[str]]:
     for other in prompts[1:]:
         if set(other) != set(first):
             raise ValueError(
-                f"expected prompts for the same classes, got {list_names(set(other) ^ set(first))} in one alone"
+                f"expected prompts for the same classes, got {list_names(set(other) ^ set(first))} in only one of them"
             )
-    return {name: [sentence for each in prompts for sentence in each[name]] for name in first}
+    return {name: [sentence for mapping in prompts for sentence in mapping[name]] for name in first}
 
 
 def class_embeddings(model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Prompts) -> Tensor:
-    """Class embeddings (K,E) fp32, L2-normalised means of the normalised embeddings of each class's sentences, of which
-    classes may have different numbers; on the model's device, which is left in its mode.
+    """Class embeddings (K,E) fp32: the L2-normalised means of the normalised embeddings of each class's sentences.
+
+    Classes may have different numbers of sentences. The result is on the model's device; the model's training mode is
+    left unchanged.
 
     Raises:
         ValueError: a class without sentences.
@@ -122,41 +129,41 @@ def class_embeddings(model: Any, tokenizer: Callable[[list[str]], Tensor], promp
 
 
 def check_prompts(prompts: Prompts) -> dict[str, list[str]]:
-    """The prompts, every class with a list of its own.
+    """The prompts as a new dict with a new list for each class.
 
     Raises:
-        ValueError: no classes, or one without a list of sentences.
+        ValueError: no classes, or a class without a list of sentences.
     """
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError(f"prompts must be a mapping of classes to sentences, got {prompts!r:.100}")
     check_classes(list(prompts))
     for name, sentences in prompts.items():
-        if isinstance(sentences, str) or not sentences or not all(isinstance(each, str) for each in sentences):
+        if isinstance(sentences, str) or not sentences or not all(isinstance(sentence, str) for sentence in sentences):
             raise ValueError(f"prompts must hold a list of sentences for {name!r}, got {sentences!r:.100}")
     return {name: list(sentences) for name, sentences in prompts.items()}
 
 
 def list_names(names: Sequence[str] | set[str]) -> str:
-    """The first of some names, and how many there are more."""
-    first = [repr(name) for name in (sorted(names) if isinstance(names, set) else names)]
-    return ", ".join(first[:10]) + (f" and {len(first) - 10} more" if len(first) > 10 else "")
+    """The first ten names as text, and the number of the others."""
+    texts = [repr(name) for name in (sorted(names) if isinstance(names, set) else names)]
+    return ", ".join(texts[:10]) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")
 
 
 def _ask(
     generate: Callable[[list[str]], Sequence[str]], name: str, questions: Sequence[str], answers: int
 ) -> list[str]:
-    asked = [question.replace("{}", name) for question in questions for _ in range(answers)]
-    said = list(generate(asked))
-    if len(said) != len(asked):
-        raise ValueError(f"expected an answer to each of {len(asked)} questions about {name!r}, got {len(said)}")
-    return said
+    batch = [question.replace("{}", name) for question in questions for _ in range(answers)]
+    result = list(generate(batch))
+    if len(result) != len(batch):
+        raise ValueError(f"expected an answer to each of {len(batch)} questions about {name!r}, got {len(result)}")
+    return result
 
 
-def _filtered(name: str, sentences: Any) -> list[str]:
+def _filter_sentences(name: str, sentences: Any) -> list[str]:
     if not isinstance(sentences, Sequence) or isinstance(sentences, str):
         raise ValueError(f"expected a list of sentences for {name!r}, got {sentences!r:.100}")
     for sentence in sentences:
         if not isinstance(sentence, str):
             raise ValueError(f"expected sentences for {name!r} to be strings, got {sentence!r:.100}")
-    kept = [" ".join(sentence.split()) for sentence in sentences]
-    return [sentence for sentence in kept if len(sentence) >= MIN_CHARACTERS and not sentence.startswith("?")]
+    collapsed = [" ".join(sentence.split()) for sentence in sentences]
+    return [sentence for sentence in collapsed if len(sentence) >= MIN_CHARACTERS and not sentence.startswith("?")]

@@ -1,6 +1,6 @@
-"""Support sets on disk: a folder of images per class, their features, and a manifest that says how all came to be.
+"""Support sets on disk: a folder of images per class, their features, and a manifest of their origin.
 
-manifest.json          says that the set is unfinished before anything changes, and what it is when all is there
+manifest.json          marks the set as unfinished before any change, and describes it once it is complete
 features.safetensors   features (n,E) fp32, labels (n,) int64, sha256 (n,32) uint8, the rows class by class
 CLASS/NAME.png         the images of a class, in the order of their rows
 """
@@ -31,7 +31,14 @@ from clipkernels.support.features import (
     remove_parts,
     write_features,
 )
-from clipkernels.support.folders import copy_image, folder_names, hash_of, images_in, refuse_foreign_images, stale_copies
+from clipkernels.support.folders import (
+    copy_image,
+    folder_names,
+    hash_of,
+    images_in,
+    refuse_foreign_images,
+    stale_copies,
+)
 from clipkernels.support.manifest import MANIFEST_KEYS, UNFINISHED, previous_classes, read_manifest, write_manifest
 from clipkernels.support.prompts import list_names
 
@@ -46,14 +53,15 @@ class Picture(NamedTuple):
 
 
 class SupportSet(NamedTuple):
-    """Images that stand for classes, as `ck.TipAdapter` and `ck.TipX` take them.
+    """Images that represent classes, for `ck.TipAdapter` and `ck.TipX`.
 
     features (n,E): fp32, L2-normalised, class by class.
-    labels (n,): int64, into `classes`.
-    classes: in the order they were given in.
+    labels (n,): int64 index into `classes`.
+    classes: class names, in the order of the prompts.
     prompts: the sentences of each class.
     images: the file of each row.
-    about: the "kind", LC or SD, its "settings", "model" and "pretrained" as they were named, and what encoded them.
+    about: "kind", LC or SD; "settings"; "model" and "pretrained", the names from the call; and the encoder's "tower",
+        "method" and "preprocess".
     """
 
     features: Tensor
@@ -65,91 +73,92 @@ class SupportSet(NamedTuple):
 
     @property
     def counts(self) -> Tensor:
-        """Images of each class, (K,) int64."""
+        """The number of images of each class, (K,) int64."""
         return self.labels.bincount(minlength=len(self.classes))
 
     def save(self, folder: str | os.PathLike[str], copy: bool = True) -> None:
-        """Writes the set to a folder, the manifest last; the same set gives the same files.
+        """Write the set to a folder, the manifest last; equal sets give equal files.
 
-        An image that is in its class's folder already stays as it is. Copies of an earlier set that are not in this
-        one are removed once everything else is there; no other file is, and no other image may be in a class's folder.
-        What is refused is refused before anything changes.
+        An image that is already in its class's folder is left unchanged. Copies of an earlier set that are not in this
+        one are removed after everything else is written. No other file is removed, and a class's folder may not hold
+        other images. A ValueError is raised before any change.
 
         Args:
-            folder: new, empty, or a support set of the same kind.
-            copy: whether images that lie elsewhere are copied; otherwise the manifest says where they are.
+            folder: a new or empty folder, or a support set of the same kind.
+            copy: copy the images that lie elsewhere; otherwise the manifest holds their paths.
         Raises:
-            ValueError: other images in a class's folder, a set of another kind, an image that is gone, that is not
-                what was encoded, or that is a copy to be removed and is not to be copied.
+            ValueError: foreign images in a class's folder, a set of another kind, an image that is missing or has
+                changed since it was encoded, or an image that is not copied although this call would remove it.
             OSError: a file cannot be read or written.
         """
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         before = previous_classes(root, self.about["kind"])
         entries, copies = _plan_files(root, self, before, copy)
-        named = {each["folder"] for each in entries}
-        gone = [each for each in before if each["folder"] not in named]
-        stale = stale_copies(root, entries, [each["folder"] for each in gone])
+        folders = {entry["folder"] for entry in entries}
+        removed = [entry for entry in before if entry["folder"] not in folders]
+        stale = stale_copies(root, entries, [entry["folder"] for entry in removed])
         copies = _missing_copies(copies)
         _check_sources(entries, stale)
         features = {"sha256": "", "shape": list(self.features.shape)}
-        said = {**self.about, "features": features}
-        write_manifest(root, {**said, "classes": [*entries, *gone], UNFINISHED: True})
-        for each in copies:
-            copy_image(*each)
-        who = Encoder(*(self.about[field] for field in Encoder._fields))
+        manifest = {**self.about, "features": features}
+        write_manifest(root, {**manifest, "classes": [*entries, *removed], UNFINISHED: True})
+        for source, digest, target in copies:
+            copy_image(source, digest, target)
+        encoder = Encoder(*(self.about[field] for field in Encoder._fields))
         digests = [bytes.fromhex(picture.sha256) for picture in self.images]
-        write_features(root / FEATURES, self.features.cpu(), digests, who, {"labels": self.labels.cpu()})
+        write_features(root / FEATURES, self.features.cpu(), digests, encoder, {"labels": self.labels.cpu()})
         for path in stale:
             path.unlink()
         for parent in {path.parent for path in stale}:
             if not any(parent.iterdir()):
                 parent.rmdir()
         features["sha256"] = hash_of(root / FEATURES)
-        write_manifest(root, {**said, "classes": entries})
-        remove_parts(root / FEATURES, who)
+        write_manifest(root, {**manifest, "classes": entries})
+        remove_parts(root / FEATURES, encoder)
 
     @staticmethod
     def load(folder: str | os.PathLike[str], model: nn.Module) -> SupportSet:
         """The support set of a folder, on the model's device.
 
-        The tower must be the one that encoded it, patched or not, in any precision: where that is another, the two are
-        compared in the lower one; of float16 and bfloat16 neither is, and one does not serve the other.
+        The model must be the one that encoded the set, patched or not. If precisions differ, fingerprints are compared
+        in the lower one; float16 and bfloat16 are not interchangeable. Class folders without any images are accepted.
 
         Raises:
-            ValueError: no support set or an unfinished one, one of another tower, features that are not those of the
-                manifest, or images that were added, removed or replaced since; a folder without any image is taken as
-                it is.
+            ValueError: no support set or an unfinished one, a set of another tower, features that are not those of the
+                manifest, or images that were added, removed or replaced since.
         """
         root = Path(folder)
         manifest = read_manifest(root)
         check_fingerprint(manifest["tower"], model, root, manifest)
         expected = manifest["features"]
-        came = hash_of(root / FEATURES) if (root / FEATURES).is_file() else "no file"
-        if came != expected["sha256"]:
-            raise ValueError(f"expected SHA-256 {expected['sha256']} of {root / FEATURES}, got {came}: build it again")
+        actual = hash_of(root / FEATURES) if (root / FEATURES).is_file() else "no file"
+        if actual != expected["sha256"]:
+            raise ValueError(
+                f"expected SHA-256 {expected['sha256']} of {root / FEATURES}, got {actual}: build the set again"
+            )
         tensors, _ = read_tensors(root / FEATURES)
         features, labels = tensors["features"], tensors["labels"]
         classes = manifest["classes"]
-        listing = [k for k, each in enumerate(classes) for _ in each["images"]]
+        listing = [k for k, entry in enumerate(classes) for _ in entry["images"]]
         if list(features.shape) != expected["shape"] or labels.tolist() != listing or len(features) != len(listing):
             raise ValueError(
                 f"expected features {tuple(expected['shape'])} of {len(listing)} images in the manifest's order, got "
-                f"{tuple(features.shape)} of others: build it again"
+                f"{tuple(features.shape)} in another order or of other images: build the set again"
             )
         _check_images(root, classes)
         device = next(model.parameters()).device
         return SupportSet(
             features.to(device),
             labels.to(device),
-            tuple(each["name"] for each in classes),
-            {each["name"]: each["prompts"] for each in classes},
+            tuple(entry["name"] for entry in classes),
+            {entry["name"]: entry["prompts"] for entry in classes},
             tuple(
                 Picture(
-                    str(root / each["folder"] / image["file"]) if "file" in image else image["source"], image["sha256"]
+                    str(root / entry["folder"] / image["file"]) if "file" in image else image["source"], image["sha256"]
                 )
-                for each in classes
-                for image in each["images"]
+                for entry in classes
+                for image in entry["images"]
             ),
             {key: manifest[key] for key in (*MANIFEST_KEYS, *Encoder._fields)},
         )
@@ -164,9 +173,19 @@ def refresh(
     progress: Progress | None = None,
     report: Report = warnings.warn,
 ) -> SupportSet:
-    """The set of the images that a support set's folders hold now, saved there: take out what does not belong, add your
-    own, then call this. Only what is new is encoded.
+    """Rebuild a support set from the images that are in its folders now, and save it there.
 
+    Delete images that do not belong or add your own, then call this. Only new images are encoded.
+
+    Args:
+        folder: a support set with copies of its images.
+        model: the model that encoded the set.
+        preprocess: a callable from a PIL image to a tensor (3,S,S).
+        batch_size: images per forward.
+        progress: called with the stage, the number of finished items and the number of all items.
+        report: called with a line for each file that is no image or that the preprocessing rejects.
+    Returns:
+        The new SupportSet.
     Raises:
         ValueError: no support set, one of another tower or without copies of its images, a class without images, or a
             file that is no image.
@@ -174,24 +193,26 @@ def refresh(
     root = Path(folder)
     manifest = read_manifest(root)
     check_fingerprint(manifest["tower"], model, root, manifest)
-    if not all("file" in image for each in manifest["classes"] for image in each["images"]):
-        raise ValueError(f"expected a support set with copies of its images, got {folder} without")
+    if not all("file" in image for entry in manifest["classes"] for image in entry["images"]):
+        raise ValueError(f"expected a support set with copies of its images, got {folder} without copies")
     paths = {
-        each["name"]: [str(root / each["folder"] / file) for file in images_in(root / each["folder"])]
-        for each in manifest["classes"]
+        entry["name"]: [str(root / entry["folder"] / file) for file in images_in(root / entry["folder"])]
+        for entry in manifest["classes"]
     }
     refuse_empty(paths, "an image in the folder")
-    flat = [path for each in paths.values() for path in each]
-    told: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report": report}
-    encoding = encode(model, preprocess, encoder_of(model, preprocess), flat, root / FEATURES, **told)
+    flat = [path for of_class in paths.values() for path in of_class]
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report": report}
+    encoding = encode(model, preprocess, encoder_of(model, preprocess), flat, root / FEATURES, **options)
     broken = sorted(set(flat) - set(encoding.paths))
     if broken:
-        raise ValueError(f"expected images in the folders of {folder}, got {list_names(broken)}: delete what is none")
-    prompts = {each["name"]: each["prompts"] for each in manifest["classes"]}
+        raise ValueError(
+            f"expected only images in the folders of {folder}, got unreadable {list_names(broken)}: delete these files"
+        )
+    prompts = {entry["name"]: entry["prompts"] for entry in manifest["classes"]}
     about = {key: manifest[key] for key in MANIFEST_KEYS}
-    found = assemble(model, prompts, encoding, paths, about)
-    found.save(root)
-    return found
+    support_set = assemble(model, prompts, encoding, paths, about)
+    support_set.save(root)
+    return support_set
 
 
 def assemble(
@@ -201,7 +222,7 @@ def assemble(
     chosen: Mapping[str, Sequence[str]],
     about: Mapping[str, Any],
 ) -> SupportSet:
-    """The support set of the files chosen for each class among those encoded, on the model's device."""
+    """The support set of the files chosen for each class, a subset of those encoded, on the model's device."""
     rows = {path: row for row, path in enumerate(encoding.paths)}
     order = [rows[path] for name in prompts for path in chosen[name]]
     device = next(model.parameters()).device
@@ -211,88 +232,90 @@ def assemble(
         tuple(prompts),
         dict(prompts),
         tuple(Picture(encoding.paths[row], encoding.digests[row]) for row in order),
-        {**about, **encoding.who._asdict()},
+        {**about, **encoding.encoder._asdict()},
     )
 
 
 def refuse_empty(chosen: Mapping[str, Sequence[str]], wanted: str) -> None:
-    """Raises ValueError naming the classes without images."""
+    """Raise ValueError, which names them, if there are classes without images."""
     empty = [name for name, paths in chosen.items() if not paths]
     if empty:
-        raise ValueError(f"expected {wanted} of every class, got none for {list_names(empty)}")
+        raise ValueError(f"expected {wanted} for every class, got none for {list_names(empty)}")
 
 
 def _plan_files(
-    root: Path, found: SupportSet, before: Sequence[Mapping[str, Any]], copy: bool
+    root: Path, support_set: SupportSet, before: Sequence[Mapping[str, Any]], copy: bool
 ) -> tuple[list[dict[str, Any]], list[tuple[Path, str, Path]]]:
-    """What the manifest says of each class, and the source, the SHA-256 and the target of each copy."""
-    sources = {image["sha256"]: image["source"] for each in before for image in each["images"] if "source" in image}
+    """The manifest's entry of each class, and the source, SHA-256 and target of each copy."""
+    sources = {image["sha256"]: image["source"] for entry in before for image in entry["images"] if "source" in image}
     entries: list[dict[str, Any]] = [
-        {"name": name, "folder": at, "prompts": found.prompts[name], "images": []}
-        for name, at in zip(found.classes, folder_names(found.classes), strict=True)
+        {"name": name, "folder": folder, "prompts": support_set.prompts[name], "images": []}
+        for name, folder in zip(support_set.classes, folder_names(support_set.classes), strict=True)
     ]
     copies = []
-    for (path, digest), label in zip(found.images, found.labels.tolist(), strict=True):
-        images, home, source = entries[label]["images"], root / entries[label]["folder"], Path(path).absolute()
-        place = source.parent.resolve()
+    for (path, digest), label in zip(support_set.images, support_set.labels.tolist(), strict=True):
+        images, class_folder, source = entries[label]["images"], root / entries[label]["folder"], Path(path).absolute()
+        parent = source.parent.resolve()
         image = {"sha256": digest}
-        if place == home.resolve():
+        if parent == class_folder.resolve():
             image["file"] = source.name
         elif copy:
             image["file"] = f"{len(images):04}-{digest[:8]}{source.suffix.lower()}"
-            copies.append((source, digest, home / image["file"]))
-        # What lies in this set came from elsewhere, or from nowhere that is known.
-        origin = sources.get(digest) if "file" in image and place.parent == root.resolve() else str(source)
+            copies.append((source, digest, class_folder / image["file"]))
+        # An image that already lies in this set keeps its recorded origin, which may be unknown.
+        origin = sources.get(digest) if "file" in image and parent.parent == root.resolve() else str(source)
         images.append(image if origin is None else {**image, "source": origin})
     return entries, copies
 
 
 def _missing_copies(copies: Sequence[tuple[Path, str, Path]]) -> list[tuple[Path, str, Path]]:
-    """The copies that are not there yet.
+    """The copies that do not exist yet.
 
     Raises:
-        ValueError: a source that is gone or is not what was encoded, or another image in its copy's place.
+        ValueError: a source that is missing or has changed since it was encoded, or another image at a copy's path.
     """
     missing = []
     for source, digest, target in copies:
         if target.exists():
             refuse_foreign_images(target.parent, [] if hash_of(target) == digest else [target.name])
             continue
-        came = hash_of(source) if source.is_file() else "no file"
-        if came != digest:
-            raise ValueError(f"expected {source} as it was encoded, SHA-256 {digest}, got {came}: encode it again")
+        actual = hash_of(source) if source.is_file() else "no file"
+        if actual != digest:
+            raise ValueError(f"expected {source} as it was encoded, SHA-256 {digest}, got {actual}: encode it again")
         missing.append((source, digest, target))
     return missing
 
 
 def _check_sources(entries: Sequence[Mapping[str, Any]], stale: Sequence[Path]) -> None:
-    """Raises ValueError where an image that is not copied is gone, or would be."""
+    """Raise ValueError if an image that is not copied is missing, or would be removed."""
     removed = {path.resolve() for path in stale}
-    for each in entries:
-        for image in each["images"]:
+    for entry in entries:
+        for image in entry["images"]:
             source = Path(image.get("source", ""))
             if "file" not in image and (not source.is_file() or source.resolve() in removed):
-                what = "is a copy of the set before" if source.is_file() else "is not there"
-                raise ValueError(f"expected images that can stay where they are, got {source}, which {what}")
+                reason = "is a copy of the earlier set" if source.is_file() else "does not exist"
+                raise ValueError(f"expected images that can stay where they are, got {source}, which {reason}")
 
 
 def _check_images(root: Path, classes: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where some images, but not all, are other than the manifest has them."""
-    there = {(each["folder"], name) for each in classes for name in images_in(root / each["folder"])}
-    meant = {(each["folder"], image["file"]) for each in classes for image in each["images"] if "file" in image}
-    if there and there != meant:
+    """Raise ValueError unless the images are those of the manifest, or all of them are missing."""
+    actual = {(entry["folder"], name) for entry in classes for name in images_in(root / entry["folder"])}
+    expected = {(entry["folder"], image["file"]) for entry in classes for image in entry["images"] if "file" in image}
+    if actual and actual != expected:
         raise ValueError(
-            f"expected the {len(meant)} images of the manifest in {root}, got {len(there - meant)} more and "
-            f"{len(meant - there)} fewer: refresh it"
+            f"expected the {len(expected)} images of the manifest in {root}, got {len(actual - expected)} more and "
+            f"{len(expected - actual)} fewer: refresh the set"
         )
-    kept = [
-        (root / each["folder"] / image["file"], image["sha256"])
-        for each in classes
-        for image in each["images"]
-        if there and "file" in image
+    files = [
+        (root / entry["folder"] / image["file"], image["sha256"])
+        for entry in classes
+        for image in entry["images"]
+        if actual and "file" in image
     ]
     with ThreadPoolExecutor(THREADS) as pool:
-        came = list(pool.map(hash_of, [path for path, _ in kept]))
-    others = [str(path) for (path, digest), hashed in zip(kept, came, strict=True) if hashed != digest]
-    if others:
-        raise ValueError(f"expected the images of the manifest, got others in {list_names(others)}: refresh it")
+        digests = list(pool.map(hash_of, [path for path, _ in files]))
+    changed = [str(path) for (path, recorded), digest in zip(files, digests, strict=True) if digest != recorded]
+    if changed:
+        raise ValueError(
+            f"expected the images of the manifest, got other content in {list_names(changed)}: refresh the set"
+        )

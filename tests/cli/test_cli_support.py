@@ -145,7 +145,7 @@ def test_files_that_are_not_images_give_status_one(pictures: Path, tmp_path: Pat
 def test_classes_without_a_hit_are_one_line_and_no_set(pictures: Path, tmp_path: Path) -> None:
     options = ("--classes", "one,two", "--minimum", 0.99)
     line = error(run("build", tmp_path / "set", "--from-folder", pictures, *options))
-    assert "score of at least 0.99 of every class, got none for 'one', 'two'" in line
+    assert "score of at least 0.99 for every class, got none for 'one', 'two'" in line
     assert not (tmp_path / "set").exists()
 
 

@@ -378,7 +378,7 @@ def test_other_files_are_refused(tiny, images, tmp_path):
     with pytest.raises(ValueError, match=r"expected a safetensors file, got .*a\.safetensors"):
         TeacherCache(tmp_path, counting(tiny))
     save_file({"image": images}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"of a teacher alone, got .*a\.safetensors in it, of format None .*: choose"):
+    with pytest.raises(ValueError, match=r"only a teacher's features .*, got .*a\.safetensors of format None: choose"):
         TeacherCache(tmp_path, counting(tiny))
     write_tensors(tmp_path / "a.safetensors", {"image": images}, {"clipkernels": json.dumps({"format": "other"})})
     with pytest.raises(ValueError, match="expected a folder that holds only a teacher's features"):
@@ -480,7 +480,7 @@ def test_files_are_read_where_they_lie(tiny, images, tmp_path):
 def test_what_does_not_fit_is_an_error(tiny, images, tmp_path):
     cache = TeacherCache(tmp_path, counting(tiny))
     wrong = {
-        r"images must be \(3,S,S\) or \(B,3,S,S\) one after .* size, got \(32, 32\)": {"images": images[0]},
+        r"images must be an iterable of \(3,S,S\) or \(B,3,S,S\) of one size, got \(32, 32\)": {"images": images[0]},
         r"of one size, got \(3, 3, 16, 16\)": {"images": [images[0], images[..., :16, :16]]},
         "of one size, got list": {"images": [["path"]]},
         "texts must be an iterable of texts, got 'a cat'": {"texts": "a cat"},

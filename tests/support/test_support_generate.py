@@ -191,7 +191,7 @@ def test_more_images_per_class_keep_those_there_are(bundled: Any, stable: Any, t
     # The others were encoded in another batch, and products of other sizes round otherwise.
     torch.testing.assert_close(found.features, whole.features)
     assert described["features"].pop("sha256") and meant["features"].pop("sha256") and described == meant
-    with pytest.raises(ValueError, match=r"expected no images but the set's own in .*, got '0003.png': delete"):
+    with pytest.raises(ValueError, match=r"expected only the support set's images in .*, got '0003.png': delete"):
         generate(bundled, spy, tmp_path / "set", per_class=3)
 
 
@@ -259,7 +259,7 @@ def test_an_image_that_stays_flagged_is_reported_and_left_out(bundled: Any, stab
     lines: list[str] = []
     spy = Spy(stable, lambda seed: seed in bad)
     found = generate(bundled, spy, tmp_path / "set", retries=2, report=lines.append)
-    assert lines == ["no image 1 of 'apple': flagged 3 times"]
+    assert lines == ["skipped image 1 of 'apple': flagged 3 times"]
     assert names(found)[1] == ["0000.png", "0002.png", "0003.png"] and len(spy.calls) == 10
     for retries in (1, 2):
         again = Spy(stable, lambda seed: seed in bad)
@@ -272,7 +272,7 @@ def test_an_image_that_stays_flagged_is_reported_and_left_out(bundled: Any, stab
 def test_a_class_whose_images_are_all_flagged_is_named(bundled: Any, stable: Any, tmp_path: Path) -> None:
     apples = {diffusion._seed(0, "apple", index, attempt) for index in range(4) for attempt in range(2)}
     spy = Spy(stable, lambda seed: seed in apples)
-    with pytest.raises(ValueError, match="expected an image that is not flagged of every class, got none for 'apple'"):
+    with pytest.raises(ValueError, match="expected an image that is not flagged for every class, got none for 'apple'"):
         generate(bundled, spy, tmp_path / "set", retries=1, report=lambda line: None)
 
 
@@ -337,7 +337,7 @@ def test_without_diffusers_the_extra_is_named(bundled: Any, tmp_path: Path, monk
         ({"per_class": 0}, "per_class must be a positive int, got 0"),
         ({"steps": 1.5}, "steps must be a positive int, got 1.5"),
         ({"images_per_call": 0}, "images_per_call must be a positive int, got 0"),
-        ({"retries": -1}, "retries must be an int of at least 0, got -1"),
+        ({"retries": -1}, "retries must be an int ≥ 0, got -1"),
     ],
 )
 def test_wrong_arguments_of_generate_are_one_line(

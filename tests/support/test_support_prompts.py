@@ -80,7 +80,7 @@ def test_a_generator_is_asked_every_question_ten_times_per_class() -> None:
 def test_combined_has_both_lists() -> None:
     both = support.combined(support.photo(["cat", "dog"]), {"dog": ["It barks."], "cat": ["It purrs."]})
     assert both == {"cat": ["a photo of a cat.", "It purrs."], "dog": ["a photo of a dog.", "It barks."]}
-    with pytest.raises(ValueError, match="expected prompts for the same classes, got 'dog' in one alone"):
+    with pytest.raises(ValueError, match="expected prompts for the same classes, got 'dog' in only one"):
         support.combined(support.photo(["cat", "dog"]), {"cat": ["It purrs."]})
 
 

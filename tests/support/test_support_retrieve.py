@@ -104,11 +104,11 @@ def test_files_that_are_no_image_are_reported_and_the_others_still_serve(bundled
     lines: list[str] = []
     found = retrieve(bundled, photos, per_class=60, report=lines.append)
     assert names(found) == before
-    assert [line.split(": ")[:2] for line in lines] == [
-        ["no image", str(photos / "broken.png")],
-        ["no image", str(photos / "text.jpg")],
+    assert [line.split(": ")[0] for line in lines] == [
+        f"skipped {photos / 'broken.png'}",
+        f"skipped {photos / 'text.jpg'}",
     ]
-    with pytest.warns(UserWarning, match=r"no image: .*broken"):
+    with pytest.warns(UserWarning, match=r"skipped .*broken"):
         retrieve(bundled, photos)
 
 
@@ -217,7 +217,7 @@ def test_the_features_of_one_folder_are_not_overwritten_with_those_of_another(bu
     cache = photos.parent / "cache"
     retrieve(bundled, photos, cache=cache)
     before = cache.read_bytes()
-    with pytest.raises(ValueError, match=r"expected features of .*1 by this tower.* of others: name another file"):
+    with pytest.raises(ValueError, match=r"expected features of .*1 by this tower.* with others: choose another"):
         retrieve(bundled, photos / "1", cache=cache)
     assert cache.read_bytes() == before
 
@@ -243,7 +243,7 @@ def test_saved_features_of_another_tower_are_refused(bundled: Any, photos: Path,
         ({"per_class": 0}, "per_class must be a positive int, got 0"),
         ({"minimum": 2.0}, "minimum must be a cosine, from -1 to 1, got 2.0"),
         ({"minimum": float("nan")}, "minimum must be a cosine"),
-        ({"collection": "gone"}, "got gone, which is not there"),
+        ({"collection": "gone"}, "got gone, which does not exist"),
         ({"collection": __file__}, "expected a safetensors file, got"),
         ({"collection": __file__, "cache": "x"}, "expected a folder of images with cache, got the file"),
     ],
@@ -280,7 +280,7 @@ def test_features_that_are_not_finite_are_reported(tiny: Any, bundled: Any, phot
     prompts = support.photo(["one"])
     found = support.retrieve(tiny, preprocess, bundled[2], prompts, photos, per_class=99, report=lines.append)
     assert len(found.images) == 60 and found.features.isfinite().all()
-    assert lines == [f"no features: {photos / 'bad.png'}: the model gives numbers that are not finite"]
+    assert lines == [f"skipped {photos / 'bad.png'}: the model's features are not finite"]
 
 
 def test_a_model_is_left_in_its_mode(tiny: Any, bundled: Any, photos: Path) -> None:
@@ -384,7 +384,7 @@ def test_text_embeddings_that_are_not_finite_are_refused(tiny: Any, bundled: Any
         return rows
 
     tiny.encode_text = broken
-    with pytest.raises(ValueError, match="expected finite text embeddings, got others for 'zero'"):
+    with pytest.raises(ValueError, match="expected finite text embeddings, got infinite or NaN values for 'zero'"):
         support.retrieve(tiny, *bundled[1:], prompts_of(["seven", "zero"]), photos)
 
 
@@ -450,7 +450,7 @@ def test_an_image_that_the_preprocessing_rejects_is_reported(bundled: Any, photo
         bundled[0], preprocess, bundled[2], prompts_of(["one"]), photos, per_class=99, report=lines.append
     )
     assert len(found.images) == 60
-    assert lines == [f"no image: {photos / 'small.png'}: smaller than the crop"]
+    assert lines == [f"skipped {photos / 'small.png'}: smaller than the crop"]
 
 
 def test_features_that_did_not_change_are_not_written_again(bundled: Any, photos: Path) -> None:
@@ -485,8 +485,8 @@ def test_features_of_ones_own_are_a_collection(array: bool, bundled: Any, photos
         (lambda rows, paths: (rows[:, :-1], paths), r"expected features \(n,\d+\) of this model, got \(3, \d+\)"),
         (lambda rows, paths: (rows, paths[1:]), r"expected floating-point features \(n,E\) of 2 files, got \(3,"),
         (lambda rows, paths: (rows.int(), paths), r"got \(3, \d+\) torch.int32"),
-        (lambda rows, paths: (rows / 0, paths), "expected finite features, got others"),
-        (lambda rows, paths: (rows, [paths[0], *paths[:2]]), "expected files that differ, got 1 of them again"),
+        (lambda rows, paths: (rows / 0, paths), "expected finite features, got infinite or NaN"),
+        (lambda rows, paths: (rows, [paths[0], *paths[:2]]), "expected distinct files, got 1 repeated"),
         (lambda rows, paths: (rows[:0], []), "expected a collection with images, got none in features in memory"),
     ],
 )

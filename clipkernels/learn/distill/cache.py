@@ -41,8 +41,8 @@ class TeacherCache:
 
     An image is identified by the SHA-256 of its preprocessed values, shape and dtype, a text by that of its UTF-8.
     Images on a GPU are copied to the CPU for the hash, so pass CPU images and a device. Only tokens up to a text's last
-    word are stored; `words` is zero at end-of-text and padding positions. T is the teacher's, or larger if the tokenizer
-    pads to the longest text of its batch.
+    word are stored; `words` is zero at end-of-text and padding positions. T is the teacher's, or larger if the
+    tokenizer pads to the longest text of its batch.
 
     Args:
         folder: created if it does not exist.

@@ -125,7 +125,7 @@ class RankingStore:
         self.parts_read.add(part)
 
     def finish(self, digests: Sequence[bytes]) -> Rankings:
-        """The rankings of these images, in their order; the file holds them in this order, then those of other images."""
+        """The rankings of these images, in their order; the file holds these first, then those of other images."""
         if self.path is not None:
             self._read_new_files()  # another run may have finished meanwhile
             self._write(self.path, list(dict.fromkeys([*digests, *self.rows])))
