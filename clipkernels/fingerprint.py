@@ -119,13 +119,13 @@ def digest_of(module: nn.Module) -> str:
     return digest.hexdigest()[:8]
 
 
-def check_fingerprint(tower: Mapping[str, str], model: nn.Module, where: object, about: Mapping[str, Any]) -> None:
+def check_fingerprint(tower: Mapping[str, str], model: nn.Module, source: object, about: Mapping[str, Any]) -> None:
     """Raise ValueError unless a model has the tower that an artefact was made with.
 
     Args:
         tower: the fingerprint of the artefact's tower.
         model: the model.
-        where: the artefact's file or name, for messages.
+        source: the artefact's file or name, for messages.
         about: the artefact's metadata; "model" and "pretrained" name its tower in messages.
     """
     current = fingerprint(model)
@@ -133,11 +133,11 @@ def check_fingerprint(tower: Mapping[str, str], model: nn.Module, where: object,
         name = f"{about.get('model') or 'unnamed'}, {about.get('pretrained') or 'no tag'}"
         if tower and not set(tower) & set(current):
             raise ValueError(
-                f"expected the tower of {where} ({name}) in float32 or {next(iter(tower))}, got {next(iter(current))}: "
+                f"expected the tower of {source} ({name}) in float32 or {next(iter(tower))}, got {next(iter(current))}: "
                 "the two cannot be compared"
             )
         expected, actual = short_fingerprint(tower), short_fingerprint(current)
-        raise ValueError(f"expected the tower of {where} ({name}; {expected}), got another tower ({actual})")
+        raise ValueError(f"expected the tower of {source} ({name}; {expected}), got another tower ({actual})")
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Slot(NamedTuple):
     method: the method that it runs.
     weights: the modules of the method, by their parameter names in `run`.
     plan: the plan for the tower's usual number of tokens.
-    reads: the tower's `pool_of` when the plan was made.
+    pool: `pool_of` the tower when the plan was made.
     tower: the class of the adapter.
     root: the whole image tower, which contains the owner.
     """
@@ -54,7 +54,7 @@ class Slot(NamedTuple):
     method: Method
     weights: Mapping[str, nn.Module]
     plan: Plan
-    reads: tuple[bool, bool]
+    pool: tuple[bool, bool]
     tower: Any
     root: WeakModule
 
@@ -230,7 +230,7 @@ def run_patched(
     """
     slot = owner.__dict__[SLOT]
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
-    if (x.shape[1], len(tower.blocks), pool_of(tower)) != (plan.entry, len(plan.steps), slot.reads):
+    if (x.shape[1], len(tower.blocks), pool_of(tower)) != (plan.entry, len(plan.steps), slot.pool):
         # An owner that outlived its tower keeps its prefix.
         plan = make_plan(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
     if visible is not None and (any(plan.steps) or plan.learnt):

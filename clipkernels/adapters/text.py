@@ -29,7 +29,7 @@ class Sentences(NamedTuple):
 
     text (B,E): the output of the host's own encode_text or get_text_features.
     words (B,T,E): every token after the final norm and the projection.
-    extra (B,n,E): tokens that the tower itself adds, such as CoCa's CLS, likewise; None if it adds none.
+    extra (B,n,E): tokens that the tower itself adds, such as CoCa's CLS, after norm and projection, or None.
     """
 
     text: Tensor

@@ -244,7 +244,7 @@ def _unsupported():
             yield pytest.param(name, tower_name, marks=[] if name == names[0] else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("name", "found"), list(_unsupported()))
+@pytest.mark.parametrize(("name", "tower_name"), list(_unsupported()))
 def test_an_unsupported_tower_is_refused_by_name_and_unchanged(name, tower_name):
     with torch.device("meta"):
         model = open_clip_tower(name, None)

@@ -98,7 +98,7 @@ def test_every_name_is_supported_or_refused_with_a_reason(name):
         return
     patch = re.search(r"patch(\d+)", name)
     size = {"img_size": 4 * int(patch[1])} if patch else {}  # the size of other models depends on convolutions
-    layers = None if "sapiens2" in name else 2  # has a list of key heads with one entry per block
+    layers = None if "sapiens2" in name else 2  # sapiens2 lists its key heads per block, so it keeps its depth
     model = randomized(timm_tower(name, layers, **size))
     tower = ck.tower_of(model)
     images, state = torch.randn(1, 3, *tower.image_size), list(model.state_dict())

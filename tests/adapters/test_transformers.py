@@ -44,9 +44,8 @@ def test_patching_and_unpatching_a_tower(family):
     before, state = tower.encode(images), {key: value.clone() for key, value in model.state_dict().items()}
     exact = ck.tower_of(model.double()).encode(images.double())
     model.float()
-    needs_mask = family == "Siglip2Model" and transformers.__version__.startswith(
-        "4."
-    )  # its pool needs a mask of full length
+    # In transformers 4, the pool of SigLIP2 needs a mask of full length.
+    needs_mask = family == "Siglip2Model" and transformers.__version__.startswith("4.")
     methods = (*METHODS, patch_ranking(model, learnt=2))
     for method in methods if not needs_mask else (ck.Dense(), ck.ToMe(8)):
         ck.patch(model, method)

@@ -151,18 +151,18 @@ def test_a_block_has_three_launches_beside_attention(device, on, monkeypatch):
     assert len(normed) == 3  # before the blocks, in the first block and after the last: the norms that follow no sum
 
 
-SLOW = [pytest.param(where, marks=pytest.mark.slow) for where in ("ln_1", "mlp", "mlp.c_proj")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ln_1", "mlp", "mlp.c_proj")]
 
 
-@pytest.mark.parametrize("where", ["ln_2", "mlp.gelu", "ls_2", *SLOW])
+@pytest.mark.parametrize("name", ["ln_2", "mlp.gelu", "ls_2", *SLOW])
 @torch.no_grad()
-def test_a_hook_on_a_fused_module_fires_and_changes_nothing(device, on, where):
+def test_a_hook_on_a_fused_module_fires_and_changes_nothing(device, on, name):
     model = ck.patch(tower(ls_init_value=0.5), ck.EViT(0.5)).to(device)
     on("triton")
     expected = model.encode_image(images(device))
     calls = []
     for block in model.visual.transformer.resblocks:
-        block.get_submodule(where).register_forward_hook(lambda *_: calls.append(1))
+        block.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(model.encode_image(images(device)), expected, atol=1e-5, rtol=1e-4)
     assert len(calls) == 3
 

@@ -28,7 +28,7 @@ def test_dense_towers_have_the_published_gmacs():
 
 
 @pytest.mark.parametrize(
-    ("r", "tokens", "blocks", "tower", "left", "gmacs"),
+    ("r", "tokens", "blocks", "tower", "remaining", "gmacs"),
     [(13, 197, 12, B16, 41, 10.38), (8, 197, 12, B16, 101, 13.12), (7, 257, 24, L14, 89, 53.74)],
 )
 def test_tome_has_the_published_tokens_and_gmacs(r, tokens, blocks, tower, remaining, gmacs):

@@ -57,7 +57,7 @@ def literal_evit(model, images, keep, blocks, fuse):
     visual, out, holders = model.visual, [], []
     for image in images:
         x = visual._embeds(image[None])[0]
-        where, rows = [[] for _ in range(len(x) - 1)], list(range(len(x) - 1))
+        history, rows = [[] for _ in range(len(x) - 1)], list(range(len(x) - 1))
         for index, block in enumerate(visual.transformer.resblocks):
             normed = block.ln_1(x)[None]
             _, weights = block.attn(normed, normed, normed, need_weights=True, average_attn_weights=True)
@@ -75,11 +75,11 @@ def literal_evit(model, images, keep, blocks, fuse):
                 new_row |= {i: 1 + row for row, i in enumerate(survivors)}
                 rows = [new_row[row] if row >= 0 else -1 for row in rows]
                 for patch, row in enumerate(rows):
-                    where[patch].append(row)
+                    history[patch].append(row)
                 rows = [row - 1 if row >= 0 else -1 for row in rows]
             x = x + block.mlp(block.ln_2(x))
         out.append(visual.ln_post(x) @ visual.proj)
-        holders.append(torch.tensor(where).T)
+        holders.append(torch.tensor(history).T)
     return torch.stack(out), torch.stack(holders)
 
 
