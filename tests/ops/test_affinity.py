@@ -1,4 +1,4 @@
-"""affinity against the definition read one row of the support at a time."""
+"""affinity, compared with a naive loop over the rows of the support in fp64."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from clipkernels.testing.fp64 import REFERENCE_EPS
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def literal(queries, support, labels, classes, beta, weights=None):
-    """Row by row, in fp64."""
+def naive(queries, support, labels, classes, beta, weights=None):
+    """Return affinities (t,K), computed in fp64 one support row at a time."""
     total = torch.zeros(len(queries), classes, dtype=torch.float64)
     queries, support = queries.cpu().double(), support.cpu().double()
     weights = torch.ones(len(labels)) if weights is None else weights.cpu()
@@ -27,15 +27,15 @@ def literal(queries, support, labels, classes, beta, weights=None):
 
 
 def eager(queries, support, labels, classes, beta, weights=None):
-    """Tip-Adapter's two products, in the dtype given."""
+    """Return affinities (t,K) by Tip-Adapter's two products, in the dtype of the inputs."""
     inside = (labels >= 0) & (labels < classes)
-    near = (-beta * (1 - queries @ support.T)).exp()
-    near = near if weights is None else near * weights.to(near.dtype)
-    return (near @ (one_hot(labels * inside, classes) * inside[:, None]).to(near.dtype)).cpu()
+    affinities = (-beta * (1 - queries @ support.T)).exp()
+    affinities = affinities if weights is None else affinities * weights.to(affinities.dtype)
+    return (affinities @ (one_hot(labels * inside, classes) * inside[:, None]).to(affinities.dtype)).cpu()
 
 
 def inputs(device, t=16, n=65, width=24, classes=10, dtype=torch.float32, seed=0):
-    """Unit queries (t,E) close to some of the unit rows (n,E), and labels (n,) in no order."""
+    """Return unit queries (t,E), each near one of the unit rows (n,E), the rows, and labels (n,) in random order."""
     generator = torch.Generator().manual_seed(seed)
     support = normalize(torch.randn(n, width, generator=generator), dim=1)
     queries = torch.randn(t, width, generator=generator)
@@ -46,16 +46,16 @@ def inputs(device, t=16, n=65, width=24, classes=10, dtype=torch.float32, seed=0
 
 
 def check(queries, support, labels, classes, beta=5.5, weights=None, *, backend):
-    """Within the budget, with the offsets left to the op; returns what came."""
-    came = ck.ops.affinity(queries, support, labels, classes, beta, weights, backend=backend)
-    assert came.dtype == torch.float32 and came.shape == (len(queries), classes) and came.is_contiguous()
+    """Assert that the result is within the budget, without offsets, and return it."""
+    actual = ck.ops.affinity(queries, support, labels, classes, beta, weights, backend=backend)
+    assert actual.dtype == torch.float32 and actual.shape == (len(queries), classes) and actual.is_contiguous()
     arguments = (queries, support, labels, classes, beta, weights)
-    exact = literal(*arguments)
-    error = (came.cpu() - exact).abs().max()
-    if backend == "reference" and error <= REFERENCE_EPS * torch.finfo(came.dtype).eps * exact.abs().max():
-        return came  # it adds row after row, and a product by tiles
-    assert_within_budget(came.cpu(), exact, eager(*arguments))
-    return came
+    exact = naive(*arguments)
+    error = (actual.cpu() - exact).abs().max()
+    if backend == "reference" and error <= REFERENCE_EPS * torch.finfo(actual.dtype).eps * exact.abs().max():
+        return actual  # it sums row after row, and eager's product by tiles
+    assert_within_budget(actual.cpu(), exact, eager(*arguments))
+    return actual
 
 
 SUPPORTS = {
@@ -71,112 +71,114 @@ SUPPORTS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", SUPPORTS)
-def test_it_is_the_sum_over_the_rows_of_each_class(device, backend, kind, dtype):
+def test_affinity_sums_over_the_rows_of_each_class(device, backend, kind, dtype):
     labels, classes = SUPPORTS[kind]
     queries, support, _ = inputs(device, n=len(labels), dtype=dtype)
     shuffled = torch.tensor(labels)[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
-    came = check(queries, support, shuffled.to(device), classes, backend=backend)
+    actual = check(queries, support, shuffled.to(device), classes, backend=backend)
     absent = torch.tensor([label not in labels for label in range(classes)])
-    assert (came[:, absent] == 0).all()
+    assert (actual[:, absent] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("t", "n", "width"), [(1, 1, 7), (3, 63, 16), (65, 65, 33), (2, 257, 129), (129, 2, 24)])
-def test_any_number_of_queries_rows_and_elements_will_do(device, backend, t, n, width, dtype):
+def test_any_number_of_queries_rows_and_elements_works(device, backend, t, n, width, dtype):
     queries, support, labels = inputs(device, t, n, width, dtype=dtype)
     check(queries, support, labels, 10, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("beta", [0, 1, 5.5, 200])
-def test_any_sharpness_will_do(device, backend, beta, dtype):
+def test_any_sharpness_works(device, backend, beta, dtype):
     queries, support, labels = inputs(device, dtype=dtype)
-    came = check(queries, support, labels, 10, beta, backend=backend)
+    actual = check(queries, support, labels, 10, beta, backend=backend)
     if beta == 0:
-        assert torch.equal(came, labels.bincount(minlength=10).expand(16, -1).float())
+        assert torch.equal(actual, labels.bincount(minlength=10).expand(16, -1).float())
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_any_number_of_classes_will_do(device, backend, classes):
+def test_any_number_of_classes_works(device, backend, classes):
     queries, support, labels = inputs(device, n=257, classes=classes)
     check(queries, support, labels, classes, backend=backend)
 
 
-def test_a_thousand_classes_are_no_more_than_ten(device):
+def test_the_reference_handles_a_thousand_classes(device):
     queries, support, labels = inputs(device, n=2001, classes=1000)
     check(queries, support, labels, 1000, backend="reference")
 
 
-@pytest.mark.parametrize(("dtype", "weighing"), [*zip(DTYPES, DTYPES, strict=True), (torch.bfloat16, torch.float32)])
-def test_rows_weigh_what_they_are_told(device, backend, dtype, weighing):
+@pytest.mark.parametrize(
+    ("dtype", "weights_dtype"), [*zip(DTYPES, DTYPES, strict=True), (torch.bfloat16, torch.float32)]
+)
+def test_rows_count_by_their_weights(device, backend, dtype, weights_dtype):
     queries, support, labels = inputs(device, dtype=dtype)
     weights = torch.randn(65, generator=torch.Generator().manual_seed(2))
     weights[::3] = 0
-    check(queries, support, labels, 10, weights=weights.to(device, weighing), backend=backend)
+    check(queries, support, labels, 10, weights=weights.to(device, weights_dtype), backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_and_queries_need_not_be_of_length_one(device, backend, dtype):
+def test_rows_and_queries_may_have_any_length(device, backend, dtype):
     queries, support, labels = inputs(device, dtype=dtype)
     lengths = torch.linspace(0, 3, 65, device=device, dtype=dtype)
     check(queries * 2, support * lengths[:, None], labels, 10, 3, backend=backend)
 
 
 @pytest.mark.parametrize(("t", "n"), [(0, 5), (3, 0), (0, 0)])
-def test_without_queries_it_is_empty_and_without_support_zero(device, backend, t, n):
+def test_no_queries_give_an_empty_result_and_no_support_zeros(device, backend, t, n):
     queries, support, labels = inputs(device, t, n)
-    came = ck.ops.affinity(queries, support, labels, 10, 5.5, backend=backend)
-    assert torch.equal(came, torch.zeros(t, 10, device=device))
+    actual = ck.ops.affinity(queries, support, labels, 10, 5.5, backend=backend)
+    assert torch.equal(actual, torch.zeros(t, 10, device=device))
 
 
-def check_same(came, expected, backend):
-    """The same bits, but of the reference on a GPU: there index_add_ adds in any order."""
-    if backend == "triton" or not came.is_cuda:
-        assert torch.equal(came, expected)
+def check_same(actual, expected, backend):
+    """Assert equal bits; on a GPU the reference is only close, because index_add_ adds in any order there."""
+    if backend == "triton" or not actual.is_cuda:
+        assert torch.equal(actual, expected)
     else:
-        torch.testing.assert_close(came, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_support_that_is_sorted_already_gives_the_same_bits(device, backend, dtype):
+def test_a_sorted_support_with_offsets_gives_the_same_bits(device, backend, dtype):
     queries, support, labels = inputs(device, n=257, dtype=dtype)
-    labels -= 1  # class -1 counts for none, and class 9 has no support
+    labels -= 1  # label -1 is of no class, and class 9 has no support
     weights = torch.rand(257, generator=torch.Generator().manual_seed(3)).to(device)
     expected = ck.ops.affinity(queries, support, labels, 10, 5.5, weights, backend=backend)
     order, offsets = reference.sort_by_class(labels, 10)
     assert labels[order].tolist() == sorted(labels.tolist())
     assert offsets.tolist() == [sum(label < c for label in labels.tolist()) for c in range(11)]
-    sorted_ones = (queries, support[order], labels[order], 10, 5.5, weights[order])
-    check_same(ck.ops.affinity(*sorted_ones, offsets=offsets, backend=backend), expected, backend)
-    check_same(ck.ops.affinity(*sorted_ones, backend=backend), expected, backend)
+    sorted_arguments = (queries, support[order], labels[order], 10, 5.5, weights[order])
+    check_same(ck.ops.affinity(*sorted_arguments, offsets=offsets, backend=backend), expected, backend)
+    check_same(ck.ops.affinity(*sorted_arguments, backend=backend), expected, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [600, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_a_class_of_many_rows_stands_beside_classes_of_one(device, backend, rows, dtype):
+def test_a_class_of_many_rows_works_beside_classes_of_one(device, backend, rows, dtype):
     queries, support, _ = inputs(device, n=rows + 6, dtype=dtype)
     labels = torch.tensor([0, 1] + [2] * rows + [3, 5, 6, 6], device=device)
     check(queries, support, labels, 7, backend=backend)
 
 
 @pytest.mark.slow
-def test_the_kernel_serves_a_support_of_twenty_thousand_rows(device, triton):
+def test_the_kernel_handles_twenty_thousand_rows(device, triton):
     queries, support, labels = inputs(device, n=20_000, classes=40, dtype=torch.float16)
     check(queries, support, labels, 40, backend="triton")
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # of numpy, which the interpreter multiplies with
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy warns under the interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_spoils_its_own_class_alone(device, backend, value, dtype):
+def test_a_row_that_is_not_finite_spoils_only_its_class(device, backend, value, dtype):
     queries, support, labels = inputs(device, dtype=dtype)
-    queries[:, 0] = queries[:, 0].abs().clamp(min=0.25)  # or ∞ would make nothing of its row
+    queries[:, 0] = queries[:, 0].abs().clamp(min=0.25)  # without this ∞ could become an affinity of 0
     expected = ck.ops.affinity(queries, support, labels, 10, 5.5, backend=backend)
-    support[7, 0], spoilt = value, int(labels[7])
-    came = ck.ops.affinity(queries, support, labels, 10, 5.5, backend=backend)
-    others = [c for c in range(10) if c != spoilt]
-    torch.testing.assert_close(came[:, others], expected[:, others])
-    assert not came[:, spoilt].isfinite().any()
+    support[7, 0], bad_class = value, int(labels[7])
+    actual = ck.ops.affinity(queries, support, labels, 10, 5.5, backend=backend)
+    others = [c for c in range(10) if c != bad_class]
+    torch.testing.assert_close(actual[:, others], expected[:, others])
+    assert not actual[:, bad_class].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,85 +187,87 @@ def test_any_strides_give_the_same_result(device, backend, dtype):
     weights = torch.rand(65, generator=torch.Generator().manual_seed(3)).to(device)
     expected = ck.ops.affinity(queries, support, labels, 10, 5.5, weights, backend=backend)
     gaps = (with_gaps(queries), with_gaps(support), with_gaps(labels[:, None].expand(-1, 2).float())[:, 0].long())
-    apart = weights.repeat_interleave(2)[::2]
-    check_same(ck.ops.affinity(*gaps, 10, 5.5, apart, backend=backend), expected, backend)
-    turned = queries.T.contiguous().T, support.T.contiguous().T
-    torch.testing.assert_close(ck.ops.affinity(*turned, labels, 10, 5.5, weights, backend=backend), expected)
-    shared = ck.ops.affinity(queries[:1].expand(4, -1), support, labels, 10, 5.5, weights, backend=backend)
-    torch.testing.assert_close(shared, expected[:1].expand(4, -1))
+    strided_weights = weights.repeat_interleave(2)[::2]
+    check_same(ck.ops.affinity(*gaps, 10, 5.5, strided_weights, backend=backend), expected, backend)
+    transposed = queries.T.contiguous().T, support.T.contiguous().T
+    torch.testing.assert_close(ck.ops.affinity(*transposed, labels, 10, 5.5, weights, backend=backend), expected)
+    expanded = ck.ops.affinity(queries[:1].expand(4, -1), support, labels, 10, 5.5, weights, backend=backend)
+    torch.testing.assert_close(expanded, expected[:1].expand(4, -1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_query_alone_gives_the_bits_it_gives_in_a_batch(device, dtype, triton):
+def test_a_query_has_the_same_bits_alone_and_in_a_batch(device, dtype, triton):
     queries, support, labels = inputs(device, t=130, n=140, classes=3, dtype=dtype)
-    queries[5] = float("nan")  # a neighbour that is not finite changes nothing either
+    queries[5] = float("nan")  # a query that is not finite must not change others either
     arguments = (support, labels, 3, 5.5)
-    whole = ck.ops.affinity(queries, *arguments, backend="triton")
-    again = ck.ops.affinity(queries, *arguments, backend="triton")
-    assert whole[5].isnan().all() and torch.equal(whole.nan_to_num(), again.nan_to_num())
+    expected = ck.ops.affinity(queries, *arguments, backend="triton")
+    rerun = ck.ops.affinity(queries, *arguments, backend="triton")
+    assert expected[5].isnan().all() and torch.equal(expected.nan_to_num(), rerun.nan_to_num())
     for rows in (slice(0, 1), slice(6, 9), slice(64, 130)):
-        assert torch.equal(whole[rows], ck.ops.affinity(queries[rows], *arguments, backend="triton"))
+        assert torch.equal(expected[rows], ck.ops.affinity(queries[rows], *arguments, backend="triton"))
 
 
-def test_the_affinities_are_never_whole_in_memory(device):
+def test_the_affinities_are_never_entirely_in_memory(device):
     queries, support, labels = inputs(device, n=20 * ROWS)
 
-    class Largest(TorchDispatchMode):
+    class LargestAllocation(TorchDispatchMode):
         elements = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            made = func(*args, **(kwargs or {}))
-            if isinstance(made, torch.Tensor) and made._base is None and made.dtype == torch.float32:
-                self.elements = max(self.elements, made.numel())
-            return made
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result._base is None and result.dtype == torch.float32:
+                self.elements = max(self.elements, result.numel())
+            return result
 
     order, _ = reference.sort_by_class(labels, 10)
     support, labels = support[order], labels[order]
-    with Largest() as largest:
+    with LargestAllocation() as largest:
         reference.affinity(queries, support, labels, 10, 5.5, None)
     assert 0 < largest.elements <= ROWS * 24
 
 
 def test_the_reference_keeps_fp64(device):
     queries, support, labels = inputs(device, dtype=torch.float64)
-    came = ck.ops.affinity(queries, support, labels, 10, 5.5)
-    torch.testing.assert_close(came.cpu(), literal(queries, support, labels, 10, 5.5))
+    actual = ck.ops.affinity(queries, support, labels, 10, 5.5)
+    torch.testing.assert_close(actual.cpu(), naive(queries, support, labels, 10, 5.5))
 
 
 def test_the_reference_is_differentiable_in_queries_rows_and_weights():
     queries, support, labels = inputs("cpu", t=2, n=9, width=3, classes=4, dtype=torch.float64)
     labels[0] = -1
     weights = torch.rand(9, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    given = [tensor.requires_grad_() for tensor in (queries, support, weights)]
+    leaves = [tensor.requires_grad_() for tensor in (queries, support, weights)]
 
-    def summed(queries, support, weights):
+    def votes(queries, support, weights):
         return ck.ops.affinity(queries, support, labels, 4, 2.5, weights, backend="reference")
 
-    assert torch.autograd.gradcheck(summed, given)
+    assert torch.autograd.gradcheck(votes, leaves)
 
 
-def test_gradients_cross_the_rows_that_are_held_at_once():
+def test_gradients_are_right_across_chunks_of_rows():
     queries, support, labels = inputs("cpu", n=2 * ROWS + 1, dtype=torch.float64)
     queries, support = queries.requires_grad_(), support.requires_grad_()
-    pull = torch.randn(16, 10, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    came = ck.ops.affinity(queries, support, labels, 10, 5.5, backend="reference")
-    plain = (-5.5 * (1 - queries @ support.T)).exp() @ one_hot(labels, 10).double()
-    torch.testing.assert_close(came, plain)
-    expected = torch.autograd.grad((plain * pull).sum(), (queries, support))
-    for one, other in zip(torch.autograd.grad((came * pull).sum(), (queries, support)), expected, strict=True):
-        torch.testing.assert_close(one, other)
+    grad_output = torch.randn(16, 10, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    actual = ck.ops.affinity(queries, support, labels, 10, 5.5, backend="reference")
+    eager_result = (-5.5 * (1 - queries @ support.T)).exp() @ one_hot(labels, 10).double()
+    torch.testing.assert_close(actual, eager_result)
+    expected = torch.autograd.grad((eager_result * grad_output).sum(), (queries, support))
+    for actual_grad, expected_grad in zip(
+        torch.autograd.grad((actual * grad_output).sum(), (queries, support)), expected, strict=True
+    ):
+        torch.testing.assert_close(actual_grad, expected_grad)
 
 
-@pytest.mark.parametrize("learns", ["queries", "support", "weights"])
-def test_the_kernel_refuses_gradients(device, learns, triton):
+@pytest.mark.parametrize("leaf", ["queries", "support", "weights"])
+def test_the_kernel_raises_for_a_gradient(device, leaf, triton):
     queries, support, labels = inputs(device)
-    given = {"queries": queries, "support": support, "weights": torch.ones(65, device=device)}
-    given[learns].requires_grad_()
-    came = ck.ops.affinity(**given, labels=labels, classes=10, beta=5.5, backend="triton")
+    arguments = {"queries": queries, "support": support, "weights": torch.ones(65, device=device)}
+    arguments[leaf].requires_grad_()
+    actual = ck.ops.affinity(**arguments, labels=labels, classes=10, beta=5.5, backend="triton")
     with pytest.raises(RuntimeError, match="clipkernels::affinity has no backward: detach its inputs"):
-        came.sum().backward()
+        actual.sum().backward()
     with torch.no_grad():
-        assert not ck.ops.affinity(**given, labels=labels, classes=10, beta=5.5, backend="triton").requires_grad
+        assert not ck.ops.affinity(**arguments, labels=labels, classes=10, beta=5.5, backend="triton").requires_grad
 
 
 def test_autocast_changes_nothing(device, backend):
@@ -273,17 +277,17 @@ def test_autocast_changes_nothing(device, backend):
         check_same(ck.ops.affinity(queries, support, labels, 10, 5.5, backend=backend), expected, backend)
 
 
-@pytest.mark.parametrize("weighed", [False, True])
-def test_the_operator_passes_opcheck(device, weighed):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_operator_passes_opcheck(device, weighted):
     pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
     queries, support, labels = inputs(device, n=17)
     order, offsets = reference.sort_by_class(labels, 10)
-    weights = torch.rand(17, device=device) if weighed else None
+    weights = torch.rand(17, device=device) if weighted else None
     tensors = (queries, support[order], offsets, 5.5, weights)
     torch.library.opcheck(torch.ops.clipkernels.affinity.default, tensors)
 
 
-def test_it_compiles_into_one_graph_that_serves_any_number_of_queries(device, backend):
+def test_one_graph_takes_any_number_of_queries(device, backend):
     queries, support, labels = inputs(device, t=9)
     graphs = []
 
@@ -299,11 +303,11 @@ def test_it_compiles_into_one_graph_that_serves_any_number_of_queries(device, ba
         expected = doubled(queries[:t], support, labels)
         torch.testing.assert_close(compiled(queries[:t].clone(), support, labels), expected)
     assert len(graphs) == 1
-    traced = torch.compile(doubled, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(traced(queries, support, labels), doubled(queries, support, labels))
+    compiled_once = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled_once(queries, support, labels), doubled(queries, support, labels))
 
 
-def test_it_exports_for_any_number_of_queries(device, backend):
+def test_an_exported_program_takes_any_number_of_queries(device, backend):
     queries, support, labels = inputs(device, t=9)
 
     class Head(torch.nn.Module):
@@ -316,21 +320,21 @@ def test_it_exports_for_any_number_of_queries(device, backend):
         torch.testing.assert_close(program(queries[:t], support, labels), Head()(queries[:t], support, labels))
 
 
-def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
+def test_the_kernel_supports_strides_beyond_32_bits(tmp_path, triton):
     if not interpreting():
-        pytest.skip("the sparse file is CPU memory, which kernels read under the interpreter alone")
+        pytest.skip("the sparse file is CPU memory, which only interpreted kernels can read")
     # A sparse file: 6 GiB of addresses, a few pages of disk.
     stride = 2**30 + 8
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * stride + 8, dtype=torch.float16)
-    far = memory.as_strided((4, 8), (stride, 1))
+    strided = memory.as_strided((4, 8), (stride, 1))
     queries, support, labels = inputs("cpu", t=4, n=4, width=8, classes=2, dtype=torch.float16)
     order, offsets = reference.sort_by_class(labels, 2)
     support, labels = support[order], labels[order]
     expected = ck.ops.affinity(queries, support, labels, 2, 5.5, offsets=offsets, backend="triton")
-    far.copy_(support)
-    assert torch.equal(ck.ops.affinity(queries, far, labels, 2, 5.5, offsets=offsets, backend="triton"), expected)
-    far.copy_(queries)
-    assert torch.equal(ck.ops.affinity(far, support, labels, 2, 5.5, offsets=offsets, backend="triton"), expected)
+    strided.copy_(support)
+    assert torch.equal(ck.ops.affinity(queries, strided, labels, 2, 5.5, offsets=offsets, backend="triton"), expected)
+    strided.copy_(queries)
+    assert torch.equal(ck.ops.affinity(strided, support, labels, 2, 5.5, offsets=offsets, backend="triton"), expected)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +356,7 @@ def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
         ({"offsets": torch.zeros(10).long()}, r"offsets must be \(11\) torch.int64 on cpu, got \(10\)"),
     ],
 )
-def test_bad_arguments_are_named_on_every_backend(backend, change, message):
+def test_errors_name_the_bad_argument_on_every_backend(backend, change, message):
     queries, support, labels = inputs("cpu")
     arguments = {"queries": queries, "support": support, "labels": labels, "classes": 10, "beta": 5.5, **change}
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""condense_tokens: both backends against a literal reading, one image and one token at a time, in fp64."""
+"""condense_tokens on both backends, compared with a naive loop over images and tokens in fp64."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from clipkernels.testing import assert_within_budget, with_gaps
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def literal(x, scores, keep, merge, centers, weights=None, prefix=1, first=0):
-    """Tokens, the row of each patch, and the patch behind each kept row and each centre, one image after another."""
+def naive(x, scores, keep, merge, centers, weights=None, prefix=1, first=0):
+    """Return tokens, the row of each patch, and the patch of each kept row and centre, one image at a time."""
     x, scores, weights = x.double(), scores.double(), (scores if weights is None else weights).double()
-    read = [condense(*row, keep, merge, centers, prefix, first) for row in zip(x, scores, weights, strict=True)]
-    tokens, rows, index = zip(*read, strict=True)
+    results = [condense(*row, keep, merge, centers, prefix, first) for row in zip(x, scores, weights, strict=True)]
+    tokens, rows, index = zip(*results, strict=True)
     return torch.stack(tokens), torch.tensor(rows), torch.tensor(index)
 
 
@@ -26,12 +26,12 @@ def inputs(device, batch=2, tokens=17, width=24, prefix=1, dtype=torch.float32, 
 
 
 def eager(x, exact, source, index, weights, keep, centers, prefix=1):
-    """The merged and the fused tokens as plain PyTorch makes them in the dtype of x, the choices given."""
+    """Return merged and fused tokens for known choices, computed in plain PyTorch in the dtype of x."""
     patches, rows = x[:, prefix:], torch.arange(prefix + keep, prefix + keep + centers, device=x.device)
     member = source[:, None] == rows[:, None]
     center = torch.stack([image[chosen[keep:]] for image, chosen in zip(patches, index, strict=True)])
-    apart = (patches[:, None] - center[:, :, None]).float().norm(dim=3)
-    share = torch.where(apart == 0, 1, 1 / apart) * member
+    distance = (patches[:, None] - center[:, :, None]).float().norm(dim=3)
+    share = torch.where(distance == 0, 1, 1 / distance) * member
     merged = (share / share.sum(2, keepdim=True).clamp_min(1e-12)).to(x.dtype) @ patches
     merged = torch.where(member.any(2, keepdim=True), merged, center)
     fused = (weights * (source == prefix + keep + centers))[:, None].to(x.dtype) @ patches
@@ -50,31 +50,31 @@ def eager(x, exact, source, index, weights, keep, centers, prefix=1):
         (197, 1, 137, 40, 2),
     ],
 )
-def test_rows_are_those_of_a_literal_reading(device, backend, dtype, tokens, prefix, keep, merge, centers):
+def test_rows_match_a_naive_loop(device, backend, dtype, tokens, prefix, keep, merge, centers):
     x, scores = inputs(device, tokens=tokens, prefix=prefix, dtype=dtype)
-    came = ck.ops.condense_tokens(x, scores, keep, merge, centers, prefix=prefix, backend=backend)
+    actual = ck.ops.condense_tokens(x, scores, keep, merge, centers, prefix=prefix, backend=backend)
     exact, source, index = (
-        part.to(device) for part in literal(x.cpu(), scores.cpu(), keep, merge, centers, None, prefix)
+        part.to(device) for part in naive(x.cpu(), scores.cpu(), keep, merge, centers, None, prefix)
     )
-    assert torch.equal(came.source, source) and torch.equal(came.index, index)
-    assert torch.equal(came.tokens[:, : prefix + keep].double(), exact[:, : prefix + keep])
-    plain = eager(x, exact, source, index, scores, keep, centers, prefix)
-    assert_within_budget(came.tokens[:, prefix + keep :], exact[:, prefix + keep :], plain)
+    assert torch.equal(actual.source, source) and torch.equal(actual.index, index)
+    assert torch.equal(actual.tokens[:, : prefix + keep].double(), exact[:, : prefix + keep])
+    eager_result = eager(x, exact, source, index, scores, keep, centers, prefix)
+    assert_within_budget(actual.tokens[:, prefix + keep :], exact[:, prefix + keep :], eager_result)
 
 
-def test_weights_make_the_fused_token_and_scores_the_choice(device, backend):
+def test_weights_weigh_the_fused_token_and_scores_choose(device, backend):
     x, scores = inputs(device)
     weights = torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(1)).to(device)
-    came = ck.ops.condense_tokens(x, scores, 5, 6, 2, weights, backend=backend)
-    exact, source, _ = literal(x.cpu(), scores.cpu(), 5, 6, 2, weights.mean(1).cpu())
-    assert torch.equal(came.source.cpu(), source)
-    torch.testing.assert_close(came.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+    actual = ck.ops.condense_tokens(x, scores, 5, 6, 2, weights, backend=backend)
+    exact, source, _ = naive(x.cpu(), scores.cpu(), 5, 6, 2, weights.mean(1).cpu())
+    assert torch.equal(actual.source.cpu(), source)
+    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("heads", ["mean", "rank"])
-def test_per_head_scores_are_reduced_and_ties_are_common(device, backend, heads):
+def test_per_head_scores_with_ties_are_reduced_first(device, backend, heads):
     x, _ = inputs(device)
-    # Multiples of 1/8 with four heads: exact sums, so that both backends see the same ties.
+    # Multiples of 1/8 with four heads have exact sums, so that both backends see the same ties.
     scores = (torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(2)) * 8).round().div(8).to(device)
     reduced = scores.mean(1)
     if heads == "rank":
@@ -82,94 +82,95 @@ def test_per_head_scores_are_reduced_and_ties_are_common(device, backend, heads)
         higher = scores[..., :, None] > scores[..., None, :]
         tied = (scores[..., :, None] == scores[..., None, :]) & (later[:, None] < later)
         reduced = (higher | tied).sum(-1).sum(1) / 4
-    came = ck.ops.condense_tokens(x, scores, 4, 7, 3, heads=heads, backend=backend)
-    exact, source, index = literal(x.cpu(), reduced.cpu(), 4, 7, 3)
-    assert torch.equal(came.source.cpu(), source) and torch.equal(came.index.cpu(), index)
-    torch.testing.assert_close(came.tokens.double().cpu(), exact, atol=1e-4, rtol=1e-5)
+    actual = ck.ops.condense_tokens(x, scores, 4, 7, 3, heads=heads, backend=backend)
+    exact, source, index = naive(x.cpu(), reduced.cpu(), 4, 7, 3)
+    assert torch.equal(actual.source.cpu(), source) and torch.equal(actual.index.cpu(), index)
+    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("centers", [2, 4])
 @pytest.mark.parametrize("rate", [0.035, 0.1])
 @pytest.mark.parametrize("heads", ["rank", "mean"])
-def test_duplicate_tokens_and_tied_scores_condense_as_the_paper_says(device, backend, heads, rate, centers):
+def test_duplicate_tokens_and_tied_scores_follow_the_paper(device, backend, heads, rate, centers):
     x, _ = inputs(device, tokens=65)
-    x[:, 2::3] = x[:, 1:-1:3]  # every third token is the one before it
+    x[:, 2::3] = x[:, 1:-1:3]  # every third token repeats the one before it
     scores = (torch.rand(2, 4, 64, generator=torch.Generator().manual_seed(7)) * 8).round().div(32)
     step = ck.TCA(rate, centers=centers).plan(65, 6).steps[1]
     counts = (step.keep, step.merge, centers)
-    came = ck.ops.condense_tokens(x, scores.to(device), *counts, scores.to(device), heads, backend=backend)
+    actual = ck.ops.condense_tokens(x, scores.to(device), *counts, scores.to(device), heads, backend=backend)
     reduced = torch.stack([ranks(image) for image in scores]) if heads == "rank" else scores.mean(1)
-    exact, source, index = literal(x.cpu(), reduced, *counts, scores.mean(1))
-    assert torch.equal(came.source.cpu(), source) and torch.equal(came.index.cpu(), index)
-    torch.testing.assert_close(came.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+    exact, source, index = naive(x.cpu(), reduced, *counts, scores.mean(1))
+    assert torch.equal(actual.source.cpu(), source) and torch.equal(actual.index.cpu(), index)
+    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
 
 
-def test_equal_distances_go_to_the_higher_score_and_the_earlier_centre(device, backend):
-    # On a line: the centre at 0, patches at ±2 equally far, one at 1 halfway to the second centre at 2.
+def test_ties_go_to_the_higher_score_and_the_earlier_centre(device, backend):
+    # Points on a line: the first centre is at 0, patches at ±2 are equally far from it, and the patch at 1 is halfway
+    # to the second centre at 2.
     x = torch.tensor([[[9.0], [0], [2], [-2], [1], [5]]], device=device)
     scores = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1]], device=device)
-    came = ck.ops.condense_tokens(x, scores, 0, 4, 2, backend=backend)
-    assert came.index.tolist() == [[0, 1]]
-    assert came.source.tolist() == [[1, 2, 1, 1, 3]]
-    # (1·0 + ½·(-2) + 1·1) / 2.5, then the second centre alone.
-    torch.testing.assert_close(came.tokens[0, :, 0].cpu(), torch.tensor([9.0, 0.0, 2.0, 0.5]))
+    actual = ck.ops.condense_tokens(x, scores, 0, 4, 2, backend=backend)
+    assert actual.index.tolist() == [[0, 1]]
+    assert actual.source.tolist() == [[1, 2, 1, 1, 3]]
+    # (1·0 + ½·(-2) + 1·1) / 2.5, then the second centre by itself.
+    torch.testing.assert_close(actual.tokens[0, :, 0].cpu(), torch.tensor([9.0, 0.0, 2.0, 0.5]))
 
 
 @pytest.mark.parametrize("centers", [2, 4])
 def test_equal_tokens_merge_to_themselves(device, backend, centers):
     x = torch.ones(1, 17, 8, device=device) * 0.3
     _, scores = inputs(device, batch=1)
-    came = ck.ops.condense_tokens(x, scores, 4, 8, centers, backend=backend)
-    torch.testing.assert_close(came.tokens[:, :-1], x[:, : 5 + centers])
+    actual = ck.ops.condense_tokens(x, scores, 4, 8, centers, backend=backend)
+    torch.testing.assert_close(actual.tokens[:, :-1], x[:, : 5 + centers])
     # All join the first centre; the others coincide with it and yield their own token.
-    joined = came.source[0][scores[0].argsort(descending=True)[4:12]]
-    assert torch.equal(joined, torch.full_like(joined, 5))
+    rows = actual.source[0][scores[0].argsort(descending=True)[4:12]]
+    assert torch.equal(rows, torch.full_like(rows, 5))
 
 
-def test_duplicates_of_a_centre_weigh_as_much_as_it_does(device, backend):
+def test_duplicates_of_a_centre_weigh_as_much_as_the_centre(device, backend):
     x = torch.tensor([[[0.0], [4], [4], [6], [0]]], device=device)
     scores = torch.tensor([[0.9, 0.8, 0.7, 0.1]], device=device)
-    came = ck.ops.condense_tokens(x, scores, 0, 3, 1, backend=backend)
-    torch.testing.assert_close(came.tokens[0, 1, 0].item(), (4 + 4 + 0.5 * 6) / 2.5)
+    actual = ck.ops.condense_tokens(x, scores, 0, 3, 1, backend=backend)
+    torch.testing.assert_close(actual.tokens[0, 1, 0].item(), (4 + 4 + 0.5 * 6) / 2.5)
 
 
 @pytest.mark.parametrize("first", [0, 3, 5])
-def test_the_first_centre_may_be_another(device, backend, first):
+def test_first_chooses_the_first_centre(device, backend, first):
     x, scores = inputs(device)
-    came = ck.ops.condense_tokens(x, scores, 5, 6, 3, first=first, backend=backend)
-    exact, source, index = literal(x.cpu(), scores.cpu(), 5, 6, 3, first=first)
-    assert torch.equal(came.index.cpu(), index) and torch.equal(came.source.cpu(), source)
-    torch.testing.assert_close(came.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+    actual = ck.ops.condense_tokens(x, scores, 5, 6, 3, first=first, backend=backend)
+    exact, source, index = naive(x.cpu(), scores.cpu(), 5, 6, 3, first=first)
+    assert torch.equal(actual.index.cpu(), index) and torch.equal(actual.source.cpu(), source)
+    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 12])
-def test_nan_and_infinite_scores_still_write_exactly_the_rows_asked_for(device, backend, keep):
+def test_nan_and_infinite_scores_still_write_the_exact_rows(device, backend, keep):
     x, _ = inputs(device)
     inf, nan = float("inf"), float("nan")
     scores = torch.tensor([[nan, 1, -inf, 2, nan, 0, -inf, -1] * 2, [nan] * 16], device=device)
-    came = ck.ops.condense_tokens(x, scores, keep, 4, 2, backend=backend)
-    exact, source, index = literal(x.cpu(), scores.cpu(), keep, 4, 2)
-    assert torch.equal(came.source.cpu(), source) and torch.equal(came.index.cpu(), index)
-    torch.testing.assert_close(came.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+    actual = ck.ops.condense_tokens(x, scores, keep, 4, 2, backend=backend)
+    exact, source, index = naive(x.cpu(), scores.cpu(), keep, 4, 2)
+    assert torch.equal(actual.source.cpu(), source) and torch.equal(actual.index.cpu(), index)
+    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
 
 
-def test_a_token_of_nans_spoils_the_merged_tokens_alone(device, backend):
+def test_a_merging_token_of_nan_spoils_only_merged_tokens(device, backend):
     x, scores = inputs(device, batch=1)
     order = scores[0].argsort(descending=True)
     x[0, 1 + order[7]] = float("nan")
-    came = ck.ops.condense_tokens(x, scores, 5, 6, 2, backend=backend)
-    assert came.tokens[0, [0, 1, 2, 3, 4, 5, 8]].isfinite().all() and came.tokens[0, 6:8].isnan().any()
-    assert sorted(came.source[0].tolist())[:5] == [1, 2, 3, 4, 5] and came.source.max() == 8
+    actual = ck.ops.condense_tokens(x, scores, 5, 6, 2, backend=backend)
+    assert actual.tokens[0, [0, 1, 2, 3, 4, 5, 8]].isfinite().all() and actual.tokens[0, 6:8].isnan().any()
+    assert sorted(actual.source[0].tolist())[:5] == [1, 2, 3, 4, 5] and actual.source.max() == 8
 
 
-def test_norm_is_the_layer_norm_of_the_result(device, backend):
+def test_normed_is_the_layer_norm_of_the_tokens(device, backend):
     x, scores = inputs(device, width=40)
     weight, bias = torch.randn(2, 40, generator=torch.Generator().manual_seed(3)).to(device)
-    came = ck.ops.condense_tokens(x, scores, 6, 6, 2, norm=(weight, bias, 1e-5), backend=backend)
-    stored = came.tokens.double()
+    actual = ck.ops.condense_tokens(x, scores, 6, 6, 2, norm=(weight, bias, 1e-5), backend=backend)
+    stored = actual.tokens.double()
     exact = torch.nn.functional.layer_norm(stored, (40,), weight.double(), bias.double(), 1e-5)
-    plain = torch.nn.functional.layer_norm(came.tokens, (40,), weight, bias, 1e-5)
-    assert_within_budget(came.normed, exact, plain)
+    eager_result = torch.nn.functional.layer_norm(actual.tokens, (40,), weight, bias, 1e-5)
+    assert_within_budget(actual.normed, exact, eager_result)
 
 
 def test_any_strides_give_the_same_result(device, backend):
@@ -183,78 +184,80 @@ def test_any_strides_give_the_same_result(device, backend):
     assert all(torch.equal(shared.tokens[i], expected.tokens[0]) for i in range(3))
 
 
-def test_it_is_differentiable_in_tokens_and_weights(device, backend):
+def test_condensing_is_differentiable_in_tokens_and_weights(device, backend):
     x, scores = inputs(device, tokens=12, width=3, dtype=torch.float32)
     weights = torch.rand(2, 11, generator=torch.Generator().manual_seed(4)).to(device)
     x, weights = x.requires_grad_(), weights.requires_grad_()
-    came = ck.ops.condense_tokens(x, scores, 3, 4, 2, weights, backend=backend).tokens
-    pull = torch.randn(came.shape, generator=torch.Generator().manual_seed(5)).to(device)
-    grad_x, grad_weights = torch.autograd.grad((came * pull).sum(), (x, weights))
-    _, source, index = (part.to(device) for part in literal(x.detach().cpu(), scores.cpu(), 3, 4, 2))
+    actual = ck.ops.condense_tokens(x, scores, 3, 4, 2, weights, backend=backend).tokens
+    grad_output = torch.randn(actual.shape, generator=torch.Generator().manual_seed(5)).to(device)
+    grad_x, grad_weights = torch.autograd.grad((actual * grad_output).sum(), (x, weights))
+    _, source, index = (part.to(device) for part in naive(x.detach().cpu(), scores.cpu(), 3, 4, 2))
     for image in range(2):
         for patch in range(11):
-            row, own = int(source[image, patch]), x[image, 1 + patch]
+            row, token = int(source[image, patch]), x[image, 1 + patch]
             share = 1.0
-            if row in (4, 5):  # merged: its weight over those of its cluster
+            if row in (4, 5):  # a merged patch counts by its weight over the weights of its cluster
                 center = x[image, 1 + index[image, 3 + row - 4]].detach()
                 members = x[image, 1:][source[image] == row].detach()
-                each = (members - center).norm(dim=1)
-                mass = torch.where(each == 0, 1, 1 / each).sum()
-                apart = (own.detach() - center).norm()
-                share = float((1 / apart if apart else torch.tensor(1.0)) / mass)
+                distances = (members - center).norm(dim=1)
+                mass = torch.where(distances == 0, 1, 1 / distances).sum()
+                distance = (token.detach() - center).norm()
+                share = float((1 / distance if distance else torch.tensor(1.0)) / mass)
             elif row == 6:
                 share = weights[image, patch].item()
-                torch.testing.assert_close(grad_weights[image, patch], own @ pull[image, 6], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(grad_x[image, 1 + patch], share * pull[image, row], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(
+                    grad_weights[image, patch], token @ grad_output[image, 6], atol=1e-4, rtol=1e-4
+                )
+            torch.testing.assert_close(grad_x[image, 1 + patch], share * grad_output[image, row], atol=1e-4, rtol=1e-4)
             assert row == 6 or grad_weights[image, patch] == 0
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, batch, triton):
+def test_an_image_has_the_same_bits_alone_and_in_a_batch(device, batch, triton):
     x, scores = inputs(device, batch=3, tokens=65, width=48)
     norm = (torch.ones(48, device=device), torch.zeros(48, device=device), 1e-5)
-    whole = ck.ops.condense_tokens(x, scores, 20, 24, 2, norm=norm, backend="triton")
-    part = ck.ops.condense_tokens(x[3 - batch :], scores[3 - batch :], 20, 24, 2, norm=norm, backend="triton")
-    again = ck.ops.condense_tokens(x, scores, 20, 24, 2, norm=norm, backend="triton")
-    for all_rows, some, rerun in zip(whole, part, again, strict=True):
-        assert torch.equal(all_rows[3 - batch :], some) and torch.equal(all_rows, rerun)
+    batch_result = ck.ops.condense_tokens(x, scores, 20, 24, 2, norm=norm, backend="triton")
+    part_result = ck.ops.condense_tokens(x[3 - batch :], scores[3 - batch :], 20, 24, 2, norm=norm, backend="triton")
+    rerun_result = ck.ops.condense_tokens(x, scores, 20, 24, 2, norm=norm, backend="triton")
+    for expected, actual, rerun in zip(batch_result, part_result, rerun_result, strict=True):
+        assert torch.equal(expected[3 - batch :], actual) and torch.equal(expected, rerun)
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "per_head", "weighed"), [("mean", 0, 0), ("mean", 3, 0), ("rank", 3, 3), ("mean", 0, 1)]
+    ("heads", "per_head", "weighted"), [("mean", 0, 0), ("mean", 3, 0), ("rank", 3, 3), ("mean", 0, 1)]
 )
-def test_the_kernel_has_the_gradients_of_the_reference(device, heads, per_head, weighed, norm, triton):
+def test_the_kernel_has_the_gradients_of_the_reference(device, heads, per_head, weighted, norm, triton):
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 17, 24, generator=generator)
-    x[1, 1:] = x[1, 1]  # all alike: centres coincide
+    x[1, 1:] = x[1, 1]  # equal patches, so that centres coincide
     scores = torch.rand(2, *([per_head] if per_head else []), 16, generator=generator).to(device).requires_grad_()
-    weights = torch.rand(2, *([weighed] if weighed > 1 else []), 16, generator=generator).to(device).requires_grad_()
+    weights = torch.rand(2, *([weighted] if weighted > 1 else []), 16, generator=generator).to(device).requires_grad_()
     weight, bias = (w.to(device).requires_grad_() for w in torch.randn(2, 24, generator=generator))
     x = x.to(device).requires_grad_()
     grads = []
     for backend in ("reference", "triton"):
-        came = ck.ops.condense_tokens(
-            *(x, scores, 5, 6, 3, weights if weighed else None, heads, 1, 2),
+        actual = ck.ops.condense_tokens(
+            *(x, scores, 5, 6, 3, weights if weighted else None, heads, 1, 2),
             (weight, bias, 1e-5) if norm else None,
             backend=backend,
         )
-        loss = (came.tokens * torch.linspace(-1, 1, 24, device=device)).sum()
+        loss = (actual.tokens * torch.linspace(-1, 1, 24, device=device)).sum()
         if norm:
-            loss = loss + (came.normed * torch.linspace(2, -1, 24, device=device)).sum()
-        given = (x, scores, weights, weight, bias)
-        grads.append(torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True))
+            loss = loss + (actual.normed * torch.linspace(2, -1, 24, device=device)).sum()
+        leaves = (x, scores, weights, weight, bias)
+        grads.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
     for reference, kernel in zip(*grads, strict=True):
         torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("per_head", "weighed", "normed"), [(0, False, False), (2, True, True), (0, True, False)])
-def test_the_operator_passes_opcheck(device, per_head, weighed, normed):
+@pytest.mark.parametrize(("per_head", "weighted", "normed"), [(0, False, False), (2, True, True), (0, True, False)])
+def test_the_operator_passes_opcheck(device, per_head, weighted, normed):
     pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
     x, scores = inputs(device, tokens=12, width=16)
     scores = scores[:, None].repeat(1, per_head, 1) if per_head else scores
     weight = torch.ones(16, device=device) if normed else None
-    weights = scores.clone().requires_grad_() if weighed else None
+    weights = scores.clone().requires_grad_() if weighted else None
     tensors = (x.requires_grad_(), scores.requires_grad_(), 3, 4, 2, weights, "mean", 1, 0, weight, weight, 1e-5)
     torch.library.opcheck(torch.ops.clipkernels.condense_tokens.default, tensors)
 
@@ -270,9 +273,9 @@ def test_the_operator_compiles_into_one_graph(device):
     assert torch.equal(condensed(x, scores), ck.ops.condense_tokens(x, scores, 5, 6, 2, backend="triton").tokens * 2)
 
 
-def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
+def test_the_kernel_supports_strides_beyond_32_bits(tmp_path, triton):
     if not interpreting():
-        pytest.skip("the sparse file is CPU memory, which kernels read under the interpreter alone")
+        pytest.skip("the sparse file is CPU memory, which only interpreted kernels can read")
     # A sparse file: 6 GiB of addresses, four pages of disk.
     stride = 2**30 + 8
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * stride + 8, dtype=torch.float16)
@@ -280,8 +283,8 @@ def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
     values = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(4)).half()
     x.copy_(values)
     scores = torch.tensor([[0.25, 0.5, 0.125]])
-    came = ck.ops.condense_tokens(x, scores, 1, 1, 1, backend="triton")
-    assert torch.equal(came.tokens, torch.stack([values[:, 0], values[:, 2], values[:, 1], values[:, 3] / 8], 1))
+    actual = ck.ops.condense_tokens(x, scores, 1, 1, 1, backend="triton")
+    assert torch.equal(actual.tokens, torch.stack([values[:, 0], values[:, 2], values[:, 1], values[:, 3] / 8], 1))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +301,7 @@ def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
         ({"heads": "max"}, 'heads must be "mean" or "rank"'),
     ],
 )
-def test_bad_arguments_are_named_on_every_backend(backend, change, message):
+def test_errors_name_the_bad_argument_on_every_backend(backend, change, message):
     x, scores = inputs("cpu")
     arguments = {"x": x, "scores": scores, "keep": 4, "merge": 6, "centers": 2, **change}
     with pytest.raises(ValueError, match=message):

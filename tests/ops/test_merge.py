@@ -1,4 +1,4 @@
-"""match_tokens and merge_tokens against the definition read one token at a time."""
+"""match_tokens and merge_tokens, compared with naive loops over tokens in fp64."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from clipkernels.testing import assert_within_budget, with_gaps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def literal_match(metric, r, prefix):
-    """Kept, source, target of one image (N,D), edge by edge."""
+def naive_match(metric, r, prefix):
+    """Return kept, source and target of one image (N,D), computed one edge at a time."""
     unit = metric.double() / metric.double().norm(dim=-1, keepdim=True)
     even, odd = range(0, len(metric), 2), range(1, len(metric), 2)
     edges = []
@@ -25,8 +25,8 @@ def literal_match(metric, r, prefix):
     return sorted(order[r:]), source, [edges[i][1] for i in source]
 
 
-def literal_merge(x, kept, source, target, size):
-    """Tokens and sizes of one image, in fp64."""
+def naive_merge(x, kept, source, target, size):
+    """Return tokens and sizes of one image, in fp64."""
     x, size = x.double(), size.double()
     tokens, sizes = [x[2 * i] for i in kept], [size[2 * i] for i in kept]
     for b in range(len(x) // 2):
@@ -42,9 +42,9 @@ def normal(device, *shape, seed=0, dtype=torch.float32):
 
 
 def duplicates(device, batch=3, tokens=16, width=8):
-    """Tokens drawn from four vectors: every similarity is tied many times over."""
+    """Return tokens drawn from four vectors, so that every similarity has many ties."""
     generator = torch.Generator().manual_seed(0)
-    # Signed unit axes: similarities are exactly -1, 0 or 1 in every precision.
+    # Between signed unit axes, similarities are exactly -1, 0 or 1 in every precision.
     pool = torch.cat([torch.eye(width)[:2], -torch.eye(width)[:2]])
     return pool[torch.randint(4, (batch, tokens), generator=generator)].to(device)
 
@@ -53,39 +53,39 @@ def duplicates(device, batch=3, tokens=16, width=8):
     ("tokens", "prefix", "r"),
     [(2, 1, 0), (3, 1, 1), (4, 0, 2), (63, 1, 31), (64, 0, 32), (65, 1, 13), (65, 5, 30), (257, 1, 16)],
 )
-def test_matching_is_the_definition_on_random_tokens(tokens, prefix, r):
+def test_matching_random_tokens_matches_a_naive_loop(tokens, prefix, r):
     metric = torch.randn(2, tokens, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     match = ck.ops.match_tokens(metric, r, prefix)
     for image in range(2):
-        expected = literal_match(metric[image], r, prefix)
+        expected = naive_match(metric[image], r, prefix)
         assert [index[image].tolist() for index in match] == list(expected)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 @pytest.mark.parametrize("r", [0, 1, 4, 7])
-def test_matching_is_the_definition_on_tied_and_duplicate_tokens(device, backend, prefix, r):
+def test_matching_duplicate_tokens_matches_a_naive_loop(device, backend, prefix, r):
     metric = duplicates(device)
     match = ck.ops.match_tokens(metric, r, prefix, backend=backend)
     for image in range(len(metric)):
-        assert [index[image].tolist() for index in match] == list(literal_match(metric[image], r, prefix))
+        assert [index[image].tolist() for index in match] == list(naive_match(metric[image], r, prefix))
 
 
-def test_the_prefix_neither_merges_nor_is_merged_into(device, backend):
+def test_prefix_tokens_neither_merge_nor_are_merged_into(device, backend):
     metric = torch.ones(1, 9, 4, device=device)
     match = ck.ops.match_tokens(metric, 3, prefix=3, backend=backend)
     assert match.source.tolist() == [[2, 3, 4]]
     assert match.target.tolist() == [[1, 1, 1]]
 
 
-def test_nan_similarity_counts_as_the_smallest(device, backend):
+def test_a_nan_similarity_counts_as_minus_infinity(device, backend):
     metric = normal(device, 1, 8, 4, seed=2)
     metric[0, 2] = float("nan")
     match = ck.ops.match_tokens(metric, 2, prefix=0, backend=backend)
-    assert [index[0].tolist() for index in match] == list(literal_match(metric[0], 2, 0))
+    assert [index[0].tolist() for index in match] == list(naive_match(metric[0], 2, 0))
     assert 1 in match.kept[0].tolist()
 
 
-def test_matching_looks_at_directions_only(device, backend):
+def test_matching_ignores_the_length_of_tokens(device, backend):
     metric = normal(device, 2, 33, 16, seed=3)
     scaled = metric * torch.logspace(-3, 3, 33, device=device)[None, :, None]
     for one, other in zip(
@@ -106,12 +106,12 @@ def test_merging_is_the_size_weighted_mean(device, backend, tokens, r, sized, dt
     ones = torch.ones(2, tokens, device=device)
     for image in range(2):
         indices = [index[image].tolist() for index in match]
-        exact, sizes = literal_merge(x[image], *indices, (ones if size is None else size)[image])
+        exact, sizes = naive_merge(x[image], *indices, (ones if size is None else size)[image])
         assert_within_budget(merged.tokens[image], exact, exact.to(dtype))
         assert torch.equal(merged.size[image].double(), sizes)
 
 
-def test_sizes_add_up_to_the_tokens_at_the_start(device, backend):
+def test_sizes_sum_to_the_initial_number_of_tokens(device, backend):
     x = normal(device, 3, 65, 16, seed=5)
     size = None
     for r in (32, 16, 8, 4):
@@ -136,7 +136,7 @@ def test_the_order_of_the_sources_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_tokens_merge_to_themselves_and_untouched_ones_are_bit_equal(device, backend, dtype):
+def test_merging_equal_tokens_and_copying_others_is_bit_exact(device, backend, dtype):
     generator = torch.Generator().manual_seed(7)
     x = normal(device, 1, 64, 24, seed=7, dtype=dtype)
     x[:, ::2] = x[:, 1::2]
@@ -158,7 +158,7 @@ def test_any_strides_give_the_same_result(device, backend):
     )
 
 
-def test_norm_is_the_layer_norm_of_the_result(device, backend):
+def test_normed_is_the_layer_norm_of_the_tokens(device, backend):
     x = normal(device, 2, 17, 24, seed=9)
     weight, bias = normal(device, 2, 24, seed=10)
     merged = ck.ops.merge_tokens(
@@ -169,7 +169,7 @@ def test_norm_is_the_layer_norm_of_the_result(device, backend):
     assert_within_budget(merged.normed, exact, eager)
 
 
-def test_merging_passes_gradcheck_in_double_and_matching_carries_no_gradient():
+def test_merging_passes_gradcheck_and_matches_have_no_gradient():
     x = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(11), dtype=torch.float64).requires_grad_()
     match = ck.ops.match_tokens(x, 3)
     assert not any(index.requires_grad for index in match)
@@ -178,7 +178,7 @@ def test_merging_passes_gradcheck_in_double_and_matching_carries_no_gradient():
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_every_batch_size_works(device, backend, batch):
+def test_any_batch_size_works(device, backend, batch):
     x = normal(device, 3, 17, 8, seed=12)[:batch]
     merged = ck.ops.merge_tokens(x, ck.ops.match_tokens(x, 4, backend=backend), backend=backend)
     assert merged.tokens.shape == (batch, 13, 8) and merged.size.shape == (batch, 13)
@@ -195,12 +195,12 @@ def test_every_batch_size_works(device, backend, batch):
         (torch.ones(2, 9, 4, dtype=torch.int32), 1, 1, "metric must be float32"),
     ],
 )
-def test_a_bad_match_is_refused(metric, r, prefix, message):
+def test_bad_arguments_of_match_tokens_raise(metric, r, prefix, message):
     with pytest.raises(ValueError, match=message):
         ck.ops.match_tokens(metric, r, prefix)
 
 
-def test_a_match_of_other_tokens_is_refused():
+def test_a_match_of_other_tokens_raises():
     x = torch.randn(2, 9, 4)
     match = ck.ops.match_tokens(torch.randn(2, 11, 4), 2)
     with pytest.raises(ValueError, match="match must hold kept, source, target of shapes"):
@@ -211,7 +211,7 @@ def test_a_match_of_other_tokens_is_refused():
         ck.ops.merge_tokens(x, ck.ops.match_tokens(x, 2), size=torch.ones(2, 8))
 
 
-def test_the_prefix_stays_even_when_everything_else_is_nan(device, backend):
+def test_the_prefix_stays_if_all_other_tokens_are_nan(device, backend):
     metric = torch.full((1, 9, 4), float("nan"), device=device)
     metric[0, :3] = 1
     for prefix in (1, 2, 3):
@@ -224,46 +224,48 @@ def test_autocast_does_not_narrow_the_similarities():
     metric = torch.randn(2, 65, 64, generator=torch.Generator().manual_seed(13))
     expected = ck.ops.match_tokens(metric, 26)
     with torch.autocast("cpu", torch.bfloat16):
-        came = ck.ops.match_tokens(metric, 26)
-    assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+        actual = ck.ops.match_tokens(metric, 26)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_per_head_keys_are_averaged_in_their_dtype_first(device, backend):
-    keys = (normal(device, 2, 3, 33, 16, seed=14) * 8).round() / 8  # every mean is exact up to its last rounding
+    keys = (
+        normal(device, 2, 3, 33, 16, seed=14) * 8
+    ).round() / 8  # every mean is exact except for one rounding at the end
     for dtype in (torch.float32, torch.float16):
-        came = ck.ops.match_tokens(keys.to(dtype), 9, backend=backend)
+        actual = ck.ops.match_tokens(keys.to(dtype), 9, backend=backend)
         expected = ck.ops.match_tokens(keys.to(dtype).mean(1), 9, backend=backend)
-        assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "r"), [(3, 1, 1), (64, 0, 32), (65, 1, 13), (65, 5, 30), (257, 1, 16)])
-def test_the_kernel_matches_as_the_reference_does(device, triton, tokens, prefix, r):
+def test_the_kernel_gives_the_matches_of_the_reference(device, triton, tokens, prefix, r):
     metric = normal(device, 2, tokens, 64, seed=15)
-    came = ck.ops.match_tokens(metric, r, prefix, backend=triton)
+    actual = ck.ops.match_tokens(metric, r, prefix, backend=triton)
     expected = ck.ops.match_tokens(metric, r, prefix, backend="reference")
-    assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_a_metric_as_wide_as_the_tokens_is_served(device, triton):
+def test_the_kernel_takes_a_metric_as_wide_as_tokens(device, triton):
     metric = normal(device, 2, 17, 768, seed=24)
-    came, expected = (ck.ops.match_tokens(metric, 6, backend=name) for name in (triton, "reference"))
-    assert all(torch.equal(a, b) for a, b in zip(came, expected, strict=True))
+    actual, expected = (ck.ops.match_tokens(metric, 6, backend=name) for name in (triton, "reference"))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, triton):
+def test_an_image_has_the_same_bits_alone_and_in_a_batch(device, triton):
     x, keys = normal(device, 3, 65, 48, seed=16), normal(device, 3, 2, 65, 16, seed=17)
     size = torch.arange(1.0, 66, device=device).expand(3, -1)
     norm = (x[0, 0], x[0, 1], 1e-5)
 
-    def run(some):
-        match = ck.ops.match_tokens(keys[some], 20, backend=triton)
-        return *match, *ck.ops.merge_tokens(x[some], match, size[some], norm, backend=triton)
+    def run(images):
+        match = ck.ops.match_tokens(keys[images], 20, backend=triton)
+        return *match, *ck.ops.merge_tokens(x[images], match, size[images], norm, backend=triton)
 
-    for whole, one, again in zip(run(slice(3)), run(slice(2, 3)), run(slice(3)), strict=True):
-        assert torch.equal(whole[2:], one) and torch.equal(whole, again)
+    for batch, alone, rerun in zip(run(slice(3)), run(slice(2, 3)), run(slice(3)), strict=True):
+        assert torch.equal(batch[2:], alone) and torch.equal(batch, rerun)
 
 
-def test_a_source_without_bounds_spoils_its_own_target_alone(device, backend):
+def test_a_source_that_is_not_finite_spoils_only_its_target(device, backend):
     x = normal(device, 1, 9, 8, seed=18)
     x[0, 0], x[0, 2] = float("nan"), float("inf")
     pairs = torch.arange(2, device=device)[None]
@@ -312,20 +314,23 @@ def test_matching_and_merging_compile_into_one_graph(device):
         match = ck.ops.match_tokens(x, 5, backend=backend)
         return ck.ops.merge_tokens(x, match, backend=backend).tokens * 2
 
-    came = torch.compile(reduce, fullgraph=True, backend="aot_eager")(x)
-    torch.testing.assert_close(came, reduce(x, "reference"))
+    actual = torch.compile(reduce, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(actual, reduce(x, "reference"))
 
 
-def test_the_kernels_read_through_strides_beyond_32_bits(tmp_path, triton):
+def test_the_kernels_support_strides_beyond_32_bits(tmp_path, triton):
     if not interpreting():
-        pytest.skip("the sparse file is CPU memory, which kernels read under the interpreter alone")
+        pytest.skip("the sparse file is CPU memory, which only interpreted kernels can read")
     # A sparse file: 4 GiB of addresses, a few pages of disk.
     stride = 2**30 + 8
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + 8, dtype=torch.float16)
     x = memory.as_strided((1, 3, 8), (3 * stride, stride, 1))
     x.copy_(normal("cpu", 1, 3, 8, seed=23))
     match = ck.ops.match_tokens(x, 1, prefix=0, backend=triton)
-    near = x.clone()
-    assert all(torch.equal(a, b) for a, b in zip(match, ck.ops.match_tokens(near, 1, prefix=0), strict=True))
-    far, expected = ck.ops.merge_tokens(x, match, backend=triton), ck.ops.merge_tokens(near, match, backend=triton)
-    assert torch.equal(far.tokens, expected.tokens)
+    contiguous = x.clone()
+    assert all(torch.equal(a, b) for a, b in zip(match, ck.ops.match_tokens(contiguous, 1, prefix=0), strict=True))
+    actual, expected = (
+        ck.ops.merge_tokens(x, match, backend=triton),
+        ck.ops.merge_tokens(contiguous, match, backend=triton),
+    )
+    assert torch.equal(actual.tokens, expected.tokens)

@@ -1,4 +1,4 @@
-"""Half precision: no further from fp32 than the host's own forward, and finite where half sums would overflow."""
+"""Half precision: as close to fp32 as the host's own forward, and finite where half-precision sums would overflow."""
 
 import pytest
 import torch
@@ -25,26 +25,26 @@ def build(name):
     return model, ck.tower_of(model), torch.randn(16, 3, 64, 64)
 
 
-def drift(came, exact):
-    return 1 - torch.cosine_similarity(came.double(), exact, dim=-1)
+def drift(actual, exact):
+    return 1 - torch.cosine_similarity(actual.double(), exact, dim=-1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
-def test_dense_is_no_further_from_fp32_than_the_host(name, dtype):
+def test_dense_is_as_close_to_fp32_as_the_host(name, dtype):
     model, tower, images = build(name)
     exact = tower.encode(images).double()
     model.to(dtype)
-    if name == "clip":  # the package keeps its norms in fp32
+    if name == "clip":  # the clip package keeps its norms in fp32
         for module in model.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.float()
     host = drift(tower.encode(images.to(dtype)), exact)
     ck.patch(model, ck.Dense())
-    came = drift(tower.encode(images.to(dtype)), exact)
+    actual = drift(tower.encode(images.to(dtype)), exact)
     assert host.max() < 0.01
-    assert came.mean() <= 1.5 * host.mean()
+    assert actual.mean() <= 1.5 * host.mean()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,16 +53,16 @@ def test_dense_is_no_further_from_fp32_than_the_host(name, dtype):
 )
 @torch.no_grad()
 def test_a_reduced_tower_keeps_its_direction_in_half_precision(method, dtype):
-    """The bundled weights, whose attention is trained: near ties may fall otherwise, the embedding must not."""
+    # Bundled weights have trained attention. Near ties may be decided differently; the embedding must stay.
     model = ck.patch(ck.bundled()[0], method)
     images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     exact = model.encode_image(images).double()
-    came = model.to(dtype).encode_image(images.to(dtype))
-    assert drift(came, exact).mean() < 0.01 and came.isfinite().all()
+    actual = model.to(dtype).encode_image(images.to(dtype))
+    assert drift(actual, exact).mean() < 0.01 and actual.isfinite().all()
 
 
 @torch.no_grad()
-def test_attention_in_fp16_does_not_overflow():
+def test_fp16_attention_does_not_overflow():
     q = torch.full((1, 2, 9, 64), 200.0, dtype=torch.float16)
     v = torch.randn(1, 2, 9, 64, dtype=torch.float16)
     out, scores = ck.ops.attention(q, q * 200, v, signal="cls")
@@ -71,8 +71,8 @@ def test_attention_in_fp16_does_not_overflow():
 
 
 @torch.no_grad()
-def test_a_fused_token_is_summed_in_fp32():
+def test_fused_tokens_are_summed_in_fp32():
     x = torch.full((1, 4098, 8), 4.0, dtype=torch.float16)
     fused = ck.ops.prune_tokens(x, torch.ones(1, 4097), 1, fuse=True).tokens[:, -1]
-    # In fp16 a running sum stops growing at 8192, where 4 is half of a unit.
+    # In fp16 a running sum would stop at 8192, where 4 is half of the spacing of numbers.
     assert torch.equal(fused, torch.full_like(fused, 4096 * 4.0))

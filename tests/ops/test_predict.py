@@ -1,4 +1,4 @@
-"""predict_scores: both backends against a predictor built of torch.nn modules, in fp64."""
+"""predict_scores on both backends, compared with a predictor of torch.nn modules in fp64."""
 
 import math
 
@@ -15,12 +15,12 @@ from clipkernels.ops import Mixer
 from clipkernels.testing import assert_within_budget, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Below, at and above a tile of tokens; multiples of 64 channels, none, and fewer.
+# Tokens below, at and above a tile; channels that are a multiple of 64, are none, or are fewer.
 SIZES = [(2, 128, 1), (2, 768, 0), (50, 100, 1), (65, 48, 0), (65, 128, 5), (50, 768, 1)]
 
 
-def literal(x, mixer, prefix):
-    """Scores in the dtype of the inputs, as one writes it with modules."""
+def naive(x, mixer, prefix):
+    """Return scores by torch.nn modules, in the dtype of the inputs."""
     g, (ht, n), hc = len(mixer.norm1_weight), mixer.token_in_weight.shape, len(mixer.channel_in_bias)
     parts = {"norm1": nn.LayerNorm(g, mixer.eps), "token_in": nn.Linear(n, ht), "token_out": nn.Linear(ht, n)}
     parts |= {"norm2": nn.LayerNorm(g, mixer.eps), "channel_in": nn.Linear(g, hc), "channel_out": nn.Linear(hc, g)}
@@ -36,7 +36,7 @@ def literal(x, mixer, prefix):
 
 
 def inputs(device, batch=2, tokens=17, width=128, dtype=torch.float32, g=64, ht=32, hc=256, seed=0):
-    """Tokens and weights; every vector is random, so that none can be left out unnoticed."""
+    """Return tokens and weights. Every vector is random, which reveals an implementation that leaves one out."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -57,16 +57,16 @@ def double(mixer):
 
 
 def check(x, mixer, prefix, backend):
-    came = ck.ops.predict_scores(x, mixer, prefix, backend=backend)
-    assert came.dtype == torch.float32
-    exact = literal(x.double(), double(mixer), prefix)
-    assert_within_budget(came, exact, literal(x, mixer, prefix))
+    actual = ck.ops.predict_scores(x, mixer, prefix, backend=backend)
+    assert actual.dtype == torch.float32
+    exact = naive(x.double(), double(mixer), prefix)
+    assert_within_budget(actual, exact, naive(x, mixer, prefix))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width", "prefix"), SIZES)
 def test_scores_are_within_budget_of_fp64(device, backend, dtype, tokens, width, prefix):
-    # A few scores of plain PyTorch may all be right by luck, which leaves no budget.
+    # With a few scores plain PyTorch may happen to be exact, which would leave no budget.
     check(*inputs(device, 16 if tokens < 5 else 1, tokens, width, dtype), prefix, backend)
 
 
@@ -75,7 +75,7 @@ def test_scores_are_within_budget_of_fp64(device, backend, dtype, tokens, width,
 @pytest.mark.parametrize(
     ("tokens", "width", "prefix"), [(197, 768, 1), (257, 1024, 1), (577, 1024, 1), (729, 1152, 0), (257, 1408, 1)]
 )
-def test_scores_are_within_budget_at_the_sizes_of_towers(device, backend, dtype, tokens, width, prefix):
+def test_scores_are_within_budget_at_tower_sizes(device, backend, dtype, tokens, width, prefix):
     check(*inputs(device, 1, tokens, width, dtype), prefix, backend)
 
 
@@ -85,32 +85,35 @@ def test_every_width_with_a_kernel_is_within_budget(device, backend, g, ht, hc):
 
 
 @pytest.mark.parametrize(("tokens", "width", "prefix"), [*SIZES, (197, 768, 1)])
-def test_fp64_stays_fp64_and_the_kernel_refuses_it(tokens, width, prefix):
+def test_fp64_stays_fp64_and_the_kernel_raises(tokens, width, prefix):
     x, mixer = inputs("cpu", 2, tokens, width, torch.float64)
-    came = ck.ops.predict_scores(x, mixer, prefix)
-    torch.testing.assert_close(came, literal(x, mixer, prefix), atol=1e-12, rtol=1e-12)
+    actual = ck.ops.predict_scores(x, mixer, prefix)
+    torch.testing.assert_close(actual, naive(x, mixer, prefix), atol=1e-12, rtol=1e-12)
     with pytest.raises(ValueError, match=r"takes float32, float16 or bfloat16, got float64|triton is not installed"):
         ck.ops.predict_scores(x, mixer, prefix, backend="triton")
 
 
 @pytest.mark.parametrize("width", [768, 128, 64, 100, 63, 48, 1])
-def test_a_bin_is_the_mean_of_the_channels_that_it_covers(width):
+def test_a_bin_is_the_mean_of_its_channels(width):
     x = torch.randn(2, 3, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     bins = [x[..., g * width // 64 : math.ceil((g + 1) * width / 64)].mean(-1) for g in range(64)]
     torch.testing.assert_close(reference.pool_channels(x, 64), torch.stack(bins, -1), atol=1e-15, rtol=1e-15)
 
 
-def test_the_predictor_of_a_b16_has_46246_parameters_and_7_million_products():
+def test_a_b16_predictor_has_46246_weights_and_7m_products():
     x, mixer = inputs("cpu", 1, 197, 768)
     assert sum(weight.numel() for weight in mixer[:-1]) == 46_246
     with FlopCounterMode(display=False) as counter:
         ck.ops.predict_scores(x, mixer)
     products = 2 * 197 * 64 * 32 + 2 * 197 * 64 * 256
-    assert counter.get_total_flops() in (2 * products, 2 * (products + 196 * 64))  # whether it counts the last one
+    assert counter.get_total_flops() in (
+        2 * products,
+        2 * (products + 196 * 64),
+    )  # some versions of torch count the last product
     assert round((products + 196 * 64) / 1e6, 2) == 7.27
 
 
-def test_without_mlps_the_scores_are_linear_in_the_means(device, backend):
+def test_scores_without_mlps_are_linear_in_the_means(device, backend):
     x, mixer = inputs(device, 2, 5, 128)
     zero = {name: torch.zeros_like(getattr(mixer, name)) for name in ("token_out_weight", "channel_out_weight")}
     biased = mixer._replace(**zero)
@@ -119,32 +122,32 @@ def test_without_mlps_the_scores_are_linear_in_the_means(device, backend):
     torch.testing.assert_close(ck.ops.predict_scores(x, biased, 0, backend=backend), exact, atol=1e-4, rtol=1e-5)
 
 
-def test_the_prefix_is_mixed_in_but_gets_no_score(device, backend):
+def test_the_prefix_is_mixed_but_has_no_score(device, backend):
     x, mixer = inputs(device, 2, 9)
-    every = ck.ops.predict_scores(x, mixer, 0, backend=backend)
+    all_scores = ck.ops.predict_scores(x, mixer, 0, backend=backend)
     for prefix in (1, 5, 9):
-        came = ck.ops.predict_scores(x, mixer, prefix, backend=backend)
-        assert came.shape == (2, 9 - prefix)
-        torch.testing.assert_close(came, every[:, prefix:])
+        actual = ck.ops.predict_scores(x, mixer, prefix, backend=backend)
+        assert actual.shape == (2, 9 - prefix)
+        torch.testing.assert_close(actual, all_scores[:, prefix:])
     x[:, 0] += torch.linspace(-1, 1, 128, device=device)
-    assert not torch.isclose(ck.ops.predict_scores(x, mixer, 1, backend=backend), every[:, 1:]).any()
+    assert not torch.isclose(ck.ops.predict_scores(x, mixer, 1, backend=backend), all_scores[:, 1:]).any()
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, batch, triton):
+def test_an_image_has_the_same_bits_alone_and_in_a_batch(device, batch, triton):
     x, mixer = inputs(device, 3, 70, 96, torch.bfloat16)
-    whole = ck.ops.predict_scores(x, mixer, backend=triton)
+    expected = ck.ops.predict_scores(x, mixer, backend=triton)
     part = ck.ops.predict_scores(x[3 - batch :], mixer, backend=triton)
-    assert part.shape == (batch, 69) and torch.equal(part, whole[3 - batch :])
-    assert torch.equal(ck.ops.predict_scores(x, mixer, backend=triton), whole)
+    assert part.shape == (batch, 69) and torch.equal(part, expected[3 - batch :])
+    assert torch.equal(ck.ops.predict_scores(x, mixer, backend=triton), expected)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_the_reference_serves_every_batch(batch):
+def test_the_reference_takes_any_batch_size(batch):
     x, mixer = inputs("cpu", 3, 9, 100)
-    came = ck.ops.predict_scores(x[:batch], mixer)
-    assert came.shape == (batch, 8)
-    torch.testing.assert_close(came, ck.ops.predict_scores(x, mixer)[:batch])
+    actual = ck.ops.predict_scores(x[:batch], mixer)
+    assert actual.shape == (batch, 8)
+    torch.testing.assert_close(actual, ck.ops.predict_scores(x, mixer)[:batch])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -152,31 +155,31 @@ def test_any_strides_give_the_same_result(device, backend, dtype):
     x, mixer = inputs(device, 2, 9, 128, dtype)
     expected = ck.ops.predict_scores(x, mixer, backend=backend)
     packed = torch.cat([x, torch.full_like(x, float("nan"))], 2)[..., :128]
-    gaps = Mixer(*(torch.stack([w, w.roll(1, 0)], -1)[..., 0] for w in mixer[:-1]), mixer.eps)
-    for given in (with_gaps(x), packed, x.mT.contiguous().mT):
-        torch.testing.assert_close(ck.ops.predict_scores(given, mixer, backend=backend), expected)
-    torch.testing.assert_close(ck.ops.predict_scores(x, gaps, backend=backend), expected)
+    strided_mixer = Mixer(*(torch.stack([w, w.roll(1, 0)], -1)[..., 0] for w in mixer[:-1]), mixer.eps)
+    for view in (with_gaps(x), packed, x.mT.contiguous().mT):
+        torch.testing.assert_close(ck.ops.predict_scores(view, mixer, backend=backend), expected)
+    torch.testing.assert_close(ck.ops.predict_scores(x, strided_mixer, backend=backend), expected)
     same = ck.ops.predict_scores(x[:1].expand(3, -1, -1), mixer, backend=backend)
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_is_not_finite_spoils_its_image_and_no_other(device, backend, wrong):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_spoils_only_its_image(device, backend, value):
     x, mixer = inputs(device, 3, 70)
     clean = ck.ops.predict_scores(x, mixer, backend=backend)
-    x[1, 69, 3] = wrong
-    came = ck.ops.predict_scores(x, mixer, backend=backend)
-    assert came[1].isnan().all()
-    assert torch.equal(came[0], clean[0]) and torch.equal(came[2], clean[2])
+    x[1, 69, 3] = value
+    actual = ck.ops.predict_scores(x, mixer, backend=backend)
+    assert actual[1].isnan().all()
+    assert torch.equal(actual[0], clean[0]) and torch.equal(actual[2], clean[2])
 
 
-def test_scores_that_are_no_numbers_still_prune_to_exactly_keep(device, backend):
+def test_nan_scores_still_keep_the_exact_count(device, backend):
     x, mixer = inputs(device)
     scores = ck.ops.predict_scores(x.fill_(float("nan")), mixer, backend=backend)
     assert ck.ops.prune_tokens(x, scores, 5, backend=backend).index.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_equal_patches_score_alike_where_the_tokens_are_not_told_apart(device, backend):
+def test_equal_patches_with_equal_weights_have_equal_scores(device, backend):
     x, mixer = inputs(device, 1, 40)
     x[:, 35] = x[:, 3]
     weight, bias = mixer.token_out_weight.clone(), mixer.token_out_bias.clone()
@@ -186,16 +189,16 @@ def test_equal_patches_score_alike_where_the_tokens_are_not_told_apart(device, b
     assert scores.unique().numel() >= 38
 
 
-def test_scores_are_detached_and_a_forward_for_training_runs(device, backend):
+def test_scores_are_detached_and_training_through_tokens_works(device, backend):
     x, mixer = inputs(device)
     expected = ck.ops.predict_scores(x, mixer, backend=backend)
     x.requires_grad_()
-    learnt = Mixer(*(nn.Parameter(weight) for weight in mixer[:-1]), mixer.eps)
-    scores = ck.ops.predict_scores(x * 1, learnt, backend=backend)
+    trainable = Mixer(*(nn.Parameter(weight) for weight in mixer[:-1]), mixer.eps)
+    scores = ck.ops.predict_scores(x * 1, trainable, backend=backend)
     assert not scores.requires_grad and torch.equal(scores, expected)
-    kept = ck.ops.prune_tokens(x * 1, scores, 5, backend=backend)
-    kept.tokens.sum().backward()
-    assert x.grad.sum() == 2 * 6 * 128 and learnt.norm1_weight.grad is None
+    pruned = ck.ops.prune_tokens(x * 1, scores, 5, backend=backend)
+    pruned.tokens.sum().backward()
+    assert x.grad.sum() == 2 * 6 * 128 and trainable.norm1_weight.grad is None
 
 
 def test_mix_has_the_gradients_of_the_formula():
@@ -214,40 +217,40 @@ def test_autocast_does_not_narrow_the_scores():
 
 
 @pytest.mark.parametrize("widths", [(8, 32, 64), (64, 128, 64), (48, 32, 64), (64, 32, 96), (64, 32, 8)])
-def test_widths_without_a_kernel_take_the_reference(device, widths):
+def test_widths_without_a_kernel_run_on_the_reference(device, widths):
     x, mixer = inputs(device, 2, 9, 128, torch.bfloat16, *widths)
     check(x, mixer, 1, "auto")
-    named = f"predict_scores of widths {widths[0]}, {widths[1]} and {widths[2]} has no Triton kernel"
-    with pytest.raises(RuntimeError, match=named):
+    message = f"predict_scores of widths {widths[0]}, {widths[1]} and {widths[2]} has no Triton kernel"
+    with pytest.raises(RuntimeError, match=message):
         ck.ops.predict_scores(x, mixer, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_auto_takes_the_kernel_for_halves_alone(dtype, monkeypatch):
-    asked = []
+def test_auto_uses_the_kernel_in_half_precision_only(dtype, monkeypatch):
+    kernel_allowed = []
 
     def choose(backend, device, dtype, op, kernel):
-        asked.append(kernel)
+        kernel_allowed.append(kernel)
         return "reference"
 
     monkeypatch.delenv("CLIPKERNELS_BACKEND", raising=False)
     monkeypatch.setattr(ck.backend, "choose", choose)
     ck.ops.predict_scores(*inputs("cpu", dtype=dtype))
     ck.ops.predict_scores(*inputs("cpu", dtype=dtype), backend="triton")
-    assert asked == [dtype != torch.float32, True]
+    assert kernel_allowed == [dtype != torch.float32, True]
 
 
-def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
+def test_the_kernel_supports_strides_beyond_32_bits(tmp_path, triton):
     if not interpreting():
-        pytest.skip("the sparse file is CPU memory, which kernels read under the interpreter alone")
+        pytest.skip("the sparse file is CPU memory, which only interpreted kernels can read")
     # A sparse file: 8 GiB of addresses, a few pages of disk.
     stride = 2**30 + 16
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * stride + 64, dtype=torch.float16)
     x, mixer = inputs("cpu", 2, 3, 16, torch.float16)
-    far = memory.as_strided((2, 3, 16), (16, stride, 1))
-    far.copy_(x)
+    strided = memory.as_strided((2, 3, 16), (16, stride, 1))
+    strided.copy_(x)
     assert torch.equal(
-        ck.ops.predict_scores(far, mixer, backend=triton), ck.ops.predict_scores(x, mixer, backend=triton)
+        ck.ops.predict_scores(strided, mixer, backend=triton), ck.ops.predict_scores(x, mixer, backend=triton)
     )
 
 
@@ -257,7 +260,7 @@ def test_the_operator_passes_opcheck(device):
     torch.library.opcheck(torch.ops.clipkernels.predict_scores.default, (x, list(mixer[:-1]), 1e-5, 1))
 
 
-def test_the_operator_refuses_a_gradient(device, triton):
+def test_the_operator_raises_for_a_gradient(device, triton):
     x, mixer = inputs(device, 2, 5, 32)
     with pytest.raises(RuntimeError, match="clipkernels::predict_scores has no backward: detach its inputs"):
         torch.ops.clipkernels.predict_scores(x.requires_grad_(), list(mixer[:-1]), 1e-5, 1).sum().backward()
@@ -321,9 +324,9 @@ def test_an_exported_reference_takes_any_batch():
         ({"eps": 0.0}, "eps must be positive, got 0.0"),
     ],
 )
-def test_bad_arguments_are_named_on_every_backend(backend, change, message):
+def test_errors_name_the_bad_argument_on_every_backend(backend, change, message):
     x, mixer = inputs("cpu")
     weights = {name: value for name, value in change.items() if name in Mixer._fields}
-    given = {name: value for name, value in change.items() if name not in weights}
+    others = {name: value for name, value in change.items() if name not in weights}
     with pytest.raises(ValueError, match=message):
-        ck.ops.predict_scores(**{"x": x, "mixer": mixer._replace(**weights), **given}, backend=backend)
+        ck.ops.predict_scores(**{"x": x, "mixer": mixer._replace(**weights), **others}, backend=backend)

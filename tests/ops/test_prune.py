@@ -1,4 +1,4 @@
-"""prune_tokens: both backends against a literal reading in fp64."""
+"""prune_tokens on both backends, compared with a naive loop in fp64."""
 
 import itertools
 
@@ -12,22 +12,22 @@ from clipkernels.testing import assert_within_budget, with_gaps
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def literal(x, scores, keep, fuse, prefix):
-    """One image at a time, one token at a time, in fp64: tokens and kept indices."""
-    rows, kept_rows = [], []
+def naive(x, scores, keep, fuse, prefix):
+    """Return tokens and kept indices, computed in fp64 one image and one token at a time."""
+    rows, keep_indices = [], []
     for image, row in zip(x.double(), scores.double(), strict=True):
         strength = [float("-inf") if value != value else value for value in row.tolist()]
         order = sorted(range(len(strength)), key=lambda i: (-strength[i], i))
-        kept, gone = sorted(order[:keep]), order[keep:]
-        parts = [image[:prefix], image[prefix:][kept]]
+        keep_index, drop_index = sorted(order[:keep]), order[keep:]
+        parts = [image[:prefix], image[prefix:][keep_index]]
         if fuse:
             fused = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
-            for i in gone:
+            for i in drop_index:
                 fused += (strength[i] if strength[i] > float("-inf") else 0) * image[prefix + i]
             parts.append(fused[None])
         rows.append(torch.cat(parts))
-        kept_rows.append(kept)
-    return torch.stack(rows), torch.tensor(kept_rows, dtype=torch.int64, device=x.device).view(len(x), keep)
+        keep_indices.append(keep_index)
+    return torch.stack(rows), torch.tensor(keep_indices, dtype=torch.int64, device=x.device).view(len(x), keep)
 
 
 def inputs(device, batch=2, tokens=17, width=24, prefix=1, dtype=torch.float32, seed=0):
@@ -41,23 +41,23 @@ def inputs(device, batch=2, tokens=17, width=24, prefix=1, dtype=torch.float32, 
     ("tokens", "prefix", "keep"),
     [(2, 1, 1), (2, 1, 0), (1, 1, 0), (1, 0, 1), (63, 0, 31), (65, 1, 64), (65, 5, 17), (257, 1, 128)],
 )
-def test_kept_rows_are_bit_equal_and_the_fused_one_within_budget(device, backend, dtype, tokens, prefix, keep):
-    _check(backend, *inputs(device, tokens=tokens, prefix=prefix, dtype=dtype), keep, prefix)
+def test_kept_rows_are_bit_equal_and_the_fused_row_in_budget(device, backend, dtype, tokens, prefix, keep):
+    check(backend, *inputs(device, tokens=tokens, prefix=prefix, dtype=dtype), keep, prefix)
 
 
-def test_the_577_tokens_of_a_336_pixel_tower_are_served(device, backend):
-    # Few kept rows: under the interpreter every tile of them costs seconds at this length.
-    _check(backend, *inputs(device, batch=1, tokens=577), 31, 1)
+def test_the_577_tokens_of_a_336_pixel_tower_prune(device, backend):
+    # Few kept rows, because at this length every tile of them takes the interpreter seconds.
+    check(backend, *inputs(device, batch=1, tokens=577), 31, 1)
 
 
-def _check(backend, x, scores, keep, prefix):
-    came = ck.ops.prune_tokens(x, scores, keep, fuse=True, prefix=prefix, backend=backend)
-    exact, index = literal(x, scores, keep, True, prefix)
-    assert torch.equal(came.index, index)
-    assert torch.equal(came.tokens[:, :-1].double(), exact[:, :-1])
-    gone = torch.ones_like(scores).scatter(1, index, 0)
-    eager = ((scores * gone)[:, None].to(x.dtype) @ x[:, prefix:])[:, 0]
-    assert_within_budget(came.tokens[:, -1], exact[:, -1], eager)
+def check(backend, x, scores, keep, prefix):
+    actual = ck.ops.prune_tokens(x, scores, keep, fuse=True, prefix=prefix, backend=backend)
+    exact, index = naive(x, scores, keep, True, prefix)
+    assert torch.equal(actual.index, index)
+    assert torch.equal(actual.tokens[:, :-1].double(), exact[:, :-1])
+    dropped = torch.ones_like(scores).scatter(1, index, 0)
+    eager = ((scores * dropped)[:, None].to(x.dtype) @ x[:, prefix:])[:, 0]
+    assert_within_budget(actual.tokens[:, -1], exact[:, -1], eager)
 
 
 def test_ties_go_to_the_lower_index(device, backend):
@@ -68,27 +68,27 @@ def test_ties_go_to_the_lower_index(device, backend):
 
 
 @pytest.mark.parametrize("keep", range(9))
-def test_nan_and_infinite_scores_still_write_exactly_keep_rows(device, backend, keep):
+def test_nan_and_infinite_scores_still_keep_the_exact_count(device, backend, keep):
     x, _ = inputs(device, batch=2, tokens=9)
     inf, nan = float("inf"), float("nan")
     scores = torch.tensor([[nan, 1, -inf, inf, nan, 0, -inf, -1], [nan] * 8], device=device)
-    came = ck.ops.prune_tokens(x, scores, keep, fuse=keep > 0, backend=backend)
-    exact, index = literal(x, scores, keep, keep > 0, 1)
-    assert torch.equal(came.index, index)
-    torch.testing.assert_close(came.tokens.double(), exact, atol=1e-5, rtol=1e-5)
+    actual = ck.ops.prune_tokens(x, scores, keep, fuse=keep > 0, backend=backend)
+    exact, index = naive(x, scores, keep, keep > 0, 1)
+    assert torch.equal(actual.index, index)
+    torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
 
-def test_keeping_everything_appends_a_row_of_zeros(device, backend):
+def test_keeping_all_patches_appends_a_row_of_zeros(device, backend):
     x, scores = inputs(device)
-    came = ck.ops.prune_tokens(x, scores, 16, fuse=True, backend=backend)
-    assert torch.equal(came.tokens[:, :-1], x)
-    assert torch.equal(came.tokens[:, -1], torch.zeros_like(x[:, 0]))
+    actual = ck.ops.prune_tokens(x, scores, 16, fuse=True, backend=backend)
+    assert torch.equal(actual.tokens[:, :-1], x)
+    assert torch.equal(actual.tokens[:, -1], torch.zeros_like(x[:, 0]))
 
 
 @pytest.mark.parametrize("heads", ["mean", "rank"])
 def test_per_head_scores_are_reduced_first(device, backend, heads):
     x, _ = inputs(device)
-    # Multiples of 1/8 with four heads: exact sums, so that both backends see the same ties.
+    # Multiples of 1/8 with four heads have exact sums, so that both backends see the same ties.
     scores = (torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(2)) * 8).round().div(8).to(device)
     if heads == "mean":
         reduced = scores.mean(1)
@@ -97,21 +97,21 @@ def test_per_head_scores_are_reduced_first(device, backend, heads):
         higher = scores[..., :, None] > scores[..., None, :]
         tied = (scores[..., :, None] == scores[..., None, :]) & (later[:, None] < later)
         reduced = (higher | tied).sum(-1).sum(1) / 4
-    came = ck.ops.prune_tokens(x, scores, 7, True, heads, backend=backend)
-    exact, index = literal(x, reduced, 7, True, 1)
-    assert torch.equal(came.index, index)
-    torch.testing.assert_close(came.tokens.double(), exact, atol=1e-4, rtol=1e-5)
+    actual = ck.ops.prune_tokens(x, scores, 7, True, heads, backend=backend)
+    exact, index = naive(x, reduced, 7, True, 1)
+    assert torch.equal(actual.index, index)
+    torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_norm_is_the_layer_norm_of_the_result(device, backend, dtype):
+def test_normed_is_the_layer_norm_of_the_tokens(device, backend, dtype):
     x, scores = inputs(device, width=40, dtype=dtype)
     weight, bias = torch.randn(2, 40, generator=torch.Generator().manual_seed(3)).to(device)
-    came = ck.ops.prune_tokens(x, scores, 9, True, norm=(weight, bias, 1e-5), backend=backend)
-    stored = came.tokens.double()
+    actual = ck.ops.prune_tokens(x, scores, 9, True, norm=(weight, bias, 1e-5), backend=backend)
+    stored = actual.tokens.double()
     exact = torch.nn.functional.layer_norm(stored, (40,), weight.double(), bias.double(), 1e-5)
-    eager = torch.nn.functional.layer_norm(came.tokens, (40,), weight.to(dtype), bias.to(dtype), 1e-5)
-    assert_within_budget(came.normed, exact, eager)
+    eager = torch.nn.functional.layer_norm(actual.tokens, (40,), weight.to(dtype), bias.to(dtype), 1e-5)
+    assert_within_budget(actual.normed, exact, eager)
 
 
 def test_any_strides_give_the_same_result(device, backend):
@@ -123,7 +123,7 @@ def test_any_strides_give_the_same_result(device, backend):
     assert all(torch.equal(shared.tokens[i], expected.tokens[0]) for i in range(3))
 
 
-def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
+def test_the_kernel_supports_strides_beyond_32_bits(tmp_path, triton):
     # A sparse file: 4 GiB of addresses, three pages of disk.
     stride = 2**30 + 8
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + 8, dtype=torch.float16)
@@ -132,20 +132,20 @@ def test_the_kernel_reads_through_strides_beyond_32_bits(tmp_path, triton):
     x.copy_(values)
     scores = torch.tensor([[0.25, 0.5]])
     if not interpreting():
-        pytest.skip("the sparse file is CPU memory, which kernels read under the interpreter alone")
-    came = ck.ops.prune_tokens(x, scores, 1, fuse=True, backend="triton")
-    assert torch.equal(came.tokens, torch.stack([values[:, 0], values[:, 2], values[:, 1] / 4], 1))
+        pytest.skip("the sparse file is CPU memory, which only interpreted kernels can read")
+    actual = ck.ops.prune_tokens(x, scores, 1, fuse=True, backend="triton")
+    assert torch.equal(actual.tokens, torch.stack([values[:, 0], values[:, 2], values[:, 1] / 4], 1))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_an_image_alone_gives_the_bits_it_gives_in_a_batch(device, batch, triton):
+def test_an_image_has_the_same_bits_alone_and_in_a_batch(device, batch, triton):
     x, scores = inputs(device, batch=3, tokens=65, width=48)
     norm = (torch.ones(48, device=device), torch.zeros(48, device=device), 1e-5)
-    whole = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend="triton")
-    part = ck.ops.prune_tokens(x[3 - batch :], scores[3 - batch :], 20, True, norm=norm, backend="triton")
-    again = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend="triton")
-    for all_rows, some, rerun in zip(whole, part, again, strict=True):
-        assert torch.equal(all_rows[3 - batch :], some) and torch.equal(all_rows, rerun)
+    batch_result = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend="triton")
+    part_result = ck.ops.prune_tokens(x[3 - batch :], scores[3 - batch :], 20, True, norm=norm, backend="triton")
+    rerun_result = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend="triton")
+    for expected, actual, rerun in zip(batch_result, part_result, rerun_result, strict=True):
+        assert torch.equal(expected[3 - batch :], actual) and torch.equal(expected, rerun)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -158,12 +158,12 @@ def test_the_kernel_has_the_gradients_of_the_reference(device, fuse, heads, per_
     weight, bias = (w.to(device).requires_grad_() for w in torch.randn(2, 24, generator=generator))
     grads = []
     for backend in ("reference", "triton"):
-        came = ck.ops.prune_tokens(
+        actual = ck.ops.prune_tokens(
             x, scores, 7, fuse, heads, 1, (weight, bias, 1e-5) if norm else None, backend=backend
         )
-        loss = (came.tokens * torch.linspace(-1, 1, 24, device=device)).sum()
+        loss = (actual.tokens * torch.linspace(-1, 1, 24, device=device)).sum()
         if norm:
-            loss = loss + (came.normed * torch.linspace(2, -1, 24, device=device)).sum()
+            loss = loss + (actual.normed * torch.linspace(2, -1, 24, device=device)).sum()
         grads.append(torch.autograd.grad(loss, (x, scores, weight, bias), allow_unused=True, materialize_grads=True))
     for reference, kernel in zip(*grads, strict=True):
         torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-4)
@@ -216,32 +216,32 @@ def test_the_operator_compiles_into_one_graph(device):
         ({"norm": (torch.ones(24), torch.ones(24), "1")}, "norm's eps must be a finite number, got '1'"),
     ],
 )
-def test_bad_arguments_are_named_on_every_backend(backend, change, message):
+def test_errors_name_the_bad_argument_on_every_backend(backend, change, message):
     x, scores = inputs("cpu")
     with pytest.raises(ValueError, match=message):
         ck.ops.prune_tokens(**{"x": x, "scores": scores, "keep": 4, **change}, backend=backend)
 
 
-def test_a_strided_norm_is_read_as_it_is(device, backend):
+def test_a_strided_norm_gives_the_same_result(device, backend):
     x, scores = inputs(device)
     pair = torch.randn(24, 2, generator=torch.Generator().manual_seed(6)).to(device)
-    came = ck.ops.prune_tokens(x, scores, 4, norm=(pair[:, 0], pair[:, 1], 1e-5), backend=backend).normed
+    actual = ck.ops.prune_tokens(x, scores, 4, norm=(pair[:, 0], pair[:, 1], 1e-5), backend=backend).normed
     exact = torch.nn.functional.layer_norm(x[:, :1], (24,), pair[:, 0], pair[:, 1])
-    torch.testing.assert_close(came[:, :1], exact)
+    torch.testing.assert_close(actual[:, :1], exact)
 
 
-def test_scores_may_be_wider_or_narrower_than_the_tokens():
+def test_scores_may_have_another_dtype_than_the_tokens():
     x, scores = inputs("cpu")
     for x_dtype, dtype in (
         (torch.float64, torch.float32),
         (torch.float32, torch.float64),
         (torch.float16, torch.float32),
     ):
-        came = ck.ops.prune_tokens(x.to(x_dtype), scores.to(dtype), 5, fuse=True)
-        exact, index = literal(x.to(x_dtype), scores, 5, True, 1)
-        assert torch.equal(came.index, index) and came.tokens.dtype == x_dtype
+        actual = ck.ops.prune_tokens(x.to(x_dtype), scores.to(dtype), 5, fuse=True)
+        exact, index = naive(x.to(x_dtype), scores, 5, True, 1)
+        assert torch.equal(actual.index, index) and actual.tokens.dtype == x_dtype
         torch.testing.assert_close(
-            came.tokens.double(), exact, atol=2e-3 if x_dtype == torch.float16 else 1e-6, rtol=1e-3
+            actual.tokens.double(), exact, atol=2e-3 if x_dtype == torch.float16 else 1e-6, rtol=1e-3
         )
     with pytest.raises(
         (ValueError, RuntimeError), match=r"got float64|triton is not installed|the tensors are on the CPU"
