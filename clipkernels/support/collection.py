@@ -2,8 +2,8 @@
 
     score(image, class) = max over the class's sentences of cos(image, sentence)
 
-The images are encoded once. An exact FAISS index is searched with the sentences of each class. The hits are scored again
-in fp64, so that ties go to the lower index.
+The images are encoded once. An exact FAISS index is searched with the sentences of each class. The hits are scored
+again in fp64, so that ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def retrieve(
 ) -> SupportSet:
     """The images of a collection that are most similar to the sentences of each class, most similar first.
 
-    Classes are retrieved independently, as published, so an image may appear in several. If files have the same content,
-    only the first counts. Features are written to disk batch by batch, so an interrupted run resumes.
+    Classes are retrieved independently, as published, so an image may appear in several. If files have the same
+    content, only the first counts. Features are written to disk batch by batch, so an interrupted run resumes.
 
     Args:
         model: a model with `encode_text` that `ck.encode_image` takes.

@@ -75,11 +75,11 @@ def generate(
     """A support set of images generated from each class's sentences in turn, saved in a folder.
 
     Each image is written as soon as it is generated. An interrupted run resumes and ends with the same images on the
-    same machine. A later call with a larger `per_class` keeps the existing images and features bit for bit; the features
-    of the new images equal those of a set generated at once up to rounding.
+    same machine. A later call with a larger `per_class` keeps the existing images and features bit for bit; the
+    features of the new images equal those of a set generated at once up to rounding.
 
-    An image that the pipeline's safety checker flags, and blackens, is generated again from other noise. If all attempts
-    are flagged the image is left out, and every run reports it.
+    An image that the pipeline's safety checker flags, and blackens, is generated again from other noise. If all
+    attempts are flagged, the image is left out, and every run reports it.
 
     Args:
         model: a model that `ck.encode_image` takes.
@@ -92,8 +92,8 @@ def generate(
         steps: denoising steps.
         seed: seed of the noise.
         retries: further attempts for a flagged image.
-        images_per_call: images per call of the pipeline. With more than one, the images of an interrupted run may differ
-            by rounding.
+        images_per_call: images per call of the pipeline. With more than one, the images of an interrupted run may
+            differ by rounding.
         name, pretrained: name and weights of the model, for the manifest.
         batch_size: images per forward of the model.
         progress: called with the stage, the number of finished items and the number of all items.

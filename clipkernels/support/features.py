@@ -183,7 +183,7 @@ def write_features(
     tensors: Mapping[str, Tensor] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write features (n,E), the SHA-256 of their images, their encoder, and further tensors and metadata, atomically."""
+    """Write features (n,E), the SHA-256 of their images, their encoder, and other tensors and metadata, atomically."""
     header = json.dumps({"format": FORMAT, "encoder": encoder._asdict(), **(about or {})})
     # One metadata entry, because safetensors writes several in any order and equal features must give equal files.
     table = {"features": features, "sha256": digest_table(digests), **(tensors or {})}

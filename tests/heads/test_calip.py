@@ -46,13 +46,13 @@ def literal(encoded, text, alpha, beta2, beta3, maps=None):
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
-def test_logits_are_those_of_the_paper(prefix, alpha):
+def test_logits_match_the_papers_formula(prefix, alpha):
     encoded, text = features(prefix=prefix)
     came = ck.CALIP(text, alpha, 1.3, 0.7)(encoded)
     torch.testing.assert_close(came, literal(encoded, text, alpha, 1.3, 0.7), atol=1e-10, rtol=1e-10)
 
 
-def test_without_weights_it_is_zero_shot():
+def test_zero_weights_give_zero_shot_logits():
     encoded, text = features(dtype=torch.float32)
     assert torch.equal(ck.CALIP(text, beta2=0, beta3=0)(encoded), ck.ZeroShot(text)(encoded))
 
@@ -70,7 +70,7 @@ def test_half_features_give_single_logits_near_the_exact_ones():
     torch.testing.assert_close(came.double(), ck.CALIP(text)(encoded), atol=0.3, rtol=0)
 
 
-def test_presets_give_the_published_weights_and_what_is_named_goes_first():
+def test_presets_set_weights_that_arguments_override():
     text = torch.randn(3, 4)
     head = ck.CALIP(text, preset="eurosat")
     assert (head.beta2, head.beta3) == (6.08, 0.06)
@@ -81,7 +81,7 @@ def test_presets_give_the_published_weights_and_what_is_named_goes_first():
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_fit_takes_the_first_of_the_best_of_the_published_grid(batched):
+def test_fit_finds_the_first_best_weights_of_the_published_grid(batched):
     encoded, text = features(60)
     labels = torch.randint(0, CLASSES, (60,), generator=torch.Generator().manual_seed(1))
     head = ck.CALIP(text)
@@ -98,7 +98,7 @@ def test_fit_takes_the_first_of_the_best_of_the_published_grid(batched):
     assert int((head(encoded).argmax(1) == labels).sum()) == best
 
 
-def test_the_search_counts_like_argmax_ties_and_all():
+def test_the_search_counts_like_argmax_including_ties():
     generator = torch.Generator().manual_seed(0)
     base, first, second = (torch.randn(300, 7, generator=generator).mul(2).round() for _ in range(3))
     labels, us, vs = torch.randint(0, 7, (300,), generator=generator), grid(0, 2, 8), grid(-1, 3, 16)
@@ -108,7 +108,7 @@ def test_the_search_counts_like_argmax_ties_and_all():
     assert count_correct(base, first, second, labels, us, vs).tolist() == expected
 
 
-def test_an_image_whose_logits_are_no_numbers_is_never_right():
+def test_images_with_nan_logits_never_count_as_correct():
     base = torch.tensor([[float("nan"), 0.0], [1.0, 0.0]])
     none = torch.zeros_like(base)
     for place in range(3):
@@ -127,7 +127,7 @@ def test_an_image_whose_logits_are_no_numbers_is_never_right():
         (torch.full((6,), 5), "labels must be from 0 to 4, got 5 to 5"),
     ],
 )
-def test_labels_that_do_not_fit_are_named(labels, message):
+def test_invalid_labels_are_refused(labels, message):
     encoded, text = features()
     for head in (ck.CALIP(text), FewShotCALIP(text)):
         with pytest.raises(ValueError, match=message):
@@ -144,7 +144,7 @@ def test_features_without_patches_are_refused():
             head(encoded._replace(tokens=encoded.tokens[:, :1]))
 
 
-def test_what_cannot_be_fitted_on_is_named():
+def test_fit_refuses_unusable_features():
     encoded, text = features()
     none = encoded._replace(embedding=encoded.embedding[:0], tokens=encoded.tokens[:0])
     labels = torch.zeros(6, dtype=torch.int64)
@@ -159,7 +159,7 @@ def test_what_cannot_be_fitted_on_is_named():
         assert len(FewShotCALIP(text).fit(encoded, labels, epochs=2)) == 2
 
 
-def test_numbers_that_are_none_are_named():
+def test_numbers_that_are_not_finite_are_refused():
     text = torch.randn(3, 4)
     for make in (ck.CALIP, FewShotCALIP):
         for name in ("beta2", "beta3", "scale"):
@@ -177,7 +177,7 @@ def test_tokens_of_other_images_are_refused():
                 head(encoded._replace(tokens=tokens))
 
 
-def test_autocast_changes_no_logit():
+def test_autocast_leaves_logits_unchanged():
     encoded, text = features(dtype=torch.float32)
     for head in (ck.CALIP(text), FewShotCALIP(text)):
         with torch.autocast("cpu", torch.bfloat16):
@@ -221,7 +221,7 @@ def towers():
 
 
 @pytest.mark.parametrize("tower", ["open_clip", "average", "resnet", "timm", "registers", "transformers", "openai"])
-def test_towers_of_every_library_have_patches_to_read(tower):
+def test_calip_reads_the_patches_of_every_library(tower):
     torch.manual_seed(0)
     library = {"openai": "clip", "registers": "timm"}.get(tower, tower)
     if library in ("clip", "timm", "transformers"):
@@ -250,12 +250,12 @@ def test_a_classifier_reads_the_patches_that_a_method_leaves(tiny, images, metho
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
 
 
-def test_before_training_the_few_shot_form_is_calip():
+def test_untrained_few_shot_calip_equals_calip():
     encoded, text = features()
     torch.testing.assert_close(FewShotCALIP(text)(encoded), ck.CALIP(text)(encoded), atol=1e-10, rtol=1e-10)
 
 
-def test_with_any_weights_it_is_the_eight_maps_around_the_attention():
+def test_few_shot_calip_matches_its_formula_for_any_weights():
     encoded, text = features()
     head = FewShotCALIP(text, 0.8, 1.3, 0.6)
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def test_with_any_weights_it_is_the_eight_maps_around_the_attention():
     torch.testing.assert_close(head(encoded), expected, atol=1e-9, rtol=1e-9)
 
 
-def test_training_learns_what_the_text_does_not_say_and_repeats_itself():
+def test_training_improves_on_the_text_and_is_deterministic():
     encoded, text = features(40, dtype=torch.float32)
     labels = torch.arange(40) % CLASSES
     heads, seen = [FewShotCALIP(text) for _ in range(2)], []
@@ -278,7 +278,7 @@ def test_training_learns_what_the_text_does_not_say_and_repeats_itself():
     assert (heads[0](encoded).argmax(1) == labels).float().mean() > 0.95
 
 
-def test_weights_come_back_from_a_file_with_their_numbers(tmp_path):
+def test_a_saved_head_loads_with_its_weights_and_numbers(tmp_path):
     encoded, text = features(dtype=torch.float32)
     head = FewShotCALIP(text, 0.7, 1.5, 0.3, scale=50.0)
     head.fit(encoded, torch.arange(6) % CLASSES, epochs=1)
@@ -287,7 +287,7 @@ def test_weights_come_back_from_a_file_with_their_numbers(tmp_path):
     assert torch.equal(again(encoded), head(encoded))
 
 
-def test_files_of_something_else_are_refused_and_nothing_changes(tmp_path):
+def test_other_files_are_refused_and_change_nothing(tmp_path):
     encoded, text = features(dtype=torch.float32)
     file, head = tmp_path / "head.safetensors", FewShotCALIP(text)
     before = head(encoded)

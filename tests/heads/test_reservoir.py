@@ -37,7 +37,7 @@ def part(encoded, start, stop):
 @pytest.mark.parametrize("sizes", [[1] * 40, [7, 1, 32], [40]])
 @pytest.mark.parametrize("self_vote", [True, False])
 @pytest.mark.parametrize("evict", ["diversity", "similarity", "uncertainty", "fifo"])
-def test_batches_are_what_their_images_are_one_after_another(sizes, self_vote, evict):
+def test_a_batch_equals_its_images_one_by_one(sizes, self_vote, evict):
     encoded, text = features(40)
     head = ck.Reservoir(text, evict=evict, self_vote=self_vote, scale=20, temperature=0.3)
     read = Literal(
@@ -57,7 +57,7 @@ def test_batches_are_what_their_images_are_one_after_another(sizes, self_vote, e
 
 @pytest.mark.parametrize("evict", ["diversity", "similarity", "uncertainty", "fifo"])
 @pytest.mark.parametrize("capacity", [1, 2])
-def test_batches_make_no_difference_in_fp32_however_few_are_kept(capacity, evict):
+def test_batching_changes_nothing_in_fp32_at_any_capacity(capacity, evict):
     # With two held, both are as much like the other: nothing but rounding could tell them apart.
     generator = torch.Generator().manual_seed(2)
     text = torch.randn(4, 8, generator=generator)
@@ -72,7 +72,7 @@ def test_batches_make_no_difference_in_fp32_however_few_are_kept(capacity, evict
 
 
 @pytest.mark.parametrize("size", [1, 8, 32])
-def test_equal_images_tie_wherever_they_stand_in_a_batch(size):
+def test_equal_images_tie_at_any_position_of_a_batch(size):
     path = torch.randn(1, 12, 768, generator=torch.Generator().manual_seed(3)).expand(32, -1, -1)
     head = ck.Reservoir(torch.eye(2))
     for _ in range(0, 32, size):
@@ -82,7 +82,7 @@ def test_equal_images_tie_wherever_they_stand_in_a_batch(size):
 
 @pytest.mark.parametrize("correction", ["exp", "linear"])
 @pytest.mark.parametrize("preset", ["eurosat", "food101"])
-def test_presets_correct_as_the_formula_says(preset, correction):
+def test_presets_correct_by_the_formula(preset, correction):
     encoded, text = features(30, seed=1)
     head = ck.Reservoir(text, preset, correction=correction)
     read = Literal(text, *RESERVOIR_PRESETS[preset], correction=correction)
@@ -133,20 +133,20 @@ EAST, NORTH, NEARLY_EAST = [1.0, 0.0], [0.0, 1.0], [0.8, 0.6]
         ("similarity", [(0.45, EAST), (0.2, NORTH), (0.05, NEARLY_EAST)], [2, 1]),
     ],
 )
-def test_survivors_are_those_the_rule_spells_out(evict, entries, arrivals):
+def test_each_eviction_rule_keeps_the_expected_entries(evict, entries, arrivals):
     entropy, came = _stream(*entries, evict=evict)
     assert came == arrivals
     assert entropy == sorted(entropy) == pytest.approx([entries[arrival][0] for arrival in arrivals], abs=1e-6)
 
 
-def test_ties_let_the_first_in_order_of_entropy_go():
+def test_ties_evict_the_first_in_order_of_entropy():
     # All the same: the list is [0, 1, 2] in order of arrival, and the first of the largest goes.
     same = [(0.2, EAST)] * 4
     for evict in ("diversity", "uncertainty"):
         assert _stream(*same, evict=evict)[1] == [2, 3]
 
 
-def test_an_image_does_not_vote_for_itself_where_it_is_stored_after():
+def test_an_image_stored_after_correction_does_not_vote_for_itself():
     encoded, text = features(1)
     plain = ck.ZeroShot(text)(encoded)
     assert torch.equal(ck.Reservoir(text, self_vote=False)(encoded), plain)
@@ -155,7 +155,7 @@ def test_an_image_does_not_vote_for_itself_where_it_is_stored_after():
     torch.testing.assert_close((own - plain).sum().item(), 3.0)
 
 
-def test_an_empty_or_frozen_reservoir_learns_nothing():
+def test_a_frozen_reservoir_stores_nothing():
     encoded, text = features(20)
     head = ck.Reservoir(text, frozen=True)
     assert torch.equal(head(encoded), ck.ZeroShot(text)(encoded)) and head.anchors is None and head.seen == 0
@@ -170,7 +170,7 @@ def test_an_empty_or_frozen_reservoir_learns_nothing():
     assert head.counts.sum() == 0 and head.anchors is None
 
 
-def test_anchors_wait_for_all_classes_where_asked_to():
+def test_anchors_of_all_wait_for_every_class():
     encoded, text = features(60, seed=3)
     head = ck.Reservoir(text, anchors="all", scale=20)
     for start in range(0, 60, 4):
@@ -182,7 +182,7 @@ def test_anchors_wait_for_all_classes_where_asked_to():
     assert alone.anchors is None
 
 
-def test_features_that_are_not_finite_are_not_remembered():
+def test_features_that_are_not_finite_are_not_stored():
     encoded, text = features(6)
     encoded.embedding[2] = float("nan")
     encoded.cls_path[4, 1, 3] = float("inf")
@@ -197,7 +197,7 @@ def test_features_that_are_not_finite_are_not_remembered():
     )
 
 
-def test_an_image_that_is_not_finite_leaves_nothing_in_the_places_of_others():
+def test_images_that_are_not_finite_leave_other_entries_unchanged():
     """Class 2 gets fewer images than class 1: its last place stays empty, whatever else came."""
     text = torch.eye(4, 16, dtype=torch.float64)
     path = torch.randn(6, DEPTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -209,7 +209,7 @@ def test_an_image_that_is_not_finite_leaves_nothing_in_the_places_of_others():
     assert head.anchors.isfinite().all()
 
 
-def test_anchors_that_a_caller_holds_stay_as_they_are():
+def test_anchors_held_by_a_caller_never_change():
     encoded, text = features(40)
     head = ck.Reservoir(text, scale=20)
     head(part(encoded, 0, 20))
@@ -226,7 +226,7 @@ def test_a_thousand_classes_and_sharp_weights_stay_finite():
     assert logits.dtype == torch.float32 and logits.isfinite().all() and head.counts.sum() <= 9
 
 
-def test_what_was_seen_in_inference_mode_is_used_outside_of_it():
+def test_entries_stored_in_inference_mode_serve_outside_of_it():
     encoded, text = features(12)
     head = ck.Reservoir(text)
     with torch.inference_mode():
@@ -240,7 +240,7 @@ def test_what_was_seen_in_inference_mode_is_used_outside_of_it():
     torch.testing.assert_close(head.anchors, whole.anchors)
 
 
-def test_a_saved_reservoir_goes_on_where_it_was(tmp_path):
+def test_a_loaded_reservoir_continues_the_stream(tmp_path):
     encoded, text = features(30)
     head = ck.Reservoir(text)
     head(part(encoded, 0, 20))
@@ -260,7 +260,7 @@ def test_a_saved_reservoir_goes_on_where_it_was(tmp_path):
     assert third(single).isfinite().all() and third._entries.unit.dtype == torch.float32
 
 
-def test_a_reservoir_of_something_else_is_refused(tmp_path):
+def test_a_reservoir_that_does_not_fit_is_refused(tmp_path):
     encoded, text = features(10)
     head = ck.Reservoir(text)
     with pytest.raises(ValueError, match="expected a reservoir that has processed images"):
@@ -339,7 +339,7 @@ files.write_tensors({str(file)!r}, {{"x": torch.ones(3)}}, {{}})
         ({"text": torch.zeros(3)}, r"text must be class embeddings \(K,E\)"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_bad_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         ck.Reservoir(**{"text": torch.randn(3, 4), **arguments})
 
@@ -354,7 +354,7 @@ def test_features_without_a_path_are_refused():
 
 
 @torch.no_grad()
-def test_a_classifier_adapts_as_a_literal_stream_does(tiny):
+def test_a_classifier_adapts_like_a_literal_stream(tiny):
     model, _, tokenizer = ck.bundled()
     model.double()
     from clipkernels.classifier import class_embeddings, prompts_of

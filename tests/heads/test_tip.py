@@ -53,7 +53,7 @@ def literal(text, features, support, labels, alpha, beta, gamma=0.0, tau=0.5, re
     return logits
 
 
-def test_tip_adapter_adds_what_each_image_of_the_support_votes():
+def test_tip_adapter_adds_the_vote_of_each_support_image():
     text, features, support, labels = inputs()
     came = ck.TipAdapter(text, support, labels, 1.7, 5.5)(features)
     torch.testing.assert_close(came, literal(text, features, support, labels, 1.7, 5.5), atol=1e-10, rtol=1e-10)
@@ -62,21 +62,21 @@ def test_tip_adapter_adds_what_each_image_of_the_support_votes():
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
 @pytest.mark.parametrize("labels", [LABELS, [0, 1, 2, 3, 4], [4, 4, 4, 4], [1, 0]])
 @pytest.mark.parametrize("tau", [0.5, 0.1])
-def test_tip_x_adds_how_alike_images_are_to_the_classes(labels, reduce, tau):
+def test_tip_x_adds_the_similarity_of_class_distributions(labels, reduce, tau):
     text, features, support, labels = inputs(labels=labels)
     head = ck.TipX(text, support, labels, 1.3, 2.0, 0.8, tau, reduce)
     expected = literal(text, features, support, labels, 1.3, 2.0, 0.8, tau, reduce)
     torch.testing.assert_close(head(features), expected, atol=1e-9, rtol=1e-9)
 
 
-def test_a_prediction_depends_on_no_other_image():
+def test_predictions_do_not_depend_on_other_images():
     text, features, support, labels = inputs()
     head = ck.TipX(text, support, labels)
     alone = torch.cat([head(image[None]) for image in features])
     torch.testing.assert_close(alone, head(features), atol=1e-10, rtol=1e-10)
 
 
-def test_beyond_what_the_support_has_seen_likeness_goes_on_in_a_straight_line():
+def test_psi_extrapolates_linearly_outside_of_the_supports_range():
     text, features, support, labels = inputs()
     near = support[:4] + 0.01 * support[4:8]  # all alike: every query is farther than any of them from another
     head = ck.TipX(text, near, labels[:4], 0.0, 1.0, 1.0)
@@ -85,7 +85,7 @@ def test_beyond_what_the_support_has_seen_likeness_goes_on_in_a_straight_line():
     assert (head(features) - ck.ZeroShot(text)(features)).min() < calibrated(text, near, 0.5)[2]
 
 
-def test_one_image_or_equal_ones_say_nothing_by_likeness():
+def test_one_image_or_equal_images_give_no_gamma_term():
     text, features, support, labels = inputs()
     expected = ck.TipAdapter(text, support[:1], labels[:1])(features)
     torch.testing.assert_close(ck.TipX(text, support[:1], labels[:1])(features), expected)
@@ -94,7 +94,7 @@ def test_one_image_or_equal_ones_say_nothing_by_likeness():
     torch.testing.assert_close(level, level[:, :1].expand_as(level))
 
 
-def test_no_support_is_zero_shot():
+def test_an_empty_support_gives_zero_shot_logits():
     text, features, support, labels = inputs()
     for head in (ck.TipAdapter, ck.TipX):
         came = head(text, support[:0], labels[:0])(features)
@@ -102,7 +102,7 @@ def test_no_support_is_zero_shot():
 
 
 @pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
-def test_shots_added_later_count_as_those_there_from_the_start(head):
+def test_images_added_later_count_like_initial_ones(head):
     text, features, support, labels = inputs()
     whole, grown = head(text, support, labels), head(text, support[:3], labels[:3])
     for start, stop in ((3, 4), (4, 10)):
@@ -111,7 +111,7 @@ def test_shots_added_later_count_as_those_there_from_the_start(head):
     assert grown.counts.tolist() == [3, 2, 0, 4, 1]
 
 
-def test_the_calibration_is_the_same_in_pieces(monkeypatch):
+def test_calibration_in_chunks_gives_the_same_range(monkeypatch):
     text, features, support, labels = inputs()
     whole = ck.TipX(text, support, labels)(features)
     monkeypatch.setattr("clipkernels.heads.tip.PRODUCT_ENTRIES", 21)
@@ -120,7 +120,7 @@ def test_the_calibration_is_the_same_in_pieces(monkeypatch):
     torch.testing.assert_close(pieces(features), whole, atol=1e-9, rtol=1e-9)
 
 
-def test_an_encoded_and_half_features_are_read_in_full_precision():
+def test_encoded_and_half_features_are_read_in_full_precision():
     text, features, support, labels = inputs(dtype=torch.float32)
     half = features.bfloat16()
     for head in (ck.TipAdapter(text, support, labels), ck.TipX(text.half(), support.half(), labels)):
@@ -140,7 +140,7 @@ def test_autocast_changes_neither_the_calibration_nor_a_logit(head):
 
 
 @pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
-def test_heads_of_inference_mode_are_used_outside_of_it_in_any_precision(head):
+def test_heads_made_in_inference_mode_work_outside_in_any_dtype(head):
     text, features, support, labels = inputs(dtype=torch.float32)
     with torch.inference_mode():
         made = head(text.clone(), support.clone(), labels.clone())
@@ -172,7 +172,7 @@ def test_a_classifier_that_is_reset_keeps_its_support(head, tiny, images):
 
 
 @pytest.mark.parametrize("kind", ["tip", "tipx"])
-def test_fit_takes_the_first_of_the_best_of_the_published_grid(kind, monkeypatch):
+def test_fit_finds_the_first_best_weights_of_the_published_grid(kind, monkeypatch):
     text, features, support, labels = inputs(40)
     truth = torch.randint(0, CLASSES, (40,), generator=torch.Generator().manual_seed(2))
     few = 6  # of the 200 values of beta, which are all alike in kind
@@ -210,13 +210,13 @@ def test_fit_takes_the_first_of_the_best_of_the_published_grid(kind, monkeypatch
         ({"reduce": "max"}, 'reduce must be "mean" or "sum", got \'max\''),
     ],
 )
-def test_bad_arguments_are_named(change, message):
+def test_bad_arguments_are_refused_by_name(change, message):
     text, _, support, labels = inputs()
     with pytest.raises(ValueError, match=message):
         ck.TipX(**{"text": text, "features": support, "labels": labels, **change})
 
 
-def test_an_update_that_is_refused_changes_nothing():
+def test_a_refused_update_changes_nothing():
     text, features, support, labels = inputs()
     head = ck.TipX(text, support, labels)
     before = head(features)

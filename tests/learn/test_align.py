@@ -21,7 +21,7 @@ CLIP = ["<start_of_text>", "a</w>", "photograph</w>", "of</w>", "hu", "skies</w>
         ([], []),
     ],
 )
-def test_pieces_are_matched_by_the_characters_they_cover(student, expected):
+def test_pieces_are_matched_by_their_characters(student, expected):
     assert align_words(student, CLIP) == expected
 
 
@@ -31,7 +31,7 @@ def test_ties_go_to_the_earlier_piece():
     assert align_words(["a", "a"], ["a", "a"]) == [0, 1]
 
 
-def test_what_a_teacher_cut_off_or_spells_otherwise_has_no_piece_and_moves_no_other():
+def test_truncated_or_respelled_text_has_no_piece_and_shifts_no_other():
     assert align_words(["one", "two", "three"], ["one</w>", "tw"]) == [0, 1, -1]
     assert align_words(["one", "two"], ["", "<|startoftext|>"]) == [-1, -1]
     assert align_words(["the", "cafe", "closed"], ["the</w>", "cafÃ©</w>", "closed</w>"]) == [0, 1, 2]
@@ -48,7 +48,7 @@ def bytewise(text):
     return "".join(table[byte] for byte in text.encode())
 
 
-def test_bytes_are_read_as_the_characters_they_spell():
+def test_bytes_are_decoded_to_characters():
     assert bytewise(" é\n") == "ĠÃ©Ċ"
     student = ["[CLS]", "две", "кош", "##ки", "и", "猫", "[SEP]"]
     teacher = ["", *(bytewise(word) + "</w>" for word in ("две", "кошки", "и", "猫")), ""]
@@ -61,7 +61,7 @@ def test_bytes_are_read_as_the_characters_they_spell():
             assert align_words([chr(byte) * 2], ["", bytewise(2 * chr(byte))]) == [1]
 
 
-def test_a_character_whose_bytes_are_cut_apart_belongs_to_each_piece():
+def test_a_character_with_split_bytes_belongs_to_each_piece():
     whole, cut = bytewise("猫が"), [bytewise("猫が")[:2], bytewise("猫が")[2:4], bytewise("猫が")[4:]]
     assert align_words(["猫", "が"], cut) == [0, 1]
     assert align_words(cut, ["猫", "が"]) == [0, 0, 1]
@@ -70,17 +70,17 @@ def test_a_character_whose_bytes_are_cut_apart_belongs_to_each_piece():
     assert align_words(["猫", "が"], [whole[:5]]) == [0, -1]  # the teacher's text ends within a character
 
 
-def test_plain_accents_are_no_bytes():
+def test_accented_letters_are_not_decoded_as_bytes():
     assert align_words(["Straße", "für", "éé"], ["stra", "ße", "für", "éé"]) == [0, 2, 3]
     assert align_words(["für"], [bytewise("für")]) == align_words([bytewise("für")], ["für"]) == [0]
 
 
-def test_marks_that_are_text_stay_text():
+def test_marks_that_are_text_are_kept():
     assert align_words(["##", "a"], ["##</w>", "a</w>"]) == [0, 1]
     assert align_words(["<", "b", ">"], ["<</w>", "b</w>", "></w>"]) == [0, 1, 2]
 
 
-def test_each_cell_of_a_grid_has_the_one_whose_centre_is_nearest():
+def test_each_cell_maps_to_the_nearest_centre():
     for h in range(1, 8):
         for H in range(1, 17):
             expected = [

@@ -106,7 +106,7 @@ def same(came: Tensor, expected: Tensor, tolerance: float = 1e-6) -> bool:
 
 @pytest.mark.parametrize("weight", ["ratio", "teacher", "teacher_minus_student", None])
 @pytest.mark.parametrize("keep", [0.4, 1.0])
-def test_the_loss_and_its_gradients_are_those_of_the_literal_objective(weight: Any, keep: float) -> None:
+def test_loss_and_gradients_match_the_literal_objective(weight: Any, keep: float) -> None:
     distil, taught, own = objective(weight=weight, keep=keep, strength=0.7), features(), states()
     prior = torch.rand(B, T, generator=torch.Generator().manual_seed(3))
     expected, chosen = literal(distil, taught, own, LABELS, prior)
@@ -123,21 +123,21 @@ def test_the_loss_and_its_gradients_are_those_of_the_literal_objective(weight: A
 
 
 @pytest.mark.parametrize("missing", ["text", "visual", "text_pooled", "visual_pooled"])
-def test_any_part_of_it_may_be_left_out(missing: str) -> None:
+def test_any_part_of_the_objective_is_optional(missing: str) -> None:
     distil, taught, own = objective(), features(), states()
     del own[missing]
     assert same(distil(taught, **own, labels=LABELS).loss, literal(distil, taught, own, LABELS)[0])
 
 
 @pytest.mark.parametrize(("name", "needs"), [("text_pooled", "text"), ("visual_pooled", "image")])
-def test_a_pooled_state_alone_asks_for_what_it_is_compared_with(name: str, needs: str) -> None:
+def test_a_pooled_state_alone_needs_only_its_own_target(name: str, needs: str) -> None:
     taught, own, distil = features(), states(), objective(weight=None)
     found = distil(TeacherFeatures(**{needs: getattr(taught, needs)}), **{name: own[name]})
     assert same(found.loss, literal(distil, taught, {name: own[name]}, LABELS)[0])
 
 
 @pytest.mark.parametrize("branch", ["text", "visual"])
-def test_one_branch_alone_asks_for_nothing_of_the_other(branch: str) -> None:
+def test_one_branch_needs_no_features_of_the_other(branch: str) -> None:
     taught, own = features(), states()
     distil = TargetedDistillation(E, **{branch: D if branch == "text" else V}).double()
     assert len(list(distil.parameters())) == 1
@@ -146,7 +146,7 @@ def test_one_branch_alone_asks_for_nothing_of_the_other(branch: str) -> None:
     assert same(distil(taught._replace(**less), **own, labels=LABELS).loss, literal(distil, taught, own, LABELS)[0])
 
 
-def test_plain_distillation_is_the_mean_distance_of_all_tokens() -> None:
+def test_plain_distillation_averages_all_tokens() -> None:
     distil = objective(keep=1.0, temperature=math.inf, weight=None)
     taught, own = features()._replace(words_mask=None, regions_mask=None), states()
     own = {name: own[name] for name in ("text", "visual")}
@@ -157,7 +157,7 @@ def test_plain_distillation_is_the_mean_distance_of_all_tokens() -> None:
     assert torch.equal(found.weight, torch.ones(B)) and same(found.text, torch.full((B, T), 1 / T))
 
 
-def test_a_mask_of_the_student_takes_more_away() -> None:
+def test_the_students_mask_removes_more_tokens() -> None:
     distil, taught, own = objective(), features(), states()
     mask = torch.rand(B, P, generator=torch.Generator().manual_seed(5)) < 0.5
     both = taught._replace(regions_mask=taught.regions_mask & mask)
@@ -166,7 +166,7 @@ def test_a_mask_of_the_student_takes_more_away() -> None:
     )
 
 
-def test_what_is_padding_makes_no_difference_whatever_it_holds() -> None:
+def test_values_at_padding_make_no_difference() -> None:
     distil, taught, own = objective(), features(), states()
     spoilt = taught._replace(
         words=taught.words.masked_fill(~taught.words_mask[..., None], math.nan),
@@ -184,7 +184,7 @@ def test_what_is_padding_makes_no_difference_whatever_it_holds() -> None:
         assert torch.equal(one, other) and one.isfinite().all()
 
 
-def test_an_instance_of_padding_alone_is_worth_its_pooled_terms() -> None:
+def test_an_instance_of_only_padding_has_only_pooled_terms() -> None:
     distil, taught, own = objective(weight=None), features(), states()
     empty = taught._replace(
         words_mask=torch.zeros(B, T, dtype=torch.bool), regions_mask=torch.zeros(B, P, dtype=torch.bool)
@@ -199,25 +199,25 @@ def test_an_instance_of_padding_alone_is_worth_its_pooled_terms() -> None:
     assert not any(grad.any() for grad in torch.autograd.grad(alone.loss, [*tokens.values(), *distil.parameters()]))
 
 
-def test_no_token_at_all_is_worth_nothing() -> None:
+def test_instances_without_tokens_have_zero_distance() -> None:
     distil, taught, own = objective(weight=None), features(), states()
     none = taught._replace(words=taught.words[:, :0], words_mask=None)
     assert torch.equal(distil(none, text=own["text"][:, :0]).distance, torch.zeros(B))
 
 
-def test_a_prior_of_zeros_weighs_nothing() -> None:
+def test_a_prior_of_zeros_gives_zero_distance() -> None:
     distil, taught, own = objective(weight=None), features(), states()
     found = distil(taught, text=own["text"], prior=torch.zeros(T))
     assert torch.equal(found.distance, torch.zeros(B)) and not found.text.any()
 
 
 @pytest.mark.parametrize(("keep", "real", "count"), [(0.4, 5, 2), (0.4, 6, 3), (0.1, 30, 3), (0.01, 9, 1), (1.0, 9, 9)])
-def test_so_many_of_the_tokens_that_are_no_padding_are_chosen(keep: float, real: int, count: int) -> None:
+def test_the_share_of_chosen_tokens_excludes_padding(keep: float, real: int, count: int) -> None:
     mask = torch.arange(32)[None] % 32 < real
     assert select_top(torch.rand(1, 32), mask, keep).sum() == count
 
 
-def test_equal_relevance_chooses_the_lower_index_and_never_padding() -> None:
+def test_ties_choose_the_lower_index_and_never_padding() -> None:
     mask = torch.tensor([[False, True, True, False, True, True]])
     assert select_top(torch.zeros(1, 6), mask, 0.5).tolist() == [[False, True, True, False, False, False]]
 
@@ -229,7 +229,7 @@ def test_relevance_is_the_softmax_of_the_cosines() -> None:
     assert same(came, expected, 1e-12)
 
 
-def test_the_weight_is_that_of_the_true_answer_and_carries_no_gradient() -> None:
+def test_weights_use_the_true_answer_and_have_no_gradient() -> None:
     taught, own = features(), states()
     found = objective(weight="ratio")(taught, **own, labels=LABELS)
     assert not found.weight.requires_grad
@@ -241,7 +241,7 @@ def test_the_weight_is_that_of_the_true_answer_and_carries_no_gradient() -> None
     assert torch.equal(less.weight, torch.zeros(B))
 
 
-def test_an_instance_without_a_true_answer_weighs_nothing() -> None:
+def test_an_instance_without_a_true_answer_has_weight_zero() -> None:
     taught, own = features(), states()
     labels = torch.tensor([3, -100, 4, A])
     found = objective()(taught, **own, labels=labels)
@@ -249,20 +249,20 @@ def test_an_instance_without_a_true_answer_weighs_nothing() -> None:
     assert (found.weight[[1, 3]] == 0).all() and torch.equal(found.weight[[0, 2]], all_known.weight[[0, 2]])
 
 
-def test_what_a_prior_has_below_zero_is_zero() -> None:
+def test_negative_priors_count_as_zero() -> None:
     taught, own, distil = features(), states(), objective()
     prior = torch.randn(T, generator=torch.Generator().manual_seed(0))
     results = [distil(taught, **own, labels=LABELS, prior=each).loss for each in (prior, prior.clamp(min=0))]
     assert torch.equal(*results)
 
 
-def test_a_batch_of_nothing_is_worth_nothing() -> None:
+def test_an_empty_batch_has_zero_loss() -> None:
     taught = TeacherFeatures(*(None if each is None else each[:0] for each in features()))
     found = objective()(taught, **{name: each[:0] for name, each in states().items()}, labels=LABELS[:0])
     assert found.loss == 0 and found.distance.shape == (0,)
 
 
-def test_states_in_half_precision_are_projected_in_it() -> None:
+def test_half_precision_states_are_projected_in_half_precision() -> None:
     taught, distil = features(torch.float32), objective(torch.float32)
     own = {name: each.detach().bfloat16().requires_grad_() for name, each in states(torch.float32).items()}
     own["text_pooled"] = own["text_pooled"].detach().float().requires_grad_()
@@ -273,7 +273,7 @@ def test_states_in_half_precision_are_projected_in_it() -> None:
     assert own["text"].grad.dtype == torch.bfloat16 and distil.text.weight.grad.dtype == torch.float32
 
 
-def test_a_teacher_and_a_student_without_any_confidence_weigh_nothing() -> None:
+def test_zero_confidence_of_teacher_and_student_has_weight_zero() -> None:
     taught, own = features(torch.float32), states(torch.float32)
     hopeless = torch.full((B, A), 300.0)
     hopeless[torch.arange(B), LABELS] = -300.0
@@ -285,7 +285,7 @@ def test_a_teacher_and_a_student_without_any_confidence_weigh_nothing() -> None:
     assert torch.equal(found.weight, torch.zeros(B)) and found.loss == 0
 
 
-def test_features_in_half_precision_choose_as_their_values_in_single_do() -> None:
+def test_half_features_choose_the_same_tokens_as_in_fp32() -> None:
     half = TeacherFeatures(*(each.half() if each.is_floating_point() else each for each in features()))
     wide = TeacherFeatures(*(each.float() if each.is_floating_point() else each for each in half))
     own, distil = states(torch.float32), objective(torch.float32)
@@ -294,7 +294,7 @@ def test_features_in_half_precision_choose_as_their_values_in_single_do() -> Non
     assert same(one.loss, other.loss)
 
 
-def test_autocast_projects_in_low_precision_and_weighs_in_single() -> None:
+def test_autocast_projects_in_low_precision_and_weights_in_fp32() -> None:
     taught, own, distil = features(torch.float32), states(torch.float32), objective(torch.float32)
     exact = distil(taught, **own, labels=LABELS)
     with torch.autocast("cpu", torch.bfloat16):
@@ -307,7 +307,7 @@ def test_autocast_projects_in_low_precision_and_weighs_in_single() -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_it_is_one_graph_and_the_same(backend: str) -> None:
+def test_the_objective_compiles_to_one_equal_graph(backend: str) -> None:
     taught, own, distil = features(torch.float32), states(torch.float32), objective(torch.float32)
     wanted = [own["text"], own["visual"], *distil.parameters()]
     eager = distil(taught, **own, labels=LABELS)
@@ -318,7 +318,7 @@ def test_compiled_it_is_one_graph_and_the_same(backend: str) -> None:
         assert same(came, expected, 1e-5)
 
 
-def test_two_processes_end_with_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
+def test_two_processes_get_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
     script = Path(gloo_distill.__file__)
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -333,7 +333,7 @@ def test_two_processes_end_with_the_gradients_of_the_whole_batch(tmp_path: Path)
         assert torch.equal(one[name], two[name]) and same(one[name], parameter.grad)
 
 
-def test_a_training_brings_the_student_nearer_to_its_teacher() -> None:
+def test_training_moves_the_student_toward_its_teacher() -> None:
     torch.manual_seed(0)
     taught, labels = features(torch.float32), LABELS
     student, answer = nn.Linear(V, V), nn.Linear(V, A)
@@ -353,7 +353,7 @@ def test_a_training_brings_the_student_nearer_to_its_teacher() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_only_the_projections_are_its_state() -> None:
+def test_the_state_dict_holds_only_the_projections() -> None:
     assert {name: tuple(each.shape) for name, each in objective().state_dict().items()} == {
         "text.weight": (E, D),
         "visual.weight": (E, V),
@@ -372,7 +372,7 @@ def test_only_the_projections_are_its_state() -> None:
         ({"text": 4, "strength": -1.0}, "scale and strength must be finite"),
     ],
 )
-def test_what_it_cannot_be_made_with_is_named(options: dict[str, Any], message: str) -> None:
+def test_bad_constructor_arguments_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         TargetedDistillation(E, **options)
     assert message in str(error.value)
@@ -411,7 +411,7 @@ def test_what_it_cannot_be_made_with_is_named(options: dict[str, Any], message: 
         ({"regions": torch.zeros(B, P, E, device="meta")}, "must be on cpu like the projections, got meta"),
     ],
 )
-def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
+def test_inputs_that_do_not_fit_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     taught, own = features(), {**states(), "labels": LABELS}
     taught = taught._replace(
         **{name: each for name, each in changes.items() if name in taught._fields and name != "text"}
@@ -422,7 +422,7 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> No
     assert message in str(error.value)
 
 
-def test_states_without_their_branch_are_named() -> None:
+def test_states_without_their_branch_are_refused_by_name() -> None:
     distil = TargetedDistillation(E, visual=V).double()
     with pytest.raises(
         ValueError, match="expected no text states, got some: construct this module with text= their width"

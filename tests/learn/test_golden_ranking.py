@@ -37,7 +37,7 @@ def small():
 
 @pytest.mark.parametrize("score", ["label", "confidence", "feature"])
 @pytest.mark.parametrize(("window", "stride"), [(1, 1), (2, 1), (2, 2), (3, 2)])
-def test_rankings_are_those_of_a_literal_loop(score, window, stride):
+def test_rankings_match_a_literal_loop(score, window, stride):
     model, images, classes, labels = small()
     options = {"score": score, "window": window, "stride": stride, "step": 3, "block": 1}
     came = golden_ranking(model, images, text=classes, labels=labels, batch_size=7, **options)
@@ -61,7 +61,7 @@ TOWERS = {
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.parametrize("name", TOWERS)
-def test_rankings_on_other_towers_are_those_of_the_loop(name, block):
+def test_rankings_on_other_towers_match_the_literal_loop(name, block):
     library, make = TOWERS[name]
     pytest.importorskip(library, reason=f"{library} is not installed")
     model, images, classes, labels = given(make())
@@ -72,13 +72,13 @@ def test_rankings_on_other_towers_are_those_of_the_loop(name, block):
     assert torch.equal(came.ranks, expected)
 
 
-def test_windows_reach_every_edge():
+def test_windows_cover_every_edge():
     assert windows_of((3, 3), 2, 2).tolist() == [[0, 1, 3, 4], [1, 2, 4, 5], [3, 4, 6, 7], [4, 5, 7, 8]]
     assert len(windows_of((14, 14), 2, 1)) == 169 and len(windows_of((14, 14), 2, 2)) == 49
     assert windows_of((2, 3), 1, 1).tolist() == [[0], [1], [2], [3], [4], [5]]
 
 
-def test_equal_scores_let_the_lower_index_go_first():
+def test_equal_scores_remove_the_lower_index_first():
     model, images, classes, _ = small()
     with torch.no_grad():  # nothing depends on the patches
         model.visual.proj.zero_()
@@ -86,7 +86,7 @@ def test_equal_scores_let_the_lower_index_go_first():
     assert torch.equal(came.ranks, torch.arange(15, -1, -1).expand(3, -1))
 
 
-def test_numbers_that_are_none_let_patches_stay():
+def test_patches_with_nan_scores_stay_longest():
     model, images, classes, _ = small()
     images[1, :, 8:16, 8:16] = float("nan")
     came = golden_ranking(model, images, score="confidence", text=classes, block=1)
@@ -95,7 +95,7 @@ def test_numbers_that_are_none_let_patches_stay():
     assert sorted(came.ranks[1].tolist()) == list(range(16))
 
 
-def test_what_enters_the_block_comes_with_its_channels_pooled():
+def test_features_are_the_blocks_input_with_pooled_channels():
     model, images, *_ = small()
     came = golden_ranking(model, images, score="feature", block=2)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_patched_tower_is_ranked_dense_and_stays_patched():
     assert ck.method_of(model) == ck.EViT(0.5) and model.training
 
 
-def test_images_may_come_one_by_one_and_twice():
+def test_images_may_be_a_sequence_with_repeats():
     model, images, classes, labels = small()
     expected = golden_ranking(model, images, text=classes, labels=labels, block=1)
     rows = [0, 2, 0, 1]
@@ -130,7 +130,7 @@ def test_images_may_come_one_by_one_and_twice():
     assert calls[-1] == (4, 4)
 
 
-def test_what_is_ranked_already_is_not_ranked_again(tmp_path, monkeypatch):
+def test_images_on_disk_are_not_ranked_again(tmp_path, monkeypatch):
     from clipkernels.learn.patch_ranking import golden
 
     model, images, classes, labels = small()
@@ -179,7 +179,7 @@ def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypat
     assert file.read_bytes() == held
 
 
-def test_what_is_none_is_left_out():
+def test_images_that_are_none_are_skipped():
     model, images, classes, labels = small()
     expected = golden_ranking(model, images[::2], text=classes, labels=labels[::2], block=1)
     came = golden_ranking(model, [images[0], None, images[2]], text=classes, labels=labels, block=1)
@@ -188,7 +188,7 @@ def test_what_is_none_is_left_out():
         golden_ranking(model, [None, None], score="feature", block=1)
 
 
-def test_two_runs_on_one_file_lose_nothing(tmp_path):
+def test_two_concurrent_runs_on_one_file_lose_nothing(tmp_path):
     model, images, *_ = small()
     file = tmp_path / "ranks.safetensors"
     options = {"score": "feature", "block": 1, "path": file}
@@ -218,7 +218,7 @@ golden_ranking(ck.bundled()[0], images, score="feature", window=8, stride=8, blo
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a system with SIGKILL")
-def test_a_run_that_is_killed_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
+def test_a_killed_run_resumes(tiny, tmp_path, monkeypatch):
     from clipkernels.learn.patch_ranking import golden
 
     monkeypatch.setattr(golden, "MAX_IMAGES_PER_PART", 2)
@@ -259,7 +259,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
         ({"images": torch.randn(3, 3, 40, 40)}, r"images must be \(B,3,32,32\)"),
     ],
 )
-def test_what_cannot_be_ranked_is_refused(wrong, message):
+def test_options_that_do_not_fit_are_refused(wrong, message):
     model, images, classes, labels = small()
     options = {"text": classes, "labels": labels, "block": 1, **wrong}
     with pytest.raises(ValueError, match=message):

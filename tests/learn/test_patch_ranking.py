@@ -69,7 +69,7 @@ def small(layers=4):
 @pytest.mark.parametrize("block", [0, 2, 3])
 @pytest.mark.parametrize("learnt", [0, 2])
 @torch.no_grad()
-def test_a_patched_tower_computes_the_literal_form(keep, block, learnt):
+def test_a_patched_tower_matches_the_literal_forward(keep, block, learnt):
     model, images = small(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
     method = patch_ranking(model, keep, block, learnt)
     expected, dense = literal(model, method, images), model.encode_image(images)
@@ -87,7 +87,7 @@ def test_a_patched_tower_computes_the_literal_form(keep, block, learnt):
 
 
 @torch.no_grad()
-def test_intermediate_states_have_every_patch_at_its_place_and_no_learnt_token():
+def test_intermediates_place_every_patch_and_hide_learnt_tokens():
     model, images = small(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     ck.patch(model, patch_ranking(model, 0.5, 2, learnt=3))
     states = model.visual.forward_intermediates(images, output_fmt="NLC")["image_intermediates"]
@@ -95,14 +95,14 @@ def test_intermediate_states_have_every_patch_at_its_place_and_no_learnt_token()
     assert [(state == 0).all(-1).sum(1).tolist() for state in states] == [[0, 0], [0, 0], [8, 8], [8, 8]]
 
 
-def test_a_predictor_of_a_vit_b16_has_the_parameters_and_operations_of_the_paper():
+def test_a_vit_b16_predictor_has_the_papers_size_and_cost():
     predictor = RankPredictor(197)
     assert sum(parameter.numel() for parameter in predictor.parameters()) == 46_246
     assert predictor.macs == pytest.approx(7.27e6, abs=0.005e6)
 
 
 @pytest.mark.parametrize(("gone", "gmacs"), [(50, 14.16), (60, 13.48), (78, 12.27), (100, 10.80)])
-def test_a_pruned_b16_has_the_published_gmacs_and_those_of_the_predictor(gone, gmacs):
+def test_a_pruned_b16_has_the_published_gmacs_plus_the_predictors(gone, gmacs):
     plan = ck.PatchRanking(RankPredictor(197), keep=(196 - gone) / 196).plan(tokens=197, blocks=12)
     assert plan.tokens == (197, 197, 197, *[197 - gone] * 10)
     assert plan.gmacs(768) - RankPredictor(197).macs / 1e9 == pytest.approx(gmacs, abs=0.005)
@@ -116,7 +116,7 @@ def test_learnt_tokens_count_in_every_block():
     assert 0 < plan.gmacs(768) - without.gmacs(768) < 0.2
 
 
-def test_scores_are_those_of_torchs_own_modules_and_carry_no_gradient():
+def test_scores_match_torch_modules_and_have_no_gradient():
     predictor = RankPredictor(17, 5).double()
     x = torch.randn(3, 17, 100, dtype=torch.float64, requires_grad=True)
     came = predictor(x)
@@ -163,7 +163,7 @@ def trained(model, images):
     return fit_predictor(rankings, epochs=1).predictor
 
 
-def test_what_was_there_comes_back_though_the_tower_has_learnt_or_moved(tiny, images):
+def test_unpatching_restores_a_tower_that_was_trained_or_moved(tiny, images):
     method = ck.PatchRanking(trained(tiny, images))
     ck.patch(tiny, method)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_what_was_there_comes_back_though_the_tower_has_learnt_or_moved(tiny, im
 
 
 @torch.no_grad()
-def test_blocks_without_their_tower_change_their_dtype(tiny, images):
+def test_blocks_may_be_cast_without_their_tower(tiny, images):
     for method in (ck.EViT(0.5), patch_ranking(tiny, learnt=2)):
         ck.patch(tiny, method)
         x = tiny.visual._embeds(images)
@@ -187,7 +187,7 @@ def test_blocks_without_their_tower_change_their_dtype(tiny, images):
 
 
 @torch.no_grad()
-def test_weights_that_went_down_and_up_again_are_what_they_were(tiny, images):
+def test_weights_survive_a_cast_to_half_and_back(tiny, images):
     method = patch_ranking(tiny, learnt=2)
     ck.patch(tiny, method)
     expected = tiny.encode_image(images)
@@ -207,7 +207,7 @@ def test_a_later_mismatch_raises(tiny, images):
 
 
 @torch.no_grad()
-def test_it_runs_under_autocast(tiny, images):
+def test_patch_ranking_runs_under_autocast(tiny, images):
     ck.patch(tiny, patch_ranking(tiny, learnt=2))
     expected = tiny.encode_image(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -215,7 +215,7 @@ def test_it_runs_under_autocast(tiny, images):
     assert nn.functional.cosine_similarity(came.float(), expected).min() > 0.99
 
 
-def test_gradients_reach_learnt_tokens_and_the_tower_through_the_pruning():
+def test_gradients_reach_learnt_tokens_and_tower_through_pruning():
     model, images = small(3), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     method = patch_ranking(model, 0.5, 1, learnt=1)
     ck.patch(model, method)
@@ -258,12 +258,12 @@ def test_checkpointing_gives_the_same_gradients(tiny, images):
         ({"block": 2}, ValueError, "block must be that of the predictor, 3, got 2"),
     ],
 )
-def test_what_is_no_configuration_is_refused(arguments, error, message):
+def test_bad_configurations_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         ck.PatchRanking(**{"predictor": RankPredictor(65), **arguments})
 
 
-def test_a_predictor_for_another_tower_is_refused_and_the_model_stays_as_it_was(tiny, images):
+def test_a_predictor_of_another_tower_is_refused_without_changes(tiny, images):
     predictor = trained(tiny, images)
     tokens = VisualTokens(2, 2, 128)
     assert ck.patch(tiny, ck.PatchRanking(predictor, tokens=tokens)) is tiny
@@ -303,27 +303,27 @@ def ranked(images=64, patches=16):
     return Rankings(ranks, features, {"prefix": 1, "block": 2})
 
 
-def test_features_that_are_no_numbers_are_refused():
+def test_features_that_are_not_finite_are_refused():
     rankings = ranked()
     rankings.features[3, 2] = float("nan")
     with pytest.raises(ValueError, match="rankings must have finite features, got 1 images with others"):
         fit_predictor(rankings)
 
 
-def test_a_share_keeps_as_many_patches_as_it_does_elsewhere():
+def test_a_share_keeps_as_many_patches_as_other_methods():
     for share in (0.07, 0.14, 0.28, 0.55, 0.56, 0.6, 147 / 196):
         pruned = ck.EViT(share, blocks=(3,), fuse=False).plan(226, 12)
         assert ck.PatchRanking(RankPredictor(226), share).plan(226, 12).tokens[-1] == pruned.tokens[-1]
 
 
-def test_the_target_is_the_published_one():
+def test_the_target_distribution_is_the_published_one():
     ranks = torch.randperm(196, generator=torch.Generator().manual_seed(0))[None]
     v = torch.tensor([0.0 if rank < 146 else -5 - 0.1 * rank for rank in ranks[0].tolist()])
     torch.testing.assert_close(target_distribution(ranks, 50)[0], v.softmax(0))
 
 
 @pytest.mark.parametrize("margin", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
-def test_a_predictor_learns_what_features_tell(margin):
+def test_a_predictor_learns_from_features(margin):
     told = []
     fitted = fit_predictor(
         ranked(1024), keep=0.5, margin=margin, epochs=30, lr=5e-3, progress=lambda *line: told.append(line)
@@ -341,14 +341,14 @@ def test_training_is_deterministic_and_leaves_the_generator_alone():
     assert repr(one.predictor) == repr(other.predictor) != repr(fit_predictor(ranked(), epochs=2, seed=1).predictor)
 
 
-def test_overlap_counts_what_goes_in_both():
+def test_overlap_counts_patches_removed_in_both():
     ranks = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     assert overlap(-ranks.float(), ranks, 2) == 1
     assert overlap(ranks.float(), ranks, 2) == 0
     assert overlap(torch.zeros(2, 4), ranks, 2) == 0.5  # the last two go
 
 
-def test_a_predictor_comes_back_as_it_was_saved(tmp_path):
+def test_a_saved_predictor_loads_unchanged(tmp_path):
     predictor = fit_predictor(ranked(), epochs=1, token_hidden=16).predictor
     predictor.save(tmp_path / "predictor.safetensors")
     loaded = RankPredictor.load(tmp_path / "predictor.safetensors")
@@ -372,7 +372,7 @@ def test_a_predictor_comes_back_as_it_was_saved(tmp_path):
         ({"margin": float("nan")}, "margin must be a finite number from 0, got nan"),
     ],
 )
-def test_training_refuses_what_it_cannot_do(wrong, message):
+def test_predictor_training_refuses_bad_arguments(wrong, message):
     with pytest.raises(ValueError, match=message):
         fit_predictor(ranked(), **wrong)
     with pytest.raises(RuntimeError, match="needs gradients"), torch.inference_mode():
@@ -380,7 +380,7 @@ def test_training_refuses_what_it_cannot_do(wrong, message):
 
 
 @pytest.mark.parametrize("coupled", [False, True])
-def test_learnt_tokens_fit_a_few_images_and_leave_the_model_alone(tiny, coupled):
+def test_learnt_tokens_fit_a_few_images_without_changing_the_model(tiny, coupled):
     images, labels = torch.randn(12, 3, 32, 32), torch.arange(12) % 3
     _, _, tokenizer = ck.bundled()
     tiny.train()
@@ -406,7 +406,7 @@ def test_learnt_tokens_fit_a_few_images_and_leave_the_model_alone(tiny, coupled)
 
 
 @torch.no_grad()
-def test_coupled_tokens_are_made_of_the_contexts_that_the_text_has(tiny, images):
+def test_coupled_tokens_are_maps_of_the_texts_contexts(tiny, images):
     _, _, tokenizer = ck.bundled()
     tokens = VisualTokens(2, 4, 128, text_width=128)
     torch.testing.assert_close(tokens()[1], tokens.context[1] @ tokens.maps[1].weight.T + tokens.maps[1].bias)
@@ -433,7 +433,7 @@ def test_coupled_tokens_are_made_of_the_contexts_that_the_text_has(tiny, images)
 
 
 @torch.no_grad()
-def test_contexts_go_into_openais_text_tower_too():
+def test_contexts_work_in_openais_text_tower():
     pytest.importorskip("clip.model", reason="openai-clip is not installed")
     torch.manual_seed(0)
     model = openai_tower(2, 64, 8, 64, 32)  # its fresh weights attend to every word, sharper ones to the last alone
@@ -449,7 +449,7 @@ def test_contexts_go_into_openais_text_tower_too():
     assert (model.encode_text(ids) - expected).norm() > 0.1 * expected.norm()
 
 
-def test_contexts_that_would_leave_nothing_of_the_prompts_are_refused(tiny):
+def test_contexts_longer_than_the_prompts_are_refused(tiny):
     _, _, tokenizer = ck.bundled()
     tokens = VisualTokens(2, 2, 128, text_width=128)
     for template, names in (
@@ -482,7 +482,7 @@ def test_contexts_of_another_text_tower_are_refused(tiny):
         text_tower(nn.Module())
 
 
-def test_contexts_begin_as_the_words_whose_place_they_take(tiny):
+def test_contexts_start_as_the_words_they_replace(tiny):
     _, _, tokenizer = ck.bundled()
     images, labels = torch.randn(1, 3, 32, 32), torch.tensor([0])
     fitted = fit_tokens(
@@ -492,7 +492,7 @@ def test_contexts_begin_as_the_words_whose_place_they_take(tiny):
     torch.testing.assert_close(prompted, support.class_embeddings(tiny, tokenizer, PROMPTS), atol=1e-5, rtol=1e-5)
 
 
-def test_training_that_is_stopped_leaves_the_model_as_it_was(tiny):
+def test_interrupted_training_restores_the_model(tiny):
     _, _, tokenizer = ck.bundled()
     images, labels = torch.randn(3, 3, 32, 32), torch.arange(3)
     ck.patch(tiny.train(), ck.EViT(0.5))
@@ -507,7 +507,7 @@ def test_training_that_is_stopped_leaves_the_model_as_it_was(tiny):
     assert not any(block._forward_pre_hooks for block in tiny.transformer.resblocks)
 
 
-def test_training_tokens_refuses_what_it_cannot_do(tiny):
+def test_token_training_refuses_bad_arguments(tiny):
     _, _, tokenizer = ck.bundled()
     images, labels, method = torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), patch_ranking(tiny)
     with pytest.raises(ValueError, match="labels must be from 0 to 2, got 0 to 3"):

@@ -14,13 +14,13 @@ import clipkernels as ck
 from clipkernels.adapters import text
 from clipkernels.fingerprint import fingerprint, same_probe, same_tower, weights_version
 from clipkernels.learn.distill import Teacher, TeacherFeatures, align_words
-from clipkernels.testing import openai_tower, patch_ranking, randomized, timm_tower
+from clipkernels.testing import openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VISION = {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8, "head_width": 32}
 TEXT = {"context_length": 16, "vocab_size": 64, "width": 48, "heads": 2, "layers": 2}
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8}
 TEXTS = ["a cat", "two dogs, asleep", "a cat", "", "a very long text that must be cut"]
 
 
@@ -75,19 +75,12 @@ def wrapped(pooler="mean_pooler", proj="linear"):
 
 
 def of_transformers(family):
+    """A model of transformers with 16 patches, its text tower's default context and embeddings of its default width."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     if not hasattr(transformers, family):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    maker = getattr(transformers, family)
-    vision = {**SIZES, "num_hidden_layers": 3}
-    if "Siglip2" in family:
-        vision = {**vision, "num_patches": 16}
-        del vision["image_size"]
-    width = 64 if "Siglip" in family else 48
-    words = {"hidden_size": width, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    words |= {"vocab_size": 64, "max_position_embeddings": 32 if family == "AltCLIPModel" else 16, "project_dim": 48}
-    words |= {"bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 0, "projection_size": 64}
-    model = maker(maker.config_class(vision_config=vision, text_config=words, projection_dim=32))
+    size = {"num_patches": 16} if "Siglip2" in family else {"image_size": 32}
+    model = transformers_tower(family, 3, **SIZES, **size)
     if family in ("AltCLIPModel", "ChineseCLIPModel"):
         try:
             model.get_text_features(input_ids=torch.ones(1, 4, dtype=torch.int64))
@@ -163,7 +156,7 @@ TOWERS = {
 
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
-def test_words_and_texts_are_the_hosts_own(name):
+def test_words_and_texts_match_the_host(name):
     make, tokenizer, rows = TOWERS[name]
     model = randomized(make()).eval()
     came = Teacher(model, tokenizer)(texts=TEXTS)
@@ -181,7 +174,7 @@ def test_words_and_texts_are_the_hosts_own(name):
 
 
 @torch.no_grad()
-def test_the_word_that_a_clip_pools_is_its_end():
+def test_clip_pools_its_end_token():
     model = randomized(clip()).eval()
     came, ids = Teacher(model, Letters())(texts=TEXTS), Letters()(TEXTS)
     end = came.words[torch.arange(5), ids.argmax(1)]
@@ -201,7 +194,7 @@ def test_the_word_that_a_clip_pools_is_its_end():
         ([8, 9, 0, 0, 0], [8, 3, 4, 9, 0], [8, 9, 0, 0, 0], []),
     ],
 )
-def test_marks_and_padding_are_no_words(empty, some, row, words):
+def test_marks_and_padding_are_not_words(empty, some, row, words):
     marks = text.Marks.from_ids(torch.tensor([empty, some]))
     assert marks.words(torch.tensor([row, some]))[0].nonzero().flatten().tolist() == words
 
@@ -219,12 +212,12 @@ def test_marks_and_padding_are_no_words(empty, some, row, words):
         ([8, 3, 9, 4, 0], [8, 3, 9, 4, 0]),
     ],
 )
-def test_a_tokenizer_that_pads_before_a_text_is_refused(empty, some):
+def test_a_tokenizer_that_pads_on_the_left_is_refused(empty, some):
     with pytest.raises(ValueError, match=r"tokenizer must pad after a text, got ids .* padding_side to right"):
         text.Marks.from_ids(torch.tensor([empty, some]))
 
 
-def test_a_tokenizer_with_other_marks_for_some_texts_is_refused():
+def test_a_tokenizer_with_inconsistent_marks_is_refused():
     with pytest.raises(
         ValueError, match=r"the same marks around each text, got 0 words in the empty text and .*1, 0.* in the"
     ):
@@ -232,7 +225,7 @@ def test_a_tokenizer_with_other_marks_for_some_texts_is_refused():
 
 
 @torch.no_grad()
-def test_images_texts_and_answers_are_what_the_model_embeds(tiny, images):
+def test_images_texts_and_answers_match_the_models_embeddings(tiny, images):
     model, _, tokenizer = ck.bundled()
     teacher = Teacher(model, tokenizer)
     came = teacher(images, ["is it a cat", "is it red", "is it a cat"], ["yes", "no, not at all"])
@@ -250,7 +243,7 @@ def test_images_texts_and_answers_are_what_the_model_embeds(tiny, images):
 
 
 @torch.no_grad()
-def test_answers_are_joined_as_told(tiny):
+def test_join_formats_texts_with_answers(tiny):
     tokenizer = ck.bundled()[2]
     expected = tiny.encode_text(tokenizer(["Q: {why}? A: yes {}"]))
     for join in ("Q: {}? A: {}", lambda one, other: f"Q: {one}? A: {other}"):
@@ -266,7 +259,7 @@ def test_answers_are_joined_as_told(tiny):
         assert str(e.value).endswith(f'got "{join}"')
 
 
-def test_each_text_is_read_once_and_many_in_parts(tiny, monkeypatch):
+def test_each_distinct_text_is_encoded_once_in_batches(tiny, monkeypatch):
     from clipkernels.learn.distill import teacher as module
 
     tokenizer, read = ck.bundled()[2], []
@@ -282,7 +275,7 @@ def test_each_text_is_read_once_and_many_in_parts(tiny, monkeypatch):
     torch.testing.assert_close(came.words, expected.words, rtol=1e-5, atol=1e-5)
 
 
-def test_texts_of_different_lengths_are_filled_up(monkeypatch):
+def test_texts_of_different_lengths_are_padded(monkeypatch):
     from clipkernels.learn.distill import teacher as module
 
     monkeypatch.setattr(module, "PROMPTS_PER_BATCH", 1)
@@ -294,7 +287,7 @@ def test_texts_of_different_lengths_are_filled_up(monkeypatch):
 
 
 @pytest.mark.parametrize("method", [None, ck.EViT(0.5), ck.ToMe(4), ck.TCA(0.1)])
-def test_an_empty_batch_gives_nothing_of_the_right_shapes(method, tiny, images):
+def test_an_empty_batch_gives_empty_features_of_the_right_shapes(method, tiny, images):
     if method is not None:
         ck.patch(tiny, method)
     came = Teacher(tiny, ck.bundled()[2])(images[:0], [], ["yes", "no", "perhaps"])
@@ -305,7 +298,7 @@ def test_an_empty_batch_gives_nothing_of_the_right_shapes(method, tiny, images):
         Teacher(tiny, ck.bundled()[2])(images[:0, ..., :16])
 
 
-def test_an_empty_batch_of_a_resnet_and_of_no_answers(resnet, tiny):
+def test_resnets_and_answers_allow_empty_batches(resnet, tiny):
     model = randomized(open_clip.create_model(resnet))
     teacher = Teacher(model, open_clip.get_tokenizer("ViT-B-32", context_length=16))
     assert teacher(torch.empty(0, 3, 32, 32)).regions.shape == (0, 1, 32)
@@ -323,7 +316,7 @@ REDUCED = {
 
 @pytest.mark.parametrize("name", REDUCED)
 @torch.no_grad()
-def test_regions_of_a_reduced_teacher_are_what_is_left_of_each_patch(name, tiny, images):
+def test_regions_of_a_reduced_teacher_follow_each_patch(name, tiny, images):
     ck.patch(tiny, REDUCED[name](tiny))
     came = Teacher(tiny, ck.bundled()[2])(images)
     encoded = ck.encode_image(tiny, images, tokens=True, source=True)
@@ -352,7 +345,7 @@ def test_regions_of_a_dense_teacher_are_its_patches(tiny, images):
 
 
 @torch.no_grad()
-def test_registers_are_no_regions():
+def test_registers_are_not_regions():
     pytest.importorskip("timm", reason="timm is not installed")
     model = clip()
     model.visual = timm_tower(
@@ -375,7 +368,7 @@ def test_a_resnets_regions_are_the_positions_of_its_last_map(resnet):
 
 
 @torch.no_grad()
-def test_queries_are_no_regions():
+def test_queries_are_not_regions():
     pooled = randomized(coca(attentional_pool=True, attn_pooler_heads=2)).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     teacher = Teacher(pooled, Letters(length=15))
@@ -387,7 +380,7 @@ def test_queries_are_no_regions():
     assert Teacher(plain, Letters(length=15))(images).regions.shape == (2, 16, 32)
 
 
-def test_nothing_of_the_model_is_touched(images):
+def test_the_model_is_left_unchanged(images):
     model, _, tokenizer = ck.bundled()
     model.train()
     model.visual.transformer.eval()
@@ -405,7 +398,7 @@ def test_nothing_of_the_model_is_touched(images):
     assert not any(x is not None and x.requires_grad for x in came)
 
 
-def test_a_student_that_holds_a_teacher_has_none_of_its_weights_and_learns_beside_it(tiny, images):
+def test_a_student_with_a_teacher_trains_without_its_weights(tiny, images):
     class Student(nn.Module):
         def __init__(self):
             super().__init__()
@@ -419,7 +412,7 @@ def test_a_student_that_holds_a_teacher_has_none_of_its_weights_and_learns_besid
     assert student.layer.weight.grad.isfinite().all() and all(p.grad is None for p in tiny.parameters())
 
 
-def test_a_teacher_has_its_own_precision_whatever_the_student_has(tiny, images):
+def test_a_teacher_runs_in_its_own_precision_under_autocast(tiny, images):
     teacher, texts = Teacher(tiny, ck.bundled()[2]), ["a", "b", "c"]
     expected = teacher(images, texts, ["d"])
     with torch.autocast("cpu", torch.bfloat16):
@@ -445,7 +438,7 @@ def test_threads_share_a_teacher(tiny, images):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_what_has_no_text_tower_is_refused(tiny, images):
+def test_models_without_a_text_tower_are_refused(tiny, images):
     with pytest.raises(ck.UnsupportedTower, match=r"a text tower of open_clip, .*, got VisionTransformer"):
         Teacher(tiny.visual, Letters())
     with pytest.raises(ck.UnsupportedTower, match=r"a text tower of .*, got \w+$"):
@@ -454,13 +447,11 @@ def test_what_has_no_text_tower_is_refused(tiny, images):
     strange.text = nn.Linear(4, 4)
     with pytest.raises(ck.UnsupportedTower, match="got CLIP with Linear"):
         Teacher(strange, Letters())
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, num_hidden_layers=1))
     with pytest.raises(ck.UnsupportedTower, match="got CLIPVisionModel"):
-        Teacher(vision, Letters())
+        Teacher(of_transformers("CLIPVisionModel"), Letters())
 
 
-def test_a_text_tower_that_does_something_else_than_expected_is_refused(tiny):
+def test_text_towers_with_unexpected_outputs_are_refused(tiny):
     class Scaled(open_clip.CLIP):
         def encode_text(self, text, normalize=False):
             return 1.1 * super().encode_text(text, normalize)
@@ -495,7 +486,7 @@ def test_a_text_tower_that_does_something_else_than_expected_is_refused(tiny):
         Teacher(clip(), growing)
 
 
-def test_what_does_not_fit_is_an_error(tiny, images):
+def test_inputs_that_do_not_fit_are_refused(tiny, images):
     teacher = Teacher(tiny, ck.bundled()[2])
     wrong = {
         "expected images or texts, got neither": (),
@@ -531,7 +522,7 @@ def test_what_does_not_fit_is_an_error(tiny, images):
         Teacher(narrow, Letters())
 
 
-def test_either_tower_the_method_and_the_tokenizer_tell_teachers_apart(tiny):
+def test_towers_method_and_tokenizer_identify_a_teacher(tiny):
     tokenizer = ck.bundled()[2]
     about = Teacher(tiny, tokenizer).about
 
@@ -553,7 +544,7 @@ def test_either_tower_the_method_and_the_tokenizer_tell_teachers_apart(tiny):
         assert same(other, tokenizer) == [place != 0, place != 1, True, True]
 
 
-def test_the_text_towers_fingerprint_leaves_out_scales_and_a_decoder():
+def test_the_text_fingerprint_excludes_scales_and_a_decoder():
     one = coca()
     other = copy.deepcopy(one)
     with torch.no_grad():
@@ -564,7 +555,7 @@ def test_the_text_towers_fingerprint_leaves_out_scales_and_a_decoder():
 
 
 @pytest.mark.parametrize("weights", ["fresh", "random"])
-def test_what_a_text_tower_does_beside_its_weights_tells_it_apart(weights):
+def test_the_probe_detects_text_options_beside_the_weights(weights):
     def made(dtype=torch.float32, **options):
         torch.manual_seed(0)
         model = open_clip.CustomTextCLIP(32, VISION, {**TEXT, **options})
@@ -583,7 +574,7 @@ def test_what_a_text_tower_does_beside_its_weights_tells_it_apart(weights):
     assert not same_probe([], about["reading of a few texts"])
 
 
-def test_a_stamp_tells_when_weights_were_written_replaced_or_moved(tiny):
+def test_the_weights_version_changes_on_write_replace_and_move(tiny):
     seen = [weights_version(tiny)]
     assert weights_version(tiny) == seen[0]
     with torch.no_grad():
@@ -616,17 +607,17 @@ def words_tokenizer(**options):
     return tokenizer
 
 
-def test_a_tokenizer_of_transformers_is_padded_to_the_towers_length():
+def test_a_transformers_tokenizer_pads_to_the_towers_length():
     teacher = Teacher(randomized(of_transformers("CLIPModel")), words_tokenizer())
     came = teacher(texts=["a cat sat", "a"])
-    assert came.words.shape == (2, 16, 32) and came.words_mask.sum(1).tolist() == [3, 1]
-    assert teacher.pieces("a cat sat") == ["", "a", "cat", "sat", *[""] * 12]
+    assert came.words.shape == (2, 77, 512) and came.words_mask.sum(1).tolist() == [3, 1]
+    assert teacher.pieces("a cat sat") == ["", "a", "cat", "sat", *[""] * 73]
     with torch.no_grad():
         ids = torch.tensor([[62, 2, 3, 4, 63], [62, 2, 63, 0, 0]])
         torch.testing.assert_close(came.text, teacher.reads.host(ids), rtol=1e-4, atol=1e-4)
 
 
-def test_a_tokenizer_of_transformers_that_pads_before_a_text_is_asked_otherwise_and_left_as_it_is():
+def test_a_left_padding_transformers_tokenizer_works_and_is_unchanged():
     model, tokenizer = randomized(of_transformers("CLIPModel")), words_tokenizer(padding_side="left")
     before = tokenizer(["a cat", "a"], padding=True)["input_ids"]
     held = {name: repr(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
@@ -648,7 +639,7 @@ def test_a_tokenizer_of_transformers_that_pads_before_a_text_is_asked_otherwise_
         Teacher(model, Old())
 
 
-def test_pieces_stand_beside_the_words_they_were_cut_into():
+def test_pieces_align_with_words():
     model = open_clip.CLIP(32, VISION, {**TEXT, "vocab_size": 49408})
     teacher = Teacher(model, open_clip_tokenizer.SimpleTokenizer(context_length=16))
     pieces = teacher.pieces("A photograph of 2 malamutes!")
@@ -661,7 +652,7 @@ def test_pieces_stand_beside_the_words_they_were_cut_into():
         Teacher(clip(), Letters()).pieces("a")
 
 
-def test_features_are_aligned_to_a_students_own_tokens():
+def test_features_align_to_a_students_tokens():
     words, regions = torch.randn(2, 4, 8), torch.randn(2, 3, 8)
     mask = torch.tensor([[False, True, True, False], [False, True, False, False]])
     features = TeacherFeatures(torch.randn(2, 8), torch.randn(2, 8), regions, words, None, mask)
@@ -703,7 +694,7 @@ EVIT, FUSED, TOME, TCA = ck.EViT(0.5, fuse=False), ck.EViT(0.5), ck.ToMe(4), ck.
     *(("SigLIP2", method) for method in (EVIT, FUSED, TCA)),
 ])  # fmt: skip
 @torch.no_grad()
-def test_images_beside_texts_are_served_on_other_towers(name, method):
+def test_images_and_texts_work_on_other_towers(name, method):
     make, tokenizer, _ = TOWERS[name]
     model = randomized(make()).eval()
     if method is not None:
@@ -728,7 +719,7 @@ def test_images_beside_texts_are_served_on_other_towers(name, method):
     assert len(encoded.source[:, -1].unique()) > 2
 
 
-def test_weights_in_half_precision_of_openai_are_served():
+def test_openais_half_precision_weights_work():
     model = randomized(of_openai())
     from clip.model import convert_weights
 

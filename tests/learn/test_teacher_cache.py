@@ -66,7 +66,7 @@ def assert_rounded(came, expected, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("method", [None, ck.EViT(0.5, fuse=False), ck.ToMe(4)])
-def test_a_cache_says_what_its_teacher_says(dtype, method, tiny, images, tmp_path):
+def test_a_cache_equals_its_teacher(dtype, method, tiny, images, tmp_path):
     if method is not None:
         ck.patch(tiny, method)
     teacher = counting(tiny)
@@ -106,7 +106,7 @@ def test_nothing_is_encoded_twice(tiny, images, tmp_path):
     assert TeacherCache(tmp_path, teacher).add(torch.cat([images, other]), ["a", "b", "c"]) == 0
 
 
-def test_what_was_kept_without_its_parts_is_encoded_again_when_they_are_asked(tiny, images, tmp_path):
+def test_missing_regions_and_words_are_encoded_on_request(tiny, images, tmp_path):
     teacher = counting(tiny)
     cache = TeacherCache(tmp_path, teacher)
     assert cache.add(images, TEXTS, regions=False, words=False) == 5
@@ -121,14 +121,14 @@ def test_what_was_kept_without_its_parts_is_encoded_again_when_they_are_asked(ti
     assert ["sha256", "text"] in sizes and ["image", "sha256"] in sizes and ["image", "regions", "sha256"] in sizes
 
 
-def test_results_are_where_they_are_wanted(tiny, images, tmp_path):
+def test_results_are_on_the_requested_device(tiny, images, tmp_path):
     cache = TeacherCache(tmp_path, counting(tiny))
     assert all(x is None or x.device.type == "meta" for x in cache(images, TEXTS, ["yes"], device="meta"))
     assert cache(images.double(), TEXTS).image.dtype == torch.float32
     assert cache.width == 128
 
 
-def test_a_cache_may_be_read_during_a_training_step(tiny, images, tmp_path):
+def test_a_cache_works_inside_a_training_step(tiny, images, tmp_path):
     cache, layer = TeacherCache(tmp_path, counting(tiny)), torch.nn.Linear(128, 1)
     for _ in range(2):
         came = cache(images.requires_grad_(), TEXTS)
@@ -136,7 +136,7 @@ def test_a_cache_may_be_read_during_a_training_step(tiny, images, tmp_path):
     assert not came.regions.requires_grad and images.grad is None
 
 
-def test_an_error_in_the_middle_loses_the_batch_in_hand_alone(tiny, tmp_path):
+def test_an_error_loses_only_the_current_batch(tiny, tmp_path):
     images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     teacher = counting(tiny)
 
@@ -152,7 +152,7 @@ def test_an_error_in_the_middle_loses_the_batch_in_hand_alone(tiny, tmp_path):
     assert_rounded(cache(images), teacher(images), torch.float16)
 
 
-def test_half_a_file_is_never_seen_and_is_swept_when_it_is_old(tiny, images, tmp_path, monkeypatch):
+def test_partial_files_are_never_read_and_swept_when_old(tiny, images, tmp_path, monkeypatch):
     teacher = counting(tiny)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError("no space left")))
@@ -196,7 +196,7 @@ cache.add(torch.randn(3, 32, 32, generator=generator) for _ in itertools.count()
 """
 
 
-def test_two_write_at_once_and_what_is_left_when_one_is_killed_is_whole(tiny, tmp_path):
+def test_concurrent_writers_leave_complete_files_even_if_killed(tiny, tmp_path):
     generator = torch.Generator().manual_seed(0)
     images = torch.stack([torch.randn(3, 32, 32, generator=generator) for _ in range(80)])
     own = TeacherCache(tmp_path, counting(tiny), batch_size=1)
@@ -218,7 +218,7 @@ def test_two_write_at_once_and_what_is_left_when_one_is_killed_is_whole(tiny, tm
     assert_rounded(cache(images), teacher(images), torch.float16)
 
 
-def test_what_another_process_has_kept_meanwhile_is_not_encoded_again(tiny, images, tmp_path):
+def test_items_stored_by_another_process_are_not_encoded_again(tiny, images, tmp_path):
     one, other = counting(tiny), counting(tiny)
     first, second = TeacherCache(tmp_path, one), TeacherCache(tmp_path, other)
     first.add(images, ["a"])
@@ -229,7 +229,7 @@ def test_what_another_process_has_kept_meanwhile_is_not_encoded_again(tiny, imag
     assert first.add(images.flip(1)) == second.add(images.flip(2)) == 0
 
 
-def test_a_folder_is_listed_only_when_another_has_written(tiny, images, tmp_path, monkeypatch):
+def test_the_folder_is_listed_only_after_another_writer(tiny, images, tmp_path, monkeypatch):
     cache, other = TeacherCache(tmp_path, counting(tiny)), TeacherCache(tmp_path, counting(tiny))
     listed, listdir = [], os.listdir
     monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
@@ -242,7 +242,7 @@ def test_a_folder_is_listed_only_when_another_has_written(tiny, images, tmp_path
     assert len(listed) == 1 and len(cache.teacher.images) == 3
 
 
-def test_few_files_are_mapped_at_a_time(tiny, tmp_path, monkeypatch):
+def test_the_number_of_mapped_files_is_limited(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_MAPPED_FILES", 4)
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     cache = TeacherCache(tmp_path, counting(tiny), batch_size=1)
@@ -260,7 +260,7 @@ def test_few_files_are_mapped_at_a_time(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_loader_may_fill_the_same_memory_again(whole, tiny, images, tmp_path):
+def test_a_loader_may_reuse_its_memory(whole, tiny, images, tmp_path):
     def filled():
         buffer = torch.empty_like(images[:1] if whole else images[0])
         for image in images:
@@ -274,7 +274,7 @@ def test_a_loader_may_fill_the_same_memory_again(whole, tiny, images, tmp_path):
     assert cache.teacher.images == [3]
 
 
-def test_images_that_wait_hold_themselves_alone(tiny, images, tmp_path, monkeypatch):
+def test_waiting_images_do_not_keep_their_batch_alive(tiny, images, tmp_path, monkeypatch):
     cache = TeacherCache(tmp_path, counting(tiny))
     waited, encode = [], cache._encode
     monkeypatch.setattr(
@@ -322,13 +322,13 @@ def test_features_of_another_teacher_are_refused(change, match, tiny, images, tm
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_a_dense_patch_and_half_weights_are_the_same_teacher(tiny, images, tmp_path):
+def test_dense_patches_and_half_weights_keep_the_teacher(tiny, images, tmp_path):
     TeacherCache(tmp_path, counting(tiny)).add(images)
     assert TeacherCache(tmp_path, counting(ck.patch(copy.deepcopy(tiny), ck.Dense()))).add(images) == 0
     assert TeacherCache(tmp_path, counting(copy.deepcopy(tiny).half())).add(images) == 0
 
 
-def test_a_teacher_that_was_patched_meanwhile_is_refused(tiny, images, tmp_path):
+def test_a_teacher_patched_later_is_refused(tiny, images, tmp_path):
     cache = TeacherCache(tmp_path, counting(tiny))
     cache.add(images[:2])
     ck.patch(tiny, ck.EViT(0.5))
@@ -340,7 +340,7 @@ def test_a_teacher_that_was_patched_meanwhile_is_refused(tiny, images, tmp_path)
 @pytest.mark.parametrize(
     ("weight", "tower"), [("visual.ln_post.bias", "image"), ("ln_final.bias", "text"), ("text_projection", "text")]
 )
-def test_a_teacher_whose_weights_have_changed_meanwhile_is_refused(weight, tower, tiny, images, tmp_path):
+def test_a_teacher_with_changed_weights_is_refused(weight, tower, tiny, images, tmp_path):
     cache = TeacherCache(tmp_path, counting(tiny))
     cache.add(images[:2], ["a"])
     with torch.no_grad():
@@ -355,7 +355,7 @@ def test_a_teacher_whose_weights_have_changed_meanwhile_is_refused(weight, tower
     assert cache.add(images) == 1  # it is itself again
 
 
-def test_a_teacher_may_be_cast_meanwhile(tiny, images, tmp_path):
+def test_a_teacher_may_be_cast_later(tiny, images, tmp_path):
     cache = TeacherCache(tmp_path, counting(tiny))
     cache.add(images[:2])
     tiny.half()
@@ -363,7 +363,7 @@ def test_a_teacher_may_be_cast_meanwhile(tiny, images, tmp_path):
     torch.testing.assert_close(cache(images).image, cache.teacher(images).image, rtol=1e-2, atol=1e-2)
 
 
-def test_a_folder_is_found_from_anywhere(tiny, images, tmp_path, monkeypatch):
+def test_a_relative_folder_survives_a_change_of_directory(tiny, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache = TeacherCache("features", counting(tiny), batch_size=1)
     cache.add(images[:1])
@@ -385,7 +385,7 @@ def test_other_files_are_refused(tiny, images, tmp_path):
         TeacherCache(tmp_path, counting(tiny))
 
 
-def test_features_that_are_not_finite_are_not_kept_but_those_beside_them_are(tiny, images, tmp_path):
+def test_only_the_finite_features_of_a_batch_are_stored(tiny, images, tmp_path):
     cache = TeacherCache(tmp_path, counting(tiny))
     expected = cache.teacher(images)
     images[1, 0, 0, 0] = float("nan")
@@ -417,7 +417,7 @@ def test_a_text_whose_features_are_not_finite_is_named(tiny, tmp_path):
     assert TeacherCache(tmp_path, counting(tiny), torch.bfloat16).add(texts=["a"]) == 1
 
 
-def test_texts_of_different_lengths_are_filled_up(tiny, tmp_path):
+def test_texts_of_different_lengths_are_padded(tiny, tmp_path):
     teacher = counting(tiny)
     cache = TeacherCache(tmp_path, teacher)
     cache.add(texts=["a"])
@@ -431,7 +431,7 @@ def test_texts_of_different_lengths_are_filled_up(tiny, tmp_path):
     assert cache(texts=["b", "a"]).words.shape == (2, 64, 128)
 
 
-def test_padding_is_not_kept(tiny, tmp_path):
+def test_padding_is_not_stored(tiny, tmp_path):
     teacher = counting(tiny)
     cache = TeacherCache(tmp_path, teacher)
     texts = ["is it a cat", "", "a"]
@@ -447,7 +447,7 @@ def test_padding_is_not_kept(tiny, tmp_path):
     assert alone.words.shape == (1, 64, 128) and not alone.words.any() and not alone.words_mask.any()
 
 
-def test_an_empty_batch_is_one_of_nothing(tiny, images, tmp_path):
+def test_an_empty_batch_gives_empty_features(tiny, images, tmp_path):
     cache = TeacherCache(tmp_path, counting(tiny))
     for method in (None, ck.EViT(0.5, fuse=False)):
         if method is not None:
@@ -465,7 +465,7 @@ def test_an_empty_batch_is_one_of_nothing(tiny, images, tmp_path):
     assert cache.add(images[:0], []) == 0
 
 
-def test_files_are_read_where_they_lie(tiny, images, tmp_path):
+def test_files_are_memory_mapped(tiny, images, tmp_path):
     teacher = counting(tiny)
     TeacherCache(tmp_path, teacher, batch_size=1).add(images)
     cache = TeacherCache(tmp_path, teacher)
@@ -477,7 +477,7 @@ def test_files_are_read_where_they_lie(tiny, images, tmp_path):
         assert file.name in maps.read()
 
 
-def test_what_does_not_fit_is_an_error(tiny, images, tmp_path):
+def test_inputs_that_do_not_fit_are_refused(tiny, images, tmp_path):
     cache = TeacherCache(tmp_path, counting(tiny))
     wrong = {
         r"images must be an iterable of \(3,S,S\) or \(B,3,S,S\) of one size, got \(32, 32\)": {"images": images[0]},

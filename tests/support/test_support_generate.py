@@ -114,7 +114,7 @@ def test_the_published_settings_are_the_defaults(bundled: Any, stable: Any, tmp_
     assert support.generate.__kwdefaults__ is not None and support.generate.__kwdefaults__["per_class"] == 100
 
 
-def test_prompts_take_turns_and_every_image_has_a_seed_of_its_own(bundled: Any, stable: Any, tmp_path: Path) -> None:
+def test_prompts_alternate_and_every_image_has_its_own_seed(bundled: Any, stable: Any, tmp_path: Path) -> None:
     spy = Spy(stable)
     generate(bundled, spy, tmp_path / "set", guidance=3.0)
     assert [call["prompt"] for call in spy.calls] == [
@@ -129,7 +129,7 @@ def test_prompts_take_turns_and_every_image_has_a_seed_of_its_own(bundled: Any, 
     assert not set(again.seeds) & set(spy.seeds)
 
 
-def test_generated_images_are_those_of_the_pipeline(bundled: Any, stable: Any, tmp_path: Path) -> None:
+def test_generated_images_match_the_pipelines(bundled: Any, stable: Any, tmp_path: Path) -> None:
     spy = Spy(stable)
     found = generate(bundled, spy, tmp_path / "set")
     noise = torch.Generator().manual_seed(spy.seeds[1])
@@ -151,7 +151,7 @@ def test_a_generated_set_is_saved_and_loads(bundled: Any, stable: Any, tmp_path:
     assert torch.equal(loaded.features, found.features) and loaded.labels.tolist() == 4 * [0] + 4 * [1]
 
 
-def test_a_stopped_generation_makes_nothing_twice_and_gives_identical_files(
+def test_an_interrupted_generation_resumes_with_identical_files(
     bundled: Any, stable: Any, tmp_path: Path, encoded: list[int]
 ) -> None:
     whole = Spy(stable)
@@ -176,7 +176,7 @@ def test_a_stopped_generation_makes_nothing_twice_and_gives_identical_files(
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
-def test_more_images_per_class_keep_those_there_are(bundled: Any, stable: Any, tmp_path: Path) -> None:
+def test_more_images_per_class_keep_the_existing_ones(bundled: Any, stable: Any, tmp_path: Path) -> None:
     few = generate(bundled, Spy(stable), tmp_path / "set", per_class=2)
     before, spy = contents(tmp_path / "set"), Spy(stable)
     found = generate(bundled, spy, tmp_path / "set")
@@ -195,7 +195,7 @@ def test_more_images_per_class_keep_those_there_are(bundled: Any, stable: Any, t
         generate(bundled, spy, tmp_path / "set", per_class=3)
 
 
-def test_several_images_per_call_are_the_same_images(bundled: Any, stable: Any, tmp_path: Path) -> None:
+def test_several_images_per_call_give_the_same_images(bundled: Any, stable: Any, tmp_path: Path) -> None:
     one, three = Spy(stable), Spy(stable)
     generate(bundled, one, tmp_path / "one")
     generate(bundled, three, tmp_path / "three", images_per_call=3)
@@ -210,7 +210,7 @@ def test_several_images_per_call_are_the_same_images(bundled: Any, stable: Any, 
 
 
 @pytest.mark.parametrize("change", [{"guidance": 3.0}, {"steps": 3}, {"seed": 1}, {"prompts": {"zebra": ["a horse."]}}])
-def test_a_folder_of_images_made_in_another_way_is_refused(
+def test_a_folder_of_images_with_another_recipe_is_refused(
     change: dict[str, Any], bundled: Any, stable: Any, tmp_path: Path
 ) -> None:
     generate(bundled, stable, tmp_path / "set")
@@ -222,7 +222,7 @@ def test_a_folder_of_images_made_in_another_way_is_refused(
     assert spy.calls == [] and contents(tmp_path / "set") == before
 
 
-def test_images_of_another_pipeline_or_of_none_are_refused(bundled: Any, stable: Any, tmp_path: Path) -> None:
+def test_images_of_another_pipeline_or_without_recipe_are_refused(bundled: Any, stable: Any, tmp_path: Path) -> None:
     generate(bundled, stable, tmp_path / "set")
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     components = {**stable.components, "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)}
@@ -237,7 +237,7 @@ def test_images_of_another_pipeline_or_of_none_are_refused(bundled: Any, stable:
         generate(bundled, stable, tmp_path / "set")
 
 
-def test_a_flagged_image_is_tried_again_from_other_noise(bundled: Any, stable: Any, tmp_path: Path) -> None:
+def test_a_flagged_image_is_generated_again_from_other_noise(bundled: Any, stable: Any, tmp_path: Path) -> None:
     plain = Spy(stable)
     generate(bundled, plain, tmp_path / "plain")
     bad = plain.seeds[2]
@@ -287,7 +287,7 @@ def test_a_set_of_another_kind_is_not_overwritten(bundled: Any, stable: Any, pho
     assert contents(tmp_path / "made") == before
 
 
-def test_the_same_images_serve_another_tower_once_they_are_encoded_again(
+def test_the_same_images_can_be_encoded_for_another_tower(
     bundled: Any, stable: Any, tmp_path: Path, tiny: Any, encoded: list[int]
 ) -> None:
     generate(bundled, Spy(stable), tmp_path / "set")
@@ -315,7 +315,7 @@ def test_a_pipeline_is_loaded_from_a_folder_of_safetensors(bundled: Any, stable:
     assert ours == same
 
 
-def test_a_pipeline_that_would_be_unpickled_is_refused(stable: Any, tmp_path: Path) -> None:
+def test_a_pipeline_that_needs_unpickling_is_refused(stable: Any, tmp_path: Path) -> None:
     stable.save_pretrained(tmp_path / "pipeline")
     weights = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
@@ -360,7 +360,7 @@ def test_a_broken_image_is_named_for_deletion(kept: int, bundled: Any, stable: A
     assert contents(tmp_path / "set") == before
 
 
-def test_pipelines_without_components_are_told_apart_by_their_type() -> None:
+def test_pipelines_without_components_differ_by_type() -> None:
     class Bare:
         pass
 

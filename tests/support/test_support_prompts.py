@@ -31,7 +31,7 @@ def test_the_ensemble_has_the_seven_published_templates() -> None:
     ]
 
 
-def test_short_answers_and_those_that_begin_with_a_question_mark_are_dropped(tmp_path: Path) -> None:
+def test_short_answers_and_question_marks_are_dropped(tmp_path: Path) -> None:
     file = tmp_path / "said.json"
     said = {"cat": ["A cat\nhas  fur.", "?What is a cat?", "No.", "  ? no", "four", "fives", ""], "dog": ["It barks."]}
     file.write_text(json.dumps(said), encoding="utf-8")
@@ -55,14 +55,14 @@ def test_classes_without_sentences_are_named(tmp_path: Path) -> None:
         ('{"cat": ["It has fur.", 3]}', "expected sentences for 'cat' to be strings, got 3"),
     ],
 )
-def test_a_file_that_holds_no_sentences_per_class_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_a_file_without_sentences_per_class_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "said.json").write_text(text)
     with pytest.raises(ValueError) as caught:
         support.cupl(["cat"], tmp_path / "said.json")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_generator_is_asked_every_question_ten_times_per_class() -> None:
+def test_a_generator_gets_every_question_ten_times_per_class() -> None:
     asked: list[list[str]] = []
 
     def generate(questions: list[str]) -> list[str]:
@@ -77,14 +77,14 @@ def test_a_generator_is_asked_every_question_ten_times_per_class() -> None:
         support.cupl(["cat"], lambda questions: ["A cat."])
 
 
-def test_combined_has_both_lists() -> None:
+def test_combined_concatenates_both_lists() -> None:
     both = support.combined(support.photo(["cat", "dog"]), {"dog": ["It barks."], "cat": ["It purrs."]})
     assert both == {"cat": ["a photo of a cat.", "It purrs."], "dog": ["a photo of a dog.", "It barks."]}
     with pytest.raises(ValueError, match="expected prompts for the same classes, got 'dog' in only one"):
         support.combined(support.photo(["cat", "dog"]), {"cat": ["It purrs."]})
 
 
-def test_class_embeddings_are_means_over_lists_of_different_lengths(bundled: Any) -> None:
+def test_class_embeddings_average_lists_of_different_lengths(bundled: Any) -> None:
     model, _, tokenizer = bundled
     prompts = {"zero": ["the digit zero.", "zero", "0"], "one": ["the digit one."]}
     came = support.class_embeddings(model, tokenizer, prompts)
@@ -95,6 +95,6 @@ def test_class_embeddings_are_means_over_lists_of_different_lengths(bundled: Any
 
 
 @pytest.mark.parametrize("prompts", [{}, {"cat": []}, {"cat": "a cat"}, {"cat": [1]}, ["cat"], {" ": ["a"]}])
-def test_prompts_that_are_no_lists_per_class_are_refused(bundled: Any, prompts: Any) -> None:
+def test_prompts_without_lists_per_class_are_refused(bundled: Any, prompts: Any) -> None:
     with pytest.raises(ValueError, match=r"prompts must|classes must"):
         support.class_embeddings(bundled[0], bundled[2], prompts)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()
-def test_retrieval_is_a_literal_argsort(bundled: Any, photos: Path) -> None:
+def test_retrieval_matches_a_literal_argsort(bundled: Any, photos: Path) -> None:
     model, preprocess, tokenizer = bundled
     found = retrieve(bundled, photos, per_class=7)
     paths = sorted(photos.rglob("*.png"))
@@ -47,7 +47,7 @@ def test_retrieval_is_a_literal_argsort(bundled: Any, photos: Path) -> None:
     assert found.features.dtype == torch.float32 and not found.features.is_inference()
 
 
-def test_ties_go_to_the_lower_index_however_many_there_are() -> None:
+def test_any_number_of_ties_go_to_the_lower_index() -> None:
     faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     rows = normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     many = rows[[3, 2, 1, 0] * 50]
@@ -61,7 +61,7 @@ def test_ties_go_to_the_lower_index_however_many_there_are() -> None:
     assert collection._nearest(index, many, rows[:1], 300, 0.99) == first
 
 
-def test_labels_follow_the_order_of_the_classes_not_of_the_folders(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_labels_follow_the_order_of_the_prompts_not_of_the_folders(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, ["zebra", "apple"], per_class=2).save(tmp_path / "set")
     loaded = SupportSet.load(tmp_path / "set", bundled[0])
     assert loaded.classes == ("zebra", "apple")
@@ -71,12 +71,12 @@ def test_labels_follow_the_order_of_the_classes_not_of_the_folders(bundled: Any,
     assert torch.equal(text, support.class_embeddings(bundled[0], bundled[2], prompts_of(["zebra", "apple"])))
 
 
-def test_an_image_may_serve_several_classes(bundled: Any, photos: Path) -> None:
+def test_an_image_may_represent_several_classes(bundled: Any, photos: Path) -> None:
     found = retrieve(bundled, photos, per_class=1000)
     assert found.counts.tolist() == [60, 60, 60]
 
 
-def test_classes_without_a_hit_are_named(bundled: Any, photos: Path) -> None:
+def test_the_error_names_classes_without_a_hit(bundled: Any, photos: Path) -> None:
     whole = retrieve(bundled, photos, per_class=1)
     scores = [
         (feature @ collection.prompt_embeddings(*bundled[::2], prompts_of([name]))[0].T).max().item()
@@ -96,7 +96,7 @@ def test_files_with_the_same_content_count_once(bundled: Any, photos: Path) -> N
     assert names(retrieve(bundled, photos, per_class=5)) == before
 
 
-def test_files_that_are_no_image_are_reported_and_the_others_still_serve(bundled: Any, photos: Path) -> None:
+def test_files_that_are_no_images_are_reported_and_skipped(bundled: Any, photos: Path) -> None:
     before = names(retrieve(bundled, photos, per_class=60))
     (photos / "broken.png").write_bytes((photos / "0" / "00.png").read_bytes()[:99])
     (photos / "text.jpg").write_text("no image")
@@ -128,7 +128,7 @@ def test_a_collection_is_encoded_once(bundled: Any, photos: Path, encoded: list[
     assert sorted(path.name for path in photos.parent.iterdir()) == sorted(["photos", file.name, "saved"])
 
 
-def test_only_what_is_new_or_changed_is_encoded(bundled: Any, photos: Path, encoded: list[int]) -> None:
+def test_only_new_or_changed_images_are_encoded(bundled: Any, photos: Path, encoded: list[int]) -> None:
     retrieve(bundled, photos)
     (photos / "0" / "00.png").unlink()
     (photos / "1" / "01.png").rename(photos / "2" / "moved.png")
@@ -141,7 +141,7 @@ def test_only_what_is_new_or_changed_is_encoded(bundled: Any, photos: Path, enco
     assert not any(image.path.endswith("00.png") for image in found.images)
 
 
-def test_a_stopped_run_goes_on_with_the_same_result(
+def test_an_interrupted_run_resumes_with_the_same_result(
     bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
 ) -> None:
     whole = retrieve(bundled, photos, cache=photos.parent / "whole", batch_size=8)
@@ -189,13 +189,13 @@ support.retrieve(*ck.bundled(), support.photo(["one"]), {str(photos)!r}, batch_s
     assert torch.equal(found.features, retrieve(bundled, photos, cache=photos.parent / "whole", batch_size=16).features)
 
 
-def test_progress_says_what_is_done(bundled: Any, photos: Path) -> None:
+def test_progress_reports_stage_and_counts(bundled: Any, photos: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     retrieve(bundled, photos, progress=lambda *step: seen.append(step))
     assert seen == [("encoding", done, 60) for done in range(1, 61)] + [("retrieving", done, 3) for done in (1, 2, 3)]
 
 
-def test_a_method_or_preprocessing_of_ones_own_has_its_own_features(
+def test_another_method_or_preprocessing_has_its_own_features(
     tiny: Any, bundled: Any, photos: Path, encoded: list[int]
 ) -> None:
     plain = retrieve(bundled, photos)
@@ -213,7 +213,7 @@ def test_a_method_or_preprocessing_of_ones_own_has_its_own_features(
         support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos, cache=file)
 
 
-def test_the_features_of_one_folder_are_not_overwritten_with_those_of_another(bundled: Any, photos: Path) -> None:
+def test_features_of_another_folder_are_not_overwritten(bundled: Any, photos: Path) -> None:
     cache = photos.parent / "cache"
     retrieve(bundled, photos, cache=cache)
     before = cache.read_bytes()
@@ -222,7 +222,7 @@ def test_the_features_of_one_folder_are_not_overwritten_with_those_of_another(bu
     assert cache.read_bytes() == before
 
 
-def test_a_file_of_other_features_is_no_collection(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_file_of_other_features_is_refused_as_a_collection(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=1).save(tmp_path / "set")
     with pytest.raises(ValueError, match=r"expected the features of a collection, got .*features.safetensors"):
         retrieve(bundled, tmp_path / "set" / "features.safetensors")
@@ -248,7 +248,7 @@ def test_saved_features_of_another_tower_are_refused(bundled: Any, photos: Path,
         ({"collection": __file__, "cache": "x"}, "expected a folder of images with cache, got the file"),
     ],
 )
-def test_wrong_arguments_of_retrieve_are_one_line(
+def test_wrong_arguments_of_retrieve_are_one_line_errors(
     bundled: Any, photos: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
@@ -262,7 +262,7 @@ def test_a_folder_without_images_is_refused(bundled: Any, drawn: Path, tmp_path:
         retrieve(bundled, tmp_path / "empty")
 
 
-def test_without_faiss_the_extra_is_named_before_anything_is_done(
+def test_without_faiss_the_error_names_the_extra_before_any_work(
     bundled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
@@ -283,7 +283,7 @@ def test_features_that_are_not_finite_are_reported(tiny: Any, bundled: Any, phot
     assert lines == [f"skipped {photos / 'bad.png'}: the model's features are not finite"]
 
 
-def test_a_model_is_left_in_its_mode(tiny: Any, bundled: Any, photos: Path) -> None:
+def test_a_models_training_mode_is_restored(tiny: Any, bundled: Any, photos: Path) -> None:
     tiny.train()
     tiny.visual.eval()
     before = [module.training for module in tiny.modules()]
@@ -292,7 +292,7 @@ def test_a_model_is_left_in_its_mode(tiny: Any, bundled: Any, photos: Path) -> N
     assert torch.equal(found.features, retrieve(bundled, photos, cache=photos.parent / "other").features)
 
 
-def test_an_open_clip_resnet_encodes_too(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_an_open_clip_resnet_encodes_images(bundled: Any, photos: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     text = {"context_length": 64, "vocab_size": 259, "width": 64, "heads": 1, "layers": 1}
     model: Any = open_clip.CLIP(32, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}, text).eval()
@@ -300,7 +300,7 @@ def test_an_open_clip_resnet_encodes_too(bundled: Any, photos: Path, tmp_path: P
     assert SupportSet.load(tmp_path / "set", model).features.shape == (6, 32)
 
 
-def test_an_image_with_other_metadata_is_another_file_with_the_same_features(bundled: Any, photos: Path) -> None:
+def test_other_metadata_makes_another_file_with_equal_features(bundled: Any, photos: Path) -> None:
     info = PngInfo()
     info.add_text("by", "somebody")
     with Image.open(photos / "0" / "00.png") as image:
@@ -311,7 +311,7 @@ def test_an_image_with_other_metadata_is_another_file_with_the_same_features(bun
     assert found.counts.tolist() == [61, 61, 61]
 
 
-def test_an_empty_collection_leaves_its_features_alone(bundled: Any, photos: Path) -> None:
+def test_an_empty_collection_keeps_its_features(bundled: Any, photos: Path) -> None:
     retrieve(bundled, photos)
     (file,) = photos.parent.glob("*.safetensors")
     before = file.read_bytes()
@@ -322,7 +322,7 @@ def test_an_empty_collection_leaves_its_features_alone(bundled: Any, photos: Pat
     assert file.read_bytes() == before
 
 
-def test_a_file_that_cannot_be_read_is_no_file_that_is_no_image(
+def test_an_unreadable_file_raises_an_os_error(
     bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retrieve(bundled, photos)
@@ -340,7 +340,7 @@ def test_a_file_that_cannot_be_read_is_no_file_that_is_no_image(
     assert file.read_bytes() == before
 
 
-def test_features_of_a_file_keep_the_encoder_that_made_them(tiny: Any, bundled: Any, photos: Path) -> None:
+def test_features_of_a_file_keep_their_encoder(tiny: Any, bundled: Any, photos: Path) -> None:
     plain = retrieve(bundled, photos, cache=photos.parent / "cache")
     ck.patch(tiny, ck.EViT(0.5))
 
@@ -352,7 +352,7 @@ def test_features_of_a_file_keep_the_encoder_that_made_them(tiny: Any, bundled: 
     assert torch.equal(found.features, plain.features)
 
 
-def test_preprocessings_that_print_alike_have_features_of_their_own(bundled: Any, photos: Path) -> None:
+def test_preprocessings_with_equal_reprs_have_their_own_features(bundled: Any, photos: Path) -> None:
     def turned(angle: int) -> Any:
         def preprocess(image: Image.Image) -> Tensor:
             return bundled[1](image.rotate(angle))
@@ -367,7 +367,7 @@ def test_preprocessings_that_print_alike_have_features_of_their_own(bundled: Any
     assert len(list(photos.parent.glob("*.safetensors"))) == 2
 
 
-def test_a_preprocessing_that_is_left_to_chance_is_refused(bundled: Any, photos: Path) -> None:
+def test_a_random_preprocessing_is_refused(bundled: Any, photos: Path) -> None:
     def preprocess(image: Image.Image) -> Tensor:
         return bundled[1](image) + torch.rand(())
 
@@ -389,7 +389,7 @@ def test_text_embeddings_that_are_not_finite_are_refused(tiny: Any, bundled: Any
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_tower_of_open_clip_encodes(dtype: torch.dtype, tiny: Any, bundled: Any, photos: Path) -> None:
+def test_open_clips_half_precision_tower_encodes(dtype: torch.dtype, tiny: Any, bundled: Any, photos: Path) -> None:
     open_clip.model.convert_weights_to_lp(tiny, dtype)
     assert next(tiny.parameters()).dtype == torch.float32
     who = features.encoder_of(tiny, bundled[1])
@@ -403,14 +403,14 @@ def test_a_half_tower_of_open_clip_encodes(dtype: torch.dtype, tiny: Any, bundle
 
 
 @pytest.mark.parametrize("hidden", [".thumbnails/small.png", "0/.git/deep/small.png", ".small.png"])
-def test_what_is_hidden_is_not_retrieved(hidden: str, photos: Path) -> None:
+def test_hidden_files_are_not_retrieved(hidden: str, photos: Path) -> None:
     before = folders.find_images(photos)
     (photos / hidden).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(photos / "0" / "00.png", photos / hidden)
     assert folders.find_images(photos) == before and len(before) == 60
 
 
-def test_features_on_another_drive_keep_the_whole_path(
+def test_features_on_another_drive_store_the_absolute_path(
     bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     relpath = os.path.relpath
@@ -426,7 +426,7 @@ def test_features_on_another_drive_keep_the_whole_path(
     assert retrieve(bundled, photos.parent / "cache").images == found.images
 
 
-def test_where_nothing_can_lie_beside_a_collection_a_cache_is_asked_for(
+def test_a_collection_without_a_writable_parent_needs_a_cache(
     bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=r"expected cache \(--cache\) for /, got none"):
@@ -453,7 +453,7 @@ def test_an_image_that_the_preprocessing_rejects_is_reported(bundled: Any, photo
     assert lines == [f"skipped {photos / 'small.png'}: smaller than the crop"]
 
 
-def test_features_that_did_not_change_are_not_written_again(bundled: Any, photos: Path) -> None:
+def test_unchanged_features_are_not_written_again(bundled: Any, photos: Path) -> None:
     retrieve(bundled, photos)
     (file,) = photos.parent.glob("*.safetensors")
     before = file.stat()
@@ -466,7 +466,7 @@ def test_features_that_did_not_change_are_not_written_again(bundled: Any, photos
 
 
 @pytest.mark.parametrize("array", [False, True])
-def test_features_of_ones_own_are_a_collection(array: bool, bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_precomputed_features_are_a_collection(array: bool, bundled: Any, photos: Path, tmp_path: Path) -> None:
     whole = retrieve(bundled, photos, per_class=60)
     rows, paths = whole.features[:60], [image.path for image in whole.images[:60]]
     given: Any = (3 * rows).numpy() if array else 3 * rows
@@ -490,7 +490,7 @@ def test_features_of_ones_own_are_a_collection(array: bool, bundled: Any, photos
         (lambda rows, paths: (rows[:0], []), "expected a collection with images, got none in features in memory"),
     ],
 )
-def test_features_of_ones_own_that_do_not_fit_are_refused(
+def test_precomputed_features_that_do_not_fit_are_refused(
     change: Any, message: str, bundled: Any, photos: Path
 ) -> None:
     whole = retrieve(bundled, photos, ["one"], per_class=3)

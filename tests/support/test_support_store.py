@@ -24,7 +24,7 @@ from tests.support.fixtures import NAMES, contents, retrieve
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_set_comes_back_as_it_was_saved(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_saved_set_loads_unchanged(bundled: Any, photos: Path, tmp_path: Path) -> None:
     found = retrieve(bundled, photos, per_class=4, name="bundled", pretrained="none")
     found.save(tmp_path / "set")
     loaded = SupportSet.load(tmp_path / "set", bundled[0])
@@ -36,14 +36,14 @@ def test_a_set_comes_back_as_it_was_saved(bundled: Any, photos: Path, tmp_path: 
     assert (loaded.about["kind"], loaded.about["model"], loaded.about["pretrained"]) == ("LC", "bundled", "none")
 
 
-def test_the_same_set_gives_the_same_files(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_equal_sets_give_equal_files(bundled: Any, photos: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         retrieve(bundled, photos, per_class=3).save(tmp_path / name)
     retrieve(bundled, photos, per_class=3).save(tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_a_set_that_changes_leaves_none_of_its_old_copies(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_changed_set_removes_its_old_copies(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, ["nine", *NAMES], per_class=9).save(tmp_path / "set")
     retrieve(bundled, photos, per_class=4).save(tmp_path / "set")
     retrieve(bundled, photos, per_class=4).save(tmp_path / "fresh")
@@ -51,7 +51,7 @@ def test_a_set_that_changes_leaves_none_of_its_old_copies(bundled: Any, photos: 
     assert sorted(path.name for path in (tmp_path / "set").iterdir() if path.is_dir()) == sorted(NAMES)
 
 
-def test_images_of_somebody_else_are_never_touched(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_foreign_images_are_never_touched(bundled: Any, photos: Path, tmp_path: Path) -> None:
     found = retrieve(bundled, photos, per_class=2)
     found.save(tmp_path / "set")
     mine = tmp_path / "set" / "zero" / "mine.png"
@@ -62,7 +62,7 @@ def test_images_of_somebody_else_are_never_touched(bundled: Any, photos: Path, t
     assert contents(tmp_path / "set") == before
 
 
-def test_without_copies_the_manifest_says_where_the_images_are(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_without_copies_the_manifest_holds_the_paths(bundled: Any, photos: Path, tmp_path: Path) -> None:
     found = retrieve(bundled, photos, per_class=2)
     found.save(tmp_path / "set", copy=False)
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["features.safetensors", "manifest.json"]
@@ -78,7 +78,7 @@ def test_an_image_that_changed_since_it_was_encoded_is_not_copied(bundled: Any, 
         found.save(tmp_path / "set")
 
 
-def test_a_save_that_is_stopped_can_be_taken_up(
+def test_an_interrupted_save_can_be_repeated(
     bundled: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from clipkernels.support import store
@@ -139,7 +139,7 @@ def test_a_patched_tower_is_the_same_tower(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_towers_are_compared_in_the_lower_of_their_precisions(
+def test_towers_are_compared_in_their_lower_precision(
     dtype: torch.dtype, photos: Path, tmp_path: Path, tiny: Any, bundled: Any
 ) -> None:
     torch.manual_seed(0)
@@ -158,7 +158,7 @@ def test_towers_are_compared_in_the_lower_of_their_precisions(
     assert not fingerprint.same_tower(wide, fingerprint.fingerprint(tiny))
 
 
-def test_half_towers_of_different_kinds_cannot_be_compared(
+def test_float16_and_bfloat16_towers_are_not_interchangeable(
     bundled: Any, photos: Path, tmp_path: Path, tiny: Any
 ) -> None:
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def test_half_towers_of_different_kinds_cannot_be_compared(
     assert not fingerprint.same_tower({}, {})
 
 
-def test_the_text_tower_does_not_count(bundled: Any, tiny: Any) -> None:
+def test_the_text_tower_is_not_compared(bundled: Any, tiny: Any) -> None:
     with torch.no_grad():
         tiny.text_projection.add_(1)
     assert fingerprint.fingerprint(tiny) == fingerprint.fingerprint(bundled[0])
@@ -200,7 +200,7 @@ def test_altered_features_are_refused(bundled: Any, photos: Path, tmp_path: Path
         SupportSet.load(tmp_path / "set", bundled[0])
 
 
-def test_images_that_were_added_or_removed_must_be_taken_up_first(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_added_or_removed_images_need_a_refresh(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=3).save(tmp_path / "set")
     shutil.copy(photos / "0" / "00.png", tmp_path / "set" / "zero" / "mine.png")
     for path in sorted((tmp_path / "set" / "three").iterdir())[:2]:
@@ -212,7 +212,7 @@ def test_images_that_were_added_or_removed_must_be_taken_up_first(bundled: Any, 
     assert len(SupportSet.load(tmp_path / "set", bundled[0]).features) == 9
 
 
-def test_a_refresh_encodes_only_what_is_new(bundled: Any, photos: Path, tmp_path: Path, encoded: list[int]) -> None:
+def test_a_refresh_encodes_only_new_images(bundled: Any, photos: Path, tmp_path: Path, encoded: list[int]) -> None:
     found = retrieve(bundled, photos, per_class=3)
     found.save(tmp_path / "set")
     del encoded[:]
@@ -231,7 +231,7 @@ def test_a_refresh_encodes_only_what_is_new(bundled: Any, photos: Path, tmp_path
     assert sources == [*(image.path for image in found.images[3:6]), None]
 
 
-def test_a_refresh_names_classes_that_are_left_without_images(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_refresh_names_classes_without_images(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=3).save(tmp_path / "set")
     shutil.rmtree(tmp_path / "set" / "three")
     with pytest.raises(ValueError, match="expected an image in the folder for every class, got none for 'three'"):
@@ -242,7 +242,7 @@ def test_a_refresh_names_classes_that_are_left_without_images(bundled: Any, phot
         support.refresh(tmp_path / "set", *bundled[:2], report=lambda line: None)
 
 
-def test_class_names_that_are_no_file_names_get_folders_of_their_own(
+def test_class_names_that_are_no_file_names_get_distinct_folders(
     bundled: Any, photos: Path, tmp_path: Path
 ) -> None:
     classes = ["a/b", "a_b", "Apple", "apple", "..", "żółw 龟", " /", "con", "x" * 300, "a:b", "tail.", "-rf"]
@@ -267,7 +267,7 @@ def test_class_names_that_are_no_file_names_get_folders_of_their_own(
         (lambda manifest: manifest["classes"][0]["images"][0].update(file="../x.png"), "with the name '../x.png'"),
     ],
 )
-def test_a_manifest_that_is_none_is_refused(
+def test_an_invalid_manifest_is_refused(
     change: Callable[[Any], Any], message: str, bundled: Any, photos: Path, tmp_path: Path
 ) -> None:
     retrieve(bundled, photos, per_class=1).save(tmp_path / "set")
@@ -307,7 +307,7 @@ def stopped(bundled: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.Monk
     return tmp_path / "set"
 
 
-def test_a_set_whose_save_was_stopped_is_unfinished(bundled: Any, stopped: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_set_with_an_interrupted_save_is_unfinished(bundled: Any, stopped: Path, photos: Path, tmp_path: Path) -> None:
     message = r"expected a finished support set, got .*set, whose saving was interrupted: build it again"
     with pytest.raises(ValueError, match=message):
         SupportSet.load(stopped, bundled[0])
@@ -318,12 +318,12 @@ def test_a_set_whose_save_was_stopped_is_unfinished(bundled: Any, stopped: Path,
     assert contents(stopped) == contents(tmp_path / "fresh")
 
 
-def test_a_stopped_save_has_removed_no_image(stopped: Path) -> None:
+def test_an_interrupted_save_has_removed_no_image(stopped: Path) -> None:
     images = [path.parent.name for path in stopped.rglob("*.png")]
     assert [images.count(name) for name in NAMES] == [4, 4, 4] and images.count("one") == 2
 
 
-def test_a_set_whose_originals_are_gone_is_not_replaced_by_nothing(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_set_with_missing_originals_is_not_overwritten(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=3).save(tmp_path / "set")
     (file,) = photos.parent.glob("photos.*.safetensors")
     shutil.rmtree(photos)
@@ -335,7 +335,7 @@ def test_a_set_whose_originals_are_gone_is_not_replaced_by_nothing(bundled: Any,
     assert contents(tmp_path / "set").keys() == before.keys()
 
 
-def test_a_class_that_is_renamed_takes_its_images_along(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_renamed_class_keeps_its_images(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=3).save(tmp_path / "set")
     found = SupportSet.load(tmp_path / "set", bundled[0])
     prompts = {"seven": found.prompts["seven"], "null": found.prompts["zero"], "three": found.prompts["three"]}
@@ -346,7 +346,7 @@ def test_a_class_that_is_renamed_takes_its_images_along(bundled: Any, photos: Pa
     assert not (tmp_path / "set" / "zero").exists() and len(list((tmp_path / "set" / "null").iterdir())) == 3
 
 
-def test_an_image_whose_label_is_changed_moves(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_an_image_with_another_label_moves(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=3).save(tmp_path / "set")
     found = SupportSet.load(tmp_path / "set", bundled[0])
     sources = {image.sha256: image.path for image in retrieve(bundled, photos, per_class=3).images}
@@ -359,14 +359,14 @@ def test_an_image_whose_label_is_changed_moves(bundled: Any, photos: Path, tmp_p
     assert moved["source"] == sources[moved["sha256"]]  # not the copy that is gone
 
 
-def test_a_set_within_its_own_collection_is_not_retrieved_from(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_a_set_inside_its_collection_is_not_searched(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=4).save(photos / "0" / "set")
     retrieve(bundled, photos, per_class=2).save(photos / "0" / "set")
     retrieve(bundled, photos, per_class=2).save(tmp_path / "fresh")
     assert contents(photos / "0" / "set") == contents(tmp_path / "fresh")
 
 
-def test_without_copies_images_that_are_gone_or_would_be_are_refused(
+def test_missing_or_stale_images_are_refused_without_copies(
     bundled: Any, photos: Path, tmp_path: Path
 ) -> None:
     found = retrieve(bundled, photos, per_class=2)
@@ -382,7 +382,7 @@ def test_without_copies_images_that_are_gone_or_would_be_are_refused(
     assert contents(tmp_path / "set") == before
 
 
-def test_an_image_that_is_replaced_under_its_own_name_must_be_taken_up_first(
+def test_an_image_replaced_under_its_name_needs_a_refresh(
     bundled: Any, photos: Path, tmp_path: Path
 ) -> None:
     found = retrieve(bundled, photos, per_class=3)
@@ -412,14 +412,14 @@ def test_a_folder_name_fits_every_file_system_in_bytes() -> None:
     assert len(folders.folder_names(["\U00010380" * 300])[0].encode()) <= 255
 
 
-def test_equal_sets_say_nothing_of_the_machine_that_made_them(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_equal_sets_hold_no_trace_of_their_machine(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=1).save(tmp_path / "set")
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert set(manifest) == {"format", *SupportSet.load(tmp_path / "set", bundled[0]).about, "features", "classes"}
     assert set(manifest["classes"][0]) == {"name", "folder", "prompts", "images"}
 
 
-def test_what_is_not_ours_among_the_parts_stays(bundled: Any, photos: Path) -> None:
+def test_foreign_files_among_the_parts_stay(bundled: Any, photos: Path) -> None:
     who = features.encoder_of(*bundled[:2])
     parts = photos.parent / f"cache.{who.key}.parts"
     parts.mkdir()
@@ -428,7 +428,7 @@ def test_what_is_not_ours_among_the_parts_stays(bundled: Any, photos: Path) -> N
     assert contents(parts) == {"notes.txt": b"mine"}
 
 
-def test_a_save_that_cannot_remove_old_copies_is_unfinished_and_loses_nothing(
+def test_a_save_that_cannot_remove_copies_loses_nothing(
     bundled: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retrieve(bundled, photos, per_class=3).save(tmp_path / "set")
@@ -441,12 +441,12 @@ def test_a_save_that_cannot_remove_old_copies_is_unfinished_and_loses_nothing(
     with monkeypatch.context() as patch, pytest.raises(PermissionError):
         patch.setattr(Path, "unlink", fail)
         found._replace(labels=found.labels.flip(0)).save(tmp_path / "set")
-    with pytest.raises(ValueError, match="build .* again"):
+    with pytest.raises(ValueError, match=r"build .* again"):
         SupportSet.load(tmp_path / "set", bundled[0])
     assert before <= {folders.hash_of(path) for path in (tmp_path / "set").rglob("*.png")}
 
 
-def test_two_names_of_one_folder_lose_no_image(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_class_names_of_one_folder_lose_no_image(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, ["cat"], per_class=3).save(tmp_path / "set")
     (tmp_path / "set" / "Cat").symlink_to("cat")  # as a file system has it that ignores case
     found = SupportSet.load(tmp_path / "set", bundled[0])
