@@ -36,8 +36,8 @@ NOTES = (
     "GMACs and ideal count the published schedule; η = speed-up ÷ (GMACs that the baseline ran ÷ GMACs that the row "
     "ran).",
     "cosine: of an image's embedding with the one of dense (host) in eager fp32, least / mean over {n} images; to "
-    "fp32: with the one of the same method in eager fp32. same: share of the images whose nearest other image is the one "
-    "under dense (host) in eager fp32, too.",
+    "fp32: with the one of the same method in eager fp32. same: share of the images whose nearest other image is the "
+    "same under dense (host) in eager fp32.",
     "MiB: the most memory that the forward of one batch holds beyond weights and images, as PyTorch's allocator counts "
     "it; empty under CUDA graphs, which have a memory pool of their own.",
 )

@@ -214,9 +214,9 @@ def test_other_prompts_or_options_need_another_file(files: list[Path], tmp_path:
     assert json_of(*common, "--classes-file", tmp_path / "classes.txt")["ranked"] == 0
     assert json_of(*common, "--classes", "zero,one", "--template", support.PHOTO[0])["ranked"] == 0
     for options in (("--classes", "one,zero"), ("--classes", "zero,one", "--template", "{}.")):
-        wanted = f"expected rankings with the same classes and prompts, got {file} with others: choose another"
+        expected = f"expected rankings with the same classes and prompts, got {file} with others: choose another"
         assert expected in error(run(*common, *options))
-    wanted = f"expected rankings with the same options, got {file} with"
+    expected = f"expected rankings with the same options, got {file} with"
     for options in (
         ("--classes", "zero,one", "--window", 5),
         ("--classes", "zero,one", "--block", 2),

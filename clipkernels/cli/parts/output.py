@@ -23,8 +23,6 @@ from rich.text import Text
 
 from clipkernels.files import atomic_write
 
-MIN_PATH_COLUMNS = 16
-
 
 @contextmanager
 def opened(path: str | None, option: str = "--output") -> Iterator[TextIO]:
@@ -89,7 +87,7 @@ class PathCell:
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         columns = cell_len(self.path)
-        return Measurement(min(columns, MIN_PATH_COLUMNS), columns)
+        return Measurement(min(columns, 1), columns)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(shorten(self.path, options.max_width), no_wrap=True)
@@ -98,19 +96,18 @@ class PathCell:
 def shorten(text: str, columns: int) -> str:
     """Return a text as it is if it fits into `columns` columns, else its start and its end, with … in between.
 
-    The end takes two thirds: files are told apart by their names more often than by their first folders.
+    The end takes three quarters, because the names of files differ more often than their first folders.
     """
     if cell_len(text) <= columns:
         return text
-    tail = max(1, 2 * (columns - 1) // 3)
-    head = max(0, columns - 1 - tail)
-    while head and cell_len(text[:head]) > columns - 1 - tail:  # a character may be two columns wide
+    head = room = max(0, (columns - 1) // 4)
+    while cell_len(text[:head]) > room:  # a character may be two columns wide
         head -= 1
     room = columns - 1 - cell_len(text[:head])
-    end = min(room, len(text))
-    while end > 1 and cell_len(text[-end:]) > room:
-        end -= 1
-    return f"{text[:head]}…{text[-end:]}"
+    start = max(head, len(text) - room)
+    while cell_len(text[start:]) > room:
+        start += 1
+    return f"{text[:head]}…{text[start:]}"
 
 
 def write_table(table: Table, stream: TextIO) -> None:
