@@ -1,1 +1,1 @@
-"""Benchmarks: operations, towers and exports, the GPU campaign, studies, costs and naive forms."""
+"""Benchmarks of operations, towers and exports; the GPU campaign; studies, costs and naive forms."""

@@ -120,11 +120,11 @@ def topk(source: InputFactory, x: Tensor, scores: Tensor, *norm: Tensor) -> tupl
     prefix, patches = x[:, : source.shape.prefix], x[:, source.shape.prefix :]
     mean = scores.mean(1) if scores.ndim == 3 else scores
     index = mean.topk(source.keep).indices
-    kept = patches.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    kept_patches = patches.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
     if not norm:
-        return torch.cat([prefix, kept], 1), index
+        return torch.cat([prefix, kept_patches], 1), index
     fused = mean.scatter(1, index, 0.0)[:, None].to(x.dtype) @ patches
-    tokens = torch.cat([prefix, kept, fused], 1)
+    tokens = torch.cat([prefix, kept_patches, fused], 1)
     return tokens, index, layer_norm(tokens, x.shape[-1:], *norm)
 
 

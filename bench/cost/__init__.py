@@ -1,1 +1,1 @@
-"""Time and memory of heads, distillation and rankings beside their naive forms."""
+"""Time and memory of heads, distillation and rankings, compared with their naive forms."""

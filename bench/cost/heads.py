@@ -1,11 +1,11 @@
-"""What the fused forms of heads cost on this machine's CPU, beside the formulas as they are published.
+"""Measure time and memory of the heads' fused forms on this machine's CPU, against the published formulas.
 
     python -m bench.cost.heads --out heads-cost.csv
     python -m bench.cost.heads --threads 2
 
-Fused is what `ck.ops` and `ck.TipX` run here. B = 64, P = 196, K = 1000, n = 16,000, E = 512, random features: CPU time
-of one thread or wall time, and the most memory that was ever held beyond what was there before, in a process of its
-own, beside what is kept of the support from call to call.
+The fused forms are `ck.ops` and `ck.TipX`. B = 64, P = 196, K = 1000, n = 16,000, E = 512, random features. Figures are
+CPU time of one thread, or wall time of several; the peak memory of a call above the memory before it, in a separate
+process; and the memory of the support that is kept between calls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 import clipkernels as ck
-from bench.cost import peak_rss as resident
+from bench.cost import peak_rss
 from bench.naive import heads as literal_heads
 from bench.result_files import write
 from clipkernels import ops
@@ -37,22 +37,22 @@ COMPUTATIONS = ("CALIP", "Tip-Adapter", "TIP-X")
 
 
 class Case(NamedTuple):
-    """One computation: its inputs, the forms that it has, and what each keeps of the support from call to call."""
+    """One computation: its inputs, its forms, and the tensors of the support that each form keeps between calls."""
 
     inputs: tuple[Tensor, ...]
     forms: dict[str, Callable[..., Tensor]]
-    kept: dict[str, Sequence[Tensor]]
+    stored: dict[str, Sequence[Tensor]]
 
 
 def case_of(
     name: str, batch: int = 64, patches: int = 196, classes: int = 1000, width: int = 512, shots: int = 16
 ) -> Case:
-    """One of the computations at a size."""
+    """Return one of the computations at a size."""
 
     def units(*size: int) -> Tensor:
         return normalize(torch.randn(*size, generator=torch.Generator().manual_seed(sum(size))), dim=-1)
 
-    images, known, text = units(batch, width), units(classes * shots, width), units(classes, width)
+    images, support, text = units(batch, width), units(classes * shots, width), units(classes, width)
     if name == "CALIP":
         inputs = (units(batch, patches, width), images, text)
         literal = partial(literal_heads.calip_logits, alpha=0.5, beta2=1.12, beta3=0.02)
@@ -62,32 +62,35 @@ def case_of(
     if name == "Tip-Adapter":
         fused = partial(ops.affinity, labels=labels, classes=classes, beta=beta, offsets=offsets)
         forms = {"fused": fused, "literal": partial(literal_heads.affinity, one_hot=hot, beta=beta)}
-        return Case((images, known), forms, {"fused": (known, labels, offsets), "literal": (known, hot)})
-    head = ck.TipX(text, known, labels, 1.0, beta, 1.0, tau, "sum")
-    near, nearest, like, unlike = head._support.extrema
-    slope, others = (nearest - near) / (unlike - like), (known @ text.T / tau).log_softmax(1)
+        return Case((images, support), forms, {"fused": (support, labels, offsets), "literal": (support, hot)})
+    head = ck.TipX(text, support, labels, 1.0, beta, 1.0, tau, "sum")
+    min_affinity, max_affinity, min_divergence, max_divergence = head._support.extrema
+    slope, log_shares = (
+        (max_affinity - min_affinity) / (max_divergence - min_divergence),
+        (support @ text.T / tau).log_softmax(1),
+    )
 
     def tipx(images: Tensor) -> Tensor:
-        votes = literal_heads.affinity(images, known, hot, beta)
-        alike = literal_heads.likeness(images, text, others, hot, tau)
-        return 100 * images @ text.T + votes + shots * (near + slope * unlike) + slope * alike
+        votes = literal_heads.affinity(images, support, hot, beta)
+        likeness = literal_heads.likeness(images, text, log_shares, hot, tau)
+        return 100 * images @ text.T + votes + shots * (min_affinity + slope * max_divergence) + slope * likeness
 
-    kept = {"fused": (known, labels, offsets, head._support.mass), "literal": (known, hot, others)}
-    return Case((images,), {"fused": head, "literal": tipx}, kept)
+    stored = {"fused": (support, labels, offsets, head._support.mass), "literal": (support, hot, log_shares)}
+    return Case((images,), {"fused": head, "literal": tipx}, stored)
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     clock: Clock = "process" if arguments.threads == 1 else "wall"
-    found = []
+    rows = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(COMPUTATIONS))
         for name in COMPUTATIONS:
             bar.update(task, description=name)
-            found += costs(name, arguments.threads, arguments.rounds, clock)
+            rows += costs(name, arguments.threads, arguments.rounds, clock)
             bar.advance(task)
-    Console(width=None if sys.stdout.isatty() else 160).print(draw(found, clock))
+    Console(width=None if sys.stdout.isatty() else 160).print(draw(rows, clock))
     if arguments.out:
         header = {
             "environment": environment(),
@@ -95,55 +98,55 @@ def main() -> None:
             "rounds": arguments.rounds,
             "clock": clock,
         }
-        write(found, header, arguments.out)
+        write(rows, header, arguments.out)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds; default %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; FILE.json adds the environment")
     return parser.parse_args()
 
 
 def costs(name: str, threads: int, rounds: int, clock: Clock) -> list[dict[str, Any]]:
-    """Time and memory of a computation's forms, which must agree."""
+    """Return rows with time and memory of a computation's forms, whose results must agree."""
     case = case_of(name)
     with torch.inference_mode():
         results = [form(*case.inputs) for form in case.forms.values()]
-        # Published, TIP-X takes differences of logarithms near -7, which fp32 rounds.
+        # TIP-X as published subtracts logarithms near -7, which fp32 rounds.
         torch.testing.assert_close(results[0], results[1], atol=1e-2, rtol=1e-4)
         times = measure({kind: partial(form, *case.inputs) for kind, form in case.forms.items()}, rounds, clock=clock)
     ratio = times.ratio("fused", "literal")
-    found = []
+    rows = []
     for kind in case.forms:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            held = pool.apply(most_held, (name, kind, threads))
+            peak = pool.apply(peak_bytes, (name, kind, threads))
         row = {"computation": name, "form": kind, "milliseconds": round(1e3 * times.of(kind).median, 2)}
-        kept = sum(tensor.nbytes for tensor in case.kept[kind])
-        row |= {"peak_mib": round(held / 2**20, 1), "kept_mib": round(kept / 2**20, 1), "threads": threads}
+        stored = sum(tensor.nbytes for tensor in case.stored[kind])
+        row |= {"peak_mib": round(peak / 2**20, 1), "kept_mib": round(stored / 2**20, 1), "threads": threads}
         row |= {f"over_literal{end}": round(value, 3) for end, value in zip(("", "_p10", "_p90"), ratio, strict=True)}
-        found.append({**row, "commit": environment()["commit"]})
-    return found
+        rows.append({**row, "commit": environment()["commit"]})
+    return rows
 
 
-def draw(found: list[dict[str, Any]], clock: Clock) -> Table:
-    """The rows for people."""
+def draw(rows: list[dict[str, Any]], clock: Clock) -> Table:
+    """Return a terminal table of the rows."""
     table = Table("computation", "form", "ms", "peak MiB", "kept MiB", "× literal [p10-p90]", title=f"{clock} time")
-    for row in found:
+    for row in rows:
         speed = f"{row['over_literal']:.2f} [{row['over_literal_p10']:.2f}-{row['over_literal_p90']:.2f}]"
         figures = (f"{row[key]:.1f}" for key in ("milliseconds", "peak_mib", "kept_mib"))
         table.add_row(row["computation"], row["form"], *figures, speed if row["form"] == "fused" else "")
     return table
 
 
-def most_held(name: str, kind: str, threads: int) -> int:
-    """Bytes that one call holds at most beyond what was held before it."""
+def peak_bytes(name: str, kind: str, threads: int) -> int:
+    """Return the peak bytes of one call above the memory before it."""
     torch.set_num_threads(threads)
     case = case_of(name)
     with torch.inference_mode():
-        torch.randn(256, 256) @ torch.randn(256, 256)  # what the library allocates once
-        return resident.most_held(partial(case.forms[kind], *case.inputs))
+        torch.randn(256, 256) @ torch.randn(256, 256)  # triggers the library's one-time allocations
+        return peak_rss.peak_increase(partial(case.forms[kind], *case.inputs))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The most memory that a call takes of this process, as Linux counts it: what libraries allocate, too."""
+"""Peak resident memory of a call in this process, as Linux counts it, including the allocations of libraries."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def most_held(run: Callable[[], object]) -> int:
-    """Bytes that `run` holds at most beyond what was held before it, in a process that nothing else runs in."""
+def peak_increase(run: Callable[[], object]) -> int:
+    """Return the peak bytes of `run` above the memory before it. No other thread of the process may allocate."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     run()
@@ -15,5 +15,6 @@ def most_held(run: Callable[[], object]) -> int:
 
 
 def _status(field: str) -> int:
+    """Return a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

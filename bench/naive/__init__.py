@@ -1,1 +1,1 @@
-"""Published formulas as they read: the yardsticks of benches and the oracles of tests."""
+"""Published formulas, transcribed literally: baselines of benchmarks and oracles of tests."""

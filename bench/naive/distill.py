@@ -1,4 +1,4 @@
-"""CLIP-TD's distance as it reads: every token is projected, and what is not selected is multiplied by 0."""
+"""CLIP-TD's distance, transcribed literally: every token is projected, and unselected tokens are multiplied by 0."""
 
 from __future__ import annotations
 
@@ -6,5 +6,13 @@ from torch import Tensor
 
 
 def targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    """(B,n,d), (B,n,E), (E,d), (B,n), (B,n) -> (B,)."""
+    """Return the distances (B,).
+
+    Args:
+        student: (B,n,d) tokens.
+        teacher: (B,n,E) tokens.
+        projection: (E,d).
+        weights: (B,n).
+        mask: (B,n), true for a selected token.
+    """
     return (mask * weights * (student @ projection.T - teacher).abs().mean(2)).sum(1)

@@ -1,6 +1,6 @@
-"""TCA read literally: one image at a time, one centre at a time, one entry at a time, as its released code runs.
+"""TCA, transcribed literally: one image, one centre and one reservoir entry at a time, like its released code.
 
-The oracle of the tests and the yardstick of `bench/studies/adaptation.py`. It runs an open_clip tower with
+It is the oracle of the tests and the baseline of `bench/studies/adaptation.py`. It runs an open_clip tower with
 `nn.MultiheadAttention`, in the dtype of the model. Source: TCA, arXiv 2410.14729, section 3.
 """
 
@@ -18,42 +18,51 @@ from torch.nn.functional import cosine_similarity, normalize
 def condense(
     x: Tensor, scores: Tensor, weights: Tensor, keep: int, merge: int, centers: int, prefix: int = 1, first: int = 0
 ) -> tuple[Tensor, list[int], list[int]]:
-    """One image's tokens (N,C) after condensing, the row of each patch, and the patch behind each kept row and each
-    centre; `scores` (P,) choose and `weights` (P,) make the fused token."""
+    """Condense one image's tokens (N,C).
+
+    `scores` (P,) select the patches, and `weights` (P,) weigh the fused token.
+
+    Returns:
+        The remaining tokens, the row of each patch, and the patch behind each kept row and each centre.
+    """
     strength = [-math.inf if value != value else value for value in scores.tolist()]
     order = sorted(range(len(strength)), key=lambda patch: (-strength[patch], patch))
-    kept, middle, gone = order[:keep], order[keep : keep + merge], order[keep + merge :]
+    keeping, merging, fusing = order[:keep], order[keep : keep + merge], order[keep + merge :]
     patches = x[prefix:]
-    group = patches[middle]
-    chosen = [first]
-    while len(chosen) < centers:
-        nearest = torch.stack([(group - group[center]).norm(dim=1) for center in chosen]).amin(0)
-        chosen.append(int(nearest.argmax()))
-    distances = torch.stack([(group - group[center]).norm(dim=1) for center in chosen])
-    joined = distances.argmin(0).tolist()
+    group = patches[merging]
+    center_ids = [first]
+    while len(center_ids) < centers:
+        nearest = torch.stack([(group - group[center]).norm(dim=1) for center in center_ids]).amin(0)
+        center_ids.append(int(nearest.argmax()))
+    distances = torch.stack([(group - group[center]).norm(dim=1) for center in center_ids])
+    assignment = distances.argmin(0).tolist()
     merged = []
-    for place, center in enumerate(chosen):
+    for place, center in enumerate(center_ids):
         total, mass = torch.zeros_like(x[0]), 0.0
-        for member, to in enumerate(joined):
-            if to == place:
+        for member, row in enumerate(assignment):
+            if row == place:
                 distance = float(distances[place, member])
                 share = 1 / distance if distance else 1.0
                 total, mass = total + share * group[member], mass + share
         merged.append(total / mass if mass else group[center])
     fused = torch.zeros_like(x[0])
-    for patch in gone:
+    for patch in fusing:
         weight = float(weights[patch])
         fused = fused + (weight if weight > -math.inf else 0) * patches[patch]
     rows = [prefix + keep + centers] * len(strength)
-    for place, patch in enumerate(kept):
+    for place, patch in enumerate(keeping):
         rows[patch] = prefix + place
-    for patch, to in zip(middle, joined, strict=True):
-        rows[patch] = prefix + keep + to
-    return torch.stack([*x[:prefix], *patches[kept], *merged, fused]), rows, kept + [middle[c] for c in chosen]
+    for patch, row in zip(merging, assignment, strict=True):
+        rows[patch] = prefix + keep + row
+    return (
+        torch.stack([*x[:prefix], *patches[keeping], *merged, fused]),
+        rows,
+        keeping + [merging[c] for c in center_ids],
+    )
 
 
 def ranks(attention: Tensor) -> Tensor:
-    """The mean over heads of how many patches each patch beats, of one image's CLS attention (H,P)."""
+    """Return the number of patches that each patch beats (P,), averaged over heads, from CLS attention (H,P)."""
     total = torch.zeros(attention.shape[1], dtype=torch.int64)
     for head in attention.float():
         place = head.argsort(descending=True, stable=True).argsort()
@@ -62,7 +71,10 @@ def ranks(attention: Tensor) -> Tensor:
 
 
 def run_tower(visual: Any, image: Tensor, method: Any, anchors: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-    """The last tokens (N',C) of one image (1,3,S,S), and its CLS token after every block (L,C); `anchors` are (L,C)."""
+    """Return the last tokens (N',C) of an image (1,3,S,S) and its CLS token after every block (L,C).
+
+    Anchors are CLS paths, each (L,C).
+    """
     blocks = visual.transformer.resblocks
     plan = method.plan(visual.positional_embedding.shape[0], len(blocks))
     x, path = visual._embeds(image)[0], []
@@ -87,7 +99,7 @@ def run_tower(visual: Any, image: Tensor, method: Any, anchors: Sequence[Tensor]
 
 
 class Entry(NamedTuple):
-    """What a reservoir remembers of an image."""
+    """A reservoir's entry for one image: its entropy, its CLS path (L,C) and its arrival number."""
 
     entropy: float
     path: Tensor
@@ -95,7 +107,7 @@ class Entry(NamedTuple):
 
 
 class Reservoir:
-    """Entries by class, in lists; settings as those of `ck.Reservoir`, all required."""
+    """A reservoir with a list of entries per class. Settings are those of `ck.Reservoir`; the numbers are required."""
 
     def __init__(self, text: Tensor, capacity: int, temperature: float, strength: float, beta: float, **choices: Any):
         self.text, self.capacity = normalize(text, dim=1), capacity
@@ -103,20 +115,20 @@ class Reservoir:
         self.evict: str = choices.get("evict", "diversity")
         self.correction: str = choices.get("correction", "exp")
         self.self_vote: bool = choices.get("self_vote", True)
-        self.seen_or_all: str = choices.get("anchors", "seen")
+        self.anchor_classes: str = choices.get("anchors", "seen")
         self.scale: float = choices.get("scale", 100.0)
         self.classes: list[list[Entry]] = [[] for _ in text]
         self.arrivals = 0
 
     def anchors(self) -> list[Tensor]:
-        """The mean CLS path (L,C) of each class that has two entries."""
+        """Return the mean CLS path (L,C) of each class with at least two entries."""
         full = [entries for entries in self.classes if len(entries) >= 2]
-        if self.seen_or_all == "all" and len(full) < len(self.classes):
+        if self.anchor_classes == "all" and len(full) < len(self.classes):
             return []
         return [torch.stack([entry.path for entry in entries]).mean(0) for entries in full]
 
     def see(self, embedding: Tensor, path: Tensor) -> Tensor:
-        """The corrected logits (K,) of one image by its embedding (E,) and CLS path (L,C), which is remembered."""
+        """Return the corrected logits (K,) of one image from its embedding (E,) and CLS path (L,C); store the path."""
         logits = self.scale * normalize(embedding, dim=0) @ self.text.T
         corrected = logits if self.self_vote else self.correct(logits, path)
         share = logits.softmax(0)
@@ -131,27 +143,25 @@ class Reservoir:
         return self.correct(logits, path) if self.self_vote else corrected
 
     def eviction(self, entries: list[Entry]) -> list[float]:
-        """One number per entry; the entry with the largest goes."""
+        """Return one score per entry; the entry with the largest score is evicted."""
         if self.evict == "uncertainty":
             return [entry.entropy for entry in entries]
         if self.evict == "fifo":
             return [-float(entry.arrival) for entry in entries]
         means = [entry.path.mean(0) for entry in entries]
-        alike = []
-        for one in range(len(entries)):
-            others = [
-                cosine_similarity(means[one], means[two], dim=0).item() for two in range(len(entries)) if two != one
-            ]
-            alike.append(sum(others) / len(others))
+        similarities = []
+        for i in range(len(entries)):
+            others = [cosine_similarity(means[i], means[j], dim=0).item() for j in range(len(entries)) if j != i]
+            similarities.append(sum(others) / len(others))
         if self.evict == "diversity":
-            return [entry.entropy + likeness for entry, likeness in zip(entries, alike, strict=True)]
-        entropies, apart = [entry.entropy for entry in entries], [1 - likeness for likeness in alike]
-        spread = max(apart) - min(apart)
+            return [entry.entropy + likeness for entry, likeness in zip(entries, similarities, strict=True)]
+        entropies, distances = [entry.entropy for entry in entries], [1 - likeness for likeness in similarities]
+        spread = max(distances) - min(distances)
         weight = int((max(entropies) - min(entropies)) / spread) if spread else 0
-        return [entropy + weight * distance for entropy, distance in zip(entropies, apart, strict=True)]
+        return [entropy + weight * distance for entropy, distance in zip(entropies, distances, strict=True)]
 
     def correct(self, logits: Tensor, path: Tensor) -> Tensor:
-        """The logits (K,) with the votes of all entries."""
+        """Return the logits (K,) plus the votes of all entries."""
         depth = torch.linspace(0, 1, len(path), dtype=path.dtype) / self.temperature
         weights, corrected = depth.softmax(0), logits.clone()
         for place, entries in enumerate(self.classes):
@@ -165,10 +175,10 @@ class Reservoir:
 
 
 def stream(model: Any, images: Tensor, method: Any, reservoir: Reservoir | None) -> Tensor:
-    """The embeddings (n,E), or with a reservoir the corrected logits (n,K), of images (n,3,S,S) one after another."""
-    visual, found = model.visual, []
+    """Return embeddings (n,E), or with a reservoir corrected logits (n,K), of images (n,3,S,S) one after another."""
+    visual, results = model.visual, []
     for image in images.split(1):
         x, path = run_tower(visual, image, method, reservoir.anchors() if reservoir else ())
         embedding = visual.ln_post(x[0]) @ visual.proj
-        found.append(reservoir.see(embedding, path) if reservoir else embedding)
-    return torch.stack(found)
+        results.append(reservoir.see(embedding, path) if reservoir else embedding)
+    return torch.stack(results)

@@ -1,6 +1,6 @@
-"""facebookresearch/ToMe's own patch on timm's ViT-B/16 beside ours, on the same weights; `towers.py --peer` runs it.
+"""facebookresearch/ToMe's own patch on timm's ViT-B/16, with the same weights as ours; `bench.towers --peer` runs it.
 
-ToMe is run from a checkout that the user names; nothing of it is part of this package.
+ToMe runs from a checkout that the user names; none of its code is part of this package.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from clipkernels.measure.timing import Variant
 
 
 def peer_tome(path: Path, dtype: torch.dtype, device: torch.device, r: int) -> tuple[nn.Module, dict[str, Variant]]:
-    """Ours and theirs on the same weights: an open_clip model, and timm's ViT-B/16 without and with ToMe's own patch.
+    """Return an open_clip model, and with the same weights timm's ViT-B/16 without and with ToMe's own patch.
 
     Raises:
-        AssertionError: the two dense towers differ.
+        AssertionError: the two dense towers differ by more than 32 epsilons of the dtype.
     """
     torch.manual_seed(0)
     theirs = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
     ours = from_timm(theirs).to(device, dtype)
     theirs = theirs.to(device, dtype)
-    for name in ("tome", "tome.patch"):  # their __init__ files import more than timm's patch needs
+    for name in ("tome", "tome.patch"):  # their __init__ files import packages that timm's patch does not need
         package = ModuleType(name)
         package.__path__ = [str(path / name.replace(".", "/"))]
         sys.modules[name] = package
@@ -38,12 +38,14 @@ def peer_tome(path: Path, dtype: torch.dtype, device: torch.device, r: int) -> t
     merging = copy.deepcopy(theirs, {id(tensor): tensor for tensor in [*theirs.parameters(), *theirs.buffers()]})
     apply_patch(merging)
     merging.r = r
-    some = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     with torch.inference_mode():
-        right = theirs(some).double()
-        error = ((ours.encode_image(some).double() - right).norm() / right.norm()).item()
+        expected = theirs(images).double()
+        error = ((ours.encode_image(images).double() - expected).norm() / expected.norm()).item()
     allowed = 32 * torch.finfo(dtype).eps
-    assert error <= allowed, f"timm's weights in open_clip: relative error {error:.1e} is above {allowed:.1e}"
+    assert error <= allowed, (
+        f"timm's weights in open_clip: expected a relative error up to {allowed:.1e}, got {error:.1e}"
+    )
     return ours, {
         "timm (host)": Variant(theirs, ck.Dense(), exact=False),
         f"tome on timm (r={r})": Variant(merging, ck.ToMe(r), exact=False),
@@ -51,7 +53,7 @@ def peer_tome(path: Path, dtype: torch.dtype, device: torch.device, r: int) -> t
 
 
 def from_timm(theirs: nn.Module) -> nn.Module:
-    """An open_clip model whose image tower computes what timm's plain ViT-B/16 does, projected by the identity."""
+    """Return an open_clip model with the weights of timm's plain ViT-B/16 and the identity as projection."""
     width = 768
     vision = {
         "image_size": 224,

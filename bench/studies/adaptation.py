@@ -1,16 +1,15 @@
-"""What TCA gains on a stream whose images shift: accuracy and images/s of the bundled CLIP, adapting or not.
+"""Study TCA on streams of shifted images: accuracy and images/s of the bundled CLIP, with and without adaptation.
 
     python -m bench.studies.adaptation --images cifar10-val.tar.gz --out adaptation.csv --plot adaptation.png
-    python -m bench.studies.adaptation --images photos --limit 200 \\
-        --shuffles 1     # a folder with one sub-folder per class
+    python -m bench.studies.adaptation --images photos --limit 200 --shuffles 1    # a sub-folder per class
     python -m bench.studies.adaptation --images cifar10-val.tar.gz --study presets --out presets.csv
     python -m bench.studies.adaptation --images cifar10-val.tar.gz --study speed --out speed.csv
 
-A stream is the images of one kind in random order: clean, or corrupted with a severity from 1 to 5 drawn for each
-image (the strengths are those of CIFAR-10-C where it has the corruption). A reservoir starts empty with each stream, or
-goes on through all of them one after another ("continual"). What does not adapt gives the same in every order. EViT,
-random pruning and ToMe have the schedules whose GMACs come closest to those of TCA. Nothing is chosen by
-these images: settings are the published ones, and the study of presets has all of them.
+A stream holds the images of one kind in random order: clean, or corrupted with a severity from 1 to 5 drawn for each
+image. The strengths are those of CIFAR-10-C where it has the corruption. A reservoir starts empty with each stream, or
+continues through all streams one after another ("continual"). Variants without adaptation give the same results in
+every order. EViT, random pruning and ToMe have the schedules whose GMACs are closest to TCA's. Nothing is chosen on
+these images: settings are the published ones, and the study of presets measures all of them.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ TEMPLATES = ("a photo of a {}.",)
 
 
 class Variant(NamedTuple):
-    """A method and what makes its head of the class embeddings."""
+    """A method, and the constructor of its head from the class embeddings."""
 
     method: ck.Method | None
     head: Callable[..., Any] = ck.ZeroShot
@@ -69,7 +68,7 @@ def main() -> None:
         with Progress(console=Console(stderr=True), transient=True) as bar:
             for rows in study(streams, classes, {row["variant"] for row in records}, arguments, bar):
                 records += rows
-                if arguments.out:  # a long run that is cut short keeps what it has
+                if arguments.out:  # an interrupted run keeps its rows
                     write(records, header, arguments.out)
         console.print(draw(records))
     if arguments.out:
@@ -81,13 +80,15 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="DIR|FILE.tar.gz", help="a sub-folder per class")
-    parser.add_argument("--study", choices=["shift", "presets", "speed"], default="shift")
-    parser.add_argument("--limit", type=int, default=2000, metavar="N", help="images of a stream, drawn at random")
-    parser.add_argument("--shuffles", type=int, default=3, help="orders that the streams are taken in")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw, the corruptions and the orders")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the shift study")
+    parser.add_argument("--study", choices=["shift", "presets", "speed"], default="shift", help="default: %(default)s")
+    parser.add_argument(
+        "--limit", type=int, default=2000, metavar="N", help="random images per stream; default %(default)s"
+    )
+    parser.add_argument("--shuffles", type=int, default=3, help="random orders of the streams; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="draw, corruptions and orders; default %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; FILE.json adds the environment")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot of the shift study")
     arguments = parser.parse_args()
     if arguments.plot and arguments.study != "shift":
         parser.error(f"expected --study shift with --plot, got {arguments.study}")
@@ -95,32 +96,34 @@ def parse() -> argparse.Namespace:
 
 
 def variants() -> dict[str, Variant]:
-    """What is compared, the adapting ones with ImageNet's settings, which stand in for unknown data."""
+    """Return the compared variants by name. Adapting ones have ImageNet's settings, as for unknown data."""
     tower = ck.tower_of(ck.bundled()[0])
 
     def gmacs(method: ck.Method) -> float:
         return gmacs_for(tower, plan_for(tower, method))
 
-    patches, made = tower.num_tokens - tower.prefix, {"CLIP": Variant(None)}
+    patches, result = tower.num_tokens - tower.prefix, {"CLIP": Variant(None)}
     for rate in RATES:
         target = gmacs(ck.TCA(rate))
         keep = min((n / patches for n in range(1, patches)), key=lambda keep: abs(gmacs(ck.EViT(keep)) - target))
         r = min(range(1, tower.num_tokens), key=lambda r: abs(gmacs(ck.ToMe(r)) - target))
-        made |= {
+        result |= {
             f"EViT(keep={keep:.3f})": Variant(ck.EViT(keep)),
             f"EViT(keep={keep:.3f}, random)": Variant(ck.EViT(keep, score="random")),
             f"ToMe(r={r})": Variant(ck.ToMe(r)),
             f"TCA(rate={rate})": Variant(ck.TCA(rate)),
         }
-    made["CLIP + reservoir"] = Variant(None, ck.Reservoir)
-    return made | {f"TCA(rate={rate}) + reservoir": Variant(ck.TCA(rate), ck.Reservoir) for rate in RATES}
+    result["CLIP + reservoir"] = Variant(None, ck.Reservoir)
+    return result | {f"TCA(rate={rate}) + reservoir": Variant(ck.TCA(rate), ck.Reservoir) for rate in RATES}
 
 
 def shift(
     streams: dict[str, Stream], classes: Sequence[str], done: set[str], arguments: argparse.Namespace, bar: Progress
 ) -> Iterator[list[dict[str, Any]]]:
-    """For each variant, adapting ones with and without a fresh start per stream, its rows: one per stream and severity,
-    and their means."""
+    """Yield the rows of each variant: one per stream and severity, and their means.
+
+    Adapting variants run twice, with a fresh start for each stream and continually.
+    """
     task = bar.add_task("", total=None)
     for name, variant in variants().items():
         adapts = variant.head is not ck.ZeroShot
@@ -138,7 +141,7 @@ def shift(
 def presets(
     streams: dict[str, Stream], classes: Sequence[str], done: set[str], arguments: argparse.Namespace, bar: Progress
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of the milder TCA with every published preset, and with every other choice under ImageNet's."""
+    """Yield the rows of the milder TCA with every published preset, and with single changes to ImageNet's preset."""
     choices: dict[str, dict[str, Any]] = {name: {"preset": name} for name in RESERVOIR_PRESETS}
     choices |= {f"evict={rule}": {"evict": rule} for rule in ("similarity", "uncertainty", "fifo")}
     choices |= {"correction=linear": {"correction": "linear"}, "self_vote=False": {"self_vote": False}}
@@ -158,7 +161,7 @@ def presets(
 def run(
     variant: Variant, streams: dict[str, Stream], classes: Sequence[str], seed: int, continual: bool
 ) -> dict[str, Tensor]:
-    """Which images of each stream get their class, in one order of the images and of the streams."""
+    """Return a boolean per image of each stream, true if its class is correct, for one order of images and streams."""
     model, _, tokenizer = ck.bundled()
     classifier = ck.Classifier(model, tokenizer, classes, TEMPLATES, variant.method, variant.head)
     rng = np.random.default_rng([seed, 1])
@@ -166,18 +169,21 @@ def run(
     for kind in rng.permutation(STREAMS):
         if not continual:
             classifier.reset()
-        some = streams[kind]
-        order = torch.from_numpy(rng.permutation(len(some.labels)))
-        found = torch.cat([classifier(some.images[part]).argmax(1) for part in order.split(BATCH)])
+        stream_images = streams[kind]
+        order = torch.from_numpy(rng.permutation(len(stream_images.labels)))
+        predictions = torch.cat([classifier(stream_images.images[part]).argmax(1) for part in order.split(BATCH)])
         right[kind] = torch.empty(len(order), dtype=torch.bool)
-        right[kind][order] = found == some.labels[order]
+        right[kind][order] = predictions == stream_images.labels[order]
     return right
 
 
 def summarize(
     label: str, method: ck.Method | None, right: Sequence[dict[str, Tensor]], streams: dict[str, Stream]
 ) -> list[dict[str, Any]]:
-    """Rows of accuracy in per cent: mean, least and most over the orders; "all" is the mean of what it sums up."""
+    """Return rows of accuracy in per cent: mean, minimum and maximum over the orders.
+
+    Severity "all" includes every severity; stream "shifted" is the mean over the corrupted streams.
+    """
     tower = ck.tower_of(ck.bundled()[0])
     gmacs = gmacs_for(tower, plan_for(tower, method or ck.Dense()))
     rows = []
@@ -185,26 +191,33 @@ def summarize(
     def add(kind: str, severity: object, shares: list[float]) -> None:
         low, high = round(min(shares), 2), round(max(shares), 2)
         accuracy = {"accuracy": round(statistics.mean(shares), 2), "least": low, "most": high, "orders": len(shares)}
-        found = {"variant": label, "gmacs": round(gmacs, 5), "stream": kind, "severity": severity}
-        rows.append({**found, **accuracy, "commit": environment()["commit"]})
+        row = {"variant": label, "gmacs": round(gmacs, 5), "stream": kind, "severity": severity}
+        rows.append({**row, **accuracy, "commit": environment()["commit"]})
 
-    def share(of: dict[str, Tensor], kind: str, severity: int | None = None) -> float:
-        chosen = of[kind] if severity is None else of[kind][streams[kind].severity == severity]
-        return 100 * chosen.double().mean().item()
+    def share(outcomes: dict[str, Tensor], kind: str, severity: int | None = None) -> float:
+        selection = outcomes[kind] if severity is None else outcomes[kind][streams[kind].severity == severity]
+        return 100 * selection.double().mean().item()
 
     for kind in STREAMS:
-        add(kind, "all", [share(of, kind) for of in right])
+        add(kind, "all", [share(outcomes, kind) for outcomes in right])
     shifted = tuple(STRENGTHS)
-    add("shifted", "all", [statistics.mean(share(of, kind) for kind in shifted) for of in right])
+    add("shifted", "all", [statistics.mean(share(outcomes, kind) for kind in shifted) for outcomes in right])
     for severity in range(1, 6):
-        add("shifted", severity, [statistics.mean(share(of, kind, severity) for kind in shifted) for of in right])
+        add(
+            "shifted",
+            severity,
+            [statistics.mean(share(outcomes, kind, severity) for kind in shifted) for outcomes in right],
+        )
     return rows
 
 
 def speeds(
     images: np.ndarray, classes: Sequence[str], arguments: argparse.Namespace, console: Console
 ) -> list[dict[str, Any]]:
-    """Images/s of whole streams, all interleaved, and ratios within rounds: CPU time of one thread, or wall time."""
+    """Return rows with images/s of whole streams, all interleaved, and ratios within rounds.
+
+    Times are CPU time of one thread, or wall time of several.
+    """
     clock: Clock = "process" if arguments.threads == 1 else "wall"
     _, preprocess, tokenizer = ck.bundled()
     count = min(arguments.limit, 128)
@@ -213,11 +226,11 @@ def speeds(
     for name, variant in variants().items():
         classifier = ck.Classifier(ck.bundled()[0], tokenizer, classes, TEMPLATES, variant.method, variant.head)
         for size in (BATCH, 1) if "TCA" in name and variant.head is ck.Reservoir else (BATCH,):
-            calls[f"{name}, batch {size}"] = partial(whole, classifier, batch, size)
+            calls[f"{name}, batch {size}"] = partial(run_stream, classifier, batch, size)
     text = ck.Classifier(ck.bundled()[0], tokenizer, classes, TEMPLATES).head.text
     for rate in RATES:
         model = ck.bundled()[0]
-        calls[f"TCA(rate={rate}) + reservoir, literal loop"] = partial(literally, model, batch, ck.TCA(rate), text)
+        calls[f"TCA(rate={rate}) + reservoir, literal loop"] = partial(run_literally, model, batch, ck.TCA(rate), text)
     with torch.inference_mode(), Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("timing", total=(ROUNDS + 1) * len(calls))
         times = measure(calls, ROUNDS, seed=arguments.seed, clock=clock, progress=lambda: bar.advance(task))
@@ -232,7 +245,7 @@ def speeds(
             names = (f"over_{against}", f"over_{against}_p10", f"over_{against}_p90")
             row |= {key: value and round(value, 3) for key, value in zip(names, ratio, strict=True)}
         rows.append({**row, "threads": torch.get_num_threads(), "commit": environment()["commit"]})
-    table = Table("variant", "images/s", "× the literal loop", "× EViT of as many GMACs", title=f"{clock} time")
+    table = Table("variant", "images/s", "× the literal loop", "× EViT of equal GMACs", title=f"{clock} time")
     for row in rows:
         cells = [f"{row[key]:.2f}" if row[key] else "" for key in ("over_literal", "over_evit")]
         table.add_row(row["variant"], f"{row['images_per_second']:.1f}", *cells)
@@ -240,21 +253,21 @@ def speeds(
     return rows
 
 
-def whole(classifier: ck.Classifier, images: Tensor, size: int) -> None:
-    """A stream from its start, in batches."""
+def run_stream(classifier: ck.Classifier, images: Tensor, size: int) -> None:
+    """Classify a stream in batches, with an empty reservoir at its start."""
     classifier.reset()
     for part in images.split(size):
         classifier(part)
 
 
-def literally(model: Any, images: Tensor, method: ck.TCA, text: Tensor) -> None:
-    """A stream from its start, read literally."""
+def run_literally(model: Any, images: Tensor, method: ck.TCA, text: Tensor) -> None:
+    """Classify a stream by the literal loop, with an empty reservoir at its start."""
     stream(model, images, method, LiteralReservoir(text, *RESERVOIR_PRESETS["imagenet"]))
 
 
 def draw(records: Sequence[dict[str, Any]]) -> Table:
-    """Accuracy per stream for people, with the spread of the orders."""
-    table = Table("variant", "GMACs", *STREAMS, "shifted", title="accuracy, %: mean over orders, ± half their spread")
+    """Return a terminal table of accuracy per stream, with half the range over orders."""
+    table = Table("variant", "GMACs", *STREAMS, "shifted", title="accuracy, %: mean over orders ± half their range")
     for name in dict.fromkeys(row["variant"] for row in records):
         rows = [row for row in records if row["variant"] == name and row["severity"] == "all"]
         cells = [
@@ -266,33 +279,35 @@ def draw(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
-    """Accuracy of each variant on clean and shifted images, and by how much it differs from CLIP's, everywhere."""
+    """Plot the accuracy of each variant on clean and shifted images, and its difference to CLIP's on every stream."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["variant"] for row in records))
-    found = {(row["variant"], row["stream"], row["severity"]): row for row in records}
+    by_key = {(row["variant"], row["stream"], row["severity"]): row for row in records}
     columns = [(kind, "all") for kind in (*STREAMS, "shifted")] + [("shifted", severity) for severity in range(1, 6)]
     figure = Figure(figsize=(13, 0.42 * len(names) + 1.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.6))
+    accuracy_axes, difference_axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.6))
     for kind, colour in (("clean", "C0"), ("shifted", "C1")):
-        rows = [found[name, kind, "all"] for name in names]
+        rows = [by_key[name, kind, "all"] for name in names]
         means = [row["accuracy"] for row in rows]
         bars = [[row["accuracy"] - row["least"] for row in rows], [row["most"] - row["accuracy"] for row in rows]]
-        left.errorbar(means, range(len(names)), xerr=bars, fmt="o", color=colour, capsize=3, label=kind)
-        left.axvline(found["CLIP", kind, "all"]["accuracy"], color=colour, linewidth=0.8, linestyle=":")
-    left.set(xlabel="accuracy, %; bars: all orders of the stream")
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
-    left.grid(alpha=0.3)
-    left.legend(loc="lower left")
-    apart = [[found[(name, *at)]["accuracy"] - found[("CLIP", *at)]["accuracy"] for at in columns] for name in names]
-    right.imshow(apart, cmap="RdBu", vmin=-8, vmax=8, aspect="auto")
-    for y, line in enumerate(apart):
+        accuracy_axes.errorbar(means, range(len(names)), xerr=bars, fmt="o", color=colour, capsize=3, label=kind)
+        accuracy_axes.axvline(by_key["CLIP", kind, "all"]["accuracy"], color=colour, linewidth=0.8, linestyle=":")
+    accuracy_axes.set(xlabel="accuracy, %; bars: all orders of the stream")
+    accuracy_axes.set_yticks(range(len(names)), names)
+    accuracy_axes.invert_yaxis()
+    accuracy_axes.grid(alpha=0.3)
+    accuracy_axes.legend(loc="lower left")
+    differences = [
+        [by_key[(name, *at)]["accuracy"] - by_key[("CLIP", *at)]["accuracy"] for at in columns] for name in names
+    ]
+    difference_axes.imshow(differences, cmap="RdBu", vmin=-8, vmax=8, aspect="auto")
+    for y, line in enumerate(differences):
         for x, value in enumerate(line):
-            right.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize="small")
+            difference_axes.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize="small")
     labels = [kind if severity == "all" else f"severity {severity}" for kind, severity in columns]
-    right.set_xticks(range(len(columns)), labels, rotation=40, ha="right")
-    right.set(title="points above or below CLIP")
+    difference_axes.set_xticks(range(len(columns)), labels, rotation=40, ha="right")
+    difference_axes.set(title="points above or below CLIP")
     save(figure, file)
 
 

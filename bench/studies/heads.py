@@ -1,13 +1,12 @@
-"""What heads make of the same features: accuracy on the bundled CLIP, each weighed against zero-shot.
+"""Study heads on the same features: accuracy on the bundled CLIP, compared with zero-shot.
 
     python -m bench.studies.heads --images cifar10-val.tar.gz --pool cifar10-train.tar.gz --out heads.csv \\
         --plot heads.png
-    python -m bench.studies.heads --images val_folder --pool train_folder --limit 500 \\
-        --seeds 2    # a sub-folder per class
+    python -m bench.studies.heads --images val_folder --pool train_folder --limit 500 --seeds 2
 
-Support sets are retrieved from the pool by the text of the class names alone; its labels
-are read for the rows that say "labelled", and to tell how many of the retrieved images are right. Each seed splits the
-images in halves: what is "fitted" has its weights searched on one half, and everything is reported on the other.
+The folders have a sub-folder per class. Support sets are retrieved from the pool by the text of the class names alone.
+The pool's labels are used for rows named "labelled", and to count the correctly retrieved images. Each seed splits the
+images in halves. The weights of "fitted" heads are searched on one half, and every accuracy is of the other half.
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ METHODS: dict[str, ck.Method | None] = {
 }
 
 
-# What makes a head of the half to fit on and the seed.
+# A function from the half to fit on and the seed to a head.
 Maker = Callable[["Features", int], Any]
 
 
 class Features(NamedTuple):
-    """Images as one tower encodes them, and their classes (n,)."""
+    """Images encoded by one tower, and their classes (n,)."""
 
     encoded: ck.Encoded
     labels: Tensor
@@ -76,7 +75,7 @@ def main() -> None:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         for rows in accuracies({row["tower"] for row in records}, arguments, bar):
             records += rows
-            if arguments.out:  # a long run that is cut short keeps what it has
+            if arguments.out:  # an interrupted run keeps its rows
                 write(records, header, arguments.out)
     console.print(draw(records))
     if arguments.plot:
@@ -86,24 +85,32 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR|FILE.tar.gz"}
-    parser.add_argument("--images", **sources, help="to report on: a sub-folder per class")
-    parser.add_argument("--pool", **sources, help="to retrieve from: likewise")
-    parser.add_argument("--limit", type=int, default=5000, metavar="N", help="images to report on, drawn at random")
-    parser.add_argument("--pool-limit", type=int, default=10000, metavar="N", help="images of the pool, likewise")
-    parser.add_argument("--per-class", type=int, default=PER_CLASS, help="images retrieved for each class")
-    parser.add_argument("--seeds", type=int, default=5, help="splits into halves")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the accuracies")
+    parser.add_argument("--images", **sources, help="images to report on: a sub-folder per class")
+    parser.add_argument("--pool", **sources, help="images to retrieve from: a sub-folder per class")
+    parser.add_argument(
+        "--limit", type=int, default=5000, metavar="N", help="random images to report on; default %(default)s"
+    )
+    parser.add_argument(
+        "--pool-limit", type=int, default=10000, metavar="N", help="random images of the pool; default %(default)s"
+    )
+    parser.add_argument(
+        "--per-class", type=int, default=PER_CLASS, help="images retrieved for each class; default %(default)s"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="random splits into halves; default %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; FILE.json adds the environment")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot of the accuracies")
     return parser.parse_args()
 
 
 def accuracies(done: set[str], arguments: argparse.Namespace, bar: Progress) -> Iterator[list[dict[str, Any]]]:
-    """For each tower, the rows of every head on it."""
+    """Yield, for each tower, the rows of every head on it."""
     photos, classes = read(arguments.images)
-    pool, same = read(arguments.pool)
-    if same != classes:
-        raise SystemExit(f"error: expected --pool with the classes of --images ({', '.join(classes)}), got {same}")
+    pool, pool_classes = read(arguments.pool)
+    if pool_classes != classes:
+        raise SystemExit(
+            f"error: expected --pool with the classes of --images ({', '.join(classes)}), got {pool_classes}"
+        )
     model, _, tokenizer = ck.bundled()
     text = support.class_embeddings(model, tokenizer, support.photo(classes, (TEMPLATE,)))
     task = bar.add_task("", total=None)
@@ -112,120 +119,122 @@ def accuracies(done: set[str], arguments: argparse.Namespace, bar: Progress) -> 
             continue
         tower = ck.bundled()[0] if method is None else ck.patch(ck.bundled()[0], method)
 
-        def encode(images: Any, limit: int, what: str, tower: Any = tower, name: str = name) -> Features:
-            bar.update(task, description=f"{name}: {what}")
+        def encode(images: Any, limit: int, label: str, tower: Any = tower, name: str = name) -> Features:
+            bar.update(task, description=f"{name}: {label}")
             return encoded(tower, images, limit, lambda n, of: bar.update(task, completed=n, total=of))
 
-        seen = encode(photos, arguments.limit, "images")
+        features = encode(photos, arguments.limit, "images")
         if method is not None:
-            yield rows(name, heads_of_patches(text), seen, arguments.seeds)
+            yield rows(name, heads_of_patches(text), features, arguments.seeds)
             continue
         bar.update(task, description=f"{name}: support", total=None)
-        found = retrieved(pool, classes, arguments)
+        support_set = retrieved(pool, classes, arguments)
         labelled = encode(pool, arguments.pool_limit, "labelled pool")
-        makers = heads_of_patches(text) | heads_of_support(text, found, labelled)
-        yield rows(name, makers, seen, arguments.seeds)
+        makers = heads_of_patches(text) | heads_of_support(text, support_set, labelled)
+        yield rows(name, makers, features, arguments.seeds)
 
 
 @torch.inference_mode()
 def encoded(tower: Any, images: Any, limit: int, progress: Callable[[int, int], None]) -> Features:
-    """So many of some photographs, drawn at random, with all their tokens."""
+    """Return `limit` random photographs encoded by a tower, with all their tokens."""
     preprocess = ck.bundled()[1]
-    pick = np.random.default_rng(0).permutation(len(images.labels))[:limit]
+    selection = np.random.default_rng(0).permutation(len(images.labels))[:limit]
     parts = []
-    for start in range(0, len(pick), BATCH):
-        batch = torch.stack([preprocess(Image.fromarray(images.images[i])) for i in pick[start : start + BATCH]])
+    for start in range(0, len(selection), BATCH):
+        batch = torch.stack([preprocess(Image.fromarray(images.images[i])) for i in selection[start : start + BATCH]])
         parts.append(ck.encode_image(tower, batch, tokens=True))
-        progress(start + len(batch), len(pick))
+        progress(start + len(batch), len(selection))
     embedding, tokens = (torch.cat([getattr(part, field) for part in parts]) for field in ("embedding", "tokens"))
-    return Features(parts[0]._replace(embedding=embedding, tokens=tokens), torch.from_numpy(images.labels[pick]))
+    return Features(parts[0]._replace(embedding=embedding, tokens=tokens), torch.from_numpy(images.labels[selection]))
 
 
 def retrieved(pool: Any, classes: Sequence[str], arguments: argparse.Namespace) -> support.SupportSet:
-    """The support set that class names alone find in a pool, whose files are numbered; says how much of it is right."""
+    """Return the support set that class names alone retrieve from a pool; print the share of correct images."""
     model, preprocess, tokenizer = ck.bundled()
-    pick = np.random.default_rng(0).permutation(len(pool.labels))[: arguments.pool_limit]
+    selection = np.random.default_rng(0).permutation(len(pool.labels))[: arguments.pool_limit]
     with TemporaryDirectory() as folder:
-        for number in pick:
+        for number in selection:
             Image.fromarray(pool.images[number]).save(Path(folder) / f"{number}.png")
         prompts = support.photo(classes, (TEMPLATE,))
         cache = Path(folder) / "features.safetensors"
-        found = support.retrieve(
+        support_set = support.retrieve(
             model, preprocess, tokenizer, prompts, folder, per_class=arguments.per_class, cache=cache, batch_size=BATCH
         )
-    truth = [pool.labels[int(Path(picture.path).stem)] for picture in found.images]
-    right = np.mean(np.asarray(truth) == found.labels.numpy())
-    print(f"{len(truth)} images retrieved by text, {100 * right:.1f} % of their class", file=sys.stderr)
-    return found
+    truth = [pool.labels[int(Path(picture.path).stem)] for picture in support_set.images]
+    right = np.mean(np.asarray(truth) == support_set.labels.numpy())
+    print(f"{len(truth)} images retrieved by text, {100 * right:.1f} % with the correct class", file=sys.stderr)
+    return support_set
 
 
 def heads_of_patches(text: Tensor) -> dict[str, Maker]:
-    """Heads that need no support."""
+    """Return heads that need no support."""
     return {
         "zero-shot": lambda fit, seed: ck.ZeroShot(text),
         "CALIP, ImageNet's weights": lambda fit, seed: ck.CALIP(text),
-        "CALIP, fitted": lambda fit, seed: searched(ck.CALIP(text), fit),
+        "CALIP, fitted": lambda fit, seed: fit_weights(ck.CALIP(text), fit),
     }
 
 
-def heads_of_support(text: Tensor, found: support.SupportSet, labelled: Features) -> dict[str, Maker]:
-    """Heads with the support that text retrieved, and with a few labelled images of each class."""
-    made: dict[str, Maker] = {}
+def heads_of_support(text: Tensor, support_set: support.SupportSet, labelled: Features) -> dict[str, Maker]:
+    """Return heads with the support that text retrieved, and heads with a few labelled images of each class."""
+    makers: dict[str, Maker] = {}
 
     def add(name: str, make: Maker) -> None:
-        made[name] = make
-        made[f"{name}, fitted"] = lambda fit, seed: searched(make(fit, seed), fit)
+        makers[name] = make
+        makers[f"{name}, fitted"] = lambda fit, seed: fit_weights(make(fit, seed), fit)
 
-    known = found.features, found.labels
-    add("Tip-Adapter, LC", lambda fit, seed: ck.TipAdapter(text, *known))
-    add("TIP-X, LC", lambda fit, seed: ck.TipX(text, *known))
-    add("TIP-X sum, LC", lambda fit, seed: ck.TipX(text, *known, reduce="sum"))
+    retrieved_images = support_set.features, support_set.labels
+    add("Tip-Adapter, LC", lambda fit, seed: ck.TipAdapter(text, *retrieved_images))
+    add("TIP-X, LC", lambda fit, seed: ck.TipX(text, *retrieved_images))
+    add("TIP-X sum, LC", lambda fit, seed: ck.TipX(text, *retrieved_images, reduce="sum"))
     for shots in SHOTS:
-        made[f"CALIP-FS, {shots} labelled"] = partial(trained, text, labelled, shots)
-        add(f"Tip-Adapter, {shots} labelled", partial(tipped, text, labelled, shots))
-    return made
+        makers[f"CALIP-FS, {shots} labelled"] = partial(few_shot_calip, text, labelled, shots)
+        add(f"Tip-Adapter, {shots} labelled", partial(tip_adapter, text, labelled, shots))
+    return makers
 
 
-def searched(head: Any, fit: Features) -> Any:
-    """A head with the weights that are best on some images."""
+def fit_weights(head: Any, fit: Features) -> Any:
+    """Return a head with the weights that are best on `fit`."""
     head.fit(fit.encoded, fit.labels)
     return head
 
 
-def tipped(text: Tensor, labelled: Features, shots: int, fit: Features, seed: int) -> ck.TipAdapter:
-    some = drawn(labelled, shots, seed)
-    return ck.TipAdapter(text, some.encoded.embedding, some.labels)
+def tip_adapter(text: Tensor, labelled: Features, shots: int, fit: Features, seed: int) -> ck.TipAdapter:
+    """Return a Tip-Adapter with `shots` random labelled images of each class."""
+    sample = draw_shots(labelled, shots, seed)
+    return ck.TipAdapter(text, sample.encoded.embedding, sample.labels)
 
 
-def trained(text: Tensor, labelled: Features, shots: int, fit: Features, seed: int) -> FewShotCALIP:
-    head, some = FewShotCALIP(text), drawn(labelled, shots, seed)
-    head.fit(some.encoded, some.labels, seed=seed)
+def few_shot_calip(text: Tensor, labelled: Features, shots: int, fit: Features, seed: int) -> FewShotCALIP:
+    """Return a CALIP-FS trained on `shots` random labelled images of each class."""
+    head, sample = FewShotCALIP(text), draw_shots(labelled, shots, seed)
+    head.fit(sample.encoded, sample.labels, seed=seed)
     return head
 
 
-def drawn(labelled: Features, shots: int, seed: int) -> Features:
-    """So many images of each class, drawn at random."""
+def draw_shots(labelled: Features, shots: int, seed: int) -> Features:
+    """Return `shots` random images of each class."""
     return labelled.take(few(labelled.labels, shots, seed))
 
 
-def rows(tower: str, heads: dict[str, Maker], seen: Features, seeds: int) -> list[dict[str, Any]]:
-    """Accuracy in per cent of each head over the splits, and by how much it beats zero-shot on the same halves."""
+def rows(tower: str, heads: dict[str, Maker], features: Features, seeds: int) -> list[dict[str, Any]]:
+    """Return rows with each head's accuracy in per cent over the splits, and its gain over zero-shot there."""
     shares: dict[str, list[float]] = {name: [] for name in heads}
     for seed in range(seeds):
-        order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(seen.labels)))
-        fit, report = (seen.take(part) for part in order.chunk(2))
+        order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(features.labels)))
+        fit, report = (features.take(part) for part in order.chunk(2))
         for name, make in heads.items():
             with torch.no_grad():
-                made = make(fit, seed)
+                head = make(fit, seed)
                 right = [
-                    (made(part.encoded).argmax(1) == part.labels).sum().item()
+                    (head(part.encoded).argmax(1) == part.labels).sum().item()
                     for part in (report.take(index) for index in torch.arange(len(report.labels)).split(BATCH))
                 ]
             shares[name].append(100 * sum(right) / len(report.labels))
     records = []
     for name, values in shares.items():
         gain = [value - base for value, base in zip(values, shares["zero-shot"], strict=True)]
-        found = {"tower": tower, "head": name, "accuracy": statistics.mean(values), "gain": statistics.mean(gain)}
+        figures = {"tower": tower, "head": name, "accuracy": statistics.mean(values), "gain": statistics.mean(gain)}
         spread = {
             "accuracy_sd": deviation(values),
             "gain_sd": deviation(gain),
@@ -233,14 +242,14 @@ def rows(tower: str, heads: dict[str, Maker], seen: Features, seeds: int) -> lis
             "most": max(values),
         }
         rounded = {
-            key: round(value, 2) if isinstance(value, float) else value for key, value in (found | spread).items()
+            key: round(value, 2) if isinstance(value, float) else value for key, value in (figures | spread).items()
         }
         records.append({**rounded, "seeds": seeds, "commit": environment()["commit"]})
     return records
 
 
 def draw(records: Sequence[dict[str, Any]]) -> Table:
-    """The rows for people."""
+    """Return a terminal table of the rows."""
     table = Table("tower", "head", "accuracy, %", "over zero-shot", title="mean ± standard deviation over the splits")
     for row in records:
         accuracy, gain = (f"{row[key]:.2f} ± {row[key + '_sd']:.2f}" for key in ("accuracy", "gain"))
@@ -249,7 +258,7 @@ def draw(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
-    """Accuracy of every head, with the spread of the splits."""
+    """Plot the accuracy of every head, with the standard deviation over splits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.3 * len(records) + 1.2), layout="constrained")

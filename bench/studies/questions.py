@@ -30,15 +30,15 @@ class Question(NamedTuple):
     says: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-class Asked(NamedTuple):
+class QuestionSet(NamedTuple):
     """Images (n,3,S,S), the index of a question about each (n,), and the correct answers (n,), 0 or 1."""
 
     images: Tensor
     questions: Tensor
     labels: Tensor
 
-    def take(self, index: Tensor | slice) -> Asked:
-        return Asked(*(part[index] for part in self))
+    def take(self, index: Tensor | slice) -> QuestionSet:
+        return QuestionSet(*(part[index] for part in self))
 
 
 def questions_of(classes: Sequence[str]) -> list[Question]:
@@ -58,7 +58,7 @@ def questions_of(classes: Sequence[str]) -> list[Question]:
     return questions
 
 
-def ask(images: Tensor, labels: Tensor, questions: Sequence[Question], seed: int) -> Asked:
+def ask(images: Tensor, labels: Tensor, questions: Sequence[Question], seed: int) -> QuestionSet:
     """Return a random question about each image with class labels (n,), with equal counts of every kind.
 
     Each answer is correct half the time, except for questions whose answer the label determines.
@@ -74,11 +74,11 @@ def ask(images: Tensor, labels: Tensor, questions: Sequence[Question], seed: int
         fitting = [q for q, question in kind if label in question.says[answer]]
         indices.append(fitting[int(rng.integers(len(fitting)))])
         answers.append(answer)
-    return Asked(images, torch.tensor(indices), torch.tensor(answers))
+    return QuestionSet(images, torch.tensor(indices), torch.tensor(answers))
 
 
 def shifted(images: Tensor, tokens: Tensor, mask: int, letters: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
-    """Return images blurred to half their resolution plus noise, and token ids with a share MASKED of letters masked."""
+    """Return images blurred to half resolution plus noise, and token ids with a share MASKED of the letters masked."""
     generator = torch.Generator().manual_seed(seed)
     small = interpolate(avg_pool2d(images, 2), scale_factor=2.0)
     noise = torch.randn(images.shape, generator=generator) * (NOISE * images.std())

@@ -1,4 +1,4 @@
-"""The benchmarks run, refuse to time what is wrong, and write what they say they write."""
+"""Benchmarks run, refuse to time wrong results, and write correct rows."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from clipkernels.testing.inputs import Shape
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-def unshared(environment: dict[str, str]) -> dict[str, str]:
-    """An environment in which pytest does not take itself for a worker of pytest-xdist, which times nothing."""
+def without_xdist(environment: dict[str, str]) -> dict[str, str]:
+    """Return an environment without pytest-xdist's variables, because its workers time nothing."""
     return {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundled model in place of a full-size one."""
+    """Use the bundled model in place of a full-size one."""
     monkeypatch.setattr(towers, "build", lambda name, dtype: ck.bundled()[0].to(dtype))
 
 
-def source() -> Any:
+def small_source() -> Any:
     shape = Shape(tokens=21, width=128, heads=2, prefix=1, r=4)
     return ops.InputFactory(shape, batch=2, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -56,71 +56,71 @@ def towers_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 
 @pytest.mark.parametrize("op", ops.CASES)
-def test_every_operation_is_right_by_its_own_check(op: str) -> None:
-    case, some = ops.CASES[op], source()
-    inputs = case.inputs(some)
-    ops.check(op, "reference", some, inputs, ops.flat(case.call(some, "reference", *inputs)))
+def test_every_operation_passes_its_own_check(op: str) -> None:
+    case, source = ops.CASES[op], small_source()
+    inputs = case.inputs(source)
+    ops.check(op, "reference", source, inputs, ops.flat(case.call(source, "reference", *inputs)))
 
 
 @pytest.mark.parametrize("op", ["attention", "prune_tokens", "merge_tokens", "rank_tokens"])
 def test_a_wrong_result_is_never_timed(op: str) -> None:
-    case, some = ops.CASES[op], source()
-    inputs = case.inputs(some)
-    came = ops.flat(case.call(some, "reference", *inputs))
-    came[0] = came[0] * 1.001
+    case, source = ops.CASES[op], small_source()
+    inputs = case.inputs(source)
+    results = ops.flat(case.call(source, "reference", *inputs))
+    results[0] = results[0] * 1.001
     with pytest.raises(AssertionError):
-        ops.check(op, "reference", some, inputs, came)
+        ops.check(op, "reference", source, inputs, results)
 
 
-def test_a_wrong_choice_is_never_timed() -> None:
-    case, some = ops.CASES["match_tokens"], source()
-    inputs = case.inputs(some)
-    came = ops.flat(case.call(some, "reference", *inputs))
-    came[2] = came[2].roll(1, 1)
+def test_a_wrong_selection_is_never_timed() -> None:
+    case, source = ops.CASES["match_tokens"], small_source()
+    inputs = case.inputs(source)
+    results = ops.flat(case.call(source, "reference", *inputs))
+    results[2] = results[2].roll(1, 1)
     with pytest.raises(AssertionError):
-        ops.check("match_tokens", "reference", some, inputs, came)
+        ops.check("match_tokens", "reference", source, inputs, results)
 
 
 @pytest.mark.parametrize("op", ["attention_cls_sized", "attention_received"])
-def test_sdpa_is_judged_by_its_output_alone(op: str) -> None:
-    some = source()
-    inputs = ops.CASES[op].inputs(some)
-    came = ops.flat(ops.build(op, "sdpa", some)(*inputs))
-    ops.check(op, "sdpa", some, inputs, came)
+def test_sdpa_is_checked_by_its_output_only(op: str) -> None:
+    source = small_source()
+    inputs = ops.CASES[op].inputs(source)
+    results = ops.flat(ops.build(op, "sdpa", source)(*inputs))
+    ops.check(op, "sdpa", source, inputs, results)
     with pytest.raises(AssertionError):
-        ops.check(op, "sdpa", some, inputs, [came[0] * 1.001])
+        ops.check(op, "sdpa", source, inputs, [results[0] * 1.001])
 
 
 @pytest.mark.parametrize("op", ["prune_tokens", "prune_tokens_heads_fuse_norm"])
-def test_pruning_with_topk_keeps_the_same_patches_in_another_order(op: str) -> None:
-    some = source()
-    inputs = ops.CASES[op].inputs(some)
-    tokens, index, *normed = ops.build(op, "topk", some)(*inputs)
-    right = ops.CASES[op].call(some, "reference", *inputs)
+def test_topk_pruning_keeps_the_same_patches_in_another_order(op: str) -> None:
+    source = small_source()
+    inputs = ops.CASES[op].inputs(source)
+    tokens, index, *normed = ops.build(op, "topk", source)(*inputs)
+    expected = ops.CASES[op].call(source, "reference", *inputs)
     order = index.argsort(1)
-    assert torch.equal(index.gather(1, order), right.index)
-    kept = tokens[:, 1 : 1 + some.keep].gather(1, order[..., None].expand(-1, -1, 128))
-    assert torch.equal(kept, right.tokens[:, 1 : 1 + some.keep])
+    assert torch.equal(index.gather(1, order), expected.index)
+    patches = tokens[:, 1 : 1 + source.keep].gather(1, order[..., None].expand(-1, -1, 128))
+    assert torch.equal(patches, expected.tokens[:, 1 : 1 + source.keep])
     if normed:
-        torch.testing.assert_close(tokens[:, -1], right.tokens[:, -1], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(normed[0][:, -1], right.normed[:, -1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tokens[:, -1], expected.tokens[:, -1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(normed[0][:, -1], expected.normed[:, -1], atol=1e-5, rtol=1e-4)
 
 
-def test_pruning_counts_only_the_rows_that_it_keeps() -> None:
-    case, some = ops.CASES["prune_tokens"], source()
-    inputs = case.inputs(some)
-    came = ops.flat(case.call(some, "reference", *inputs))
+def test_pruning_counts_only_the_bytes_of_kept_rows() -> None:
+    case, source = ops.CASES["prune_tokens"], small_source()
+    inputs = case.inputs(source)
+    results = ops.flat(case.call(source, "reference", *inputs))
     assert case.unread_bytes is not None
-    moved = sum(tensor.nbytes for tensor in (*inputs, *came)) - case.unread_bytes(some)
+    num_bytes = sum(tensor.nbytes for tensor in (*inputs, *results)) - case.unread_bytes(source)
     rows, scores, index = 2 * 15 * 128 * 4, 2 * 20 * 4, 2 * 14 * 8
-    assert moved == 2 * rows + scores + index
+    assert num_bytes == 2 * rows + scores + index
 
 
 def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
     chosen = "prune_tokens-reference-B-32-b1-float32"
     options = ["-q", "-k", chosen, "--benchmark-json", tmp_path / "ops.json", "--benchmark-max-time=0.01"]
     command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options, "--benchmark-min-rounds=2"]
-    environment = unshared({**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = without_xdist({**os.environ, "OMP_NUM_THREADS": "1"})
     done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = json.loads((tmp_path / "ops.json").read_text())["benchmarks"]
@@ -130,7 +130,7 @@ def test_benchmarks_run_under_pytest_benchmark(tmp_path: Path) -> None:
 
 
 class Benchmark:
-    """What a bench needs of pytest-benchmark's fixture; every timed round takes two seconds."""
+    """A stand-in for pytest-benchmark's fixture, in which every timed round takes two seconds."""
 
     def __init__(self) -> None:
         self.group, self.extra_info = "", {}
@@ -153,9 +153,7 @@ def test_a_tower_benchmark_pairs_every_round_with_dense(monkeypatch: pytest.Monk
     assert (info["speedup"], info["baseline"]) == (1.5, "dense (host)")
 
 
-def test_the_paired_run_writes_rows_and_environment(
-    monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path
-) -> None:
+def test_a_paired_run_writes_rows_and_environment(monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path) -> None:
     file = tmp_path / "cpu" / "towers.csv"
     towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, 2, "--rounds", 1, "--threads", 1, "--out", file)
     rows = list(csv.DictReader(file.open(encoding="utf-8")))
@@ -173,65 +171,65 @@ def test_the_paired_run_writes_rows_and_environment(
         assert row["efficiency"] == pytest.approx(row["speedup"] * row["gmacs_run"] / dense["gmacs_run"], rel=0.02)
 
 
-def test_a_paired_run_ends_in_time_and_goes_on_where_its_file_ends(
+def test_a_paired_run_ends_in_time_and_resumes_from_its_file(
     monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "towers.csv"
     options = ["--models", "ViT-B-32", "--batch", 1, 2, "--rounds", 1, "--threads", 1, "--only", "Dense()"]
-    began = iter([0.0, 9.0])
-    monkeypatch.setattr(towers, "monotonic", lambda: next(began))
-    with pytest.raises(SystemExit) as ended:
+    times = iter([0.0, 9.0])
+    monkeypatch.setattr(towers, "monotonic", lambda: next(times))
+    with pytest.raises(SystemExit) as caught:
         towers_main(monkeypatch, *options, "--deadline", 5, "--out", file)
-    assert ended.value.code == towers.EXIT_DEADLINE and "1 of 2 left" in capsys.readouterr().out
+    assert caught.value.code == towers.EXIT_DEADLINE and "1 of 2 left" in capsys.readouterr().out
     first = list(csv.DictReader(file.open(encoding="utf-8")))
     monkeypatch.undo()
     monkeypatch.setattr(towers, "build", lambda name, dtype: ck.bundled()[0].to(dtype))
     towers_main(monkeypatch, *options, "--out", file)
     rows = list(csv.DictReader(file.open(encoding="utf-8")))
     assert rows[:3] == first and [row["batch"] for row in rows] == ["1"] * 3 + ["2"] * 3
-    with pytest.raises(SystemExit, match="was taken with other options"):
+    with pytest.raises(SystemExit, match="was measured with other options"):
         towers_main(monkeypatch, *options[:-1], "EViT", "--out", file)
 
 
 def test_a_plain_variant_runs_the_same_plan_on_the_reference(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
     (variant,) = towers.vary(tiny, {"EViT": ck.EViT(0.5)}).values()
-    images, asked, choose = torch.randn(2, 3, 32, 32), [], backend.choose
+    images, backends, choose = torch.randn(2, 3, 32, 32), [], backend.choose
 
-    def noted(wanted: str, *given: Any, **more: Any) -> str:
-        asked.append(backend.requested_backend(wanted))
-        return choose(wanted, *given, **more)
+    def recording_choose(option: str, *arguments: Any, **options: Any) -> str:
+        backends.append(backend.requested_backend(option))
+        return choose(option, *arguments, **options)
 
     with torch.inference_mode():
         expected = variant.encode(images)
-        monkeypatch.setattr(backend, "choose", noted)
-        came = runners.plain(variant).encode(images)
-    assert set(asked) == {"reference"} and torch.equal(came, expected)
+        monkeypatch.setattr(backend, "choose", recording_choose)
+        actual = runners.plain(variant).encode(images)
+    assert set(backends) == {"reference"} and torch.equal(actual, expected)
     assert "CLIPKERNELS_BACKEND" not in os.environ
 
 
-def test_a_batch_that_cannot_be_measured_is_named_and_the_others_are(
+def test_a_failing_batch_is_reported_and_the_others_measured(
     monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, paired = tmp_path / "towers.csv", towers.paired
 
-    def full(name: str, dtype: torch.dtype, batch: int, arguments: Any) -> Any:
+    def failing(name: str, dtype: torch.dtype, batch: int, arguments: Any) -> Any:
         if batch == 1:
             raise torch.OutOfMemoryError("no room")
         return paired(name, dtype, batch, arguments)
 
-    monkeypatch.setattr(towers, "paired", full)
+    monkeypatch.setattr(towers, "paired", failing)
     options = ["--models", "ViT-B-32", "--rounds", 1, "--threads", 1, "--only", "Dense()", "--out", file]
     with pytest.raises(SystemExit, match="error: ViT-B-32 float32 b1 could not be measured"):
         towers_main(monkeypatch, *options, "--batch", 1, 2)
     assert "no room" in capsys.readouterr().err
     assert [row["batch"] for row in csv.DictReader(file.open(encoding="utf-8"))] == ["2"] * 3
-    # The next run leaves what ended this one to the end.
+    # The next run puts the case that ended this one last.
     monkeypatch.setattr(towers, "paired", paired)
     towers_main(monkeypatch, *options, "--batch", 1, 3)
     assert [row["batch"] for row in csv.DictReader(file.open(encoding="utf-8"))] == ["2"] * 3 + ["3"] * 3 + ["1"] * 3
 
 
-def test_a_method_that_is_wrong_or_does_not_run_is_left_out_and_named(
+def test_wrong_and_failing_variants_are_left_out_and_reported(
     monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check, plain = towers.check, towers.plain
@@ -250,19 +248,19 @@ def test_a_method_that_is_wrong_or_does_not_run_is_left_out_and_named(
     monkeypatch.setattr(towers, "plain", refusing)
     options = ["--models", "ViT-B-32", "--batch", 1, "--rounds", 1, "--threads", 1, "--only", "Dense()", "EViT"]
     towers_main(monkeypatch, *options, "--plain", "--out", tmp_path / "towers.csv")
-    said = capsys.readouterr().out
-    assert re.search(r"left out, EViT\(keep=0.5\):\nTraceback .*AssertionError: EViT is wrong", said, re.S)
-    assert re.search(r"left out, Dense\(\), plain:\nTraceback .*RuntimeError: no kernel", said, re.S)
+    printed = capsys.readouterr().out
+    assert re.search(r"left out, EViT\(keep=0.5\):\nTraceback .*AssertionError: EViT is wrong", printed, re.S)
+    assert re.search(r"left out, Dense\(\), plain:\nTraceback .*RuntimeError: no kernel", printed, re.S)
     names = [row["variant"] for row in csv.DictReader((tmp_path / "towers.csv").open(encoding="utf-8"))]
     evit = ["EViT(keep=0.7)", "EViT(keep=0.7), plain"]
     assert names == ["dense (host)", "Dense()", *evit, "dense (host) again"]
 
 
-def test_some_variants_can_be_chosen_and_each_of_them_compiled(
-    monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path
-) -> None:
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda encode, mode, dynamic: asked.append((mode, dynamic)) or encode)
+def test_variants_can_be_selected_and_compiled(monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path) -> None:
+    compile_options = []
+    monkeypatch.setattr(
+        torch, "compile", lambda encode, mode, dynamic: compile_options.append((mode, dynamic)) or encode
+    )
     options = ["--only", "Dense", "EViT(keep=0.7)", "--compile", "default", "--compiled", "dense", "EViT"]
     options += ["--rounds", 1, "--threads", 1]
     file = tmp_path / "towers.csv"
@@ -272,12 +270,10 @@ def test_some_variants_can_be_chosen_and_each_of_them_compiled(
     plain = ["dense (host)", "Dense()", "EViT(keep=0.7)"]
     compiled = ["dense (host), compiled default", "EViT(keep=0.7), compiled default"]
     assert names == [*plain, *compiled, "dense (host) again"]
-    assert asked == [("default", False)] * 2
+    assert compile_options == [("default", False)] * 2
 
 
-def test_no_plain_variant_is_compiled_for_a_compiler_would_keep_its_own_choice(
-    monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path
-) -> None:
+def test_plain_variants_are_never_compiled(monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path) -> None:
     monkeypatch.setattr(torch, "compile", lambda encode, mode, dynamic: encode)
     options = ["--only", "Dense()", "--compile", "default", "--plain", "--rounds", 1, "--threads", 1]
     towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, *options, "--out", tmp_path / "towers.csv")
@@ -287,15 +283,15 @@ def test_no_plain_variant_is_compiled_for_a_compiler_would_keep_its_own_choice(
 
 
 def test_a_tower_that_differs_from_the_host_is_never_timed(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
-    some = torch.randn(2, 3, 32, 32)
-    honest = tiny.visual.forward
+    images = torch.randn(2, 3, 32, 32)
+    original = tiny.visual.forward
 
     def wrong(images: torch.Tensor) -> torch.Tensor:
-        return honest(images) * (1.0 if ck.method_of(tiny) is None else 1.01)
+        return original(images) * (1.0 if ck.method_of(tiny) is None else 1.01)
 
     monkeypatch.setattr(tiny.visual, "forward", wrong)
     with pytest.raises(AssertionError, match=r"Dense\(\): relative error"):
-        towers.check(tiny, {"Dense()": ck.Dense()}, some)
+        towers.check(tiny, {"Dense()": ck.Dense()}, images)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +305,7 @@ def test_a_tower_that_differs_from_the_host_is_never_timed(monkeypatch: pytest.M
         (["--models", "ViT-B-16", "--peer", "tome=nowhere"], "expected --peer tome=PATH with PATH/tome/patch/timm.py"),
     ],
 )
-def test_a_wrong_option_is_one_line(
+def test_a_wrong_option_gives_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[object], message: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -318,7 +314,7 @@ def test_a_wrong_option_is_one_line(
     assert message in capsys.readouterr().err
 
 
-def test_timms_weights_compute_the_same_in_an_open_clip_tower() -> None:
+def test_timms_weights_give_the_same_results_in_open_clip() -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
@@ -329,32 +325,32 @@ def test_timms_weights_compute_the_same_in_an_open_clip_tower() -> None:
         )
 
 
-def test_what_has_not_begun_by_the_deadline_is_skipped() -> None:
+def test_cases_not_started_by_the_deadline_are_skipped() -> None:
     options = ["-q", "-rs", "-k", "prune_tokens-reference-B-32-b1-float32", "--deadline", "0"]
     command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options]
     done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False)
     assert done.returncode == towers.EXIT_DEADLINE and "not started within 0 s" in done.stdout
 
 
-def test_rows_are_appended_as_they_are_measured_and_those_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
+def test_rows_are_appended_and_never_measured_again(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     options = ["-q", "--deadline", "500", "--rows", rows, "--benchmark-max-time=0.01"]
-    environment = unshared({**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = without_xdist({**os.environ, "OMP_NUM_THREADS": "1"})
     for chosen in ("b1 and not b16", "float32", "float32"):
         command = [sys.executable, "-m", "pytest", BENCH / "ops.py", *options]
         command += ["-k", f"bias_act_gelu-reference-B-32 and float32 and {chosen}"]
         done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     with rows.open(newline="") as file:
-        came = list(csv.DictReader(file))
-    assert [row["batch"] for row in came] == ["1", "8"]
-    assert all(float(row["p20"]) <= float(row["microseconds"]) <= float(row["p80"]) for row in came)
-    for row in came:
+        measured = list(csv.DictReader(file))
+    assert [row["batch"] for row in measured] == ["1", "8"]
+    assert all(float(row["p20"]) <= float(row["microseconds"]) <= float(row["p80"]) for row in measured)
+    for row in measured:
         floor = float(row["bytes"]) / float(row["copy_gb_per_s"]) / 1e9
         assert float(row["of_floor"]) == pytest.approx(floor / float(row["microseconds"]) * 1e6)
 
 
-def test_the_study_of_streams_runs_goes_on_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adaptation_study_writes_rows_resumes_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     save(draw(QUICK, seed=0), tmp_path)
     out = tmp_path / "study" / "shift.csv"
@@ -362,7 +358,9 @@ def test_the_study_of_streams_runs_goes_on_and_draws(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["adaptation.py", *map(str, arguments)])
     before, runs = torch.get_num_threads(), []
     run = adaptation.run
-    monkeypatch.setattr(adaptation, "run", lambda *given: runs.append(given) or run(*given))
+    monkeypatch.setattr(
+        adaptation, "run", lambda *arguments_of_run: runs.append(arguments_of_run) or run(*arguments_of_run)
+    )
     try:
         adaptation.main()
         rows = list(csv.DictReader(out.open()))
@@ -371,31 +369,31 @@ def test_the_study_of_streams_runs_goes_on_and_draws(tmp_path: Path, monkeypatch
         adapting = {row["variant"] for row in rows if row["orders"] == "2"}
         assert len({row["variant"] for row in rows}) == 15 and len(adapting) == 6 and len(runs) == 9 + 2 * 6
         assert all("reservoir" in name for name in adapting)
-        # Cut short before the last variant, it runs that one alone.
-        kept = json.loads(out.with_suffix(".json").read_text())
-        last = kept["rows"][-1]["variant"]
-        kept["rows"] = [row for row in kept["rows"] if row["variant"] != last]
-        out.with_suffix(".json").write_text(json.dumps(kept))
+        # Without the rows of the last variant, the study runs only that one.
+        content = json.loads(out.with_suffix(".json").read_text())
+        last = content["rows"][-1]["variant"]
+        content["rows"] = [row for row in content["rows"] if row["variant"] != last]
+        out.with_suffix(".json").write_text(json.dumps(content))
         runs.clear()
         monkeypatch.setattr(sys, "argv", [*sys.argv, "--plot", str(tmp_path / "shift.png")])
         adaptation.main()
         assert len(runs) == 2 and len(list(csv.DictReader(out.open()))) == len(rows)
         assert (tmp_path / "shift.png").stat().st_size > 10_000
         monkeypatch.setattr(sys, "argv", ["adaptation.py", *map(str, [*arguments, "--seed", 1])])
-        with pytest.raises(SystemExit, match="was taken with other options or versions"):
+        with pytest.raises(SystemExit, match="was measured with other options or versions"):
             adaptation.main()
     finally:
         torch.set_num_threads(before)
 
 
-def test_a_corruption_is_the_same_for_a_seed_and_worse_with_severity() -> None:
+def test_corruptions_are_deterministic_and_grow_with_severity() -> None:
     photo = Image.fromarray(scenes.draw(1, 0).images[0])
     for kind in corruptions.STRENGTHS:
-        apart = []
+        differences = []
         for severity in (1, 3, 5):
-            made = [
+            pictures = [
                 np.asarray(corruptions.corrupted(photo, kind, severity, np.random.default_rng(0))) for _ in range(2)
             ]
-            assert np.array_equal(*made)
-            apart.append(np.abs(made[0].astype(float) - np.asarray(photo)).mean())
-        assert 0 < apart[0] < apart[2] and apart[1] <= apart[2]
+            assert np.array_equal(*pictures)
+            differences.append(np.abs(pictures[0].astype(float) - np.asarray(photo)).mean())
+        assert 0 < differences[0] < differences[2] and differences[1] <= differences[2]

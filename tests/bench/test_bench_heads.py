@@ -1,4 +1,4 @@
-"""bench/studies/heads.py and heads_cost.py: fused forms are the literal ones; a study goes on where it was cut."""
+"""bench/studies/heads.py and bench/cost/heads.py: fused forms equal the literal ones, and a study resumes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", heads_cost.COMPUTATIONS)
-def test_fused_and_literal_forms_are_the_same(name: str) -> None:
+def test_fused_and_literal_forms_are_equal(name: str) -> None:
     case = heads_cost.case_of(name, batch=3, patches=9, classes=5, width=16, shots=3)
     torch.testing.assert_close(*(form(*case.inputs) for form in case.forms.values()), atol=1e-3, rtol=1e-4)
 
 
-def test_few_shots_are_as_many_of_each_class_and_differ_by_seed() -> None:
+def test_few_shots_are_balanced_and_differ_by_seed() -> None:
     labels = torch.arange(60) % 5
-    some = heads.Features(ck.Encoded(torch.arange(60.0)[:, None], torch.zeros(60, 2, 1)), labels)
-    one, other = (heads.drawn(some, 4, seed) for seed in (0, 1))
-    assert one.labels.bincount().tolist() == [4] * 5 and len(one.encoded.embedding.unique()) == 20
-    assert torch.equal(one.encoded.embedding[:, 0].long() % 5, one.labels)
-    assert not torch.equal(one.encoded.embedding, other.encoded.embedding)
+    features = heads.Features(ck.Encoded(torch.arange(60.0)[:, None], torch.zeros(60, 2, 1)), labels)
+    first, second = (heads.draw_shots(features, 4, seed) for seed in (0, 1))
+    assert first.labels.bincount().tolist() == [4] * 5 and len(first.encoded.embedding.unique()) == 20
+    assert torch.equal(first.encoded.embedding[:, 0].long() % 5, first.labels)
+    assert not torch.equal(first.encoded.embedding, second.encoded.embedding)
 
 
-def test_the_study_has_every_head_and_goes_on_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_study_writes_every_head_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     save({"digits": draw(QUICK, seed=0)["digits"]}, tmp_path)
     folder, out = tmp_path / "digits", tmp_path / "heads.csv"
@@ -46,10 +46,10 @@ def test_the_study_has_every_head_and_goes_on_where_it_was_cut(tmp_path: Path, m
     assert [row["head"] for row in rows if row["tower"] == "EViT"] == [*heads.heads_of_patches(torch.ones(1, 1))]
     assert sum(row["tower"] == "CLIP" for row in rows) == 3 + 6 + 3
     assert all(float(row["gain"]) == 0 for row in rows if row["head"] == "zero-shot")
-    kept = json.loads(out.with_suffix(".json").read_text())
-    kept["rows"] = [row for row in kept["rows"] if row["tower"] == "CLIP"]
-    out.with_suffix(".json").write_text(json.dumps(kept))
-    monkeypatch.setattr(heads, "retrieved", lambda *_: pytest.fail("the first tower was done"))
+    content = json.loads(out.with_suffix(".json").read_text())
+    content["rows"] = [row for row in content["rows"] if row["tower"] == "CLIP"]
+    out.with_suffix(".json").write_text(json.dumps(content))
+    monkeypatch.setattr(heads, "retrieved", lambda *_: pytest.fail("the first tower is done already"))
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--plot", str(tmp_path / "heads.png")])
     heads.main()
     assert list(csv.DictReader(out.open())) == rows
