@@ -133,8 +133,8 @@ def check_fingerprint(tower: Mapping[str, str], model: nn.Module, source: object
         name = f"{about.get('model') or 'unnamed'}, {about.get('pretrained') or 'no tag'}"
         if tower and not set(tower) & set(current):
             raise ValueError(
-                f"expected the tower of {source} ({name}) in float32 or {next(iter(tower))}, got {next(iter(current))}: "
-                "the two cannot be compared"
+                f"expected the tower of {source} ({name}) in float32 or {next(iter(tower))}, "
+                f"got {next(iter(current))}: the two cannot be compared"
             )
         expected, actual = short_fingerprint(tower), short_fingerprint(current)
         raise ValueError(f"expected the tower of {source} ({name}; {expected}), got another tower ({actual})")
