@@ -1,4 +1,4 @@
-"""The small CLIP that ships with the package, and the code that draws or loads its images."""
+"""The small CLIP that ships with the package, and the code that draws and loads its images."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Preprocess = Callable[[Image.Image], Tensor]
 def bundled() -> tuple[nn.Module, Preprocess, ByteTokenizer]:
     """The bundled open_clip CLIP in eval mode, its preprocessing of a PIL image, and its tokenizer.
 
-    32×32 images, patches of 4 (65 tokens), six blocks, width 128, joint embedding 128. A stand-in that makes
-    everything run without a download, not a replacement for published weights; MODEL_CARD.md says how it was made.
+    32×32 images, patches of 4 (65 tokens), six blocks, width 128, joint embedding 128. The model lets everything run
+    without a download; it does not replace published weights. MODEL_CARD.md describes its training.
     """
     import open_clip
     from open_clip.transform import image_transform
@@ -27,7 +27,7 @@ def bundled() -> tuple[nn.Module, Preprocess, ByteTokenizer]:
 
     folder = files("clipkernels.data")
     config = json.loads(folder.joinpath("tiny_clip.json").read_text())
-    # Creating the model draws random weights: that must not move the caller's generator.
+    # The constructor draws random weights, which must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = open_clip.CLIP(**config["model_cfg"])
     with as_file(folder.joinpath("tiny_clip.safetensors")) as path:

@@ -1,7 +1,7 @@
 """Scenes drawn from a seed: one of eight shapes in one of eight colours on a cluttered background, 32×32 RGB.
 
-Eight (colour, shape) pairs are never seen in training, one per colour and one per shape, so that naming them takes
-combining what was learned apart.
+Eight (colour, shape) pairs, one per colour and one per shape, never occur in training. Classifying them requires a
+model that combines colours and shapes learnt from other pairs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Inside a five-pointed star: fold the plane into one tenth and test its only edge."""
+    """The points inside a five-pointed star."""
+    # Fold the plane into one tenth of the star, which has a single edge.
     angle = np.mod(np.arctan2(x, y), 2 * math.pi / 5)
     angle = np.minimum(angle, 2 * math.pi / 5 - angle)
     radius, inner = np.hypot(x, y), 0.42
@@ -64,19 +65,19 @@ SEEN = tuple(c for c in range(len(CLASSES)) if c not in UNSEEN)
 
 
 class Images(NamedTuple):
-    """images (n,32,32,3) uint8, labels (n,) int64 into the module's CLASSES."""
+    """Images (n,32,32,3) uint8 and their labels (n,) int64 into the module's CLASSES."""
 
     images: np.ndarray
     labels: np.ndarray
 
 
 def draw(n: int, seed: int, pairs: tuple[int, ...] = SEEN) -> Images:
-    """n scenes whose classes are drawn from `pairs`; the same n, seed and pairs give the same scenes.
+    """n scenes with classes drawn from `pairs`; equal n, seed and pairs give equal scenes.
 
     Args:
-        n: how many.
-        seed: non-negative; held-out scenes are those of a seed that training never used.
-        pairs: indices into CLASSES, `SEEN` or `tuple(UNSEEN)` as a rule.
+        n: number of scenes.
+        seed: non-negative; for held-out scenes use a seed that training never used.
+        pairs: indices into CLASSES, usually `SEEN` or `tuple(UNSEEN)`.
     Returns:
         Images.
     """
@@ -85,11 +86,11 @@ def draw(n: int, seed: int, pairs: tuple[int, ...] = SEEN) -> Images:
     canvas = clutter(rng, texture(rng, n))
     colour = np.asarray(list(COLOURS.values()), dtype=np.float32)[labels // len(SHAPES)] / 255
     colour = np.clip(colour + rng.normal(0, 0.035, colour.shape), 0, 1).astype(np.float32)
-    x, y = _placed(rng, n)
+    x, y = _shape_coordinates(rng, n)
     inside = np.zeros(x.shape, dtype=np.float32)
     for index, shape in enumerate(SHAPES.values()):
-        mine = labels % len(SHAPES) == index
-        inside[mine] = shape(x[mine], y[mine])
+        of_shape = labels % len(SHAPES) == index
+        inside[of_shape] = shape(x[of_shape], y[of_shape])
     alpha = avg_pool2d(torch.from_numpy(inside)[:, None], 2).numpy()[:, 0, :, :, None]
     canvas = canvas * (1 - alpha) + colour[:, None, None] * alpha
     canvas += rng.normal(0, 0.02, canvas.shape).astype(np.float32)
@@ -108,7 +109,7 @@ def texture(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def clutter(rng: np.random.Generator, canvas: np.ndarray, strokes: int = 6) -> np.ndarray:
-    """The canvas (n,32,32,3) with some muted strokes on it."""
+    """The canvas (n,32,32,3) with `strokes` muted strokes drawn on it."""
     n = len(canvas)
     rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.float32)
     for _ in range(strokes):
@@ -123,8 +124,8 @@ def clutter(rng: np.random.Generator, canvas: np.ndarray, strokes: int = 6) -> n
     return canvas
 
 
-def _placed(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shape coordinates (n,64,64), y up, of every half pixel: a random place, size and tilt per image."""
+def _shape_coordinates(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shape coordinates (n,64,64), y up, of every half pixel, for a random position, size and tilt per image."""
     rows, columns = (np.mgrid[: 2 * SIDE, : 2 * SIDE].astype(np.float32) + 0.5) / 2
     radius = rng.uniform(6.5, 12, (n, 1, 1)).astype(np.float32)
     centre = rng.uniform(radius, SIDE - radius, (2, n, 1, 1)).astype(np.float32)

@@ -1,7 +1,7 @@
-"""A byte-level tokenizer: every string is valid, the vocabulary has 259 entries.
+"""A byte-level tokenizer: every string is valid, and the vocabulary has 259 entries.
 
-Token ids: 0 padding, 1 + b for the byte b, 257 start, 258 end. The end has the largest id because open_clip's
-`argmax` text pooling finds it that way.
+Token ids: 0 padding, 1 + b for the byte b, 257 start, 258 end. The end has the largest id because open_clip's `argmax`
+text pooling uses the position of the largest id.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ VOCABULARY = 259
 
 
 class ByteTokenizer:
-    """Texts to token ids, called like open_clip's tokenizers.
+    """A tokenizer from texts to token ids, called like open_clip's.
 
     Args:
-        context_length: tokens per text, start and end included; longer texts are cut after the last whole byte.
+        context_length: tokens per text, start and end included; longer texts are truncated, at a byte.
     """
 
     def __init__(self, context_length: int = 64) -> None:
         self.context_length = context_length
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> torch.Tensor:
-        """Token ids (n, context_length) int64 of n texts, lower-cased and padded with zeros."""
+        """Token ids (n, context_length) int64 of n texts, which are stripped, lower-cased and padded with zeros."""
         length = context_length or self.context_length
         texts = [texts] if isinstance(texts, str) else texts
         ids = torch.full((len(texts), length), PAD, dtype=torch.int64)

@@ -62,29 +62,29 @@ def places_after_arrivals(
     arrivals = torch.where(present, places[capacity:], free)
     slots = torch.arange(capacity + 1, device=present.device)
     for new in arrivals.split(1, dim=1):
-        held = torch.cat([states[-1], new], 1)  # [T, M+1]
-        held_entropy = entropy.gather(1, held)
-        victim = _eviction_score(mean, held_entropy, arrival, held, evict).argmax(1, keepdim=True)
-        full = (held[:, -2:] < free).all(1, keepdim=True)
-        held_entropy = held_entropy.masked_fill((slots == victim) & full, float("inf"))
-        states.append(held.gather(1, held_entropy.argsort(dim=1, stable=True)[:, :capacity]))
+        candidates = torch.cat([states[-1], new], 1)  # [T, M+1]
+        candidate_entropy = entropy.gather(1, candidates)
+        victim = _eviction_score(mean, candidate_entropy, arrival, candidates, evict).argmax(1, keepdim=True)
+        full = (candidates[:, -2:] < free).all(1, keepdim=True)
+        candidate_entropy = candidate_entropy.masked_fill((slots == victim) & full, float("inf"))
+        states.append(candidates.gather(1, candidate_entropy.argsort(dim=1, stable=True)[:, :capacity]))
     return torch.stack(states)
 
 
-def _eviction_score(mean: Tensor, entropy: Tensor, arrival: Tensor, held: Tensor, evict: Evict) -> Tensor:
-    """The eviction score (T,M+1) of each held place (T,M+1), given the places' entropies (T,M+1).
+def _eviction_score(mean: Tensor, entropy: Tensor, arrival: Tensor, places: Tensor, evict: Evict) -> Tensor:
+    """The eviction score (T,M+1) of each of the places (T,M+1), given their entropies (T,M+1).
 
     A full class removes the entry of the largest score, ties to the first.
     """
     if evict == "uncertainty":
         return entropy
     if evict == "fifo":
-        return -arrival.gather(1, held)
-    rows = mean.gather(1, held[..., None].expand(-1, -1, mean.shape[2]))
+        return -arrival.gather(1, places)
+    rows = mean.gather(1, places[..., None].expand(-1, -1, mean.shape[2]))
     # Not a matrix product: its rounding may depend on the position, and equal entries must tie.
     cosines = (rows[:, :, None] * rows[:, None]).sum(-1)
     cosines.diagonal(dim1=1, dim2=2).zero_()
-    similarity = cosines.sum(2) / (held.shape[1] - 1)
+    similarity = cosines.sum(2) / (places.shape[1] - 1)
     if evict == "diversity":
         return entropy + similarity
     distance = 1 - similarity

@@ -18,7 +18,7 @@ WIDTH, CLASSES = 12, 5
 
 
 def features(count=6, patches=9, prefix=1, seed=0, dtype=torch.float64):
-    """Encoded images and class embeddings, none of length one."""
+    """Encoded images and class embeddings, not normalised."""
     generator = torch.Generator().manual_seed(seed)
     embedding = torch.randn(count, WIDTH, generator=generator).to(dtype)
     tokens = 3 * torch.randn(count, prefix + patches, WIDTH, generator=generator).to(dtype)
@@ -27,7 +27,7 @@ def features(count=6, patches=9, prefix=1, seed=0, dtype=torch.float64):
 
 
 def literal(encoded, text, alpha, beta2, beta3, maps=None):
-    """The paper's formula, image by image; maps are (weight, bias) by name, identities where there are none."""
+    """The paper's formula, image by image; `maps` holds weights and biases by name, None means identities."""
 
     def mapped(name, x):
         return x if maps is None else x @ maps[f"maps.{name}.weight"].T + maps[f"maps.{name}.bias"]
@@ -37,10 +37,10 @@ def literal(encoded, text, alpha, beta2, beta3, maps=None):
         image, patches = normalize(pooled, dim=0), normalize(tokens[encoded.prefix :], dim=1)
         of_text = mapped("query_text", classes) @ mapped("key_image", patches).T / alpha
         of_image = mapped("query_image", patches) @ mapped("key_text", classes).T / alpha
-        seen = mapped("out_text", of_text.softmax(1) @ mapped("value_image", patches))
-        found = mapped("out_image", of_image.softmax(1) @ mapped("value_text", classes))
-        both = found.mean(0) + found.max(0).values
-        logits.append(100 * (classes @ image + beta2 * seen @ image + beta3 * classes @ both))
+        attended_patches = mapped("out_text", of_text.softmax(1) @ mapped("value_image", patches))
+        attended_classes = mapped("out_image", of_image.softmax(1) @ mapped("value_text", classes))
+        both = attended_classes.mean(0) + attended_classes.max(0).values
+        logits.append(100 * (classes @ image + beta2 * attended_patches @ image + beta3 * classes @ both))
     return torch.stack(logits)
 
 
@@ -48,8 +48,8 @@ def literal(encoded, text, alpha, beta2, beta3, maps=None):
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
 def test_logits_match_the_papers_formula(prefix, alpha):
     encoded, text = features(prefix=prefix)
-    came = ck.CALIP(text, alpha, 1.3, 0.7)(encoded)
-    torch.testing.assert_close(came, literal(encoded, text, alpha, 1.3, 0.7), atol=1e-10, rtol=1e-10)
+    logits = ck.CALIP(text, alpha, 1.3, 0.7)(encoded)
+    torch.testing.assert_close(logits, literal(encoded, text, alpha, 1.3, 0.7), atol=1e-10, rtol=1e-10)
 
 
 def test_zero_weights_give_zero_shot_logits():
@@ -65,9 +65,9 @@ def test_the_scale_multiplies_every_term():
 def test_half_features_give_single_logits_near_the_exact_ones():
     encoded, text = features(patches=49)
     half = ck.Encoded(encoded.embedding.bfloat16(), encoded.tokens.bfloat16())
-    came = ck.CALIP(text.float())(half)
-    assert came.dtype == torch.float32
-    torch.testing.assert_close(came.double(), ck.CALIP(text)(encoded), atol=0.3, rtol=0)
+    logits = ck.CALIP(text.float())(half)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), ck.CALIP(text)(encoded), atol=0.3, rtol=0)
 
 
 def test_presets_set_weights_that_arguments_override():
@@ -137,9 +137,9 @@ def test_invalid_labels_are_refused(labels, message):
 def test_features_without_patches_are_refused():
     encoded, text = features()
     for head in (ck.CALIP(text), FewShotCALIP(text)):
-        for given in (encoded.embedding, encoded._replace(tokens=None)):
+        for wrong in (encoded.embedding, encoded._replace(tokens=None)):
             with pytest.raises(ValueError, match="features must be an Encoded with tokens"):
-                head(given)
+                head(wrong)
         with pytest.raises(ValueError, match="at least one patch"):
             head(encoded._replace(tokens=encoded.tokens[:, :1]))
 
@@ -148,9 +148,9 @@ def test_fit_refuses_unusable_features():
     encoded, text = features()
     none = encoded._replace(embedding=encoded.embedding[:0], tokens=encoded.tokens[:0])
     labels = torch.zeros(6, dtype=torch.int64)
-    for head, given in ((ck.CALIP(text), none), (ck.CALIP(text), iter([])), (FewShotCALIP(text), none)):
+    for head, empty in ((ck.CALIP(text), none), (ck.CALIP(text), iter([])), (FewShotCALIP(text), none)):
         with pytest.raises(ValueError, match="features must be of at least one image, got none"):
-            head.fit(given, labels[:0])
+            head.fit(empty, labels[:0])
     with pytest.raises(ValueError, match="epochs and batch_size must be at least one, got 1 and 0"):
         FewShotCALIP(text).fit(encoded, labels, epochs=1, batch_size=0)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside of torch\.inference_mode"):
@@ -181,8 +181,8 @@ def test_autocast_leaves_logits_unchanged():
     encoded, text = features(dtype=torch.float32)
     for head in (ck.CALIP(text), FewShotCALIP(text)):
         with torch.autocast("cpu", torch.bfloat16):
-            came = head(encoded)
-        assert came.dtype == torch.float32 and torch.equal(came, head(encoded))
+            logits = head(encoded)
+        assert logits.dtype == torch.float32 and torch.equal(logits, head(encoded))
 
 
 @pytest.mark.parametrize(
@@ -270,10 +270,10 @@ def test_few_shot_calip_matches_its_formula_for_any_weights():
 def test_training_improves_on_the_text_and_is_deterministic():
     encoded, text = features(40, dtype=torch.float32)
     labels = torch.arange(40) % CLASSES
-    heads, seen = [FewShotCALIP(text) for _ in range(2)], []
-    settings = {"epochs": 30, "batch_size": 8, "lr": 1e-2, "seed": 3, "progress": lambda epoch, _: seen.append(epoch)}
+    heads, epochs = [FewShotCALIP(text) for _ in range(2)], []
+    settings = {"epochs": 30, "batch_size": 8, "lr": 1e-2, "seed": 3, "progress": lambda epoch, _: epochs.append(epoch)}
     losses = [head.fit(encoded, labels, **settings) for head in heads]
-    assert losses[0] == losses[1] and seen == [*range(1, 31)] * 2
+    assert losses[0] == losses[1] and epochs == [*range(1, 31)] * 2
     assert losses[0][-1] < 0.2 * losses[0][0]
     assert (heads[0](encoded).argmax(1) == labels).float().mean() > 0.95
 

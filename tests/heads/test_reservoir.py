@@ -1,4 +1,4 @@
-"""Reservoir: the stream one image after another read literally, evictions spelled out, files, and what is refused."""
+"""Reservoir: a literal stream of single images, evictions by hand, files, and refused input."""
 
 import math
 import os
@@ -20,7 +20,7 @@ CLASSES, DEPTH, WIDTH = 5, 4, 12
 
 
 def features(count, seed=0, dtype=torch.float64, classes=CLASSES):
-    """Embeddings and CLS paths of images, several alike, and class embeddings."""
+    """Embeddings and CLS paths of images, several of them similar, and class embeddings."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(classes, 8, generator=generator).to(dtype)
     embedding = torch.randn(count, 8, generator=generator).to(dtype) / 8
@@ -40,35 +40,35 @@ def part(encoded, start, stop):
 def test_a_batch_equals_its_images_one_by_one(sizes, self_vote, evict):
     encoded, text = features(40)
     head = ck.Reservoir(text, evict=evict, self_vote=self_vote, scale=20, temperature=0.3)
-    read = Literal(
+    literal = Literal(
         text, *RESERVOIR_PRESETS["imagenet"]._replace(temperature=0.3), evict=evict, self_vote=self_vote, scale=20
     )
-    expected = torch.stack([read.see(*image) for image in zip(encoded.embedding, encoded.cls_path, strict=True)])
-    start, found = 0, []
+    expected = torch.stack([literal.see(*image) for image in zip(encoded.embedding, encoded.cls_path, strict=True)])
+    start, logits = 0, []
     for size in sizes:
-        found.append(head(part(encoded, start, start + size)))
+        logits.append(head(part(encoded, start, start + size)))
         start += size
-    torch.testing.assert_close(torch.cat(found), expected, atol=1e-9, rtol=1e-9)
-    assert head.counts.tolist() == [len(entries) for entries in read.classes] and head.seen == 40
+    torch.testing.assert_close(torch.cat(logits), expected, atol=1e-9, rtol=1e-9)
+    assert head.counts.tolist() == [len(entries) for entries in literal.classes] and head.seen == 40
     anchors = [head.anchors[place] for place, count in enumerate(head.counts) if count >= 2]
-    torch.testing.assert_close(torch.stack(anchors), torch.stack(read.anchors()), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(torch.stack(anchors), torch.stack(literal.anchors()), atol=1e-9, rtol=1e-9)
     assert (head.anchors[head.counts < 2] == 0).all()
 
 
 @pytest.mark.parametrize("evict", ["diversity", "similarity", "uncertainty", "fifo"])
 @pytest.mark.parametrize("capacity", [1, 2])
 def test_batching_changes_nothing_in_fp32_at_any_capacity(capacity, evict):
-    # With two held, both are as much like the other: nothing but rounding could tell them apart.
+    # With two entries each is equally similar to the other, so only rounding could make a difference.
     generator = torch.Generator().manual_seed(2)
     text = torch.randn(4, 8, generator=generator)
     embedding, path = torch.randn(64, 8, generator=generator), torch.randn(64, 12, 768, generator=generator)
-    held = []
+    arrivals = []
     for size in (1, 5, 32):
         head = ck.Reservoir(text, capacity=capacity, evict=evict, scale=5)
         for start in range(0, 64, size):
             head(ck.Encoded(embedding[start : start + size], cls_path=path[start : start + size]))
-        held.append(head._entries.arrival)
-    assert torch.equal(held[0], held[1]) and torch.equal(held[0], held[2])
+        arrivals.append(head._entries.arrival)
+    assert torch.equal(arrivals[0], arrivals[1]) and torch.equal(arrivals[0], arrivals[2])
 
 
 @pytest.mark.parametrize("size", [1, 8, 32])
@@ -119,28 +119,28 @@ EAST, NORTH, NEARLY_EAST = [1.0, 0.0], [0.0, 1.0], [0.8, 0.6]
 @pytest.mark.parametrize(
     ("evict", "entries", "arrivals"),
     [
-        # Entropies .3, .2, .1: the most uncertain goes, however alike they are.
+        # Entropies .3, .2, .1: the most uncertain is removed, whatever the similarities.
         ("uncertainty", [(0.3, EAST), (0.2, EAST), (0.1, EAST)], [2, 1]),
-        # The oldest goes, though it is the most certain.
+        # The oldest is removed although it is the most certain.
         ("fifo", [(0.1, EAST), (0.2, NORTH), (0.3, NORTH)], [1, 2]),
-        # Mean cosines .4, .3 and .7 (with north 0, with the one between .8 and .6): .5, .42 and .75, the last goes.
+        # Mean cosines .4, .3, .7 (with north 0, with the one between .8 and .6): .5, .42, .75, the last is removed.
         ("diversity", [(0.1, EAST), (0.12, NORTH), (0.05, NEARLY_EAST)], [0, 1]),
-        # 1 - mean: .6, .7, .3; w = int((.5 - .1)/(.7 - .3)) = 0 in floats below one, so entropy decides: .5 goes.
+        # 1 - mean: .6, .7, .3; w = int((.5 - .1)/(.7 - .3)) = 0 in floats below one, so entropy decides: .5 is removed.
         ("similarity", [(0.1, EAST), (0.5, NORTH), (0.11, NEARLY_EAST)], [0, 2]),
-        # w = int((.65 - .05)/.4) = 1: .05 + .6, .1 + .7 and .65 + .3: the last goes.
+        # w = int((.65 - .05)/.4) = 1: .05 + .6, .1 + .7 and .65 + .3: the last is removed.
         ("similarity", [(0.05, EAST), (0.1, NORTH), (0.65, NEARLY_EAST)], [0, 1]),
-        # w = 1 again: .05 + .3 stays, north's .2 + .7 is beaten by .45 + .6.
+        # w = 1 again: .05 + .3 stays, and .45 + .6 exceeds north's .2 + .7.
         ("similarity", [(0.45, EAST), (0.2, NORTH), (0.05, NEARLY_EAST)], [2, 1]),
     ],
 )
 def test_each_eviction_rule_keeps_the_expected_entries(evict, entries, arrivals):
-    entropy, came = _stream(*entries, evict=evict)
-    assert came == arrivals
+    entropy, arrivals_left = _stream(*entries, evict=evict)
+    assert arrivals_left == arrivals
     assert entropy == sorted(entropy) == pytest.approx([entries[arrival][0] for arrival in arrivals], abs=1e-6)
 
 
 def test_ties_evict_the_first_in_order_of_entropy():
-    # All the same: the list is [0, 1, 2] in order of arrival, and the first of the largest goes.
+    # Equal entries: the list is [0, 1, 2] in order of arrival, and the first of the largest scores is removed.
     same = [(0.2, EAST)] * 4
     for evict in ("diversity", "uncertainty"):
         assert _stream(*same, evict=evict)[1] == [2, 3]
@@ -150,9 +150,9 @@ def test_an_image_stored_after_correction_does_not_vote_for_itself():
     encoded, text = features(1)
     plain = ck.ZeroShot(text)(encoded)
     assert torch.equal(ck.Reservoir(text, self_vote=False)(encoded), plain)
-    own = ck.Reservoir(text, strength=3)(encoded)
-    # Its likeness to itself is one.
-    torch.testing.assert_close((own - plain).sum().item(), 3.0)
+    corrected = ck.Reservoir(text, strength=3)(encoded)
+    # The image's similarity to itself is one.
+    torch.testing.assert_close((corrected - plain).sum().item(), 3.0)
 
 
 def test_a_frozen_reservoir_stores_nothing():
@@ -161,11 +161,11 @@ def test_a_frozen_reservoir_stores_nothing():
     assert torch.equal(head(encoded), ck.ZeroShot(text)(encoded)) and head.anchors is None and head.seen == 0
     head.frozen = False
     head(part(encoded, 0, 15))
-    held = {name: value.clone() for name, value in head._entries._asdict().items()}
+    entries = {name: value.clone() for name, value in head._entries._asdict().items()}
     head.frozen = True
     once, again = head(part(encoded, 15, 20)), head(part(encoded, 15, 20))
     assert torch.equal(once, again) and not torch.equal(once, ck.ZeroShot(text)(part(encoded, 15, 20)))
-    assert all(torch.equal(value, held[name]) for name, value in head._entries._asdict().items()) and head.seen == 15
+    assert all(torch.equal(value, entries[name]) for name, value in head._entries._asdict().items()) and head.seen == 15
     head.reset()
     assert head.counts.sum() == 0 and head.anchors is None
 
@@ -198,7 +198,7 @@ def test_features_that_are_not_finite_are_not_stored():
 
 
 def test_images_that_are_not_finite_leave_other_entries_unchanged():
-    """Class 2 gets fewer images than class 1: its last place stays empty, whatever else came."""
+    """Class 2 gets fewer images than class 1, so its last slot stays free."""
     text = torch.eye(4, 16, dtype=torch.float64)
     path = torch.randn(6, DEPTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     path[0, 1, 3] = float("nan")
@@ -213,10 +213,10 @@ def test_anchors_held_by_a_caller_never_change():
     encoded, text = features(40)
     head = ck.Reservoir(text, scale=20)
     head(part(encoded, 0, 20))
-    held = head.anchors
-    before = held.clone()
+    anchors = head.anchors
+    expected = anchors.clone()
     head(part(encoded, 20, 40))
-    assert torch.equal(held, before) and not torch.equal(head.anchors, before)
+    assert torch.equal(anchors, expected) and not torch.equal(head.anchors, expected)
 
 
 def test_a_thousand_classes_and_sharp_weights_stay_finite():
@@ -234,10 +234,10 @@ def test_entries_stored_in_inference_mode_serve_outside_of_it():
     head(part(encoded, 6, 9))
     with torch.inference_mode():
         head(part(encoded, 9, 12))
-    whole = ck.Reservoir(text)
-    whole(encoded)
-    assert torch.equal(head.counts, whole.counts)
-    torch.testing.assert_close(head.anchors, whole.anchors)
+    saved = ck.Reservoir(text)
+    saved(encoded)
+    assert torch.equal(head.counts, saved.counts)
+    torch.testing.assert_close(head.anchors, saved.anchors)
 
 
 def test_a_loaded_reservoir_continues_the_stream(tmp_path):
@@ -255,7 +255,7 @@ def test_a_loaded_reservoir_continues_the_stream(tmp_path):
     third(part(encoded, 0, 5))
     with torch.inference_mode():
         third(part(encoded, 5, 10))
-    # Another precision, such as the same model's in fp32, goes on in its own.
+    # Features of another precision, such as the same model's in fp32, keep that precision.
     single = ck.Encoded(encoded.embedding.float(), cls_path=encoded.cls_path.float())
     assert third(single).isfinite().all() and third._entries.unit.dtype == torch.float32
 
@@ -291,13 +291,13 @@ def test_a_reservoir_that_does_not_fit_is_refused(tmp_path):
         head.load(tmp_path / "other")
     with pytest.raises(FileNotFoundError):
         head.load(tmp_path / "nowhere")
-    whole, about = read_tensors(file)
+    saved, about = read_tensors(file)
     for change in ({"unit": None}, {"more": torch.zeros(1)}, {"text": None}, {"mean": torch.zeros(5, 3, 1)}):
-        changed = {name: value for name, value in {**whole, **change}.items() if value is not None}
+        changed = {name: value for name, value in {**saved, **change}.items() if value is not None}
         write_tensors(tmp_path / "odd", changed, about)
         with pytest.raises(ValueError, match=r"expected a reservoir"):
             head.load(tmp_path / "odd")
-    write_tensors(tmp_path / "odd", whole, {"format": about["format"], "scale": about["scale"]})
+    write_tensors(tmp_path / "odd", saved, {"format": about["format"], "scale": about["scale"]})
     with pytest.raises(ValueError, match=r"expected a reservoir"):
         head.load(tmp_path / "odd")
     assert head.seen == 10 and head.counts.sum() > 0
@@ -310,7 +310,7 @@ def test_a_kill_while_saving_loses_nothing(tmp_path):
     head(encoded)
     file = tmp_path / "reservoir.safetensors"
     head.save(file)
-    before = file.read_bytes()
+    content = file.read_bytes()
     script = f"""
 import os, signal, torch
 import clipkernels as ck
@@ -319,8 +319,8 @@ files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 files.write_tensors({str(file)!r}, {{"x": torch.ones(3)}}, {{}})
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL and file.read_bytes() == before
+    process = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    assert process.returncode == -signal.SIGKILL and file.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -346,9 +346,9 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
 
 def test_features_without_a_path_are_refused():
     encoded, text = features(3)
-    for given in (encoded.embedding, ck.Encoded(encoded.embedding)):
+    for wrong in (encoded.embedding, ck.Encoded(encoded.embedding)):
         with pytest.raises(ValueError, match="features must be an Encoded with cls_path"):
-            ck.Reservoir(text)(given)
+            ck.Reservoir(text)(wrong)
     with pytest.raises(ValueError, match=r"cls_path must be \(B,L,C\) with B = 3, got \(2, 4, 12\)"):
         ck.Reservoir(text)(ck.Encoded(encoded.embedding, cls_path=encoded.cls_path[:2]))
 
@@ -360,16 +360,16 @@ def test_a_classifier_adapts_like_a_literal_stream(tiny):
     from clipkernels.classifier import class_embeddings, prompts_of
     from clipkernels.data import digits
 
-    drawn = digits.draw(24, 7)[0]
-    images = torch.tensor(drawn).permute(0, 3, 1, 2).double() / 128 - 1
+    pixels = digits.draw(24, 7)[0]
+    images = torch.tensor(pixels).permute(0, 3, 1, 2).double() / 128 - 1
     method = ck.TCA(0.1)
     text = class_embeddings(model, tokenizer, prompts_of(digits.CLASSES, digits.TEMPLATES)).double()
-    read = Literal(text, *RESERVOIR_PRESETS["imagenet"])
-    expected = stream(model, images, method, read)
+    literal = Literal(text, *RESERVOIR_PRESETS["imagenet"])
+    expected = stream(model, images, method, literal)
     classifier = ck.Classifier(model, tokenizer, digits.CLASSES, digits.TEMPLATES, method, ck.Reservoir)
-    found = torch.cat([classifier(image) for image in images.split(1)])
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    assert not torch.allclose(found, 100 * normalize(ck.encode_image(model, images).embedding, dim=1) @ text.T)
+    logits = torch.cat([classifier(image) for image in images.split(1)])
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(logits, 100 * normalize(ck.encode_image(model, images).embedding, dim=1) @ text.T)
     classifier.reset()
     assert classifier.head.seen == 0
     torch.testing.assert_close(classifier(images[:1]), expected[:1], atol=1e-6, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Tip-Adapter and TIP-X: literal formulas, any support, the published grids, shots added later."""
+"""Tip-Adapter and TIP-X: literal formulas, any support, the published grids, images added later."""
 
 import pytest
 import torch
@@ -42,11 +42,11 @@ def literal(text, features, support, labels, alpha, beta, gamma=0.0, tau=0.5, re
     logits = 100 * features @ text.T
     shares = (support @ text.T / tau).softmax(1)
     for row, image in enumerate(features):
-        own = (image @ text.T / tau).softmax(0)
+        query_share = (image @ text.T / tau).softmax(0)
         for k in range(CLASSES):
             members = [j for j, label in enumerate(labels.tolist()) if label == k]
             near = [torch.exp(-beta * (1 - image @ support[j])) for j in members]
-            alike = [offset - slope * kl(own, shares[j]) for j in members]
+            alike = [offset - slope * kl(query_share, shares[j]) for j in members]
             logits[row, k] += alpha * sum(near)
             share = sum(alike) / (len(members) if reduce == "mean" else 1) if members else least
             logits[row, k] += gamma * share
@@ -55,8 +55,8 @@ def literal(text, features, support, labels, alpha, beta, gamma=0.0, tau=0.5, re
 
 def test_tip_adapter_adds_the_vote_of_each_support_image():
     text, features, support, labels = inputs()
-    came = ck.TipAdapter(text, support, labels, 1.7, 5.5)(features)
-    torch.testing.assert_close(came, literal(text, features, support, labels, 1.7, 5.5), atol=1e-10, rtol=1e-10)
+    logits = ck.TipAdapter(text, support, labels, 1.7, 5.5)(features)
+    torch.testing.assert_close(logits, literal(text, features, support, labels, 1.7, 5.5), atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
@@ -78,7 +78,9 @@ def test_predictions_do_not_depend_on_other_images():
 
 def test_psi_extrapolates_linearly_outside_of_the_supports_range():
     text, features, support, labels = inputs()
-    near = support[:4] + 0.01 * support[4:8]  # all alike: every query is farther than any of them from another
+    near = (
+        support[:4] + 0.01 * support[4:8]
+    )  # all similar: every query is farther from them than they are from each other
     head = ck.TipX(text, near, labels[:4], 0.0, 1.0, 1.0)
     expected = literal(text, features, near, labels[:4], 0.0, 1.0, 1.0)
     torch.testing.assert_close(head(features), expected, atol=1e-8, rtol=1e-8)
@@ -97,35 +99,35 @@ def test_one_image_or_equal_images_give_no_gamma_term():
 def test_an_empty_support_gives_zero_shot_logits():
     text, features, support, labels = inputs()
     for head in (ck.TipAdapter, ck.TipX):
-        came = head(text, support[:0], labels[:0])(features)
-        torch.testing.assert_close(came, ck.ZeroShot(text)(features))
+        logits = head(text, support[:0], labels[:0])(features)
+        torch.testing.assert_close(logits, ck.ZeroShot(text)(features))
 
 
 @pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
 def test_images_added_later_count_like_initial_ones(head):
     text, features, support, labels = inputs()
-    whole, grown = head(text, support, labels), head(text, support[:3], labels[:3])
+    complete, grown = head(text, support, labels), head(text, support[:3], labels[:3])
     for start, stop in ((3, 4), (4, 10)):
         grown.update(support[start:stop], labels[start:stop])
-    torch.testing.assert_close(grown(features), whole(features), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(grown(features), complete(features), atol=1e-9, rtol=1e-9)
     assert grown.counts.tolist() == [3, 2, 0, 4, 1]
 
 
 def test_calibration_in_chunks_gives_the_same_range(monkeypatch):
     text, features, support, labels = inputs()
-    whole = ck.TipX(text, support, labels)(features)
+    expected = ck.TipX(text, support, labels)(features)
     monkeypatch.setattr("clipkernels.heads.tip.PRODUCT_ENTRIES", 21)
     pieces = ck.TipX(text, support[:6], labels[:6])
     pieces.update(support[6:], labels[6:])
-    torch.testing.assert_close(pieces(features), whole, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(pieces(features), expected, atol=1e-9, rtol=1e-9)
 
 
 def test_encoded_and_half_features_are_read_in_full_precision():
     text, features, support, labels = inputs(dtype=torch.float32)
     half = features.bfloat16()
     for head in (ck.TipAdapter(text, support, labels), ck.TipX(text.half(), support.half(), labels)):
-        came = head(ck.Encoded(half))
-        assert came.dtype == torch.float32 and torch.equal(came, head(half.float()))
+        logits = head(ck.Encoded(half))
+        assert logits.dtype == torch.float32 and torch.equal(logits, head(half.float()))
 
 
 @pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
@@ -134,20 +136,20 @@ def test_autocast_changes_neither_the_calibration_nor_a_logit(head):
     plain = head(text, support, labels)
     with torch.autocast("cpu", torch.bfloat16):
         under = head(text, support, labels)
-        came = under(features)
-    assert came.dtype == torch.float32
-    assert torch.equal(came, plain(features)) and torch.equal(under(features), came)
+        logits = under(features)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, plain(features)) and torch.equal(under(features), logits)
 
 
 @pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
 def test_heads_made_in_inference_mode_work_outside_in_any_dtype(head):
     text, features, support, labels = inputs(dtype=torch.float32)
     with torch.inference_mode():
-        made = head(text.clone(), support.clone(), labels.clone())
-        made(features.double())
-    made.update(support[:1], labels[:1])
+        adapter = head(text.clone(), support.clone(), labels.clone())
+        adapter(features.double())
+    adapter.update(support[:1], labels[:1])
     query = features.clone().requires_grad_()
-    logits = made(query)
+    logits = adapter(query)
     assert logits.dtype == torch.float32
     (grad,) = torch.autograd.grad(logits.sum(), query)
     assert grad.isfinite().all() and grad.abs().sum() > 0
@@ -156,8 +158,8 @@ def test_heads_made_in_inference_mode_work_outside_in_any_dtype(head):
 @pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
 def test_one_class_gives_one_logit(head):
     text, features, support, _ = inputs(dtype=torch.float32)
-    came = head(text[:1], support, torch.zeros(10, dtype=torch.int64))(features)
-    assert came.shape == (7, 1) and came.isfinite().all()
+    logits = head(text[:1], support, torch.zeros(10, dtype=torch.int64))(features)
+    assert logits.shape == (7, 1) and logits.isfinite().all()
 
 
 @pytest.mark.parametrize("head", [ck.TipAdapter, ck.TipX])
@@ -175,7 +177,7 @@ def test_a_classifier_that_is_reset_keeps_its_support(head, tiny, images):
 def test_fit_finds_the_first_best_weights_of_the_published_grid(kind, monkeypatch):
     text, features, support, labels = inputs(40)
     truth = torch.randint(0, CLASSES, (40,), generator=torch.Generator().manual_seed(2))
-    few = 6  # of the 200 values of beta, which are all alike in kind
+    few = 6  # of the 200 values of beta, because more would add no other case
     monkeypatch.setattr(
         "clipkernels.heads.tip.grid", lambda start, stop, steps: grid(start, stop, few if steps == 200 else steps)
     )

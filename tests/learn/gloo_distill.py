@@ -21,7 +21,7 @@ BATCH, WORDS, REGIONS, WIDTH, OUT = 8, 5, 9, 12, 16
 
 
 class Taught(nn.Module):
-    """A student of two layers with its objective, as one module: only what is called by DDP is in step."""
+    """A student of two layers with its objective, in one module, because DDP syncs only the module it wraps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,29 +32,29 @@ class Taught(nn.Module):
         text, visual = self.student(text), self.student(visual)
         logits = self.answer(text.mean(1) + visual.mean(1))
         pooled = {"text_pooled": text[:, 0], "visual_pooled": visual[:, 0]}
-        found = self.distil(features, text=text, visual=visual, **pooled, logits=logits, labels=labels)
-        loss: Tensor = cross_entropy(logits, labels) + found.loss
+        result = self.distil(features, text=text, visual=visual, **pooled, logits=logits, labels=labels)
+        loss: Tensor = cross_entropy(logits, labels) + result.loss
         return loss
 
 
 def batch() -> tuple[TeacherFeatures, Tensor, Tensor, Tensor]:
-    """Random features and states; one instance is padding alone, another has a single word."""
+    """Random features and states; one instance is only padding, another has a single word."""
     torch.manual_seed(0)
-    there = torch.rand(BATCH, WORDS) < 0.7
-    there[1], there[2] = False, torch.arange(WORDS) == 1
+    mask = torch.rand(BATCH, WORDS) < 0.7
+    mask[1], mask[2] = False, torch.arange(WORDS) == 1
     features = TeacherFeatures(
         image=torch.randn(BATCH, OUT),
         text=torch.randn(BATCH, OUT),
         regions=torch.randn(BATCH, REGIONS, OUT),
         words=torch.randn(BATCH, WORDS, OUT),
-        words_mask=there,
+        words_mask=mask,
         answers=torch.randn(BATCH, 3, OUT),
     )
     return features, torch.randn(BATCH, WORDS, WIDTH), torch.randn(BATCH, REGIONS, WIDTH), torch.arange(BATCH) % 3
 
 
 def build() -> Taught:
-    """The student as every process begins."""
+    """The student in the initial state of every process."""
     torch.manual_seed(1)
     return Taught()
 
@@ -65,9 +65,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     model = DistributedDataParallel(build())
     features, *others = batch()
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    own = TeacherFeatures(*(None if each is None else each[part] for each in features))
-    model(own, *(each[part] for each in others)).backward()
-    gradients = {name: each.grad.clone() for name, each in model.module.named_parameters() if each.grad is not None}
+    local = TeacherFeatures(*(None if x is None else x[part] for x in features))
+    model(local, *(x[part] for x in others)).backward()
+    gradients = {name: x.grad.clone() for name, x in model.module.named_parameters() if x.grad is not None}
     save_file(gradients, folder / f"{rank}.safetensors")
     dist.destroy_process_group()
 

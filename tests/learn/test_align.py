@@ -1,4 +1,4 @@
-"""A student's tokens and patches beside a teacher's."""
+"""Alignment of a student's tokens and patches with a teacher's."""
 
 from fractions import Fraction
 
@@ -40,7 +40,7 @@ def test_truncated_or_respelled_text_has_no_piece_and_shifts_no_other():
 
 
 def bytewise(text):
-    """What GPT-2's tokenizer writes for the bytes of a text, by its published table."""
+    """The characters that GPT-2's tokenizer writes for the bytes of a text, by its published table."""
     ranges = (range(33, 127), range(161, 173), range(174, 256))
     table = {byte: chr(byte) for some in ranges for byte in some}
     for byte in range(256):
@@ -56,18 +56,18 @@ def test_bytes_are_decoded_to_characters():
     roberta = ["<s>", bytewise("две"), bytewise(" ко"), bytewise("шки"), bytewise(" и"), bytewise(" 猫"), "</s>"]
     assert align_words(roberta, teacher) == [-1, 1, 2, 2, 3, 4, -1]
     assert align_words(student, roberta) == [-1, 1, 2, 3, 4, 5, -1]
-    for byte in range(256):  # each byte alone, beside others, where it is a character of its own
+    for byte in range(256):  # each byte alone, next to others, if it is a character of its own
         if byte < 128 and chr(byte).isprintable() and byte != 32:
             assert align_words([chr(byte) * 2], ["", bytewise(2 * chr(byte))]) == [1]
 
 
 def test_a_character_with_split_bytes_belongs_to_each_piece():
-    whole, cut = bytewise("猫が"), [bytewise("猫が")[:2], bytewise("猫が")[2:4], bytewise("猫が")[4:]]
+    encoded, cut = bytewise("猫が"), [bytewise("猫が")[:2], bytewise("猫が")[2:4], bytewise("猫が")[4:]]
     assert align_words(["猫", "が"], cut) == [0, 1]
     assert align_words(cut, ["猫", "が"]) == [0, 0, 1]
-    assert align_words(cut, ["", whole + "</w>"]) == [1, 1, 1]
-    assert align_words(["狗", "が"], cut) == [-1, 1]  # no bytes alone are alike
-    assert align_words(["猫", "が"], [whole[:5]]) == [0, -1]  # the teacher's text ends within a character
+    assert align_words(cut, ["", encoded + "</w>"]) == [1, 1, 1]
+    assert align_words(["狗", "が"], cut) == [-1, 1]  # single equal bytes do not match
+    assert align_words(["猫", "が"], [encoded[:5]]) == [0, -1]  # the teacher's text ends within a character
 
 
 def test_accented_letters_are_not_decoded_as_bytes():
@@ -88,8 +88,8 @@ def test_each_cell_maps_to_the_nearest_centre():
                 for i in range(h)
             ]
             assert align_grid((h, 1), (H, 1)).tolist() == align_grid((1, h), (1, H)).tolist() == expected
-    came = align_grid((2, 3), (4, 5))
-    assert came.dtype == torch.int64 and came.tolist() == [0, 2, 4, 10, 12, 14]
+    index = align_grid((2, 3), (4, 5))
+    assert index.dtype == torch.int64 and index.tolist() == [0, 2, 4, 10, 12, 14]
     assert align_grid((7, 7), (7, 7)).tolist() == list(range(49))
     with pytest.raises(ValueError, match=r"at least one patch, got \(0, 3\) and \(4, 5\)"):
         align_grid((0, 3), (4, 5))

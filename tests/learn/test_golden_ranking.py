@@ -1,4 +1,4 @@
-"""Golden rankings against a loop over images, rounds and windows with the host's own blocks; and how they are kept."""
+"""Golden rankings against a loop over images, rounds and windows with the host's blocks; and their files."""
 
 import os
 import signal
@@ -18,21 +18,21 @@ from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def given(model, classes=5):
+def random_inputs(model, classes=5):
     """The model in fp64 with random vectors, images for it, class embeddings and labels."""
     model = randomized(model).double()
     for module in model.modules():
         if type(module).__module__ == "clip.model" and isinstance(module, torch.nn.LayerNorm):
-            module.float()  # OpenAI's compute in nothing else
+            module.float()  # OpenAI's LayerNorms compute only in fp32
     tower, generator = ck.tower_of(model), torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, *tower.image_size, generator=generator, dtype=torch.float64)
-    # Close to each other, so that no probability is one or zero but for rounding.
+    # Close to each other, so that no probability is one or zero up to rounding.
     about = torch.randn(1 + classes, tower.out, generator=generator, dtype=torch.float64)
     return model, images, normalize(about[:1] + 0.1 * about[1:]), torch.tensor([0, 3, 4])
 
 
 def small():
-    return given(open_clip_tower("ViT-B-32", 4, width=64, image_size=32, patch_size=8))
+    return random_inputs(open_clip_tower("ViT-B-32", 4, width=64, image_size=32, patch_size=8))
 
 
 @pytest.mark.parametrize("score", ["label", "confidence", "feature"])
@@ -40,10 +40,10 @@ def small():
 def test_rankings_match_a_literal_loop(score, window, stride):
     model, images, classes, labels = small()
     options = {"score": score, "window": window, "stride": stride, "step": 3, "block": 1}
-    came = golden_ranking(model, images, text=classes, labels=labels, batch_size=7, **options)
+    rankings = golden_ranking(model, images, text=classes, labels=labels, batch_size=7, **options)
     with torch.no_grad():
         expected = literal_ranking(model, images, classes=classes, labels=labels, **options)
-    assert torch.equal(came.ranks, expected)
+    assert torch.equal(rankings.ranks, expected)
 
 
 SMALL = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}
@@ -64,12 +64,12 @@ TOWERS = {
 def test_rankings_on_other_towers_match_the_literal_loop(name, block):
     library, make = TOWERS[name]
     pytest.importorskip(library, reason=f"{library} is not installed")
-    model, images, classes, labels = given(make())
+    model, images, classes, labels = random_inputs(make())
     options = {"score": "label", "window": 2, "stride": 1, "step": 6, "block": block}
-    came = golden_ranking(model, images[:2], text=classes, labels=labels[:2], **options)
+    rankings = golden_ranking(model, images[:2], text=classes, labels=labels[:2], **options)
     with torch.no_grad():
         expected = literal_ranking(model, images[:2], classes=classes, labels=labels[:2], **options)
-    assert torch.equal(came.ranks, expected)
+    assert torch.equal(rankings.ranks, expected)
 
 
 def test_windows_cover_every_edge():
@@ -82,28 +82,28 @@ def test_equal_scores_remove_the_lower_index_first():
     model, images, classes, _ = small()
     with torch.no_grad():  # nothing depends on the patches
         model.visual.proj.zero_()
-        came = golden_ranking(model, images, score="confidence", text=classes, step=5, block=1)
-    assert torch.equal(came.ranks, torch.arange(15, -1, -1).expand(3, -1))
+        rankings = golden_ranking(model, images, score="confidence", text=classes, step=5, block=1)
+    assert torch.equal(rankings.ranks, torch.arange(15, -1, -1).expand(3, -1))
 
 
 def test_patches_with_nan_scores_stay_longest():
     model, images, classes, _ = small()
     images[1, :, 8:16, 8:16] = float("nan")
-    came = golden_ranking(model, images, score="confidence", text=classes, block=1)
+    rankings = golden_ranking(model, images, score="confidence", text=classes, block=1)
     alone = golden_ranking(model, images[::2], score="confidence", text=classes, block=1)
-    assert torch.equal(came.ranks[::2], alone.ranks)
-    assert sorted(came.ranks[1].tolist()) == list(range(16))
+    assert torch.equal(rankings.ranks[::2], alone.ranks)
+    assert sorted(rankings.ranks[1].tolist()) == list(range(16))
 
 
 def test_features_are_the_blocks_input_with_pooled_channels():
     model, images, *_ = small()
-    came = golden_ranking(model, images, score="feature", block=2)
+    rankings = golden_ranking(model, images, score="feature", block=2)
     with torch.no_grad():
         x = model.visual._embeds(images)
         for host in model.visual.transformer.resblocks[:2]:
             x = host(x)
-    torch.testing.assert_close(came.features.double(), x, atol=1e-6, rtol=1e-6)
-    wide = given(open_clip_tower("ViT-B-32", 2, width=128, image_size=32, patch_size=8))[0]
+    torch.testing.assert_close(rankings.features.double(), x, atol=1e-6, rtol=1e-6)
+    wide = random_inputs(open_clip_tower("ViT-B-32", 2, width=128, image_size=32, patch_size=8))[0]
     assert golden_ranking(wide, images, score="feature", block=1).features.shape == (3, 17, 64)
 
 
@@ -112,8 +112,8 @@ def test_a_patched_tower_is_ranked_dense_and_stays_patched():
     expected = golden_ranking(model, images, text=classes, labels=labels, block=1)
     model.train()
     ck.patch(model, ck.EViT(0.5))
-    came = golden_ranking(model, images, text=classes, labels=labels, block=1)
-    assert torch.equal(came.ranks, expected.ranks) and came.about == expected.about
+    rankings = golden_ranking(model, images, text=classes, labels=labels, block=1)
+    assert torch.equal(rankings.ranks, expected.ranks) and rankings.about == expected.about
     assert ck.method_of(model) == ck.EViT(0.5) and model.training
 
 
@@ -122,11 +122,11 @@ def test_images_may_be_a_sequence_with_repeats():
     expected = golden_ranking(model, images, text=classes, labels=labels, block=1)
     rows = [0, 2, 0, 1]
     calls = []
-    came = golden_ranking(
+    rankings = golden_ranking(
         model, [images[row] for row in rows], text=classes, labels=labels[rows].tolist(), block=1,
         progress=lambda done, total: calls.append((done, total)),
     )  # fmt: skip
-    assert torch.equal(came.ranks, expected.ranks[rows]) and torch.equal(came.features, expected.features[rows])
+    assert torch.equal(rankings.ranks, expected.ranks[rows]) and torch.equal(rankings.features, expected.features[rows])
     assert calls[-1] == (4, 4)
 
 
@@ -134,22 +134,22 @@ def test_images_on_disk_are_not_ranked_again(tmp_path, monkeypatch):
     from clipkernels.learn.patch_ranking import golden
 
     model, images, classes, labels = small()
-    ranked = []
+    group_sizes = []
     real = golden._rank_images
-    monkeypatch.setattr(golden, "_rank_images", lambda *a: ranked.append(len(a[1])) or real(*a))
+    monkeypatch.setattr(golden, "_rank_images", lambda *a: group_sizes.append(len(a[1])) or real(*a))
     file = tmp_path / "ranks.safetensors"
     first = golden_ranking(model, images[:2], text=classes, labels=labels[:2], block=1, path=file)
-    assert ranked == [2] and [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert group_sizes == [2] and [path.name for path in tmp_path.iterdir()] == [file.name]
     again = golden_ranking(model, images[:2], text=classes, labels=labels[:2], block=1, path=file)
-    assert ranked == [2] and torch.equal(again.ranks, first.ranks)
+    assert group_sizes == [2] and torch.equal(again.ranks, first.ranks)
     more = golden_ranking(model, images[1:], text=classes, labels=labels[1:], block=1, path=file)
-    assert ranked == [2, 1] and torch.equal(more.ranks[0], first.ranks[1])
-    loaded = Rankings.load(file)  # in the order of the last call, then what was there
+    assert group_sizes == [2, 1] and torch.equal(more.ranks[0], first.ranks[1])
+    loaded = Rankings.load(file)  # in the order of the last call, then the other images
     assert torch.equal(loaded.ranks, torch.stack([more.ranks[0], more.ranks[1], first.ranks[0]]))
     assert loaded.about == more.about and torch.equal(loaded.features[:2], more.features)
     assert torch.equal(loaded.sha256[:2], more.sha256) and len({bytes(row) for row in loaded.sha256.numpy()}) == 3
     relabelled = golden_ranking(model, images[:1], text=classes, labels=[1], block=1, path=file)
-    assert ranked == [2, 1, 1] and not torch.equal(relabelled.ranks[0], first.ranks[0])
+    assert group_sizes == [2, 1, 1] and not torch.equal(relabelled.ranks[0], first.ranks[0])
 
 
 def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypat
     model, images, classes, _ = small()
     file = tmp_path / "ranks.safetensors"
     golden_ranking(model, images, score="feature", block=1, path=file)
-    held = file.read_bytes()
+    content = file.read_bytes()
     monkeypatch.setattr(golden, "_rank_images", lambda *_: pytest.fail("was ranked"))
     with pytest.raises(ValueError, match=r"expected rankings with the same options, got .* with block 1"):
         golden_ranking(model, images, score="feature", block=2, path=file)
@@ -176,14 +176,14 @@ def test_a_file_of_other_rankings_is_refused_before_any_work(tmp_path, monkeypat
     (tmp_path / "other.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="safetensors"):
         golden_ranking(model, images, score="feature", block=1, path=tmp_path / "other.safetensors")
-    assert file.read_bytes() == held
+    assert file.read_bytes() == content
 
 
 def test_images_that_are_none_are_skipped():
     model, images, classes, labels = small()
     expected = golden_ranking(model, images[::2], text=classes, labels=labels[::2], block=1)
-    came = golden_ranking(model, [images[0], None, images[2]], text=classes, labels=labels, block=1)
-    assert torch.equal(came.ranks, expected.ranks) and came.new == 2
+    rankings = golden_ranking(model, [images[0], None, images[2]], text=classes, labels=labels, block=1)
+    assert torch.equal(rankings.ranks, expected.ranks) and rankings.new == 2
     with pytest.raises(ValueError, match="images must hold at least one image, got 2 that are None"):
         golden_ranking(model, [None, None], score="feature", block=1)
 
@@ -234,9 +234,9 @@ def test_a_killed_run_resumes(tiny, tmp_path, monkeypatch):
     half = next(tmp_path.glob("killed*.parts")) / ".half-written"
     half.write_text("")
     os.utime(half, (0, 0))
-    seen = []
-    golden_ranking(tiny, images, **options, path=files[1], progress=lambda done, total: seen.append(done))
-    assert seen == [6, 8, 8]
+    finished = []
+    golden_ranking(tiny, images, **options, path=files[1], progress=lambda done, total: finished.append(done))
+    assert finished == [6, 8, 8]
     assert files[1].read_bytes() == files[0].read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
 

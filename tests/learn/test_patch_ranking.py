@@ -1,5 +1,4 @@
-"""Patch Ranking's predictor, its method and its learnt tokens: against literal forms, through a tower's life, and what
-they learn."""
+"""Patch Ranking's predictor, method and learnt tokens: against literal forms, on changing towers, and in training."""
 
 import copy
 import io
@@ -32,7 +31,7 @@ PROMPTS = support.photo(CLASSES, ("a photo of a {}.",))
 
 
 def mixed(predictor, x):
-    """Scores of tokens entering the block, by torch's own modules."""
+    """Scores of the tokens that enter the block, by torch's modules."""
     pooled = nn.functional.adaptive_avg_pool1d(x, predictor.channels)
     act = nn.functional.gelu
     pooled = pooled + predictor.token_out(act(predictor.token_in(predictor.norm1(pooled).mT))).mT
@@ -41,22 +40,22 @@ def mixed(predictor, x):
 
 
 def literal(model, method, images):
-    """The embedding by the host's own blocks, learnt tokens behind the patches as the paper draws them."""
+    """The embedding by the host's blocks, with the learnt tokens behind the patches as in the paper's figure."""
     visual, predictor, tokens = model.visual, method.predictor, method.tokens
-    own = [] if tokens is None else list(tokens())
+    learnt = [] if tokens is None else list(tokens())
     x, added = visual._embeds(images), 0
     for index, host in enumerate(visual.transformer.resblocks):
-        whole = x[:, : x.shape[1] - added]
+        patches = x[:, : x.shape[1] - added]
         if index == method.block:
-            scores = mixed(predictor, whole)
+            scores = mixed(predictor, patches)
             keep = math.ceil(method.keep * scores.shape[1])
-            kept = scores.topk(keep).indices.sort(1).values + predictor.prefix
-            picked = [x[i : i + 1, [*range(predictor.prefix), *kept[i].tolist()]] for i in range(len(x))]
-            x = torch.cat([torch.cat(picked), x[:, x.shape[1] - added :]], 1)
-            whole = x[:, : x.shape[1] - added]
-        if index < len(own):
-            added = own[index].shape[0]
-            x = torch.cat([whole, own[index].expand(len(x), -1, -1)], 1)
+            chosen = scores.topk(keep).indices.sort(1).values + predictor.prefix
+            rows = [x[i : i + 1, [*range(predictor.prefix), *chosen[i].tolist()]] for i in range(len(x))]
+            x = torch.cat([torch.cat(rows), x[:, x.shape[1] - added :]], 1)
+            patches = x[:, : x.shape[1] - added]
+        if index < len(learnt):
+            added = learnt[index].shape[0]
+            x = torch.cat([patches, learnt[index].expand(len(x), -1, -1)], 1)
         x = host(x)
     return visual.ln_post(x)[:, 0] @ visual.proj
 
@@ -77,11 +76,11 @@ def test_a_patched_tower_matches_the_literal_forward(keep, block, learnt):
     torch.testing.assert_close(model.encode_image(images), expected, atol=1e-9, rtol=1e-9)
     encoded = ck.encode_image(model, images, tokens=True, cls_path=True, source=True)
     torch.testing.assert_close(encoded.embedding, expected, atol=1e-9, rtol=1e-9)
-    kept = math.ceil(keep * 16)
-    assert encoded.tokens.shape == (3, 1 + kept, 512) and encoded.cls_path.shape == (3, 4, 64)
-    if kept < 16:
+    patches = math.ceil(keep * 16)
+    assert encoded.tokens.shape == (3, 1 + patches, 512) and encoded.cls_path.shape == (3, 4, 64)
+    if patches < 16:
         rows = [sorted(row for row in image[0].tolist() if row >= 0) for image in encoded.source]
-        assert rows == [list(range(1, 1 + kept))] * 3
+        assert rows == [list(range(1, 1 + patches))] * 3
     ck.unpatch(model)
     assert torch.equal(model.encode_image(images), dense)
 
@@ -101,10 +100,10 @@ def test_a_vit_b16_predictor_has_the_papers_size_and_cost():
     assert predictor.macs == pytest.approx(7.27e6, abs=0.005e6)
 
 
-@pytest.mark.parametrize(("gone", "gmacs"), [(50, 14.16), (60, 13.48), (78, 12.27), (100, 10.80)])
-def test_a_pruned_b16_has_the_published_gmacs_plus_the_predictors(gone, gmacs):
-    plan = ck.PatchRanking(RankPredictor(197), keep=(196 - gone) / 196).plan(tokens=197, blocks=12)
-    assert plan.tokens == (197, 197, 197, *[197 - gone] * 10)
+@pytest.mark.parametrize(("removed", "gmacs"), [(50, 14.16), (60, 13.48), (78, 12.27), (100, 10.80)])
+def test_a_pruned_b16_has_the_published_gmacs_plus_the_predictors(removed, gmacs):
+    plan = ck.PatchRanking(RankPredictor(197), keep=(196 - removed) / 196).plan(tokens=197, blocks=12)
+    assert plan.tokens == (197, 197, 197, *[197 - removed] * 10)
     assert plan.gmacs(768) - RankPredictor(197).macs / 1e9 == pytest.approx(gmacs, abs=0.005)
 
 
@@ -119,11 +118,11 @@ def test_learnt_tokens_count_in_every_block():
 def test_scores_match_torch_modules_and_have_no_gradient():
     predictor = RankPredictor(17, 5).double()
     x = torch.randn(3, 17, 100, dtype=torch.float64, requires_grad=True)
-    came = predictor(x)
-    torch.testing.assert_close(came, mixed(predictor, x).detach(), atol=1e-12, rtol=1e-12)
-    assert not came.requires_grad
+    scores = predictor(x)
+    torch.testing.assert_close(scores, mixed(predictor, x).detach(), atol=1e-12, rtol=1e-12)
+    assert not scores.requires_grad
     led = torch.cat([x[:, :5], torch.full((3, 2, 100), float("nan"), dtype=x.dtype), x[:, 5:]], 1)
-    assert torch.equal(predictor(led, 7), came)
+    assert torch.equal(predictor(led, 7), scores)
 
 
 @torch.no_grad()
@@ -150,15 +149,15 @@ def test_a_patched_tower_copies_and_pickles_with_its_predictor(tiny, images):
     torch.save(tiny, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
-    for each in (twin, loaded):
-        assert torch.equal(each.encode_image(images), expected)
-        assert ck.method_of(each).predictor is not ck.method_of(tiny).predictor
+    for copied in (twin, loaded):
+        assert torch.equal(copied.encode_image(images), expected)
+        assert ck.method_of(copied).predictor is not ck.method_of(tiny).predictor
     nn.init.zeros_(ck.method_of(twin).predictor.channel_in.weight)
     assert torch.equal(tiny.encode_image(images), expected)
 
 
 def trained(model, images):
-    """A predictor that knows its tower."""
+    """A predictor with the fingerprint of its tower."""
     rankings = golden_ranking(model, images, score="feature", step=32, window=4, stride=4)
     return fit_predictor(rankings, epochs=1).predictor
 
@@ -211,8 +210,8 @@ def test_patch_ranking_runs_under_autocast(tiny, images):
     ck.patch(tiny, patch_ranking(tiny, learnt=2))
     expected = tiny.encode_image(images)
     with torch.autocast("cpu", torch.bfloat16):
-        came = tiny.encode_image(images)
-    assert nn.functional.cosine_similarity(came.float(), expected).min() > 0.99
+        embedding = tiny.encode_image(images)
+    assert nn.functional.cosine_similarity(embedding.float(), expected).min() > 0.99
 
 
 def test_gradients_reach_learnt_tokens_and_tower_through_pruning():
@@ -220,9 +219,9 @@ def test_gradients_reach_learnt_tokens_and_tower_through_pruning():
     method = patch_ranking(model, 0.5, 1, learnt=1)
     ck.patch(model, method)
 
-    def embed(own):
+    def embed(values):
         with torch.no_grad():
-            method.tokens.own.copy_(own)
+            method.tokens.own.copy_(values)
         return ck.encode_image(model, images).embedding
 
     embedding = ck.encode_image(model, images).embedding
@@ -269,7 +268,7 @@ def test_a_predictor_of_another_tower_is_refused_without_changes(tiny, images):
     assert ck.patch(tiny, ck.PatchRanking(predictor, tokens=tokens)) is tiny
     half = copy.deepcopy(ck.unpatch(tiny)).half()
     ck.patch(half, ck.PatchRanking(predictor))
-    ck.patch(tiny.visual, ck.PatchRanking(predictor))  # the same tower by another door
+    ck.patch(tiny.visual, ck.PatchRanking(predictor))  # the same tower, passed as `model.visual`
     ck.unpatch(tiny)
     ck.patch(tiny, ck.EViT(0.5))
     visual = tiny.visual
@@ -295,8 +294,8 @@ def test_a_predictor_of_another_tower_is_refused_without_changes(tiny, images):
     assert ck.method_of(tiny) == ck.EViT(0.5)
 
 
-def ranked(images=64, patches=16):
-    """Rankings that the features tell: the first channel says how long a patch stays."""
+def synthetic_rankings(images=64, patches=16):
+    """Rankings that can be learnt from the features: the first channel gives a patch's rank."""
     features = torch.randn(images, 1 + patches, 64, generator=torch.Generator().manual_seed(0))
     order = features[:, 1:, 0].argsort(1, descending=True)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(patches).expand(images, -1))
@@ -304,7 +303,7 @@ def ranked(images=64, patches=16):
 
 
 def test_features_that_are_not_finite_are_refused():
-    rankings = ranked()
+    rankings = synthetic_rankings()
     rankings.features[3, 2] = float("nan")
     with pytest.raises(ValueError, match="rankings must have finite features, got 1 images with others"):
         fit_predictor(rankings)
@@ -324,32 +323,41 @@ def test_the_target_distribution_is_the_published_one():
 
 @pytest.mark.parametrize("margin", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_a_predictor_learns_from_features(margin):
-    told = []
+    progress = []
     fitted = fit_predictor(
-        ranked(1024), keep=0.5, margin=margin, epochs=30, lr=5e-3, progress=lambda *line: told.append(line)
+        synthetic_rankings(1024),
+        keep=0.5,
+        margin=margin,
+        epochs=30,
+        lr=5e-3,
+        progress=lambda *line: progress.append(line),
     )
     assert fitted.overlaps[-1] > 0.9 and fitted.losses[-1] < fitted.losses[0]
-    assert told[-1] == (30, fitted.losses[-1], fitted.overlaps[-1])
+    assert progress[-1] == (30, fitted.losses[-1], fitted.overlaps[-1])
     assert not fitted.predictor.training and fitted.predictor.block == 2
 
 
 def test_training_is_deterministic_and_leaves_the_generator_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, other = (fit_predictor(ranked(), epochs=2) for _ in range(2))
+    one, other = (fit_predictor(synthetic_rankings(), epochs=2) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
-    assert repr(one.predictor) == repr(other.predictor) != repr(fit_predictor(ranked(), epochs=2, seed=1).predictor)
+    assert (
+        repr(one.predictor)
+        == repr(other.predictor)
+        != repr(fit_predictor(synthetic_rankings(), epochs=2, seed=1).predictor)
+    )
 
 
 def test_overlap_counts_patches_removed_in_both():
     ranks = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     assert overlap(-ranks.float(), ranks, 2) == 1
     assert overlap(ranks.float(), ranks, 2) == 0
-    assert overlap(torch.zeros(2, 4), ranks, 2) == 0.5  # the last two go
+    assert overlap(torch.zeros(2, 4), ranks, 2) == 0.5  # the last two are removed
 
 
 def test_a_saved_predictor_loads_unchanged(tmp_path):
-    predictor = fit_predictor(ranked(), epochs=1, token_hidden=16).predictor
+    predictor = fit_predictor(synthetic_rankings(), epochs=1, token_hidden=16).predictor
     predictor.save(tmp_path / "predictor.safetensors")
     loaded = RankPredictor.load(tmp_path / "predictor.safetensors")
     assert repr(loaded) == repr(predictor) and loaded.about == predictor.about and not loaded.training
@@ -362,7 +370,7 @@ def test_a_saved_predictor_loads_unchanged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("options", "message"),
     [
         ({"keep": 1.0}, r"keep must be in \(0, 1\)"),
         ({"held_out": 1.0}, r"held_out in \[0, 1\)"),
@@ -372,11 +380,11 @@ def test_a_saved_predictor_loads_unchanged(tmp_path):
         ({"margin": float("nan")}, "margin must be a finite number from 0, got nan"),
     ],
 )
-def test_predictor_training_refuses_bad_arguments(wrong, message):
+def test_predictor_training_refuses_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        fit_predictor(ranked(), **wrong)
+        fit_predictor(synthetic_rankings(), **options)
     with pytest.raises(RuntimeError, match="needs gradients"), torch.inference_mode():
-        fit_predictor(ranked())
+        fit_predictor(synthetic_rankings())
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -388,12 +396,12 @@ def test_learnt_tokens_fit_a_few_images_without_changing_the_model(tiny, coupled
     asking = [parameter.requires_grad for parameter in tiny.parameters()]
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     ck.patch(tiny, ck.EViT(0.5))
-    told = []
+    progress = []
     fitted = fit_tokens(
         tiny, tokenizer, PROMPTS, images, labels, patch_ranking(tiny, 0.6, 3), coupled=coupled, epochs=15,
-        progress=lambda *line: told.append(line),
+        progress=lambda *line: progress.append(line),
     )  # fmt: skip
-    assert fitted.losses[-1] < 0.8 * fitted.losses[0] and told[-1] == (15, fitted.losses[-1])
+    assert fitted.losses[-1] < 0.8 * fitted.losses[0] and progress[-1] == (15, fitted.losses[-1])
     assert ck.method_of(tiny) == ck.EViT(0.5) and tiny.training
     assert [parameter.requires_grad for parameter in tiny.parameters()] == asking
     assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
@@ -411,15 +419,15 @@ def test_coupled_tokens_are_maps_of_the_texts_contexts(tiny, images):
     tokens = VisualTokens(2, 4, 128, text_width=128)
     torch.testing.assert_close(tokens()[1], tokens.context[1] @ tokens.maps[1].weight.T + tokens.maps[1].bias)
     plain = support.class_embeddings(tiny, tokenizer, PROMPTS)
-    prompted, seen = tokens.class_embeddings(tiny, tokenizer, PROMPTS), []
+    prompted, inputs = tokens.class_embeddings(tiny, tokenizer, PROMPTS), []
     with injected_contexts(tiny, tokens.context):
         handles = [
-            block.register_forward_hook(lambda _, args, out: seen.append(args[0][:, :4].clone()))
+            block.register_forward_hook(lambda _, args, out: inputs.append(args[0][:, :4].clone()))
             for block in tiny.transformer.resblocks
         ]
         tiny.encode_text(tokenizer([PROMPTS["cat"][0]]))
-    for entered, context, handle in zip(seen, tokens.context, handles, strict=False):
-        assert torch.equal(entered[0, 1:3], context)
+    for block_input, context, handle in zip(inputs, tokens.context, handles, strict=False):
+        assert torch.equal(block_input[0, 1:3], context)
         handle.remove()
     assert torch.equal(support.class_embeddings(tiny, tokenizer, PROMPTS), plain)
     assert not torch.allclose(prompted, plain)
@@ -436,7 +444,7 @@ def test_coupled_tokens_are_maps_of_the_texts_contexts(tiny, images):
 def test_contexts_work_in_openais_text_tower():
     pytest.importorskip("clip.model", reason="openai-clip is not installed")
     torch.manual_seed(0)
-    model = openai_tower(2, 64, 8, 64, 32)  # its fresh weights attend to every word, sharper ones to the last alone
+    model = openai_tower(2, 64, 8, 64, 32)  # fresh weights attend to every word, sharper ones only to the last
     ids, contexts = torch.arange(48).view(3, 16), torch.randn(1, 2, model.transformer.width)
     x = model.token_embedding(ids) + model.positional_embedding
     x[:, 1:3] = contexts[0]

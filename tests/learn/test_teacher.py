@@ -1,5 +1,5 @@
-"""A frozen CLIP as a teacher: words and texts of every library, regions of dense and of reduced towers, what is left
-alone, what is refused."""
+"""A frozen CLIP as a teacher: words and texts of every library, regions of dense and reduced towers, side effects, and
+refused models."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ TEXTS = ["a cat", "two dogs, asleep", "a cat", "", "a very long text that must b
 
 
 class Letters:
-    """A tokenizer of 64 ids: a letter each, between a start, an end and padding where it has them."""
+    """A tokenizer of 64 ids, one per letter, with optional start, end and padding."""
 
     def __init__(self, start=62, end=63, padding=0, length=16):
         self.start, self.end, self.padding, self.length = start, end, padding, length
@@ -37,8 +37,8 @@ class Letters:
         for row, sentence in zip(ids, texts, strict=True):
             around = [[mark] if mark is not None else [] for mark in (self.start, self.end)]
             letters = [2 + ord(letter) % 59 for letter in sentence][: self.length - sum(map(len, around))]
-            made = around[0] + letters + around[1]
-            row[: len(made)] = torch.tensor(made)
+            sequence = around[0] + letters + around[1]
+            row[: len(sequence)] = torch.tensor(sequence)
         return ids
 
 
@@ -51,7 +51,7 @@ def custom():
 
 
 def siglip():
-    """Sees all tokens, pools the last, projects with a bias."""
+    """open_clip's SigLIP text tower: no causal mask, pools the last token, projects with a bias."""
     pool = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
     return open_clip.CustomTextCLIP(32, VISION, {**TEXT, **pool})
 
@@ -63,7 +63,7 @@ def coca(**vision):
 
 
 def wrapped(pooler="mean_pooler", proj="linear"):
-    """A text tower of transformers as open_clip wraps it."""
+    """open_clip's CLIP with a wrapped text tower of transformers."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = clip()
     custom = open_clip.CustomTextCLIP(32, VISION, TEXT)
@@ -95,16 +95,16 @@ def of_openai():
 
 
 def captured(module, call):
-    """What a module gives while something is called."""
-    seen = []
-    handle = module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    """The last output of a module during a call."""
+    outputs = []
+    handle = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     call()
     handle.remove()
-    return seen[-1] if isinstance(seen[-1], torch.Tensor) else seen[-1][0]
+    return outputs[-1] if isinstance(outputs[-1], torch.Tensor) else outputs[-1][0]
 
 
 def words_of(norm, project):
-    """What the host's own forward leaves in its final norm, projected."""
+    """The output of the final norm in the host's forward, projected."""
     return lambda model, ids, host: project(model)(captured(norm(model), lambda: host(ids)))
 
 
@@ -159,35 +159,40 @@ TOWERS = {
 def test_words_and_texts_match_the_host(name):
     make, tokenizer, rows = TOWERS[name]
     model = randomized(make()).eval()
-    came = Teacher(model, tokenizer)(texts=TEXTS)
+    features = Teacher(model, tokenizer)(texts=TEXTS)
     ids = tokenizer(TEXTS)
     tower = text.find_text_tower(model)
-    torch.testing.assert_close(came.text, tower.host(ids), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(came.words, rows(model, ids, tower.host), rtol=1e-5, atol=1e-5)
-    assert came.image is came.regions is came.answers is came.regions_mask is None
-    assert came.text.dtype == came.words.dtype == torch.float32
+    torch.testing.assert_close(features.text, tower.host(ids), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(features.words, rows(model, ids, tower.host), rtol=1e-5, atol=1e-5)
+    assert features.image is features.regions is features.answers is features.regions_mask is None
+    assert features.text.dtype == features.words.dtype == torch.float32
     letters = [min(len(sentence), tokenizer.length - sum(mark is not None for mark in (tokenizer.start, tokenizer.end)))
                for sentence in TEXTS]  # fmt: skip
     first = int(tokenizer.start is not None)
     expected = [[first <= place < first + count for place in range(tokenizer.length)] for count in letters]
-    assert came.words_mask.tolist() == expected
+    assert features.words_mask.tolist() == expected
 
 
 @torch.no_grad()
 def test_clip_pools_its_end_token():
     model = randomized(clip()).eval()
-    came, ids = Teacher(model, Letters())(texts=TEXTS), Letters()(TEXTS)
-    end = came.words[torch.arange(5), ids.argmax(1)]
-    torch.testing.assert_close(end, came.text)
+    features, ids = Teacher(model, Letters())(texts=TEXTS), Letters()(TEXTS)
+    end = features.words[torch.arange(5), ids.argmax(1)]
+    torch.testing.assert_close(end, features.text)
 
 
 @pytest.mark.parametrize(
     ("empty", "some", "row", "words"),
     [
-        ([8, 9, 0, 0, 0], [8, 3, 4, 9, 0], [8, 0, 0, 9, 0], [1, 2]),  # CLIP: its padding is a word too
+        ([8, 9, 0, 0, 0], [8, 3, 4, 9, 0], [8, 0, 0, 9, 0], [1, 2]),  # CLIP: its padding id is also a word's
         ([8, 9, 0, 0, 0], [8, 3, 4, 9, 0], [8, 3, 4, 5, 9], [1, 2, 3]),
         ([8, 9, 9, 9, 9], [8, 3, 4, 9, 9], [8, 3, 9, 9, 9], [1]),  # transformers' CLIP pads with the end
-        ([1, 1, 1, 1, 1], [3, 4, 1, 1, 1], [3, 4, 5, 6, 7], [0, 1, 2, 3, 4]),  # SigLIP likewise, and has no start
+        (
+            [1, 1, 1, 1, 1],
+            [3, 4, 1, 1, 1],
+            [3, 4, 5, 6, 7],
+            [0, 1, 2, 3, 4],
+        ),  # SigLIP pads with the end, and has no start
         ([1, 0, 0, 0, 0], [3, 4, 1, 0, 0], [3, 4, 5, 6, 1], [0, 1, 2, 3]),  # SigLIP2
         ([0, 2, 1, 1, 1], [0, 3, 4, 2, 1], [0, 3, 2, 1, 1], [1]),  # RoBERTa
         ([7, 0, 2, 1, 1], [7, 0, 3, 2, 1], [7, 0, 3, 4, 2], [2, 3]),  # a language before the start
@@ -203,11 +208,11 @@ def test_marks_and_padding_are_not_words(empty, some, row, words):
     ("empty", "some"),
     [
         ([0, 0, 0, 8, 9], [0, 0, 8, 3, 9]),  # a start and an end behind the padding
-        ([9, 9, 9, 8, 9], [9, 9, 8, 3, 9]),  # which is the end again
+        ([9, 9, 9, 8, 9], [9, 9, 8, 3, 9]),  # padding and end have one id
         ([0, 0, 0, 0, 9], [0, 0, 0, 3, 9]),  # no start
         ([0, 0, 0, 0, 8], [0, 0, 0, 8, 3]),  # no end
         ([0, 0, 0, 0, 0], [0, 0, 0, 0, 3]),  # neither
-        ([8, 9, 0, 0, 0], [8, 9, 0, 0, 0]),  # no text has any word
+        ([8, 9, 0, 0, 0], [8, 9, 0, 0, 0]),  # neither text has a word
         ([8, 9], [8, 9]),
         ([8, 3, 9, 4, 0], [8, 3, 9, 4, 0]),
     ],
@@ -228,18 +233,18 @@ def test_a_tokenizer_with_inconsistent_marks_is_refused():
 def test_images_texts_and_answers_match_the_models_embeddings(tiny, images):
     model, _, tokenizer = ck.bundled()
     teacher = Teacher(model, tokenizer)
-    came = teacher(images, ["is it a cat", "is it red", "is it a cat"], ["yes", "no, not at all"])
+    features = teacher(images, ["is it a cat", "is it red", "is it a cat"], ["yes", "no, not at all"])
     assert teacher.width == 128
-    torch.testing.assert_close(came.image, tiny.encode_image(images), rtol=1e-5, atol=1e-5)
-    assert torch.equal(came.text[0], came.text[2])
+    torch.testing.assert_close(features.image, tiny.encode_image(images), rtol=1e-5, atol=1e-5)
+    assert torch.equal(features.text[0], features.text[2])
     for row, sentence in enumerate(["is it a cat", "is it red", "is it a cat"]):
         for column, answer in enumerate(["yes", "no, not at all"]):
             expected = tiny.encode_text(tokenizer([f"{sentence} {answer}"]))[0]
-            torch.testing.assert_close(came.answers[row, column], expected, rtol=1e-5, atol=1e-5)
-    own = teacher(texts=["a", "b"], answers=[["c", "d"], ["d", "c"]], words=False)
+            torch.testing.assert_close(features.answers[row, column], expected, rtol=1e-5, atol=1e-5)
+    first = teacher(texts=["a", "b"], answers=[["c", "d"], ["d", "c"]], words=False)
     swapped = teacher(texts=["b", "a"], answers=[["d", "c"], ["c", "d"]]).answers
-    torch.testing.assert_close(own.answers, swapped.flip(0), rtol=1e-5, atol=1e-5)
-    assert own.words is own.words_mask is None and own.answers.shape == (2, 2, 128)
+    torch.testing.assert_close(first.answers, swapped.flip(0), rtol=1e-5, atol=1e-5)
+    assert first.words is first.words_mask is None and first.answers.shape == (2, 2, 128)
 
 
 @torch.no_grad()
@@ -247,10 +252,10 @@ def test_join_formats_texts_with_answers(tiny):
     tokenizer = ck.bundled()[2]
     expected = tiny.encode_text(tokenizer(["Q: {why}? A: yes {}"]))
     for join in ("Q: {}? A: {}", lambda one, other: f"Q: {one}? A: {other}"):
-        came = Teacher(tiny, tokenizer, join=join)(texts=["{why}"], answers=["yes {}"]).answers
-        torch.testing.assert_close(came[0], expected, rtol=1e-5, atol=1e-5)
-    kept = Teacher(tiny, tokenizer, join="{{why}} {}: {}")(texts=["is it red"], answers=["no"]).answers
-    torch.testing.assert_close(kept[0], tiny.encode_text(tokenizer(["{why} is it red: no"])), rtol=1e-5, atol=1e-5)
+        features = Teacher(tiny, tokenizer, join=join)(texts=["{why}"], answers=["yes {}"]).answers
+        torch.testing.assert_close(features[0], expected, rtol=1e-5, atol=1e-5)
+    features = Teacher(tiny, tokenizer, join="{{why}} {}: {}")(texts=["is it red"], answers=["no"]).answers
+    torch.testing.assert_close(features[0], tiny.encode_text(tokenizer(["{why} is it red: no"])), rtol=1e-5, atol=1e-5)
     for join in ("{}", "{} {} {name}", "{0} {1}", "{} {!r}", "{} {:>9}", "{} {} {", "{} {} {}"):
         with pytest.raises(
             ValueError, match=r"join must hold one \{\} for the text, one for the answer and no more"
@@ -262,17 +267,17 @@ def test_join_formats_texts_with_answers(tiny):
 def test_each_distinct_text_is_encoded_once_in_batches(tiny, monkeypatch):
     from clipkernels.learn.distill import teacher as module
 
-    tokenizer, read = ck.bundled()[2], []
-    teacher = Teacher(tiny, lambda texts: read.append(list(texts)) or tokenizer(texts))
-    read.clear()
+    tokenizer, batches = ck.bundled()[2], []
+    teacher = Teacher(tiny, lambda texts: batches.append(list(texts)) or tokenizer(texts))
+    batches.clear()
     teacher(texts=["a", "b", "a", "a"], answers=["c", "c", "d"])
-    assert read == [["a", "b"], ["a c", "a d", "b c", "b d"]]
+    assert batches == [["a", "b"], ["a c", "a d", "b c", "b d"]]
     expected = teacher(texts=["a", "b", "c"])
-    read.clear()
+    batches.clear()
     monkeypatch.setattr(module, "PROMPTS_PER_BATCH", 2)
-    came = teacher(texts=["a", "b", "c"])
-    assert read == [["a", "b"], ["c"]]
-    torch.testing.assert_close(came.words, expected.words, rtol=1e-5, atol=1e-5)
+    features = teacher(texts=["a", "b", "c"])
+    assert batches == [["a", "b"], ["c"]]
+    torch.testing.assert_close(features.words, expected.words, rtol=1e-5, atol=1e-5)
 
 
 def test_texts_of_different_lengths_are_padded(monkeypatch):
@@ -281,19 +286,19 @@ def test_texts_of_different_lengths_are_padded(monkeypatch):
     monkeypatch.setattr(module, "PROMPTS_PER_BATCH", 1)
     model = randomized(siglip())
     teacher = Teacher(model, lambda texts: Letters(None, None, 1, min(16, 1 + max(map(len, texts))))(texts))
-    came = teacher(texts=["a cat", "a dog too"])
-    assert came.words.shape == (2, 10, 32) and came.words_mask.sum(1).tolist() == [5, 9]
-    assert not came.words[0, 6:].any() and came.words[0, :6].any(1).all()
+    features = teacher(texts=["a cat", "a dog too"])
+    assert features.words.shape == (2, 10, 32) and features.words_mask.sum(1).tolist() == [5, 9]
+    assert not features.words[0, 6:].any() and features.words[0, :6].any(1).all()
 
 
 @pytest.mark.parametrize("method", [None, ck.EViT(0.5), ck.ToMe(4), ck.TCA(0.1)])
 def test_an_empty_batch_gives_empty_features_of_the_right_shapes(method, tiny, images):
     if method is not None:
         ck.patch(tiny, method)
-    came = Teacher(tiny, ck.bundled()[2])(images[:0], [], ["yes", "no", "perhaps"])
-    assert came.image.shape == came.text.shape == (0, 128) and came.answers.shape == (0, 3, 128)
-    assert came.words.shape == came.regions.shape == (0, 64, 128) == (*came.words_mask.shape, 128)
-    assert came.regions_mask is None if method is None else came.regions_mask.shape == (0, 64)
+    features = Teacher(tiny, ck.bundled()[2])(images[:0], [], ["yes", "no", "perhaps"])
+    assert features.image.shape == features.text.shape == (0, 128) and features.answers.shape == (0, 3, 128)
+    assert features.words.shape == features.regions.shape == (0, 64, 128) == (*features.words_mask.shape, 128)
+    assert features.regions_mask is None if method is None else features.regions_mask.shape == (0, 64)
     with pytest.raises(ValueError, match=r"images must be \(B,3,32,32\), got"):
         Teacher(tiny, ck.bundled()[2])(images[:0, ..., :16])
 
@@ -318,29 +323,29 @@ REDUCED = {
 @torch.no_grad()
 def test_regions_of_a_reduced_teacher_follow_each_patch(name, tiny, images):
     ck.patch(tiny, REDUCED[name](tiny))
-    came = Teacher(tiny, ck.bundled()[2])(images)
+    features = Teacher(tiny, ck.bundled()[2])(images)
     encoded = ck.encode_image(tiny, images, tokens=True, source=True)
     source = encoded.source[:, -1]
-    torch.testing.assert_close(came.image, encoded.embedding)
-    assert came.regions.shape == (3, 64, 128) and torch.equal(came.regions_mask, source >= 0)
+    torch.testing.assert_close(features.image, encoded.embedding)
+    assert features.regions.shape == (3, 64, 128) and torch.equal(features.regions_mask, source >= 0)
     for row in range(3):
         for patch in range(64):
             where = int(source[row, patch])
             expected = encoded.tokens[row, where] if where >= 0 else torch.zeros(128)
-            torch.testing.assert_close(came.regions[row, patch], expected)
-    gone = name in ("EViT", "Patch Ranking")
-    assert came.regions_mask.all() == (not gone)
-    if name == "ToMe":  # merged patches are one token, repeated
-        assert all(len(regions.unique(dim=0)) == encoded.tokens.shape[1] - 1 for regions in came.regions)
+            torch.testing.assert_close(features.regions[row, patch], expected)
+    removes = name in ("EViT", "Patch Ranking")
+    assert features.regions_mask.all() == (not removes)
+    if name == "ToMe":  # merged patches share one token
+        assert all(len(regions.unique(dim=0)) == encoded.tokens.shape[1] - 1 for regions in features.regions)
 
 
 @torch.no_grad()
 def test_regions_of_a_dense_teacher_are_its_patches(tiny, images):
     expected = ck.encode_image(tiny, images, tokens=True).tokens[:, 1:]
     for model in (tiny, ck.patch(copy.deepcopy(tiny), ck.Dense())):
-        came = Teacher(model, ck.bundled()[2])(images)
-        torch.testing.assert_close(came.regions, expected, rtol=1e-5, atol=1e-5)
-        assert came.regions_mask is None
+        features = Teacher(model, ck.bundled()[2])(images)
+        torch.testing.assert_close(features.regions, expected, rtol=1e-5, atol=1e-5)
+        assert features.regions_mask is None
     assert Teacher(tiny, ck.bundled()[2])(images, regions=False).regions is None
 
 
@@ -352,19 +357,19 @@ def test_registers_are_not_regions():
         "vit_base_patch14_reg4_dinov2", 3, embed_dim=64, num_heads=2, img_size=56, num_classes=32, global_pool="token"
     )
     images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-    came = Teacher(randomized(model), Letters())(images)
+    features = Teacher(randomized(model), Letters())(images)
     tokens = ck.encode_image(model, images, tokens=True).tokens
-    assert tokens.shape[1] == 21 and torch.equal(came.regions, tokens[:, 5:])
+    assert tokens.shape[1] == 21 and torch.equal(features.regions, tokens[:, 5:])
 
 
 @torch.no_grad()
 def test_a_resnets_regions_are_the_positions_of_its_last_map(resnet):
     model = randomized(open_clip.create_model(resnet)).eval()
     images = torch.randn(2, 3, 64, 64)[..., :32, :32]
-    came = Teacher(model, open_clip.get_tokenizer("ViT-B-32", context_length=16))(images, ["a cat", "a dog"])
+    features = Teacher(model, open_clip.get_tokenizer("ViT-B-32", context_length=16))(images, ["a cat", "a dog"])
     tokens = ck.encode_image(model, images, tokens=True).tokens
-    torch.testing.assert_close(came.image, model.encode_image(images), rtol=1e-4, atol=1e-4)
-    assert torch.equal(came.regions, tokens[:, 1:]) and came.regions_mask is None
+    torch.testing.assert_close(features.image, model.encode_image(images), rtol=1e-4, atol=1e-4)
+    assert torch.equal(features.regions, tokens[:, 1:]) and features.regions_mask is None
 
 
 @torch.no_grad()
@@ -374,8 +379,8 @@ def test_queries_are_not_regions():
     teacher = Teacher(pooled, Letters(length=15))
     with pytest.raises(ck.UnsupportedTower, match=r"outputs its patches, got .* queries: pass regions=False"):
         teacher(images)
-    came = teacher(images, regions=False)
-    torch.testing.assert_close(came.image, pooled.encode_image(images, normalize=False), rtol=1e-5, atol=1e-5)
+    features = teacher(images, regions=False)
+    torch.testing.assert_close(features.image, pooled.encode_image(images, normalize=False), rtol=1e-5, atol=1e-5)
     plain = randomized(coca()).eval()
     assert Teacher(plain, Letters(length=15))(images).regions.shape == (2, 16, 32)
 
@@ -386,16 +391,16 @@ def test_the_model_is_left_unchanged(images):
     model.visual.transformer.eval()
     modes = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    held = [dict(vars(module)) for module in model.modules()]
+    attributes = [dict(vars(module)) for module in model.modules()]
     random = torch.get_rng_state()
     teacher = Teacher(model, tokenizer)
-    came = teacher(images, ["a", "b", "c"], ["d"])
+    features = teacher(images, ["a", "b", "c"], ["d"])
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    assert [dict(vars(module)) for module in model.modules()] == held
-    assert not any(x is not None and x.requires_grad for x in came)
+    assert [dict(vars(module)) for module in model.modules()] == attributes
+    assert not any(x is not None and x.requires_grad for x in features)
 
 
 def test_a_student_with_a_teacher_trains_without_its_weights(tiny, images):
@@ -406,9 +411,11 @@ def test_a_student_with_a_teacher_trains_without_its_weights(tiny, images):
 
     student = Student()
     assert list(student.state_dict()) == ["layer.weight", "layer.bias"] and len(list(student.parameters())) == 2
-    came = student.teacher(images, ["a", "b", "c"])
-    # Tensors of inference mode could not be saved for this.
-    (student.layer(came.regions) * came.regions).sum().add((student.layer(came.text) * came.text).sum()).backward()
+    features = student.teacher(images, ["a", "b", "c"])
+    # Inference-mode tensors could not be saved for this backward.
+    (student.layer(features.regions) * features.regions).sum().add(
+        (student.layer(features.text) * features.text).sum()
+    ).backward()
     assert student.layer.weight.grad.isfinite().all() and all(p.grad is None for p in tiny.parameters())
 
 
@@ -416,8 +423,8 @@ def test_a_teacher_runs_in_its_own_precision_under_autocast(tiny, images):
     teacher, texts = Teacher(tiny, ck.bundled()[2]), ["a", "b", "c"]
     expected = teacher(images, texts, ["d"])
     with torch.autocast("cpu", torch.bfloat16):
-        came = teacher(images, texts, ["d"])
-        assert all(x is y is None or torch.equal(x, y) for x, y in zip(came, expected, strict=True))
+        features = teacher(images, texts, ["d"])
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(features, expected, strict=True))
         assert (tiny.ln_final.weight @ tiny.ln_final.weight).dtype == torch.bfloat16
     double = teacher(images.double())
     assert torch.equal(double.regions, expected.regions)
@@ -430,11 +437,13 @@ def test_a_teacher_runs_in_its_own_precision_under_autocast(tiny, images):
 def test_threads_share_a_teacher(tiny, images):
     ck.patch(tiny, ck.EViT(0.5, fuse=False))
     teacher = Teacher(tiny, ck.bundled()[2])
-    asked = [(images[:1], ["a cat"]), (images[1:], ["a dog", "a hat"])] * 3
-    expected = [teacher(*each) for each in asked]
+    arguments = [(images[:1], ["a cat"]), (images[1:], ["a dog", "a hat"])] * 3
+    expected = [teacher(*args) for args in arguments]
     with ThreadPoolExecutor(3) as pool:
-        for came, own in zip(pool.map(lambda each: teacher(*each), asked), expected, strict=True):
-            assert torch.equal(came.regions, own.regions) and torch.equal(came.words, own.words)
+        for features, expected_features in zip(pool.map(lambda args: teacher(*args), arguments), expected, strict=True):
+            assert torch.equal(features.regions, expected_features.regions) and torch.equal(
+                features.words, expected_features.words
+            )
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
@@ -459,7 +468,7 @@ def test_text_towers_with_unexpected_outputs_are_refused(tiny):
     class Gated(open_clip.CLIP):
         def forward_intermediates(self, *args, **options):
             out = super().forward_intermediates(*args, **options)
-            return {**out, "text_intermediates": [1.1 * each for each in out["text_intermediates"]]}
+            return {**out, "text_intermediates": [1.1 * x for x in out["text_intermediates"]]}
 
     class Brief(open_clip.CLIP):
         def encode_text(self, text, normalize=False):
@@ -488,7 +497,7 @@ def test_text_towers_with_unexpected_outputs_are_refused(tiny):
 
 def test_inputs_that_do_not_fit_are_refused(tiny, images):
     teacher = Teacher(tiny, ck.bundled()[2])
-    wrong = {
+    cases = {
         "expected images or texts, got neither": (),
         r"images must be \(B,3,S,S\), got \(3, 32, 32\)": (images[0],),
         r"images must be \(B,3,32,32\), got \(3,3,16,16\)": (images[..., :16, :16],),
@@ -510,7 +519,7 @@ def test_inputs_that_do_not_fit_are_refused(tiny, images):
         "or one list for each text, got 7$": (None, ["a"], 7),
         r"expected answers for each text, got \[\[\], \[\]\]": (None, ["a", "b"], [[], []]),
     }
-    for match, arguments in wrong.items():
+    for match, arguments in cases.items():
         with pytest.raises(ValueError, match=match):
             teacher(*arguments)
     with pytest.raises(ValueError, match=r"tokenizer must return ids \(3,T\) for 3 texts, got list"):
@@ -529,14 +538,14 @@ def test_towers_method_and_tokenizer_identify_a_teacher(tiny):
     def same(model, tokenizer):
         other = Teacher(model, tokenizer).about
         towers = [same_tower(about[name], other[name]) for name in ("image tower", "text tower")]
-        read = "reading of a few texts"
-        assert same_probe(about[read], other[read]) or tokenizer is not ck.bundled()[2]
+        probe = "reading of a few texts"
+        assert same_probe(about[probe], other[probe]) or tokenizer is not ck.bundled()[2]
         return [*towers, about["method"] == other["method"], about["tokenizer"] == other["tokenizer"]]
 
     assert same(ck.patch(copy.deepcopy(tiny), ck.Dense()), tokenizer) == [True] * 4
     assert same(copy.deepcopy(tiny).half(), tokenizer) == [True] * 4
     assert same(ck.patch(copy.deepcopy(tiny), ck.EViT(0.5)), tokenizer) == [True, True, False, True]
-    assert same(tiny, lambda texts: tokenizer([each[::-1] for each in texts])) == [True, True, True, False]
+    assert same(tiny, lambda texts: tokenizer([sentence[::-1] for sentence in texts])) == [True, True, True, False]
     for place, weight in ((0, "visual.ln_post.bias"), (1, "ln_final.bias")):
         other = copy.deepcopy(tiny)
         with torch.no_grad():
@@ -556,43 +565,43 @@ def test_the_text_fingerprint_excludes_scales_and_a_decoder():
 
 @pytest.mark.parametrize("weights", ["fresh", "random"])
 def test_the_probe_detects_text_options_beside_the_weights(weights):
-    def made(dtype=torch.float32, **options):
+    def teacher(dtype=torch.float32, **options):
         torch.manual_seed(0)
         model = open_clip.CustomTextCLIP(32, VISION, {**TEXT, **options})
         return Teacher((randomized(model) if weights == "random" else model).to(dtype), Letters())
 
     def same(other):
-        found = other.about
-        assert same_tower(about["text tower"], found["text tower"])
-        return same_probe(about["reading of a few texts"], found["reading of a few texts"])
+        actual = other.about
+        assert same_tower(about["text tower"], actual["text tower"])
+        return same_probe(about["reading of a few texts"], actual["reading of a few texts"])
 
-    about = made().about
+    about = teacher().about
     for option in ({"heads": 4}, {"heads": 1}, {"no_causal_mask": True}, {"pool_type": "last"}, {"pool_type": "first"}):
-        assert not same(made(**option)), option
-    assert same(made()) and same(made(torch.float16)) and same(made(torch.bfloat16))
-    assert same(made(pool_type="eos", eos_id=63))  # another way to say where the end is
+        assert not same(teacher(**option)), option
+    assert same(teacher()) and same(teacher(torch.float16)) and same(teacher(torch.bfloat16))
+    assert same(teacher(pool_type="eos", eos_id=63))  # another option for the same pooled row
     assert not same_probe([], about["reading of a few texts"])
 
 
 def test_the_weights_version_changes_on_write_replace_and_move(tiny):
-    seen = [weights_version(tiny)]
-    assert weights_version(tiny) == seen[0]
+    versions = [weights_version(tiny)]
+    assert weights_version(tiny) == versions[0]
     with torch.no_grad():
         tiny.ln_final.bias.add_(1)
-    seen.append(weights_version(tiny))
+    versions.append(weights_version(tiny))
     tiny.load_state_dict(tiny.state_dict())
-    seen.append(weights_version(tiny))
+    versions.append(weights_version(tiny))
     tiny.half()
-    seen.append(weights_version(tiny))
+    versions.append(weights_version(tiny))
     tiny.ln_final.bias = nn.Parameter(torch.zeros(128))
-    assert len({*seen, weights_version(tiny)}) == 5
+    assert len({*versions, weights_version(tiny)}) == 5
     with torch.inference_mode():
         frozen = copy.deepcopy(tiny)
     assert weights_version(frozen) == weights_version(frozen)
 
 
 def words_tokenizer(**options):
-    """One of transformers', of 64 whole words."""
+    """A transformers tokenizer with 64 whole words."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -609,26 +618,26 @@ def words_tokenizer(**options):
 
 def test_a_transformers_tokenizer_pads_to_the_towers_length():
     teacher = Teacher(randomized(of_transformers("CLIPModel")), words_tokenizer())
-    came = teacher(texts=["a cat sat", "a"])
-    assert came.words.shape == (2, 77, 512) and came.words_mask.sum(1).tolist() == [3, 1]
+    features = teacher(texts=["a cat sat", "a"])
+    assert features.words.shape == (2, 77, 512) and features.words_mask.sum(1).tolist() == [3, 1]
     assert teacher.pieces("a cat sat") == ["", "a", "cat", "sat", *[""] * 73]
     with torch.no_grad():
         ids = torch.tensor([[62, 2, 3, 4, 63], [62, 2, 63, 0, 0]])
-        torch.testing.assert_close(came.text, teacher.reads.host(ids), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features.text, teacher.reads.host(ids), rtol=1e-4, atol=1e-4)
 
 
 def test_a_left_padding_transformers_tokenizer_works_and_is_unchanged():
     model, tokenizer = randomized(of_transformers("CLIPModel")), words_tokenizer(padding_side="left")
     before = tokenizer(["a cat", "a"], padding=True)["input_ids"]
-    held = {name: repr(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
+    attributes = {name: repr(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
     expected = Teacher(model, words_tokenizer())(texts=["a cat sat", "a"])
-    came = Teacher(model, tokenizer)(texts=["a cat sat", "a"])
-    assert torch.equal(came.words, expected.words) and torch.equal(came.words_mask, expected.words_mask)
-    assert {name: repr(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"} == held
+    features = Teacher(model, tokenizer)(texts=["a cat sat", "a"])
+    assert torch.equal(features.words, expected.words) and torch.equal(features.words_mask, expected.words_mask)
+    assert {name: repr(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"} == attributes
     assert tokenizer.padding_side == "left" and tokenizer(["a cat", "a"], padding=True)["input_ids"] == before
 
     class Old:
-        """One that cannot be asked."""
+        """A slow tokenizer whose padding side cannot be passed."""
 
         model_max_length, padding_side = 16, "left"
 
@@ -657,14 +666,14 @@ def test_features_align_to_a_students_tokens():
     mask = torch.tensor([[False, True, True, False], [False, True, False, False]])
     features = TeacherFeatures(torch.randn(2, 8), torch.randn(2, 8), regions, words, None, mask)
     index = torch.tensor([[1, 1, -1, 3, 2], [0, 1, 2, 3, -1]])
-    came = features.align(index, torch.tensor([2, -1]))
-    assert came.words_mask.tolist() == [[True, True, False, False, True], [False, True, False, False, False]]
+    aligned = features.align(index, torch.tensor([2, -1]))
+    assert aligned.words_mask.tolist() == [[True, True, False, False, True], [False, True, False, False, False]]
     for row in range(2):
         for place, where in enumerate(index[row].tolist()):
-            assert torch.equal(came.words[row, place], words[row, where] if where >= 0 else torch.zeros(8))
-    assert torch.equal(came.regions[:, 0], regions[:, 2]) and not came.regions[:, 1].any()
-    assert came.regions_mask.tolist() == [[True, False]] * 2
-    assert came.image is features.image and came.text is features.text
+            assert torch.equal(aligned.words[row, place], words[row, where] if where >= 0 else torch.zeros(8))
+    assert torch.equal(aligned.regions[:, 0], regions[:, 2]) and not aligned.regions[:, 1].any()
+    assert aligned.regions_mask.tolist() == [[True, False]] * 2
+    assert aligned.image is features.image and aligned.text is features.text
     assert features.align() == features
     assert features.align(torch.zeros(2, 0).long()).words.shape == (2, 0, 8)
     for wrong, match in {
@@ -701,21 +710,21 @@ def test_images_and_texts_work_on_other_towers(name, method):
         ck.patch(model, method)
     tower = ck.tower_of(model)
     images = torch.randn(2, 3, *tower.image_size, generator=torch.Generator().manual_seed(0))
-    came = Teacher(model, tokenizer)(images, ["a cat", "a dog"], ["yes"])
+    features = Teacher(model, tokenizer)(images, ["a cat", "a dog"], ["yes"])
     encoded = ck.encode_image(model, images, tokens=True, source=True)
-    torch.testing.assert_close(came.image, encoded.embedding)
+    torch.testing.assert_close(features.image, encoded.embedding)
     if method is None:
-        torch.testing.assert_close(came.image, tower.encode(images), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(came.regions, encoded.tokens[:, encoded.prefix :])
-        assert came.regions_mask is None and came.regions.shape == (2, 16, came.answers.shape[-1])
+        torch.testing.assert_close(features.image, tower.encode(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(features.regions, encoded.tokens[:, encoded.prefix :])
+        assert features.regions_mask is None and features.regions.shape == (2, 16, features.answers.shape[-1])
         return
     assert encoded.tokens.shape[1] < 16 + encoded.prefix and encoded.prefix == ("SigLIP" not in name)
     for row in range(2):
         for patch, holder in enumerate(encoded.source[row, -1].tolist()):
-            assert came.regions_mask[row, patch] == (holder >= 0)
+            assert features.regions_mask[row, patch] == (holder >= 0)
             expected = encoded.tokens[row, holder] if holder >= 0 else torch.zeros_like(encoded.tokens[row, 0])
-            torch.testing.assert_close(came.regions[row, patch], expected)
-    assert came.regions_mask.all() == (method is not EVIT)
+            torch.testing.assert_close(features.regions[row, patch], expected)
+    assert features.regions_mask.all() == (method is not EVIT)
     assert len(encoded.source[:, -1].unique()) > 2
 
 
@@ -725,6 +734,6 @@ def test_openais_half_precision_weights_work():
 
     expected = Teacher(model, Letters())(torch.ones(1, 3, 32, 32), ["a cat"])
     convert_weights(model)
-    came = Teacher(model, Letters())(torch.ones(1, 3, 32, 32), ["a cat"])
-    for one, other in ((came.text, expected.text), (came.regions[0], expected.regions[0])):
+    features = Teacher(model, Letters())(torch.ones(1, 3, 32, 32), ["a cat"])
+    for one, other in ((features.text, expected.text), (features.regions[0], expected.regions[0])):
         assert one.dtype == torch.float32 and torch.cosine_similarity(one, other).min() > 0.99

@@ -1,4 +1,4 @@
-"""What a teacher says, kept: the same but for rounding, encoded once, whoever else writes and however a run ends."""
+"""TeacherCache: features up to rounding, encoded once, with concurrent writers and killed processes."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ ANSWERS = [["yes", "no"], ["no", "yes"], ["yes", "perhaps"]]
 
 
 class Counting(Teacher):
-    """A teacher that remembers how many images and which texts it was asked about."""
+    """A teacher that records the number of images and the texts of each call."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -45,15 +45,15 @@ def counting(model):
 
 
 def behind(mask):
-    """What is behind the last word of each text (B,T)."""
+    """The mask (B,T) of the positions after the last word of each text."""
     return mask.flip(1).cumsum(1).flip(1) == 0
 
 
-def assert_rounded(came, expected, dtype):
+def assert_rounded(actual, expected, dtype):
     if expected.words is not None:
-        assert came.words.shape == expected.words.shape and not came.words[behind(expected.words_mask)].any()
+        assert actual.words.shape == expected.words.shape and not actual.words[behind(expected.words_mask)].any()
         expected = expected._replace(words=expected.words * ~behind(expected.words_mask)[..., None])
-    for name, one, other in zip(TeacherFeatures._fields, came, expected, strict=True):
+    for name, one, other in zip(TeacherFeatures._fields, actual, expected, strict=True):
         if other is None or other.dtype == torch.bool:
             assert one is other is None or torch.equal(one, other), name
         else:
@@ -85,15 +85,15 @@ def test_a_cache_equals_its_teacher(dtype, method, tiny, images, tmp_path):
 def test_nothing_is_encoded_twice(tiny, images, tmp_path):
     teacher = counting(tiny)
     cache = TeacherCache(tmp_path, teacher, batch_size=2)
-    seen = []
+    calls = []
     new = cache.add(
         [images[:2], images[2], images[0], images],
         iter(["a", "b", "a"]),
-        progress=lambda *each: seen.append(each),
+        progress=lambda *line: calls.append(line),
     )
     assert new == 5 and teacher.images == [2, 1] and teacher.texts == [["a", "b"]]
-    assert [each[:2] for each in seen] == [("image", came + 1) for came in range(7)] + [("text", n) for n in (1, 2, 3)]
-    assert [each[2] for each in seen] == [0, 2, 2, 2, 2, 2, 3, 0, 0, 2]
+    assert [call[:2] for call in calls] == [("image", n + 1) for n in range(7)] + [("text", n) for n in (1, 2, 3)]
+    assert [call[2] for call in calls] == [0, 2, 2, 2, 2, 2, 3, 0, 0, 2]
     assert len(list(tmp_path.iterdir())) == 3
     assert cache.add(images, ["b"]) == 0
     cache(images.flip(0), ["b", "c", "a"])
@@ -110,8 +110,11 @@ def test_missing_regions_and_words_are_encoded_on_request(tiny, images, tmp_path
     teacher = counting(tiny)
     cache = TeacherCache(tmp_path, teacher)
     assert cache.add(images, TEXTS, regions=False, words=False) == 5
-    came = cache(images, TEXTS, regions=False, words=False)
-    assert came.regions is came.words is came.words_mask is None and len(teacher.images) == len(teacher.texts) == 1
+    features = cache(images, TEXTS, regions=False, words=False)
+    assert (
+        features.regions is features.words is features.words_mask is None
+        and len(teacher.images) == len(teacher.texts) == 1
+    )
     assert_rounded(cache(images, TEXTS), teacher(images, TEXTS), torch.float16)
     # Answers are embeddings alone, for which texts with their words will do.
     count = len(teacher.texts)
@@ -131,21 +134,21 @@ def test_results_are_on_the_requested_device(tiny, images, tmp_path):
 def test_a_cache_works_inside_a_training_step(tiny, images, tmp_path):
     cache, layer = TeacherCache(tmp_path, counting(tiny)), torch.nn.Linear(128, 1)
     for _ in range(2):
-        came = cache(images.requires_grad_(), TEXTS)
-        layer(came.regions).sum().add(layer(came.words).sum()).backward()
-    assert not came.regions.requires_grad and images.grad is None
+        features = cache(images.requires_grad_(), TEXTS)
+        layer(features.regions).sum().add(layer(features.words).sum()).backward()
+    assert not features.regions.requires_grad and images.grad is None
 
 
 def test_an_error_loses_only_the_current_batch(tiny, tmp_path):
     images = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     teacher = counting(tiny)
 
-    def stopped():
+    def interrupted():
         yield from images[:5]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        TeacherCache(tmp_path, teacher, batch_size=2).add(stopped())
+        TeacherCache(tmp_path, teacher, batch_size=2).add(interrupted())
     assert teacher.images == [2, 2]
     cache = TeacherCache(tmp_path, teacher, batch_size=2)
     assert cache.add(images) == 3
@@ -159,28 +162,28 @@ def test_partial_files_are_never_read_and_swept_when_old(tiny, images, tmp_path,
         with pytest.raises(OSError, match="no space left"):
             TeacherCache(tmp_path, teacher).add(images)
     assert not list(tmp_path.iterdir())
-    own = "0123456789abcdef" * 2
-    old, new = f".{own}.safetensors.ab_de4gh", f".{own}.safetensors.ab_de5gh"
-    others = [".0.safetensors.old", f".{own}.safetensors.rsync-x", ".model.safetensors.ab_de4gh", "notes.txt"]
+    uuid = "0123456789abcdef" * 2
+    old, new = f".{uuid}.safetensors.ab_de4gh", f".{uuid}.safetensors.ab_de5gh"
+    others = [".0.safetensors.old", f".{uuid}.safetensors.rsync-x", ".model.safetensors.ab_de4gh", "notes.txt"]
     for name in (old, new, *others):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - (60 if name == new else 7200),) * 2)
     assert TeacherCache(tmp_path, teacher).add(images) == 3
-    left = {file.name for file in tmp_path.iterdir()}
-    assert {new, *others} < left and old not in left
+    remaining = {file.name for file in tmp_path.iterdir()}
+    assert {new, *others} < remaining and old not in remaining
 
 
 def test_a_folder_that_is_refused_is_not_swept(tiny, images, tmp_path):
-    left = tmp_path / f".{'0' * 32}.safetensors.abcdefgh"
-    left.write_bytes(b"half")
-    os.utime(left, (0, 0))
+    partial = tmp_path / f".{'0' * 32}.safetensors.abcdefgh"
+    partial.write_bytes(b"half")
+    os.utime(partial, (0, 0))
     save_file({"image": images}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="expected a folder that holds only a teacher's features"):
         TeacherCache(tmp_path, counting(tiny))
-    assert left.exists()
+    assert partial.exists()
     (tmp_path / "a.safetensors").unlink()
     TeacherCache(tmp_path, counting(tiny))
-    assert not left.exists()
+    assert not partial.exists()
 
 
 ENDLESS = """
@@ -199,17 +202,17 @@ cache.add(torch.randn(3, 32, 32, generator=generator) for _ in itertools.count()
 def test_concurrent_writers_leave_complete_files_even_if_killed(tiny, tmp_path):
     generator = torch.Generator().manual_seed(0)
     images = torch.stack([torch.randn(3, 32, 32, generator=generator) for _ in range(80)])
-    own = TeacherCache(tmp_path, counting(tiny), batch_size=1)
-    endless = subprocess.Popen([sys.executable, "-c", ENDLESS, tmp_path])
+    writer = TeacherCache(tmp_path, counting(tiny), batch_size=1)
+    killed_writer = subprocess.Popen([sys.executable, "-c", ENDLESS, tmp_path])
     while not list(tmp_path.glob("*.safetensors")):
-        assert endless.poll() is None
+        assert killed_writer.poll() is None
         time.sleep(0.001)
-    own.add(images.flip(0)[:10], list("abc"))
-    while len(list(tmp_path.glob("*.safetensors"))) < 16:  # at most eleven are not of the other
-        assert endless.poll() is None
+    writer.add(images.flip(0)[:10], list("abc"))
+    while len(list(tmp_path.glob("*.safetensors"))) < 16:  # at most eleven are this process's
+        assert killed_writer.poll() is None
         time.sleep(0.001)
-    endless.send_signal(signal.SIGKILL)
-    endless.wait()
+    killed_writer.send_signal(signal.SIGKILL)
+    killed_writer.wait()
     teacher = counting(tiny)
     cache = TeacherCache(tmp_path, teacher)
     assert cache.add(torch.cat([images[:20], images[-10:]]), list("abc")) == 0
@@ -231,15 +234,15 @@ def test_items_stored_by_another_process_are_not_encoded_again(tiny, images, tmp
 
 def test_the_folder_is_listed_only_after_another_writer(tiny, images, tmp_path, monkeypatch):
     cache, other = TeacherCache(tmp_path, counting(tiny)), TeacherCache(tmp_path, counting(tiny))
-    listed, listdir = [], os.listdir
-    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
+    listings, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: listings.append(folder) or listdir(folder))
     for turn in range(3):
         cache(images.roll(turn, 3), TEXTS)
-    assert not listed
+    assert not listings
     other.add(images.roll(5, 3))
-    listed.clear()
+    listings.clear()
     cache(images.roll(5, 3), ["one", "two", "three"])
-    assert len(listed) == 1 and len(cache.teacher.images) == 3
+    assert len(listings) == 1 and len(cache.teacher.images) == 3
 
 
 def test_the_number_of_mapped_files_is_limited(tiny, tmp_path, monkeypatch):
@@ -254,15 +257,15 @@ def test_the_number_of_mapped_files_is_limited(tiny, tmp_path, monkeypatch):
         if maps.exists():
             assert sum(str(tmp_path) in line for line in maps.read_text().splitlines()) == len(cache.maps) == 4
     cache(images[-4:-3])
-    last = list(cache.maps)[-1]  # used last, and so the last to go
+    last = list(cache.maps)[-1]  # used last, so the last to be unmapped
     cache(images[:3])
     assert last in cache.maps
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_loader_may_reuse_its_memory(whole, tiny, images, tmp_path):
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_loader_may_reuse_its_memory(batched, tiny, images, tmp_path):
     def filled():
-        buffer = torch.empty_like(images[:1] if whole else images[0])
+        buffer = torch.empty_like(images[:1] if batched else images[0])
         for image in images:
             buffer.copy_(image)
             yield buffer
@@ -276,13 +279,13 @@ def test_a_loader_may_reuse_its_memory(whole, tiny, images, tmp_path):
 
 def test_waiting_images_do_not_keep_their_batch_alive(tiny, images, tmp_path, monkeypatch):
     cache = TeacherCache(tmp_path, counting(tiny))
-    waited, encode = [], cache._encode
+    waiting, encode = [], cache._encode
     monkeypatch.setattr(
-        cache, "_encode", lambda kind, items, whole: waited.extend(items.values()) or encode(kind, items, whole)
+        cache, "_encode", lambda kind, items, detailed: waiting.extend(items.values()) or encode(kind, items, detailed)
     )
     cache.add([images.requires_grad_(), images[:1].expand(3, -1, -1, -1) + 1, images.mT])
-    assert len(waited) == 7
-    for name, image in waited:
+    assert len(waiting) == 7
+    for name, image in waiting:
         assert image.untyped_storage().nbytes() == 4 * 3 * 32 * 32 and not image.requires_grad, name
 
 
@@ -346,13 +349,13 @@ def test_a_teacher_with_changed_weights_is_refused(weight, tower, tiny, images, 
     with torch.no_grad():
         tiny.get_parameter(weight).add_(1e-3)
     cache(images[:2], ["a", "a"])
-    for asked in ((images,), (None, ["b"])):
+    for arguments in ((images,), (None, ["b"])):
         with pytest.raises(ValueError, match=rf"opened, got one with another {tower} tower \(float32 .*another folder"):
-            cache(*asked)
+            cache(*arguments)
     assert len(list(tmp_path.iterdir())) == 2
     with torch.no_grad():
         tiny.get_parameter(weight).copy_(ck.bundled()[0].get_parameter(weight))
-    assert cache.add(images) == 1  # it is itself again
+    assert cache.add(images) == 1  # the weights are restored
 
 
 def test_a_teacher_may_be_cast_later(tiny, images, tmp_path):
@@ -389,12 +392,12 @@ def test_only_the_finite_features_of_a_batch_are_stored(tiny, images, tmp_path):
     cache = TeacherCache(tmp_path, counting(tiny))
     expected = cache.teacher(images)
     images[1, 0, 0, 0] = float("nan")
-    known = module.content_hash(images[1]).hex()
-    for ask in (cache, lambda x: cache.add([x[:1], x[1:]])):
+    digest = module.content_hash(images[1]).hex()
+    for encode in (cache, lambda x: cache.add([x[:1], x[1:]])):
         with pytest.raises(
-            ValueError, match=rf"finite in float16, got others for image 1, .* \(SHA-256 {known}\), one of 1"
+            ValueError, match=rf"finite in float16, got others for image 1, .* \(SHA-256 {digest}\), one of 1"
         ):
-            ask(images)
+            encode(images)
     assert [len(load_file(file)["image"]) for file in tmp_path.iterdir()] == [2]
     assert cache.add(images[[0, 2]]) == 0
     assert_rounded(
@@ -408,8 +411,8 @@ def test_a_text_whose_features_are_not_finite_is_named(tiny, tmp_path):
     with torch.no_grad():
         tiny.text_projection.mul_(1e6)
     large = TeacherCache(tmp_path, counting(tiny))
-    known = sha256(b"a").hexdigest()
-    with pytest.raises(ValueError, match=rf"finite in float16, got others for text 0, .* {known}\), one of 2 in"):
+    digest = sha256(b"a").hexdigest()
+    with pytest.raises(ValueError, match=rf"finite in float16, got others for text 0, .* {digest}\), one of 2 in"):
         large.add(texts=["a", "b"])
     with pytest.raises(ValueError, match=r"got others for the text 'a' \(SHA-256"):
         large(texts=["a"])
@@ -421,12 +424,16 @@ def test_texts_of_different_lengths_are_padded(tiny, tmp_path):
     teacher = counting(tiny)
     cache = TeacherCache(tmp_path, teacher)
     cache.add(texts=["a"])
-    made = teacher.read(["b"])
-    short = TeacherFeatures(text=made.text, words=made.words[:, :9], words_mask=made.words_mask[:, :9])
+    full = teacher.read(["b"])
+    short = TeacherFeatures(text=full.text, words=full.words[:, :9], words_mask=full.words_mask[:, :9])
     cache._write("text", ["b"], [sha256(b"b").digest()], short)
-    came = cache(texts=["b", "a", "b"])
-    assert came.words.shape == (3, 64, 128) and not came.words[0, 9:].any() and not came.words_mask[2, 9:].any()
-    torch.testing.assert_close(came.words[2, :2], made.words[0, :2], rtol=2e-3, atol=2e-3)
+    features = cache(texts=["b", "a", "b"])
+    assert (
+        features.words.shape == (3, 64, 128)
+        and not features.words[0, 9:].any()
+        and not features.words_mask[2, 9:].any()
+    )
+    torch.testing.assert_close(features.words[2, :2], full.words[0, :2], rtol=2e-3, atol=2e-3)
     assert cache(texts=["b"]).words.shape == (1, 9, 128)
     assert cache(texts=["b", "a"]).words.shape == (2, 64, 128)
 
@@ -437,11 +444,11 @@ def test_padding_is_not_stored(tiny, tmp_path):
     texts = ["is it a cat", "", "a"]
     cache.add(texts=texts)
     (file,) = tmp_path.iterdir()
-    kept = load_file(file)
+    tensors = load_file(file)
     words = teacher.read(texts).words_mask.sum(1).tolist()
-    assert kept["words"].shape == (3, 1 + words[0], 128) and kept["words_mask"].shape == (3, 64) and words[1] == 0
+    assert tensors["words"].shape == (3, 1 + words[0], 128) and tensors["words_mask"].shape == (3, 64) and words[1] == 0
     assert_rounded(cache(texts=texts), teacher(texts=texts), torch.float16)
-    assert cache.add(texts=[" "]) == 1  # of no words
+    assert cache.add(texts=[" "]) == 1  # a text without words
     assert_rounded(cache(texts=[" ", "a"]), teacher(texts=[" ", "a"]), torch.float16)
     alone = cache(texts=[" "])
     assert alone.words.shape == (1, 64, 128) and not alone.words.any() and not alone.words_mask.any()
@@ -452,13 +459,15 @@ def test_an_empty_batch_gives_empty_features(tiny, images, tmp_path):
     for method in (None, ck.EViT(0.5, fuse=False)):
         if method is not None:
             cache = TeacherCache(tmp_path / "other", counting(ck.patch(tiny, method)))
-        for asked in (cache, cache.teacher):
-            came = asked(images[:0], [], ["yes", "no"])
-            shapes = [tuple(x.shape) if x is not None else None for x in came]
+        for source in (cache, cache.teacher):
+            features = source(images[:0], [], ["yes", "no"])
+            shapes = [tuple(x.shape) if x is not None else None for x in features]
             mask = None if method is None else (0, 64)
             assert shapes == [(0, 128), (0, 128), (0, 64, 128), (0, 64, 128), mask, (0, 64), (0, 2, 128)]
-            assert all(x is None or x.dtype in (torch.float32, torch.bool) for x in came)
-            assert asked(images[:0]).regions.shape == (0, 64, 128) and asked(images[:0], [], []).answers.shape[:2] == (
+            assert all(x is None or x.dtype in (torch.float32, torch.bool) for x in features)
+            assert source(images[:0]).regions.shape == (0, 64, 128) and source(images[:0], [], []).answers.shape[
+                :2
+            ] == (
                 0,
                 0,
             )

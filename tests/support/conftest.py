@@ -1,5 +1,5 @@
-"""Fixtures of support sets, found by every test here."""
+"""Fixtures of support sets for every test of this folder."""
 
-from tests.support.fixtures import bundled, drawn, encoded, photos
+from tests.support.fixtures import bundled, digit_folder, encoded, photos
 
-__all__ = ["bundled", "drawn", "encoded", "photos"]
+__all__ = ["bundled", "digit_folder", "encoded", "photos"]

@@ -1,4 +1,4 @@
-"""What the tests of support sets share; each module has a file of its own."""
+"""Fixtures and helpers of the tests of support sets."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def bundled() -> Any:
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty digits, in folders that say nothing of their class."""
+def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of sixty digits, in subfolders that are unrelated to their classes."""
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     folder = tmp_path_factory.mktemp("drawn")
     for index, image in enumerate(digits.draw(60, 3).images):
@@ -36,22 +36,22 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def photos(drawn: Path, tmp_path: Path) -> Path:
-    """The same for one test, with nothing beside them."""
-    return Path(shutil.copytree(drawn, tmp_path / "photos"))
+def photos(digit_folder: Path, tmp_path: Path) -> Path:
+    """A copy of these images for one test, with nothing beside it."""
+    return Path(shutil.copytree(digit_folder, tmp_path / "photos"))
 
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The size of every batch that is encoded."""
+    """The sizes of the encoded batches, appended as they are encoded."""
     sizes: list[int] = []
     encode_image = features.encode_image
 
-    def counted(model: Any, images: Tensor) -> Any:
+    def counting(model: Any, images: Tensor) -> Any:
         sizes.append(len(images))
         return encode_image(model, images)
 
-    monkeypatch.setattr(features, "encode_image", counted)
+    monkeypatch.setattr(features, "encode_image", counting)
     return sizes
 
 
@@ -64,13 +64,17 @@ def retrieve(bundled: Any, photos: Path | str, classes: list[str] = NAMES, **opt
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """The content of every file below a folder, by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def names(found: SupportSet) -> list[list[str]]:
-    """The files of each class."""
+def names(support_set: SupportSet) -> list[list[str]]:
+    """The file names of each class."""
     return [
-        [Path(image.path).name for image, label in zip(found.images, found.labels, strict=True) if label == k]
-        for k in range(len(found.classes))
+        [
+            Path(image.path).name
+            for image, label in zip(support_set.images, support_set.labels, strict=True)
+            if label == k
+        ]
+        for k in range(len(support_set.classes))
     ]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Spy:
-    """A pipeline that notes how it is called, and flags the calls it is told to."""
+    """A pipeline that records its calls and flags those for which `flagged` is true."""
 
     def __init__(self, pipeline: Any, flagged: Callable[[int], bool] = lambda call: False) -> None:
         self.pipeline, self.components, self.flagged = pipeline, pipeline.components, flagged
@@ -108,9 +108,9 @@ def generate(bundled: Any, pipeline: Any, folder: Path, **options: Any) -> Suppo
 
 def test_the_published_settings_are_the_defaults(bundled: Any, stable: Any, tmp_path: Path) -> None:
     spy = Spy(stable)
-    found = support.generate(*bundled[:2], {"apple": ["a fruit."]}, spy, tmp_path / "set", per_class=1)
+    support_set = support.generate(*bundled[:2], {"apple": ["a fruit."]}, spy, tmp_path / "set", per_class=1)
     assert (spy.calls[0]["guidance_scale"], spy.calls[0]["num_inference_steps"]) == (9.5, 85)
-    assert found.about["settings"].items() >= {"guidance": 9.5, "steps": 85, "per_class": 1}.items()
+    assert support_set.about["settings"].items() >= {"guidance": 9.5, "steps": 85, "per_class": 1}.items()
     assert support.generate.__kwdefaults__ is not None and support.generate.__kwdefaults__["per_class"] == 100
 
 
@@ -131,24 +131,24 @@ def test_prompts_alternate_and_every_image_has_its_own_seed(bundled: Any, stable
 
 def test_generated_images_match_the_pipelines(bundled: Any, stable: Any, tmp_path: Path) -> None:
     spy = Spy(stable)
-    found = generate(bundled, spy, tmp_path / "set")
+    support_set = generate(bundled, spy, tmp_path / "set")
     noise = torch.Generator().manual_seed(spy.seeds[1])
     (expected,) = stable(prompt=["some stripes."], guidance_scale=9.5, num_inference_steps=2, generator=[noise]).images
     with Image.open(tmp_path / "set" / "zebra" / "0001.png") as image:
         assert image.tobytes() == expected.tobytes()
         recipe = json.loads(image.info["clipkernels"])
     assert recipe.items() >= {"prompt": "some stripes.", "index": 1, "seed": 0, "attempt": 0}.items()
-    assert names(found) == 2 * [["0000.png", "0001.png", "0002.png", "0003.png"]]
+    assert names(support_set) == 2 * [["0000.png", "0001.png", "0002.png", "0003.png"]]
     with torch.no_grad():
-        images = torch.stack([bundled[1](Image.open(image.path)) for image in found.images])
-        torch.testing.assert_close(found.features, normalize(bundled[0].encode_image(images), dim=1))
+        images = torch.stack([bundled[1](Image.open(image.path)) for image in support_set.images])
+        torch.testing.assert_close(support_set.features, normalize(bundled[0].encode_image(images), dim=1))
 
 
 def test_a_generated_set_is_saved_and_loads(bundled: Any, stable: Any, tmp_path: Path) -> None:
-    found = generate(bundled, stable, tmp_path / "set")
+    support_set = generate(bundled, stable, tmp_path / "set")
     loaded = SupportSet.load(tmp_path / "set", bundled[0])
     assert loaded.about["kind"] == "SD" and loaded.classes == ("zebra", "apple")
-    assert torch.equal(loaded.features, found.features) and loaded.labels.tolist() == 4 * [0] + 4 * [1]
+    assert torch.equal(loaded.features, support_set.features) and loaded.labels.tolist() == 4 * [0] + 4 * [1]
 
 
 def test_an_interrupted_generation_resumes_with_identical_files(
@@ -179,18 +179,22 @@ def test_an_interrupted_generation_resumes_with_identical_files(
 def test_more_images_per_class_keep_the_existing_ones(bundled: Any, stable: Any, tmp_path: Path) -> None:
     few = generate(bundled, Spy(stable), tmp_path / "set", per_class=2)
     before, spy = contents(tmp_path / "set"), Spy(stable)
-    found = generate(bundled, spy, tmp_path / "set")
-    whole = generate(bundled, Spy(stable), tmp_path / "whole")
+    support_set = generate(bundled, spy, tmp_path / "set")
+    expected_set = generate(bundled, Spy(stable), tmp_path / "whole")
     assert len(spy.calls) == 4
     after, expected = contents(tmp_path / "set"), contents(tmp_path / "whole")
-    described, meant = (json.loads(files.pop("manifest.json")) for files in (after, expected))
+    manifest, expected_manifest = (json.loads(files.pop("manifest.json")) for files in (after, expected))
     for files in (before, after, expected):
         files.pop("features.safetensors")
     assert after == expected and all(after.get(name) == before[name] for name in before.keys() - {"manifest.json"})
-    assert torch.equal(found.features[[0, 1, 4, 5]], few.features)
-    # The others were encoded in another batch, and products of other sizes round otherwise.
-    torch.testing.assert_close(found.features, whole.features)
-    assert described["features"].pop("sha256") and meant["features"].pop("sha256") and described == meant
+    assert torch.equal(support_set.features[[0, 1, 4, 5]], few.features)
+    # The other features were encoded in another batch, and products of other sizes round differently.
+    torch.testing.assert_close(support_set.features, expected_set.features)
+    assert (
+        manifest["features"].pop("sha256")
+        and expected_manifest["features"].pop("sha256")
+        and manifest == expected_manifest
+    )
     with pytest.raises(ValueError, match=r"expected only the support set's images in .*, got '0003.png': delete"):
         generate(bundled, spy, tmp_path / "set", per_class=3)
 
@@ -242,9 +246,9 @@ def test_a_flagged_image_is_generated_again_from_other_noise(bundled: Any, stabl
     generate(bundled, plain, tmp_path / "plain")
     bad = plain.seeds[2]
     spy = Spy(stable, lambda seed: seed == bad)
-    found = generate(bundled, spy, tmp_path / "set")
+    support_set = generate(bundled, spy, tmp_path / "set")
     assert len(spy.calls) == 9 and spy.calls[3]["prompt"] == ["an animal."] and spy.seeds[3] not in plain.seeds
-    assert found.counts.tolist() == [4, 4]
+    assert support_set.counts.tolist() == [4, 4]
     assert json.loads(Image.open(tmp_path / "set" / "zebra" / "0002.png").info["clipkernels"])["attempt"] == 1
     again = Spy(stable)
     generate(bundled, again, tmp_path / "set")
@@ -258,9 +262,9 @@ def test_an_image_that_stays_flagged_is_reported_and_left_out(bundled: Any, stab
     assert plain.seeds[5] in bad
     lines: list[str] = []
     spy = Spy(stable, lambda seed: seed in bad)
-    found = generate(bundled, spy, tmp_path / "set", retries=2, report=lines.append)
+    support_set = generate(bundled, spy, tmp_path / "set", retries=2, report=lines.append)
     assert lines == ["skipped image 1 of 'apple': flagged 3 times"]
-    assert names(found)[1] == ["0000.png", "0002.png", "0003.png"] and len(spy.calls) == 10
+    assert names(support_set)[1] == ["0000.png", "0002.png", "0003.png"] and len(spy.calls) == 10
     for retries in (1, 2):
         again = Spy(stable, lambda seed: seed in bad)
         generate(bundled, again, tmp_path / "set", retries=retries, report=lines.append)
@@ -295,9 +299,9 @@ def test_the_same_images_can_be_encoded_for_another_tower(
         tiny.visual.proj.mul_(-1)
     spy = Spy(stable)
     del encoded[:]
-    found = support.generate(tiny, bundled[1], SAID, spy, tmp_path / "set", **FEW)
+    support_set = support.generate(tiny, bundled[1], SAID, spy, tmp_path / "set", **FEW)
     assert spy.calls == [] and encoded == [8]
-    torch.testing.assert_close(found.features, SupportSet.load(tmp_path / "set", tiny).features)
+    torch.testing.assert_close(support_set.features, SupportSet.load(tmp_path / "set", tiny).features)
     with pytest.raises(ValueError, match="got another tower"):
         SupportSet.load(tmp_path / "set", bundled[0])
 
@@ -308,10 +312,10 @@ def test_a_pipeline_is_loaded_from_a_folder_of_safetensors(bundled: Any, stable:
     assert diffusion._pipeline_hash(loaded) == diffusion._pipeline_hash(stable)
     generate(bundled, tmp_path / "pipeline", tmp_path / "set", per_class=1)
     generate(bundled, stable, tmp_path / "same", per_class=1)
-    found = SupportSet.load(tmp_path / "set", bundled[0])
-    assert found.about["settings"]["source"] == str(tmp_path / "pipeline")
+    support_set = SupportSet.load(tmp_path / "set", bundled[0])
+    assert support_set.about["settings"]["source"] == str(tmp_path / "pipeline")
     ours, same = (contents(tmp_path / name) for name in ("set", "same"))
-    assert ours.pop("manifest.json") != same.pop("manifest.json")  # which names the pipeline's folder
+    assert ours.pop("manifest.json") != same.pop("manifest.json")  # the manifest names the pipeline's folder
     assert ours == same
 
 
@@ -347,13 +351,13 @@ def test_wrong_arguments_of_generate_are_one_line(
         generate(bundled, None, tmp_path / "set", **options)
 
 
-@pytest.mark.parametrize("kept", [0, 60, -200])
-def test_a_broken_image_is_named_for_deletion(kept: int, bundled: Any, stable: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 60, -200])
+def test_a_broken_image_is_named_for_deletion(size: int, bundled: Any, stable: Any, tmp_path: Path) -> None:
     generate(bundled, stable, tmp_path / "set")
     before = contents(tmp_path / "set")
     file = tmp_path / "set" / "zebra" / "0002.png"
-    file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"got '?.*0002.png'?.* delete (it|them), and"):
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"got '?.*0002.png'?.* delete (it|them) and run again"):
         generate(bundled, stable, tmp_path / "set", report=lambda line: None)
     file.unlink()
     generate(bundled, stable, tmp_path / "set")

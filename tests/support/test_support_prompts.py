@@ -1,4 +1,4 @@
-"""Support sets: prompts and the class embeddings they make."""
+"""Support sets: prompts and their class embeddings."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ def test_the_ensemble_has_the_seven_published_templates() -> None:
 
 def test_short_answers_and_question_marks_are_dropped(tmp_path: Path) -> None:
     file = tmp_path / "said.json"
-    said = {"cat": ["A cat\nhas  fur.", "?What is a cat?", "No.", "  ? no", "four", "fives", ""], "dog": ["It barks."]}
-    file.write_text(json.dumps(said), encoding="utf-8")
-    assert support.cupl(["cat"], file) == support.cupl(["cat"], said) == {"cat": ["A cat has fur.", "fives"]}
+    sentences = {
+        "cat": ["A cat\nhas  fur.", "?What is a cat?", "No.", "  ? no", "four", "fives", ""],
+        "dog": ["It barks."],
+    }
+    file.write_text(json.dumps(sentences), encoding="utf-8")
+    assert support.cupl(["cat"], file) == support.cupl(["cat"], sentences) == {"cat": ["A cat has fur.", "fives"]}
 
 
 def test_classes_without_sentences_are_named(tmp_path: Path) -> None:
-    said = {"cat": ["?", "no"], "dog": ["It barks."], "ant": []}
+    sentences = {"cat": ["?", "no"], "dog": ["It barks."], "ant": []}
     with pytest.raises(ValueError, match=r"got none for 'cat', 'ant'$"):
-        support.cupl(["cat", "dog", "ant"], said)
+        support.cupl(["cat", "dog", "ant"], sentences)
     with pytest.raises(ValueError, match=r"expected sentences for every class, got none for 'cow'$"):
-        support.cupl(["dog", "cow"], said)
+        support.cupl(["dog", "cow"], sentences)
 
 
 @pytest.mark.parametrize(
@@ -63,16 +66,16 @@ def test_a_file_without_sentences_per_class_is_refused(text: str, message: str, 
 
 
 def test_a_generator_gets_every_question_ten_times_per_class() -> None:
-    asked: list[list[str]] = []
+    batches: list[list[str]] = []
 
     def generate(questions: list[str]) -> list[str]:
-        asked.append(questions)
+        batches.append(questions)
         return [f"{question} {number}" if number else "?" for number, question in enumerate(questions)]
 
-    found = support.cupl(["cat", "dog"], generate, questions=("What is a {}?", "Describe a {}."))
-    assert asked[1] == 10 * ["What is a dog?"] + 10 * ["Describe a dog."]
-    assert found["dog"][0] == "What is a dog? 1" and found["dog"][-1] == "Describe a dog. 19"
-    assert len(found["cat"]) == 19
+    prompts = support.cupl(["cat", "dog"], generate, questions=("What is a {}?", "Describe a {}."))
+    assert batches[1] == 10 * ["What is a dog?"] + 10 * ["Describe a dog."]
+    assert prompts["dog"][0] == "What is a dog? 1" and prompts["dog"][-1] == "Describe a dog. 19"
+    assert len(prompts["cat"]) == 19
     with pytest.raises(ValueError, match="expected an answer to each of 50 questions about 'cat', got 1"):
         support.cupl(["cat"], lambda questions: ["A cat."])
 
@@ -87,9 +90,9 @@ def test_combined_concatenates_both_lists() -> None:
 def test_class_embeddings_average_lists_of_different_lengths(bundled: Any) -> None:
     model, _, tokenizer = bundled
     prompts = {"zero": ["the digit zero.", "zero", "0"], "one": ["the digit one."]}
-    came = support.class_embeddings(model, tokenizer, prompts)
+    embeddings = support.class_embeddings(model, tokenizer, prompts)
     with torch.no_grad():
-        for row, sentences in zip(came, prompts.values(), strict=True):
+        for row, sentences in zip(embeddings, prompts.values(), strict=True):
             expected = normalize(normalize(model.encode_text(tokenizer(sentences)), dim=-1).mean(0), dim=0)
             torch.testing.assert_close(row, expected)
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @torch.no_grad()
 def test_retrieval_matches_a_literal_argsort(bundled: Any, photos: Path) -> None:
     model, preprocess, tokenizer = bundled
-    found = retrieve(bundled, photos, per_class=7)
+    support_set = retrieve(bundled, photos, per_class=7)
     paths = sorted(photos.rglob("*.png"))
     images = normalize(model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths])), dim=1)
     prompts = prompts_of(NAMES)
@@ -41,10 +41,10 @@ def test_retrieval_matches_a_literal_argsort(bundled: Any, photos: Path) -> None
     for name in NAMES:
         text = normalize(model.encode_text(tokenizer(prompts[name])), dim=1)
         expected += (images @ text.T).amax(1).argsort(descending=True, stable=True)[:7].tolist()
-    assert [image.path for image in found.images] == [str(paths[row]) for row in expected]
-    assert found.labels.tolist() == [0] * 7 + [1] * 7 + [2] * 7
-    torch.testing.assert_close(found.features, images[expected])
-    assert found.features.dtype == torch.float32 and not found.features.is_inference()
+    assert [image.path for image in support_set.images] == [str(paths[row]) for row in expected]
+    assert support_set.labels.tolist() == [0] * 7 + [1] * 7 + [2] * 7
+    torch.testing.assert_close(support_set.features, images[expected])
+    assert support_set.features.dtype == torch.float32 and not support_set.features.is_inference()
 
 
 def test_any_number_of_ties_go_to_the_lower_index() -> None:
@@ -72,8 +72,8 @@ def test_labels_follow_the_order_of_the_prompts_not_of_the_folders(bundled: Any,
 
 
 def test_an_image_may_represent_several_classes(bundled: Any, photos: Path) -> None:
-    found = retrieve(bundled, photos, per_class=1000)
-    assert found.counts.tolist() == [60, 60, 60]
+    support_set = retrieve(bundled, photos, per_class=1000)
+    assert support_set.counts.tolist() == [60, 60, 60]
 
 
 def test_the_error_names_classes_without_a_hit(bundled: Any, photos: Path) -> None:
@@ -102,8 +102,8 @@ def test_files_that_are_no_images_are_reported_and_skipped(bundled: Any, photos:
     (photos / "text.jpg").write_text("no image")
     (photos / "notes.txt").write_text("not tried")
     lines: list[str] = []
-    found = retrieve(bundled, photos, per_class=60, report=lines.append)
-    assert names(found) == before
+    support_set = retrieve(bundled, photos, per_class=60, report=lines.append)
+    assert names(support_set) == before
     assert [line.split(": ")[0] for line in lines] == [
         f"skipped {photos / 'broken.png'}",
         f"skipped {photos / 'text.jpg'}",
@@ -123,8 +123,8 @@ def test_a_collection_is_encoded_once(bundled: Any, photos: Path, encoded: list[
         retrieve(bundled, shutil.copy(file, photos.parent / "saved")),
     ]
     assert len(encoded) == 4
-    for each in again:
-        assert torch.equal(each.features, first.features) and each.images == first.images
+    for repeated in again:
+        assert torch.equal(repeated.features, first.features) and repeated.images == first.images
     assert sorted(path.name for path in photos.parent.iterdir()) == sorted(["photos", file.name, "saved"])
 
 
@@ -135,32 +135,32 @@ def test_only_new_or_changed_images_are_encoded(bundled: Any, photos: Path, enco
     Image.new("RGB", (40, 40), "red").save(photos / "2" / "02.png")
     Image.new("RGB", (40, 40), "blue").save(photos / "new.png")
     del encoded[:]
-    found = retrieve(bundled, photos, per_class=1000)
+    support_set = retrieve(bundled, photos, per_class=1000)
     assert encoded == [2]
-    assert found.counts.tolist() == [60, 60, 60]
-    assert not any(image.path.endswith("00.png") for image in found.images)
+    assert support_set.counts.tolist() == [60, 60, 60]
+    assert not any(image.path.endswith("00.png") for image in support_set.images)
 
 
 def test_an_interrupted_run_resumes_with_the_same_result(
     bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
 ) -> None:
-    whole = retrieve(bundled, photos, cache=photos.parent / "whole", batch_size=8)
-    counted = features.encode_image
+    expected = retrieve(bundled, photos, cache=photos.parent / "whole", batch_size=8)
+    encode_image = features.encode_image
     del encoded[:]
 
-    def stopped(model: Any, images: Tensor) -> Any:
+    def interrupted(model: Any, images: Tensor) -> Any:
         if len(encoded) == 3:
             raise KeyboardInterrupt
-        return counted(model, images)
+        return encode_image(model, images)
 
-    monkeypatch.setattr(features, "encode_image", stopped)
+    monkeypatch.setattr(features, "encode_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         retrieve(bundled, photos, cache=photos.parent / "parts", batch_size=8)
     assert encoded == [8, 8, 8]
-    monkeypatch.setattr(features, "encode_image", counted)
-    found = retrieve(bundled, photos, cache=photos.parent / "parts", batch_size=8)
+    monkeypatch.setattr(features, "encode_image", encode_image)
+    support_set = retrieve(bundled, photos, cache=photos.parent / "parts", batch_size=8)
     assert encoded == [8, 8, 8, 8, 8, 8, 8, 4]
-    assert torch.equal(found.features, whole.features)
+    assert torch.equal(support_set.features, expected.features)
     assert (photos.parent / "parts").read_bytes() == (photos.parent / "whole").read_bytes()
     assert sorted(path.name for path in photos.parent.iterdir()) == ["parts", "photos", "whole"]
 
@@ -172,27 +172,29 @@ import os, signal
 import clipkernels as ck
 from clipkernels import support
 from clipkernels.support import features
-encode_image, done = features.encode_image, []
+encode_image, calls = features.encode_image, []
 def killed(model, images):
-    if len(done) == 3:
+    if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    done.append(1)
+    calls.append(1)
     return encode_image(model, images)
 features.encode_image = killed
 support.retrieve(*ck.bundled(), support.photo(["one"]), {str(photos)!r}, batch_size=16)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    found = retrieve(bundled, photos, batch_size=16)
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    support_set = retrieve(bundled, photos, batch_size=16)
     assert encoded == [12]
-    assert torch.equal(found.features, retrieve(bundled, photos, cache=photos.parent / "whole", batch_size=16).features)
+    assert torch.equal(
+        support_set.features, retrieve(bundled, photos, cache=photos.parent / "whole", batch_size=16).features
+    )
 
 
 def test_progress_reports_stage_and_counts(bundled: Any, photos: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
-    retrieve(bundled, photos, progress=lambda *step: seen.append(step))
-    assert seen == [("encoding", done, 60) for done in range(1, 61)] + [("retrieving", done, 3) for done in (1, 2, 3)]
+    steps: list[tuple[str, int, int]] = []
+    retrieve(bundled, photos, progress=lambda *step: steps.append(step))
+    assert steps == [("encoding", done, 60) for done in range(1, 61)] + [("retrieving", done, 3) for done in (1, 2, 3)]
 
 
 def test_another_method_or_preprocessing_has_its_own_features(
@@ -209,7 +211,7 @@ def test_another_method_or_preprocessing_has_its_own_features(
         photos.parent.glob("*.safetensors"), key=lambda path: "EViT" in read_tensors(path)[1]["clipkernels"]
     )
     ck.patch(tiny, ck.EViT(0.5))
-    with pytest.raises(ValueError, match=r"by this tower, method and preprocessing, got .* of others"):
+    with pytest.raises(ValueError, match=r"by this tower, method and preprocessing, got .* with others"):
         support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos, cache=file)
 
 
@@ -256,7 +258,7 @@ def test_wrong_arguments_of_retrieve_are_one_line_errors(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_folder_without_images_is_refused(bundled: Any, drawn: Path, tmp_path: Path) -> None:
+def test_a_folder_without_images_is_refused(bundled: Any, digit_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="expected a collection with images, got none in"):
         retrieve(bundled, tmp_path / "empty")
@@ -278,8 +280,8 @@ def test_features_that_are_not_finite_are_reported(tiny: Any, bundled: Any, phot
     Image.new("RGB", (9, 9)).save(photos / "bad.png")
     lines: list[str] = []
     prompts = support.photo(["one"])
-    found = support.retrieve(tiny, preprocess, bundled[2], prompts, photos, per_class=99, report=lines.append)
-    assert len(found.images) == 60 and found.features.isfinite().all()
+    support_set = support.retrieve(tiny, preprocess, bundled[2], prompts, photos, per_class=99, report=lines.append)
+    assert len(support_set.images) == 60 and support_set.features.isfinite().all()
     assert lines == [f"skipped {photos / 'bad.png'}: the model's features are not finite"]
 
 
@@ -287,9 +289,9 @@ def test_a_models_training_mode_is_restored(tiny: Any, bundled: Any, photos: Pat
     tiny.train()
     tiny.visual.eval()
     before = [module.training for module in tiny.modules()]
-    found = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos)
+    support_set = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos)
     assert [module.training for module in tiny.modules()] == before
-    assert torch.equal(found.features, retrieve(bundled, photos, cache=photos.parent / "other").features)
+    assert torch.equal(support_set.features, retrieve(bundled, photos, cache=photos.parent / "other").features)
 
 
 def test_an_open_clip_resnet_encodes_images(bundled: Any, photos: Path, tmp_path: Path) -> None:
@@ -305,10 +307,10 @@ def test_other_metadata_makes_another_file_with_equal_features(bundled: Any, pho
     info.add_text("by", "somebody")
     with Image.open(photos / "0" / "00.png") as image:
         image.save(photos / "0" / "00b.png", pnginfo=info)
-    found = retrieve(bundled, photos, per_class=99)
-    twins = [row for row, image in enumerate(found.images) if Path(image.path).name in ("00.png", "00b.png")][:2]
-    torch.testing.assert_close(found.features[twins[0]], found.features[twins[1]])
-    assert found.counts.tolist() == [61, 61, 61]
+    support_set = retrieve(bundled, photos, per_class=99)
+    twins = [row for row, image in enumerate(support_set.images) if Path(image.path).name in ("00.png", "00b.png")][:2]
+    torch.testing.assert_close(support_set.features[twins[0]], support_set.features[twins[1]])
+    assert support_set.counts.tolist() == [61, 61, 61]
 
 
 def test_an_empty_collection_keeps_its_features(bundled: Any, photos: Path) -> None:
@@ -322,9 +324,7 @@ def test_an_empty_collection_keeps_its_features(bundled: Any, photos: Path) -> N
     assert file.read_bytes() == before
 
 
-def test_an_unreadable_file_raises_an_os_error(
-    bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_file_raises_an_os_error(bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     retrieve(bundled, photos)
     (file,) = photos.parent.glob("*.safetensors")
     before, read_bytes = file.read_bytes(), Path.read_bytes
@@ -347,9 +347,9 @@ def test_features_of_a_file_keep_their_encoder(tiny: Any, bundled: Any, photos: 
     def other(image: Image.Image) -> Tensor:
         return bundled[1](image.rotate(90))
 
-    found = support.retrieve(tiny, other, bundled[2], prompts_of(NAMES), photos.parent / "cache")
-    assert found.about == {**plain.about, "settings": found.about["settings"]}
-    assert torch.equal(found.features, plain.features)
+    support_set = support.retrieve(tiny, other, bundled[2], prompts_of(NAMES), photos.parent / "cache")
+    assert support_set.about == {**plain.about, "settings": support_set.about["settings"]}
+    assert torch.equal(support_set.features, plain.features)
 
 
 def test_preprocessings_with_equal_reprs_have_their_own_features(bundled: Any, photos: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_random_preprocessing_is_refused(bundled: Any, photos: Path) -> None:
     def preprocess(image: Image.Image) -> Tensor:
         return bundled[1](image) + torch.rand(())
 
-    with pytest.raises(ValueError, match="preprocess must make the same of the same image, got two different tensors"):
+    with pytest.raises(ValueError, match="preprocess must be deterministic, got two different tensors"):
         support.retrieve(bundled[0], preprocess, bundled[2], prompts_of(NAMES), photos)
 
 
@@ -394,12 +394,12 @@ def test_open_clips_half_precision_tower_encodes(dtype: torch.dtype, tiny: Any, 
     assert next(tiny.parameters()).dtype == torch.float32
     who = features.encoder_of(tiny, bundled[1])
     paths = [str(path) for path in sorted(photos.rglob("*.png"))[:3]]
-    seen: list[torch.dtype] = []
-    tiny.visual.conv1.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    dtypes: list[torch.dtype] = []
+    tiny.visual.conv1.register_forward_pre_hook(lambda module, arguments: dtypes.append(arguments[0].dtype))
     encoding = features.encode(
         tiny, bundled[1], who, paths, photos.parent / "cache", batch_size=3, progress=None, report=print
     )
-    assert seen == [dtype] and encoding.features.shape[0] == 3
+    assert dtypes == [dtype] and encoding.features.shape[0] == 3
 
 
 @pytest.mark.parametrize("hidden", [".thumbnails/small.png", "0/.git/deep/small.png", ".small.png"])
@@ -421,9 +421,9 @@ def test_features_on_another_drive_store_the_absolute_path(
         return relpath(path, start)
 
     monkeypatch.setattr(os.path, "relpath", other)
-    found = retrieve(bundled, photos, cache=photos.parent / "cache")
+    support_set = retrieve(bundled, photos, cache=photos.parent / "cache")
     assert read_feature_header(photos.parent / "cache")["folder"] == str(photos)
-    assert retrieve(bundled, photos.parent / "cache").images == found.images
+    assert retrieve(bundled, photos.parent / "cache").images == support_set.images
 
 
 def test_a_collection_without_a_writable_parent_needs_a_cache(
@@ -433,7 +433,7 @@ def test_a_collection_without_a_writable_parent_needs_a_cache(
         retrieve(bundled, Path(photos.anchor))
     with pytest.raises(ValueError, match=r"expected cache \(--cache\) to be a file, got the folder"):
         retrieve(bundled, photos, cache=photos.parent)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write where others may not
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(ValueError, match=r"expected cache \(--cache\) for .*photos, got none: .* cannot be written"):
         retrieve(bundled, photos)
 
@@ -446,10 +446,10 @@ def test_an_image_that_the_preprocessing_rejects_is_reported(bundled: Any, photo
 
     Image.new("RGB", (9, 9)).save(photos / "small.png")
     lines: list[str] = []
-    found = support.retrieve(
+    support_set = support.retrieve(
         bundled[0], preprocess, bundled[2], prompts_of(["one"]), photos, per_class=99, report=lines.append
     )
-    assert len(found.images) == 60
+    assert len(support_set.images) == 60
     assert lines == [f"skipped {photos / 'small.png'}: smaller than the crop"]
 
 
@@ -467,16 +467,16 @@ def test_unchanged_features_are_not_written_again(bundled: Any, photos: Path) ->
 
 @pytest.mark.parametrize("array", [False, True])
 def test_precomputed_features_are_a_collection(array: bool, bundled: Any, photos: Path, tmp_path: Path) -> None:
-    whole = retrieve(bundled, photos, per_class=60)
-    rows, paths = whole.features[:60], [image.path for image in whole.images[:60]]
-    given: Any = (3 * rows).numpy() if array else 3 * rows
-    found = retrieve(bundled, (given, paths), per_class=5)
+    full_set = retrieve(bundled, photos, per_class=60)
+    rows, paths = full_set.features[:60], [image.path for image in full_set.images[:60]]
+    collection_features: Any = (3 * rows).numpy() if array else 3 * rows
+    support_set = retrieve(bundled, (collection_features, paths), per_class=5)
     expected = retrieve(bundled, photos, per_class=5)
-    assert found.images == expected.images
-    torch.testing.assert_close(found.features, expected.features)
-    assert (found.about["method"], found.about["preprocess"]) == ("given", "given")
-    found.save(tmp_path / "set")
-    assert torch.equal(SupportSet.load(tmp_path / "set", bundled[0]).features, found.features)
+    assert support_set.images == expected.images
+    torch.testing.assert_close(support_set.features, expected.features)
+    assert (support_set.about["method"], support_set.about["preprocess"]) == ("given", "given")
+    support_set.save(tmp_path / "set")
+    assert torch.equal(SupportSet.load(tmp_path / "set", bundled[0]).features, support_set.features)
 
 
 @pytest.mark.parametrize(
@@ -493,6 +493,6 @@ def test_precomputed_features_are_a_collection(array: bool, bundled: Any, photos
 def test_precomputed_features_that_do_not_fit_are_refused(
     change: Any, message: str, bundled: Any, photos: Path
 ) -> None:
-    whole = retrieve(bundled, photos, ["one"], per_class=3)
+    valid_set = retrieve(bundled, photos, ["one"], per_class=3)
     with pytest.raises(ValueError, match=message):
-        retrieve(bundled, change(whole.features, [image.path for image in whole.images]))
+        retrieve(bundled, change(valid_set.features, [image.path for image in valid_set.images]))

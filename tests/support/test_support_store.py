@@ -1,4 +1,4 @@
-"""Support sets: what is on disk, and what is refused."""
+"""Support sets: their files, and refused input."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_saved_set_loads_unchanged(bundled: Any, photos: Path, tmp_path: Path) -> None:
-    found = retrieve(bundled, photos, per_class=4, name="bundled", pretrained="none")
-    found.save(tmp_path / "set")
+    support_set = retrieve(bundled, photos, per_class=4, name="bundled", pretrained="none")
+    support_set.save(tmp_path / "set")
     loaded = SupportSet.load(tmp_path / "set", bundled[0])
-    assert torch.equal(loaded.features, found.features) and torch.equal(loaded.labels, found.labels)
-    assert (loaded.classes, loaded.prompts, loaded.about) == (found.classes, found.prompts, found.about)
-    assert [image.sha256 for image in loaded.images] == [image.sha256 for image in found.images]
-    for copy, image in zip(loaded.images, found.images, strict=True):
+    assert torch.equal(loaded.features, support_set.features) and torch.equal(loaded.labels, support_set.labels)
+    assert (loaded.classes, loaded.prompts, loaded.about) == (
+        support_set.classes,
+        support_set.prompts,
+        support_set.about,
+    )
+    assert [image.sha256 for image in loaded.images] == [image.sha256 for image in support_set.images]
+    for copy, image in zip(loaded.images, support_set.images, strict=True):
         assert Path(copy.path).read_bytes() == Path(image.path).read_bytes()
     assert (loaded.about["kind"], loaded.about["model"], loaded.about["pretrained"]) == ("LC", "bundled", "none")
 
@@ -52,8 +56,8 @@ def test_a_changed_set_removes_its_old_copies(bundled: Any, photos: Path, tmp_pa
 
 
 def test_foreign_images_are_never_touched(bundled: Any, photos: Path, tmp_path: Path) -> None:
-    found = retrieve(bundled, photos, per_class=2)
-    found.save(tmp_path / "set")
+    support_set = retrieve(bundled, photos, per_class=2)
+    support_set.save(tmp_path / "set")
     mine = tmp_path / "set" / "zero" / "mine.png"
     shutil.copy(photos / "0" / "00.png", mine)
     before = contents(tmp_path / "set")
@@ -63,19 +67,19 @@ def test_foreign_images_are_never_touched(bundled: Any, photos: Path, tmp_path: 
 
 
 def test_without_copies_the_manifest_holds_the_paths(bundled: Any, photos: Path, tmp_path: Path) -> None:
-    found = retrieve(bundled, photos, per_class=2)
-    found.save(tmp_path / "set", copy=False)
+    support_set = retrieve(bundled, photos, per_class=2)
+    support_set.save(tmp_path / "set", copy=False)
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["features.safetensors", "manifest.json"]
-    assert SupportSet.load(tmp_path / "set", bundled[0]).images == found.images
+    assert SupportSet.load(tmp_path / "set", bundled[0]).images == support_set.images
     with pytest.raises(ValueError, match="expected a support set with copies of its images"):
         support.refresh(tmp_path / "set", *bundled[:2])
 
 
 def test_an_image_that_changed_since_it_was_encoded_is_not_copied(bundled: Any, photos: Path, tmp_path: Path) -> None:
-    found = retrieve(bundled, photos, per_class=2)
-    Image.new("RGB", (9, 9)).save(found.images[3].path)
+    support_set = retrieve(bundled, photos, per_class=2)
+    Image.new("RGB", (9, 9)).save(support_set.images[3].path)
     with pytest.raises(ValueError, match=r"as it was encoded, SHA-256 .* encode it again"):
-        found.save(tmp_path / "set")
+        support_set.save(tmp_path / "set")
 
 
 def test_an_interrupted_save_can_be_repeated(
@@ -83,18 +87,18 @@ def test_an_interrupted_save_can_be_repeated(
 ) -> None:
     from clipkernels.support import store
 
-    found, copied = retrieve(bundled, photos, per_class=4), []
+    support_set, copied = retrieve(bundled, photos, per_class=4), []
     copy_image = store.copy_image
 
-    def stopped(*arguments: Any) -> None:
+    def interrupted(*arguments: Any) -> None:
         if len(copied) == 5:
             raise KeyboardInterrupt
         copied.append(arguments)
         copy_image(*arguments)
 
-    monkeypatch.setattr(store, "copy_image", stopped)
+    monkeypatch.setattr(store, "copy_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        found.save(tmp_path / "set")
+        support_set.save(tmp_path / "set")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"expected a finished support set, got .*set, whose .* build it again"):
         SupportSet.load(tmp_path / "set", bundled[0])
@@ -131,11 +135,11 @@ def test_another_tower_is_refused(build: str, bundled: Any, photos: Path, tmp_pa
 def test_a_patched_tower_is_the_same_tower(
     method: ck.Method, bundled: Any, photos: Path, tmp_path: Path, tiny: Any
 ) -> None:
-    found = retrieve(bundled, photos, per_class=2)
-    found.save(tmp_path / "set")
+    support_set = retrieve(bundled, photos, per_class=2)
+    support_set.save(tmp_path / "set")
     ck.patch(tiny, method)
     assert fingerprint.fingerprint(tiny) == fingerprint.fingerprint(bundled[0])
-    assert torch.equal(SupportSet.load(tmp_path / "set", tiny).features, found.features)
+    assert torch.equal(SupportSet.load(tmp_path / "set", tiny).features, support_set.features)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -145,7 +149,7 @@ def test_towers_are_compared_in_their_lower_precision(
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in tiny.parameters():
-            weight.add_(1e-4 * torch.randn_like(weight))  # beyond what the bundled weights' fp16 holds
+            weight.add_(1e-4 * torch.randn_like(weight))  # more precise than the fp16 of the bundled file
     kinds = {name: support.photo(["one"]) for name in ("wide", "narrow")}
     support.retrieve(tiny, *bundled[1:], kinds["wide"], photos, per_class=2).save(tmp_path / "wide")
     wide = fingerprint.fingerprint(tiny)
@@ -184,7 +188,7 @@ def test_the_text_tower_is_not_compared(bundled: Any, tiny: Any) -> None:
 
 def test_a_compiled_model_is_the_same_tower(bundled: Any) -> None:
     compiled = torch.nn.Module()
-    compiled._orig_mod = bundled[0]  # as torch.compile holds it
+    compiled._orig_mod = bundled[0]  # as in torch.compile's wrapper
     assert fingerprint.fingerprint(compiled) == fingerprint.fingerprint(bundled[0])
 
 
@@ -193,7 +197,9 @@ def test_altered_features_are_refused(bundled: Any, photos: Path, tmp_path: Path
     file = tmp_path / "set" / "features.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "features": tensors["features"].flip(0)}, file)
-    with pytest.raises(ValueError, match=r"expected SHA-256 \w{64} of .*features.safetensors, got \w{64}: build it"):
+    with pytest.raises(
+        ValueError, match=r"expected SHA-256 \w{64} of .*features.safetensors, got \w{64}: build the set"
+    ):
         SupportSet.load(tmp_path / "set", bundled[0])
     file.unlink()
     with pytest.raises(ValueError, match="got no file: build the set again"):
@@ -213,22 +219,24 @@ def test_added_or_removed_images_need_a_refresh(bundled: Any, photos: Path, tmp_
 
 
 def test_a_refresh_encodes_only_new_images(bundled: Any, photos: Path, tmp_path: Path, encoded: list[int]) -> None:
-    found = retrieve(bundled, photos, per_class=3)
-    found.save(tmp_path / "set")
+    support_set = retrieve(bundled, photos, per_class=3)
+    support_set.save(tmp_path / "set")
     del encoded[:]
     Image.new("RGB", (40, 40), "red").save(tmp_path / "set" / "zero" / "mine.png")
     min((tmp_path / "set" / "three").iterdir()).unlink()
     fresh = support.refresh(tmp_path / "set", *bundled[:2])
     assert encoded == [1]
     assert fresh.counts.tolist() == [3, 4, 2]
-    assert torch.equal(fresh.features[:6], found.features[:6]) and torch.equal(fresh.features[7:], found.features[7:])
+    assert torch.equal(fresh.features[:6], support_set.features[:6]) and torch.equal(
+        fresh.features[7:], support_set.features[7:]
+    )
     loaded = SupportSet.load(tmp_path / "set", bundled[0])
-    assert torch.equal(loaded.features, fresh.features) and loaded.about == found.about
+    assert torch.equal(loaded.features, fresh.features) and loaded.about == support_set.about
     again = support.refresh(tmp_path / "set", *bundled[:2])
     assert encoded == [1] and torch.equal(again.features, fresh.features)
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     sources = [image.get("source") for image in manifest["classes"][1]["images"]]
-    assert sources == [*(image.path for image in found.images[3:6]), None]
+    assert sources == [*(image.path for image in support_set.images[3:6]), None]
 
 
 def test_a_refresh_names_classes_without_images(bundled: Any, photos: Path, tmp_path: Path) -> None:
@@ -238,24 +246,22 @@ def test_a_refresh_names_classes_without_images(bundled: Any, photos: Path, tmp_
         support.refresh(tmp_path / "set", *bundled[:2])
     (tmp_path / "set" / "three").mkdir()
     (tmp_path / "set" / "three" / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"got '.*text.png': delete"):
+    with pytest.raises(ValueError, match=r"got unreadable '.*text.png': delete"):
         support.refresh(tmp_path / "set", *bundled[:2], report=lambda line: None)
 
 
-def test_class_names_that_are_no_file_names_get_distinct_folders(
-    bundled: Any, photos: Path, tmp_path: Path
-) -> None:
+def test_class_names_that_are_no_file_names_get_distinct_folders(bundled: Any, photos: Path, tmp_path: Path) -> None:
     classes = ["a/b", "a_b", "Apple", "apple", "..", "żółw 龟", " /", "con", "x" * 300, "a:b", "tail.", "-rf"]
     classes += ["Manifest.json", ".hidden", "line\nbreak"]
-    found = folders.folder_names(classes)
-    assert len({name.casefold() for name in found}) == len(classes)
-    assert all(Path(name).name == name and len(name) < 100 and name[0] not in ".-" for name in found)
-    assert (found[1], found[5]) == ("a_b", "żółw 龟")
+    support_set = folders.folder_names(classes)
+    assert len({name.casefold() for name in support_set}) == len(classes)
+    assert all(Path(name).name == name and len(name) < 100 and name[0] not in ".-" for name in support_set)
+    assert (support_set[1], support_set[5]) == ("a_b", "żółw 龟")
     retrieve(bundled, photos, classes, per_class=1).save(tmp_path / "set")
     loaded = SupportSet.load(tmp_path / "set", bundled[0])
     assert list(loaded.classes) == classes
-    assert [Path(image.path).parent for image in loaded.images] == [tmp_path / "set" / name for name in found]
-    assert sorted(path.name for path in (tmp_path / "set").iterdir() if path.is_dir()) == sorted(found)
+    assert [Path(image.path).parent for image in loaded.images] == [tmp_path / "set" / name for name in support_set]
+    assert sorted(path.name for path in (tmp_path / "set").iterdir() if path.is_dir()) == sorted(support_set)
 
 
 @pytest.mark.parametrize(
@@ -281,16 +287,16 @@ def test_an_invalid_manifest_is_refused(
 
 
 def test_a_retrieved_set_helps_tip_adapter(bundled: Any, photos: Path) -> None:
-    found = retrieve(bundled, photos, list(digits.CLASSES), per_class=2)
-    text = support.class_embeddings(bundled[0], bundled[2], found.prompts)
-    head = ck.TipAdapter(text, found.features, found.labels)
-    logits = head(found.features)
+    support_set = retrieve(bundled, photos, list(digits.CLASSES), per_class=2)
+    text = support.class_embeddings(bundled[0], bundled[2], support_set.prompts)
+    head = ck.TipAdapter(text, support_set.features, support_set.labels)
+    logits = head(support_set.features)
     assert logits.shape == (20, 10) and logits.isfinite().all()
 
 
 @pytest.fixture
-def stopped(bundled: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A set whose save over an earlier one was stopped while it copied."""
+def interrupted_set(bundled: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A set whose save over an earlier one was interrupted while copying."""
     from clipkernels.support import store
 
     retrieve(bundled, photos, per_class=4).save(tmp_path / "set")
@@ -307,19 +313,21 @@ def stopped(bundled: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.Monk
     return tmp_path / "set"
 
 
-def test_a_set_with_an_interrupted_save_is_unfinished(bundled: Any, stopped: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_set_with_an_interrupted_save_is_unfinished(
+    bundled: Any, interrupted_set: Path, photos: Path, tmp_path: Path
+) -> None:
     message = r"expected a finished support set, got .*set, whose saving was interrupted: build it again"
     with pytest.raises(ValueError, match=message):
-        SupportSet.load(stopped, bundled[0])
+        SupportSet.load(interrupted_set, bundled[0])
     with pytest.raises(ValueError, match=message):
-        support.refresh(stopped, *bundled[:2])
-    retrieve(bundled, photos, ["two"], per_class=1).save(stopped)
+        support.refresh(interrupted_set, *bundled[:2])
+    retrieve(bundled, photos, ["two"], per_class=1).save(interrupted_set)
     retrieve(bundled, photos, ["two"], per_class=1).save(tmp_path / "fresh")
-    assert contents(stopped) == contents(tmp_path / "fresh")
+    assert contents(interrupted_set) == contents(tmp_path / "fresh")
 
 
-def test_an_interrupted_save_has_removed_no_image(stopped: Path) -> None:
-    images = [path.parent.name for path in stopped.rglob("*.png")]
+def test_an_interrupted_save_has_removed_no_image(interrupted_set: Path) -> None:
+    images = [path.parent.name for path in interrupted_set.rglob("*.png")]
     assert [images.count(name) for name in NAMES] == [4, 4, 4] and images.count("one") == 2
 
 
@@ -337,26 +345,30 @@ def test_a_set_with_missing_originals_is_not_overwritten(bundled: Any, photos: P
 
 def test_a_renamed_class_keeps_its_images(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=3).save(tmp_path / "set")
-    found = SupportSet.load(tmp_path / "set", bundled[0])
-    prompts = {"seven": found.prompts["seven"], "null": found.prompts["zero"], "three": found.prompts["three"]}
-    found._replace(classes=tuple(prompts), prompts=prompts).save(tmp_path / "set")
+    support_set = SupportSet.load(tmp_path / "set", bundled[0])
+    prompts = {
+        "seven": support_set.prompts["seven"],
+        "null": support_set.prompts["zero"],
+        "three": support_set.prompts["three"],
+    }
+    support_set._replace(classes=tuple(prompts), prompts=prompts).save(tmp_path / "set")
     loaded = SupportSet.load(tmp_path / "set", bundled[0])
-    assert loaded.classes == ("seven", "null", "three") and torch.equal(loaded.features, found.features)
-    assert [image.sha256 for image in loaded.images] == [image.sha256 for image in found.images]
+    assert loaded.classes == ("seven", "null", "three") and torch.equal(loaded.features, support_set.features)
+    assert [image.sha256 for image in loaded.images] == [image.sha256 for image in support_set.images]
     assert not (tmp_path / "set" / "zero").exists() and len(list((tmp_path / "set" / "null").iterdir())) == 3
 
 
 def test_an_image_with_another_label_moves(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=3).save(tmp_path / "set")
-    found = SupportSet.load(tmp_path / "set", bundled[0])
+    support_set = SupportSet.load(tmp_path / "set", bundled[0])
     sources = {image.sha256: image.path for image in retrieve(bundled, photos, per_class=3).images}
-    found._replace(labels=torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])).save(tmp_path / "set")
+    support_set._replace(labels=torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])).save(tmp_path / "set")
     loaded = SupportSet.load(tmp_path / "set", bundled[0])
     assert loaded.counts.tolist() == [4, 2, 3]
-    assert [image.sha256 for image in loaded.images] == [image.sha256 for image in found.images]
+    assert [image.sha256 for image in loaded.images] == [image.sha256 for image in support_set.images]
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     moved = manifest["classes"][0]["images"][3]
-    assert moved["source"] == sources[moved["sha256"]]  # not the copy that is gone
+    assert moved["source"] == sources[moved["sha256"]]  # not the removed copy
 
 
 def test_a_set_inside_its_collection_is_not_searched(bundled: Any, photos: Path, tmp_path: Path) -> None:
@@ -366,11 +378,9 @@ def test_a_set_inside_its_collection_is_not_searched(bundled: Any, photos: Path,
     assert contents(photos / "0" / "set") == contents(tmp_path / "fresh")
 
 
-def test_missing_or_stale_images_are_refused_without_copies(
-    bundled: Any, photos: Path, tmp_path: Path
-) -> None:
-    found = retrieve(bundled, photos, per_class=2)
-    found.save(tmp_path / "set")
+def test_missing_or_stale_images_are_refused_without_copies(bundled: Any, photos: Path, tmp_path: Path) -> None:
+    support_set = retrieve(bundled, photos, per_class=2)
+    support_set.save(tmp_path / "set")
     loaded = SupportSet.load(tmp_path / "set", bundled[0])
     prompts = {name.upper(): sentences for name, sentences in loaded.prompts.items()}
     before = contents(tmp_path / "set")
@@ -378,15 +388,13 @@ def test_missing_or_stale_images_are_refused_without_copies(
         loaded._replace(classes=tuple(prompts), prompts=prompts).save(tmp_path / "set", copy=False)
     shutil.rmtree(photos)
     with pytest.raises(ValueError, match=r"stay where they are, got .*png, which does not exist"):
-        found.save(tmp_path / "set", copy=False)
+        support_set.save(tmp_path / "set", copy=False)
     assert contents(tmp_path / "set") == before
 
 
-def test_an_image_replaced_under_its_name_needs_a_refresh(
-    bundled: Any, photos: Path, tmp_path: Path
-) -> None:
-    found = retrieve(bundled, photos, per_class=3)
-    found.save(tmp_path / "set")
+def test_an_image_replaced_under_its_name_needs_a_refresh(bundled: Any, photos: Path, tmp_path: Path) -> None:
+    support_set = retrieve(bundled, photos, per_class=3)
+    support_set.save(tmp_path / "set")
     copy = min((tmp_path / "set" / "three").iterdir())
     Image.new("RGB", (40, 40), "red").save(copy)
     with pytest.raises(
@@ -394,10 +402,10 @@ def test_an_image_replaced_under_its_name_needs_a_refresh(
     ):
         SupportSet.load(tmp_path / "set", bundled[0])
     with pytest.raises(ValueError, match=f"only the support set's images in .*three, got '{copy.name}': delete"):
-        found.save(tmp_path / "set")
+        support_set.save(tmp_path / "set")
     fresh = support.refresh(tmp_path / "set", *bundled[:2])
     assert torch.equal(SupportSet.load(tmp_path / "set", bundled[0]).features, fresh.features)
-    assert not torch.equal(fresh.features, found.features)
+    assert not torch.equal(fresh.features, support_set.features)
 
 
 def test_a_link_in_a_class_folder_is_one_of_its_images(bundled: Any, photos: Path, tmp_path: Path) -> None:
@@ -432,15 +440,15 @@ def test_a_save_that_cannot_remove_copies_loses_nothing(
     bundled: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retrieve(bundled, photos, per_class=3).save(tmp_path / "set")
-    found = SupportSet.load(tmp_path / "set", bundled[0])
-    before = {image.sha256 for image in found.images}
+    support_set = SupportSet.load(tmp_path / "set", bundled[0])
+    before = {image.sha256 for image in support_set.images}
 
     def fail(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch, pytest.raises(PermissionError):
         patch.setattr(Path, "unlink", fail)
-        found._replace(labels=found.labels.flip(0)).save(tmp_path / "set")
+        support_set._replace(labels=support_set.labels.flip(0)).save(tmp_path / "set")
     with pytest.raises(ValueError, match=r"build .* again"):
         SupportSet.load(tmp_path / "set", bundled[0])
     assert before <= {folders.hash_of(path) for path in (tmp_path / "set").rglob("*.png")}
@@ -448,8 +456,8 @@ def test_a_save_that_cannot_remove_copies_loses_nothing(
 
 def test_class_names_of_one_folder_lose_no_image(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, ["cat"], per_class=3).save(tmp_path / "set")
-    (tmp_path / "set" / "Cat").symlink_to("cat")  # as a file system has it that ignores case
-    found = SupportSet.load(tmp_path / "set", bundled[0])
-    found._replace(classes=("Cat",), prompts={"Cat": found.prompts["cat"]}).save(tmp_path / "set")
+    (tmp_path / "set" / "Cat").symlink_to("cat")  # like a file system that ignores case
+    support_set = SupportSet.load(tmp_path / "set", bundled[0])
+    support_set._replace(classes=("Cat",), prompts={"Cat": support_set.prompts["cat"]}).save(tmp_path / "set")
     assert SupportSet.load(tmp_path / "set", bundled[0]).counts.tolist() == [3]
     assert len(list((tmp_path / "set" / "cat").iterdir())) == 3

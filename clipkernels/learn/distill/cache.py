@@ -75,7 +75,7 @@ class TeacherCache:
         self.maps: dict[Path, dict[str, Tensor]] = {}  # least recently used first
         self.folder_mtime = -1
         self.locations: dict[tuple[Kind, bool], dict[bytes, tuple[Path, int]]] = {
-            (kind, whole): {} for kind in FIELDS for whole in (False, True)
+            (kind, detailed): {} for kind in FIELDS for detailed in (False, True)
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         self._read_new_files()
@@ -163,7 +163,7 @@ class TeacherCache:
     def _about(self) -> dict[str, Any]:
         return {**self.teacher.about, "dtype": str(self.dtype).removeprefix("torch.")}
 
-    def _add(self, kind: Kind, items: Iterable[Any], whole: bool, progress: Progress | None) -> int:
+    def _add(self, kind: Kind, items: Iterable[Any], detailed: bool, progress: Progress | None) -> int:
         batch: dict[bytes, tuple[str, Any]] = {}
         count = new = 0
         for item in items:
@@ -172,20 +172,20 @@ class TeacherCache:
             # Copy, because a loader may reuse the memory and a view would keep the whole batch alive.
             value = item if isinstance(item, str) else item.detach().to("cpu", copy=True)
             digest = content_hash(value)
-            if digest not in self.locations[kind, whole]:
+            if digest not in self.locations[kind, detailed]:
                 batch.setdefault(digest, (f"{kind} {count}, counted from 0", value))
             count += 1
             if len(batch) == self.sizes[kind]:
-                new += self._encode(kind, batch, whole)
+                new += self._encode(kind, batch, detailed)
                 batch = {}
-        new += self._encode(kind, batch, whole)
+        new += self._encode(kind, batch, detailed)
         if progress is not None and count:
             progress(kind, count, new)
         return new
 
-    def _encode(self, kind: Kind, items: Mapping[bytes, tuple[str, Any]], whole: bool) -> int:
+    def _encode(self, kind: Kind, items: Mapping[bytes, tuple[str, Any]], detailed: bool) -> int:
         """Encode and store the missing ones of `items`, digest to (name, image or text); return their number."""
-        stored = self.locations[kind, whole]
+        stored = self.locations[kind, detailed]
         if all(digest in stored for digest in items):
             return 0
         self._read_new_files()  # another process may have stored them
@@ -195,7 +195,9 @@ class TeacherCache:
             digests = missing[start : start + self.sizes[kind]]
             names, batch = zip(*(items[digest] for digest in digests), strict=True)
             features = (
-                self.teacher.see(torch.stack(batch), whole) if kind == "image" else self.teacher.read(batch, whole)
+                self.teacher.see(torch.stack(batch), detailed)
+                if kind == "image"
+                else self.teacher.read(batch, detailed)
             )
             self._write(kind, names, digests, features)
         return len(missing)
@@ -252,20 +254,20 @@ class TeacherCache:
         """Record the file and row of each image or text of a file."""
         self.files.add(file.name)
         kind: Kind = "image" if "image" in tensors else "text"
-        for whole in (False, True) if FIELDS[kind][1] in tensors else (False,):
+        for detailed in (False, True) if FIELDS[kind][1] in tensors else (False,):
             for row, digest in enumerate(digests):
-                self.locations[kind, whole].setdefault(digest, (file, row))
+                self.locations[kind, detailed].setdefault(digest, (file, row))
 
-    def _look_up(self, kind: Kind, digests: Sequence[bytes], whole: bool) -> TeacherFeatures:
+    def _look_up(self, kind: Kind, digests: Sequence[bytes], detailed: bool) -> TeacherFeatures:
         """The features of these digests, in their order."""
         by_file: dict[Path, tuple[list[int], list[int]]] = {}
         for position, digest in enumerate(digests):
-            file, row = self.locations[kind, whole][digest]
+            file, row = self.locations[kind, detailed][digest]
             rows, positions = by_file.setdefault(file, ([], []))
             rows.append(row)
             positions.append(position)
         parts = ((self._map_file(file), rows, positions) for file, (rows, positions) in by_file.items())
-        return feature_files.gather_features(kind, whole, len(digests), parts)
+        return feature_files.gather_features(kind, detailed, len(digests), parts)
 
     def _map_file(self, file: Path) -> dict[str, Tensor]:
         """The memory-mapped tensors of a file."""

@@ -84,21 +84,21 @@ def check_header(file: Path, header: Mapping[str, str], about: About) -> None:
 def differences(actual: About, expected: About) -> str:
     """The differences between two teachers as text; "" if there are none."""
     differ = []
-    for name, wanted in expected.items():
+    for name, reference in expected.items():
         value = actual.get(name)
-        if isinstance(wanted, dict):
-            if not same_tower(value or {}, wanted):
-                differ.append(f"{name} ({short_fingerprint(value or {})} instead of {short_fingerprint(wanted)})")
-        elif isinstance(wanted, list):
-            if not same_probe(value or [], wanted):
+        if isinstance(reference, dict):
+            if not same_tower(value or {}, reference):
+                differ.append(f"{name} ({short_fingerprint(value or {})} instead of {short_fingerprint(reference)})")
+        elif isinstance(reference, list):
+            if not same_probe(value or [], reference):
                 differ.append(f"{name} (other attention heads, another mask or another pooled row)")
-        elif value != wanted:
-            differ.append(f"{name} ({value} instead of {wanted})")
+        elif value != reference:
+            differ.append(f"{name} ({value} instead of {reference})")
     return ", ".join(differ)
 
 
 def gather_features(
-    kind: Kind, whole: bool, count: int, parts: Iterable[tuple[Mapping[str, Tensor], list[int], list[int]]]
+    kind: Kind, detailed: bool, count: int, parts: Iterable[tuple[Mapping[str, Tensor], list[int], list[int]]]
 ) -> TeacherFeatures:
     """Features of `count` images or texts, gathered from files.
 
@@ -106,13 +106,13 @@ def gather_features(
 
     Args:
         kind: images or texts.
-        whole: gather all fields, not only the embedding.
+        detailed: gather all fields, not only the embedding.
         count: number of images or texts.
         parts: per file, its tensors, the rows to take from them, and the positions of these rows in the result.
     """
     features: dict[str, Tensor] = {}
     for tensors, rows, positions in parts:
-        for name in FIELDS[kind] if whole else FIELDS[kind][:1]:
+        for name in FIELDS[kind] if detailed else FIELDS[kind][:1]:
             if name not in tensors:
                 continue
             part = tensors[name]
