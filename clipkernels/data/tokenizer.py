@@ -18,7 +18,8 @@ class ByteTokenizer:
     """A tokenizer from texts to token ids, called like open_clip's.
 
     Args:
-        context_length: tokens per text, start and end included; longer texts are truncated, at a byte.
+        context_length: tokens per text, start and end included; longer texts are cut after the last byte that
+            fits.
     """
 
     def __init__(self, context_length: int = 64) -> None:

@@ -67,7 +67,7 @@ class TipAdapter:
             n may be 0.
         labels: (n,) int64, the classes of the support images; a class without support gets no vote.
         alpha: weight of the votes.
-        beta: sharpness: the rate at which a vote decays with distance.
+        beta: decay rate of a vote with cosine distance.
         scale: factor of the cosines, 100 in the source.
     Raises:
         ValueError: shapes that do not fit, labels outside of the classes, rows or numbers that are not finite.
@@ -202,7 +202,7 @@ class TipX(TipAdapter):
         labels: (n,) int64, the classes of the support images; a class without support gets no α term, and the smallest
             cosine of the support as its γ term.
         alpha: weight of the votes by cosine.
-        beta: sharpness: the rate at which these votes decay with distance.
+        beta: decay rate of these votes with cosine distance.
         gamma: weight of the votes by KL divergence between class distributions.
         tau: temperature of the softmax of the cosines over the classes.
         reduce: "mean" divides a class's γ term by its number of images; "sum" does not, as published, and so favours

@@ -13,7 +13,7 @@ from torch import nn
 
 from clipkernels.files import METADATA_KEY, read_metadata, read_tensors, write_tensors
 
-ModuleType = TypeVar("Made", bound=nn.Module)
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
 @contextmanager

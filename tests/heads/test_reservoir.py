@@ -119,7 +119,7 @@ EAST, NORTH, NEARLY_EAST = [1.0, 0.0], [0.0, 1.0], [0.8, 0.6]
 @pytest.mark.parametrize(
     ("evict", "entries", "arrivals"),
     [
-        # Entropies .3, .2, .1: the most uncertain is removed, whatever the similarities.
+        # Entropies .3, .2, .1: the most uncertain is removed, regardless of the similarities.
         ("uncertainty", [(0.3, EAST), (0.2, EAST), (0.1, EAST)], [2, 1]),
         # The oldest is removed although it is the most certain.
         ("fifo", [(0.1, EAST), (0.2, NORTH), (0.3, NORTH)], [1, 2]),

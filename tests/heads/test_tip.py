@@ -78,9 +78,7 @@ def test_predictions_do_not_depend_on_other_images():
 
 def test_psi_extrapolates_linearly_outside_of_the_supports_range():
     text, features, support, labels = inputs()
-    near = (
-        support[:4] + 0.01 * support[4:8]
-    )  # all similar: every query is farther from them than they are from each other
+    near = support[:4] + 0.01 * support[4:8]  # closer to each other than any query is to them
     head = ck.TipX(text, near, labels[:4], 0.0, 1.0, 1.0)
     expected = literal(text, features, near, labels[:4], 0.0, 1.0, 1.0)
     torch.testing.assert_close(head(features), expected, atol=1e-8, rtol=1e-8)

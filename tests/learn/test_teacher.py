@@ -1,5 +1,4 @@
-"""A frozen CLIP as a teacher: words and texts of every library, regions of dense and reduced towers, side effects, and
-refused models."""
+"""Teacher: words and texts of every library, regions of dense and reduced towers, side effects, and refused models."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +73,7 @@ def wrapped(pooler="mean_pooler", proj="linear"):
     return custom
 
 
-def of_transformers(family):
+def transformers_model(family):
     """A model of transformers with 16 patches, its text tower's default context and embeddings of its default width."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     if not hasattr(transformers, family):
@@ -89,12 +88,12 @@ def of_transformers(family):
     return model
 
 
-def of_openai():
+def openai_model():
     pytest.importorskip("clip.model", reason="OpenAI's clip (openai-clip or clip-anytorch) is not installed")
     return openai_tower(layers=3, size=32, patch=8, width=64, out=32)
 
 
-def captured(module, call):
+def last_output(module, call):
     """The last output of a module during a call."""
     outputs = []
     handle = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
@@ -105,52 +104,52 @@ def captured(module, call):
 
 def words_of(norm, project):
     """The output of the final norm in the host's forward, projected."""
-    return lambda model, ids, host: project(model)(captured(norm(model), lambda: host(ids)))
+    return lambda model, ids, host: project(model)(last_output(norm(model), lambda: host(ids)))
 
 
-def by_matrix(holder):
+def matrix_projection(holder):
     return lambda model: lambda x: x @ holder(model).text_projection
 
 
 TOWERS = {
-    "open_clip's CLIP": (clip, Letters(), words_of(lambda m: m.ln_final, by_matrix(lambda m: m))),
-    "pools its end": (custom, Letters(), words_of(lambda m: m.text.ln_final, by_matrix(lambda m: m.text))),
+    "open_clip's CLIP": (clip, Letters(), words_of(lambda m: m.ln_final, matrix_projection(lambda m: m))),
+    "CustomTextCLIP with eos pooling": (custom, Letters(), words_of(lambda m: m.text.ln_final, matrix_projection(lambda m: m.text))),
     "SigLIP of open_clip": (
         siglip, Letters(None, None, 1), words_of(lambda m: m.text.ln_final, lambda m: m.text.text_projection),
     ),
     "CoCa": (
         coca, Letters(length=15),
-        lambda m, ids, host: m.text.ln_final(captured(m.text.transformer, lambda: host(ids))[:, :-1])
+        lambda m, ids, host: m.text.ln_final(last_output(m.text.transformer, lambda: host(ids))[:, :-1])
         @ m.text.text_projection,
     ),
-    "averages": (
-        wrapped, Letters(), lambda m, ids, host: m.text.proj(captured(m.text.transformer, lambda: host(ids))),
+    "HFTextEncoder with mean pooling": (
+        wrapped, Letters(), lambda m, ids, host: m.text.proj(last_output(m.text.transformer, lambda: host(ids))),
     ),
     "CLIP of transformers": (
-        lambda: of_transformers("CLIPModel"), Letters(padding=63),
+        lambda: transformers_model("CLIPModel"), Letters(padding=63),
         words_of(lambda m: m.text_model.final_layer_norm, lambda m: m.text_projection),
     ),
     "SigLIP of transformers": (
-        lambda: of_transformers("SiglipModel"), Letters(None, 1, 1),
+        lambda: transformers_model("SiglipModel"), Letters(None, 1, 1),
         words_of(lambda m: m.text_model.final_layer_norm, lambda m: m.text_model.head),
     ),
     "SigLIP2": (
-        lambda: of_transformers("Siglip2Model"), Letters(None, 1),
+        lambda: transformers_model("Siglip2Model"), Letters(None, 1),
         words_of(lambda m: m.text_model.final_layer_norm, lambda m: m.text_model.head),
     ),
     "MetaCLIP2": (
-        lambda: of_transformers("MetaClip2Model"), Letters(padding=1),
+        lambda: transformers_model("MetaClip2Model"), Letters(padding=1),
         words_of(lambda m: m.text_model.final_layer_norm, lambda m: m.text_projection),
     ),
     "AltCLIP": (
-        lambda: of_transformers("AltCLIPModel"), Letters(),
+        lambda: transformers_model("AltCLIPModel"), Letters(),
         words_of(lambda m: m.text_model.transformation, lambda m: m.text_projection),
     ),
     "ChineseCLIP": (
-        lambda: of_transformers("ChineseCLIPModel"), Letters(),
+        lambda: transformers_model("ChineseCLIPModel"), Letters(),
         words_of(lambda m: m.text_model.encoder, lambda m: m.text_projection),
     ),
-    "OpenAI's": (of_openai, Letters(), words_of(lambda m: m.ln_final, by_matrix(lambda m: m))),
+    "OpenAI's": (openai_model, Letters(), words_of(lambda m: m.ln_final, matrix_projection(lambda m: m))),
 }  # fmt: skip
 
 
@@ -312,7 +311,7 @@ def test_resnets_and_answers_allow_empty_batches(resnet, tiny):
 
 REDUCED = {
     "EViT": lambda model: ck.EViT(0.5, fuse=False),
-    "EViT, what is gone in one token": lambda model: ck.EViT(0.5),
+    "EViT with a fused token": lambda model: ck.EViT(0.5),
     "ToMe": lambda model: ck.ToMe(4),
     "TCA": lambda model: ck.TCA(0.1),
     "Patch Ranking": lambda model: patch_ranking(model, learnt=2),
@@ -457,7 +456,7 @@ def test_models_without_a_text_tower_are_refused(tiny, images):
     with pytest.raises(ck.UnsupportedTower, match="got CLIP with Linear"):
         Teacher(strange, Letters())
     with pytest.raises(ck.UnsupportedTower, match="got CLIPVisionModel"):
-        Teacher(of_transformers("CLIPVisionModel"), Letters())
+        Teacher(transformers_model("CLIPVisionModel"), Letters())
 
 
 def test_text_towers_with_unexpected_outputs_are_refused(tiny):
@@ -617,7 +616,7 @@ def words_tokenizer(**options):
 
 
 def test_a_transformers_tokenizer_pads_to_the_towers_length():
-    teacher = Teacher(randomized(of_transformers("CLIPModel")), words_tokenizer())
+    teacher = Teacher(randomized(transformers_model("CLIPModel")), words_tokenizer())
     features = teacher(texts=["a cat sat", "a"])
     assert features.words.shape == (2, 77, 512) and features.words_mask.sum(1).tolist() == [3, 1]
     assert teacher.pieces("a cat sat") == ["", "a", "cat", "sat", *[""] * 73]
@@ -627,7 +626,7 @@ def test_a_transformers_tokenizer_pads_to_the_towers_length():
 
 
 def test_a_left_padding_transformers_tokenizer_works_and_is_unchanged():
-    model, tokenizer = randomized(of_transformers("CLIPModel")), words_tokenizer(padding_side="left")
+    model, tokenizer = randomized(transformers_model("CLIPModel")), words_tokenizer(padding_side="left")
     before = tokenizer(["a cat", "a"], padding=True)["input_ids"]
     attributes = {name: repr(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
     expected = Teacher(model, words_tokenizer())(texts=["a cat sat", "a"])
@@ -692,13 +691,21 @@ def test_features_align_to_a_students_tokens():
         features._replace(regions=None).align(regions=torch.tensor([0]))
 
 
-SEEING = ["CLIP of transformers", "SigLIP of transformers", "SigLIP2", "AltCLIP", "ChineseCLIP", "OpenAI's", "averages"]
+IMAGE_TOWERS = [
+    "CLIP of transformers",
+    "SigLIP of transformers",
+    "SigLIP2",
+    "AltCLIP",
+    "ChineseCLIP",
+    "OpenAI's",
+    "HFTextEncoder with mean pooling",
+]
 EVIT, FUSED, TOME, TCA = ck.EViT(0.5, fuse=False), ck.EViT(0.5), ck.ToMe(4), ck.TCA(0.1)
 
 
 @pytest.mark.parametrize(("name", "method"), [
-    *((name, None) for name in SEEING),
-    *((name, TOME) for name in SEEING),
+    *((name, None) for name in IMAGE_TOWERS),
+    *((name, TOME) for name in IMAGE_TOWERS),
     *(("SigLIP of transformers", method) for method in (EVIT, FUSED, TCA)),
     *(("SigLIP2", method) for method in (EVIT, FUSED, TCA)),
 ])  # fmt: skip
@@ -729,7 +736,7 @@ def test_images_and_texts_work_on_other_towers(name, method):
 
 
 def test_openais_half_precision_weights_work():
-    model = randomized(of_openai())
+    model = randomized(openai_model())
     from clip.model import convert_weights
 
     expected = Teacher(model, Letters())(torch.ones(1, 3, 32, 32), ["a cat"])

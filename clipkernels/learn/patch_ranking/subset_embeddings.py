@@ -1,6 +1,6 @@
 """Embeddings of images without some of their patches, from a block input that is computed once per image.
 
-The block's queries, keys and values are computed once, too; each subset gathers the rows that it keeps.
+The block's queries, keys and values are also computed once; each subset gathers the rows that it keeps.
 """
 
 from __future__ import annotations
