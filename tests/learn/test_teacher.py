@@ -113,7 +113,9 @@ def matrix_projection(holder):
 
 TOWERS = {
     "open_clip's CLIP": (clip, Letters(), words_of(lambda m: m.ln_final, matrix_projection(lambda m: m))),
-    "CustomTextCLIP with eos pooling": (custom, Letters(), words_of(lambda m: m.text.ln_final, matrix_projection(lambda m: m.text))),
+    "CustomTextCLIP with eos pooling": (
+        custom, Letters(), words_of(lambda m: m.text.ln_final, matrix_projection(lambda m: m.text)),
+    ),
     "SigLIP of open_clip": (
         siglip, Letters(None, None, 1), words_of(lambda m: m.text.ln_final, lambda m: m.text.text_projection),
     ),
