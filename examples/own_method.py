@@ -27,7 +27,7 @@ class Once:
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> ck.Plan:
         steps: list[ck.Prune | None] = [None] * blocks
-        steps[self.block] = ck.Prune(self.keep, fuse=False)
+        steps[self.block] = ck.Prune(min(self.keep, tokens - prefix), fuse=False)
         return ck.Plan(tuple(steps), tokens, prefix)
 
 

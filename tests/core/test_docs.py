@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_a_command_of_the_guides_has_options_that_exist(command: str) -> None:
     assert verb is not None
     names = {name for parameter in verb.params for name in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= names | {"--help"}
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in pairwise(words):
         if option == "--method":
             assert value.partition(":")[0] in GRAMMARS
 
