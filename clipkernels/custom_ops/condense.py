@@ -24,7 +24,7 @@ def condense_tokens(
     norm: Norm | None,
 ) -> Condensed:
     arguments = (x, scores, keep, merge, centers, weights, heads, prefix, first)
-    tokens, source, index, _, normed = call_with_norm("condense_tokens", _launch, arguments, norm)
+    tokens, source, index, _, normed = call_with_norm("condense_tokens", _launch, arguments, norm, x, scores, weights)
     return Condensed(tokens, source, index, normed)
 
 

@@ -17,7 +17,8 @@ def bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
 
 
 def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> Added:
-    return Added(*call_with_norm("add_norm", _launch_add_norm, (x, y, bias, scale), norm))
+    tensors = (x, y, bias, scale)
+    return Added(*call_with_norm("add_norm", _launch_add_norm, tensors, norm, *tensors))
 
 
 def _launch_bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:

@@ -19,7 +19,8 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Match:
 
 
 def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None) -> Merged:
-    return Merged(*call_with_norm("merge_tokens", _launch_merge, (x, *match, size), norm))
+    tensors = (x, *match, size)
+    return Merged(*call_with_norm("merge_tokens", _launch_merge, tensors, norm, *tensors))
 
 
 def _launch_match(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from clipkernels.reference import Norm, Pruned, reduce_heads
 def prune_tokens(
     x: Tensor, scores: Tensor, keep: int, fuse: bool, heads: str, prefix: int, norm: Norm | None
 ) -> Pruned:
-    return Pruned(*call_with_norm("prune_tokens", _launch, (x, scores, keep, fuse, heads, prefix), norm))
+    return Pruned(*call_with_norm("prune_tokens", _launch, (x, scores, keep, fuse, heads, prefix), norm, x, scores))
 
 
 def _launch(*arguments: Any) -> Any:

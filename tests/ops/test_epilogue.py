@@ -57,8 +57,8 @@ def test_add_norm_matches_the_formula(device, backend, shape, wide, dtype):
 
 def test_optional_terms_may_be_omitted(device, backend):
     x, y = normal(device, 2, 9, 24), normal(device, 2, 9, 24, seed=1)
-    plain = ck.ops.add_norm(x, y, backend=backend)
-    assert torch.equal(plain.tokens, x + y) and plain.normed is None
+    added = ck.ops.add_norm(x, y, backend=backend)
+    assert torch.equal(added.tokens, x + y) and added.normed is None
     zero, one = torch.zeros(24, device=device), torch.ones(24, device=device)
     assert torch.equal(ck.ops.add_norm(x, y, zero, one, backend=backend).tokens, x + y)
 

@@ -106,10 +106,8 @@ def test_a_b16_predictor_has_46246_weights_and_7m_products():
     with FlopCounterMode(display=False) as counter:
         ck.ops.predict_scores(x, mixer)
     products = 2 * 197 * 64 * 32 + 2 * 197 * 64 * 256
-    assert counter.get_total_flops() in (
-        2 * products,
-        2 * (products + 196 * 64),
-    )  # some versions of torch count the last product
+    # Some versions of torch count the last product.
+    assert counter.get_total_flops() in (2 * products, 2 * (products + 196 * 64))
     assert round((products + 196 * 64) / 1e6, 2) == 7.27
 
 
@@ -276,8 +274,8 @@ def test_scoring_and_pruning_compile_into_one_graph(device, backend, grad):
         return scores * 2, ck.ops.prune_tokens(x, scores, 3, backend=backend).tokens
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
-    for some in (3, 2):
-        torch.testing.assert_close(compiled(x[:some]), run(x[:some]))
+    for batch in (3, 2):
+        torch.testing.assert_close(compiled(x[:batch]), run(x[:batch]))
 
 
 def test_an_exported_reference_takes_any_batch():
