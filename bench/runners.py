@@ -57,7 +57,7 @@ def in_cuda_graph(variant: Variant, images: Tensor) -> Variant:
     inputs = images.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # the first runs compile and tune, which must not be captured
+    with torch.cuda.stream(stream):  # the first runs compile and tune, outside the capture
         for _ in range(2):
             variant.encode(inputs)
     torch.cuda.current_stream().wait_stream(stream)

@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds; default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="order of the variants; default %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--clock", choices=["wall", "process"], default="wall", help="process: CPU time of one thread")
     parser.add_argument("--plain", action="store_true", help="also every method in plain PyTorch, with the same plan")
     parser.add_argument(
@@ -132,7 +132,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--deadline", type=float, default=float("inf"), metavar="SECONDS", help="start no case after this time"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; FILE.json adds the environment")
     arguments = parser.parse_args()
     unknown = sorted({name for name in arguments.models if ":" not in name} - set(open_clip.list_models()))
     unknown += [name for name in arguments.models if ":" in name and name.partition(":")[0] not in LIBRARIES]

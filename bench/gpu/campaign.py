@@ -85,7 +85,7 @@ class Campaign:
         failed: list[str] = []
         try:
             while True:
-                progress = Progress(self.whole(visits) | set(failed), self.failed(), visits)
+                progress = Progress(self.complete(visits) | set(failed), self.failed(), visits)
                 visit = next_visit(self.every, progress, self.remaining())
                 if visit is None:
                     break
@@ -96,7 +96,7 @@ class Campaign:
         finally:
             self.stop()
         for step in self.every:
-            if step.name not in self.whole(visits) and step.name not in visits:
+            if step.name not in self.complete(visits) and step.name not in visits:
                 self.say(
                     f"skipped {step.name}: needs {step.min_seconds:.0f} s, {max(self.remaining(), 0):.0f} s are left"
                 )
@@ -153,7 +153,7 @@ class Campaign:
             with atomic_write(self.out / "report.md") as temporary:
                 Path(temporary).write_bytes((self.folder / "report.md").read_bytes())
 
-    def whole(self, visits: Mapping[str, int]) -> set[str]:
+    def complete(self, visits: Mapping[str, int]) -> set[str]:
         """Return the names of the steps that need no further visit."""
         again = {step.name for step in self.every if step.always and step.name not in visits}
         return {name for name, state in self.done.items() if state.whole} - again

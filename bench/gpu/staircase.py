@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--batch", nargs="+", type=int, default=[1, 32, 256], metavar="B", help="images per batch; default: 1 32 256"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument(
         "--multiples",
         nargs="+",
@@ -82,7 +82,7 @@ def parse() -> argparse.Namespace:
         "--step", type=int, default=1, metavar="N", help="difference between timed token counts; default 1"
     )
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; default %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; FILE.json adds the gains of rounding")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot of the staircases")
     return parser.parse_args()

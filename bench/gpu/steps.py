@@ -77,7 +77,7 @@ class Visit(NamedTuple):
 class Progress(NamedTuple):
     """Names of the complete steps, names of the steps that failed in an earlier run, and visits by name in this run."""
 
-    whole: Collection[str]
+    complete: Collection[str]
     failed: Collection[str]
     visits: Mapping[str, int]
 
@@ -215,7 +215,7 @@ def next_visit(every: Sequence[Step], progress: Progress, remaining: float) -> V
     for position in sorted(range(len(every)), key=rank):
         step = every[position]
         visits = progress.visits.get(step.name, 0)
-        if step.name in progress.whole or remaining < step.min_seconds or (visits and step.piece is None):
+        if step.name in progress.complete or remaining < step.min_seconds or (visits and step.piece is None):
             continue
         return Visit(step, min(remaining, max(step.seconds, step.min_seconds)) if not visits else remaining)
     return None
@@ -230,22 +230,22 @@ def schedule(every: Sequence[Step], limits: Sequence[float], overhead: float) ->
         overhead: seconds for the report and the archive after each step.
     """
     required = {step.name: max(step.total, step.seconds) for step in every}
-    whole: set[str] = set()
+    complete: set[str] = set()
     for run, limit in enumerate(limits, 1):
         yield f"run {run}, {limit:.0f} s"
         visits: dict[str, int] = {}
         spent = 0.0
         if run > 1:
-            whole -= {step.name for step in every if step.always}
-        while visit := next_visit(every, Progress(whole, (), visits), limit - spent - overhead):
+            complete -= {step.name for step in every if step.always}
+        while visit := next_visit(every, Progress(complete, (), visits), limit - spent - overhead):
             step = visit.step
             seconds = min(step.seconds if step.always else required[step.name], visit.seconds)
             required[step.name] -= seconds
             if step.always or required[step.name] < 1:
-                whole.add(step.name)
+                complete.add(step.name)
             visits[step.name] = visits.get(step.name, 0) + 1
-            end = "complete" if step.name in whole else f"{required[step.name]:.0f} s left"
+            end = "complete" if step.name in complete else f"{required[step.name]:.0f} s left"
             yield f"  {spent:4.0f} s  {step.name}: {seconds:.0f} s, {end}"
             spent += seconds + overhead
-        skipped = [step.name for step in every if step.name not in whole and step.name not in visits]
+        skipped = [step.name for step in every if step.name not in complete and step.name not in visits]
         yield f"  {spent:4.0f} s  end; not started: {', '.join(skipped) or 'none'}"

@@ -141,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--deadline", type=float, default=math.inf, metavar="SECONDS", help="start no search after this time"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; a .json beside it adds the environment")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="rows; FILE.json adds the environment")
     return parser.parse_args()
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import clipkernels as ck
 from bench.result_files import deviation, header_of, resume, save, write
-from bench.studies.tiny_clip import few, read
+from bench.studies.tiny_clip import read, sample_shots
 from clipkernels import support
 from clipkernels.learn.calip_fs import FewShotCALIP
 from clipkernels.measure.environment import environment
@@ -104,7 +104,7 @@ def parse() -> argparse.Namespace:
 
 
 def accuracies(done: set[str], arguments: argparse.Namespace, bar: Progress) -> Iterator[list[dict[str, Any]]]:
-    """Yield, for each tower, the rows of every head on it."""
+    """Yield the rows of every head, one list for each tower."""
     photos, classes = read(arguments.images)
     pool, pool_classes = read(arguments.pool)
     if pool_classes != classes:
@@ -214,7 +214,7 @@ def few_shot_calip(text: Tensor, labelled: Features, shots: int, fit: Features, 
 
 def draw_shots(labelled: Features, shots: int, seed: int) -> Features:
     """Return `shots` random images of each class."""
-    return labelled.take(few(labelled.labels, shots, seed))
+    return labelled.take(sample_shots(labelled.labels, shots, seed))
 
 
 def rows(tower: str, heads: dict[str, Maker], features: Features, seeds: int) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import clipkernels as ck
 from bench.result_files import deviation, header_of, resume, save, write
-from bench.studies.tiny_clip import few, read
+from bench.studies.tiny_clip import read, sample_shots
 from clipkernels import support
 from clipkernels.learn.patch_ranking import (
     Rankings,
@@ -48,7 +48,7 @@ from clipkernels.measure.timing import plan_for
 from clipkernels.tower import TowerInput, run
 
 BATCH = 50  # small enough for the CPU's caches, which is faster
-GONE = (0.0, 0.2, 0.4, 0.6)
+REMOVED_SHARES = (0.0, 0.2, 0.4, 0.6)
 SHOTS = 16
 TEMPLATE = "a photo of a {}."
 COLORS = [*(f"C{at}" for at in range(10)), "black"]
@@ -92,8 +92,8 @@ class Study:
     pool: Photos
     classes: Sequence[str]
     text: Tensor
-    ranked: Rankings
-    golden: dict[str, Rankings]
+    pool_rankings: Rankings
+    golden_rankings: dict[str, Rankings]
     score: str
     seeds: int
     dense: Tensor
@@ -179,18 +179,20 @@ def rows(done: set[tuple[int, float, str]], arguments: argparse.Namespace, bar: 
 
     for block in (int(block) for block in arguments.blocks.split(",")):
         golden_images = images.take(slice(0, arguments.golden))
-        ranked = rank("pool", pool, arguments.score, block)
-        golden = {score: rank("images", golden_images, score, block) for score in SCORES}
-        dense = right(text, images, ck.Dense())
-        study = Study(block, images, pool, classes, text, ranked, golden, arguments.score, arguments.seeds, dense)
+        pool_rankings = rank("pool", pool, arguments.score, block)
+        golden_rankings = {score: rank("images", golden_images, score, block) for score in SCORES}
+        dense = correct_images(text, images, ck.Dense())
+        study = Study(
+            block, images, pool, classes, text, pool_rankings, golden_rankings, arguments.score, arguments.seeds, dense
+        )
         predictors = []
         for seed in range(arguments.seeds):
             bar.update(task, description=f"block {block}: predictor {seed}", total=None)
             file = arguments.work / f"predictor-{arguments.score}-{block}-{arguments.ranked}-{seed}.safetensors"
             if not file.exists():
-                fit_predictor(study.ranked, seed=seed, held_out=0).predictor.save(file)
+                fit_predictor(study.pool_rankings, seed=seed, held_out=0).predictor.save(file)
             predictors.append(RankPredictor.load(file))
-        for share in GONE:
+        for share in REMOVED_SHARES:
             for name, make in makers(study, share, predictors).items():
                 if (block, share, name) not in done:
                     bar.update(task, description=f"block {block}, {share:.0%} removed: {name}", total=None)
@@ -208,12 +210,12 @@ def preprocess_photos(photos: Any, limit: int) -> Photos:
 class Outcome(NamedTuple):
     """The result of a method.
 
-    right: for every seed, booleans (n,) of the first n images, true if the class is correct.
+    correct: for every seed, booleans (n,) of the first n images, true if the class is correct.
     overlaps: shares of the removed patches that the golden ranking removes, too; empty if not measured.
     method: the method of the first seed.
     """
 
-    right: list[Tensor]
+    correct: list[Tensor]
     overlaps: list[float]
     method: Any
 
@@ -222,14 +224,15 @@ def makers(study: Study, share: float, predictors: list[RankPredictor]) -> dict[
     """Return a function for every row of a block and a share of removed patches, by the row's name."""
     if not share:
         return {"learnt tokens": partial(with_tokens, study, [ck.PatchRanking(predictors[0], 1.0)] * study.seeds)}
-    patches = study.ranked.ranks.shape[1]
+    patches = study.pool_rankings.ranks.shape[1]
     num_removed = round(share * patches)
     keep, before = (patches - num_removed) / patches, study.block - 1
     merged = [*[0] * before, min(num_removed, patches // 2), num_removed - min(num_removed, patches // 2)]
     learnt = [ck.PatchRanking(predictor, keep) for predictor in predictors]
     chance = [ck.PatchRanking(at_random(study, seed), keep) for seed in range(study.seeds)]
     result: dict[str, Callable[[], Outcome]] = {
-        f"golden, {score}": partial(with_rankings, study, keep, rankings) for score, rankings in study.golden.items()
+        f"golden, {score}": partial(with_rankings, study, keep, rankings)
+        for score, rankings in study.golden_rankings.items()
     }
     return result | {
         "predictor": partial(plain, study, learnt),
@@ -244,21 +247,21 @@ def makers(study: Study, share: float, predictors: list[RankPredictor]) -> dict[
 
 def at_random(study: Study, seed: int) -> FixedScores:
     """Return a predictor with one random order for all images."""
-    predictor = FixedScores(study.ranked.features.shape[1], study.block)
-    predictor.scores = torch.rand(1, study.ranked.ranks.shape[1], generator=torch.Generator().manual_seed(seed))
+    predictor = FixedScores(study.pool_rankings.features.shape[1], study.block)
+    predictor.scores = torch.rand(1, study.pool_rankings.ranks.shape[1], generator=torch.Generator().manual_seed(seed))
     return predictor
 
 
 def with_rankings(study: Study, keep: float, rankings: Rankings) -> Outcome:
     """Return the result of pruning the first images by their golden rankings."""
-    predictor = FixedScores(study.ranked.features.shape[1], study.block)
+    predictor = FixedScores(study.pool_rankings.features.shape[1], study.block)
     method = ck.PatchRanking(predictor, keep)  # type: ignore[arg-type]
     images, scores = study.images.take(slice(0, len(rankings.ranks))), -rankings.ranks.double()
 
     def set_scores(batch: slice) -> None:
         predictor.scores = scores[batch]
 
-    return Outcome([right(study.text, images, method, set_scores)], [agreement(study, scores, keep)], method)
+    return Outcome([correct_images(study.text, images, method, set_scores)], [agreement(study, scores, keep)], method)
 
 
 def plain(study: Study, methods: Sequence[Any]) -> Outcome:
@@ -267,7 +270,7 @@ def plain(study: Study, methods: Sequence[Any]) -> Outcome:
     overlaps = [
         agreement(study, method_scores, methods[0].keep) for method_scores in scores if method_scores is not None
     ]
-    return Outcome([right(study.text, study.images, method) for method in methods], overlaps, methods[0])
+    return Outcome([correct_images(study.text, study.images, method) for method in methods], overlaps, methods[0])
 
 
 def with_tokens(study: Study, methods: Sequence[ck.PatchRanking]) -> Outcome:
@@ -275,15 +278,19 @@ def with_tokens(study: Study, methods: Sequence[ck.PatchRanking]) -> Outcome:
     _, _, tokenizer = ck.bundled()
     fitted_methods = []
     for seed, method in enumerate(methods):
-        sample = study.pool.take(few(study.pool.labels, SHOTS, seed))
+        sample = study.pool.take(sample_shots(study.pool.labels, SHOTS, seed))
         prompts = support.photo(study.classes, (TEMPLATE,))
         fitted = fit_tokens(ck.bundled()[0], tokenizer, prompts, sample.images, sample.labels, method, seed=seed)
         fitted_methods.append(replace(method, tokens=fitted.tokens))
-    return Outcome([right(study.text, study.images, method) for method in fitted_methods], [], fitted_methods[0])
+    return Outcome(
+        [correct_images(study.text, study.images, method) for method in fitted_methods], [], fitted_methods[0]
+    )
 
 
 @torch.inference_mode()
-def right(text: Tensor, images: Photos, method: Any, before_batch: Callable[[slice], None] | None = None) -> Tensor:
+def correct_images(
+    text: Tensor, images: Photos, method: Any, before_batch: Callable[[slice], None] | None = None
+) -> Tensor:
     """Return booleans (n,), true for an image whose class a patched tower predicts correctly."""
     model = ck.patch(ck.bundled()[0], method)
     results = []
@@ -299,7 +306,7 @@ def right(text: Tensor, images: Photos, method: Any, before_batch: Callable[[sli
 @torch.inference_mode()
 def scores_of(study: Study, method: Any) -> Tensor | None:
     """Return the patch scores (n,P) of the images with golden rankings, or None if a method changes its patches."""
-    golden_images, model = study.images.images[: len(study.golden["label"].ranks)], ck.bundled()[0]
+    golden_images, model = study.images.images[: len(study.golden_rankings["label"].ranks)], ck.bundled()[0]
     tower = ck.tower_of(model)
     if isinstance(method, ck.PatchRanking):
         return torch.cat(
@@ -323,16 +330,16 @@ def tokens_entering(tower: Any, images: Tensor, block: int) -> Tensor:
 
 def agreement(study: Study, scores: Tensor, keep: float) -> float:
     """Return the overlap of scores with the golden ranking by the score that predictors learn from."""
-    ranks = study.golden[study.score].ranks
+    ranks = study.golden_rankings[study.score].ranks
     return overlap(scores, ranks, ranks.shape[1] - math.ceil(keep * ranks.shape[1]))
 
 
 def row(study: Study, share: float, name: str, outcome: Outcome) -> dict[str, Any]:
     """Return a row with accuracy in per cent, and its difference to the dense tower's on the same images."""
-    images = len(outcome.right[0])
+    images = len(outcome.correct[0])
     dense = study.dense[:images].double()
-    accuracies = [100 * correct.double().mean().item() for correct in outcome.right]
-    deltas = [100 * (correct.double() - dense).mean().item() for correct in outcome.right]
+    accuracies = [100 * correct.double().mean().item() for correct in outcome.correct]
+    deltas = [100 * (correct.double() - dense).mean().item() for correct in outcome.correct]
     tower = ck.tower_of(ck.bundled()[0])
     cost = plan_for(tower, outcome.method).gmacs(tower.width, tower.patch, tower.out, exact=True)
     figures = {
@@ -390,7 +397,7 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
             xlabel="patches removed, %", ylabel="accuracy above the dense tower, points", title=f"before block {block}"
         )
         axes.set_ylim(top=PLOT_TOP)
-        axes.set_xticks([100 * share for share in GONE])
+        axes.set_xticks([100 * share for share in REMOVED_SHARES])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     save(figure, file)

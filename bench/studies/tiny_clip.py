@@ -161,7 +161,7 @@ def read(source: Path) -> tuple[scenes.Images, list[str]]:
     return scenes.Images(np.stack([image for _, image in photos]), labels), classes
 
 
-def few(labels: Tensor, shots: int, seed: int) -> Tensor:
+def sample_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
     """Return the indices of `shots` random images of each class, given the labels (n,)."""
     order = torch.from_numpy(np.random.default_rng([seed, 2]).permutation(len(labels)))
     ordered = labels[order]

@@ -37,7 +37,7 @@ def test_the_ranking_study_writes_every_row_and_resumes(tmp_path: Path, monkeypa
     folder, out = tmp_path / "digits", tmp_path / "ranking.csv"
     options = ("--images", folder, "--pool", folder, "--limit", 6, "--golden", 3, "--ranked", 4, "--seeds", 2)
     options = (*options, "--blocks", 5, "--work", tmp_path / "work", "--out", out)
-    monkeypatch.setattr(ranking, "GONE", (0.0, 0.4))
+    monkeypatch.setattr(ranking, "REMOVED_SHARES", (0.0, 0.4))
     monkeypatch.setattr(ranking, "SHOTS", 1)
     monkeypatch.setattr(sys, "argv", ["ranking.py", *map(str, options)])
     ranking.main()
