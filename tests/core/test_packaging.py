@@ -1,4 +1,4 @@
-"""What is shipped, and that `clipkernels.kernels` is found however the package got there.
+"""The contents of sdist and wheel; `clipkernels.kernels` is found after every kind of install.
 
 Every import runs in a fresh interpreter that sees neither the working directory nor an installed clipkernels: `-I -S`
 keeps both out, and the other libraries come from this process's path.
@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FIND_KERNELS = """
-import importlib, json
+import importlib.util, json
 import clipkernels
 spec = importlib.util.find_spec("clipkernels.kernels.prune")
 if importlib.util.find_spec("triton"):
@@ -31,10 +31,10 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason=
 
 
 def python(code: str, *path: Path, cwd: Path = ROOT) -> str:
-    """The output of code in a fresh interpreter: path, whose .pth files are read, then this process's libraries."""
+    """The output of code in a fresh interpreter that sees `path`, with .pth files, then this process's libraries."""
     libraries = [p for p in sys.path if p and Path(p).resolve() != ROOT]
-    first = [str(p) for p in path]
-    setup = f"import site, sys\nsys.path = {first} + {libraries}\nfor p in {first}:\n    site.addsitedir(p)\n"
+    added = [str(p) for p in path]
+    setup = f"import site, sys\nsys.path = {added} + {libraries}\nfor p in {added}:\n    site.addsitedir(p)\n"
     command = [sys.executable, "-I", "-S", "-c", setup + code]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
@@ -46,13 +46,13 @@ def sources(folder: str, pattern: str = "*.py") -> set[str]:
 
 
 def build(folder: Path, call: str, *arguments: object) -> Path:
-    """What one call of setuptools' build backend writes, built from a copy so that the checkout stays clean."""
+    """The file that one call of setuptools' build backend writes; a copy is built, so that the checkout stays clean."""
     if find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed")
     copy, out = folder / "copy", folder / "out"
     if not copy.exists():
-        junk = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "results")
-        shutil.copytree(ROOT, copy, ignore=junk)
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "results")
+        shutil.copytree(ROOT, copy, ignore=ignored)
         out.mkdir()
     code = f"import setuptools.build_meta as backend\nprint(backend.{call}({str(out)!r}, *{arguments!r}))"
     return out / python(code, copy, cwd=copy).split()[-1]
@@ -65,7 +65,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel built from the unpacked sdist, as an index's users without wheels get it."""
+    """The wheel built from the unpacked sdist, as pip builds it where an index has no wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
@@ -82,12 +82,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_sdist_holds_the_kernels_the_tests_and_the_benchmarks(sdist: Path) -> None:
+def test_the_sdist_holds_kernels_tests_benchmarks_and_guides(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     kernels = sources("kernels")
     assert kernels
-    assert kernels | sources("tests") | sources("bench") | {"Makefile", "LICENSE", "CHANGELOG.md"} <= names
+    guides = sources("docs", "*.md") | sources("examples") | {"docs/speedup.png"}
+    assert kernels | sources("tests") | sources("bench") | guides | {"Makefile", "LICENSE", "CHANGELOG.md"} <= names
 
 
 def test_the_wheel_holds_every_module_of_the_checkout_and_the_data(wheel: Path) -> None:
@@ -99,10 +100,10 @@ def test_the_wheel_holds_every_module_of_the_checkout_and_the_data(wheel: Path) 
     assert names == modules | sources("clipkernels") | data | {"clipkernels/py.typed"}
 
 
-def test_the_wheel_installed_outside_the_checkout_finds_its_kernels_and_data(installed: Path, tmp_path: Path) -> None:
+def test_an_installed_wheel_finds_its_kernels_and_data(installed: Path, tmp_path: Path) -> None:
     code = FIND_KERNELS + "from clipkernels.data import digits\nprint(len(digits.load(True).labels))"
-    found, rows = python(code, installed, cwd=tmp_path).splitlines()
-    assert json.loads(found) == [
+    paths, rows = python(code, installed, cwd=tmp_path).splitlines()
+    assert json.loads(paths) == [
         str(installed / "clipkernels" / "__init__.py"),
         str(installed / "clipkernels" / "kernels" / "prune.py"),
     ]
@@ -179,16 +180,16 @@ print(pruned.index.tolist(), pruned.tokens.tolist())
     assert python(code, ROOT).strip() == "[[1, 3]] [[[0.0, 1.0], [4.0, 5.0], [8.0, 9.0]]]"
 
 
-def test_another_package_called_kernels_wins_over_the_folder_in_the_checkout(tmp_path: Path) -> None:
+def test_another_package_called_kernels_wins_over_the_folder(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("OWNER = 'somebody else'\n")
     code = FIND_KERNELS + "import kernels\nprint(kernels.OWNER)"
-    found, owner = python(code, ROOT, tmp_path).splitlines()
+    paths, owner = python(code, ROOT, tmp_path).splitlines()
     assert owner == "somebody else"
-    assert json.loads(found)[1] == str(ROOT / "kernels" / "prune.py")
+    assert json.loads(paths)[1] == str(ROOT / "kernels" / "prune.py")
 
 
-def test_transformers_imports_beside_hugging_faces_kernels_in_the_checkout() -> None:
+def test_transformers_imports_beside_hugging_faces_kernels() -> None:
     for name in ("transformers", "kernels"):
         spec = find_spec(name)
         if spec is None or spec.origin is None:
