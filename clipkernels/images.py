@@ -64,10 +64,10 @@ def draw_images(paths: Sequence[str], limit: int | None, seed: int | None) -> li
         limit: the number of paths, or None for all.
         seed: of the order; None is 0 with a limit, and keeps the order of `paths` without one.
     """
-    drawn = list(paths)
+    order = list(paths)
     if limit is not None or seed is not None:
-        random.Random(seed or 0).shuffle(drawn)
-    return drawn[:limit]
+        random.Random(seed or 0).shuffle(order)
+    return order[:limit]
 
 
 class Pictures(Dataset[tuple[int, Tensor | str]]):

@@ -202,6 +202,7 @@ def _bit_difference(case: Case, source: InputFactory, inputs: tuple[Tensor, ...]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the rows as a table, with failed verdicts in red."""
     table = Table("operation", "shape", "dtype", "backend", "error", "allowed", "reference's", "verdict")
     for row in rows:
         figures = ("" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "allowed", "reference"))

@@ -143,21 +143,22 @@ def classify(
     try:
         check_head(context, head, adapt, preset, reservoir, frozen)
         by_name = support is None or classes is not None or classes_file is not None
-        named = read_classes(classes, classes_file) if by_name else None
+        class_names = read_classes(classes, classes_file) if by_name else None
         paths = draw_images(list(find_images(images)), limit, shuffle)
-        specs = [spec or ("tca" if adapt else "dense")]
-        if specs == ["none"] and adapt:
+        if spec == "none" and adapt:
             raise click.UsageError("expected any method but none with --adapt, got --method none")
-        [method] = read_methods(specs, predictor, tokens)
+        specified = read_methods([spec] if spec is not None else [], predictor, tokens)
+        [method] = specified or read_methods(["tca" if adapt else "dense"], None, None)
         where = choose_device(device)
         model, preprocess, tokenizer = load_clip(name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
         if spec is None and not is_supported(model):
             method = None
         support_set = None if support is None else SupportSet.load(support, model)
-        names = list(support_set.classes) if support_set else named or []
-        if support_set and named and set(named) != set(names):
-            raise click.UsageError(f"expected the classes of {support} ({', '.join(names)}), got {', '.join(named)}")
+        names = list(support_set.classes) if support_set else class_names or []
+        if support_set and class_names and set(class_names) != set(names):
+            expected = f"expected the classes of {support} ({', '.join(names)})"
+            raise click.UsageError(f"{expected}, got {', '.join(class_names)}")
         labels = read_labels(paths, names) if folder_labels else None
         prompts = templates or (support_set.prompts if support_set else ("a photo of a {}.",))
         make_head = choose_head(head, adapt, preset, frozen, support_set)

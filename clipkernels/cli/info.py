@@ -63,6 +63,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def _cpu_memory() -> int | None:
+    """Return the bytes of physical memory, or None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -70,6 +71,7 @@ def _cpu_memory() -> int | None:
 
 
 def _device(device: str, name: str, memory: int | None, capability: str) -> dict[str, Any]:
+    """Return the row of one device; memory is in bytes."""
     chosen, why = backend.explain(torch.device(device))
     return {
         "device": device,

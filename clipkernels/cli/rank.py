@@ -22,7 +22,7 @@ from clipkernels.cli.parts.classes import folders_of, read_classes, read_labels
 from clipkernels.cli.parts.heads import is_set
 from clipkernels.cli.parts.models import choose_device, load_clip
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_table
-from clipkernels.cli.parts.plot import Shown, draw_rankings, plot_format
+from clipkernels.cli.parts.plot import RankedImage, draw_rankings, plot_format
 from clipkernels.data import Preprocess
 from clipkernels.files import write_csv
 from clipkernels.images import Pictures, draw_images, find_images, skip_message
@@ -141,9 +141,9 @@ def rank(
             if sheet is not None and picture_format is not None:
                 settings = ", ".join(f"{option} {options[option]}" for option in OPTIONS)
                 first = zip(ranked.places[:MAX_SHOWN], ranked.rankings.ranks, strict=False)
-                shown = [show(model, pictures, place, ranks) for place, ranks in first]
+                ranked_images = [show(model, pictures, place, ranks) for place, ranks in first]
                 title = f"The patches that stay longest are brightest ({settings})"
-                draw_rankings(shown, title, sheet.buffer, picture_format)
+                draw_rankings(ranked_images, title, sheet.buffer, picture_format)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
@@ -246,14 +246,14 @@ def rank_files(
     return Ranked(rankings, places, len(images.failed), time.perf_counter() - start)
 
 
-def show(model: nn.Module, pictures: Pictures, place: int, ranks: Tensor) -> Shown:
+def show(model: nn.Module, pictures: Pictures, place: int, ranks: Tensor) -> RankedImage:
     """Return a file's image as the model sees it, and the ranks (P,) of its patches as a grid."""
     tower = tower_of(model)
     height, width = (side // tower.patch for side in tower.image_size)
     image = to_rgb(cast(Tensor, pictures[place][1]), pictures.preprocess)
     name = os.fsencode(os.path.join(*Path(pictures.paths[place]).parts[-2:])).decode(errors="replace")
     covered = image[:, : height * tower.patch, : width * tower.patch]
-    return Shown(covered, ranks.view(height, width), shorten(name, MAX_NAME_COLUMNS))
+    return RankedImage(covered, ranks.view(height, width), shorten(name, MAX_NAME_COLUMNS))
 
 
 def to_rgb(image: Tensor, preprocess: Preprocess) -> Tensor:

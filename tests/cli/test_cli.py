@@ -180,7 +180,7 @@ def test_tome_costs_what_evit_costs_in_the_demo(tokens: int, blocks: int, width:
     from types import SimpleNamespace
 
     tower: Any = SimpleNamespace(
-        tokens=tokens, blocks=range(blocks), prefix=1, width=width, patch=16, out=512, mlp_ratio=4.0
+        num_tokens=tokens, blocks=range(blocks), prefix=1, width=width, patch=16, out=512, mlp_ratio=4.0
     )
     chosen = default_methods(tower)
     tome = next(method for method in chosen.values() if isinstance(method, ck.ToMe))

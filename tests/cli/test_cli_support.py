@@ -41,7 +41,7 @@ def error(result: Result) -> str:
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quick demo's digits, a folder per class."""
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     folder = tmp_path_factory.mktemp("pictures")
@@ -50,8 +50,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pictures(drawn: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(drawn, tmp_path / "digits"))
+def pictures(digit_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(digit_folder, tmp_path / "digits"))
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_a_missing_extra_is_one_line(package: str, extra: str, tmp_path: Path, m
             ("--from-folder", "PICTURES", "--classes", "a", "--prompts", "ensemble", "--template", "{}"),
             "expected --prompts photo or combined with --template, got ensemble",
         ),
-        (("--from-folder", "PICTURES", "--classes", "a", "--template", "a"), "templates must hold {} where"),
+        (("--from-folder", "PICTURES", "--classes", "a", "--template", "a"), "templates must hold {} in place of"),
         (("--from-folder", "PICTURES", "--classes", "a", "--minimum", "3"), "minimum must be a cosine"),
         (("--from-folder", "PICTURES", "--classes", "a", "--cache", "no/such/cache"), "got no/such"),
         (("--from-folder", "gone", "--classes", "a"), "'gone' does not exist"),

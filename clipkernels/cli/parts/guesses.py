@@ -63,6 +63,7 @@ def guess_writer(form: str, stream: TextIO) -> Callable[[Guess | None], None]:
 
 
 def _table(records: list[dict[str, Any]]) -> Table:
+    """Return the records as a table."""
     table = Table(*(HEADINGS.get(key, key) for key in records[0]))
     for record in records:
         cells = [f"{cell:.4f}" if isinstance(cell, float) else cell for cell in record.values()]

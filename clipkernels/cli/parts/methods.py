@@ -37,7 +37,7 @@ def _integer(text: str) -> int:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    """Integers separated by slashes."""
+    """Return integers that slashes separate."""
     try:
         return tuple(int(part) for part in text.split("/"))
     except ValueError:
@@ -45,7 +45,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _integer_or_list(text: str) -> int | tuple[int, ...]:
-    """One integer, or a tuple of several that slashes separate."""
+    """Return one integer, or a tuple of several that slashes separate."""
     return _integers(text) if "/" in text else _integer(text)
 
 
@@ -56,10 +56,12 @@ def _flag(text: str) -> bool:
 
 
 class Grammar(NamedTuple):
-    """How a method is spelled.
+    """The spelling of a method.
 
-    An example; the method, None for the host's own forward; the parameter that the plain value sets, its default and
-    its parser; and the parsers of the parameters that keys set.
+    example: a specification, for messages.
+    method: its class; None is the host's own forward.
+    parameter, default, parse: the parameter that the plain value sets, its default and its parser.
+    keys: the parsers of the parameters that keys set.
     """
 
     example: str
@@ -178,32 +180,33 @@ def name_of(method: Method | None) -> str:
         return HOST
     if not is_dataclass(method):
         return repr(method)
-    shown = []
+    arguments = []
     # A predictor has no short form, and its block is the method's.
     hidden = ("predictor", "block") if isinstance(method, PatchRanking) else ()
     for field in fields(method):
         value = getattr(method, field.name)
-        if field.name in hidden or (value == field.default and shown):
+        if field.name in hidden or (value == field.default and arguments):
             continue
         if isinstance(value, VisualTokens):
             value = value.count
-        shown.append(f"{field.name}={_short(value)}")
-    return f"{type(method).__name__}({', '.join(shown)})"
+        arguments.append(f"{field.name}={_short(value)}")
+    return f"{type(method).__name__}({', '.join(arguments)})"
 
 
 def _short(value: object) -> str:
-    """A value as Python writes it, a whole float without its .0."""
+    """Return a value as Python writes it, a whole float without its .0."""
     return f"{value:g}" if isinstance(value, float) and value.is_integer() else repr(value)
 
 
 def _expected(text: str, reason: str) -> str:
-    """The message for a specification that does not do."""
+    """Return the message for a specification that describes no method."""
     grammar = GRAMMARS.get(text.partition(":")[0])
     examples = grammar.example if grammar else "evit:0.7, tome:8, tca:0.1, patch-ranking:0.6, dense or none"
     return f"expected a method such as {examples}, got {text!r}: {reason}"
 
 
 def _parse(text: str) -> Spec:
+    """Return a specification in parts; click.UsageError for an unknown name or key, or a value that does not parse."""
     name, *parts = text.split(":")
     if name not in GRAMMARS:
         raise click.UsageError(_expected(text, "no such method"))
@@ -231,6 +234,7 @@ def _parse(text: str) -> Spec:
 
 
 def _build(spec: Spec, predictor: RankPredictor | None, tokens: VisualTokens | None) -> Method | None:
+    """Return the method of a specification; click.UsageError for an argument that the method refuses."""
     grammar = GRAMMARS[spec.name]
     arguments = dict(spec.arguments)
     if predictor is not None and spec.name == RANKING:

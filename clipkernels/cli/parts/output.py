@@ -65,6 +65,7 @@ def check_file(path: str, option: str = "--output") -> None:
 
 
 def _cannot_write(path: str, option: str, error: OSError) -> click.UsageError:
+    """Return the error of a path that cannot be written."""
     return click.UsageError(f"expected a file that can be written for {option}, got {path}: {error.strerror}")
 
 

@@ -18,7 +18,7 @@ MARKERS = "osD^vPX*<>hp"
 COLUMNS = 4
 
 
-class Shown(NamedTuple):
+class RankedImage(NamedTuple):
     """An image (3,H,W) in [0, 1], the ranks (h,w) of its patches, 0 for the one kept longest, and its name."""
 
     image: Tensor
@@ -132,7 +132,7 @@ def draw_training(
         figure.savefig(file, format=form, dpi=120)
 
 
-def draw_rankings(pictures: Sequence[Shown], title: str, file: BinaryIO, form: str) -> None:
+def draw_rankings(pictures: Sequence[RankedImage], title: str, file: BinaryIO, form: str) -> None:
     """Draw each image, and below it its patches, brighter the longer they are kept.
 
     Args:
