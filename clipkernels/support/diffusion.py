@@ -75,8 +75,8 @@ def generate(
     """The set of images generated from each class's sentences, in turn; saved in a folder, where each image is as soon
     as it is made: a run that was stopped goes on, and leaves the same images on the same machine.
 
-    A later call with a larger `per_class` keeps the images and features that are there, bit for bit; the features of the
-    new ones are, to rounding, those of a set generated at once.
+    A later call with a larger `per_class` keeps the images and features that are there, bit for bit; the features of
+    the new ones are, to rounding, those of a set generated at once.
 
     What the pipeline's safety checker flags, and blackens, is tried again from other noise; a place where all of it is
     flagged stays empty, which every run reports.
