@@ -17,8 +17,10 @@ the widths of all instructions that store into it, each counted once, as in the 
 """
 
 import argparse
+import ast
 import csv
 import hashlib
+import io
 import math
 import os
 import re
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,7 +53,7 @@ from clipkernels.kernels import (
 )
 
 KERNELS = Path(prune.__file__).parent
-TABLE = Path(__file__).parent.parent / "bench" / "results" / f"compiled-{triton.__version__}.csv"
+TABLE = Path(__file__).parents[2] / "bench" / "results" / f"compiled-{triton.__version__}.csv"
 # Bytes of stack that a kernel without a row in the table may take.
 STACK = 64
 # The version of triton whose table has every tower.
@@ -381,8 +384,24 @@ def find_faults(kernel: CompiledKernel, target: str, dtype: str, budget: dict[st
 
 
 def hashes() -> dict[str, str]:
-    """A hash of each kernel file's source."""
-    return {file.stem: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(KERNELS.glob("*.py"))}
+    """A hash of each kernel file's code; docstrings, comments and the order of imports do not change it."""
+    return {file.stem: code_hash(file.read_text(encoding="utf-8")) for file in sorted(KERNELS.glob("*.py"))}
+
+
+def code_hash(source: str) -> str:
+    """A hash of a module's lines of code, the same under every Python."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
+    tree = ast.parse(source)
+    skipped: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    documented = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.FunctionDef))
+    skipped += [node.body[0] for node in documented if ast.get_docstring(node) is not None]
+    for node in skipped:
+        lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    code = "\n".join(line.rstrip() for line in lines if line.strip())
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def write(rows: list[dict[str, object]], towers: list[str], digests: dict[str, str]) -> None:
