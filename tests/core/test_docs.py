@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import clipkernels as ck
+from bench import readme_picture
 from bench.gpu.report import BEGIN, END, NOTHING
 from bench.readme_picture import PICTURE, ROWS
 from clipkernels.cli import main
@@ -158,6 +159,21 @@ def test_the_table_of_the_readme_has_the_measured_numbers() -> None:
             result = accuracy[re.sub(r"r=\d+", same_method.group(1), method) if same_method else method]
             assert bundled.split()[0].rstrip(",") == result["tokens"]
             assert bundled.endswith(f"{100 * float(result['accuracy']):.1f} %")
+
+
+def test_the_picture_is_drawn_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setattr("sys.argv", ["readme_picture", "--batch", "1", "--out", str(tmp_path / "picture.png")])
+    readme_picture.main()
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    (row,) = (row for row in _rows(ROWS) if row["variant"] == "EViT(keep=0.7)" and row["batch"] == "8")
+    dot = readme_picture.dot_of(row)
+    assert (dot.entering, dot.leaving) == (197, 72)
+    # The ideal line is that of the GMACs but for the share of attention, which is not proportional to the tokens.
+    assert 1 / dot.share == pytest.approx(float(row["ideal_speedup"]), rel=0.01)
+    monkeypatch.setattr("sys.argv", ["readme_picture", "--batch", "7"])
+    with pytest.raises(SystemExit, match="expected rows of batch 7"):
+        readme_picture.main()
 
 
 def test_the_readme_says_that_no_gpu_was_measured_until_one_was() -> None:
