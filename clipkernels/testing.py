@@ -47,6 +47,17 @@ def assert_within_budget(came: Tensor, exact: Tensor, eager: Tensor) -> None:
     assert error <= allowed, f"error {error:.3e} is above the budget {allowed:.3e}"
 
 
+def assert_same(came: Tensor, expected: Tensor, backend: str) -> None:
+    """Fails unless two results are the same: of the triton backend bit for bit, of the reference to rounding, because
+    a GEMM library may round by the batch and by where a row stands, and index_add_ on a GPU adds in any order.
+
+    Raises:
+        AssertionError: with the greatest difference.
+    """
+    tolerance = 0.0 if backend == "triton" else None
+    torch.testing.assert_close(came, expected, atol=tolerance, rtol=tolerance)
+
+
 class guarded(TorchFunctionMode):
     """Inside this context new uninitialised tensors hold NaN (or a large integer), between guards.
 

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import clipkernels as ck
 from clipkernels.backend import interpreting
-from clipkernels.testing import assert_within_budget, strided
+from clipkernels.testing import assert_same, assert_within_budget, strided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The package has a function of the module's name.
@@ -235,7 +235,7 @@ def test_any_strides_give_the_same_result(device, backend, dtype):
         torch.testing.assert_close(came, attended)
         torch.testing.assert_close(ck.ops.calip_logits(*given, terms=True, backend=backend), terms)
     same = ck.ops.calip_logits(visual[:1].expand(3, -1, -1), pooled[:1].expand(3, -1), text, backend=backend)
-    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    assert_same(same, same[:1].expand_as(same), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
