@@ -2,6 +2,7 @@
 
 from clipkernels.testing.budget import (
     GuardedAllocations,
+    assert_same,
     assert_within_budget,
     budget,
     exact_interpreter_dot,
@@ -19,6 +20,7 @@ from clipkernels.testing.towers import (
 )
 
 __all__ = [
+    "assert_same",
     "assert_within_budget",
     "budget",
     "patched_with",

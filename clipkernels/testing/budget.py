@@ -43,6 +43,18 @@ def assert_within_budget(actual: Tensor, exact: Tensor, eager: Tensor) -> None:
     assert error <= allowed, f"error {error:.3e} is above the budget {allowed:.3e}"
 
 
+def assert_same(actual: Tensor, expected: Tensor, backend: str) -> None:
+    """Fail unless two results are the same: bit for bit on the triton backend, to rounding on the reference.
+
+    A GEMM library may round by the batch and by the place of a row, and `index_add_` on a GPU adds in any order.
+
+    Raises:
+        AssertionError: with the greatest difference.
+    """
+    tolerance = 0.0 if backend == "triton" else None
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
 class GuardedAllocations(TorchFunctionMode):
     """A context in which new uninitialised tensors contain NaN (or the largest integer) and lie between guards.
 

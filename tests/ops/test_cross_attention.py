@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import clipkernels as ck
 from clipkernels.backend import interpreting
-from clipkernels.testing import assert_within_budget, with_gaps
+from clipkernels.testing import assert_same, assert_within_budget, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # An import statement would find the function of the same name.
@@ -237,7 +237,7 @@ def test_any_strides_give_the_same_result(device, backend, dtype):
         torch.testing.assert_close(actual, attended)
         torch.testing.assert_close(ck.ops.calip_logits(*arguments, terms=True, backend=backend), terms)
     expanded = ck.ops.calip_logits(visual[:1].expand(3, -1, -1), pooled[:1].expand(3, -1), text, backend=backend)
-    assert torch.equal(expanded[0], expanded[1]) and torch.equal(expanded[0], expanded[2])
+    assert_same(expanded, expanded[:1].expand_as(expanded), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
