@@ -114,7 +114,8 @@ def in_onnxruntime(module, inputs, opset=18):
     )
     model = program.model_proto
     if torch.__version__.startswith("2.6."):
-        del model.graph.value_info[:]  # with the batch size of the trace in it, which onnxruntime takes for the only one
+        # It holds the batch size of the trace, which onnxruntime takes for the only one.
+        del model.graph.value_info[:]
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
