@@ -32,7 +32,7 @@ def interpreted(triton, monkeypatch):
 def _sweep():
     """One operation of each kind, the others slow, because every kernel has a test file of its own."""
     for op in CASES:
-        quick = op in ("prune_tokens", "match_tokens", "bias_act_gelu")
+        quick = op in ("prune_tokens", "bias_act_gelu")
         yield pytest.param(op, marks=[] if quick else [pytest.mark.slow])
 
 

@@ -64,7 +64,7 @@ TOWERS = {
 PAIRS = [(name, method) for name in TOWERS for method in METHODS]
 # SigLIP has no CLS, so merged tokens are copied back to the positions of their patches for the pool.
 IN_ONNX = [("open_clip", "EViT"), ("timm", "ToMe")]
-TRACED = [(name, "ToMe") for name in TOWERS if name not in ("timm EVA02", "timm PE-Core")] + [("timm EVA02", "EViT")]
+TRACED = [("open_clip", "ToMe"), ("transformers", "ToMe"), ("timm", "ToMe"), ("timm EVA02", "EViT")]
 
 
 def _marked(quick):

@@ -84,7 +84,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("method", [ck.Dense(), ck.EViT(0.5), ck.ToMe(3)], ids=str)
+@pytest.mark.parametrize(
+    "method", [pytest.param(ck.Dense(), marks=pytest.mark.slow), ck.EViT(0.5), ck.ToMe(3)], ids=str
+)
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
 def test_towers_of_other_libraries_give_the_embedding_of_the_reference(device, on, name, method):

@@ -205,7 +205,7 @@ def test_wider_heads_run_on_the_reference(device):
         ck.ops.attention(q, k, v, backend="triton")
 
 
-@pytest.mark.parametrize("signal", [None, "cls", "received"])
+@pytest.mark.parametrize("signal", [pytest.param(None, marks=SLOW), "cls", "received"])
 def test_an_image_has_the_same_bits_alone_and_in_a_batch(device, triton, signal):
     q, k, v = qkv(device, 3, 2, 70, 64)
     size = torch.arange(1.0, 71, device=device).expand(3, -1)

@@ -38,19 +38,26 @@ def eager(x, exact, source, index, weights, keep, centers, prefix=1):
     return torch.cat([merged, fused], 1)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "prefix", "keep", "merge", "centers"),
-    [
-        (50, 1, 30, 12, 2),
-        (65, 1, 23, 26, 4),
-        (63, 0, 1, 62, 3),
-        (65, 5, 0, 3, 3),
-        (2, 1, 0, 1, 1),
-        (197, 1, 137, 40, 2),
-    ],
-)
-def test_rows_match_a_naive_loop(device, backend, dtype, tokens, prefix, keep, merge, centers):
+SIZES = [
+    (50, 1, 30, 12, 2),
+    (65, 1, 23, 26, 4),
+    (63, 0, 1, 62, 3),
+    (65, 5, 0, 3, 3),
+    (2, 1, 0, 1, 1),
+    (197, 1, 137, 40, 2),
+]
+
+
+def _sweep():
+    """Yield every size in every dtype; the quick tests run every size in fp32 and one size in the other dtypes."""
+    for sizes in SIZES:
+        for dtype in KERNEL_DTYPES:
+            quick = dtype == torch.float32 or sizes == SIZES[1]
+            yield pytest.param(*sizes, dtype, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "keep", "merge", "centers", "dtype"), list(_sweep()))
+def test_rows_match_a_naive_loop(device, backend, tokens, prefix, keep, merge, centers, dtype):
     x, scores = inputs(device, tokens=tokens, prefix=prefix, dtype=dtype)
     actual = ck.ops.condense_tokens(x, scores, keep, merge, centers, prefix=prefix, backend=backend)
     exact, source, index = (
@@ -252,7 +259,10 @@ def test_the_kernel_has_the_gradients_of_the_reference(device, heads, per_head, 
         torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("per_head", "weighted", "normed"), [(0, False, False), (2, True, True), (0, True, False)])
+@pytest.mark.parametrize(
+    ("per_head", "weighted", "normed"),
+    [(0, False, False), (2, True, True), pytest.param(0, True, False, marks=pytest.mark.slow)],
+)
 def test_the_operator_passes_opcheck(device, per_head, weighted, normed):
     pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
     x, scores = inputs(device, tokens=12, width=16)

@@ -178,7 +178,14 @@ def test_the_reference_passes_gradcheck_in_double():
     )
 
 
-@pytest.mark.parametrize(("fuse", "per_head", "normed"), list(itertools.product([False, True], [0, 2], [False, True])))
+def _forms():
+    """Yield every form of the operator; the quick tests run the least and the most of it."""
+    for form in itertools.product([False, True], [0, 2], [False, True]):
+        quick = form in ((False, 0, False), (True, 2, True))
+        yield pytest.param(*form, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("fuse", "per_head", "normed"), list(_forms()))
 def test_the_operator_passes_opcheck(device, fuse, per_head, normed):
     pytest.importorskip("triton")
     x, scores = inputs(device, tokens=9, width=16)
