@@ -85,7 +85,8 @@ def assert_same_step(model: nn.Module, images: Tensor, library: str) -> None:
     torch.testing.assert_close(actual, expected)
     assert actual_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(actual_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+        # Rounding is relative to the largest element, because each element is a sum of terms of that size.
+        torch.testing.assert_close(actual_gradients[name], gradient, rtol=0, atol=2e-5 * float(gradient.abs().max()))
 
 
 def with_lora(model: nn.Module, library: str) -> nn.Module:
