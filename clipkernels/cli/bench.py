@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TextIO, cast
 
@@ -18,9 +17,9 @@ from torch.utils.data import DataLoader
 from clipkernels.adapters import Tower
 from clipkernels.cli.parts.methods import METHOD_HELP, methods_for
 from clipkernels.cli.parts.models import LIBRARIES, Preprocess, choose_device, load
-from clipkernels.cli.parts.output import opened, progress, schedule, write_table
+from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.output import method_table, opened, progress, schedule, write_results
 from clipkernels.cli.parts.plot import draw_plot, plot_format
-from clipkernels.files import write_csv
 from clipkernels.images import Pictures, collate, find_images, skip_message
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Clock
@@ -28,11 +27,10 @@ from clipkernels.measure.towers import DTYPES, TIMED_BATCHES, Row, Settings, mea
 from clipkernels.patching import tower_of
 
 MODES = ("default", "reduce-overhead", "max-autotune")
-COLUMNS = ("variant", "mode", "tokens", "GMACs", "ideal", "ms", "images/s", "speed-up", "η", "cosine", "same", "MiB")
 NOTES = (
-    "dense (host) is the library's own forward. Speed-ups and η, with 10-90 % bands, are against the fastest dense row "
-    "of the same precision, paired within rounds of all its rows in random order. ms is a median; images/s is the "
-    "fastest dense row's times the speed-up.",
+    "dense (host) is the library's own forward. Speed-ups and η are against the fastest dense row of the same "
+    "precision, paired within rounds of all its rows in random order; JSON and CSV have their 10-90 % bands. ms is a "
+    "median; images/s is the fastest dense row's times the speed-up.",
     "GMACs and ideal count the published schedule; η = speed-up ÷ (GMACs that the baseline ran ÷ GMACs that the row "
     "ran).",
     "cosine: of an image's embedding with the one of dense (host) in eager fp32, least / mean over {n} images; to "
@@ -118,7 +116,7 @@ Example:
     help="process: CPU time of one thread, for machines that others use.",
 )
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
-@click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
+@format_option
 @click.option("--output", type=click.Path(), help="Write here instead of to stdout; appears when complete.")
 @click.option("--plot", type=click.Path(), help="Also draw speed-up and cosine into this .png, .svg or .pdf.")
 @click.pass_context
@@ -260,19 +258,17 @@ def write(
 ) -> None:
     """Write all rows: a table per precision with notes, JSON with the environment and settings, or CSV."""
     records = [{**run, **row.record()} for row in rows]
-    if form == "csv":
-        write_csv(records, stream)
-    elif form == "json":
-        conditions = {"rounds": settings.rounds, "clock": settings.clock, "device": str(settings.device)}
-        json.dump({"environment": environment(), **conditions, "notes": notes, "rows": records}, stream, indent=2)
-        stream.write("\n")
-    else:
+    conditions = {"rounds": settings.rounds, "clock": settings.clock, "device": str(settings.device)}
+    document = {"environment": environment(), **conditions, "notes": notes, "rows": records}
+
+    def draw() -> Iterator[Table | str]:
         for precision in dict.fromkeys(row.precision for row in rows):
-            write_table(
-                draw_table(f"{title(run, settings)}, {precision}", [r for r in rows if r.precision == precision]),
-                stream,
-            )
-        stream.write("\n".join(notes) + "\n")
+            same = [row for row in rows if row.precision == precision]
+            yield draw_speed(f"{title(run, settings)}, {precision}", same)
+            yield draw_fidelity(same)
+        yield from notes
+
+    write_results(form, stream, records, document, draw)
 
 
 def title(run: Mapping[str, Any], settings: Settings) -> str:
@@ -284,27 +280,40 @@ def title(run: Mapping[str, Any], settings: Settings) -> str:
     return f"{run['library']}: {run['model']}{weights}, {images}, batch {settings.batch}, {where}"
 
 
-def draw_table(title: str, rows: Sequence[Row]) -> Table:
-    """Return the table of one precision."""
-    low = rows[0].fidelity.precision is not None
-    table = Table(title=title, title_justify="left")
-    for column in (*COLUMNS[:-2], *["to fp32"] * low, *COLUMNS[-2:]):
-        table.add_column(column, justify="left" if column in ("variant", "mode", "tokens") else "right")
-    for row in rows:
-        speed, fidelity = row.speed, row.fidelity
-        cells = [
-            row.method,
-            row.mode,
+def names_of(rows: Sequence[Row]) -> list[str]:
+    """Return the name of every row: the method, and the mode if any row is compiled."""
+    compiled = any(row.mode != "eager" for row in rows)
+    return [f"{row.method}, {row.mode}" if compiled else row.method for row in rows]
+
+
+def draw_speed(title: str, rows: Sequence[Row]) -> Table:
+    """Return the table of cost and speed of one precision."""
+    cells = [
+        [
+            name,
             schedule(speed.tokens),
             f"{speed.gmacs:.{2 if speed.gmacs > 1 else 4}f}",
             f"×{speed.ideal:.2f}",
             f"{1e3 * speed.seconds.median:.{1 if speed.seconds.median > 0.01 else 3}f}",
             f"{speed.images_per_second:.{0 if speed.images_per_second > 100 else 1}f}",
-            "×{:.2f} [{:.2f}-{:.2f}]".format(*speed.speedup),
-            "{:.2f} [{:.2f}-{:.2f}]".format(*speed.efficiency),
+            f"×{speed.speedup.median:.2f}",
+            f"{speed.efficiency.median:.2f}",
         ]
-        cells += ["{:.4f} / {:.4f}".format(*pair) for pair in (fidelity.cosine, fidelity.precision) if pair]
-        cells.append("" if fidelity.agreement is None else f"{100 * fidelity.agreement:.1f} %")
-        cells.append("" if row.peak is None else f"{row.peak / 2**20:.1f}")
-        table.add_row(*map(Text, cells))
-    return table
+        for name, speed in zip(names_of(rows), [row.speed for row in rows], strict=True)
+    ]
+    return method_table(title, ["tokens", "GMACs", "ideal", "ms", "images/s", "speed-up", "η"], cells)
+
+
+def draw_fidelity(rows: Sequence[Row]) -> Table:
+    """Return the table of fidelity and memory of one precision."""
+    low = rows[0].fidelity.precision is not None
+    cells = [
+        [
+            name,
+            *("{:.4f} / {:.4f}".format(*pair) for pair in (row.fidelity.cosine, row.fidelity.precision) if pair),
+            "" if row.fidelity.agreement is None else f"{100 * row.fidelity.agreement:.1f} %",
+            "" if row.peak is None else f"{row.peak / 2**20:.1f}",
+        ]
+        for name, row in zip(names_of(rows), rows, strict=True)
+    ]
+    return method_table("Fidelity and memory", ["cosine", *["to fp32"] * low, "same", "MiB"], cells)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +15,8 @@ from rich.text import Text
 from torch import Tensor
 
 from clipkernels import backend
-from clipkernels.cli.parts.output import opened, progress, write_table
+from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.output import opened, progress, write_results
 from clipkernels.measure.environment import environment
 from clipkernels.measure.towers import DTYPES
 from clipkernels.testing import exact_interpreter_dot
@@ -27,6 +26,8 @@ from clipkernels.testing.inputs import SHAPES, InputFactory, Shape
 
 # For CPUs, where the interpreter needs a tenth of a second for microseconds of a GPU.
 SMALL = {"small": Shape(65, 128, 2, 1, 13), "small-no-prefix": Shape(50, 192, 3, 0, 25)}
+
+ABBREVIATIONS = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 EXAMPLE = """\b
 Example:
@@ -50,7 +51,7 @@ Example:
     "--shapes", "towers", metavar="NAME,…", help="Shapes, such as B-16  [default: all on a GPU, small ones on a CPU]"
 )
 @click.option("--interpret", is_flag=True, help="Run the kernels in Triton's interpreter, on the CPU.")
-@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@format_option
 @click.option("--output", type=click.Path(), help="Write here instead of to stdout; appears when complete.")
 @click.option("--quiet", is_flag=True, help="Show no progress bar.")
 def check(
@@ -91,15 +92,7 @@ def check(
             bar.update(task, description=f"{name} {tower} {precision}")
             rows.append(_row(name, chosen[name], tower, shape, DTYPES[precision], run_on, device))
             bar.advance(task)
-        if form == "json":
-            json.dump({"environment": environment(), "rows": rows}, stream, indent=1)
-            stream.write("\n")
-        elif form == "csv":
-            writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            write_table(_table(rows), stream)
+        write_results(form, stream, rows, {"environment": environment(), "rows": rows}, lambda: [draw_table(rows)])
     failed = [row for row in rows if row["verdict"] != "ok"]
     click.echo(f"{len(rows) - len(failed)} of {len(rows)} passed on {device} ({environment()['device']})", err=True)
     if failed:
@@ -201,13 +194,16 @@ def _bit_difference(case: Case, source: InputFactory, inputs: tuple[Tensor, ...]
     return None
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return the rows as a table, with failed verdicts in red."""
-    table = Table("operation", "shape", "dtype", "backend", "error", "allowed", "reference's", "verdict")
+def draw_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the rows as a table, with failed verdicts in red; the title names the backend if there is only one."""
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    several = len(backends) > 1
+    table = Table(title=None if several else f"backend: {backends[0]}", title_justify="left")
+    for column in ("operation", "shape", "dtype", *["backend"] * several, "error", "allowed", "verdict"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("dtype", "error", "allowed"))
     for row in rows:
-        figures = ("" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "allowed", "reference"))
+        figures = ("" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "allowed"))
+        cells = (row["op"], row["shape"], ABBREVIATIONS[row["dtype"]], *[row["backend"]] * several, *figures)
         style = "green" if row["verdict"] == "ok" else "bold red"
-        table.add_row(
-            row["op"], row["shape"], row["dtype"], row["backend"], *figures, Text(row["verdict"], style=style)
-        )
+        table.add_row(*cells, Text(row["verdict"], style=style))
     return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from clipkernels.cli.parts.options import format_option
+
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --format csv --output demo.csv
@@ -18,7 +20,7 @@ Example:
 )
 @click.option("--quick", is_flag=True, help="Few images and rounds: a test that everything runs, not a measurement.")
 @click.option("--save-images", type=click.Path(file_okay=False), help="Also write the images here, a folder per class.")
-@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@format_option
 @click.option("--output", type=click.Path(), help="Write here instead of to stdout; appears when complete.")
 def demo(
     model: str,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from clipkernels import backend
-from clipkernels.cli.parts.output import opened, write_table
+from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.output import opened, write_results
 from clipkernels.measure.environment import cpu_name, versions
 
 EXAMPLE = """\b
@@ -22,7 +23,7 @@ Example:
 
 
 @click.command(epilog=EXAMPLE)
-@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@format_option
 def info(form: str) -> None:
     """Show versions, devices and backends.
 
@@ -30,20 +31,23 @@ def info(form: str) -> None:
     """
     packages, machines = versions(), devices()
     with opened(None) as stream:
-        if form == "json":
-            json.dump({"versions": packages, "devices": machines}, stream, indent=2)
-            stream.write("\n")
-            return
-        table = Table("package", "version")
-        for name, version in packages.items():
-            table.add_row(name, version or "not installed")
-        write_table(table, stream)
-        table = Table("device", "name", "memory", "capability", "auto takes", "because")
-        for machine in machines:
-            memory = f"{machine['memory_gib']:.1f} GiB" if machine["memory_gib"] else "unknown"
-            cells = (machine["device"], machine["name"], memory, machine["capability"], machine["backend"])
-            table.add_row(*map(Text, cells), Text(machine["why"]))
-        write_table(table, stream)
+        records: list[dict[str, Any]] = [{"name": name, "value": version} for name, version in packages.items()]
+        records += [{"name": machine["device"], "value": machine["name"]} for machine in machines]
+        document = {"versions": packages, "devices": machines}
+        write_results(form, stream, records, document, lambda: draw_tables(packages, machines))
+
+
+def draw_tables(packages: Mapping[str, str | None], machines: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return a table of packages and one of devices."""
+    versions_table = Table("package", "version")
+    for name, version in packages.items():
+        versions_table.add_row(name, version or "not installed")
+    table = Table("device", "name", "memory", "capability", "auto takes", "because")
+    for machine in machines:
+        memory = f"{machine['memory_gib']:.1f} GiB" if machine["memory_gib"] else "unknown"
+        cells = (machine["device"], machine["name"], memory, machine["capability"], machine["backend"])
+        table.add_row(*map(Text, cells), Text(machine["why"]))
+    return [versions_table, table]
 
 
 def devices() -> list[dict[str, Any]]:

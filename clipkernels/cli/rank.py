@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast, get_args
@@ -21,10 +20,10 @@ from clipkernels.classifier import class_embeddings
 from clipkernels.cli.parts.classes import folders_of, read_classes, read_labels
 from clipkernels.cli.parts.heads import is_set
 from clipkernels.cli.parts.models import choose_device, load_clip
-from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_table
+from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_results
 from clipkernels.cli.parts.plot import RankedImage, draw_rankings, plot_format
 from clipkernels.data import Preprocess
-from clipkernels.files import write_csv
 from clipkernels.images import Pictures, draw_images, find_images, skip_message
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
@@ -74,7 +73,7 @@ Example:
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @click.option("--picture", type=click.Path(), help=f"Also draw the first {MAX_SHOWN} into this .png, .svg or .pdf.")
-@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@format_option
 @click.pass_context
 def rank(
     context: click.Context,
@@ -274,14 +273,12 @@ def write(ranked: Ranked, path: str, form: str, stream: TextIO) -> None:
         "seconds": round(ranked.seconds, 3),
         "images_per_second": None if ranked.speed is None else round(ranked.speed, 3),
     }
-    if form == "csv":
-        write_csv([record], stream)
-    elif form == "json":
-        json.dump(record, stream, indent=2)
-        stream.write("\n")
-    else:
+
+    def draw() -> Iterator[Table]:
         table = Table("images", "ranked", "patches", "seconds", "images/s", "file")
         speed = "" if ranked.speed is None else f"{ranked.speed:.2f}"
         cells = (len(ranked.places), ranked.rankings.new, ranked.patches, f"{ranked.seconds:.2f}", speed)
         table.add_row(*(Text(str(cell)) for cell in cells), PathCell(path))
-        write_table(table, stream)
+        yield table
+
+    write_results(form, stream, [record], record, draw)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 import click
@@ -14,8 +13,8 @@ from rich.text import Text
 from clipkernels.cli.parts.classes import read_classes
 from clipkernels.cli.parts.heads import is_set
 from clipkernels.cli.parts.models import choose_device, load_clip, loading
-from clipkernels.cli.parts.output import opened, progress, write_table
-from clipkernels.files import write_csv
+from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.output import opened, progress, write_results
 from clipkernels.measure.towers import DTYPES
 from clipkernels.support import (
     ENSEMBLE,
@@ -99,7 +98,7 @@ def support(context: click.Context) -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
-@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@format_option
 @click.option("--output", type=click.Path(), help="Write the table here instead of to stdout.")
 @click.pass_context
 def build(
@@ -246,13 +245,11 @@ def tabulate(built: SupportSet, model: Any, tokenizer: Any) -> list[dict[str, An
 
 def write(built: SupportSet, rows: Sequence[dict[str, Any]], folder: str, form: str, stream: TextIO) -> None:
     """Write the rows as a table, as JSON with the settings of the set, or as CSV."""
-    if form == "csv":
-        write_csv(rows, stream)
-    elif form == "json":
-        json.dump({"folder": folder, **built.about, "classes": rows}, stream, indent=2)
-        stream.write("\n")
-    else:
+
+    def draw() -> Iterator[Table]:
         table = Table("class", "images", "similarity")
         for row in rows:
             table.add_row(Text(row["class"]), str(row["images"]), f"{row['similarity']:.4f}")
-        write_table(table, stream)
+        yield table
+
+    write_results(form, stream, rows, {"folder": folder, **built.about, "classes": rows}, draw)

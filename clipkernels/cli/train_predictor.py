@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, TextIO, cast
 
@@ -16,9 +15,9 @@ from rich.text import Text
 from torch import Tensor
 
 from clipkernels.cli.parts.models import choose_device
-from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, write_table
+from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, write_results
 from clipkernels.cli.parts.plot import draw_training, plot_format
-from clipkernels.files import write_csv
 from clipkernels.learn.patch_ranking import Rankings, fit_predictor
 
 EXAMPLE = """\b
@@ -43,7 +42,7 @@ Example:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and order.")
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
 @click.option("--plot", type=click.Path(), help="Also draw loss and overlap into this .png, .svg or .pdf.")
-@click.option("--format", "form", type=click.Choice(["table", "json", "csv"]), default="table", show_default=True)
+@format_option
 def train_predictor(
     rankings: tuple[str, ...],
     output: str,
@@ -157,15 +156,13 @@ def share(fraction: float) -> str:
 
 def write(record: dict[str, Any], form: str, stream: TextIO) -> None:
     """Write one row about the training as a table, JSON or CSV."""
-    if form == "csv":
-        write_csv([record], stream)
-    elif form == "json":
-        json.dump(record, stream, indent=2)
-        stream.write("\n")
-    else:
-        table = Table("trained on", "held out", "parameters", "MMACs", "loss", "overlap", "random", "file")
+
+    def draw() -> Iterator[Table]:
+        table = Table("images", "held out", "weights", "MMACs", "loss", "overlap", "random", "file")
         overlap = "" if record["overlap"] is None else share(record["overlap"])
         counts = (record["images"], record["held_out"], f"{record['parameters']:,}", f"{record['mmacs']:.2f}")
         cells = (*counts, f"{record['loss']:.4f}", overlap, share(record["overlap_random"]))
         table.add_row(*(Text(str(cell)) for cell in cells), PathCell(record["file"]))
-        write_table(table, stream)
+        yield table
+
+    write_results(form, stream, [record], record, draw)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 import re
+from functools import partial
 
 import pytest
 from rich.cells import cell_len
 from rich.table import Table
 
+import clipkernels.cli.bench as bench
+import clipkernels.cli.check as check
+from clipkernels.cli.parts import demo_tables
 from clipkernels.cli.parts.guesses import Guess, guess_writer
 from clipkernels.cli.parts.output import PathCell, shorten, write_table
 from clipkernels.images import draw_images
+from clipkernels.measure.fidelity import Fidelity
+from clipkernels.measure.timing import Band, Speed
+from clipkernels.measure.towers import Row
 
 
 class Terminal(io.StringIO):
@@ -46,6 +53,49 @@ def test_paths_of_a_table_differ_at_80_columns(monkeypatch: pytest.MonkeyPatch) 
     rows = [line for line in lines if ".png" in line]
     assert len(rows) == 20 and max(map(cell_len, lines)) <= 80
     assert all(f"{index:04}.png" in row and "/h" in row for index, row in enumerate(rows))
+
+
+METHOD = "EViT(keep=0.7, blocks=(3, 6, 9))"
+SPEED = Speed(
+    METHOD, (577, 405, 285, 201), 120.34, 118.1, 1.52, Band(1.2345, 1.2, 1.3), 12345.6, Band(1.5, 1.4, 1.6),
+    Band(0.98, 0.9, 1.1), "Dense()",
+)  # fmt: skip
+BENCHED = [
+    Row("bf16", METHOD, mode, SPEED, Fidelity((0.9876, 0.9912), (0.9987, 0.9999), 0.912, finite=True), 123 << 20)
+    for mode in ("eager", "reduce-overhead")
+]
+CHECKED = {
+    "op": "prune_tokens_heads_fuse_norm",
+    "shape": "small-no-prefix",
+    "dtype": "bfloat16",
+    "error": 1.2e-6,
+    "allowed": 2.5e-6,
+    "verdict": "ok",
+}
+TABLES = {
+    "demo, speed": [demo_tables.draw_speed("a title", [demo_tables.Row("bundled", SPEED, {}, None)])],
+    "demo, accuracy": [
+        demo_tables.draw_accuracy([demo_tables.Row("bundled", SPEED, dict.fromkeys(("a", "b", "c"), 1.0), 1.0)])
+    ],
+    "bench, eager": [draw(BENCHED[:1]) for draw in (partial(bench.draw_speed, "a title"), bench.draw_fidelity)],
+    "bench, compiled": [draw(BENCHED) for draw in (partial(bench.draw_speed, "a title"), bench.draw_fidelity)],
+    "check, one backend": [check.draw_table([CHECKED | {"backend": "triton"}])],
+    "check, two backends": [
+        check.draw_table([CHECKED | {"shape": "L-14-336", "backend": name} for name in ("triton", "auto")])
+    ],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_cell_of_a_table_is_whole_at_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    for table in TABLES[name]:
+        write_table(table, stream)
+    text = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+    assert max(map(cell_len, text.splitlines())) <= 80 and "…" not in text
+    whole = {str(cell) for table in TABLES[name] for column in table.columns[1:] for cell in column.cells}
+    assert all(cell in text for cell in whole)
 
 
 def test_a_table_outside_a_terminal_is_as_wide_as_its_content() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,16 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from clipkernels.classifier import Classifier
 from clipkernels.cli.parts import demo_images
 from clipkernels.cli.parts.demo_images import KINDS, LabelledImages, Size, draw, save
 from clipkernels.cli.parts.methods import default_methods
-from clipkernels.cli.parts.output import opened, progress, quietly, schedule, write_table
+from clipkernels.cli.parts.output import method_table, opened, progress, quietly, schedule, write_results
 from clipkernels.data import bundled
-from clipkernels.files import write_csv
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import HOST, Speed, Times, Variant, tabulate, time_variants, vary
 from clipkernels.patching import patched, tower_of
@@ -112,7 +109,7 @@ def bundled_rows(
     splits = torch.cat(list(images.values())).split(size.batch)
     batches = [batch for batch in splits if len(batch) == size.batch][:4]
     variants = vary(model, methods)
-    times = time_with_repeat("the included CLIP", variants, batches, size.rounds, seed, step)
+    times = time_with_repeat("the bundled CLIP", variants, batches, size.rounds, seed, step)
     classifiers = {
         kind: Classifier(model, tokenizer, labelled.classes, labelled.templates) for kind, labelled in pictures.items()
     }
@@ -188,38 +185,46 @@ def predict(classifier: Classifier, images: Tensor, step: Callable[[], object]) 
 def write(tables: Mapping[str, Sequence[Row]], form: str, stream: TextIO) -> None:
     """Write all rows: tables with notes, JSON with the environment, or CSV."""
     records = [row.record() for table in tables.values() for row in table]
-    if form == "csv":
-        write_csv(records, stream)
-    elif form == "json":
-        json.dump({"environment": environment(), "rows": records, "notes": NOTES}, stream, indent=2)
-        stream.write("\n")
-    else:
-        for name, rows in tables.items():
-            write_table(draw_table(name, rows), stream)
-        stream.write("\n".join(NOTES) + "\n")
+    document = {"environment": environment(), "rows": records, "notes": NOTES}
+    write_results(form, stream, records, document, lambda: draw_tables(tables))
 
 
-def draw_table(name: str, rows: Sequence[Row]) -> Table:
-    """Return the table of one model."""
-    scored = rows[0].agreement is not None
-    title = "the included CLIP, 32×32" if scored else f"{name}, random weights"
+def draw_tables(tables: Mapping[str, Sequence[Row]]) -> Iterator[Table | str]:
+    """Yield a table of speed per model, one of accuracy where there is any, and the notes."""
     threads = torch.get_num_threads()
-    header = ["method", "tokens", "GMACs", "ideal", "images/s", "speed-up", "η"]
-    table = Table(title=f"{title}, fp32, {threads} thread{'s' * (threads > 1)}", title_justify="left")
-    for column in header + (["digits", "seen", "unseen", "same"] if scored else []):
-        table.add_column(column, justify="left" if column in ("method", "tokens") else "right")
-    for row in rows:
-        speed = row.speed
-        cells = [
-            speed.name,
-            schedule(speed.tokens),
-            f"{speed.gmacs:.{2 if speed.gmacs > 1 else 4}f}",
-            f"×{speed.ideal:.2f}",
-            f"{speed.images_per_second:.{0 if speed.images_per_second > 100 else 1}f}",
-            f"×{speed.speedup.median:.2f}",
-            f"{speed.efficiency.median:.2f}",
-        ]
-        if row.agreement is not None:
-            cells += [f"{100 * share:.1f} %" for share in (*row.accuracy.values(), row.agreement)]
-        table.add_row(*map(Text, cells))
-    return table
+    for name, rows in tables.items():
+        scored = rows[0].agreement is not None
+        title = "The bundled CLIP, 32×32" if scored else f"{name}, random weights"
+        yield draw_speed(f"{title}, fp32, {threads} thread{'s' * (threads > 1)}", rows)
+        if scored:
+            yield draw_accuracy(rows)
+    yield from NOTES
+
+
+def draw_speed(title: str, rows: Sequence[Row]) -> Table:
+    """Return the table of one model's cost and speed."""
+    return method_table(
+        title,
+        ("tokens", "GMACs", "ideal", "images/s", "speed-up", "η"),
+        [
+            (
+                row.speed.name,
+                schedule(row.speed.tokens),
+                f"{row.speed.gmacs:.{2 if row.speed.gmacs > 1 else 4}f}",
+                f"×{row.speed.ideal:.2f}",
+                f"{row.speed.images_per_second:.{0 if row.speed.images_per_second > 100 else 1}f}",
+                f"×{row.speed.speedup.median:.2f}",
+                f"{row.speed.efficiency.median:.2f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def draw_accuracy(rows: Sequence[Row]) -> Table:
+    """Return the table of the accuracy on every kind of images, and of the agreement with dense."""
+    cells = [
+        (row.speed.name, *(f"{100 * share:.1f} %" for share in (*row.accuracy.values(), row.agreement or 0.0)))
+        for row in rows
+    ]
+    return method_table("Its zero-shot accuracy", ("digits", "seen", "unseen", "same"), cells)

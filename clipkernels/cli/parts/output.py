@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 from rich.cells import cell_len
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from clipkernels.files import atomic_write
+from clipkernels.files import atomic_write, write_csv
 
 
 @contextmanager
@@ -109,6 +110,46 @@ def shorten(text: str, columns: int) -> str:
     while cell_len(text[start:]) > room:
         start += 1
     return f"{text[:head]}…{text[start:]}"
+
+
+def write_results(
+    form: str,
+    stream: TextIO,
+    records: Sequence[Mapping[str, Any]],
+    document: Any,
+    draw: Callable[[], Iterable[Table | str]],
+) -> None:
+    """Write results as tables, as JSON or as CSV.
+
+    Args:
+        form: the format, table, json or csv.
+        stream: a text stream.
+        records: flat rows, for CSV.
+        document: what JSON holds.
+        draw: returns the tables, and the lines of text between and after them.
+    """
+    if form == "csv":
+        write_csv(records, stream)
+    elif form == "json":
+        json.dump(document, stream, indent=2)
+        stream.write("\n")
+    else:
+        for part in draw():
+            if isinstance(part, Table):
+                write_table(part, stream)
+            else:
+                stream.write(f"{part}\n")
+
+
+def method_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table with a row per method, whose name comes first and alone is folded where there is no room."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("method", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "tokens" else "right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def write_table(table: Table, stream: TextIO) -> None:
