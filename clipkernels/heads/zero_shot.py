@@ -37,13 +37,12 @@ class ZeroShot:
         with torch.inference_mode(False):  # a head may be used after the inference mode that it is made in
             self.text = normalize(text.to(torch.promote_types(text.dtype, torch.float32)), dim=-1)
         self.takes_model = scale == "model"
-        if scale == "model":
-            if bias is not None:
-                raise ValueError(f'expected no bias with scale="model", which takes the model\'s, got {bias!r}')
-            self._scale: float | None = None
-            self.bias = bias
-        else:
+        self._scale: float | None = None
+        self.bias: float | None = None
+        if scale != "model":
             self.set_logits(scale, bias)
+        elif bias is not None:
+            raise ValueError(f'expected no bias with scale="model", which takes the model\'s, got {bias!r}')
 
     @property
     def scale(self) -> float:
