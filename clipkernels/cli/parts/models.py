@@ -168,7 +168,10 @@ def load_transformers_tokenizer(name: str, pretrained: str | None) -> Any:
     from transformers import AutoTokenizer
 
     with loading(name, pretrained):
-        return AutoTokenizer.from_pretrained(name, **hub_options(name, pretrained))
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(name, pretrained))
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes one from the configuration alone
+        raise click.UsageError(f"expected {name} to hold a tokenizer, got one without a vocabulary: save it there")
+    return tokenizer
 
 
 def transformers_preprocess(name: str, where: dict[str, Any], size: tuple[int, int]) -> Preprocess:
