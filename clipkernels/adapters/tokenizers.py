@@ -13,8 +13,7 @@ from torch import Tensor
 Tokenizer = Callable[[list[str]], Tensor]
 """A function from n texts to token ids (n,T), or a tokenizer or processor of transformers."""
 
-LAST_WORD = re.compile(r"\w+\W*$")
-MAX_LETTERS = 32  # more than a token has
+LAST_LETTER = re.compile(r"\w(?=\W*$)")
 
 
 def ids_of(tokenizer: Any, texts: list[str], context: int | None) -> Tensor:
@@ -53,7 +52,7 @@ def ids_of(tokenizer: Any, texts: list[str], context: int | None) -> Tensor:
 def find_cut(tokenizer: Any, texts: Sequence[str], ids: Tensor, context: int | None) -> list[int]:
     """The indices of the texts whose end a tokenizer drops because they are too long.
 
-    Such a text has the same ids as without its last word or its last letters.
+    Such a text has the same ids with another letter at its end. The loss of a full stop alone does not count.
 
     Args:
         tokenizer: as in `ids_of`.
@@ -63,24 +62,18 @@ def find_cut(tokenizer: Any, texts: Sequence[str], ids: Tensor, context: int | N
     """
     # Two equal ids at the end are padding, except after a text whose last words are equal.
     full = [row for row, end in enumerate(ids[:, -2:].tolist()) if len(set(end)) == len(end)]
-    full = [row for row in full if LAST_WORD.search(texts[row])]
+    full = [row for row in full if LAST_LETTER.search(texts[row])]
     if not full:
         return []
     # In one call, because a tokenizer may pad to the longest text of a call.
-    both = [texts[row] for row in full] + [LAST_WORD.sub("", texts[row]) for row in full]
-    whole, without_word = ids_of(tokenizer, both, context).chunk(2)
-    unchanged = (whole == without_word).all(1).tolist()
-    pairs = zip(full, unchanged, strict=True)
-    return [row for row, same in pairs if same or _loses_letters(tokenizer, texts[row], context)]
+    both = [texts[row] for row in full] + [LAST_LETTER.sub(_another, texts[row]) for row in full]
+    actual, changed = ids_of(tokenizer, both, context).chunk(2)
+    return [row for row, same in zip(full, (actual == changed).all(1).tolist(), strict=True) if same]
 
 
-def _loses_letters(tokenizer: Any, text: str, context: int | None) -> bool:
-    """Return true if a text has the same ids without some letters at the end of its last word."""
-    start = len(LAST_WORD.sub("", text))
-    ends = range(max(start + 1, len(text) - MAX_LETTERS), len(text))
-    shortened = [text[:end] for end in ends if any(map(str.isalnum, text[end:]))]
-    ids = ids_of(tokenizer, [text, *shortened], context)
-    return bool((ids[1:] == ids[0]).all(1).any())
+def _another(letter: re.Match[str]) -> str:
+    """Another letter than that of a match."""
+    return "z" if letter[0] in "xX" else "x"
 
 
 class Marks(NamedTuple):

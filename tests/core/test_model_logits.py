@@ -219,7 +219,7 @@ def test_a_scale_that_is_no_finite_number_is_refused(value: Tensor, tokenizer: A
 
 def test_a_head_that_waits_for_a_model_says_so() -> None:
     head = ck.ZeroShot(torch.randn(3, 8), scale="model")
-    with pytest.raises(ValueError, match='expected a model for scale="model", got none: make a ck.Classifier'):
+    with pytest.raises(ValueError, match=r'expected a model for scale="model", got none: make a ck.Classifier'):
         head(torch.randn(2, 8))
     assert repr(head) == "ZeroShot(classes=3, scale='model')"
 

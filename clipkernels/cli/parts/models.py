@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -140,7 +141,7 @@ def load_transformers(name: str, pretrained: str | None) -> Loaded:
     check_weights(name, pretrained, None)
     where = hub_options(name, pretrained)
     missing: Sequence[str] = ()
-    with loading(name, pretrained):
+    with loading(name, pretrained), bars_on_terminals():
         if pretrained is None:
             model = AutoModel.from_config(AutoConfig.from_pretrained(name, **where), trust_remote_code=False)
         else:
@@ -150,6 +151,21 @@ def load_transformers(name: str, pretrained: str | None) -> Loaded:
         click.echo(f"warning: {name} has random weights in {len(missing)} places, such as {missing[0]}", err=True)
     preprocess = transformers_preprocess(name, where, tower_of(model).image_size)
     return Loaded(model, preprocess, pretrained or "random")
+
+
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Hide the progress bars of transformers where stderr is not a terminal, because there an error is one line."""
+    from transformers.utils import logging
+
+    hidden = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
 
 
 def hub_options(name: str, pretrained: str | None) -> dict[str, Any]:
