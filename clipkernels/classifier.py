@@ -78,11 +78,12 @@ class Classifier:
             embed = getattr(learnt_tokens, "class_embeddings", class_embeddings)
             self.head = make(embed(model, tokenizer, prompts))
         zero_shot = self._zero_shot
-        if zero_shot is not None and zero_shot.takes_model:
-            if model_logits is None:
-                raise ValueError(f'expected a model with logit_scale for scale="model", got {type(model).__name__}')
-            zero_shot.set_logits(*model_logits)
+        takes_model = zero_shot is not None and zero_shot.takes_model
+        if takes_model and model_logits is None:
+            raise ValueError(f'expected a model with logit_scale for scale="model", got {type(model).__name__}')
         self.model: Any = model if method is None else patch(model, method)
+        if zero_shot is not None and takes_model and model_logits is not None:
+            zero_shot.set_logits(*model_logits)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B,K) of preprocessed images (B,3,S,S) on the model's device and in its dtype.

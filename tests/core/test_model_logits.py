@@ -217,6 +217,13 @@ def test_a_scale_that_is_no_finite_number_is_refused(value: Tensor, tokenizer: A
     assert ck.method_of(model) is None
 
 
+def test_a_refused_method_leaves_a_finished_head_as_it_was(tokenizer: Any) -> None:
+    model, head = open_clip_model(), ck.ZeroShot(torch.randn(3, 32), scale="model")
+    with pytest.raises(ValueError, match="blocks must be ints in"):
+        ck.Classifier(model, tokenizer, CLASSES, head=head, method=ck.EViT(0.5, blocks=(9,)))
+    assert "scale='model'" in repr(head)
+
+
 def test_a_head_that_waits_for_a_model_says_so() -> None:
     head = ck.ZeroShot(torch.randn(3, 8), scale="model")
     with pytest.raises(ValueError, match=r'expected a model for scale="model", got none: make a ck.Classifier'):
