@@ -5,6 +5,8 @@ Every check raises a ValueError that names the expected and the actual value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,3 +95,9 @@ def shape_of(tensor: Tensor) -> str:
 def join_sizes(sizes: tuple[object, ...]) -> str:
     """Sizes separated by commas: "2,3"."""
     return ",".join(str(size) for size in sizes)
+
+
+def list_names(names: Sequence[str] | set[str]) -> str:
+    """The first ten names as text, and the number of the others."""
+    texts = [repr(name) for name in (sorted(names) if isinstance(names, set) else names)]
+    return ", ".join(texts[:10]) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters.logits import logits_of
+from clipkernels.adapters.text import find_text_encoder
+from clipkernels.adapters.tokenizers import Tokenizer, find_cut, ids_of
+from clipkernels.arguments import list_names
 from clipkernels.encode import check_images, encode_image
 from clipkernels.heads import Head, ZeroShot
 from clipkernels.methods import Method
@@ -22,29 +29,35 @@ PROMPTS_PER_BATCH = 256
 class Classifier:
     """A CLIP model that classifies images into K classes.
 
-    The class embeddings are encoded once, at construction. The model is changed only by `method`, which is patched in
-    place as `ck.patch` does it, after all arguments have been checked.
+    The class embeddings are encoded, and the scale and the bias of the model's logits read, once, at construction. The
+    model is changed only by `method`, which is patched in place as `ck.patch` does it, after all arguments have been
+    checked. A warning names classes with a prompt whose end the tokenizer drops because the prompt is too long.
 
     Args:
-        model: any model with `visual`, `encode_image` and `encode_text` (open_clip's CLIP, CustomTextCLIP, CoCa).
-        tokenizer: a function from a list of n texts to token ids (n,T).
+        model: a model with an image and a text tower: open_clip's CLIP, CustomTextCLIP and CoCa, transformers' CLIP and
+            SigLIP families, OpenAI's CLIP, or another model with `visual`, `encode_image` and `encode_text`.
+        tokenizer: a function from a list of n texts to token ids (n,T), or a tokenizer or a processor of transformers,
+            which then pads texts to the full length of the text tower.
         classes: K different names.
         templates: prompts with `{}` in place of the name, or a mapping from each class to its own prompts, as
             `clipkernels.support` makes them; a class embedding is the mean over all prompts of the class.
         method: the method that reduces the tower's tokens; None leaves the model as it is, patched or not.
         head: a finished head, or a callable that makes a head from the class embeddings (K,E), such as a head's class
             or a partial of it. An object with an attribute `needs` that is not a class counts as a finished head: it
-            has its own class embeddings, and `classes` only names them.
+            has its own class embeddings, and `classes` only names them. `ck.ZeroShot` itself, the default, takes the
+            scale and the bias of the model's logits, if the model has them; every other head its own scale, unless
+            that is "model".
     Raises:
         ValueError: no classes, an empty or repeated name, a string in place of a list, a template without `{}`, a
-            class without prompts, or a model that is not a CLIP.
-        UnsupportedTower: a method is given and the tower is not supported.
+            class without prompts, a model that is not a CLIP, a scale or bias of the model that is not one finite
+            number, or a head with scale="model" for a model without a scale.
+        UnsupportedTower: a method is given and the tower is not supported, or a tower of transformers is not supported.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Tokenizer,
         classes: Sequence[str],
         templates: Sequence[str] | Mapping[str, Sequence[str]] = ("a photo of a {}.",),
         method: Method | None = None,
@@ -52,18 +65,25 @@ class Classifier:
     ) -> None:
         self.classes = check_classes(classes)
         prompts = prompts_of(self.classes, templates)
-        missing = [name for name in ("visual", "encode_image", "encode_text") if not hasattr(model, name)]
-        if missing:
-            raise ValueError(f"model must be a CLIP, got {type(model).__name__} without {', '.join(missing)}")
+        check_clip(model)
+        model_logits = logits_of(model)
         if hasattr(head, "needs") and not isinstance(head, type):
             self.head = cast(Head, head)
         else:
             make = cast(Callable[[Tensor], Head], head)
+            if head is ZeroShot and model_logits is not None:
+                make = partial(ZeroShot, scale="model")
             # Learnt tokens may be coupled to tokens in the text tower, which change the class embeddings.
             learnt_tokens = getattr(method or _method_of(model), "tokens", None)
             embed = getattr(learnt_tokens, "class_embeddings", class_embeddings)
             self.head = make(embed(model, tokenizer, prompts))
+        zero_shot = self._zero_shot
+        takes_model = zero_shot is not None and zero_shot.takes_model
+        if takes_model and model_logits is None:
+            raise ValueError(f'expected a model with logit_scale for scale="model", got {type(model).__name__}')
         self.model: Any = model if method is None else patch(model, method)
+        if zero_shot is not None and takes_model and model_logits is not None:
+            zero_shot.set_logits(*model_logits)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B,K) of preprocessed images (B,3,S,S) on the model's device and in its dtype.
@@ -76,10 +96,36 @@ class Classifier:
         if self.head.needs:
             extras: dict[str, Any] = dict.fromkeys(self.head.needs, True)
             return self.head(encode_image(self.model, images, anchors=getattr(self.head, "anchors", None), **extras))
+        if not hasattr(self.model, "encode_image"):  # transformers
+            tower = adapters.find_tower(self.model)
+            check_images(images, tower.image_size)
+            return self.head(tower.encode(images))
         size = getattr(self.model.visual, "image_size", None)
         if size is not None and not hasattr(self.model.visual, "trunk"):  # timm's towers check it
             check_images(images, (size, size) if isinstance(size, int) else size)
         return self.head(self.model.encode_image(images))
+
+    @property
+    def sigmoid(self) -> bool:
+        """True if the head's logits have a bias, as SigLIP's: `probabilities` are then sigmoids."""
+        return self._zero_shot is not None and self._zero_shot.bias is not None
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities (B,K) of logits (B,K): their softmax, or their sigmoids if the logits have a bias.
+
+        Sigmoids are the probabilities that an image matches each class by itself. They need not sum to one.
+        """
+        return logits.sigmoid() if self.sigmoid else logits.softmax(1)
+
+    @property
+    def _zero_shot(self) -> ZeroShot | None:
+        """The part of the head that computes the cosine term, or None if that is not a `ck.ZeroShot`."""
+        part = getattr(self.head, "zero_shot", self.head)
+        return part if isinstance(part, ZeroShot) else None
+
+    def __repr__(self) -> str:
+        method, classes = _method_of(self.model), len(self.classes)
+        return f"Classifier({type(self.model).__name__}, classes={classes}, method={method}, head={self.head})"
 
     def reset(self) -> None:
         """Clear the state of a head that adapts; do nothing for any other head."""
@@ -93,6 +139,20 @@ def _method_of(model: nn.Module) -> Method | None:
         return method_of(model)
     except UnsupportedTower:
         return None
+
+
+def check_clip(model: Any) -> None:
+    """Raise ValueError unless a model encodes images and texts.
+
+    Raises:
+        UnsupportedTower: a model of transformers whose image tower is not supported.
+    """
+    if all(hasattr(model, name) for name in ("visual", "encode_image", "encode_text")):
+        return
+    if not all(hasattr(model, name) for name in ("get_image_features", "get_text_features")):
+        expected = "model must be a CLIP with visual, encode_image and encode_text, or one of transformers with "
+        raise ValueError(f"{expected}get_image_features and get_text_features, got {type(model).__name__}")
+    adapters.find_tower(model)
 
 
 def prompts_of(classes: Sequence[str], templates: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -111,10 +171,10 @@ def prompts_of(classes: Sequence[str], templates: Sequence[str] | Mapping[str, S
     return {name: list(templates[name]) for name in classes}
 
 
-def class_embeddings(
-    model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
-) -> Tensor:
+def class_embeddings(model: Any, tokenizer: Tokenizer, prompts: Mapping[str, Sequence[str]]) -> Tensor:
     """Class embeddings (K,E) fp32: the L2-normalised mean of the normalised embeddings of each class's prompts.
+
+    A warning names the classes that have a prompt whose end the tokenizer drops.
 
     Source: CLIP, arXiv 2103.00020, section 3.1.4.
     """
@@ -122,20 +182,32 @@ def class_embeddings(
 
 
 @torch.no_grad()
-def prompt_embeddings(
-    model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
-) -> list[Tensor]:
+def prompt_embeddings(model: Any, tokenizer: Tokenizer, prompts: Mapping[str, Sequence[str]]) -> list[Tensor]:
     """The L2-normalised embeddings (m,E) fp32 of the m prompts of each class.
 
-    The model encodes in eval mode, on the device of its parameters. Its mode is restored afterwards.
+    The model encodes in eval mode, on the device of its parameters. Its mode is restored afterwards. A warning names
+    the classes that have a prompt whose end the tokenizer drops.
+
+    Raises:
+        UnsupportedTower: the model encodes no text.
+        ValueError: the tokenizer does not return ids (n,T).
     """
-    sentences = [sentence for group in prompts.values() for sentence in group]
-    device = next(model.parameters()).device
+    sentences = [(name, sentence) for name, group in prompts.items() for sentence in group]
+    device, encoder = next(model.parameters()).device, find_text_encoder(model)
+    embeddings, cut = [], []
     with eval_mode(model):
-        starts = range(0, len(sentences), PROMPTS_PER_BATCH)
-        batches = [sentences[start : start + PROMPTS_PER_BATCH] for start in starts]
-        text = torch.cat([normalize(model.encode_text(tokenizer(batch).to(device)).float()) for batch in batches])
-    return list(text.split([len(group) for group in prompts.values()]))
+        for start in range(0, len(sentences), PROMPTS_PER_BATCH):
+            names, batch = map(list, zip(*sentences[start : start + PROMPTS_PER_BATCH], strict=True))
+            ids = ids_of(tokenizer, batch, encoder.context)
+            embeddings.append(normalize(encoder.encode(ids.to(device)).float()))
+            cut += [names[row] for row in find_cut(tokenizer, batch, ids, encoder.context)]
+    if cut:
+        warnings.warn(
+            f"the tokenizer cuts prompts of {list_names(list(dict.fromkeys(cut)))}, which are too long for the text "
+            "tower: use shorter class names or templates",
+            stacklevel=3,
+        )
+    return list(torch.cat(embeddings).split([len(group) for group in prompts.values()]))
 
 
 @contextmanager

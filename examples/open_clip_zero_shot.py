@@ -36,13 +36,12 @@ def main() -> None:
     pictures = [Image.open(path).convert("RGB") for path in arguments.images]
     pictures = pictures or [Image.fromarray(pixels) for pixels in scenes.draw(8, seed=7).images]
     images = torch.stack([preprocess(picture) for picture in pictures])
-    prompts = tokenizer([f"a photo of a {name}." for name in arguments.classes])
+    classifier = ck.Classifier(model, tokenizer, arguments.classes, templates=["a photo of a {}."])
 
-    with torch.no_grad():
-        text = model.encode_text(prompts, normalize=True)
-        dense = (100 * model.encode_image(images, normalize=True) @ text.T).softmax(-1)
+    with torch.no_grad():  # softmax, or sigmoids for a model such as SigLIP
+        dense = classifier.probabilities(classifier(images))
         ck.patch(model, ck.ToMe(r=arguments.r))
-        reduced = (100 * model.encode_image(images, normalize=True) @ text.T).softmax(-1)
+        reduced = classifier.probabilities(classifier(images))
 
     tower = ck.tower_of(model)
     plan = ck.ToMe(r=arguments.r).plan(tower.num_tokens, len(tower.blocks), tower.prefix)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from inspect import signature
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from clipkernels.adapters import UnsupportedTower
 
 SUPPORTED = "a text tower of open_clip, transformers or OpenAI's clip"
-Tokenizer = Callable[[list[str]], Tensor]
-"""A function from n texts to token ids (n,T)."""
 
 
 class Sentences(NamedTuple):
@@ -73,6 +70,25 @@ def find_text_tower(model: nn.Module) -> TextTower:
     if not hasattr(text, "ln_final") or not hasattr(text, "text_projection"):
         raise UnsupportedTower(f"expected {SUPPORTED}, got {type(model).__name__} with {type(text).__name__}")
     return OpenCLIPText(model) if hasattr(model, "forward_intermediates") else OpenAIText(model)
+
+
+class TextEncoder(NamedTuple):
+    """A host's own function from ids (B,T) to embeddings (B,E), and the largest number of tokens, None if undefined."""
+
+    encode: Callable[[Tensor], Tensor]
+    context: int | None
+
+
+def find_text_encoder(model: Any) -> TextEncoder:
+    """The text encoder of a model, which need not be one whose tokens can be read.
+
+    Raises:
+        UnsupportedTower: the model encodes no text; the message names its type.
+    """
+    if hasattr(model, "encode_text"):
+        return TextEncoder(model.encode_text, getattr(getattr(model, "text", model), "context_length", None) or None)
+    tower = find_text_tower(model)
+    return TextEncoder(tower.host, tower.context)
 
 
 class OpenCLIPText:
@@ -214,90 +230,3 @@ def verify_text_tower(tower: TextTower, ids: Tensor) -> int:
             f"{(difference / scale).max():.1e}"
         )
     return expected.shape[1]
-
-
-class Marks(NamedTuple):
-    """The ids that a tokenizer puts around the words of a text.
-
-    start: number of ids before the words.
-    end: the ids after the words.
-    padding: the id that fills the rest.
-    """
-
-    start: int
-    end: tuple[int, ...]
-    padding: int
-
-    @classmethod
-    def from_ids(cls, ids: Tensor) -> Marks:
-        """The marks of a tokenizer, from its ids (n,T) of the empty text, of a short text, and of other texts.
-
-        Raises:
-            ValueError: the tokenizer puts no padding after a text, or its marks do not separate words from padding.
-        """
-        empty, short = ids[0].tolist(), ids[1].tolist()
-        padding = empty[-1]
-        empty_marks, short_text = _strip_padding(empty, padding), _strip_padding(short, padding)
-        start = 0
-        while start < len(empty_marks) and empty_marks[start] == short[start]:
-            start += 1
-        # Padding after a text shrinks as the text grows, and no padding stands before it.
-        if not len(empty_marks) < len(short_text) < len(short) or short[start] == padding:
-            raise ValueError(
-                f"tokenizer must pad after a text, got ids {empty!r:.60} for the empty text and {short!r:.60} for a "
-                "short text: set its padding_side to right"
-            )
-        marks = cls(start, tuple(empty_marks[start:]), padding)
-        counts = marks.words(ids).sum(1).tolist()
-        if counts[0] or not all(counts[1:]):
-            raise ValueError(
-                f"tokenizer must put the same marks around each text, got {counts[0]} words in the empty text and "
-                f"{counts[1:]} in the others, from ids {ids.tolist()!r:.200}"
-            )
-        return marks
-
-    def words(self, ids: Tensor) -> Tensor:
-        """A mask (B,T) bool of the words among ids (B,T)."""
-        place = torch.arange(ids.shape[1], device=ids.device)
-        # The padding id may also be a word's, as CLIP's is that of an exclamation mark: only a trailing run is padding.
-        length = torch.where(ids != self.padding, place + 1, 0).amax(1)
-        if self.end:
-            ends = (length[:, None] - len(self.end) + place[: len(self.end)]).clamp(min=0)
-            matches = ids.gather(1, ends) == torch.tensor(self.end, device=ids.device)
-            length = length - len(self.end) * matches.all(1)
-        return (place >= self.start) & (place < length[:, None])
-
-
-def _strip_padding(ids: list[int], padding: int) -> list[int]:
-    """Ids without trailing padding."""
-    length = len(ids)
-    while length and ids[length - 1] == padding:
-        length -= 1
-    return ids[:length]
-
-
-def ids_of(tokenizer: Any, texts: list[str], context: int | None) -> Tensor:
-    """The token ids (n,T) int64 of texts.
-
-    A tokenizer of transformers is called with padding after the text and truncation, to the length that the tower was
-    trained with. By default it does neither, and pads on the side that it is set to.
-
-    Raises:
-        ValueError: the tokenizer returns something else, or pads before a text and has no option to change that.
-    """
-    if hasattr(tokenizer, "model_max_length"):
-        length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
-        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
-        if "padding_side" in signature(tokenizer).parameters:
-            options["padding_side"] = "right"
-        elif getattr(tokenizer, "padding_side", "right") != "right":
-            raise ValueError(
-                f"tokenizer must pad after a text, got {type(tokenizer).__name__}, which pads before it: set its "
-                "padding_side to right"
-            )
-        return tokenizer(texts, return_tensors="pt", **options)["input_ids"]
-    ids = tokenizer(texts)
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(texts):
-        actual = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"tokenizer must return ids ({len(texts)},T) for {len(texts)} texts, got {actual}")
-    return ids.long()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -27,6 +30,33 @@ EXAMPLE = """\b
 Example:
   clipkernels demo
 """
+
+
+@contextmanager
+def warnings_on_one_line() -> Iterator[None]:
+    """Write each warning of the package to stderr as one line, once; those of other packages appear as ever."""
+    seen: set[str] = set()
+    package = os.path.dirname(os.path.dirname(__file__))
+
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_line(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not filename.startswith(package + os.sep):
+                show(message, category, filename, lineno, file, line)
+            elif str(message) not in seen:
+                seen.add(str(message))
+                click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+
+        warnings.showwarning = show_line
+        yield
 
 
 class LazyGroup(click.Group):
@@ -60,7 +90,8 @@ class LazyGroup(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
-            status = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            with warnings_on_one_line():
+                status = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.ClickException as error:
             click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
             status = error.exit_code

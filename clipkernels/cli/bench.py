@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from clipkernels.adapters import Tower
 from clipkernels.cli.parts.methods import METHOD_HELP, methods_for
-from clipkernels.cli.parts.models import LIBRARIES, Preprocess, choose_device, load
+from clipkernels.cli.parts.models import Preprocess, choose_device, load, model_options
 from clipkernels.cli.parts.options import format_option
 from clipkernels.cli.parts.output import method_table, opened, progress, schedule, write_results
 from clipkernels.cli.parts.plot import draw_plot, plot_format
@@ -55,19 +55,7 @@ Example:
 
 @click.command(epilog=EXAMPLE)
 @click.argument("images", nargs=-1)
-@click.option("--library", type=click.Choice(LIBRARIES), default=LIBRARIES[0], show_default=True)
-@click.option(
-    "--model",
-    "name",
-    help="The library's name for the model; transformers: a folder or a name on the hub  [default: the small CLIP that "
-    "is included]",
-)
-@click.option(
-    "--pretrained",
-    help="Weights. open_clip, timm: a tag, which is downloaded, or a checkpoint file; transformers: a revision such as "
-    "main, or local for the weights in a folder. Without it the weights are random, which does not change the speed, "
-    "but cosine and agreement then say nothing about trained weights.",
-)
+@model_options
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
@@ -144,7 +132,8 @@ def bench(
 ) -> None:
     """Time your tower, dense and with every method, and compare the embeddings.
 
-    IMAGES are files, folders or quoted globs, as in classify; without any, random noise stands in.
+    IMAGES are files, folders or quoted globs, as in classify; without any, random noise stands in. Random weights do
+    not change the speed, but cosine and agreement then say nothing about trained weights.
 
     Each row is a method in one precision and mode: tokens, GMACs, images/s; speed-up and η, the share of the saved
     operations that became saved time, against the fastest dense row of that precision, with all rows interleaved; the

@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from clipkernels import backend
+from clipkernels.cli.parts.models import choose_device
 from clipkernels.cli.parts.options import format_option
 from clipkernels.cli.parts.output import opened, progress, write_results
 from clipkernels.measure.environment import environment
@@ -78,7 +79,9 @@ def check(
         arguments = sys.argv[sys.argv.index("check") :]
         environ = {**os.environ, "TRITON_INTERPRET": "1"}
         sys.exit(subprocess.call([sys.executable, "-m", "clipkernels", *arguments], env=environ))
-    device = _device(device_name, interpret)
+    if interpret and device_name not in (None, "cpu"):
+        raise click.UsageError(f"expected --device cpu with --interpret, got {device_name}")
+    device = choose_device("cpu" if interpret else device_name)
     prefixes = tuple(name.strip() for name in names.split(",")) if names else ("",)
     chosen = {name: case for name, case in CASES.items() if name.startswith(prefixes)}
     if not chosen:
@@ -97,26 +100,6 @@ def check(
     click.echo(f"{len(rows) - len(failed)} of {len(rows)} passed on {device} ({environment()['device']})", err=True)
     if failed:
         sys.exit(1)
-
-
-def _device(name: str | None, interpret: bool) -> torch.device:
-    """Return the device to check.
-
-    Raises:
-        click.UsageError: a device that this machine lacks, or one that is not the CPU for the interpreter.
-    """
-    if interpret and name not in (None, "cpu"):
-        raise click.UsageError(f"expected --device cpu with --interpret, got {name}")
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() and not interpret else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise click.UsageError(
-            f"expected a device of this machine for --device, got {name}: {str(error).splitlines()[0]}"
-        ) from error
-    return device
 
 
 def _shapes(towers: str | None, device: torch.device) -> dict[str, Shape]:

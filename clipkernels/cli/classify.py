@@ -19,7 +19,7 @@ from clipkernels.cli.parts.classes import read_classes, read_labels
 from clipkernels.cli.parts.guesses import Guess, guess_writer
 from clipkernels.cli.parts.heads import ReservoirFile, check_head, choose_head
 from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods
-from clipkernels.cli.parts.models import choose_device, load_clip
+from clipkernels.cli.parts.models import cast_towers, choose_device, load_clip, model_options
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
@@ -54,8 +54,7 @@ Example:
 @click.option("--classes", help="Class names, separated by commas.")
 @click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
 @click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
-@click.option("--model", "name", help="open_clip model  [default: the small one that is included]")
-@click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
+@model_options
 @click.option(
     "--method",
     "spec",
@@ -108,6 +107,7 @@ def classify(
     classes: str | None,
     classes_file: str | None,
     templates: tuple[str, ...],
+    library: str,
     name: str | None,
     pretrained: str | None,
     spec: str | None,
@@ -132,7 +132,9 @@ def classify(
     """Name the class of every image.
 
     Each row has the path, the likeliest class and its probability, and the second class with its probability. `csv` and
-    `jsonl` rows appear one by one, a table or `json`, a list, when complete.
+    `jsonl` rows appear one by one, a table or `json`, a list, when complete. Logits have the scale and the bias of the
+    model. Where it has a bias, as SigLIP, probabilities are sigmoids and need not sum to one: a table heads them
+    sigmoid, other rows have "probabilities": "sigmoid".
 
     IMAGES are files, folders or quoted globs. A folder is searched for files whose names end like an image's (.jpg,
     .png, .webp, …); a file that is named, or matched by a glob, is always tried. A file that is not an image is
@@ -150,8 +152,8 @@ def classify(
         specified = read_methods([spec] if spec is not None else [], predictor, tokens)
         [method] = specified or read_methods(["tca" if adapt else "dense"], None, None)
         where = choose_device(device)
-        model, preprocess, tokenizer = load_clip(name, pretrained)
-        model = model.to(where, DTYPES[precision]).eval()
+        model, preprocess, tokenizer = load_clip(library, name, pretrained)
+        model = cast_towers(model, where, DTYPES[precision])
         if spec is None and not is_supported(model):
             method = None
         support_set = None if support is None else SupportSet.load(support, model)
@@ -203,7 +205,7 @@ def run(
     after_batch: Callable[[], None],
 ) -> int:
     """Write the guess of every image to the stream and a summary to stderr; return the number of skipped files."""
-    write = guess_writer(form, stream)
+    write = guess_writer(form, stream, classifier.sigmoid)
     done, correct, failures, model_seconds, entropy = 0, 0, 0, 0.0, 0.0
     start = time.perf_counter()
     with progress(quiet=form != "table" and stream.isatty()) as bar:
@@ -214,15 +216,14 @@ def run(
                 bar.console.print(Text(skip_message(paths[index], reason)), soft_wrap=True)
             if batch.images is not None:
                 before = time.perf_counter()
-                logs = classifier(batch.images.to(device, dtype)).log_softmax(1).cpu()
+                logits = classifier(batch.images.to(device, dtype)).cpu()
                 model_seconds += time.perf_counter() - before
-                probabilities = logs.exp()
-                entropy -= (probabilities * logs).nan_to_num(0.0).sum().item()
+                logs = logits.log_softmax(1)
+                entropy -= (logs.exp() * logs).nan_to_num(0.0).sum().item()
                 after_batch()
-                top = probabilities.topk(min(2, len(classifier.classes)))
-                for index, values, classes in zip(
-                    batch.indices, top.values.tolist(), top.indices.tolist(), strict=True
-                ):
+                top = logits.topk(min(2, len(classifier.classes))).indices  # probabilities may be too small to differ
+                probabilities = classifier.probabilities(logits).gather(1, top)
+                for index, values, classes in zip(batch.indices, probabilities.tolist(), top.tolist(), strict=True):
                     names = [classifier.classes[k] for k in classes]
                     label = labels[index] if labels else None
                     correct += label == names[0]
@@ -237,6 +238,8 @@ def run(
         summary[0] += f", {done / model_seconds:.1f} in the model"
         if isinstance(classifier.head, Reservoir):
             summary.append(f"mean entropy {entropy / done:.3f}, {int(classifier.head.counts.sum())} images cached")
+        if classifier.sigmoid:
+            summary.append("probabilities are sigmoids, one for each class by itself")
         if labels:
             summary.append(f"accuracy {100 * correct / done:.2f} % ({correct} of {done})")
     if failures:

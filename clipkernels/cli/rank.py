@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipkernels.classifier import class_embeddings
 from clipkernels.cli.parts.classes import folders_of, read_classes, read_labels
 from clipkernels.cli.parts.heads import is_set
-from clipkernels.cli.parts.models import choose_device, load_clip
+from clipkernels.cli.parts.models import choose_device, load, load_clip, model_options
 from clipkernels.cli.parts.options import format_option
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_results
 from clipkernels.cli.parts.plot import RankedImage, draw_rankings, plot_format
@@ -68,8 +68,7 @@ Example:
     "--shuffle", type=int, metavar="SEED", help="Take the images in a random order  [default: 0 with --limit]"
 )
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Variants of an image per forward.")
-@click.option("--model", "name", help="open_clip model  [default: the small one that is included]")
-@click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
+@model_options
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @click.option("--picture", type=click.Path(), help=f"Also draw the first {MAX_SHOWN} into this .png, .svg or .pdf.")
@@ -91,6 +90,7 @@ def rank(
     limit: int | None,
     shuffle: int | None,
     batch_size: int,
+    library: str,
     name: str | None,
     pretrained: str | None,
     device: str | None,
@@ -122,8 +122,14 @@ def rank(
         labels = [names.index(label) for label in read_labels(paths, names)] if folder_labels else None
         prompts = photo(names, templates or PHOTO) if names or score != "feature" else {}
         where = choose_device(device)
-        model, preprocess, tokenizer = load_clip(name, pretrained)
-        model = model.to(where, DTYPES[precision]).eval()
+        text: Tensor | None = None
+        if prompts:
+            model, preprocess, tokenizer = load_clip(library, name, pretrained)
+            model = model.to(where, DTYPES[precision]).eval()
+            text = class_embeddings(model, tokenizer, prompts)
+        else:
+            model, preprocess, _ = load(library, name, pretrained)
+            model = model.to(where, DTYPES[precision]).eval()
         options: dict[str, Any] = {
             "score": score,
             "window": window,
@@ -132,7 +138,7 @@ def rank(
             "block": block,
             "batch_size": batch_size,
             "path": output,
-            "text": class_embeddings(model, tokenizer, prompts) if prompts else None,
+            "text": text,
         }
         with opened(picture, "--picture") if picture else nullcontext() as sheet, progress() as bar:
             pictures = Pictures(paths, preprocess)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from clipkernels.cli.parts.classes import read_classes
 from clipkernels.cli.parts.heads import is_set
-from clipkernels.cli.parts.models import choose_device, load_clip, loading
+from clipkernels.cli.parts.models import choose_device, load_clip, loading, model_options
 from clipkernels.cli.parts.options import format_option
 from clipkernels.cli.parts.output import opened, progress, write_results
 from clipkernels.measure.towers import DTYPES
@@ -93,8 +93,7 @@ def support(context: click.Context) -> None:
 @click.option("--guidance", type=float, default=9.5, show_default=True, help="Scale of classifier-free guidance.")
 @click.option("--steps", type=click.IntRange(min=1), default=85, show_default=True, help="Denoising steps.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
-@click.option("--model", "name", help="open_clip model  [default: the small one that is included]")
-@click.option("--pretrained", help="open_clip's tag for weights, which it downloads, or a checkpoint file.")
+@model_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
@@ -119,6 +118,7 @@ def build(
     guidance: float,
     steps: int,
     seed: int,
+    library: str,
     name: str | None,
     pretrained: str | None,
     batch_size: int,
@@ -142,7 +142,7 @@ def build(
         if source is not None:
             wording = read_prompts(read_classes(classes, classes_file), prompts, sentences, templates)
         where = choose_device(device)
-        model, preprocess, tokenizer = load_clip(name, pretrained)
+        model, preprocess, tokenizer = load_clip(library, name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
         failures: list[str] = []
         with opened(output) as stream, progress() as bar:

@@ -21,7 +21,8 @@ class Head(Protocol):
     """A head as `ck.Classifier` calls it.
 
     `needs` names the extras of `ck.encode_image` ("tokens", "cls_path") that the head reads. A head may also have
-    `anchors`, which are then passed to `ck.encode_image`, and `reset`, which `Classifier.reset` calls.
+    `anchors`, which are then passed to `ck.encode_image`; `reset`, which `Classifier.reset` calls; and `zero_shot`, a
+    `ck.ZeroShot` that computes the cosine term, to which a classifier passes the scale and the bias of its model.
     """
 
     needs: tuple[str, ...]

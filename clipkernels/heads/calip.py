@@ -9,7 +9,7 @@ the classes, pooled over the patches.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class CALIP:
         beta2: weight of the classes after they attended to the patches.
         beta3: weight of the patches after they attended to the classes.
         preset: data set whose published weights replace a beta2 or beta3 of None.
-        scale: factor of the cosines, 100 in the source.
+        scale: factor of the cosines, 100 in the source; "model" as in `ZeroShot`.
     Raises:
         ValueError: text that is not (K,E), an unknown preset, an alpha that is not positive, numbers that are not
             finite.
@@ -56,7 +56,7 @@ class CALIP:
         beta3: float | None = None,
         *,
         preset: str = "imagenet",
-        scale: float = 100.0,
+        scale: float | Literal["model"] = 100.0,
     ) -> None:
         if preset not in CALIP_PRESETS:
             raise ValueError(f"preset must be one of {', '.join(CALIP_PRESETS)}, got {preset!r}")
@@ -66,7 +66,7 @@ class CALIP:
         published = CALIP_PRESETS[preset]
         self.beta2 = published.beta2 if beta2 is None else beta2
         self.beta3 = published.beta3 if beta3 is None else beta3
-        check_numbers(beta2=self.beta2, beta3=self.beta3, scale=scale)
+        check_numbers(beta2=self.beta2, beta3=self.beta3)
 
     def __call__(self, features: Tensor | Encoded) -> Tensor:
         """Logits (B,K) of an `Encoded` with `tokens`, fp32 (fp64 for fp64 features).
@@ -109,6 +109,10 @@ class CALIP:
             best = search(first, second, third, labels, grid(0.001, 2, 200), grid(0.001, 0.1, 200))
         self.beta2, self.beta3 = best.first, best.second
         return best.accuracy
+
+    def __repr__(self) -> str:
+        weights = f"alpha={self.alpha:g}, beta2={self.beta2:g}, beta3={self.beta3:g}"
+        return f"CALIP({self.zero_shot.describe()}, {weights})"
 
 
 def patches_of(features: Tensor | Encoded) -> tuple[Tensor, Tensor]:

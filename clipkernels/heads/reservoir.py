@@ -52,7 +52,8 @@ class Reservoir:
             has two.
         self_vote: store an image before it is corrected, as in the released code, instead of after.
         frozen: correct without storing; may be set at any time.
-        scale: factor of the cosines, 100 in the source.
+        scale: factor of the cosines, 100 in the source; "model" as in `ZeroShot`. Entropies are always those of the
+            softmax.
     Raises:
         ValueError: an unknown preset or choice, a capacity below one, numbers that are not finite, a temperature that
             is not positive, text that is not (K,E).
@@ -75,7 +76,7 @@ class Reservoir:
         anchors: Literal["seen", "all"] = "seen",
         self_vote: bool = True,
         frozen: bool = False,
-        scale: float = 100.0,
+        scale: float | Literal["model"] = 100.0,
     ) -> None:
         if preset not in RESERVOIR_PRESETS:
             raise ValueError(f"preset must be one of {', '.join(RESERVOIR_PRESETS)}, got {preset!r}")
@@ -91,7 +92,7 @@ class Reservoir:
             or preset_values.capacity < 1
         ):
             raise ValueError(f"capacity must be a positive int, got {preset_values.capacity!r}")
-        check_numbers(**dict(list(settings.items())[1:]), scale=scale)
+        check_numbers(**dict(list(settings.items())[1:]))
         check_positive(temperature=preset_values.temperature)
         rules = {"evict": evict, "correction": correction, "anchors": anchors}
         choices = {
@@ -145,6 +146,10 @@ class Reservoir:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(path.device.type, enabled=False):
             votes = self._observe(logits.detach().clone(), path.clone())
         return logits + votes
+
+    def __repr__(self) -> str:
+        settings = f"capacity={self.capacity}, strength={self.strength:g}, beta={self.beta:g}"
+        return f"Reservoir({self.zero_shot.describe()}, {settings}, seen={self.seen})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the entries as safetensors, through a temporary file that is renamed.

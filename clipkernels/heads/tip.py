@@ -68,7 +68,7 @@ class TipAdapter:
         labels: (n,) int64, the classes of the support images; a class without support gets no vote.
         alpha: weight of the votes.
         beta: decay rate of a vote with cosine distance.
-        scale: factor of the cosines, 100 in the source.
+        scale: factor of the cosines, 100 in the source; "model" as in `ZeroShot`.
     Raises:
         ValueError: shapes that do not fit, labels outside of the classes, rows or numbers that are not finite.
     Guarantees: computed in fp32 (fp64 stays fp64); the support is sorted by class once.
@@ -85,9 +85,9 @@ class TipAdapter:
         alpha: float = 1.17,
         beta: float = 1.0,
         *,
-        scale: float = 100.0,
+        scale: float | Literal["model"] = 100.0,
     ) -> None:
-        check_numbers(alpha=alpha, beta=beta, scale=scale)
+        check_numbers(alpha=alpha, beta=beta)
         self.zero_shot = ZeroShot(text, scale)
         self.alpha, self.beta = alpha, beta
         classes = self.zero_shot.text
@@ -160,6 +160,14 @@ class TipAdapter:
         self._set_weights(best)
         return best.accuracy
 
+    def __repr__(self) -> str:
+        images = len(self._support.features)
+        return f"{type(self).__name__}({self.zero_shot.describe()}, images={images}, {self._describe_weights()})"
+
+    def _describe_weights(self) -> str:
+        """The weights of the votes, for the repr."""
+        return f"alpha={self.alpha:g}, beta={self.beta:g}"
+
     def _statistics(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
         """TIP-X's extrema and mass of a support whose first images are those of `old`."""
         return old.extrema, old.mass
@@ -207,7 +215,7 @@ class TipX(TipAdapter):
         tau: temperature of the softmax of the cosines over the classes.
         reduce: "mean" divides a class's γ term by its number of images; "sum" does not, as published, and so favours
             classes with more images.
-        scale: factor of the cosines, 100 in the source.
+        scale: factor of the cosines, 100 in the source; "model" as in `ZeroShot`.
     Raises:
         ValueError: as `TipAdapter`, a tau that is not positive, another reduce.
     Guarantees: as `TipAdapter`. Calibration takes n²·(E + K) multiplications, and m·n·(E + K) for m more images.
@@ -226,7 +234,7 @@ class TipX(TipAdapter):
         tau: float = 0.5,
         reduce: Literal["mean", "sum"] = "mean",
         *,
-        scale: float = 100.0,
+        scale: float | Literal["model"] = 100.0,
     ) -> None:
         check_positive(tau=tau)
         check_numbers(gamma=gamma)
@@ -234,6 +242,9 @@ class TipX(TipAdapter):
             raise ValueError(f'reduce must be "mean" or "sum", got {reduce!r}')
         self.gamma, self.tau, self.reduce = gamma, tau, reduce
         super().__init__(text, features, labels, alpha, beta, scale=scale)
+
+    def _describe_weights(self) -> str:
+        return f"{super()._describe_weights()}, gamma={self.gamma:g}, tau={self.tau:g}, reduce={self.reduce!r}"
 
     def _statistics(self, old: Support, features: Tensor, labels: Tensor) -> tuple[Extrema, Tensor]:
         old_count, count = len(old.features), len(features)

@@ -1,12 +1,14 @@
-"""CLIP's zero-shot head: logits = scale · cos(image, class). Reads B·E + K·E values, writes B·K."""
+"""CLIP's zero-shot head: logits = scale · cos(image, class) + bias. Reads B·E + K·E values, writes B·K."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
+
+from clipkernels.arguments import check_numbers
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
@@ -17,20 +19,50 @@ class ZeroShot:
 
     Args:
         text: class embeddings (K,E), any floating dtype; need not be normalised.
-        scale: factor of the cosines.
+        scale: factor of the cosines. "model" takes scale and bias of the model when a `ck.Classifier` is made with the
+            head.
+        bias: added to the logits of a model that has one, such as SigLIP; each logit is then that of a probability of
+            its own, its sigmoid.
     Raises:
-        ValueError: text that is not (K,E) with K ≥ 1.
-    Source: CLIP, arXiv 2103.00020, section 3.1.
+        ValueError: text that is not (K,E) with K ≥ 1, another scale, numbers that are not finite, or a bias beside
+            scale="model".
+    Source: CLIP, arXiv 2103.00020, section 3.1; the bias is SigLIP's, arXiv 2303.15343, section 3.2.
     """
 
     needs: tuple[str, ...] = ()
 
-    def __init__(self, text: Tensor, scale: float = 100.0) -> None:
+    def __init__(self, text: Tensor, scale: float | Literal["model"] = 100.0, bias: float | None = None) -> None:
         if text.ndim != 2 or not len(text):
             raise ValueError(f"text must be class embeddings (K,E) with K ≥ 1, got {tuple(text.shape)}")
         with torch.inference_mode(False):  # a head may be used after the inference mode that it is made in
             self.text = normalize(text.to(torch.promote_types(text.dtype, torch.float32)), dim=-1)
-        self.scale = scale
+        self.takes_model = scale == "model"
+        self._scale: float | None = None
+        self.bias: float | None = None
+        if scale != "model":
+            self.set_logits(scale, bias)
+        elif bias is not None:
+            raise ValueError(f'expected no bias with scale="model", which takes the model\'s, got {bias!r}')
+
+    @property
+    def scale(self) -> float:
+        """The factor of the cosines.
+
+        Raises:
+            ValueError: it is the model's, and no `ck.Classifier` was made with the head.
+        """
+        if self._scale is None:
+            raise ValueError('expected a model for scale="model", got none: make a ck.Classifier with the head')
+        return self._scale
+
+    def set_logits(self, scale: float, bias: float | None) -> None:
+        """Set scale and bias of the logits; `ck.Classifier` sets its model's where `takes_model` is true.
+
+        Raises:
+            ValueError: numbers that are not finite.
+        """
+        check_numbers(scale=scale, **({} if bias is None else {"bias": bias}))
+        self._scale, self.bias = scale, bias
 
     def __call__(self, features: Tensor | Encoded) -> Tensor:
         """Logits (B,K) of image embeddings (B,E), or of the embedding of an `Encoded`.
@@ -38,14 +70,15 @@ class ZeroShot:
         They are computed in fp32 (fp64 stays fp64) for features of any dtype, and differentiable in the features.
 
         Raises:
-            ValueError: features that are not (B,E) with the E of the text.
+            ValueError: features that are not (B,E) with the E of the text, or a scale that is not known.
         """
         image = features if isinstance(features, Tensor) else features.embedding
         if image.ndim != 2 or image.shape[1] != self.text.shape[1]:
             raise ValueError(f"features must be (B,E) with E = {self.text.shape[1]}, got {tuple(image.shape)}")
         dtype = torch.promote_types(image.dtype, self.text.dtype)
         with torch.autocast(image.device.type, enabled=False):
-            return self.scale * normalize(image.to(dtype), dim=-1) @ self.text.to(image.device, dtype).T
+            logits = self.scale * normalize(image.to(dtype), dim=-1) @ self.text.to(image.device, dtype).T
+            return logits if self.bias is None else logits + self.bias
 
     def matches(self, text: Tensor) -> bool:
         """Return true if class embeddings (K,E) equal this head's up to rounding: same classes, prompts and model."""
@@ -53,3 +86,12 @@ class ZeroShot:
         return text.shape == expected.shape and bool(
             (cosine_similarity(text.to(expected.dtype), expected) > 0.999).all()
         )
+
+    def describe(self) -> str:
+        """The number of classes, and the scale and the bias of the logits, for the repr of a head."""
+        scale = "'model'" if self._scale is None else f"{self._scale:g}"
+        bias = "" if self.bias is None else f", bias={self.bias:g}"
+        return f"classes={len(self.text)}, scale={scale}{bias}"
+
+    def __repr__(self) -> str:
+        return f"ZeroShot({self.describe()})"

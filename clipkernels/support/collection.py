@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from clipkernels.adapters.tokenizers import Tokenizer
 from clipkernels.classifier import prompt_embeddings
 from clipkernels.data import Preprocess
 from clipkernels.files import read_tensors
@@ -45,7 +46,7 @@ COSINE_ROUNDING = 1e-5  # above the fp32 rounding error of a cosine
 def retrieve(
     model: nn.Module,
     preprocess: Preprocess,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     prompts: Prompts,
     collection: str | os.PathLike[str] | tuple[Tensor, Sequence[str]],
     *,
@@ -64,9 +65,9 @@ def retrieve(
     content, only the first counts. Features are written to disk batch by batch, so an interrupted run resumes.
 
     Args:
-        model: a model with `encode_text` that `ck.encode_image` takes.
+        model: a model with a text tower that `ck.encode_image` takes.
         preprocess: a callable from a PIL image to a tensor (3,S,S).
-        tokenizer: a callable from a list of n texts to token ids (n,T).
+        tokenizer: a callable from a list of n texts to token ids (n,T), or a tokenizer or a processor of transformers.
         prompts: the sentences of each class; its order is the order of the labels.
         collection: a folder of images; the file of features that an earlier call wrote beside it; or precomputed
             features (n,E), a tensor or an array, with the paths of their n files. Precomputed features must be this

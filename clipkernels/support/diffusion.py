@@ -20,13 +20,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
+from clipkernels.arguments import list_names
 from clipkernels.data import Preprocess
 from clipkernels.files import atomic_write
 from clipkernels.fingerprint import fingerprint
 from clipkernels.support.features import Progress, Report, encode, encoder_of
 from clipkernels.support.folders import folder_names, images_in, refuse_foreign_images
 from clipkernels.support.manifest import previous_classes
-from clipkernels.support.prompts import Prompts, check_prompts, list_names
+from clipkernels.support.prompts import Prompts, check_prompts
 from clipkernels.support.store import FEATURES, SupportSet, assemble, refuse_empty
 
 RECIPE = "clipkernels"

@@ -11,8 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from clipkernels.arguments import list_names
 from clipkernels.files import atomic_write
-from clipkernels.support.prompts import list_names
 
 FORMAT, MANIFEST = "clipkernels.support.1", "manifest.json"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

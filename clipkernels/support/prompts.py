@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from clipkernels import classifier
+from clipkernels.adapters.tokenizers import Tokenizer
+from clipkernels.arguments import list_names
 from clipkernels.classifier import check_classes, check_templates, prompts_of
 
 Prompts = Mapping[str, Sequence[str]]
@@ -116,14 +118,20 @@ def combined(*prompts: Prompts) -> dict[str, list[str]]:
     return {name: [sentence for mapping in prompts for sentence in mapping[name]] for name in first}
 
 
-def class_embeddings(model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Prompts) -> Tensor:
+def class_embeddings(model: Any, tokenizer: Tokenizer, prompts: Prompts) -> Tensor:
     """Class embeddings (K,E) fp32: the L2-normalised means of the normalised embeddings of each class's sentences.
 
     Classes may have different numbers of sentences. The result is on the model's device; the model's training mode is
-    left unchanged.
+    left unchanged. A warning names the classes that have a sentence whose end the tokenizer drops.
 
+    Args:
+        model: a model with a text tower: open_clip's, one of transformers' CLIP and SigLIP families, OpenAI's, or
+            another model with `encode_text`.
+        tokenizer: a callable from a list of n texts to token ids (n,T), or a tokenizer or a processor of transformers.
+        prompts: the sentences of each class.
     Raises:
         ValueError: a class without sentences.
+        UnsupportedTower: a model without a text tower.
     """
     return classifier.class_embeddings(model, tokenizer, check_prompts(prompts))
 
@@ -141,12 +149,6 @@ def check_prompts(prompts: Prompts) -> dict[str, list[str]]:
         if isinstance(sentences, str) or not sentences or not all(isinstance(sentence, str) for sentence in sentences):
             raise ValueError(f"prompts must hold a list of sentences for {name!r}, got {sentences!r:.100}")
     return {name: list(sentences) for name, sentences in prompts.items()}
-
-
-def list_names(names: Sequence[str] | set[str]) -> str:
-    """The first ten names as text, and the number of the others."""
-    texts = [repr(name) for name in (sorted(names) if isinstance(names, set) else names)]
-    return ", ".join(texts[:10]) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")
 
 
 def _ask(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clipkernels.arguments import list_names
 from clipkernels.data import Preprocess
 from clipkernels.files import read_tensors
 from clipkernels.fingerprint import check_fingerprint
@@ -40,7 +41,6 @@ from clipkernels.support.folders import (
     stale_copies,
 )
 from clipkernels.support.manifest import MANIFEST_KEYS, UNFINISHED, previous_classes, read_manifest, write_manifest
-from clipkernels.support.prompts import list_names
 
 FEATURES = "features.safetensors"
 

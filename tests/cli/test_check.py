@@ -97,7 +97,7 @@ def test_a_kernel_that_does_not_launch_fails(interpreted, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda:99"], "error: expected a device of this machine for --device, got cuda:99"),
+        (["--device", "cuda:99"], "error: expected a device of this machine, got 'cuda:99'"),
         (["--ops", "sort"], "error: expected --ops among attention, attention_sized"),
         (["--interpret", "--device", "cuda"], "error: expected --device cpu with --interpret, got cuda"),
     ],

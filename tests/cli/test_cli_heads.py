@@ -68,7 +68,7 @@ def test_answers_are_those_of_the_head(pictures: Path, known: Path, head: str, m
         model, tokenizer, known_set.prompts if head.startswith("tip") else support.photo(digits.CLASSES, ("{}",))
     )
     makers = {
-        "zero-shot": lambda: ck.ZeroShot(text),
+        "zero-shot": lambda: ck.ZeroShot(text, model.logit_scale.exp().item()),
         "calip": lambda: ck.CALIP(text),
         "tip": lambda: ck.TipAdapter(text, known_set.features, known_set.labels),
         "tipx": lambda: ck.TipX(text, known_set.features, known_set.labels),

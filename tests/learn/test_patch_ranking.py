@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from clipkernels.learn.patch_ranking import (
 from clipkernels.learn.patch_ranking.predictor import target_distribution
 from clipkernels.learn.patch_ranking.text_contexts import injected_contexts, text_tower
 from clipkernels.testing import open_clip_tower, openai_tower, patch_ranking, randomized
+from tests.local_transformers import clip_model, save_clip_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ("cat", "dog", "ship")
@@ -433,11 +435,24 @@ def test_coupled_tokens_are_maps_of_the_texts_contexts(tiny, images):
     assert not torch.allclose(prompted, plain)
     method = ck.PatchRanking(patch_ranking(tiny).predictor, 0.5, tokens=tokens)
     classifier = ck.Classifier(tiny, tokenizer, CLASSES, method=method)
-    expected = 100 * normalize(literal(ck.unpatch(tiny), method, images)) @ prompted.T
+    expected = tiny.logit_scale.exp() * normalize(literal(ck.unpatch(tiny), method, images)) @ prompted.T
     ck.patch(tiny, method)
     torch.testing.assert_close(classifier(images), expected, atol=1e-3, rtol=1e-4)
     again = ck.Classifier(tiny, tokenizer, CLASSES)  # as it is patched
     assert torch.equal(again(images), classifier(images))
+
+
+def test_tokens_are_trained_through_a_model_of_transformers(images, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model, tokenizer = clip_model(), save_clip_tokenizer(tmp_path)
+    method, labels = patch_ranking(model), torch.tensor([0, 1, 1])
+    prompts = support.photo(["cat", "dog"])
+    options = {"count": 2, "depth": 2, "epochs": 1, "batch_size": 3, "lr": 1e-12}
+    tokens, losses = fit_tokens(model, tokenizer, prompts, images, labels, method, **options)
+    with torch.no_grad(), ck.patched(model, replace(method, tokens=tokens)):
+        embedding = normalize(ck.encode_image(model, images).embedding)
+        logits = 100 * embedding @ support.class_embeddings(model, tokenizer, prompts).T
+    assert losses == pytest.approx([torch.nn.functional.cross_entropy(logits, labels).item()], rel=1e-4)
 
 
 @torch.no_grad()

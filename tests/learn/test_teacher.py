@@ -10,7 +10,7 @@ from open_clip import tokenizer as open_clip_tokenizer
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.adapters import text
+from clipkernels.adapters import text, tokenizers
 from clipkernels.fingerprint import fingerprint, same_probe, same_tower, weights_version
 from clipkernels.learn.distill import Teacher, TeacherFeatures, align_words
 from clipkernels.testing import openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
@@ -204,7 +204,7 @@ def test_clip_pools_its_end_token():
     ],
 )
 def test_marks_and_padding_are_not_words(empty, some, row, words):
-    marks = text.Marks.from_ids(torch.tensor([empty, some]))
+    marks = tokenizers.Marks.from_ids(torch.tensor([empty, some]))
     assert marks.words(torch.tensor([row, some]))[0].nonzero().flatten().tolist() == words
 
 
@@ -223,14 +223,14 @@ def test_marks_and_padding_are_not_words(empty, some, row, words):
 )
 def test_a_tokenizer_that_pads_on_the_left_is_refused(empty, some):
     with pytest.raises(ValueError, match=r"tokenizer must pad after a text, got ids .* padding_side to right"):
-        text.Marks.from_ids(torch.tensor([empty, some]))
+        tokenizers.Marks.from_ids(torch.tensor([empty, some]))
 
 
 def test_a_tokenizer_with_inconsistent_marks_is_refused():
     with pytest.raises(
         ValueError, match=r"the same marks around each text, got 0 words in the empty text and .*1, 0.* in the"
     ):
-        text.Marks.from_ids(torch.tensor([[8, 9, 0, 0, 0], [8, 3, 9, 0, 0], [8, 9, 0, 0, 0]]))
+        tokenizers.Marks.from_ids(torch.tensor([[8, 9, 0, 0, 0], [8, 3, 9, 0, 0], [8, 9, 0, 0, 0]]))
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +24,26 @@ from clipkernels.images import first_line
 from clipkernels.patching import tower_of
 
 LIBRARIES = ("open_clip", "transformers", "timm")
+NAME_HELP = (
+    "The library's name for the model; transformers: a folder or a name on the hub  [default: the small CLIP that is "
+    "included]"
+)
+WEIGHTS_HELP = (
+    "Weights. open_clip, timm: a tag, which is downloaded, or a checkpoint file; transformers: a revision such as "
+    "main, or local for the weights in a folder. Without it the weights are random."
+)
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that name a model, --library, --model and --pretrained, to a command."""
+    options = (
+        click.option("--library", type=click.Choice(LIBRARIES), default=LIBRARIES[0], show_default=True),
+        click.option("--model", "name", help=NAME_HELP),
+        click.option("--pretrained", help=WEIGHTS_HELP),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 class Loaded(NamedTuple):
@@ -51,20 +72,24 @@ def load(library: str, name: str | None, pretrained: str | None) -> Loaded:
     return Loaded(model.float().eval(), preprocess, weights)
 
 
-def load_clip(name: str | None, pretrained: str | None) -> tuple[nn.Module, Preprocess, Any]:
-    """Return model, preprocessing and tokenizer of a whole CLIP: the bundled ones, or open_clip's.
+def load_clip(library: str, name: str | None, pretrained: str | None) -> tuple[nn.Module, Preprocess, Any]:
+    """Return model, preprocessing and tokenizer of a whole CLIP: the bundled ones, or a library's.
 
     Raises:
-        click.UsageError: as in `load`, or a tokenizer that cannot be loaded.
+        click.UsageError: as in `load`; timm, which has no text towers; or a tokenizer that cannot be loaded.
     """
+    if name is not None and library == "timm":
+        expected = "expected a model with a text tower (--library open_clip or transformers)"
+        raise click.UsageError(f"{expected}, got timm's {name}: timm has no text tower")
+    model, preprocess, _ = load(library, name, pretrained)
     if name is None:
-        refuse_unnamed(pretrained=pretrained)
-        return bundled()
-    model, preprocess, _ = load_open_clip(name, pretrained)
-    import open_clip
+        return model, preprocess, bundled()[2]
+    if library == "open_clip":
+        import open_clip
 
-    with loading(name, pretrained):
-        return model, preprocess, open_clip.get_tokenizer(name)
+        with loading(name, pretrained):
+            return model, preprocess, open_clip.get_tokenizer(name)
+    return model, preprocess, load_transformers_tokenizer(name, pretrained)
 
 
 def load_open_clip(name: str, pretrained: str | None) -> Loaded:
@@ -111,15 +136,12 @@ def load_transformers(name: str, pretrained: str | None) -> Loaded:
     with imported("transformers"):
         from transformers import AutoConfig, AutoModel
 
-    folder = os.path.isdir(name)
-    if folder and pretrained not in (None, "local"):
+    if os.path.isdir(name) and pretrained not in (None, "local"):
         raise click.UsageError(f"expected --pretrained local, for the weights in the folder {name}, got {pretrained!r}")
     check_weights(name, pretrained, None)
-    where: dict[str, Any] = {"local_files_only": folder, "trust_remote_code": False}
-    if pretrained is not None and not folder:
-        where["revision"] = pretrained
+    where = hub_options(name, pretrained)
     missing: Sequence[str] = ()
-    with loading(name, pretrained):
+    with loading(name, pretrained), bars_on_terminals():
         if pretrained is None:
             model = AutoModel.from_config(AutoConfig.from_pretrained(name, **where), trust_remote_code=False)
         else:
@@ -129,6 +151,43 @@ def load_transformers(name: str, pretrained: str | None) -> Loaded:
         click.echo(f"warning: {name} has random weights in {len(missing)} places, such as {missing[0]}", err=True)
     preprocess = transformers_preprocess(name, where, tower_of(model).image_size)
     return Loaded(model, preprocess, pretrained or "random")
+
+
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Hide the progress bars of transformers where stderr is not a terminal, because there an error is one line."""
+    from transformers.utils import logging
+
+    hidden = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
+
+
+def hub_options(name: str, pretrained: str | None) -> dict[str, Any]:
+    """Return the options of `from_pretrained` for a folder, or for a revision of a model of the hub."""
+    folder = os.path.isdir(name)
+    revision = {} if pretrained is None or folder else {"revision": pretrained}
+    return {"local_files_only": folder, "trust_remote_code": False, **revision}
+
+
+def load_transformers_tokenizer(name: str, pretrained: str | None) -> Any:
+    """Return the tokenizer of a folder or of a model of the hub.
+
+    Raises:
+        click.UsageError: it has none, or one that cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(name, pretrained):
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(name, pretrained))
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes one from the configuration alone
+        raise click.UsageError(f"expected {name} to hold a tokenizer, got one without a vocabulary: save it there")
+    return tokenizer
 
 
 def transformers_preprocess(name: str, where: dict[str, Any], size: tuple[int, int]) -> Preprocess:
@@ -210,6 +269,19 @@ def imported(package: str) -> Iterator[None]:
     except ImportError as error:
         expected = f"expected {package} to be installed (pip install {package})"
         raise click.UsageError(f"{expected}, got: {first_line(error)}") from error
+
+
+def cast_towers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a model on a device, in eval mode and in `dtype`, all but the scale and the bias of its logits.
+
+    The scale is stored as its logarithm, whose rounding to bf16 may change it by more than a percent.
+    """
+    numbers = {name: getattr(model, name, None) for name in ("logit_scale", "logit_bias")}
+    copies = {name: number.detach().clone() for name, number in numbers.items() if number is not None}
+    model = model.to(device, dtype).eval()
+    for name, number in copies.items():
+        setattr(model, name, nn.Parameter(number.to(device)))
+    return model
 
 
 def choose_device(name: str | None) -> torch.device:

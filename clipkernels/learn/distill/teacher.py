@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower, text
+from clipkernels.adapters.tokenizers import Marks, Tokenizer, ids_of
 from clipkernels.classifier import PROMPTS_PER_BATCH, eval_mode
 from clipkernels.encode import encode_image
 from clipkernels.fingerprint import fingerprint, output_probe, weights_version
@@ -42,7 +43,7 @@ class Teacher:
             the last feature map. A timm tower or a transformers vision model alone is refused, because it has no text
             tower.
         tokenizer: a callable from n texts to token ids (n,T) that pads behind the text, like open_clip's; or a
-            transformers tokenizer, which is made to pad to the context length of the text tower.
+            tokenizer or a processor of transformers, which is made to pad to the context length of the text tower.
         join: format string with a `{}` for the text and a `{}` for the answer, or a callable of both.
     Raises:
         UnsupportedTower: an image or text tower that is not supported, or a text tower that pools something else than
@@ -50,16 +51,16 @@ class Teacher:
         ValueError: embeddings of different widths, a tokenizer with another kind of result, or another `join`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: text.Tokenizer, *, join: Join = "{} {}") -> None:
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, join: Join = "{} {}") -> None:
         self.model, self.tokenizer, self.join = model, tokenizer, join
         if isinstance(join, str) and not _has_two_fields(join):
             raise ValueError(f'join must hold one {{}} for the text, one for the answer and no more, got "{join}"')
         self.reads = text.find_text_tower(model)
         tower = None if adapters.find_resnet(model) is not None else adapters.find_tower(model)
         self.queries = tower is not None and tower.pools_with_queries
-        self.probe = text.ids_of(tokenizer, list(PROBE), self.reads.context)
-        self.marks = text.Marks.from_ids(self.probe)
-        probes = {ids.shape[1]: ids for ids in (text.ids_of(tokenizer, [PROBE[1]], self.reads.context), self.probe)}
+        self.probe = ids_of(tokenizer, list(PROBE), self.reads.context)
+        self.marks = Marks.from_ids(self.probe)
+        probes = {ids.shape[1]: ids for ids in (ids_of(tokenizer, [PROBE[1]], self.reads.context), self.probe)}
         for length, ids in probes.items():  # two lengths if the tokenizer pads to the longest text
             try:
                 with self._frozen():
@@ -163,7 +164,7 @@ class Teacher:
         with self._frozen():
             for start in range(0, len(sentences), PROMPTS_PER_BATCH):
                 part = sentences[start : start + PROMPTS_PER_BATCH]
-                ids = text.ids_of(self.tokenizer, part, self.reads.context).to(self.device)
+                ids = ids_of(self.tokenizer, part, self.reads.context).to(self.device)
                 features = self.reads.encode(ids)
                 pooled.append(features.text.float())
                 if words:
@@ -186,7 +187,7 @@ class Teacher:
         Raises:
             ValueError: a tokenizer that cannot convert ids to pieces.
         """
-        ids = text.ids_of(self.tokenizer, [sentence], self.reads.context)
+        ids = ids_of(self.tokenizer, [sentence], self.reads.context)
         inner: Any = getattr(self.tokenizer, "tokenizer", self.tokenizer)
         if hasattr(inner, "convert_ids_to_tokens"):
             pieces = inner.convert_ids_to_tokens(ids[0].tolist())

@@ -21,7 +21,9 @@ from torch.nn.functional import cross_entropy, normalize
 
 from clipkernels import adapters
 from clipkernels.adapters import Tower
-from clipkernels.classifier import class_embeddings, eval_mode
+from clipkernels.adapters.text import find_text_encoder
+from clipkernels.adapters.tokenizers import Tokenizer, ids_of
+from clipkernels.classifier import check_clip, class_embeddings, eval_mode
 from clipkernels.encode import encode_image
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprint, fingerprinted_module
 from clipkernels.heads.arguments import check_labels, check_positive
@@ -69,9 +71,7 @@ class VisualTokens(nn.Module):
             return self.own
         return torch.stack([layer(context) for layer, context in zip(self.maps, self.context, strict=True)])
 
-    def class_embeddings(
-        self, model: Any, tokenizer: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
-    ) -> Tensor:
+    def class_embeddings(self, model: Any, tokenizer: Tokenizer, prompts: Mapping[str, Sequence[str]]) -> Tensor:
         """Class embeddings (K,E) fp32; contexts, if there are any, replace the first words of every prompt.
 
         Raises:
@@ -82,8 +82,9 @@ class VisualTokens(nn.Module):
             return class_embeddings(model, tokenizer, prompts)
         if "text" in self.about:
             check_fingerprint(self.about["text"], text_tower(model), "the learnt tokens' text", self.about)
-        ids = tokenizer([sentence for sentences in prompts.values() for sentence in sentences])
-        check_prompts(model, ids, [len(sentences) for sentences in prompts.values()], self.count)
+        sentences = [sentence for group in prompts.values() for sentence in group]
+        ids = ids_of(tokenizer, sentences, find_text_encoder(model).context)
+        check_prompts(model, ids, [len(group) for group in prompts.values()], self.count)
         with injected_contexts(model, self.context):
             return class_embeddings(model, tokenizer, prompts)
 
@@ -126,7 +127,7 @@ class FittedTokens(NamedTuple):
 @torch.enable_grad()
 def fit_tokens(
     model: Any,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     prompts: Mapping[str, Sequence[str]],
     images: Tensor | Sequence[Tensor],
     labels: Tensor,
@@ -149,8 +150,8 @@ def fit_tokens(
     are frozen and in eval mode during the training and restored afterwards.
 
     Args:
-        model: a CLIP with `encode_image` and `encode_text`, in fp32 or fp64.
-        tokenizer: a list of n texts to token ids (n,T).
+        model: a model that `ck.Classifier` takes, in fp32 or fp64.
+        tokenizer: a callable from a list of n texts to token ids (n,T), or a tokenizer or a processor of transformers.
         prompts: the sentences of each class, such as those of `clipkernels.support.photo`.
         images: (n,3,S,S) preprocessed, or a sequence of (3,S,S).
         labels: (n,) int64, into the classes of `prompts`.
@@ -177,9 +178,7 @@ def fit_tokens(
     """
     check_training("fit_tokens", epochs, batch_size)
     check_positive(lr=lr, scale=scale)
-    missing = [name for name in ("encode_image", "encode_text") if not hasattr(model, name)]
-    if missing:
-        raise ValueError(f"model must be a CLIP, got {type(model).__name__} without {', '.join(missing)}")
+    check_clip(model)
     tower = adapters.find_tower(model)
     like = tower.like
     if like.dtype not in (torch.float32, torch.float64):
@@ -187,8 +186,9 @@ def fit_tokens(
     labels = check_labels(labels, len(images), len(prompts)).to(like.device)
     if not len(images):
         raise ValueError("images must hold at least one image, got none")
-    sizes = [len(sentences) for sentences in prompts.values()]
-    ids = tokenizer([sentence for sentences in prompts.values() for sentence in sentences]).to(like.device)
+    sizes = [len(group) for group in prompts.values()]
+    sentences = [sentence for group in prompts.values() for sentence in group]
+    ids = ids_of(tokenizer, sentences, find_text_encoder(model).context).to(like.device)
     about: dict[str, Any] = {"tower": fingerprint(fingerprinted_module(tower)), "images": len(images)}
     about |= {"keep": method.keep, "block": method.block}
     width = 0
