@@ -30,7 +30,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
         ValueError: the backend is unknown, or triton is requested for fp64.
         RuntimeError: triton is requested and cannot run here; the message gives the reason.
     """
-    backend_name = requested_backend(backend)
+    backend_name = requested_backend(backend) if isinstance(backend, str) else type(backend).__name__
     if backend_name not in ("auto", "triton", "reference"):
         raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend_name!r}')
     if backend_name == "reference":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_floating, check_same, shape_of
+from clipkernels.arguments import check_floating, check_same, check_tensors, shape_of
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import targeted_l1 as _targeted_l1
 
@@ -36,6 +36,7 @@ def targeted_l1(
     Returns:
         (B,) fp32 (fp64 for fp64 inputs); 0 for an instance without a selected token.
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices do not match, or teacher or weights require a gradient.
         RuntimeError: a second derivative is computed; create_graph=True alone raises nothing.
     Guarantees: differentiable once, in student and projection, with sign(0) = 0; fp32 accumulation; deterministic. No
@@ -46,6 +47,7 @@ def targeted_l1(
         the dtype of student.
     Source: the distance of CLIP-TD, arXiv 2201.05729, reconstructed from its abstract, the only part available here.
     """
+    check_tensors(student=student, teacher=teacher, projection=projection, weights=weights, mask=mask)
     # On meta tensors `is_autocast_enabled` raises; `is_autocast_available` would tell, but older compilers cannot trace
     # it.
     if not student.is_meta and torch.is_autocast_enabled(student.device.type):
