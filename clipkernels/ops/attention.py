@@ -71,7 +71,8 @@ def attention(
     Source: the size bias is ToMe's proportional attention, arXiv 2210.09461, section 3.
     """
     _check_attention(q, k, v, size, signal, prefix)
-    chosen = _heads_backend(backend, q, "attention")
+    patches = k.shape[2] - prefix if signal == "received" else 0
+    chosen = _heads_backend(backend, q, "attention", patches)
     if chosen == "reference":
         return reference.attention(q, k, v, size, signal, prefix)
     # A prediction, no GPU has been measured: SDPA and a score kernel are faster, unless a size bias slows SDPA down or
@@ -111,7 +112,7 @@ def rank_tokens(
     Source: "mean" EViT, arXiv 2202.07800, section 3.2; "rank" TCA, arXiv 2410.14729.
     """
     _check_rank(q, k, heads, query, size, prefix)
-    chosen = _heads_backend(backend, q, "rank_tokens")
+    chosen = _heads_backend(backend, q, "rank_tokens", k.shape[2] - prefix)
     run = reference.rank_tokens if chosen == "reference" else _attention.rank_tokens
     return run(q, k, heads, query, size, prefix)
 
@@ -151,7 +152,7 @@ def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
     check_prefix(prefix, k.shape[2])
 
 
-def _heads_backend(backend: Backend, q: Tensor, op: str) -> str:
-    """Return the backend for queries (B,H,M,D)."""
-    width = q.shape[-1]
-    return _backend.choose(backend, q.device, q.dtype, f"{op} at head width {width}", width <= _HEAD_WIDTH)
+def _heads_backend(backend: Backend, q: Tensor, op: str, patches: int) -> str:
+    """Return the backend for queries (B,H,M,D) and scores of that many patches to reduce over heads."""
+    width, name = q.shape[-1], f"{op} at head width {q.shape[-1]}"
+    return _backend.choose(backend, q.device, q.dtype, name, width <= _HEAD_WIDTH, patches=patches)

@@ -64,7 +64,8 @@ def condense_tokens(
     _check_condense(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
     dtypes = (tensor.dtype for tensor in (x, scores, weights) if tensor is not None)
     dtype = reduce(torch.promote_types, dtypes)
-    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens")
+    patches, width = x.shape[1] - prefix, x.shape[2]
+    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens", patches=patches, width=width)
     run = reference.condense_tokens if chosen == "reference" else _condense.condense_tokens
     return run(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
 

@@ -64,7 +64,7 @@ def add_norm(
     Source: the pre-norm transformer block; LayerScale, arXiv 2103.17239.
     """
     _check_add_norm(x, y, bias, scale, norm)
-    chosen = _backend.choose(backend, x.device, torch.promote_types(x.dtype, y.dtype), "add_norm")
+    chosen = _backend.choose(backend, x.device, torch.promote_types(x.dtype, y.dtype), "add_norm", width=x.shape[-1])
     return (reference.add_norm if chosen == "reference" else _epilogue.add_norm)(x, y, bias, scale, norm)
 
 

@@ -44,7 +44,8 @@ def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = 
     Source: ToMe, arXiv 2210.09461, section 3.
     """
     _check_match(metric, r, prefix)
-    chosen = _backend.choose(backend, metric.device, metric.dtype, "match_tokens")
+    even, width = (metric.shape[-2] + 1) // 2, metric.shape[-1]
+    chosen = _backend.choose(backend, metric.device, metric.dtype, "match_tokens", patches=even, width=width)
     return (reference.match_tokens if chosen == "reference" else _merge.match_tokens)(metric, r, prefix)
 
 
@@ -72,7 +73,8 @@ def merge_tokens(
     Source: ToMe, arXiv 2210.09461, section 3.
     """
     _check_merge(x, match, size, norm)
-    chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens")
+    pairs, width = match.source.shape[1], x.shape[2]
+    chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens", patches=pairs, width=width)
     return (reference.merge_tokens if chosen == "reference" else _merge.merge_tokens)(x, match, size, norm)
 
 
