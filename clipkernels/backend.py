@@ -47,7 +47,7 @@ def choose(
     """
     backend_name = requested_backend(backend) if isinstance(backend, str) else type(backend).__name__
     if backend_name not in ("auto", "triton", "reference"):
-        raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend_name!r}')
+        raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend_name!r:.80}')
     if backend_name == "reference":
         return backend_name
     if patches > MAX_PATCHES or width > MAX_WIDTH:
@@ -72,7 +72,8 @@ def choose(
 
 def requested_backend(backend: str) -> str:
     """The argument itself, or CLIPKERNELS_BACKEND in place of "auto"."""
-    return os.environ.get("CLIPKERNELS_BACKEND", "auto") if backend == "auto" else backend
+    automatic = isinstance(backend, str) and backend == "auto"
+    return os.environ.get("CLIPKERNELS_BACKEND", "auto") if automatic else backend
 
 
 def use_epilogue_kernels(x: Tensor) -> bool:

@@ -9,10 +9,10 @@ from clipkernels import backend as _backend
 from clipkernels import reference
 from clipkernels.arguments import (
     check_floating,
+    check_int,
     check_numbers,
     check_same,
     check_tensors,
-    describe,
     join_sizes,
     shape_of,
     values_are_readable,
@@ -85,8 +85,7 @@ def _check_affinity(
     if support.ndim != 2 or support.shape[1] != queries.shape[1]:
         raise ValueError(f"support must be (n,E) with E = {queries.shape[1]}, got {shape_of(support)}")
     check_same(queries, support=support)
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-        raise ValueError(f"classes must be a positive int, got {describe(classes)}")
+    check_int("classes", classes, 1, 2**31 - 1, "2³¹ - 1")
     check_numbers(beta=beta)
     rows = (len(support),)
     indices = [("labels", labels, rows)] + ([("offsets", offsets, (classes + 1,))] if offsets is not None else [])

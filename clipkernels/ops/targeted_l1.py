@@ -65,7 +65,7 @@ def targeted_l1(
 def _check_targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> None:
     if student.ndim != 3 or not student.shape[2]:
         raise ValueError(f"student must be (B,n,d) with d ≥ 1, got {shape_of(student)}")
-    check_floating(student=student)
+    check_floating(student=student, teacher=teacher, weights=weights)
     batch, tokens, width = student.shape
     if teacher.ndim != 3 or teacher.shape[:2] != student.shape[:2] or not teacher.shape[2]:
         raise ValueError(f"teacher must be (B,n,E) = ({batch},{tokens},E) with E ≥ 1, got {shape_of(teacher)}")
@@ -80,7 +80,6 @@ def _check_targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, wei
             raise ValueError(f"{name} must be on {student.device} like student, got {tensor.device}")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
-    check_floating(teacher=teacher, weights=weights)
     for name, tensor in (("teacher", teacher), ("weights", weights)):
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient, because it gets none: detach it")
