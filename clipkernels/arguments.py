@@ -1,36 +1,84 @@
 """Checks of arguments that several operations and heads share.
 
-Every check raises a ValueError that names the expected and the actual value.
+A check raises a TypeError for a value that is no tensor or no named tuple, and a ValueError for any other fault. Its
+message is one line, which names the argument, the expected and the actual value. Values of tensors are read on the CPU
+alone, because elsewhere the host would wait for the device.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clipkernels.backend import transform_obstacle
+from clipkernels.custom_ops import can_skip_dispatcher
 from clipkernels.reference import Norm
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_REALS = (*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_numbers(**values: float) -> None:
+def check_tensors(**tensors: Any) -> None:
+    """Raise unless every value is a dense tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {describe(tensor)}")
+        if tensor.is_nested:
+            raise ValueError(f"{name} must be a dense tensor, got a nested one: pad it")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}: call to_dense()")
+
+
+def check_numbers(**values: Any) -> None:
     """Raise ValueError unless every value is a finite number."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name} must be a finite number, got {describe(value)}")
+
+
+def check_positive(**values: Any) -> None:
+    """Raise ValueError unless every value is a finite number above 0."""
+    for name, value in values.items():
+        check_numbers(**{name: value})
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {describe(value)}")
+
+
+def check_int(name: str, value: Any, low: int, high: int, meaning: str) -> None:
+    """Raise ValueError unless the value is an int from `low` to `high`, which messages call `meaning`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} must be an int from {low} to {meaning} = {high}, got {describe(value)}")
+
+
+def check_flags(**values: Any) -> None:
+    """Raise ValueError unless every value is a bool."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {describe(value)}")
+
+
+def check_choice(name: str, value: Any, *choices: str | None) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        *most, last = ("None" if choice is None else f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {describe(value)}")
 
 
 def check_tokens(x: Tensor) -> None:
-    """Raise ValueError unless x is (B,N,C) of a supported float dtype."""
+    """Raise unless x is (B,N,C) of a supported float dtype."""
+    check_tensors(x=x)
     if x.ndim != 3:
         raise ValueError(f"x must be (B,N,C), got {shape_of(x)}")
     check_floating(x=x)
 
 
 def check_scores(scores: Tensor, x: Tensor, patches: int, name: str) -> None:
-    """Raise ValueError unless scores are (B,P) or (B,H,P) floats on the device of x."""
+    """Raise unless scores are (B,P) or (B,H,P) floats on the device of x."""
+    check_tensors(**{name: scores})
     batch = x.shape[0]
     if scores.ndim not in (2, 3) or (scores.shape[0], scores.shape[-1]) != (batch, patches) or 0 in scores.shape[1:-1]:
         raise ValueError(f"{name} must be (B,P) = ({batch},{patches}) or (B,H,P), got {shape_of(scores)}")
@@ -41,32 +89,46 @@ def check_scores(scores: Tensor, x: Tensor, patches: int, name: str) -> None:
 
 def check_prefix(prefix: int, tokens: int) -> None:
     """Raise ValueError unless prefix is an int from 0 to the number of tokens."""
-    if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= tokens:
-        raise ValueError(f"prefix must be an int from 0 to N = {tokens}, got {prefix!r}")
+    check_int("prefix", prefix, 0, tokens, "N")
 
 
 def check_size(size: Tensor | None, like: Tensor, batch: int, tokens: int) -> None:
-    """Raise ValueError unless size is None or (B,N) on the device of `like`."""
-    if size is not None and (tuple(size.shape) != (batch, tokens) or size.device != like.device):
+    """Raise unless size is None or (B,N) finite numbers of at least 0 on the device of `like`, without a gradient."""
+    if size is None:
+        return
+    check_tensors(size=size)
+    if tuple(size.shape) != (batch, tokens) or size.device != like.device:
         actual = f"{shape_of(size)} on {size.device}"
         raise ValueError(f"size must be (B,N) = ({batch},{tokens}) on {like.device}, got {actual}")
+    if size.dtype not in _REALS:
+        raise ValueError(f"size must be real numbers, got {size.dtype}")
+    if size.requires_grad and torch.is_grad_enabled():
+        raise ValueError("size must not require a gradient, because it gets none: detach it")
+    if values_are_readable(size) and not ((size >= 0) & (size < float("inf"))).all():
+        raise ValueError("size must be finite and at least 0, got a negative, infinite or NaN size")
 
 
 def check_norm(norm: Norm | None, x: Tensor) -> None:
-    """Raise ValueError unless norm is None or (weight (C,), bias (C,), eps) for x (…,C)."""
+    """Raise unless norm is None or (weight (C,), bias (C,), eps) for x (…,C)."""
     if norm is None:
         return
+    if not isinstance(norm, (tuple, list)):
+        raise TypeError(f"norm must be None or (weight, bias, eps), got {describe(norm)}")
     if len(norm) != 3:
         raise ValueError(f"norm must be (weight, bias, eps), got {len(norm)} values")
-    check_vectors(x, **{"norm's weight": norm[0], "norm's bias": norm[1]})
-    check_numbers(**{"norm's eps": norm[2]})
+    weight, bias, eps = norm
+    vectors = {"norm's weight": weight, "norm's bias": bias}
+    check_tensors(**vectors)
+    check_vectors(x, **vectors)
+    check_positive(**{"norm's eps": eps})
 
 
 def check_vectors(x: Tensor, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless every tensor is None or a float vector (C,) on the device of x (…,C)."""
+    """Raise unless every tensor is None or a float vector (C,) on the device of x (…,C)."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        check_tensors(**{name: tensor})
         if tuple(tensor.shape) != x.shape[-1:] or tensor.device != x.device:
             actual = f"{shape_of(tensor)} on {tensor.device}"
             raise ValueError(f"{name} must be (C,) = ({x.shape[-1]}) on {x.device}, got {actual}")
@@ -85,6 +147,24 @@ def check_same(like: Tensor, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != like.dtype or tensor.device != like.device:
             raise ValueError(f"{name} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}")
+
+
+def values_are_readable(*tensors: Tensor) -> bool:
+    """Return true if a check may read the values: plain tensors on the CPU, no graph, no trace, no transform."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    return on_cpu and can_skip_dispatcher(*tensors) and transform_obstacle() is None
+
+
+def describe(value: object) -> str:
+    """A value as messages show it, in one line: a number or a text itself, the shape of a tensor, else the type."""
+    if isinstance(value, Tensor):
+        return f"a tensor {shape_of(value)}" if not value.is_nested else "a nested tensor"
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        if isinstance(value, int) and abs(value) >= 10**20:  # Python refuses to print thousands of digits
+            return f"an int of {value.bit_length()} bits"
+        text = repr(value)
+        return text if len(text) <= 80 else text[:79] + "…"
+    return type(value).__name__
 
 
 def shape_of(tensor: Tensor) -> str:

@@ -14,10 +14,23 @@ from torch.autograd import forward_ad
 
 Backend = Literal["auto", "triton", "reference"]
 
+# A kernel ranks an image's scores, and stores a row, in registers. Beyond these sizes it would spill most of them.
+MAX_PATCHES = 4096
+MAX_WIDTH = 8192
+
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kernel: bool = True) -> str:
+def choose(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    op: str,
+    kernel: bool = True,
+    *,
+    patches: int = 0,
+    width: int = 0,
+) -> str:
     """The backend that runs an op on tensors of this device and dtype: "triton" or "reference".
 
     Args:
@@ -26,15 +39,19 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
         dtype: the dtype of the tensors.
         op: the name of the op, for messages.
         kernel: true if the op has a Triton kernel for its arguments.
+        patches: number of scores that a kernel ranks per image, or of pairs that it merges.
+        width: elements of a row that a kernel holds.
     Raises:
         ValueError: the backend is unknown, or triton is requested for fp64.
         RuntimeError: triton is requested and cannot run here; the message gives the reason.
     """
-    backend_name = requested_backend(backend)
+    backend_name = requested_backend(backend) if isinstance(backend, str) else type(backend).__name__
     if backend_name not in ("auto", "triton", "reference"):
-        raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend_name!r}')
+        raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend_name!r:.80}')
     if backend_name == "reference":
         return backend_name
+    if patches > MAX_PATCHES or width > MAX_WIDTH:
+        op, kernel = f"{op} beyond {MAX_PATCHES} patches or a width of {MAX_WIDTH}", False
     if backend_name == "auto":
         if device.type == "cpu" or not kernel or dtype == torch.float64 or transform_obstacle() is not None:
             return "reference"
@@ -55,12 +72,13 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, op: str, kern
 
 def requested_backend(backend: str) -> str:
     """The argument itself, or CLIPKERNELS_BACKEND in place of "auto"."""
-    return os.environ.get("CLIPKERNELS_BACKEND", "auto") if backend == "auto" else backend
+    automatic = isinstance(backend, str) and backend == "auto"
+    return os.environ.get("CLIPKERNELS_BACKEND", "auto") if automatic else backend
 
 
 def use_epilogue_kernels(x: Tensor) -> bool:
     """Return true if the sums, norms and activations of a tower on x run as kernels."""
-    if choose("auto", x.device, x.dtype, "add_norm") == "reference":
+    if choose("auto", x.device, x.dtype, "add_norm", width=x.shape[-1]) == "reference":
         return False
     # A compiler fuses them itself, and autocast decides the dtype of each norm.
     return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)

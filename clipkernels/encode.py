@@ -82,10 +82,10 @@ def encode_image(
     refuse_replaced(tower)
     x, rope = tower.embed(images)
     slot = tower.owner.__dict__.get(SLOT)
-    plan = make_plan(Dense() if slot is None else slot.method, tower, x.shape[1])
+    plan = make_plan(Dense() if slot is None else slot.method, tower, int(x.shape[1]))  # a tensor under torch.jit.trace
     reads = decide_reads(plan, patches=not tower.pools_cls, every_row=tokens, source=source, path=cls_path)
     anchors = None if anchors is None else anchors.to(x.device)
-    weights = {} if slot is None else slot.weights
+    weights = {} if slot is None else slot.modules()
     output = run(tower, TowerInput(x, rope, anchors=anchors), plan, reads, **weights)
     pooled = unmerge_for_pool(output, plan, reads)
     return Encoded(

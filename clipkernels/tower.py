@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,13 @@ class Slot(NamedTuple):
     pool: tuple[bool, bool]
     tower: Any
     root: WeakModule
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The modules of the method that a forward runs with."""
+        if not torch.jit.is_tracing():
+            return self.weights
+        # They are no part of the traced module, so the trace holds them as constants, which must need no gradient.
+        return {name: deepcopy(module).requires_grad_(False) for name, module in self.weights.items()}
 
 
 class TowerInput(NamedTuple):
@@ -230,16 +238,17 @@ def run_patched(
     """
     slot = owner.__dict__[SLOT]
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
-    if (x.shape[1], len(tower.blocks), pool_of(tower)) != (plan.entry, len(plan.steps), slot.pool):
+    tokens = int(x.shape[1])  # a tensor under torch.jit.trace
+    if (tokens, len(tower.blocks), pool_of(tower)) != (plan.entry, len(plan.steps), slot.pool):
         # An owner that outlived its tower keeps its prefix.
-        plan = make_plan(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
+        plan = make_plan(slot.method, tower, tokens, plan.prefix if tower.root is None else None)
     if visible is not None and (any(plan.steps) or plan.learnt):
         _refuse_padding(visible, plan)
         visible = None
     patches = patches or not adapters.outputs_only_cls(tower)
     hooked = bool(owner._forward_hooks)  # a hook may read any row
     reads = decide_reads(plan, patches=patches, every_row=hooked, take_indices=take_indices)
-    output = run(tower, TowerInput(x, rope, visible), plan, reads, blocks=blocks, **slot.weights)
+    output = run(tower, TowerInput(x, rope, visible), plan, reads, blocks=blocks, **slot.modules())
     return unmerge_for_pool(output, plan, reads), output.intermediates
 
 

@@ -2,6 +2,8 @@
 
     p_ij ∝ size_j · exp(q_i·k_j / D**0.5);  out = p v;  cls_h = p_h0;  received = mean over heads and queries of p
 
+A key of size 0 takes no part, not even in the maximum of the softmax. If all have size 0, every result is 0.
+
 Reads Q, K, V once (3·B·N·C) and writes B·N·C. The CLS row adds B·H·P fp32, and one program per head, which reads K from
 cache. `received` needs the final row sums first: unless all keys are one tile, each program goes over its keys again
 (QK^T a second time, K from cache). It stores its column sums, and a second launch adds them in a fixed order. Takes
@@ -15,21 +17,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipkernels.kernels.rank import LOG2E, cls_row, in_units, reduce_scores
+from clipkernels.kernels.rank import LOG2E, LOWEST, cls_row, in_units, reduce_scores
 
 
 @triton.jit
 def _logits(
-    q, k_ptr, offs_n, offs_d, N, scale, stride_kn,
-    D: tl.constexpr, WIDE: tl.constexpr,
+    q, k_ptr, size_ptr, offs_n, offs_d, N, scale, stride_kn,
+    D: tl.constexpr, SIZED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return logits [BLOCK_M, BLOCK_N] in units of log2; -inf beyond N."""
+    """Return logits [BLOCK_M, BLOCK_N] in units of log2, and sizes [BLOCK_N]; -inf beyond N and for keys of size 0."""
     mask = (offs_d < D)[:, None] & (offs_n < N)[None, :]
     k = tl.load(k_ptr + offs_n.to(tl.int64)[None, :] * stride_kn + offs_d[:, None], mask=mask, other=0.0)
     if WIDE:
         k = k.to(tl.float32)
     s = tl.dot(q, k, input_precision="ieee") * scale
-    return tl.where((offs_n < N)[None, :], s, float("-inf"))
+    there, size = offs_n < N, 1.0
+    if SIZED:
+        size = tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+        there = size > 0.0
+    return tl.where(there[None, :], s, float("-inf")), size
 
 
 @triton.jit
@@ -40,17 +46,17 @@ def _attend(
 ):  # fmt: skip
     """Return Σ exp(s - max) v [BLOCK_M, BLOCK_D], the sums and maxima [BLOCK_M], and exp(s - max) of the last tile."""
     offs_d = tl.arange(0, BLOCK_D)
-    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    most = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(TILES):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        s = _logits(q, k_ptr, offs_n, offs_d, N, scale, stride_kn, D, WIDE)
+        s, size = _logits(q, k_ptr, size_ptr, offs_n, offs_d, N, scale, stride_kn, D, SIZED, WIDE)
         higher = tl.maximum(most, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         if SIZED:  # exp(s + log size) = size·exp(s)
-            p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+            p *= size[None, :]
         shrink = tl.exp2(most - higher)
         total = total * shrink + tl.sum(p, 1)
         most = higher
@@ -60,6 +66,8 @@ def _attend(
             if WIDE:
                 v = v.to(tl.float32)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    if SIZED:  # without a key the sums are 0, and so are all results
+        total = tl.where(total == 0.0, 1.0, total)
     return acc, total, most, p
 
 
@@ -100,9 +108,10 @@ def _attention_kernel(
             for again in range(TILES):
                 offs_n = again * BLOCK_N + tl.arange(0, BLOCK_N)
                 if TILES > 1:
-                    p = tl.exp2(_logits(q, k_ptr, offs_n, offs_d, N, scale, stride_kn, D, WIDE) - most[:, None])
+                    s, size = _logits(q, k_ptr, size_ptr, offs_n, offs_d, N, scale, stride_kn, D, SIZED, WIDE)
+                    p = tl.exp2(s - most[:, None])
                     if SIZED:
-                        p *= tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+                        p *= size[None, :]
                 share = tl.where((offs_m < M)[:, None], p / total[:, None], 0.0)
                 tl.store(row_ptr + offs_n - prefix, tl.sum(share, 0), mask=(offs_n >= prefix) & (offs_n < N))
     elif SIGNAL == "cls":  # the extra program of a head: query 0 alone, while the keys are in cache

@@ -71,7 +71,7 @@ class TransformersTower:
 
     @property
     def num_tokens(self) -> int:
-        return self.vision.embeddings.position_embedding.weight.shape[0]
+        return int(self.vision.embeddings.position_embedding.weight.shape[0])  # torch.jit.trace makes sizes tensors
 
     @property
     def image_size(self) -> tuple[int, int]:

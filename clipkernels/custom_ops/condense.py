@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from clipkernels.custom_ops import call_with_norm, flatten_norm, norm_backward, register
-from clipkernels.reference import Condensed, Norm
+from clipkernels.reference import Condensed, Norm, reduce_heads
+from clipkernels.reference.ranking import rows_at
 
 
 def condense_tokens(
@@ -24,14 +25,14 @@ def condense_tokens(
     norm: Norm | None,
 ) -> Condensed:
     arguments = (x, scores, keep, merge, centers, weights, heads, prefix, first)
-    tokens, source, index, _, normed = call_with_norm("condense_tokens", _launch, arguments, norm, x, scores, weights)
-    return Condensed(tokens, source, index, normed)
+    return Condensed(*call_with_norm("condense_tokens", _launch, arguments, norm, x, scores, weights))
 
 
 def _launch(*arguments: Any) -> Any:
     from clipkernels.kernels.condense import condense_tokens as launch
 
-    return launch(*arguments)
+    tokens, source, index, _, normed = launch(*arguments)  # the gradient computes the coefficients from x
+    return tokens, source, index, normed
 
 
 def _fake(
@@ -46,55 +47,85 @@ def _fake(
     first: int,
     weight: Tensor | None,
     *_: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, patches = x.shape[0], x.shape[1] - prefix
     tokens = x.new_empty(batch, prefix + keep + centers + 1, x.shape[2])
     source = x.new_empty(batch, patches, dtype=torch.int64)
     index = x.new_empty(batch, keep + centers, dtype=torch.int64)
-    coefficient = x.new_empty(batch, patches, dtype=torch.float32)
-    return tokens, source, index, coefficient, x.new_empty(0) if weight is None else torch.empty_like(tokens)
+    return tokens, source, index, x.new_empty(0) if weight is None else torch.empty_like(tokens)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, scores, ctx.keep, _, ctx.centers, weights, ctx.heads, ctx.prefix, _, weight, bias, ctx.eps = inputs
-    tokens, source, index, coefficient, _ = output
-    ctx.mark_non_differentiable(source, index, coefficient)
-    saved = tokens if weight is not None else None
-    ctx.save_for_backward(x, scores, weights, source, index, coefficient, saved, weight, bias)
+    tokens, source, index, _ = output
+    ctx.mark_non_differentiable(source, index)
+    ctx.save_for_backward(x, scores, weights, source, index, tokens if weight is not None else None, weight, bias)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Any, ...]:
-    x, scores, weights, source, index, coefficient, tokens, weight, bias = ctx.saved_tensors
+    x, scores, weights, source, index, tokens, weight, bias = ctx.saved_tensors
     grad_normed, first = rest[-1], ctx.prefix + ctx.keep
     total = x.new_zeros(x.shape[0], first + ctx.centers + 1, x.shape[2], dtype=torch.float32)
     total = total if grad is None else total + grad
     total, grad_weight, grad_bias = norm_backward(total, grad_normed, tokens, weight, bias, ctx.eps)
+    patches, center = x[:, ctx.prefix :].float(), index[:, ctx.keep :]
     # A row is the sum of its patches times their coefficients, …
     pull = total.gather(1, source[..., None].expand(-1, -1, x.shape[2]))
-    patches = coefficient[..., None] * pull
+    along = (patches * pull).sum(-1)  # the gradients of the coefficients
+    joined = source[:, None] == torch.arange(first, first + ctx.centers, device=x.device)[:, None]  # (B,K,P)
+    share, grad_patches = _shares_and_gradient(patches, joined, center, along)
+    fuse_weights, by_rank = (scores, ctx.heads == "rank") if weights is None else (weights, False)
+    if fuse_weights.ndim == 3:
+        reduced = reduce_heads(fuse_weights, "rank" if by_rank else "mean")
+    else:
+        reduced, by_rank = fuse_weights.float(), False
+    fused = (source == first + ctx.centers) & (reduced > float("-inf"))
+    coefficient = torch.where(source < first, 1.0, share + torch.where(fused, reduced, 0.0))
+    grad_patches = grad_patches + coefficient[..., None] * pull
     # … except that a centre without patches yields its own token.
-    centers = torch.arange(first, first + ctx.centers, device=x.device)
-    alone = ~(source[:, None] == centers[:, None]).any(2)
-    center_patches = index[:, ctx.keep :, None].expand(-1, -1, x.shape[2])
-    patches = patches.scatter_add(1, center_patches, total[:, first:-1] * alone[..., None])
-    fuse_weights = scores if weights is None else weights
+    alone = total[:, first:-1] * ~joined.any(2, keepdim=True)
+    grad_patches = grad_patches.scatter_add(1, center[..., None].expand_as(alone), alone)
     grad_fuse_weights = None
-    if weights is not None or scores.ndim == 2 or ctx.heads == "mean":
-        reduced = fuse_weights.float() if fuse_weights.ndim == 2 else fuse_weights.float().mean(1)
-        counts = (source == first + ctx.centers) & (reduced > float("-inf"))
-        grad_fuse_weights = (x[:, ctx.prefix :].float() * pull).sum(-1) * counts
+    if not by_rank:
+        grad_fuse_weights = torch.where(fused, along, 0.0)
         if fuse_weights.ndim == 3:
             grad_fuse_weights = (grad_fuse_weights / fuse_weights.shape[1])[:, None].expand_as(fuse_weights)
         grad_fuse_weights = grad_fuse_weights.to(fuse_weights.dtype)
-    grad_x = torch.cat([total[:, : ctx.prefix], patches], 1).to(x.dtype)
+    grad_x = torch.cat([total[:, : ctx.prefix], grad_patches], 1).to(x.dtype)
     grad_scores, grad_weights = (grad_fuse_weights, None) if weights is None else (None, grad_fuse_weights)
     return grad_x, grad_scores, None, None, None, grad_weights, None, None, None, grad_weight, grad_bias, None
+
+
+def _shares_and_gradient(patches: Tensor, joined: Tensor, center: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+    """The share (B,P) of each patch in its centre's token, and the gradient (B,P,C) of the patches through the shares.
+
+    A share falls with the distance to the centre, unless that is 0, and with the other shares of the cluster.
+
+    Args:
+        patches: (B,P,C) fp32.
+        joined: (B,K,P) true where a patch joins a centre.
+        center: (B,K) the patch of each centre.
+        along: (B,P) gradient of each share.
+    """
+    merged, cluster = joined.any(1), joined.int().argmax(1)
+    apart = torch.where(merged[..., None], patches - rows_at(patches, center.gather(1, cluster)), 0.0)
+    squares = apart.square().sum(-1).nan_to_num(float("inf"), float("inf"))
+    at_center = squares == 0
+    squares = torch.where(at_center, 1, squares)
+    weight = torch.where(merged, 1 / squares.sqrt(), 0.0)
+    mass = (joined * weight[:, None]).sum(2)
+    share = weight / torch.where(mass > 0, mass, 1).gather(1, cluster)
+    pull = torch.where(merged, share * along, 0.0)
+    mean = (joined * pull[:, None]).sum(2).gather(1, cluster)
+    slope = torch.where(at_center, 0.0, (share * mean - pull) / squares)
+    grad = slope[..., None] * apart
+    return share, grad.scatter_add(1, center[..., None].expand(-1, -1, grad.shape[2]), -(joined.float() @ grad))
 
 
 register(
     "condense_tokens(Tensor x, Tensor scores, int keep, int merge, int centers, Tensor? weights, str heads, "
     "int prefix, int first, Tensor? weight, Tensor? bias, float eps) "
-    "-> (Tensor tokens, Tensor source, Tensor index, Tensor coefficient, Tensor normed)",
+    "-> (Tensor tokens, Tensor source, Tensor index, Tensor normed)",
     flatten_norm(_launch),
     _fake,
     _backward,

@@ -68,6 +68,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed: Tens
     size = merged.new_ones(batch, count) if size is None else size.float()
     survivors, targets = total[:, : kept.shape[1]], total[:, kept.shape[1] :]
     sums = merged[:, kept.shape[1] :]
+    weights = torch.where(sums == 0, 1, size[:, 1::2])  # of two tokens of size 0 the target remains
+    sums = torch.where(sums == 0, 1, sums)
     # Every source has one target and every row one position, so this gathers, and scatters without adding.
     share = size[:, ::2].gather(1, source) / sums.gather(1, target)
     pulled = share[..., None] * targets.gather(1, target[..., None].expand(-1, -1, width))
@@ -75,7 +77,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed: Tens
     even = even.scatter(1, kept[..., None].expand_as(survivors), survivors)
     even = even.scatter(1, source[..., None].expand_as(pulled), pulled)
     grad_x = total.new_empty(batch, count, width)
-    grad_x[:, ::2], grad_x[:, 1::2] = even, (size[:, 1::2] / sums)[..., None] * targets
+    grad_x[:, ::2], grad_x[:, 1::2] = even, (weights / sums)[..., None] * targets
     return grad_x.to(ctx.dtype), None, None, None, None, grad_weight, grad_bias, None
 
 

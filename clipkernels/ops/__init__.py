@@ -2,7 +2,8 @@
 
 B batch, N tokens, P = N - prefix patches, H heads, C width, D head width, E embedding, K classes. The first `prefix`
 tokens (CLS, registers) are never scored, dropped or merged. Ties go to the lower index and NaN counts as -inf, on every
-backend. Choices carry no gradient: signals, ranks and matches are returned detached.
+backend. Choices carry no gradient: ranks and matches are returned detached. Weights carry one: the attention that
+weighs a fused token, and the distances that weigh merged ones.
 """
 
 from clipkernels.ops.affinity import affinity

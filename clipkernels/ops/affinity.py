@@ -7,7 +7,16 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_floating, check_numbers, check_same, join_sizes, shape_of
+from clipkernels.arguments import (
+    check_floating,
+    check_int,
+    check_numbers,
+    check_same,
+    check_tensors,
+    join_sizes,
+    shape_of,
+    values_are_readable,
+)
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import affinity as _affinity
 
@@ -35,13 +44,15 @@ def affinity(
         beta: sharpness β.
         weights: (n,) weight of each support row, any float dtype; None is all ones.
         offsets: (K+1,) int64, the row at which each class begins and, last, the row at which the last class ends. They
-            require labels in ascending order and must agree with them. With None the triton backend sorts the support
+            require labels in ascending order and must agree with them, which is checked on the CPU only, because a GPU
+            would have to be waited for. With None the triton backend sorts the support
             at every call. See `reference.sort_by_class`.
         backend: "auto", "triton" or "reference".
     Returns:
         (t,K) fp32 (fp64 for fp64 inputs); 0 for a class without support rows.
     Raises:
-        ValueError: shapes, dtypes or devices do not match.
+        TypeError: an argument is no tensor.
+        ValueError: shapes, dtypes or devices do not match, or offsets disagree with the labels.
         RuntimeError: a gradient is required on the triton backend, which has no backward.
     Guarantees: the (t,n) affinities are never entirely in memory, unless autograd saves them; accumulation in fp32, on
         triton of affinities rounded to 16 bits if the inputs are in half precision; deterministic on the CPU and on
@@ -67,24 +78,33 @@ def _check_affinity(
     weights: Tensor | None,
     offsets: Tensor | None,
 ) -> None:
+    check_tensors(queries=queries, support=support, labels=labels)
     if queries.ndim != 2 or not queries.shape[1]:
         raise ValueError(f"queries must be (t,E) with E ≥ 1, got {shape_of(queries)}")
     check_floating(queries=queries)
     if support.ndim != 2 or support.shape[1] != queries.shape[1]:
         raise ValueError(f"support must be (n,E) with E = {queries.shape[1]}, got {shape_of(support)}")
     check_same(queries, support=support)
-    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-        raise ValueError(f"classes must be a positive int, got {classes!r}")
+    check_int("classes", classes, 1, 2**31 - 1, "2³¹ - 1")
     check_numbers(beta=beta)
     rows = (len(support),)
-    for name, tensor, shape in (("labels", labels, rows), ("offsets", offsets, (classes + 1,))):
-        if tensor is None:
-            continue
+    indices = [("labels", labels, rows)] + ([("offsets", offsets, (classes + 1,))] if offsets is not None else [])
+    for name, tensor, shape in indices:
+        check_tensors(**{name: tensor})
         if tuple(tensor.shape) != shape or tensor.dtype != torch.int64 or tensor.device != queries.device:
             actual = f"{shape_of(tensor)} {tensor.dtype} on {tensor.device}"
             raise ValueError(f"{name} must be ({join_sizes(shape)}) torch.int64 on {queries.device}, got {actual}")
     if weights is not None:
+        check_tensors(weights=weights)
         if tuple(weights.shape) != rows or weights.device != queries.device:
             actual = f"{shape_of(weights)} on {weights.device}"
             raise ValueError(f"weights must be (n) = ({len(support)}) on {queries.device}, got {actual}")
         check_floating(weights=weights)
+    if offsets is not None and values_are_readable(labels, offsets):
+        if (labels[1:] < labels[:-1]).any():
+            raise ValueError("labels must ascend where offsets are given: sort the support, or omit the offsets")
+        expected = torch.searchsorted(labels, torch.arange(classes + 1))
+        if not torch.equal(offsets, expected):
+            row = int((offsets != expected).nonzero()[0])
+            message = f"offsets[{row}] must be {int(expected[row])}, the first row of its class"
+            raise ValueError(f"{message}, got {int(offsets[row])}: see reference.sort_by_class")

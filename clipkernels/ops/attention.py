@@ -9,7 +9,16 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_floating, check_prefix, check_same, check_size, join_sizes, shape_of
+from clipkernels.arguments import (
+    check_choice,
+    check_floating,
+    check_prefix,
+    check_same,
+    check_size,
+    check_tensors,
+    join_sizes,
+    shape_of,
+)
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import attention as _attention
 from clipkernels.plan import Signal
@@ -37,25 +46,33 @@ def attention(
         q: (B,H,M,D) queries; M = N, or fewer when only the leading rows are needed.
         k: (B,H,N,D) keys.
         v: (B,H,N,D) values.
-        size: (B,N) patches merged into each token; its logarithm is added to the logits of that key. None is all ones.
+        size: (B,N) patches merged into each token, finite and at least 0; its logarithm is added to the logits of that
+            key. A key of size 0 is not there. None is all ones.
         signal: "cls" is the first query's softmax over all N keys, without the prefix columns, (B,H,P) fp32;
             "received" is the mean attention that each patch receives over heads and queries, (B,P) fp32, M = N;
-            "keys" is the mean of k over heads, (B,N,D) in the dtype of k; None is no signal.
+            "keys" is the mean of k over heads, (B,N,D) in the dtype of k, detached; None is no signal. Signals are fp64
+            for fp64 inputs.
         prefix: leading tokens that get no score.
         backend: "auto", "triton" or "reference".
     Returns:
-        (out (B,H,M,D), signal); the signal is detached, or None.
+        (out (B,H,M,D), signal or None); both are zeros for an image whose keys all have size 0.
     Raises:
-        ValueError: shapes, dtypes or devices do not match; the message names the expected and the actual value.
-    Guarantees: computing a signal never holds the entire N×N attention in memory; signals accumulate in fp32. On the
-        CPU in bf16 with up to 600 keys `out` is computed without SDPA, which is slower there: logits and probabilities
-        are rounded to bf16, and the error is many times SDPA's if logits are large. On a GPU `auto` runs SDPA and a
-        separate score kernel wherever that is expected to be faster, and always if a gradient is required.
-        backend="triton" is one fused launch, which computes the same bits for an image in any batch.
+        TypeError: an argument is no tensor.
+        ValueError: shapes, dtypes or devices do not match, or size requires a gradient; the message names the expected
+            and the actual value. Sizes themselves are checked on the CPU only, because a GPU would have to be waited
+            for.
+    Guarantees: out, "cls" and "received" are differentiable in q and k, because they weigh something. Computing a
+        signal never holds the entire N×N attention in memory, unless autograd saves it for "received" on the reference;
+        the backward of the triton backend computes it again. Signals accumulate in fp32. On the CPU in bf16 with up to
+        600 keys `out` is computed without SDPA, which is slower there: logits and probabilities are rounded to bf16,
+        and the error is many times SDPA's if logits are large. On a GPU `auto` runs SDPA and a separate score kernel
+        wherever that is expected to be faster, and always if a gradient is required. backend="triton" without a
+        gradient is one fused launch, which computes the same bits for an image in any batch.
     Source: the size bias is ToMe's proportional attention, arXiv 2210.09461, section 3.
     """
     _check_attention(q, k, v, size, signal, prefix)
-    chosen = _heads_backend(backend, q, "attention")
+    patches = k.shape[2] - prefix if signal == "received" else 0
+    chosen = _heads_backend(backend, q, "attention", patches)
     if chosen == "reference":
         return reference.attention(q, k, v, size, signal, prefix)
     # A prediction, no GPU has been measured: SDPA and a score kernel are faster, unless a size bias slows SDPA down or
@@ -87,24 +104,26 @@ def rank_tokens(
         prefix: leading tokens that get no score.
         backend: "auto", "triton" or "reference".
     Returns:
-        (B,P) fp32 (fp64 for fp64 inputs), detached.
+        (B,P) fp32 (fp64 for fp64 inputs).
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes do not match, or an option is unknown or excluded by another one.
+    Guarantees: differentiable in q and k with heads="mean"; ranks are choices and have no gradient.
     Source: "mean" EViT, arXiv 2202.07800, section 3.2; "rank" TCA, arXiv 2410.14729.
     """
     _check_rank(q, k, heads, query, size, prefix)
-    chosen = _heads_backend(backend, q, "rank_tokens")
+    chosen = _heads_backend(backend, q, "rank_tokens", k.shape[2] - prefix)
     run = reference.rank_tokens if chosen == "reference" else _attention.rank_tokens
     return run(q, k, heads, query, size, prefix)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int) -> None:
     _check_queries(q, k, prefix)
+    check_tensors(v=v)
     if v.shape != k.shape:
         raise ValueError(f"v must be (B,H,N,D) = {shape_of(k)} like k, got {shape_of(v)}")
     check_same(q, v=v)
-    if signal not in ("cls", "received", "keys", None):
-        raise ValueError(f'signal must be "cls", "received", "keys" or None, got {signal!r}')
+    check_choice("signal", signal, "cls", "received", "keys", None)
     if signal == "received" and q.shape[2] != k.shape[2]:
         raise ValueError(f'signal="received" needs one query per key, {k.shape[2]}, got {q.shape[2]}')
     check_size(size, k, k.shape[0], k.shape[2])
@@ -112,10 +131,8 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signa
 
 def _check_rank(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | None, prefix: int) -> None:
     _check_queries(q, k, prefix)
-    if heads not in ("mean", "rank"):
-        raise ValueError(f'heads must be "mean" or "rank", got {heads!r}')
-    if query not in ("cls", "all"):
-        raise ValueError(f'query must be "cls" or "all", got {query!r}')
+    check_choice("heads", heads, "mean", "rank")
+    check_choice("query", query, "cls", "all")
     if query == "all" and heads == "rank":
         raise ValueError('query="all" is a mean over heads, got heads="rank"')
     if query == "all" and q.shape[2] != k.shape[2]:
@@ -124,6 +141,7 @@ def _check_rank(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | Non
 
 
 def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
+    check_tensors(q=q, k=k)
     if q.ndim != 4 or not q.shape[2]:
         raise ValueError(f"q must be (B,H,M,D) with at least one query, got {shape_of(q)}")
     check_floating(q=q)
@@ -134,7 +152,7 @@ def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
     check_prefix(prefix, k.shape[2])
 
 
-def _heads_backend(backend: Backend, q: Tensor, op: str) -> str:
-    """Return the backend for queries (B,H,M,D)."""
-    width = q.shape[-1]
-    return _backend.choose(backend, q.device, q.dtype, f"{op} at head width {width}", width <= _HEAD_WIDTH)
+def _heads_backend(backend: Backend, q: Tensor, op: str, patches: int) -> str:
+    """Return the backend for queries (B,H,M,D) and scores of that many patches to reduce over heads."""
+    width, name = q.shape[-1], f"{op} at head width {q.shape[-1]}"
+    return _backend.choose(backend, q.device, q.dtype, name, width <= _HEAD_WIDTH, patches=patches)

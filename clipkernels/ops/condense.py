@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_scores
+from clipkernels.arguments import check_int, check_scores
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import condense as _condense
 from clipkernels.ops.prune import check_prune
@@ -54,16 +54,18 @@ def condense_tokens(
         Condensed(tokens (B,prefix+keep+centers+1,C), source (B,P) int64, the row of tokens that contains each patch,
         index (B,keep+centers) int64, the patch of each kept row and each centre, normed).
     Raises:
+        TypeError: an argument is no tensor, or norm no tuple.
         ValueError: shapes, dtypes or devices do not match, or a count is out of range.
     Guarantees: kept rows are bit-equal copies; distances and sums in fp32, and distances from differences, so that a
-        centre is at distance 0 from itself; deterministic; differentiable in x and in the weights of the fused token.
-        Distances are choices and carry no gradient.
+        centre is at distance 0 from itself; deterministic; differentiable in x, through the weights wᵢ too, and in the
+        weights of the fused token. A weight at distance 0 is a constant. Choices have no gradient.
     Source: TCA, arXiv 2410.14729, section 3.2.
     """
     _check_condense(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
     dtypes = (tensor.dtype for tensor in (x, scores, weights) if tensor is not None)
     dtype = reduce(torch.promote_types, dtypes)
-    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens")
+    patches, width = x.shape[1] - prefix, x.shape[2]
+    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens", patches=patches, width=width)
     run = reference.condense_tokens if chosen == "reference" else _condense.condense_tokens
     return run(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
 
@@ -82,11 +84,8 @@ def _check_condense(
 ) -> None:
     check_prune(x, scores, keep, heads, prefix, norm)
     patches = x.shape[1] - prefix
-    if isinstance(merge, bool) or not isinstance(merge, int) or not 1 <= merge <= patches - keep:
-        raise ValueError(f"merge must be an int from 1 to P - keep = {patches - keep}, got {merge!r}")
-    if isinstance(centers, bool) or not isinstance(centers, int) or not 1 <= centers <= merge:
-        raise ValueError(f"centers must be an int from 1 to merge = {merge}, got {centers!r}")
-    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < merge:
-        raise ValueError(f"first must be an int from 0 to merge - 1 = {merge - 1}, got {first!r}")
+    check_int("merge", merge, 1, patches - keep, "P - keep")
+    check_int("centers", centers, 1, merge, "merge")
+    check_int("first", first, 0, merge - 1, "merge - 1")
     if weights is not None:
         check_scores(weights, x, patches, "weights")

@@ -6,7 +6,15 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_floating, check_numbers, check_same, shape_of
+from clipkernels.arguments import (
+    check_flags,
+    check_floating,
+    check_numbers,
+    check_positive,
+    check_same,
+    check_tensors,
+    shape_of,
+)
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import cross_attention as _cross_attention
 from clipkernels.reference import CrossAttended
@@ -26,6 +34,7 @@ def cross_attention(visual: Tensor, text: Tensor, alpha: float = 0.5, *, backend
     Returns:
         CrossAttended(visual (B,P,E), text (B,K,E)), in the dtype and on the device of visual.
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices do not match, there is no patch or no class, or alpha is not positive.
         RuntimeError: a gradient is required on the triton backend, which has no backward.
     Guarantees: the (B,P,K) similarities are never entirely in memory, unless autograd saves them or the reference is
@@ -68,12 +77,12 @@ def calip_logits(
     Returns:
         (B,K), or (3,B,K) with `terms`, fp32 (fp64 for fp64 inputs).
     Raises:
-        ValueError: as in `cross_attention`.
-        RuntimeError: as in `cross_attention`.
+        TypeError, ValueError, RuntimeError: as in `cross_attention`.
     Guarantees: the attended classes (B,K,E) are never computed; otherwise as in `cross_attention`.
     Source: CALIP, arXiv 2209.14169, section 3.2.
     """
     _check_calip(visual, pooled, text, alpha, beta2, beta3)
+    check_flags(terms=terms)
     chosen = _backend.choose(backend, visual.device, visual.dtype, "calip_logits")
     run = reference.calip_terms if chosen == "reference" else _cross_attention.calip_terms
     parts = run(visual, pooled, text, alpha)
@@ -81,19 +90,20 @@ def calip_logits(
 
 
 def _check_cross_attention(visual: Tensor, text: Tensor, alpha: float) -> None:
+    check_tensors(visual=visual, text=text)
     if visual.ndim != 3 or 0 in visual.shape[1:]:
         raise ValueError(f"visual must be (B,P,E) with at least one patch, got {shape_of(visual)}")
     check_floating(visual=visual)
     if text.ndim != 2 or not len(text) or text.shape[1] != visual.shape[2]:
         raise ValueError(f"text must be (K,E) with K ≥ 1 and E = {visual.shape[2]}, got {shape_of(text)}")
     check_same(visual, text=text)
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha must be positive, got {alpha!r}")
+    check_positive(alpha=alpha)
 
 
 def _check_calip(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float, beta2: float, beta3: float) -> None:
     check_numbers(beta2=beta2, beta3=beta3)
     _check_cross_attention(visual, text, alpha)
+    check_tensors(pooled=pooled)
     if pooled.shape != (visual.shape[0], visual.shape[2]):
         raise ValueError(f"pooled must be (B,E) = ({visual.shape[0]},{visual.shape[2]}), got {shape_of(pooled)}")
     check_same(visual, pooled=pooled)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_floating, check_norm, check_vectors, shape_of
+from clipkernels.arguments import check_choice, check_floating, check_norm, check_tensors, check_vectors, shape_of
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import epilogue as _epilogue
 from clipkernels.reference import Act, Added, Norm
@@ -26,6 +26,7 @@ def bias_act(x: Tensor, bias: Tensor | None, act: Act, *, backend: Backend = "au
     Returns:
         (…,C) in the dtype and on the device of x.
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices do not match, or the activation is unknown.
     Guarantees: computed in fp32 on triton; deterministic; differentiable.
     Source: GELU, arXiv 1606.08415; quick_gelu is its sigmoid approximation, OpenAI CLIP's activation.
@@ -57,25 +58,27 @@ def add_norm(
     Returns:
         Added(tokens (…,C) in the wider dtype of x and y, normed like tokens or None).
     Raises:
+        TypeError: an argument is no tensor, or norm no tuple.
         ValueError: shapes, dtypes or devices do not match.
     Guarantees: LayerNorm statistics in fp32, of the sum as rounded to its dtype; deterministic; differentiable.
     Source: the pre-norm transformer block; LayerScale, arXiv 2103.17239.
     """
     _check_add_norm(x, y, bias, scale, norm)
-    chosen = _backend.choose(backend, x.device, torch.promote_types(x.dtype, y.dtype), "add_norm")
+    chosen = _backend.choose(backend, x.device, torch.promote_types(x.dtype, y.dtype), "add_norm", width=x.shape[-1])
     return (reference.add_norm if chosen == "reference" else _epilogue.add_norm)(x, y, bias, scale, norm)
 
 
 def _check_bias_act(x: Tensor, bias: Tensor | None, act: str) -> None:
+    check_tensors(x=x)
     if x.ndim == 0:
         raise ValueError(f"x must be (…,C), got {shape_of(x)}")
     check_floating(x=x)
-    if act not in ("quick_gelu", "gelu", "gelu_tanh"):
-        raise ValueError(f'act must be "quick_gelu", "gelu" or "gelu_tanh", got {act!r}')
+    check_choice("act", act, "quick_gelu", "gelu", "gelu_tanh")
     check_vectors(x, bias=bias)
 
 
 def _check_add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, norm: Norm | None) -> None:
+    check_tensors(x=x, y=y)
     if x.ndim == 0:
         raise ValueError(f"x must be (…,C), got {shape_of(x)}")
     check_floating(x=x)

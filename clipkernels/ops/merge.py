@@ -7,7 +7,18 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_floating, check_norm, check_prefix, check_size, check_tokens, shape_of
+from clipkernels.arguments import (
+    check_floating,
+    check_int,
+    check_norm,
+    check_prefix,
+    check_size,
+    check_tensors,
+    check_tokens,
+    describe,
+    shape_of,
+    values_are_readable,
+)
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import merge as _merge
 from clipkernels.reference import Match, Merged, Norm
@@ -28,11 +39,13 @@ def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = 
         Match(kept (B,A-r), source (B,r), target (B,r)), int64: kept and source index the A tokens in ascending order,
         target indexes the B tokens.
     Raises:
+        TypeError: metric is no tensor.
         ValueError: the shape or dtype does not match, or r is out of range.
     Source: ToMe, arXiv 2210.09461, section 3.
     """
     _check_match(metric, r, prefix)
-    chosen = _backend.choose(backend, metric.device, metric.dtype, "match_tokens")
+    even, width = (metric.shape[-2] + 1) // 2, metric.shape[-1]
+    chosen = _backend.choose(backend, metric.device, metric.dtype, "match_tokens", patches=even, width=width)
     return (reference.match_tokens if chosen == "reference" else _merge.match_tokens)(metric, r, prefix)
 
 
@@ -43,37 +56,44 @@ def merge_tokens(
 
     Args:
         x: (B,N,C) tokens.
-        match: the result of `match_tokens`.
-        size: (B,N) patches merged into each token; None is all ones.
+        match: the result of `match_tokens`. Its values are checked on the CPU only, because a GPU would have to be
+            waited for.
+        size: (B,N) patches merged into each token, finite and at least 0; None is all ones. Of two tokens of size 0
+            the target remains.
         norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the result.
         backend: "auto", "triton" or "reference".
     Returns:
-        Merged(tokens (B,N-r,C), size (B,N-r) fp32, normed). The sizes of an image sum to those of the input.
+        Merged(tokens (B,N-r,C), size (B,N-r) fp32 (fp64 for fp64 inputs), normed). The sizes of an image sum to those
+        of the input.
     Raises:
-        ValueError: shapes, dtypes or devices do not match.
+        TypeError: an argument is no tensor, match no `Match`, or norm no tuple.
+        ValueError: shapes, dtypes or devices do not match, or indices or sizes are out of range.
     Guarantees: tokens that no token merged into are bit-equal copies; equal tokens merge to themselves; fp32
         accumulation; differentiable in x.
     Source: ToMe, arXiv 2210.09461, section 3.
     """
     _check_merge(x, match, size, norm)
-    chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens")
+    pairs, width = match.source.shape[1], x.shape[2]
+    chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens", patches=pairs, width=width)
     return (reference.merge_tokens if chosen == "reference" else _merge.merge_tokens)(x, match, size, norm)
 
 
 def _check_match(metric: Tensor, r: int, prefix: int) -> None:
+    check_tensors(metric=metric)
     if metric.ndim not in (3, 4) or (metric.ndim == 4 and not metric.shape[1]):
         raise ValueError(f"metric must be (B,N,D) or (B,H,N,D), got {shape_of(metric)}")
     check_floating(metric=metric)
     check_prefix(prefix, metric.shape[-2])
-    limit = (metric.shape[-2] - prefix) // 2
-    if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r <= limit:
-        raise ValueError(f"r must be an int from 0 to (N - prefix)//2 = {limit}, got {r!r}")
+    check_int("r", r, 0, (metric.shape[-2] - prefix) // 2, "(N - prefix)//2")
 
 
 def _check_merge(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None) -> None:
     check_tokens(x)
+    if not isinstance(match, Match):
+        raise TypeError(f"match must be an ops.Match, got {describe(match)}: call ops.match_tokens")
+    check_tensors(**{f"match's {name}": index for name, index in zip(Match._fields, match, strict=True)})
     batch, tokens = x.shape[:2]
-    r = match.source.shape[-1]
+    r = match.source.shape[-1] if match.source.ndim else 0
     expected = ((batch, (tokens + 1) // 2 - r), (batch, r), (batch, r))
     actual = tuple(tuple(index.shape) for index in match)
     if actual != expected:
@@ -82,3 +102,11 @@ def _check_merge(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
         raise ValueError(f"match must be int64 on {x.device}, got {[(i.dtype, str(i.device)) for i in match]}")
     check_size(size, x, batch, tokens)
     check_norm(norm, x)
+    if values_are_readable(*match):
+        kept, source, target = match
+        even = torch.cat([kept, source], 1).sort(1).values
+        if not torch.equal(even, torch.arange(even.shape[1]).expand_as(even)):
+            raise ValueError(f"match's kept and source must hold each of the {even.shape[1]} even tokens once")
+        if ((target < 0) | (target >= tokens // 2)).any():
+            low, high = int(target.min()), int(target.max())
+            raise ValueError(f"match's target must be from 0 to N//2 - 1 = {tokens // 2 - 1}, got {low} to {high}")

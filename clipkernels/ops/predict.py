@@ -7,7 +7,16 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_prefix, check_same, check_tokens, join_sizes, shape_of
+from clipkernels.arguments import (
+    check_positive,
+    check_prefix,
+    check_same,
+    check_tensors,
+    check_tokens,
+    describe,
+    join_sizes,
+    shape_of,
+)
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import predict as _predict
 from clipkernels.reference import Mixer
@@ -51,6 +60,7 @@ def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend
     Returns:
         (B,P) fp32 (fp64 for fp64 inputs), detached.
     Raises:
+        TypeError: x is no tensor, or mixer no `Mixer` of tensors.
         ValueError: shapes, dtypes or devices do not match.
     Guarantees: the GELU is exact; sums and norms in fp32; with half-precision weights the triton backend rounds the
         operands of products to that precision; deterministic; a NaN makes every score of its image NaN and changes no
@@ -75,6 +85,9 @@ def _check_predict(x: Tensor, mixer: Mixer, prefix: int) -> None:
     if not x.shape[1] or not x.shape[2]:
         raise ValueError(f"x must be (B,N,C) with N and C of at least 1, got {shape_of(x)}")
     check_prefix(prefix, x.shape[1])
+    if not isinstance(mixer, Mixer):
+        raise TypeError(f"mixer must be an ops.Mixer, got {describe(mixer)}")
+    check_tensors(**{name: getattr(mixer, name) for name in _MIXER})
     sizes = {"N": x.shape[1], "1": 1}
     for letter, name in (("G", "norm1_weight"), ("Ht", "token_in_bias"), ("Hc", "channel_in_bias")):
         vector = getattr(mixer, name)
@@ -88,5 +101,4 @@ def _check_predict(x: Tensor, mixer: Mixer, prefix: int) -> None:
             axes = f"({letters[0]},)" if len(letters) == 1 else f"({join_sizes(letters)})"
             raise ValueError(f"{name} must be {axes} = ({join_sizes(expected)}), got {shape_of(weight)}")
         check_same(x, **{name: weight})
-    if not 0 < mixer.eps < float("inf"):
-        raise ValueError(f"eps must be positive, got {mixer.eps!r}")
+    check_positive(eps=mixer.eps)

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_norm, check_prefix, check_scores, check_tokens
+from clipkernels.arguments import (
+    check_choice,
+    check_flags,
+    check_int,
+    check_norm,
+    check_prefix,
+    check_scores,
+    check_tokens,
+)
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import prune as _prune
 from clipkernels.reference import Heads, Norm, Pruned
@@ -39,26 +47,27 @@ def prune_tokens(
     Returns:
         Pruned(tokens (B,prefix+keep[+1],C), index (B,keep) int64, the kept patches in ascending order, normed).
     Raises:
+        TypeError: an argument is no tensor, or norm no tuple.
         ValueError: shapes, dtypes or devices do not match, or a count is out of range.
     Guarantees: kept rows are bit-equal copies; exactly `keep` patches are kept, for any scores; deterministic;
         differentiable in x and, with `fuse`, in the scores, unless ranks reduce them over heads.
     Source: EViT, arXiv 2202.07800, section 3.2.
     """
     check_prune(x, scores, keep, heads, prefix, norm)
+    check_flags(fuse=fuse)
     dtype = torch.promote_types(x.dtype, scores.dtype)
-    chosen = _backend.choose(backend, x.device, dtype, "prune_tokens")
+    patches, width = x.shape[1] - prefix, x.shape[2]
+    chosen = _backend.choose(backend, x.device, dtype, "prune_tokens", patches=patches, width=width)
     run = reference.prune_tokens if chosen == "reference" else _prune.prune_tokens
     return run(x, scores, keep, fuse, heads, prefix, norm)
 
 
 def check_prune(x: Tensor, scores: Tensor, keep: int, heads: str, prefix: int, norm: Norm | None) -> None:
-    """Raise ValueError unless the arguments of `prune_tokens` match each other."""
+    """Raise unless the arguments of `prune_tokens` match each other."""
     check_tokens(x)
     check_prefix(prefix, x.shape[1])
     patches = x.shape[1] - prefix
     check_scores(scores, x, patches, "scores")
-    if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= patches:
-        raise ValueError(f"keep must be an int from 0 to P = {patches}, got {keep!r}")
-    if heads not in ("mean", "rank"):
-        raise ValueError(f'heads must be "mean" or "rank", got {heads!r}')
+    check_int("keep", keep, 0, patches, "P")
+    check_choice("heads", heads, "mean", "rank")
     check_norm(norm, x)

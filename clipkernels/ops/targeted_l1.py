@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clipkernels import backend as _backend
 from clipkernels import reference
-from clipkernels.arguments import check_floating, check_same, shape_of
+from clipkernels.arguments import check_floating, check_same, check_tensors, shape_of
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import targeted_l1 as _targeted_l1
 
@@ -36,6 +36,7 @@ def targeted_l1(
     Returns:
         (B,) fp32 (fp64 for fp64 inputs); 0 for an instance without a selected token.
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: shapes, dtypes or devices do not match, or teacher or weights require a gradient.
         RuntimeError: a second derivative is computed; create_graph=True alone raises nothing.
     Guarantees: differentiable once, in student and projection, with sign(0) = 0; fp32 accumulation; deterministic. No
@@ -46,6 +47,7 @@ def targeted_l1(
         the dtype of student.
     Source: the distance of CLIP-TD, arXiv 2201.05729, reconstructed from its abstract, the only part available here.
     """
+    check_tensors(student=student, teacher=teacher, projection=projection, weights=weights, mask=mask)
     # On meta tensors `is_autocast_enabled` raises; `is_autocast_available` would tell, but older compilers cannot trace
     # it.
     if not student.is_meta and torch.is_autocast_enabled(student.device.type):
@@ -63,7 +65,7 @@ def targeted_l1(
 def _check_targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> None:
     if student.ndim != 3 or not student.shape[2]:
         raise ValueError(f"student must be (B,n,d) with d ≥ 1, got {shape_of(student)}")
-    check_floating(student=student)
+    check_floating(student=student, teacher=teacher, weights=weights)
     batch, tokens, width = student.shape
     if teacher.ndim != 3 or teacher.shape[:2] != student.shape[:2] or not teacher.shape[2]:
         raise ValueError(f"teacher must be (B,n,E) = ({batch},{tokens},E) with E ≥ 1, got {shape_of(teacher)}")
@@ -78,7 +80,6 @@ def _check_targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, wei
             raise ValueError(f"{name} must be on {student.device} like student, got {tensor.device}")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be torch.bool, got {mask.dtype}")
-    check_floating(teacher=teacher, weights=weights)
     for name, tensor in (("teacher", teacher), ("weights", weights)):
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient, because it gets none: detach it")

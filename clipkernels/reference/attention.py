@@ -19,7 +19,7 @@ MAX_BMM_KEYS = 600
 def attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int
 ) -> tuple[Tensor, Tensor | None]:
-    bias = _bias(size)
+    bias, empty = _bias(size, q)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= MAX_BMM_KEYS:
         logits = (q * q.shape[-1] ** -0.5) @ k.mT
         out = torch.softmax(logits if bias is None else logits + bias.to(q.dtype), -1) @ v
@@ -27,35 +27,46 @@ def attention(
         # One mask row per query, because Attention of onnxruntime, opset 23, does not broadcast rows.
         mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = out if empty is None else out.masked_fill(empty, 0)
     if signal == "cls":
-        return out, _probabilities(q[:, :, :1], k, bias)[:, :, 0, prefix:].detach()
+        return out, probabilities(q[:, :, :1], k, size)[:, :, 0, prefix:]
     if signal == "received":
-        return out, _received(q, k, bias)[:, prefix:].detach()
+        return out, _received(q, k, size)[:, prefix:]
     return out, k.mean(1).detach() if signal == "keys" else None
 
 
-def _bias(size: Tensor | None) -> Tensor | None:
-    """Return the bias (B,1,1,N) that proportional attention adds to the logits of each key, or None."""
-    return None if size is None else upcast(size).log()[:, None, None, :]
-
-
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+def probabilities(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
     """Return the attention (B,H,M,N) of query rows (B,H,M,D), in fp32 (fp64 for fp64 inputs)."""
+    bias, empty = _bias(size, q)
     with autocast_disabled(q):
         logits = upcast(q) @ upcast(k).mT * q.shape[-1] ** -0.5
-    return torch.softmax(logits if bias is None else logits + bias, -1)
+    if bias is None or empty is None:
+        return torch.softmax(logits, -1)
+    return torch.softmax(logits + bias, -1).masked_fill(empty, 0)
 
 
-def _received(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+def _bias(size: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return the bias (B,1,1,N) of proportional attention, and (B,1,1,1) true for an image whose keys all have size 0.
+
+    Such an image has no softmax: its bias is 0, so that no NaN arises, and its results are to be filled with zeros.
+    """
+    if size is None:
+        return None, None
+    # In fp64 for fp64 queries: a logarithm in fp32 would be off by 1e-8.
+    wide = size.to(upcast(q).dtype)[:, None, None, :]
+    empty = (wide == 0).all(-1, keepdim=True)
+    return wide.log().masked_fill(empty, 0), empty
+
+
+def _received(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
     """Return the mean (B,N) of the attention over heads and queries, computed a block of rows at a time."""
     total = q.new_zeros(k.shape[0], k.shape[2], dtype=upcast(q).dtype)
     for start in range(0, q.shape[2], ROWS):
-        total = total + _probabilities(q[:, :, start : start + ROWS], k, bias).sum((1, 2))
+        total = total + probabilities(q[:, :, start : start + ROWS], k, size).sum((1, 2))
     return total / (q.shape[1] * q.shape[2])
 
 
 def rank_tokens(q: Tensor, k: Tensor, heads: Heads, query: str, size: Tensor | None, prefix: int) -> Tensor:
-    bias = _bias(size)
     if query == "all":
-        return _received(q, k, bias)[:, prefix:].detach()
-    return reduce_heads(_probabilities(q[:, :, :1], k, bias)[:, :, 0, prefix:], heads).detach()
+        return _received(q, k, size)[:, prefix:]
+    return reduce_heads(probabilities(q[:, :, :1], k, size)[:, :, 0, prefix:], heads)

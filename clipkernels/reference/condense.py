@@ -42,9 +42,9 @@ def condense_tokens(
     order = strongest_first(scores if scores.ndim == 2 else reduce_heads(scores, heads))
     best, middle, rest = order[:, :keep], order[:, keep : keep + merge], order[:, keep + merge :]
     candidates = rows_at(x, middle + prefix)
-    center, cluster, share = _cluster(candidates.detach(), centers, first)
+    center, cluster = _cluster(candidates.detach(), centers, first)
     with autocast_disabled(x):
-        merged = (share @ upcast(candidates)).to(x.dtype)
+        merged = (_shares(candidates, center, cluster) @ upcast(candidates)).to(x.dtype)
     tokens = torch.cat([x[:, :prefix], rows_at(x, best + prefix), merged, fuse_rows(x, weights, rest, prefix)], 1)
     rows = torch.arange(prefix, prefix + keep, device=x.device).expand_as(best)
     row = torch.cat([rows, cluster + prefix + keep, torch.full_like(rest, prefix + keep + centers)], 1)
@@ -52,12 +52,8 @@ def condense_tokens(
     return Condensed(tokens, row.gather(1, inverse_of(order)), index, norm_rows(tokens, norm))
 
 
-def _cluster(x: Tensor, centers: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Run K-centre greedy on tokens (B,M,C).
-
-    Returns the centres (B,K), the centre that each token joins (B,M), and each centre's weights of the tokens (B,K,M),
-    which are inverse to the distance and sum to one.
-    """
+def _cluster(x: Tensor, centers: int, first: int) -> tuple[Tensor, Tensor]:
+    """Run K-centre greedy on tokens (B,M,C): return the centres (B,K) and the centre that each token joins (B,M)."""
     wide, next_center = upcast(x), torch.full((x.shape[0],), first, device=x.device)
     distance = torch.full_like(wide[..., 0], float("inf"))  # to the nearest centre so far
     cluster = torch.zeros_like(distance, dtype=torch.int64)
@@ -69,10 +65,18 @@ def _cluster(x: Tensor, centers: int, first: int) -> tuple[Tensor, Tensor, Tenso
         closer = distance_to_center < distance
         cluster, distance = cluster.masked_fill(closer, number), torch.where(closer, distance_to_center, distance)
         next_center = distance.argmax(1)
-    center = torch.stack(chosen, 1)
-    inverse = torch.where(distance == 0, 1, 1 / distance)
+    return torch.stack(chosen, 1), cluster
+
+
+def _shares(x: Tensor, center: Tensor, cluster: Tensor) -> Tensor:
+    """Return each centre's weights (B,K,M) of tokens (B,M,C): inverse to the distance, with the sum one."""
+    wide, centers = upcast(x), center.shape[1]
+    squares = (wide - rows_at(wide, center.gather(1, cluster))).square().sum(-1)
+    squares = squares.nan_to_num(float("inf"), float("inf"))  # a NaN is farthest
+    # A weight of 1 at distance 0 is a constant. The square root of 0 has no gradient, so it is never taken.
+    inverse = torch.where(squares == 0, 1, 1 / torch.where(squares == 0, 1, squares).sqrt())
     share = inverse[:, None].masked_fill(cluster[:, None] != torch.arange(centers, device=x.device)[:, None], 0)
     # A centre that no token joins coincides with another one. It yields its own token.
     alone = (torch.arange(x.shape[1], device=x.device) == center[..., None]).to(share.dtype)
     share = torch.where(share.sum(2, keepdim=True) > 0, share, alone)
-    return center, cluster, share / share.sum(2, keepdim=True)
+    return share / share.sum(2, keepdim=True)

@@ -22,7 +22,7 @@ class Match(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """tokens (B,N-r,C), size (B,N-r) fp32, normed like tokens or None."""
+    """tokens (B,N-r,C), size (B,N-r) fp32 (fp64 for fp64 inputs), normed like tokens or None."""
 
     tokens: Tensor
     size: Tensor
@@ -56,7 +56,8 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     gain = rows_at(weight[:, ::2], match.source)
     total = weight[:, 1::2] + _sum_by_target(gain[..., None], match.target, odd.shape[1])[..., 0]
     # The mean is a correction of the target, so that equal tokens merge to themselves and others stay bit-equal.
-    share = gain / total.gather(1, match.target)
+    sums = total.gather(1, match.target)
+    share = gain / sums.masked_fill(sums == 0, 1)  # of two tokens of size 0 the target remains
     correction = share[..., None] * (upcast(rows_at(even, match.source)) - rows_at(wide, match.target))
     merged = wide + _sum_by_target(correction, match.target, odd.shape[1])
     tokens = torch.cat([rows_at(even, match.kept), merged.to(x.dtype)], 1)
@@ -66,7 +67,7 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
 def _sum_by_target(parts: Tensor, target: Tensor, rows: int) -> Tensor:
     """Return the sums (B,rows,C) of the parts (B,r,C) by target row."""
     if not torch.compiler.is_compiling():
-        return parts.new_zeros(len(parts), rows, parts.shape[2]).scatter_add(
+        return parts.new_zeros(parts.shape[0], rows, parts.shape[2]).scatter_add(
             1, target[..., None].expand_as(parts), parts
         )
     # Exported graphs run in runtimes that are slow at scatters, so this is a product with zeros and ones. It leaves out

@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
-from clipkernels import backend
+from clipkernels import backend, ops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def choose(name, device=CPU, dtype=torch.float32, kernel=True):
-    return backend.choose(name, device, dtype, "prune_tokens", kernel)
+def choose(name, device=CPU, dtype=torch.float32, kernel=True, **sizes):
+    return backend.choose(name, device, dtype, "prune_tokens", kernel, **sizes)
 
 
 def test_auto_is_the_reference_on_the_cpu_under_the_interpreter_too(monkeypatch):
@@ -44,6 +44,43 @@ def test_an_explicit_triton_never_falls_back(monkeypatch):
     monkeypatch.setattr(backend, "_HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         choose("triton", CUDA)
+
+
+def test_sizes_beyond_a_kernel_take_the_reference_or_are_refused(monkeypatch):
+    monkeypatch.setattr(backend, "_obstacle", lambda device: None)
+    assert choose("auto", CUDA, patches=4096, width=8192) == choose("triton", CUDA, patches=4096) == "triton"
+    for sizes in ({"patches": 4097}, {"width": 8193}):
+        assert choose("auto", CUDA, **sizes) == choose("reference", CUDA, **sizes) == "reference"
+        with pytest.raises(RuntimeError, match="prune_tokens beyond 4096 patches or a width of 8192 has no Triton ker"):
+            choose("triton", CUDA, **sizes)
+
+
+@pytest.mark.parametrize("size", ["patches", "width"])
+def test_every_operation_names_the_size_that_no_kernel_holds(monkeypatch, size):
+    monkeypatch.setattr(backend, "_obstacle", lambda device: None)
+    patches, width = (4097, 8) if size == "patches" else (5, 8193)
+    x, scores = torch.zeros(1, 1 + patches, width), torch.zeros(1, patches)
+    pairs = patches if size == "patches" else 1
+    long = torch.zeros(1, 2 * pairs, width)
+    index = torch.arange(pairs)[None]
+    match = ops.Match(index[:, :0], index, torch.zeros_like(index))
+    norm = (torch.ones(width), torch.zeros(width), 1e-5)
+    calls = {
+        "prune_tokens": lambda **o: ops.prune_tokens(x, scores, 3, **o),
+        "condense_tokens": lambda **o: ops.condense_tokens(x, scores, 1, 3, 2, **o),
+        "merge_tokens": lambda **o: ops.merge_tokens(long, match, **o),
+    }
+    if size == "patches":
+        keys = torch.zeros(1, 1, 1 + patches, 8)
+        calls["rank_tokens"] = lambda **o: ops.rank_tokens(keys[:, :, :1], keys, **o)
+        calls["match_tokens"] = lambda **o: ops.match_tokens(torch.zeros(1, 2 * patches, 2), 0, **o)
+    else:
+        calls["match_tokens"] = lambda **o: ops.match_tokens(x, 1, **o)
+        calls["add_norm"] = lambda **o: ops.add_norm(x, x, norm=norm, **o)
+    for name, call in calls.items():
+        assert call() is not None
+        with pytest.raises(RuntimeError, match=f"{name} .*beyond 4096 patches or a width of 8192|{name} beyond 4096"):
+            call(backend="triton")
 
 
 def test_the_triton_backend_refuses_fp64(monkeypatch):

@@ -64,6 +64,13 @@ TOWERS = {
 PAIRS = [(name, method) for name in TOWERS for method in METHODS]
 # SigLIP has no CLS, so merged tokens are copied back to the positions of their patches for the pool.
 IN_ONNX = [("open_clip", "EViT"), ("timm", "ToMe")]
+IN_TORCHSCRIPT = [
+    *(("open_clip", method) for method in METHODS),
+    ("transformers", "ToMe"),
+    ("timm", "TCA"),
+    ("OpenAI", "ToMe"),
+    ("timm EVA02", "PatchRanking"),
+]
 TRACED = [("open_clip", "ToMe"), ("transformers", "ToMe"), ("timm", "ToMe"), ("timm EVA02", "EViT")]
 
 
@@ -161,6 +168,16 @@ def test_torch_export_serves_every_batch_without_scatters(name, method):
     assert not [node.target for node in program.graph.nodes if "scatter" in str(node.target)]
     for other in batches:
         assert_near(program.module()(other), module(other))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(("name", "method"), _marked(IN_TORCHSCRIPT))
+@torch.no_grad()
+def test_a_trace_serves_every_batch(name, method):
+    module, (images, *batches) = build(name, method)
+    traced = torch.jit.trace(module, images, check_trace=False)
+    for other in (images, *batches):
+        assert_near(traced(other), module(other))
 
 
 @torch.no_grad()

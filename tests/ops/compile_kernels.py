@@ -2,6 +2,7 @@
 
     python tests/compile_kernels.py                                # one tower, sm_90 and gfx942
     python tests/compile_kernels.py --all --write                  # bench/results/compiled-<triton's version>.csv
+    python tests/compile_kernels.py --all --write --kernels rank   # its rows of that table; the others stay
     python tests/compile_kernels.py --towers H-14 --targets sm_80 --kernels attention
 
 Every launcher is called on meta tensors at the shapes of CLIP towers with a recorder in place of the launch, and the
@@ -133,6 +134,7 @@ def main() -> None:
         for dtype in arguments.dtypes
     ]
     digests = hashes()  # before the workers read the sources
+    others = other_rows(arguments.kernels, arguments.towers, digests) if arguments.write and arguments.kernels else []
     # A new table is not held to the one it replaces.
     budgets = {} if arguments.write else read_budgets()
     rows, faults, count, start = [], [], 0, time.monotonic()
@@ -149,6 +151,9 @@ def main() -> None:
             seconds = time.monotonic() - start
             print(f"[{number}/{len(jobs)}] {seconds:4.0f} s  {target} {tower} {dtype}", file=sys.stderr, flush=True)
     if arguments.write:
+        places = {name: place for names in (TARGETS, TOWERS, DTYPES) for place, name in enumerate(names)}
+        columns = ("target", "tower", "dtype")
+        rows = sorted(others + rows, key=lambda row: (*(places[row[column]] for column in columns), row["kernel"]))
         write(rows, arguments.towers, digests)
     print(f"{count} kernels compiled for {' '.join(arguments.targets)} with triton {triton.__version__}")
     if faults:
@@ -364,6 +369,23 @@ def read_budgets() -> dict[tuple[str, str, str, str], dict[str, int]]:
         }
         for row in rows
     }
+
+
+def other_rows(stems: list[str], towers: list[str], digests: dict[str, str]) -> list[dict[str, object]]:
+    """The committed rows of kernels that are not in the files `stems`; an exit if they are not of these sources."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    header = dict(line[2:].split(maxsplit=1) for line in lines if line.startswith("# "))
+    changed = [stem for stem, digest in digests.items() if stem not in stems and header.get(stem) != digest]
+    if changed or not header["towers"].endswith(": " + ", ".join(towers)):
+        sys.exit(
+            f"{TABLE.name} is of other towers, or of other sources of {' '.join(changed)}: write it without --kernels"
+        )
+    compiled = {
+        name for stem in stems for name, value in vars(sys.modules[f"clipkernels.kernels.{stem}"]).items()
+        if isinstance(value, triton.JITFunction) and Path(value.fn.__code__.co_filename).stem == stem
+    }  # fmt: skip
+    return [row for row in csv.DictReader(line for line in lines if not line.startswith("#"))
+            if row["kernel"] not in compiled]  # fmt: skip
 
 
 def find_faults(kernel: CompiledKernel, target: str, dtype: str, budget: dict[str, int] | None) -> list[str]:

@@ -109,12 +109,37 @@ def test_an_empty_batch_gives_empty_results(device, backend):
     assert out.shape == (0, 2, 5, 64) and signal.shape == (0, 2, 4)
 
 
-def test_the_output_has_a_gradient_and_signals_have_none(device, backend):
+def gradients(scores, q, k):
+    """Return the gradients of q and k through scores, and the second ones."""
+    weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(7)).to(scores)
+    first = torch.autograd.grad((scores * weights).sum(), (q, k), create_graph=True)
+    return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (q, k), retain_graph=True)
+
+
+@pytest.mark.parametrize("sized", [True, pytest.param(False, marks=SLOW)])
+@pytest.mark.parametrize("signal", ["cls", "received"])
+def test_a_signal_that_weighs_has_the_gradient_of_the_softmax(device, backend, signal, sized):
+    tokens = 130 if signal == "received" else 20  # more rows than are computed at once
+    q, k, v = qkv(device, 1, 2, tokens, 8)
+    size = torch.randint(0, 4, (1, tokens), generator=torch.Generator().manual_seed(3)).to(device) if sized else None
+    double = [x.double().requires_grad_() for x in (q, k)]
+    exact = full_attention(*double, size)[..., 2:]
+    q, k = q.requires_grad_(), k.requires_grad_()
+    _, scores = ck.ops.attention(q, k, v, size, signal, prefix=2, backend=backend)
+    exact_scores = exact[:, :, 0] if signal == "cls" else exact.mean((1, 2))
+    query = "cls" if signal == "cls" else "all"
+    ranked = ck.ops.rank_tokens(q, k, query=query, size=size, prefix=2, backend=backend)
+    exact_ranked = exact[:, :, 0].mean(1) if signal == "cls" else exact.mean((1, 2))
+    for actual, expected in ((scores, exact_scores), (ranked, exact_ranked)):
+        for gradient, wanted in zip(gradients(actual, q, k), gradients(expected, *double), strict=True):
+            torch.testing.assert_close(gradient.double(), wanted, atol=1e-5 * wanted.abs().max().item(), rtol=1e-4)
+
+
+def test_keys_and_ranks_choose_and_have_no_gradient(device, backend):
     q, k, v = (x.requires_grad_() for x in qkv(device, 1, 2, 5, 64))
-    for signal in ("cls", "received", "keys"):
-        out, scores = ck.ops.attention(q, k, v, signal=signal, backend=backend)
-        assert out.requires_grad and not scores.requires_grad
-    assert not ck.ops.rank_tokens(q, k, backend=backend).requires_grad
+    out, keys = ck.ops.attention(q, k, v, signal="keys", backend=backend)
+    assert out.requires_grad and not keys.requires_grad
+    assert not ck.ops.rank_tokens(q, k, heads="rank", backend=backend).requires_grad
 
 
 def test_rank_tokens_reduces_the_signal_over_heads(device, backend):
@@ -228,21 +253,61 @@ def test_a_nan_key_makes_only_the_scores_of_its_image_nan(device, triton, signal
     assert ranked[0].isnan().all() and ranked[1].isfinite().all()
 
 
-def test_a_key_of_size_zero_is_ignored(device, backend):
-    q, k, v = qkv(device, 1, 2, 80, 64)
-    size = torch.ones(1, 80, device=device)
-    size[:, :70] = 0
-    out, signal = ck.ops.attention(q, k, v, size, "cls", backend=backend)
-    exact = full_attention(q, k[:, :, 70:])
-    torch.testing.assert_close(out.double(), exact @ v[:, :, 70:].double(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(signal[:, :, 69:].double(), exact[:, :, 0], atol=1e-6, rtol=1e-5)
-    assert (signal[:, :, :69] == 0).all()
+@pytest.mark.parametrize("nats", [0, 127, pytest.param(100, marks=SLOW), pytest.param(1000, marks=SLOW)])
+@pytest.mark.parametrize("tokens", [9, 80])  # one tile of keys, and several
+def test_a_key_of_size_zero_is_not_there(device, backend, tokens, nats):
+    q, k, v = qkv(device, 1, 2, tokens, 64)
+    hidden = 3
+    k[:, :, 0] = q[:, :, 0] * (8 * nats / q[:, :, 0].square().sum(-1, keepdim=True))  # its logit for query 0
+    size = torch.ones(1, tokens, device=device)
+    size[:, :hidden] = 0
+    exact = full_attention(q, k[:, :, hidden:])
+    for signal, expected in (("cls", exact[:, :, 0]), ("received", exact.mean((1, 2)))):
+        out, scores = ck.ops.attention(q, k, v, size, signal, prefix=0, backend=backend)
+        torch.testing.assert_close(out.double(), exact @ v[:, :, hidden:].double(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores[..., hidden:].double(), expected, atol=1e-6, rtol=1e-5)
+        assert (scores[..., :hidden] == 0).all()
+    for query, expected in (("cls", exact[:, :, 0].mean(1)), ("all", exact.mean((1, 2)))):
+        ranked = ck.ops.rank_tokens(q, k, query=query, size=size, prefix=0, backend=backend)
+        torch.testing.assert_close(ranked[:, hidden:].double(), expected, atol=1e-6, rtol=1e-5)
+        assert (ranked[:, :hidden] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [9, 80])
+def test_an_image_without_a_key_gives_zeros(device, backend, tokens, dtype):
+    q, k, v = qkv(device, 2, 2, tokens, 64, dtype)
+    size = torch.ones(2, tokens, device=device)
+    size[1] = 0
+    for signal in (None, "cls", "received"):
+        out, scores = ck.ops.attention(q, k, v, size, signal, backend=backend)
+        expected = ck.ops.attention(q[:1], k[:1], v[:1], size[:1], signal, backend=backend)
+        torch.testing.assert_close(out[:1], expected[0])
+        assert (out[1] == 0).all() and (scores is None or (scores[1] == 0).all())
+    ranked = ck.ops.rank_tokens(q, k, size=size, backend=backend)
+    assert (ranked[1] == 0).all() and (ranked[0] > 0).all()
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, scores = ck.ops.attention(q, k, v, size, "cls", backend=backend)
+    for gradient in torch.autograd.grad(out.float().square().sum() + scores.square().sum(), (q, k, v)):
+        assert (gradient[1] == 0).all() and gradient[0].isfinite().all() and gradient[0].any()
+
+
+def test_fp64_takes_sizes_in_fp64():
+    q, k, v = qkv("cpu", 2, 3, 65, 64, torch.float64)
+    size = torch.randint(1, 9, (2, 65), generator=torch.Generator().manual_seed(0)).float()
+    out, signal = ck.ops.attention(q, k, v, size, "cls")
+    torch.testing.assert_close(out, full_attention(q, k, size) @ v, atol=1e-14, rtol=1e-14)
+    torch.testing.assert_close(signal, full_attention(q, k, size)[:, :, 0, 1:], atol=1e-14, rtol=1e-14)
+    ranked = ck.ops.rank_tokens(q, k, query="all", size=size)
+    torch.testing.assert_close(ranked, full_attention(q, k, size).mean((1, 2))[:, 1:], atol=1e-14, rtol=1e-14)
+    narrow = ck.ops.attention(q.float(), k.float(), v.float(), size.double(), "cls")
+    assert narrow[0].dtype == narrow[1].dtype == torch.float32
 
 
 def test_auto_and_the_fused_kernel_agree(device, triton, monkeypatch):
     # Without sizes `auto` runs SDPA and a score kernel; the kernel is one fused launch.
     q, k, v = qkv(device, 2, 2, 70, 64)
-    monkeypatch.setattr(ck.backend, "choose", lambda *_: "triton")
+    monkeypatch.setattr(ck.backend, "choose", lambda *_, **__: "triton")
     for signal in ("cls", "received", "keys"):
         separate, fused = (ck.ops.attention(q, k, v, signal=signal, backend=name) for name in ("auto", triton))
         torch.testing.assert_close(separate, fused, atol=1e-5, rtol=1e-5)
@@ -257,6 +322,8 @@ def test_sdpa_computes_the_output_if_a_gradient_is_required(device, triton):
         torch.testing.assert_close(gradient, expected.to(gradient.dtype), atol=1e-4, rtol=1e-4)
     with pytest.raises(RuntimeError, match="clipkernels::attention has no backward"):
         torch.ops.clipkernels.attention(q, k, v, None, "", 1)[0].sum().backward()
+    with pytest.raises(RuntimeError, match="clipkernels::rank_tokens has no backward with heads='rank'"):
+        torch.ops.clipkernels.rank_tokens(q, k, None, "rank", "cls", 1).sum().backward()
 
 
 @pytest.mark.parametrize("signal", ["", "cls", pytest.param("received", marks=SLOW)])
@@ -267,11 +334,12 @@ def test_the_operators_pass_opcheck(device, sized, signal):
     q, k, v = packed.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
     size = torch.ones(2, 9, device=device) if sized else None
     torch.library.opcheck(torch.ops.clipkernels.attention.default, (q, k, v, size, signal, 1))
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
     if signal:
-        torch.library.opcheck(torch.ops.clipkernels.attention.default, (q, k, None, size, signal, 1))
-    torch.library.opcheck(torch.ops.clipkernels.cls_scores.default, (q, k, size, 1))
-    for heads, query in (("mean", "cls"), ("rank", "cls"), ("mean", "all")):
-        torch.library.opcheck(torch.ops.clipkernels.rank_tokens.default, (q, k, size, heads, query, 1))
+        torch.library.opcheck(torch.ops.clipkernels.attention_scores.default, (*leaves, size, signal, 1))
+    torch.library.opcheck(torch.ops.clipkernels.rank_tokens.default, (q, k, size, "rank", "cls", 1))
+    for query in ("cls", "all"):
+        torch.library.opcheck(torch.ops.clipkernels.rank_tokens.default, (*leaves, size, "mean", query, 1))
 
 
 @pytest.mark.parametrize("signal", [None, "cls", "received", "keys"])

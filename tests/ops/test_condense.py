@@ -192,32 +192,32 @@ def test_any_strides_give_the_same_result(device, backend):
     assert_same(shared.tokens, expected.tokens[:1].expand(3, -1, -1), backend)
 
 
-def test_condensing_is_differentiable_in_tokens_and_weights(device, backend):
-    x, scores = inputs(device, tokens=12, width=3, dtype=torch.float32)
-    weights = torch.rand(2, 11, generator=torch.Generator().manual_seed(4)).to(device)
-    x, weights = x.requires_grad_(), weights.requires_grad_()
-    actual = ck.ops.condense_tokens(x, scores, 3, 4, 2, weights, backend=backend).tokens
-    grad_output = torch.randn(actual.shape, generator=torch.Generator().manual_seed(5)).to(device)
-    grad_x, grad_weights = torch.autograd.grad((actual * grad_output).sum(), (x, weights))
-    _, source, index = (part.to(device) for part in naive(x.detach().cpu(), scores.cpu(), 3, 4, 2))
-    for image in range(2):
-        for patch in range(11):
-            row, token = int(source[image, patch]), x[image, 1 + patch]
-            share = 1.0
-            if row in (4, 5):  # a merged patch counts by its weight over the weights of its cluster
-                center = x[image, 1 + index[image, 3 + row - 4]].detach()
-                members = x[image, 1:][source[image] == row].detach()
-                distances = (members - center).norm(dim=1)
-                mass = torch.where(distances == 0, 1, 1 / distances).sum()
-                distance = (token.detach() - center).norm()
-                share = float((1 / distance if distance else torch.tensor(1.0)) / mass)
-            elif row == 6:
-                share = weights[image, patch].item()
-                torch.testing.assert_close(
-                    grad_weights[image, patch], token @ grad_output[image, 6], atol=1e-4, rtol=1e-4
-                )
-            torch.testing.assert_close(grad_x[image, 1 + patch], share * grad_output[image, row], atol=1e-4, rtol=1e-4)
-            assert row == 6 or grad_weights[image, patch] == 0
+@pytest.mark.parametrize("per_head", [0, 2])
+@pytest.mark.parametrize("centers", [1, 3])
+def test_gradients_are_central_differences_away_from_ties(per_head, centers):
+    x, scores = inputs("cpu", tokens=15, width=5, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    weights = torch.rand(2, *([per_head] if per_head else []), 14, generator=generator).double()
+    x, weights, scores = x.requires_grad_(), weights.requires_grad_(), scores.double().requires_grad_()
+
+    def condense(x, scores, weights=None):
+        return ck.ops.condense_tokens(x, scores, 3, 7, centers, weights).tokens
+
+    assert torch.autograd.gradcheck(condense, (x, scores.detach(), weights))
+    assert torch.autograd.gradcheck(condense, (x, scores))
+    assert torch.autograd.gradgradcheck(condense, (x, scores.detach(), weights))
+
+
+def test_a_weight_at_distance_zero_is_a_constant(device, backend):
+    # A centre, a copy of it and a token at distance 2 weigh 1, 1 and ½. Only the last weight depends on the tokens.
+    x = torch.tensor([[[9.0], [4], [4], [6], [1]]], device=device, requires_grad=True)
+    scores = torch.tensor([[0.9, 0.8, 0.7, 0.1]], device=device)
+    merged = ck.ops.condense_tokens(x, scores, 0, 3, 1, backend=backend).tokens[0, 1, 0]
+    assert merged.item() == pytest.approx((4 + 4 + 6 / 2) / 2.5)
+    (gradient,) = torch.autograd.grad(merged, x)
+    # d merged / d weight = (6 - 4.4) / 2.5 = .64, and the weight's derivative is -1/4 at the token, ¼ at the centre.
+    expected = [0, (1 + 0.16 * 2.5) / 2.5, 1 / 2.5, (0.5 - 0.16 * 2.5) / 2.5, 0]
+    torch.testing.assert_close(gradient[0, :, 0].cpu(), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
@@ -256,6 +256,7 @@ def test_the_kernel_has_the_gradients_of_the_reference(device, heads, per_head, 
         leaves = (x, scores, weights, weight, bias)
         grads.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
     for reference, kernel in zip(*grads, strict=True):
+        assert reference.isfinite().all()
         torch.testing.assert_close(kernel, reference, atol=1e-4, rtol=1e-4)
 
 

@@ -118,6 +118,18 @@ def test_merging_is_the_size_weighted_mean(device, backend, tokens, r, sized, dt
         assert torch.equal(merged.size[image].double(), sizes)
 
 
+def test_of_two_tokens_of_size_zero_the_target_remains(device, backend):
+    x = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    match = ck.ops.Match(*(torch.tensor([index], device=device) for index in ([0], [1, 2], [0, 2])))
+    size = torch.tensor([[1.0, 0, 0, 1, 3, 1]], device=device)
+    merged = ck.ops.merge_tokens(x, match, size, backend=backend)
+    assert merged.size.tolist() == [[1, 0, 1, 4]]
+    expected = torch.stack([x[:, 0], x[:, 1], x[:, 3], 0.75 * x[:, 4] + 0.25 * x[:, 5]], 1)
+    torch.testing.assert_close(merged.tokens, expected)
+    (gradient,) = torch.autograd.grad(merged.tokens.sum(), x)
+    assert gradient[0, :, 0].tolist() == [1, 1, 0, 1, 0.75, 0.25]
+
+
 def test_sizes_sum_to_the_initial_number_of_tokens(device, backend):
     x = normal(device, 3, 65, 16, seed=5)
     size = None
