@@ -3,7 +3,7 @@
     python examples/onnx_export.py
     python examples/onnx_export.py tower.onnx --model ViT-B-16 --pretrained openai --keep 0.7
 
-Without arguments the small CLIP that ships with clipkernels is exported. The graph has fixed token counts and a free
+Without arguments the bundled CLIP is exported. The graph has fixed token counts and a free
 batch size. It needs onnxscript, onnxruntime and a torch newer than 2.6.
 """
 
