@@ -13,7 +13,7 @@ The models are one random-weight B/16 tower of each library, unpatched and patch
 
 `model.visual` is the tower of open_clip and of clip. A timm model is exported itself. The `vision_model` of
 transformers can be exported, too, but it returns every token and therefore computes all of them. This module returns
-the embedding alone, so that the last block computes only its CLS row:
+only the embedding, so that the last block computes only its CLS row:
 
     class Embedding(nn.Module):
         def __init__(self, model):

@@ -100,7 +100,7 @@ def draw(dots: Sequence[Dot], conditions: str, out: Path) -> None:
     shares = [share / 100 for share in range(40, 108)]
     axes.plot([100 * share for share in shares], [1 / share for share in shares], color="#999999", linewidth=1.2)
     axes.annotate(
-        "ideal: 1 / share", (46, 1 / 0.46), (4, -16), textcoords="offset points", color="#777777", fontsize=9.5
+        "ideal: 100 % ÷ x", (46, 1 / 0.46), (4, -16), textcoords="offset points", color="#777777", fontsize=9.5
     )
     for dot in dots:
         kind = re.split(r"\W", dot.method)[0]
@@ -118,9 +118,7 @@ def draw(dots: Sequence[Dot], conditions: str, out: Path) -> None:
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 5}
         line["relpos"] = (1, 0.5) if dot.method in LEFT_OF_DOT else (0, 0.5)
         axes.annotate(label_of(dot), (share, dot.speedup), place, arrowprops=line, **style)
-    axes.set(
-        xlabel="tokens per block, mean over the blocks, % of those that enter the tower", ylabel="speed-up over Dense()"
-    )
+    axes.set(xlabel="tokens per block, mean", ylabel="speed-up over Dense()")
     axes.set(xlim=(107, 40), ylim=(0.72, 2.25))
     axes.yaxis.set_major_formatter(lambda value, _: f"×{value:.1f}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")

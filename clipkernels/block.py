@@ -52,7 +52,7 @@ class Parts(Protocol):
         Args:
             x: the tokens.
             normed: norm1 of x, or None to compute it.
-            rows: compute q for these leading rows alone, or None for all.
+            rows: compute q only for these leading rows; None for all.
             rope: rotary table (…,P,2·D) of the patches' positions, applied to q and k, or None.
         """
 
@@ -117,7 +117,7 @@ def forward(
         step: the operation on the tokens, or None.
         prefix: number of leading tokens that no step touches.
         proportional: weigh keys by the size of their token.
-        rows: compute these leading rows alone, or None for all. With `rows`, a step after attention is ignored,
+        rows: compute only these leading rows; None for all. With `rows`, a step after attention is ignored,
             because it moves no prefix token.
         track: also return the destination of every row.
         next_norm: norm1 of the next block, computed together with the last sum.
@@ -260,7 +260,7 @@ def _patches_after_merging(match: ops.Match, tokens: int, prefix: int) -> Tensor
 
 
 def _random_scores(patches: int, seed: int, device: torch.device) -> Tensor:
-    """Scores (1,P) fp32 in a random order that depends on P and the seed alone. They sum to one, as attention does."""
+    """Scores (1,P) fp32 in a random order that depends only on P and the seed. They sum to one, as attention does."""
     mask, odd = 0xFFFFFFFF, 0x45D9F3B
     # An integer hash, computed on the device: a generator of torch needs state, and a table a copy in every forward.
     bits = (torch.arange(patches, device=device) + ((seed * 0x9E3779B9 + odd) & mask)) & mask

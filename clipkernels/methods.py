@@ -145,7 +145,7 @@ class TCA:
         blocks: zero-based blocks that condense; None as in `EViT`.
         centers: number of tokens that the merging patches become; the paper has 2, its released code 4.
         score: "rank", the mean over heads of a patch's rank in each head, as the paper describes, or "attention", the
-            mean over heads of the CLS attention, as its released code computes. Towers that do not pool CLS alone
+            mean over heads of the CLS attention, as its released code computes. Towers with another pool than CLS
             rank by the attention received. That is already a mean over heads, so both scores give the same order.
         seed: seed of the first centre, which is one of the merging patches. Its place differs between blocks and is
             the same for all images. None starts at the highest score.
@@ -226,8 +226,8 @@ class ToMe:
     similarity, mean over heads), wherever it lies in the image. The r sources closest to their neighbours merge.
 
     Args:
-        r: one int for all blocks, or at most one int per block, the rest 0. Clamped per block to half of the tokens after
-            the prefix.
+        r: one int for all blocks, or at most one int per block, the rest 0. Clamped per block to half of the tokens
+            after the prefix.
         inflect: slope of the schedule, from -1 (most merges in the first block, none in the last) over 0 (constant) to
             1 (none in the first block, most in the last). Must be 0 if r is given per block.
         proportional: in the attention of later blocks, weight each key by the size of its token.

@@ -77,6 +77,6 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
 
 def refuse_replaced(tower: Tower) -> None:
     """Raise UnsupportedTower if the owner's forward is not its class's."""
-    # The patched loop replaces the class's forward alone and would bypass another one.
+    # The patched loop replaces only the class's forward and would bypass another one.
     if is_forward_replaced(tower.owner):
         raise UnsupportedTower(f"the forward of {type(tower.owner).__name__} was replaced: patch the model first")

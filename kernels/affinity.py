@@ -69,7 +69,7 @@ def _sums(
                     part = tl.sum(tl.where(mine[None, :], p, 0.0), 1)  # [BLOCK_T]
                     total += tl.where((offs_c == c)[None, :], part[:, None], 0.0)
                 c += 1
-        else:  # a product with ones and zeros, of p in two parts, which keep 16 bits of it
+        else:  # multiply by a 0/1 matrix; p is split in two bf16 parts, which keeps 16 bits
             mine = (offs_n[:, None] >= first[None, :]) & (offs_n[:, None] < after[None, :])
             mine = tl.where(mine, 1.0, 0.0).to(tl.bfloat16)  # [BLOCK_N, BLOCK_C]
             coarse = p.to(tl.bfloat16)
@@ -155,7 +155,7 @@ def _add_kernel(
 def config(n: int, dtype: torch.dtype) -> dict[str, int]:
     """Return rows per program, block sizes, warps and stages for n rows.
 
-    The number of queries is no argument, so that it changes no bit of the result.
+    The number of queries is not an argument, so it cannot change the result's bits.
     """
     # At least about 128 programs, as long as each of them has two tiles of rows.
     if dtype == torch.float32:  # without tensor cores, which would round the operands

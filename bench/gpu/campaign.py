@@ -39,7 +39,7 @@ RESULTS = ROOT / "bench" / "results"
 LIMIT = 570.0
 # Seconds for the report and the archive after each step.
 OVERHEAD = 3.0
-# Minimum of the seconds beyond its estimate that a step may take before it is stopped.
+# A step may exceed its estimate by at least this many seconds before it is stopped.
 PATIENCE = 30.0
 # The exit status of a step that reached its deadline, as in `bench/result_files.py`, which imports more than the
 # standard library.

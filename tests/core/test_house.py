@@ -93,10 +93,10 @@ def test_every_file_of_the_package_has_a_layer() -> None:
 def test_imports_go_one_way() -> None:
     upward = []
     for file in sources("clipkernels"):
-        own = layer_of("clipkernels." + ".".join(file.relative_to(PACKAGE).with_suffix("").parts))
+        importer = layer_of("clipkernels." + ".".join(file.relative_to(PACKAGE).with_suffix("").parts))
         for module in imports_of(file):
             other = layer_of(module) if module.startswith("clipkernels.") else None
-            if own is not None and other is not None and other > own:
+            if importer is not None and other is not None and other > importer:
                 upward.append(f"{file.relative_to(ROOT)} imports {module}")
     assert not upward
 

@@ -93,7 +93,7 @@ def with_lora(model: nn.Module, library: str) -> nn.Module:
     """A model with random LoRA weights in its blocks."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     torch.manual_seed(1)
-    # Blocks alone: timm names its patch embedding's convolution proj.
+    # Only blocks: timm names its patch embedding's convolution proj.
     names = rf".*(blocks|layers)\.\d+\..*({'|'.join(ADAPTED[library][0])})"
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False)).eval()
 
@@ -208,7 +208,7 @@ def test_checkpointing_gives_the_same_gradients(library, order, images):
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of only this process."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("torch.distributed has no gloo here")
@@ -232,7 +232,7 @@ def test_ddp_gives_the_gradients_of_one_process(library, order, images, one_proc
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """A model whose root is sharded over this process alone, on the CPU."""
+    """A model whose root is sharded over one process, this one, on the CPU."""
     if TORCH_26:
         pytest.skip("torch 2.6 cannot run fully_shard on the CPU")
     fsdp = pytest.importorskip("torch.distributed.fsdp")

@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         if name == "onnx_export":
             pytest.importorskip("onnxscript", reason="onnxscript is not installed")
             if torch.__version__.startswith("2.6."):
-                pytest.skip("torch 2.6 exports a graph that onnxruntime runs at the batch size of the trace alone")
+                pytest.skip("torch 2.6 exports a graph that onnxruntime runs only at the batch size of the trace")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(path), *arguments])
         torch.manual_seed(0)

@@ -338,12 +338,13 @@ def spill_stores(sass: str) -> int:
 def summarize(kernels: list[CompiledKernel]) -> list[dict[str, object]]:
     """One row per kernel: the number of its configurations, and the most that any of them takes."""
     table = []
-    for name in sorted({each.kernel for each in kernels}):
-        same = [each for each in kernels if each.kernel == name]
-        most = {key: max(getattr(each, key) for each in same) for key in ("registers", "shared", "stack", "spilled")}
-        matrix = " ".join(sorted({each.matrix for each in same} - {""}))
-        wide = all(each.wide_loads or is_narrow(each) for each in same)
-        table.append({"kernel": name, "configurations": len(same), **most, "wide_loads": wide, "matrix": matrix})
+    for name in sorted({record.kernel for record in kernels}):
+        records = [record for record in kernels if record.kernel == name]
+        figures = ("registers", "shared", "stack", "spilled")
+        most = {key: max(getattr(record, key) for record in records) for key in figures}
+        matrix = " ".join(sorted({record.matrix for record in records} - {""}))
+        wide = all(record.wide_loads or is_narrow(record) for record in records)
+        table.append({"kernel": name, "configurations": len(records), **most, "wide_loads": wide, "matrix": matrix})
     return table
 
 

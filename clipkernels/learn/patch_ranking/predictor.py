@@ -35,7 +35,7 @@ class RankPredictor(nn.Module):
 
     Args:
         tokens: N, tokens that enter the block, prefix included.
-        prefix: leading tokens that are no patches.
+        prefix: leading tokens that are not patches.
         block: zero-based block whose input is ranked.
         channels: G, the number of channels after pooling.
         token_hidden: hidden width of the MLP across tokens.
