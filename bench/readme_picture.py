@@ -99,9 +99,8 @@ def draw(dots: Sequence[Dot], conditions: str, out: Path) -> None:
     axes = figure.subplots()
     shares = [share / 100 for share in range(40, 108)]
     axes.plot([100 * share for share in shares], [1 / share for share in shares], color="#999999", linewidth=1.2)
-    axes.annotate(
-        "ideal: 100 % ÷ x", (46, 1 / 0.46), (4, -16), textcoords="offset points", color="#777777", fontsize=9.5
-    )
+    label = {"ha": "right", "color": "#777777", "fontsize": 9.5}
+    axes.annotate("ideal: 100 % ÷ x", (46.5, 1 / 0.465), (-6, 2), textcoords="offset points", **label)
     for dot in dots:
         kind = re.split(r"\W", dot.method)[0]
         color, share = COLORS.get(kind, DENSE_COLOR), 100 * dot.share
