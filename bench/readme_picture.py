@@ -26,7 +26,7 @@ DEVICE = "one thread of an AMD EPYC (Zen 3)"
 HOST = "dense (host)"
 COLORS = {"EViT": "#d1495b", "ToMe": "#2e6f95", "TCA": "#3a7d44", "PatchRanking": "#8e6bbf"}
 DENSE_COLOR = "#333333"
-# Where a label stands beside its dot would cover a neighbour: its place in % and ×, and a line leads to it.
+# Labels that would cover a neighbour next to their dot: a place in % and ×, joined to the dot by a line.
 LABELS = {
     "TCA(rate=0.1)": (105, 1.72),
     "EViT(keep=0.7)": (105, 1.50),
@@ -128,7 +128,7 @@ def draw(dots: Sequence[Dot], conditions: str, out: Path) -> None:
 
 
 def label_of(dot: Dot) -> str:
-    """The text beside a dot."""
+    """The label of a dot."""
     if dot.method == HOST:
         return f"open_clip as it is, ×{dot.speedup:.2f}"
     counts = "" if dot.leaving == dot.entering else f", {dot.entering} → {dot.leaving} tokens"

@@ -232,7 +232,7 @@ class ToMe:
             1 (none in the first block, most in the last). Must be 0 if r is given per block.
         proportional: in the attention of later blocks, weight each key by the size of its token.
     Raises:
-        ValueError: a negative r, an r that is not an int, an inflect outside [-1, 1] or beside an r per block, or,
+        ValueError: a negative r, an r that is not an int, an inflect outside [-1, 1] or with an r per block, or,
             from `plan`, more entries than the tower has blocks.
     Guarantees: prefix tokens are never touched; ties go to the lower index; a merged token is the mean of its tokens,
         weighted by their sizes.
@@ -253,7 +253,7 @@ class ToMe:
             raise ValueError(f"inflect must be a number in [-1, 1], got {inflect!r}")
         if counts is not None:
             if inflect:
-                raise ValueError(f"inflect must be 0 beside an r per block, got {inflect!r}")
+                raise ValueError(f"inflect must be 0 with an r per block, got {inflect!r}")
             object.__setattr__(self, "r", counts)
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:

@@ -34,7 +34,7 @@ def patch(model: Model, method: Method) -> Model:
     their patches: a merged token has the position of its target, a fused token has none.
 
     Args:
-        model: a model of open_clip, transformers, timm or OpenAI's clip, its image tower, or a module that contains
+        model: a model from open_clip, transformers, timm or OpenAI's clip, its image tower, or a module that contains
             exactly one such tower.
         method: `Dense`, `EViT`, `ToMe` or any object with a `plan` like theirs. The method's weights (`PatchRanking`)
             are used directly if they match the tower's device and dtype; otherwise copies are, and are renewed when the

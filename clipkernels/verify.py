@@ -67,7 +67,7 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
         warnings.warn("the model's weights are not finite, its blocks could not be verified", stacklevel=4)
         return
     difference, scale = (actual - expected).abs().max(), expected.abs().max()
-    # 2e-3 leaves room for TF32. A residual that is small beside x carries the rounding of x.
+    # 2e-3 leaves room for TF32. A residual much smaller than x carries the rounding error of x.
     if difference > 2e-3 * scale + 8 * torch.finfo(x.dtype).eps * x.abs().max():
         raise UnsupportedTower(
             f"block {index}: expected a plain attention block, got {type(host).__name__}, whose residual differs from "

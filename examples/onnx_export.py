@@ -42,7 +42,7 @@ def main() -> None:
         (embedding,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         difference = (torch.from_numpy(embedding) - tower(images)).abs().max()
     print(f"exported with batch 2, run with batch 5: embeddings {embedding.shape}")
-    print(f"largest difference to PyTorch: {difference:.1e}")
+    print(f"largest difference from PyTorch: {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ share a class, and a second launch adds their sums in the order of the rows.
 
 Reads q and f once from memory, (t + n)·E elements (f again from cache for each tile of queries), and writes 4·t·K
 bytes. With two launches another 4·t·K + 64·t·n/ROWS bytes are written and read. Takes 2·t·n·E operations, and 64·t·n
-for the sums by class: in half precision a product with ones and zeros that are created in registers, in fp32, which has
-no tensor cores, plain additions. At n = 50,000, K = 1000, E = 512, t = 256 in bf16 that is 56 MB (13 µs) and 14 GFLOP
+for the sums by class: in half precision a product with a 0/1 matrix built in registers; in fp32, which has no tensor
+cores, plain additions. At n = 50,000, K = 1000, E = 512, t = 256 in bf16 that is 56 MB (13 µs) and 14 GFLOP
 (18 µs). Two matrix products take 39 GFLOP, read 100 MB of ones and zeros, and move the (t,n) affinities several times.
 """
 

@@ -6,7 +6,7 @@
     make gpu ARGS="--resume build/gpu/results.tar.gz"
     make gpu ARGS="--steps tests ops"
     make gpu ARGS="--again tests"                    # measure a complete step anew
-    make gpu ARGS="--peer tome=../ToMe"              # facebookresearch/ToMe beside ours
+    make gpu ARGS="--peer tome=../ToMe"              # facebookresearch/ToMe with ours
     make gpu ARGS="--dry-run"                        # every step at toy sizes; needs no GPU
 
 Nothing is installed and nothing is downloaded. Missing packages are named first, with the steps that need them.
@@ -225,7 +225,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=LIMIT, metavar="SECONDS", help="time of this run; default %(default)g"
     )
-    parser.add_argument("--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe to time beside ours")
+    parser.add_argument("--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe to time with ours")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="rows and logs; default bench/results/<device>")
     parser.add_argument(
         "--out",

@@ -188,7 +188,7 @@ def base(rows: Sequence[Row]) -> Measurement | None:
 def unmeasured(towers: Sequence[Row], batches: Sequence[int]) -> dict[str, str]:
     """Return the compiler modes in which the host was not measured, by tower and batch.
 
-    Without them the best dense variant may be slower than the host compiled in such a mode.
+    The host compiled in such a mode may be faster than the best measured dense variant.
     """
     result = {}
     for (model, batch), rows in grouped(towers).items():

@@ -73,11 +73,11 @@ class Tower(Protocol):
 
     @property
     def returns_tokens(self) -> bool:
-        """True if the host's own forward returns tokens beside the embedding."""
+        """True if the host's own forward returns tokens and the embedding."""
 
     @property
     def pools_with_queries(self) -> bool:
-        """True if the pool has several learned queries, whose answers `project` returns in place of the tokens."""
+        """True if the pool has several learned queries, whose outputs `project` returns instead of the tokens."""
 
     @property
     def checkpointing(self) -> bool:

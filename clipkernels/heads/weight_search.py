@@ -23,7 +23,7 @@ class SearchResult(NamedTuple):
 
 
 def grid(start: float, stop: float, steps: int) -> Tensor:
-    """`steps` evenly spaced values from start (included) to stop (excluded), fp64."""
+    """`steps` evenly spaced values in [start, stop), fp64."""
     return start + torch.arange(steps, dtype=torch.float64) * ((stop - start) / steps)
 
 

@@ -1,4 +1,4 @@
-"""Patched towers beside other tools: a test for each row of docs/composing.md."""
+"""Patched towers with other tools: a test for each row of docs/composing.md."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def trained(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]
 
 
 def assert_same_step(model: nn.Module, images: Tensor, library: str) -> None:
-    """Fail unless a model gives the embedding and the gradients of a patched tower by itself."""
+    """Fail unless the model's embedding and gradients are those of a tower that is only patched."""
     expected, expected_gradients = trained(ck.patch(build(library).train(), METHOD), images)
     actual, actual_gradients = trained(model, images)
     torch.testing.assert_close(actual, expected)

@@ -53,7 +53,7 @@ def check(queries, support, labels, classes, beta=5.5, weights=None, *, backend)
     exact = naive(*arguments)
     error = (actual.cpu() - exact).abs().max()
     if backend == "reference" and error <= REFERENCE_EPS * torch.finfo(actual.dtype).eps * exact.abs().max():
-        return actual  # it sums row after row, and eager's product by tiles
+        return actual  # it sums row after row, eager's product by tiles
     assert_within_budget(actual.cpu(), exact, eager(*arguments))
     return actual
 

@@ -66,7 +66,7 @@ def check(x, mixer, prefix, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width", "prefix"), SIZES)
 def test_scores_are_within_budget_of_fp64(device, backend, dtype, tokens, width, prefix):
-    # With a few scores plain PyTorch may happen to be exact, which would leave no budget.
+    # With few scores plain PyTorch may happen to be exact, and the budget would be zero.
     check(*inputs(device, 16 if tokens < 5 else 1, tokens, width, dtype), prefix, backend)
 
 

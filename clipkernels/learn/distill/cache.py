@@ -279,7 +279,7 @@ class TeacherCache:
 
 
 def _single_images(images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Single images (3,S,S) from an iterable of batches and images.
+    """The images (3,S,S) of an iterable of batches and single images, one by one.
 
     Raises:
         ValueError: items of another kind, or an image of another shape than the first.

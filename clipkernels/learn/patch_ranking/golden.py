@@ -88,7 +88,7 @@ def golden_ranking(
         step: patches removed per round.
         block: zero-based block before which the patches are removed.
         batch_size: variants that run as one batch.
-        path: safetensors file for the result. Finished images are written beside it at once and are not ranked again.
+        path: safetensors file for the result. Finished images are written next to it at once and are not ranked again.
         progress: called with the number of finished images and the number of all images.
     Returns:
         Rankings: ranks (n,P) int64, 0 for the patch that stays longest; and the block's input with pooled channels.

@@ -257,7 +257,7 @@ def overlap(scores: Tensor, ranks: Tensor, gone: int) -> float:
 
 
 def _margin_loss(scores: Tensor, ranks: Tensor, pairs: Tensor) -> Tensor:
-    """The mean of max(0, 1 - (sᵢ - sⱼ)) over pairs (2,n) of different patches, of which patch i stays longer."""
+    """The mean of max(0, 1 - (sᵢ - sⱼ)) over pairs (2,n) of different patches; patch i is the one that stays longer."""
     sign = (ranks[:, pairs[1]] - ranks[:, pairs[0]]).sign()
     difference = sign * (scores[:, pairs[0]] - scores[:, pairs[1]])
     return ((1 - difference).relu() * (sign != 0)).mean()
