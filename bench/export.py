@@ -12,8 +12,8 @@ The models are one random-weight B/16 tower of each library, unpatched and patch
         torch.onnx.export(model.visual, (images,), "tower.onnx", dynamo=True, opset_version=20, dynamic_shapes=shapes)
 
 `model.visual` is the tower of open_clip and of clip. A timm model is exported itself. The `vision_model` of
-transformers can be exported, too, but it returns every token and therefore computes all of them. This module returns
-the embedding alone, so that the last block computes only its CLS row:
+transformers can also be exported, but it returns every token and so computes all of them. This module returns
+only the embedding, so that the last block computes only its CLS row:
 
     class Embedding(nn.Module):
         def __init__(self, model):
@@ -77,7 +77,7 @@ METHODS: dict[str, ck.Method | None] = {
     "ToMe(r=13)": ck.ToMe(13),
 }
 RUNTIMES = ("eager", "torch.export", "onnxruntime")
-# Batches of the parity check besides 2, the batch of the exported example.
+# Batch sizes of the parity check, in addition to 2, the size of the exported example.
 PARITY = (1, 3, 8)
 SHAPES = ({0: torch.export.Dim("batch", min=1, max=64)},)
 MAX_ERROR = 1e-4
@@ -112,7 +112,7 @@ class Export(NamedTuple):
     encode: a function from images to embeddings.
     seconds: CPU seconds of the export.
     nodes: number of nodes of the graph by kind.
-    error: largest difference to eager PyTorch, over the largest entry.
+    error: largest difference from eager PyTorch, over the largest entry.
     cosine: smallest cosine of any image's embedding with eager PyTorch's.
     """
 

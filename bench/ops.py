@@ -15,7 +15,7 @@ measured on this device in the same session: a copy of those bytes, and a large 
 Variants: `reference`; on CUDA also `compiled` and `triton`, and for attention `auto`, SDPA with a score kernel.
 `compiled` is torch.compile of the reference in its exportable form, without scatters and stable sorts. The alternatives
 are `sdpa`, attention without any signal; `topk`, pruning as users write it; and `literal`, a head's published formula
-with every intermediate in memory. On CUDA `topk_compiled` and `literal_compiled` are timed, too.
+with every intermediate in memory. On CUDA `topk_compiled` and `literal_compiled` are also timed.
 """
 
 from __future__ import annotations

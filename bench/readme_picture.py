@@ -26,7 +26,7 @@ DEVICE = "one thread of an AMD EPYC (Zen 3)"
 HOST = "dense (host)"
 COLORS = {"EViT": "#d1495b", "ToMe": "#2e6f95", "TCA": "#3a7d44", "PatchRanking": "#8e6bbf"}
 DENSE_COLOR = "#333333"
-# Where a label stands beside its dot would cover a neighbour: its place in % and ×, and a line leads to it.
+# Labels that would cover a neighbour next to their dot: a place in % and ×, joined to the dot by a line.
 LABELS = {
     "TCA(rate=0.1)": (105, 1.72),
     "EViT(keep=0.7)": (105, 1.50),
@@ -99,9 +99,8 @@ def draw(dots: Sequence[Dot], conditions: str, out: Path) -> None:
     axes = figure.subplots()
     shares = [share / 100 for share in range(40, 108)]
     axes.plot([100 * share for share in shares], [1 / share for share in shares], color="#999999", linewidth=1.2)
-    axes.annotate(
-        "ideal: 1 / share", (46, 1 / 0.46), (4, -16), textcoords="offset points", color="#777777", fontsize=9.5
-    )
+    label = {"ha": "right", "color": "#777777", "fontsize": 9.5}
+    axes.annotate("ideal: 100 % ÷ x", (46.5, 1 / 0.465), (-6, 2), textcoords="offset points", **label)
     for dot in dots:
         kind = re.split(r"\W", dot.method)[0]
         color, share = COLORS.get(kind, DENSE_COLOR), 100 * dot.share
@@ -118,9 +117,7 @@ def draw(dots: Sequence[Dot], conditions: str, out: Path) -> None:
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 5}
         line["relpos"] = (1, 0.5) if dot.method in LEFT_OF_DOT else (0, 0.5)
         axes.annotate(label_of(dot), (share, dot.speedup), place, arrowprops=line, **style)
-    axes.set(
-        xlabel="tokens per block, mean over the blocks, % of those that enter the tower", ylabel="speed-up over Dense()"
-    )
+    axes.set(xlabel="tokens per block, mean", ylabel="speed-up over Dense()")
     axes.set(xlim=(107, 40), ylim=(0.72, 2.25))
     axes.yaxis.set_major_formatter(lambda value, _: f"×{value:.1f}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
@@ -131,7 +128,7 @@ def draw(dots: Sequence[Dot], conditions: str, out: Path) -> None:
 
 
 def label_of(dot: Dot) -> str:
-    """The text beside a dot."""
+    """The label of a dot."""
     if dot.method == HOST:
         return f"open_clip as it is, ×{dot.speedup:.2f}"
     counts = "" if dot.leaving == dot.entering else f", {dot.entering} → {dot.leaving} tokens"

@@ -122,7 +122,7 @@ def header_of(arguments: Any, *names: str) -> dict[str, Any]:
     """Return the header of a study of the bundled CLIP: environment, image files, and the options in `names`."""
     files = {name: getattr(arguments, name).name for name in ("images", "pool") if hasattr(arguments, name)}
     options = {name: getattr(arguments, name) for name in names}
-    return {"environment": environment(), "model": "the CLIP that ships with clipkernels", **files, **options}
+    return {"environment": environment(), "model": "the bundled CLIP", **files, **options}
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -11,7 +11,7 @@
 GMACs are those that each side ran. A row also has the peak memory of a batch, and its arithmetic rate as a share of a
 large matrix product's in the same run. A run resumes from its file. A variant that cannot run is reported and left out,
 and a tower with a wrong result is never timed. Under pytest each round of a benchmark first times both dense variants,
-so `extra_info` holds a paired speed-up and η, too.
+so `extra_info` also holds a paired speed-up and η.
 """
 
 from __future__ import annotations

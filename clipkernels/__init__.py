@@ -85,6 +85,6 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-# In a checkout the kernels lie beside the package, not in it.
+# In a checkout the kernels are next to the package, not in it.
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))

@@ -34,7 +34,7 @@ def choose(
     """The backend that runs an op on tensors of this device and dtype: "triton" or "reference".
 
     Args:
-        backend: "auto", "triton" or "reference"; CLIPKERNELS_BACKEND replaces "auto" alone.
+        backend: "auto", "triton" or "reference"; CLIPKERNELS_BACKEND replaces only "auto".
         device: the device of the tensors.
         dtype: the dtype of the tensors.
         op: the name of the op, for messages.

@@ -52,7 +52,7 @@ class Parts(Protocol):
         Args:
             x: the tokens.
             normed: norm1 of x, or None to compute it.
-            rows: compute q for these leading rows alone, or None for all.
+            rows: compute q only for these leading rows; None for all.
             rope: rotary table (…,P,2·D) of the patches' positions, applied to q and k, or None.
         """
 
@@ -117,7 +117,7 @@ def forward(
         step: the operation on the tokens, or None.
         prefix: number of leading tokens that no step touches.
         proportional: weigh keys by the size of their token.
-        rows: compute these leading rows alone, or None for all. With `rows`, a step after attention is ignored,
+        rows: compute only these leading rows; None for all. With `rows`, a step after attention is ignored,
             because it moves no prefix token.
         track: also return the destination of every row.
         next_norm: norm1 of the next block, computed together with the last sum.
@@ -216,7 +216,7 @@ def _sizes_after_condensing(size: Tensor, condensed: ops.Condensed, prefix: int)
 
 
 def _append_identity(rope: Tensor) -> Tensor:
-    """A rotary table (…,P,2·D) with one more row, the rotation by 0, for a token without a position."""
+    """A rotary table (…,P,2·D) and an extra row, the rotation by 0, for a token without a position."""
     sines, cosines = rope[..., :1, :].chunk(2, -1)
     return torch.cat([rope, torch.cat([torch.zeros_like(sines), torch.ones_like(cosines)], -1)], -2)
 
@@ -224,7 +224,7 @@ def _append_identity(rope: Tensor) -> Tensor:
 def gather_rope(rope: Tensor, index: Tensor, fused: bool = False) -> Tensor:
     """The rows (B,·,P',2·D) of a rotary table (…,P,2·D) for the patches at index (B,P').
 
-    With `fused`, one more row follows: the rotation by 0, for a fused token.
+    With `fused`, an extra row follows: the rotation by 0, for a fused token.
     """
     batch = index.shape[0]  # len() would become a constant in an exported graph
     rope = rope.expand(batch, *rope.shape[-3:]) if rope.ndim > 2 else rope.expand(batch, 1, *rope.shape)
@@ -254,13 +254,13 @@ def _rows_after_merging(match: ops.Match, tokens: int, lead: int) -> Tensor:
 
 
 def _patches_after_merging(match: ops.Match, tokens: int, prefix: int) -> Tensor:
-    """The patch (B,M-prefix) whose position each row has after merging; a merged token has its target's position."""
+    """The patch (B,M-prefix) whose position each row takes after merging; a merged token takes its target's."""
     odd = torch.arange(1, tokens, 2, device=match.kept.device).expand(match.kept.shape[0], -1)
     return torch.cat([2 * match.kept[:, prefix:], odd], 1) - prefix
 
 
 def _random_scores(patches: int, seed: int, device: torch.device) -> Tensor:
-    """Scores (1,P) fp32 in a random order that depends on P and the seed alone. They sum to one, as attention does."""
+    """Scores (1,P) fp32 in a random order that depends only on P and the seed. They sum to one, as attention does."""
     mask, odd = 0xFFFFFFFF, 0x45D9F3B
     # An integer hash, computed on the device: a generator of torch needs state, and a table a copy in every forward.
     bits = (torch.arange(patches, device=device) + ((seed * 0x9E3779B9 + odd) & mask)) & mask

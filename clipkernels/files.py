@@ -28,7 +28,7 @@ TEMPORARY = r"\.[0-9a-f]{32}\.safetensors\.[a-z0-9_]{8}"
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the name of a temporary file beside `path`, which replaces `path` on success and is deleted on error.
+    """Yield the name of a temporary file next to `path`, which replaces `path` on success and is deleted on error.
 
     Raises:
         OSError: no file can be created there.

@@ -58,7 +58,7 @@ class Method(Protocol):
     """
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
-        """The plan for a tower of `blocks` blocks and `tokens` input tokens.
+        """The plan for a tower of `blocks` blocks that `tokens` tokens enter.
 
         No step may touch the first `prefix` tokens.
         """
@@ -68,11 +68,14 @@ class Method(Protocol):
 class Dense:
     """No reduction: the output of the host tower, computed faster.
 
-    Exact up to rounding. Query, key and value come from one packed projection. If only CLS is pooled, the last block
-    computes its query, projection and MLP for the CLS row alone.
+    Query, key and value come from one packed projection. If only CLS is pooled, the last block computes its query,
+    projection and MLP for the CLS row only.
+
+    Guarantees: the host's output and gradients up to rounding; no token is dropped, merged or reordered.
     """
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
         return Plan((None,) * blocks, tokens, prefix)
 
 
@@ -93,6 +96,8 @@ class EViT:
     Raises:
         ValueError: keep outside (0, 1], an unknown score, a multiple below 1, or, from `plan`, a block that the tower
             does not have.
+    Guarantees: prefix tokens are never touched; kept patches stay in order, and the fused token comes last; ties go to
+        the lower index.
     Source: EViT, arXiv 2202.07800, section 3.2.
     """
 
@@ -113,6 +118,7 @@ class EViT:
         object.__setattr__(self, "blocks", _normalize_blocks(self.blocks))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
         entry = tokens
         steps: list[Step | None] = [None] * blocks
         for block in resolve_blocks(self.blocks, blocks):
@@ -139,7 +145,7 @@ class TCA:
         blocks: zero-based blocks that condense; None as in `EViT`.
         centers: number of tokens that the merging patches become; the paper has 2, its released code 4.
         score: "rank", the mean over heads of a patch's rank in each head, as the paper describes, or "attention", the
-            mean over heads of the CLS attention, as its released code computes. Towers that do not pool CLS alone
+            mean over heads of the CLS attention, as its released code computes. Towers with another pool than CLS
             rank by the attention received. That is already a mean over heads, so both scores give the same order.
         seed: seed of the first centre, which is one of the merging patches. Its place differs between blocks and is
             the same for all images. None starts at the highest score.
@@ -147,6 +153,8 @@ class TCA:
     Raises:
         ValueError: an argument out of range; or, from `plan`, a block that the tower does not have, or a rate that
             leaves a block nothing to keep, merge or fuse. The message names the block and the valid rates.
+    Guarantees: prefix tokens are never touched; the kept patches follow them by descending score, then the merged
+        tokens and the fused one; ties go to the lower index.
     Source: TCA, arXiv 2410.14729, section 3; the division of the patches is that of its released code.
     """
 
@@ -170,6 +178,7 @@ class TCA:
         object.__setattr__(self, "blocks", _normalize_blocks(self.blocks))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
         entry = tokens
         steps: list[Step | None] = [None] * blocks
         for block in resolve_blocks(self.blocks, blocks):
@@ -213,15 +222,20 @@ class TCA:
 class ToMe:
     """Merge r tokens per block, each into its most similar neighbour.
 
+    Tokens alternate between sources and targets. A source's neighbour is the target with the most similar key (cosine
+    similarity, mean over heads), wherever it lies in the image. The r sources closest to their neighbours merge.
+
     Args:
-        r: one int for all blocks, or one int per block, padded with 0. Clamped per block to half of the tokens after
-            the prefix.
+        r: one int for all blocks, or at most one int per block, the rest 0. Clamped per block to half of the tokens
+            after the prefix.
         inflect: slope of the schedule, from -1 (most merges in the first block, none in the last) over 0 (constant) to
             1 (none in the first block, most in the last). Must be 0 if r is given per block.
         proportional: in the attention of later blocks, weight each key by the size of its token.
     Raises:
-        ValueError: a negative r, an r that is not an int, an inflect outside [-1, 1] or beside an r per block, or,
+        ValueError: a negative r, an r that is not an int, an inflect outside [-1, 1] or with an r per block, or,
             from `plan`, more entries than the tower has blocks.
+    Guarantees: prefix tokens are never touched; ties go to the lower index; a merged token is the mean of its tokens,
+        weighted by their sizes.
     Source: ToMe, arXiv 2210.09461, section 3; the inflected schedule is that of its released code.
     """
 
@@ -239,10 +253,11 @@ class ToMe:
             raise ValueError(f"inflect must be a number in [-1, 1], got {inflect!r}")
         if counts is not None:
             if inflect:
-                raise ValueError(f"inflect must be 0 beside an r per block, got {inflect!r}")
+                raise ValueError(f"inflect must be 0 with an r per block, got {inflect!r}")
             object.__setattr__(self, "r", counts)
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
         entry = tokens
         steps: list[Step | None] = []
         for r in self._schedule(blocks):
@@ -299,6 +314,7 @@ class PatchRanking:
         object.__setattr__(self, "block", self.predictor.block)
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
+        """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
         block, sequence = self.predictor.block, (self.predictor.tokens, self.predictor.prefix)
         if (tokens, prefix) != sequence:
             raise ValueError(

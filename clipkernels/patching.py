@@ -28,19 +28,19 @@ Model = TypeVar("Model", bound=nn.Module)
 def patch(model: Model, method: Method) -> Model:
     """Patch a model in place so that its image tower runs `method`, and return it. Patching again replaces the method.
 
-    A patched tower whose pool reads the CLS row alone, and which returns no other token, computes no other row in its
-    last block; `encode_image(tokens=True)` computes all of them. If CLS alone is pooled, its attention ranks the
-    patches; otherwise the attention that they receive from all tokens does. Registers and CLS are never dropped. Rotary
-    embeddings follow their patches: a merged token has the position of its target, a fused token has none.
+    If the pool reads only CLS and the tower returns no other token, the last block computes only the CLS row;
+    `encode_image(tokens=True)` computes all rows. If only CLS is pooled, its attention ranks the patches; otherwise the
+    attention that they receive from all tokens does. Registers and CLS are never dropped. Rotary embeddings follow
+    their patches: a merged token has the position of its target, a fused token has none.
 
     Args:
-        model: a model of open_clip, transformers, timm or OpenAI's clip, its image tower, or a module that contains
+        model: a model from open_clip, transformers, timm or OpenAI's clip, its image tower, or a module that contains
             exactly one such tower.
-        method: `Dense`, `EViT`, `ToMe` or any object with a `plan` like theirs. The weights of a method, such as
-            `PatchRanking`, are used themselves if they have the tower's device and dtype. Otherwise copies of them are,
-            which are made again when the tower moves.
+        method: `Dense`, `EViT`, `ToMe` or any object with a `plan` like theirs. The method's weights (`PatchRanking`)
+            are used directly if they match the tower's device and dtype; otherwise copies are, and are renewed when the
+            tower moves.
     Raises:
-        UnsupportedTower: the tower is not supported, or a block does not compute what its parts do.
+        UnsupportedTower: the tower is not supported, or a block's output differs from that of its parts.
         ValueError: the method does not fit the tower, or its weights were made for another tower.
         TypeError: the model is not a torch module, or the method has no `plan`.
         On any error the model is left unchanged.

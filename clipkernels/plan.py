@@ -20,8 +20,8 @@ class Prune:
         keep: number of patches to keep.
         fuse: append Σ score·patch over the patches not kept.
         signal: the scores that rank the patches: "cls", the CLS row of attention; "received", the attention that they
-            receive from all rows; or None, a random order that is the same for all images. A tower that does not pool
-            CLS alone uses "received" in place of "cls".
+            receive from all rows; or None, a random order that is the same for all images. A tower with another pool
+            than CLS uses "received" in place of "cls".
         seed: seed of the random order.
     """
 
@@ -189,7 +189,7 @@ class Plan:
             patch: side of a patch in pixels.
             out: width E of the joint embedding.
             exact: count the last block as it runs if only CLS is pooled: keys and values for every token, and query,
-                projection and MLP for the CLS row alone.
+                projection and MLP for the CLS row only.
             mlp_ratio: hidden width of the MLP over C.
         Source: TCA, arXiv 2410.14729, whose tables this reproduces.
         """

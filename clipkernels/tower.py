@@ -231,7 +231,7 @@ def run_patched(
         visible: (B,N) 0 for padding, or None.
         take_indices: the blocks whose output is returned too.
         blocks: number of blocks to run, or None for all.
-        patches: the caller reads the patches, even if the pool reads CLS alone.
+        patches: the caller reads the patches, even if the pool reads only CLS.
     Returns:
         The tokens that the host continues with, and those after each block of `take_indices`, each patch at its
         position.
@@ -273,7 +273,7 @@ def make_plan(method: Method, tower: Tower, tokens: int, prefix: int | None = No
 
 
 def pool_of(tower: Tower) -> tuple[bool, bool]:
-    """The properties of a tower's pool that plans depend on: it pools CLS alone, and the tower returns tokens."""
+    """The properties of a tower's pool that plans depend on: it pools only CLS, and the tower returns tokens."""
     return tower.pools_cls, tower.returns_tokens
 
 
@@ -307,7 +307,7 @@ def _with_learnt(x: Tensor, learnt: Tensor, plan: Plan, replace: bool) -> Tensor
 
 def _without_learnt(x: Tensor, plan: Plan) -> Tensor:
     """Tokens without the learnt ones."""
-    # A last block that computes CLS alone has no learnt tokens.
+    # A last block that computes only CLS has no learnt tokens.
     start = plan.prefix + plan.learnt
     return torch.cat([x[:, : plan.prefix], x[:, start:]], 1) if plan.learnt and x.shape[1] >= start else x
 

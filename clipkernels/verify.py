@@ -67,7 +67,7 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
         warnings.warn("the model's weights are not finite, its blocks could not be verified", stacklevel=4)
         return
     difference, scale = (actual - expected).abs().max(), expected.abs().max()
-    # 2e-3 leaves room for TF32. A residual that is small beside x carries the rounding of x.
+    # 2e-3 leaves room for TF32. A residual much smaller than x carries the rounding error of x.
     if difference > 2e-3 * scale + 8 * torch.finfo(x.dtype).eps * x.abs().max():
         raise UnsupportedTower(
             f"block {index}: expected a plain attention block, got {type(host).__name__}, whose residual differs from "
@@ -77,6 +77,6 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
 
 def refuse_replaced(tower: Tower) -> None:
     """Raise UnsupportedTower if the owner's forward is not its class's."""
-    # The patched loop replaces the class's forward alone and would bypass another one.
+    # The patched loop replaces only the class's forward and would bypass another one.
     if is_forward_replaced(tower.owner):
         raise UnsupportedTower(f"the forward of {type(tower.owner).__name__} was replaced: patch the model first")

@@ -3,7 +3,7 @@
     python examples/onnx_export.py
     python examples/onnx_export.py tower.onnx --model ViT-B-16 --pretrained openai --keep 0.7
 
-Without arguments the small CLIP that ships with clipkernels is exported. The graph has fixed token counts and a free
+Without arguments the bundled CLIP is exported. The graph has fixed token counts and a free
 batch size. It needs onnxscript, onnxruntime and a torch newer than 2.6.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
         (embedding,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         difference = (torch.from_numpy(embedding) - tower(images)).abs().max()
     print(f"exported with batch 2, run with batch 5: embeddings {embedding.shape}")
-    print(f"largest difference to PyTorch: {difference:.1e}")
+    print(f"largest difference from PyTorch: {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/open_clip_zero_shot.py
     python examples/open_clip_zero_shot.py *.jpg --classes cat dog ship --model ViT-B-16 --pretrained openai --r 13
 
-Without arguments the small CLIP that ships with clipkernels names coloured shapes that are drawn here.
+Without arguments the bundled CLIP names coloured shapes that are drawn here.
 """
 
 import argparse

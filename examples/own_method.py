@@ -3,8 +3,8 @@
     python examples/own_method.py
     python examples/own_method.py photo.jpg --model ViT-B-16 --pretrained openai --block 3 --keep 60
 
-`Once` drops patches in one block alone: it keeps the ones that CLS attends to most. The map shows the patches that
-survive. Without arguments the small CLIP that ships with clipkernels looks at a drawn scene.
+`Once` drops patches in a single block: it keeps the ones that CLS attends to most. The map shows the patches that
+survive. Without arguments the bundled CLIP looks at a drawn scene.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def main() -> None:
     with torch.no_grad():
         encoded = ck.encode_image(model, preprocess(picture)[None], source=True)
     survives = encoded.source[0, -1] >= 0  # (P,): the row of each patch after the last step, -1 where it is dropped
+    print(f"{int(survives.sum())} of {len(survives)} patches survive (#):")
     for row in survives.view(round(len(survives) ** 0.5), -1):
         print(" ".join("#" if patch else "." for patch in row))
 

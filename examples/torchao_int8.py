@@ -3,7 +3,7 @@
     python examples/torchao_int8.py
     python examples/torchao_int8.py photos/*.jpg --model ViT-B-16 --pretrained openai --r 13
 
-Without arguments the small CLIP that ships with clipkernels embeds scenes that are drawn here.
+Without arguments the bundled CLIP embeds scenes that are drawn here.
 """
 
 import argparse

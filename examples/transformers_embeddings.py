@@ -1,4 +1,4 @@
-"""Image embeddings of a CLIP or SigLIP of transformers, dense and with a reduced image tower.
+"""Image embeddings of a CLIP or SigLIP from transformers, dense and with a reduced image tower.
 
     python examples/transformers_embeddings.py
     python examples/transformers_embeddings.py photos/*.jpg --model openai/clip-vit-base-patch16 --keep 0.7

@@ -9,8 +9,8 @@ share a class, and a second launch adds their sums in the order of the rows.
 
 Reads q and f once from memory, (t + n)·E elements (f again from cache for each tile of queries), and writes 4·t·K
 bytes. With two launches another 4·t·K + 64·t·n/ROWS bytes are written and read. Takes 2·t·n·E operations, and 64·t·n
-for the sums by class: in half precision a product with ones and zeros that are created in registers, in fp32, which has
-no tensor cores, plain additions. At n = 50,000, K = 1000, E = 512, t = 256 in bf16 that is 56 MB (13 µs) and 14 GFLOP
+for the sums by class: in half precision a product with a 0/1 matrix built in registers; in fp32, which has no tensor
+cores, plain additions. At n = 50,000, K = 1000, E = 512, t = 256 in bf16 that is 56 MB (13 µs) and 14 GFLOP
 (18 µs). Two matrix products take 39 GFLOP, read 100 MB of ones and zeros, and move the (t,n) affinities several times.
 """
 
@@ -69,7 +69,7 @@ def _sums(
                     part = tl.sum(tl.where(mine[None, :], p, 0.0), 1)  # [BLOCK_T]
                     total += tl.where((offs_c == c)[None, :], part[:, None], 0.0)
                 c += 1
-        else:  # a product with ones and zeros, of p in two parts, which keep 16 bits of it
+        else:  # multiply by a 0/1 matrix; p is split in two bf16 parts, which keeps 16 bits
             mine = (offs_n[:, None] >= first[None, :]) & (offs_n[:, None] < after[None, :])
             mine = tl.where(mine, 1.0, 0.0).to(tl.bfloat16)  # [BLOCK_N, BLOCK_C]
             coarse = p.to(tl.bfloat16)
@@ -155,7 +155,7 @@ def _add_kernel(
 def config(n: int, dtype: torch.dtype) -> dict[str, int]:
     """Return rows per program, block sizes, warps and stages for n rows.
 
-    The number of queries is no argument, so that it changes no bit of the result.
+    The number of queries is not an argument, so it cannot change the result's bits.
     """
     # At least about 128 programs, as long as each of them has two tiles of rows.
     if dtype == torch.float32:  # without tensor cores, which would round the operands

@@ -79,8 +79,8 @@ def _attention_kernel(
     D: tl.constexpr, SIZED: tl.constexpr, SIGNAL: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
     UNIT: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # A grid of one axis, because the other axes end at 65,535. Programs of a head are neighbours, so that they share
-    # its keys in cache.
+    # One grid axis: the others are limited to 65,535 programs. Programs of a head are neighbours and share its keys in
+    # cache.
     tile, row = tl.program_id(0) % tiles, tl.program_id(0).to(tl.int64) // tiles
     head, batch = row % H, row // H
     offs_m, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -114,7 +114,7 @@ def _attention_kernel(
                         p *= size[None, :]
                 share = tl.where((offs_m < M)[:, None], p / total[:, None], 0.0)
                 tl.store(row_ptr + offs_n - prefix, tl.sum(share, 0), mask=(offs_n >= prefix) & (offs_n < N))
-    elif SIGNAL == "cls":  # the extra program of a head: query 0 alone, while the keys are in cache
+    elif SIGNAL == "cls":  # the extra program of a head: only query 0, while the keys are in cache
         row_ptr = signal_ptr + (batch * H + head) * P
         cls_row(q_ptr, k_ptr, size_ptr, row_ptr, N, prefix, scale, stride_kn, D, SIZED, TILES, BLOCK_N, BLOCK_D)
 

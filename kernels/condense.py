@@ -5,7 +5,7 @@
 
 Reads M·C of x once, the merging rows K + 1 more times (they stay in cache: 52·1024 half-precision elements for L/14),
 and writes M'·C. Two launches: the first selects and clusters, with one program per image, the second gathers. No sort,
-no atomics, no host sync. A row's result depends on its image alone.
+no atomics, no host sync. A row's result depends only on its image.
 """
 
 from __future__ import annotations

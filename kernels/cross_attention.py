@@ -1,10 +1,10 @@
 """CALIP's cross-attention: patches attend to the classes, classes to the patches, and the logits of both.
 
-    A = visual @ text.T / α;  seen = softmax_k(A) text;  found = softmax_p(A)ᵀ visual
-    terms = pooled textᵀ,  Σ_p softmax_p(A)·⟨pooled, visual_p⟩,  (mean_p + max_p of seen) textᵀ
+    A = visual @ text.T / α;  visual' = softmax_k(A) text;  text' = softmax_p(A)ᵀ visual
+    terms = pooled textᵀ,  Σ_p softmax_p(A)·⟨pooled, visual_p⟩,  (mean_p + max_p of visual') textᵀ
 
 A program holds rows of one side and goes once over all rows of the other side with a running softmax. A tile of the
-other side is both its keys and its values. For `found` the sides swap. The similarities (B,P,K) never leave a program.
+other side is both its keys and its values. For text' the sides swap. The similarities (B,P,K) never leave a program.
 Terms: reads B·P·E, and K·E from cache. For each of B·P/32 tiles of patches it writes the sum and the maximum of the
 rows and, for each class, the maximum similarity and two sums: 2·E + 3·K fp32 numbers. A second launch adds them in a
 fixed order and multiplies by the classes. Takes 4·B·P·K·E operations. The K×K Gram matrix of the classes would save
@@ -193,8 +193,8 @@ def config(columns: int, width: int, dtype: torch.dtype, shared: int) -> dict[st
         rest = max(16, triton.next_power_of_2(width - block_e)) if width > block_e else 0
         block_e, rest = (2 * block_e, 0) if rest == block_e else (block_e, rest)
         held = block_e + rest
-        # As much as fits into eight warps. Each warp computes eight columns of the similarities, so that of 32 columns
-        # each is computed twice. 32 rows of 1024 leave no register for masks, nor to unroll a loop over few tiles.
+        # The most that fits eight warps. A warp computes eight columns, so with 32 columns each is computed twice. With
+        # 32 rows of 1024 no registers are left for masks or unrolling.
         wide = 1024 if width == 1024 and columns > 96 else 768
         for block_m, block_n, least, most in ((32, 64, 0, 512), (32, 32, 0, wide), (16, 32, 513, 1536)):
             for stages in (3, 2):

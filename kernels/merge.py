@@ -146,7 +146,7 @@ def _merge_kernel(
 def match_config(width: int) -> dict[str, dict[str, int]]:
     """Return block sizes and warps of the first two launches, for a metric of width D."""
     block_d = max(16, triton.next_power_of_2(width))
-    # The length needs entire rows; the products take them in pieces.
+    # Normalising needs whole rows; the products read them in pieces.
     unit = {"BLOCK_N": max(1, (1024 if block_d <= 64 else 512) // block_d), "BLOCK_D": block_d, "num_warps": 4}
     return {"unit": unit, "nearest": {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_D": min(64, block_d), "num_warps": 4}}
 

@@ -7,7 +7,7 @@ accumulates the hidden tokens [Ht, G], which depend on all tokens; the second co
 Reads N·C of x and writes N - prefix scores. The pooled tokens, N·G fp32, are written and read again from cache, and the
 channel weights are read from cache for every tile. Takes N·(C·G + 2·Ht·G + 2·G·Hc) products. The first C·G of them
 pool: they multiply x by zeros and ones, and the sums are divided by the size of a bin, so that loads of rows are wide
-for any C/G and bins may overlap. One launch, no atomics. A score depends on its image alone.
+for any C/G and bins may overlap. One launch, no atomics. A score depends only on its image.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def _choose_kernel(
         reduced = reduce_heads(scores_ptr + batch * H * P, offs, P, H * 1.0, H, RANK, BLOCK_P, BLOCK_J)
         row_ptr = reduced_ptr + batch * P
         tl.store(row_ptr + offs, reduced, mask=offs < P)
-        tl.debug_barrier()  # the scores that a thread reads next were stored by others
+        tl.debug_barrier()  # barrier: the scores read next were stored by other threads
     else:
         row_ptr = scores_ptr + batch * P
     kept = (rank_of(row_ptr, offs, P, BLOCK_P, BLOCK_J) < keep) & (offs < P)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 SIGNS = tl.constexpr(16)  # signs per word
-GROUPS = 8  # groups of rows, whose parts the gradient of P is the sum of
+GROUPS = 8  # number of partial sums of the gradient of P
 CHUNK = 512  # rows that a group processes at a time
 
 
@@ -173,7 +173,7 @@ def _projection_kernel(
 def config(width: int, embedding: int, dtype: torch.dtype, over_rows: bool = False) -> dict[str, int]:
     """Return the side of a tile, the elements per step of a product, warps and stages.
 
-    The batch is no argument, so that it changes no bit of a result.
+    The batch is not an argument, so it cannot change the result's bits.
     """
     narrow = bool(width % 8 or embedding % 8)  # loads are narrow, with an address for each element
     if narrow or dtype == torch.float32:  # fp32 has no tensor cores

@@ -65,7 +65,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def triton() -> Iterator[str]:
     """The name of the Triton backend; buffers that its kernels allocate are poisoned and guarded."""
-    pytest.importorskip("triton", reason="triton is not installed: it exists for Linux alone")
+    pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     with GuardedAllocations(), exact_interpreter_dot():
         yield "triton"
 

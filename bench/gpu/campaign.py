@@ -6,7 +6,7 @@
     make gpu ARGS="--resume build/gpu/results.tar.gz"
     make gpu ARGS="--steps tests ops"
     make gpu ARGS="--again tests"                    # measure a complete step anew
-    make gpu ARGS="--peer tome=../ToMe"              # facebookresearch/ToMe beside ours
+    make gpu ARGS="--peer tome=../ToMe"              # facebookresearch/ToMe with ours
     make gpu ARGS="--dry-run"                        # every step at toy sizes; needs no GPU
 
 Nothing is installed and nothing is downloaded. Missing packages are named first, with the steps that need them.
@@ -39,7 +39,7 @@ RESULTS = ROOT / "bench" / "results"
 LIMIT = 570.0
 # Seconds for the report and the archive after each step.
 OVERHEAD = 3.0
-# Minimum of the seconds beyond its estimate that a step may take before it is stopped.
+# A step may exceed its estimate by at least this many seconds before it is stopped.
 PATIENCE = 30.0
 # The exit status of a step that reached its deadline, as in `bench/result_files.py`, which imports more than the
 # standard library.
@@ -225,7 +225,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=LIMIT, metavar="SECONDS", help="time of this run; default %(default)g"
     )
-    parser.add_argument("--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe to time beside ours")
+    parser.add_argument("--peer", metavar="tome=PATH", help="a checkout of facebookresearch/ToMe to time with ours")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="rows and logs; default bench/results/<device>")
     parser.add_argument(
         "--out",

@@ -6,7 +6,7 @@
 The report reads a folder filled by `make gpu`, complete or not, and writes report.md, roofline.png and efficiency.png
 into it. With --into, the summary replaces the part of that file between <!-- gpu --> and <!-- /gpu -->. Nothing is
 extrapolated: a missing row is missing in the report, and a target without rows says "not measured". The reason of a
-missed target is written by hand into reasons.json of the folder, {target: reason}, and appears beside the target.
+missed target is explained by hand in the folder's reasons.json, {target: reason}, and appears next to the target.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def target_rows(results: Results) -> list[tuple[str, ...]]:
 
 
 def tower_rows(towers: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Return a row for each tower and method: images/s and η of its fastest way, by batch."""
+    """Return a row for each tower and method: images/s and η of its fastest variant, by batch."""
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for (model, batch), rows in grouped(towers).items():
         etas = efficiencies(rows, batch)

@@ -23,10 +23,10 @@ TESTS += ("ops/test_targeted_l1", "core/test_fused_tower", "core/test_gpu")
 MODELS = ("ViT-B-16", "ViT-L-14", "ViT-B-16-quickgelu", "ViT-B-32", "ViT-L-14-336", "ViT-SO400M-14-SigLIP-384")
 BATCHES = ("256", "1", "32", "8", "64")
 METHODS = ("Dense()", "EViT(keep=0.7)", "ToMe", "TCA(rate=0.1)")
-# Methods under the compiler, each in a run of its own because compilation takes minutes.
+# Methods under the compiler, each in a separate run because compilation takes minutes.
 COMPILED = ("EViT(keep=0.7)", "ToMe", "TCA(rate=0.1)", "EViT(keep=0.5)", "TCA(rate=0.035)", "PatchRanking")
 
-# The distribution that provides each package. Without the packages of BASE nothing runs.
+# The distribution that provides each package. Nothing runs without the packages in BASE.
 BASE = {"torch": "torch", "triton": "triton", "numpy": "numpy", "safetensors": "safetensors", "PIL": "pillow"}
 BASE |= {"click": "click", "rich": "rich"}
 OPEN_CLIP = {"open_clip": "open_clip_torch", "ftfy": "ftfy", "wcwidth": "wcwidth", "timm": "timm"}
@@ -87,7 +87,7 @@ def steps(folder: Path, peer: str | None = None) -> list[Step]:
 
     Args:
         folder: the folder that receives the results.
-        peer: tome=PATH, a checkout of facebookresearch/ToMe to time beside ours; None for no such step.
+        peer: tome=PATH, a checkout of facebookresearch/ToMe to time with ours; None for no such step.
     """
     open_clip, pytest, benchmark = tuple(OPEN_CLIP), ("pytest",), ("pytest", "pytest_benchmark")
 

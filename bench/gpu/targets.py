@@ -1,9 +1,9 @@
 """Targets for one H200 in bf16 (operations, dense and reduced towers), compared with rows of measurements.
 
 Towers are compared by their speed-up over the host's own forward, paired within the rounds of their run. Every run
-measures that forward, so variants of different runs are comparable. If every run also measures it from a CUDA graph,
-the graph is the unit, because Python's launch time differs between processes. η is against the fastest measured dense
-variant; `Target.unmeasured` names the compiler modes in which the host was not measured.
+measures that forward, so variants of different runs are comparable. If every run also timed it from a CUDA graph, that
+time is the baseline, because Python's launch time differs between processes. η is relative to the fastest measured
+dense variant; `Target.unmeasured` names the compiler modes in which the host was not measured.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def base(rows: Sequence[Row]) -> Measurement | None:
 def unmeasured(towers: Sequence[Row], batches: Sequence[int]) -> dict[str, str]:
     """Return the compiler modes in which the host was not measured, by tower and batch.
 
-    Without them the best dense variant may be slower than the host compiled in such a mode.
+    The host compiled in such a mode may be faster than the best measured dense variant.
     """
     result = {}
     for (model, batch), rows in grouped(towers).items():
@@ -263,7 +263,7 @@ def dense(towers: Sequence[Row], other: str) -> dict[str, float]:
 
 
 def beside_plain(towers: Sequence[Row], batches: Sequence[int]) -> dict[str, float]:
-    """Return the speed-up of a method over its plan in plain PyTorch, both called from Python and in one run."""
+    """Return the speed-up of a method over the same plan in plain PyTorch, both eager and in the same run."""
     result = {}
     for (model, batch), rows in grouped(towers).items():
         by_name = {(row["run"], row["variant"]): row["speedup"] for row in rows if is_reduced(row)}

@@ -161,7 +161,7 @@ def compilers(jobs: int) -> Iterator[Precompile]:
 
 
 def call_once(op: str, tower: str, changes: Mapping[Place, int]) -> None:
-    """Compile a candidate by calling it once, at the smallest batch. Errors are ignored here and found when timing."""
+    """Compile a candidate by calling it once, at the smallest batch. Errors are ignored here; timing reports them."""
     source = InputFactory(SHAPES[tower], BATCHES[-1], torch.bfloat16, DEVICE)
     with configured(op, changes, {}), torch.inference_mode(), suppress(Exception):
         CASES[op].call(source, "triton", *CASES[op].inputs(source))

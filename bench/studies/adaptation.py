@@ -279,7 +279,7 @@ def draw(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
-    """Plot the accuracy of each variant on clean and shifted images, and its difference to CLIP's on every stream."""
+    """Plot the accuracy of each variant on clean and shifted images, and its difference from CLIP's on every stream."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["variant"] for row in records))

@@ -4,7 +4,7 @@
         --plot heads.png
     python -m bench.studies.heads --images val_folder --pool train_folder --limit 500 --seeds 2
 
-The folders have a sub-folder per class. Support sets are retrieved from the pool by the text of the class names alone.
+The folders have a sub-folder per class. Support sets are retrieved from the pool by the text of the class names only.
 The pool's labels are used for rows named "labelled", and to count the correctly retrieved images. Each seed splits the
 images in halves. The weights of "fitted" heads are searched on one half, and every accuracy is of the other half.
 """

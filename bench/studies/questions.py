@@ -1,4 +1,4 @@
-"""Questions about photographs, generated from their classes alone, and shifted versions of words and images.
+"""Questions about photographs, generated only from their classes, and shifted versions of words and images.
 
     is this a cat?                     yes, no
     is this a cat or a dog?            the first, the second

@@ -211,7 +211,7 @@ class Outcome(NamedTuple):
     """The result of a method.
 
     correct: for every seed, booleans (n,) of the first n images, true if the class is correct.
-    overlaps: shares of the removed patches that the golden ranking removes, too; empty if not measured.
+    overlaps: shares of the removed patches that the golden ranking also removes; empty if not measured.
     method: the method of the first seed.
     """
 
@@ -335,7 +335,7 @@ def agreement(study: Study, scores: Tensor, keep: float) -> float:
 
 
 def row(study: Study, share: float, name: str, outcome: Outcome) -> dict[str, Any]:
-    """Return a row with accuracy in per cent, and its difference to the dense tower's on the same images."""
+    """Return a row with accuracy in per cent, and its difference from the dense tower's on the same images."""
     images = len(outcome.correct[0])
     dense = study.dense[:images].double()
     accuracies = [100 * correct.double().mean().item() for correct in outcome.correct]

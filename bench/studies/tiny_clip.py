@@ -1,4 +1,4 @@
-"""Train the small CLIP that ships with clipkernels: contrastively, on captions of photographs, digits and scenes.
+"""Train the small bundled CLIP: contrastively, on captions of photographs, digits and scenes.
 
     python -m bench.studies.tiny_clip --photos cifar10-train.tar.gz --val cifar10-val.tar.gz --compile --out tiny_clip
     python -m bench.studies.tiny_clip --photos train_folder --val val_folder --resume --out tiny_clip

@@ -66,18 +66,18 @@ class Tower(Protocol):
 
     @property
     def pools_cls(self) -> bool:
-        """True if the pool reads the CLS row alone.
+        """True if the pool reads only the CLS row.
 
         Then the attention of CLS ranks the patches; otherwise the attention that they receive does.
         """
 
     @property
     def returns_tokens(self) -> bool:
-        """True if the host's own forward returns tokens beside the embedding."""
+        """True if the host's own forward returns tokens and the embedding."""
 
     @property
     def pools_with_queries(self) -> bool:
-        """True if the pool has several learned queries, whose answers `project` returns in place of the tokens."""
+        """True if the pool has several learned queries, whose outputs `project` returns instead of the tokens."""
 
     @property
     def checkpointing(self) -> bool:
@@ -117,7 +117,7 @@ class Tower(Protocol):
 
 
 def outputs_only_cls(tower: Tower) -> bool:
-    """Return true if the output of a tower's own forward depends on the CLS row of its last block alone."""
+    """Return true if the output of a tower's own forward depends only on the CLS row of its last block."""
     return tower.pools_cls and not tower.returns_tokens
 
 

@@ -75,7 +75,7 @@ def is_modified(module: nn.Module) -> bool:
 def is_forward_replaced(module: nn.Module) -> bool:
     """Return true if a module's forward is not its class's."""
     forward = module.__dict__.get("forward")
-    # transformers 4 leaves the class's own forward behind in the instance.
+    # transformers 4 leaves the class's own forward in the instance.
     is_own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
     return (forward is not None and not is_own) or hasattr(module, "_hf_hook")
 

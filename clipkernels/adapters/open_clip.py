@@ -51,7 +51,7 @@ class OpenCLIPTower:
 
     Args:
         visual: the VisionTransformer.
-        owner: the transformer that runs, or None for the VisionTransformer's own; DataParallel runs replicas.
+        owner: the transformer that runs, such as a replica of DataParallel; None is the VisionTransformer's own.
     """
 
     prefix = 1
@@ -245,7 +245,7 @@ class OpenCLIPBlock:
 
 
 def _scale(host: Any, name: str) -> tuple[bool, Tensor | None]:
-    """True if a block's layer scale may be read, and its gamma or None; OpenAI's blocks have no layer scale."""
+    """True if a block's layer scale can be read, and its gamma; None for a block without one, such as OpenAI's."""
     module = getattr(host, name, None)
     return (True, None) if module is None else scale_of(module)
 

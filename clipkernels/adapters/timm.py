@@ -166,7 +166,7 @@ class TimmTower:
         return self._out(self.owner.forward_head(self.owner.norm(x)))
 
     def project(self, x: Tensor) -> Tensor:
-        # Each token alone passes through the pool.
+        # The pool gets one token at a time.
         trunk, x = self.owner, self.owner.norm(x)
         if isinstance(trunk.attn_pool, AttentionPoolLatent):
             x = trunk.attn_pool(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])

@@ -152,7 +152,7 @@ class TransformersTower:
 
     def project(self, x: Tensor) -> Tensor:
         x = self.vision.post_layernorm(x)
-        if not self.pools_cls:  # each token alone passes through the head
+        if not self.pools_cls:  # the head gets one token at a time
             x = self._head(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])
         return self._project(x)
 

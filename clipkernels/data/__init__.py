@@ -1,4 +1,4 @@
-"""The small CLIP that ships with the package, and the code that draws and loads its images."""
+"""The small bundled CLIP, and the code that draws and loads its images."""
 
 from __future__ import annotations
 

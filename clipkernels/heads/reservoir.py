@@ -46,7 +46,7 @@ class Reservoir:
         strength: λ.
         beta: β.
         evict: "diversity", entropy plus mean cosine to the class's other entries; "similarity", entropy plus its
-            opposite, weighted as in the released code; "uncertainty", entropy alone; "fifo", the oldest entry.
+            opposite, weighted as in the released code; "uncertainty", only the entropy; "fifo", the oldest entry.
         correction: "exp" as above and in the released code, or "linear", λ/M Σᵢ aᵢ, as in the paper.
         anchors: classes that contribute `anchors`: "seen", those with two entries, or "all", none until every class
             has two.
@@ -167,8 +167,8 @@ class Reservoir:
         """Replace this reservoir's entries by those of a file, and return it; on any error it is left unchanged.
 
         Raises:
-            ValueError: a file that is no reservoir, or a reservoir with other text embeddings (other classes, prompts
-                or model), another capacity or scale, or another depth or width than this one's entries.
+            ValueError: a file that is not a reservoir, or a reservoir with other text embeddings (other classes,
+                prompts or model), another capacity or scale, or another depth or width than this one's entries.
         """
         with torch.inference_mode(False):  # the entries may be used after the inference mode of this call
             tensors, header = read_tensors(path)

@@ -173,7 +173,7 @@ class TipAdapter:
         return old.extrema, old.mass
 
     def _extra_logits(self, queries: Tensor) -> Tensor | float:
-        """The further terms of the logits, (B,K) or a number."""
+        """The additional terms of the logits, (B,K) or a number."""
         return 0.0
 
     def _weight_search(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], SearchResult]:

@@ -3,7 +3,7 @@
     logits = base + u·first + v·second
 
 For a fixed u an image is classified correctly on one interval of v, bounded by the nearest of K-1 lines. The cost of a
-U×V grid is therefore that of its U values alone, and no logits are computed.
+U×V grid is therefore that of its U values, and no logits are computed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SearchResult(NamedTuple):
 
 
 def grid(start: float, stop: float, steps: int) -> Tensor:
-    """`steps` evenly spaced values from start (included) to stop (excluded), fp64."""
+    """`steps` evenly spaced values in [start, stop), fp64."""
     return start + torch.arange(steps, dtype=torch.float64) * ((stop - start) / steps)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ZeroShot:
-    """Logits from class embeddings alone.
+    """Logits from class embeddings only.
 
     Args:
         text: class embeddings (K,E), any floating dtype; need not be normalised.

@@ -1,1 +1,1 @@
-"""Small trained modules beside a frozen CLIP: few-shot heads, patch ranking, distillation."""
+"""Small modules trained on a frozen CLIP: few-shot heads, patch ranking, distillation."""

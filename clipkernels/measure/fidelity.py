@@ -39,7 +39,7 @@ def compare(embeddings: Tensor, dense: Tensor, fp32: Tensor | None) -> Fidelity:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Return the rows at length one; zeros for a row that is not finite."""
+    """Return the rows normalised to length one; a row that is not finite becomes zeros."""
     return normalize(x.masked_fill(~x.isfinite().all(1, keepdim=True), 0), dim=1)
 
 

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 def peak(run: Callable[[], object], device: torch.device) -> int | None:
     """Return the peak bytes that PyTorch's allocator of a device had allocated during `run`, minus those before it.
 
-    Memory that a library allocates by itself (a GEMM's workspace, a compiled loop's locals) is not counted, nor is a
-    pool that a CUDA graph filled when it was captured.
+    Not counted: memory that libraries allocate themselves (GEMM workspaces, locals of compiled loops), and CUDA graph
+    pools filled at capture.
 
     Args:
         run: called once. Warm it up before, because memory that it compiles into or caches counts too.

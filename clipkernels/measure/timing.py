@@ -61,7 +61,7 @@ class Speed(NamedTuple):
     """One variant of a tower: computed cost and measured speed.
 
     `gmacs` and `ideal` count the published schedule. `gmacs_run` counts the operations that ran: if only the CLS row is
-    output, the last block runs for that row alone. Seconds are per batch; `speedup` and `efficiency` are relative to
+    output, the last block runs only for that row. Seconds are per batch; `speedup` and `efficiency` are relative to
     `baseline`, the fastest dense variant. `images_per_second` is that of the baseline, from its median seconds, times
     `speedup`.
     """
@@ -154,7 +154,7 @@ class Variant(NamedTuple):
 
     encode: encodes a batch (B,3,S,S).
     method: the method whose plan it follows.
-    exact: true if the last block runs for the CLS row alone.
+    exact: true if the last block runs only for the CLS row.
     """
 
     encode: Callable[[Tensor], object]
@@ -252,7 +252,7 @@ def plan_for(tower: Tower, method: Method) -> Plan:
 
 
 def gmacs_for(tower: Tower, plan: Plan, exact: bool = False) -> float:
-    """Return the plan's GMACs per image on a tower; with `exact` the last block runs for the CLS row alone."""
+    """Return the plan's GMACs per image on a tower; with `exact` the last block runs only for the CLS row."""
     return plan.gmacs(tower.width, tower.patch, tower.out, exact, tower.mlp_ratio)
 
 

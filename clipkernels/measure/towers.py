@@ -93,7 +93,7 @@ def measure(
         model: an unpatched model in fp32 on the device; it is not changed.
         methods: methods by name; None under HOST is the host library's own forward.
         images: (n,3,S,S) preprocessed, on the CPU.
-        precisions: names in DTYPES; a lower one than fp32 casts a copy of the model, and the images.
+        precisions: names in DTYPES; those below fp32 cast a copy of the model and the images.
         settings: settings of the run.
         observer: receives the progress.
     Raises:

@@ -35,7 +35,7 @@ def condense_tokens(
     K-centre greedy chooses the centres: each next centre is the patch farthest (Euclidean) from its nearest centre so
     far. Every merging patch joins its nearest centre. A centre's token is Σ wᵢxᵢ / Σ wᵢ over the patches that joined
     it, with wᵢ = 1/‖xᵢ-c‖, or 1 at distance 0. Of equally far patches the one with the higher score becomes the centre;
-    of equally near centres a patch joins the earlier. A centre that no patch joins yields its own token.
+    of equally near centres a patch joins the earlier one. A centre that no patch joins yields its own token.
 
     Args:
         x: (B,N,C) tokens.

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import Heads, reduce_heads
 
-# Rows of attention that the signal "received" computes at once.
+# Rows of attention computed at once for the signal "received".
 ROWS = 128
 # Up to this many keys CPUs run bf16 attention faster as bmm + softmax than as SDPA. In fp16 that is slower, and it
 # overflows.

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from clipkernels.reference.precision import autocast_disabled, upcast
 
-# Elements that the similarities or attended patches of one chunk of images may have on a CPU, where they stay in cache,
+# Elements per chunk of images on a CPU: fits in cache.
 CPU_CHUNK_ELEMENTS = 2**20
-# and on a device with more memory, where the number of launches matters.
+# Elements per chunk of images on a GPU: few launches.
 DEVICE_CHUNK_ELEMENTS = 2**25
 
 

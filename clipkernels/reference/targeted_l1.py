@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from clipkernels.reference.precision import autocast_disabled, upcast
 
-# Elements of the rows that are projected at once. On a CPU they are small beside a gradient and faster in cache;
+# Elements of the rows that are projected at once. On a CPU they are small next to a gradient and fit in cache;
 CPU_CHUNK_ELEMENTS = 2**17
 # on a device, where launches count, they are a few thousand rows.
 DEVICE_CHUNK_ELEMENTS = 2**21
@@ -44,7 +44,7 @@ def _dense_distance(student: Tensor, teacher: Tensor, projection: Tensor, weight
 
 
 class _Distance(torch.autograd.Function):
-    """Distances (B,), computed on a chunk of the selected rows at a time, in the backward too."""
+    """Distances (B,), computed in chunks of the selected rows, forward and backward."""
 
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:

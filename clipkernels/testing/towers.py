@@ -19,7 +19,7 @@ def open_clip_tower(name: str, layers: int | None = 2, **vision: Any) -> nn.Modu
     """Return the open_clip model `name` with random weights and an image tower of real width.
 
     Args:
-        name: a model of open_clip.
+        name: an open_clip model.
         layers: blocks of the image tower; None is all.
         vision: entries of the vision configuration to override.
     """

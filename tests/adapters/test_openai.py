@@ -31,7 +31,7 @@ def test_patching_and_unpatching_a_tower(model, images):
         encoded = ck.encode_image(model, images, tokens=True, cls_path=True, source=True)
         plan = method.plan(65, 3)
         if method == ck.Dense():
-            # OpenAI's norms are fp32 alone, so there is no fp64 result to compare with.
+            # OpenAI's norms run only in fp32, so there is no fp64 result to compare with.
             torch.testing.assert_close(actual, before, rtol=1e-5, atol=1e-5)
         else:
             assert not torch.allclose(actual, before, rtol=1e-4, atol=1e-4)

@@ -343,7 +343,7 @@ def test_targets_are_met_or_missed_by_the_measured_figures(tmp_path: Path) -> No
         {"ViT-B-16 EViT b256": 7 / 8},
         [False],
     )
-    # The fastest dense variant is the compiled host, at 24/18 of the host's speed; EViT has 12/8 of it. Plain PyTorch
+    # The fastest dense variant is the compiled host, at 24/18 of the host's speed; EViT runs at 12/8. Plain PyTorch
     # and peers do not count as ours.
     assert figures("η of reduced towers, batch 256") == ({"ViT-B-16 EViT": (12 / 8) / (24 / 18) / (18 / 11)}, [False])
     assert not by_name["η of reduced towers, batch 256"].unmeasured

@@ -30,7 +30,7 @@ def interpreted(triton, monkeypatch):
 
 
 def _sweep():
-    """One operation of each kind, the others slow, because every kernel has a test file of its own."""
+    """One operation of each kind, the others slow, because every kernel has its own test file."""
     for op in CASES:
         quick = op in ("prune_tokens", "bias_act_gelu")
         yield pytest.param(op, marks=[] if quick else [pytest.mark.slow])

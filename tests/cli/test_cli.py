@@ -66,7 +66,7 @@ def demo_rows() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single batch of images in the quick demo, for tests of its output format alone."""
+    """A single batch of images in the quick demo, for tests of the output format only."""
     monkeypatch.setattr(demo_images, "QUICK", QUICK._replace(digits=6, scenes=1, unseen=1))
 
 

@@ -86,7 +86,7 @@ def test_a_set_is_built_from_a_folder(pictures: Path, tmp_path: Path) -> None:
         assert row == {"class": digits.CLASSES[k], "images": 5, "similarity": pytest.approx(mean, abs=1e-5)}
     folders = [Path(image.path).parent.name for image in expected.images]
     correct = sum(name == digits.CLASSES[label] for name, label in zip(folders, built.labels.tolist(), strict=True))
-    assert correct >= 25  # of 50, where chance gives 5
+    assert correct >= 25  # out of 50; chance gives 5
     result = run("build", tmp_path / "same", "--from-embeddings", *tmp_path.glob("digits.*.safetensors"), *common)
     assert result.exit_code == 0, result.output
     same = SupportSet.load(tmp_path / "same", model)

@@ -23,7 +23,7 @@ from clipkernels.cli.parts.methods import GRAMMARS
 
 ROOT = Path(__file__).parents[2]
 GUIDES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-# The packages that a block needs beside those of the package, by a word in it.
+# Extra packages that a block needs, by a word in the block.
 PACKAGES = {"torch.onnx": "onnxscript", "support.retrieve": "faiss", "from peft": "peft"}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
 # As deep as the real tower and with as many tokens, but narrow.
@@ -169,7 +169,7 @@ def test_the_picture_is_drawn_from_the_results(tmp_path: Path, monkeypatch: pyte
     (row,) = (row for row in _rows(ROWS) if row["variant"] == "EViT(keep=0.7)" and row["batch"] == "8")
     dot = readme_picture.dot_of(row)
     assert (dot.entering, dot.leaving) == (197, 72)
-    # The ideal line is that of the GMACs but for the share of attention, which is not proportional to the tokens.
+    # The ideal line follows the GMACs except for attention, which is not proportional to the tokens.
     assert 1 / dot.share == pytest.approx(float(row["ideal_speedup"]), rel=0.01)
     monkeypatch.setattr("sys.argv", ["readme_picture", "--batch", "7"])
     with pytest.raises(SystemExit, match="expected rows of batch 7"):

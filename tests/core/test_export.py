@@ -80,7 +80,7 @@ def _marked(quick):
 
 
 class Embedding(nn.Module):
-    """A module that returns the embedding alone."""
+    """A module that returns only the embedding."""
 
     def __init__(self, model):
         super().__init__()

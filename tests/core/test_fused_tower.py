@@ -50,7 +50,7 @@ TOWERS = [
 
 
 def _pairs():
-    """Every method on every tower. Quick are all methods on one tower, and one method on the others."""
+    """Every method on every tower. The quick set is all methods on one tower and one method on the others."""
     for name, vision in TOWERS:
         for method in METHODS:
             quick = name == "ViT-B-32" or method == ck.EViT(0.5)

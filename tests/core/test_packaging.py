@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason=
 
 
 def python(code: str, *path: Path, cwd: Path = ROOT) -> str:
-    """The output of code in a fresh interpreter that sees `path`, with .pth files, then this process's libraries."""
+    """The output of code in a fresh interpreter that imports from `path`, .pth files included, then from this process's
+    libraries."""
     libraries = [p for p in sys.path if p and Path(p).resolve() != ROOT]
     added = [str(p) for p in path]
     setup = f"import site, sys\nsys.path = {added} + {libraries}\nfor p in {added}:\n    site.addsitedir(p)\n"

@@ -137,7 +137,7 @@ def test_anchors_count_only_where_a_method_condenses(tiny, images):
         assert torch.equal(
             ck.encode_image(tiny, images, anchors=anchors).embedding, ck.encode_image(tiny, images).embedding
         )
-    # The last block computes CLS alone, and its anchor still counts.
+    # The last block computes only CLS, and its anchor still counts.
     ck.patch(tiny, ck.TCA(0.1, blocks=(5,)))
     alone = ck.encode_image(tiny, images, anchors=anchors).embedding
     whole = ck.encode_image(tiny, images, anchors=anchors, tokens=True).embedding

@@ -1,4 +1,4 @@
-"""Patched towers beside other tools: a test for each row of docs/composing.md."""
+"""Patched towers with other tools: a test for each row of docs/composing.md."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def trained(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]
 
 
 def assert_same_step(model: nn.Module, images: Tensor, library: str) -> None:
-    """Fail unless a model gives the embedding and the gradients of a patched tower by itself."""
+    """Fail unless the model's embedding and gradients are those of a tower that is only patched."""
     expected, expected_gradients = trained(ck.patch(build(library).train(), METHOD), images)
     actual, actual_gradients = trained(model, images)
     torch.testing.assert_close(actual, expected)
@@ -93,7 +93,7 @@ def with_lora(model: nn.Module, library: str) -> nn.Module:
     """A model with random LoRA weights in its blocks."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     torch.manual_seed(1)
-    # Blocks alone: timm names its patch embedding's convolution proj.
+    # Only blocks: timm names its patch embedding's convolution proj.
     names = rf".*(blocks|layers)\.\d+\..*({'|'.join(ADAPTED[library][0])})"
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False)).eval()
 
@@ -208,7 +208,7 @@ def test_checkpointing_gives_the_same_gradients(library, order, images):
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group of only this process."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("torch.distributed has no gloo here")
@@ -232,7 +232,7 @@ def test_ddp_gives_the_gradients_of_one_process(library, order, images, one_proc
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """A model whose root is sharded over this process alone, on the CPU."""
+    """A model whose root is sharded over one process, this one, on the CPU."""
     if TORCH_26:
         pytest.skip("torch 2.6 cannot run fully_shard on the CPU")
     fsdp = pytest.importorskip("torch.distributed.fsdp")

@@ -56,7 +56,7 @@ def test_bytes_are_decoded_to_characters():
     roberta = ["<s>", bytewise("две"), bytewise(" ко"), bytewise("шки"), bytewise(" и"), bytewise(" 猫"), "</s>"]
     assert align_words(roberta, teacher) == [-1, 1, 2, 2, 3, 4, -1]
     assert align_words(student, roberta) == [-1, 1, 2, 3, 4, 5, -1]
-    for byte in range(256):  # each byte alone, next to others, if it is a character of its own
+    for byte in range(256):  # each byte by itself, next to others, if it is a character
         if byte < 128 and chr(byte).isprintable() and byte != 32:
             assert align_words([chr(byte) * 2], ["", bytewise(2 * chr(byte))]) == [1]
 

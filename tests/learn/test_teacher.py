@@ -62,7 +62,7 @@ def coca(**vision):
 
 
 def wrapped(pooler="mean_pooler", proj="linear"):
-    """open_clip's CLIP with a wrapped text tower of transformers."""
+    """open_clip's CLIP with a wrapped text tower from transformers."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = clip()
     custom = open_clip.CustomTextCLIP(32, VISION, TEXT)
@@ -74,7 +74,7 @@ def wrapped(pooler="mean_pooler", proj="linear"):
 
 
 def transformers_model(family):
-    """A model of transformers with 16 patches, its text tower's default context and embeddings of its default width."""
+    """A transformers model with 16 patches, the default text context and the default embedding width."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     if not hasattr(transformers, family):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")

@@ -116,7 +116,7 @@ def test_missing_regions_and_words_are_encoded_on_request(tiny, images, tmp_path
         and len(teacher.images) == len(teacher.texts) == 1
     )
     assert_rounded(cache(images, TEXTS), teacher(images, TEXTS), torch.float16)
-    # Answers are embeddings alone, for which texts with their words will do.
+    # Answers need only embeddings, which texts with words also have.
     count = len(teacher.texts)
     cache(texts=["is it"], answers=["a cat", "red"])
     assert teacher.texts[count:] == [["is it"]]

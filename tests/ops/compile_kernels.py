@@ -9,7 +9,7 @@ Every launcher is called on meta tensors at the shapes of CLIP towers with a rec
 recorded launches are compiled for each target. Exit status 1 if a kernel exceeds its budget, needs more shared memory
 than the target has, or lacks the wide loads and matrix instructions it is designed for.
 
-Compilers differ, so each version of triton has a table of its own, whose figures are the budgets under that version:
+Compilers differ, so each version of triton has its own table, whose figures are the budgets under that version:
 stack, spilled and shared memory of a kernel may reach its row and no more. Without a row, and for a new table, a kernel
 may take 64 bytes of stack.
 
@@ -108,7 +108,7 @@ WIDE_LOADS = {
 }
 MATRIX = {"_affinity_kernel", "_attend_kernel", "_attention_kernel", "_predict_kernel"}
 MATRIX |= {"_distance_kernel", "_student_kernel", "_projection_kernel"}
-# A student's and a teacher's width without wide loads: every element has an address of its own.
+# A student's and a teacher's width without wide loads: every element has its own address.
 NARROW = (771, 515)
 
 
@@ -225,7 +225,7 @@ def launches(tower: str, dtype: torch.dtype) -> None:
     epilogue.add_norm(x, x, None, None, None)
     epilogue.add_norm(x, x, vector, None, norm)
     epilogue.add_norm(x, x, vector, vector, norm)
-    # Embeddings are 512 to 1024 wide; the CLS tokens of twelve blocks are compared, too.
+    # Embeddings are 512 to 1024 wide; the CLS tokens of twelve blocks are also compared.
     embedding = {768: 512, 1024: 768, 1152: 1152}.get(width, 1024)
     offsets, weights = empty(1001, dtype=torch.int64), empty(50_000, dtype=torch.float32)
     affinity.affinity(empty(b, embedding), empty(1000, embedding), offsets, 5.5, None)
@@ -335,7 +335,7 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
 
 
 def spill_stores(sass: str) -> int:
-    """The bytes that all instructions storing into a thread's stack write, each counted once."""
+    """The total bytes written by instructions that store to a thread's stack, each counted once."""
     widths = re.findall(r"\bSTL(?:\.[A-Z]+)*(?:\.[US]?(\d+))?(?:\.[A-Z]+)* ", sass)
     return sum(int(bits) // 8 if bits else 4 for bits in widths)
 
@@ -343,12 +343,13 @@ def spill_stores(sass: str) -> int:
 def summarize(kernels: list[CompiledKernel]) -> list[dict[str, object]]:
     """One row per kernel: the number of its configurations, and the most that any of them takes."""
     table = []
-    for name in sorted({each.kernel for each in kernels}):
-        same = [each for each in kernels if each.kernel == name]
-        most = {key: max(getattr(each, key) for each in same) for key in ("registers", "shared", "stack", "spilled")}
-        matrix = " ".join(sorted({each.matrix for each in same} - {""}))
-        wide = all(each.wide_loads or is_narrow(each) for each in same)
-        table.append({"kernel": name, "configurations": len(same), **most, "wide_loads": wide, "matrix": matrix})
+    for name in sorted({record.kernel for record in kernels}):
+        records = [record for record in kernels if record.kernel == name]
+        figures = ("registers", "shared", "stack", "spilled")
+        most = {key: max(getattr(record, key) for record in records) for key in figures}
+        matrix = " ".join(sorted({record.matrix for record in records} - {""}))
+        wide = all(record.wide_loads or is_narrow(record) for record in records)
+        table.append({"kernel": name, "configurations": len(records), **most, "wide_loads": wide, "matrix": matrix})
     return table
 
 

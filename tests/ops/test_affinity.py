@@ -53,7 +53,7 @@ def check(queries, support, labels, classes, beta=5.5, weights=None, *, backend)
     exact = naive(*arguments)
     error = (actual.cpu() - exact).abs().max()
     if backend == "reference" and error <= REFERENCE_EPS * torch.finfo(actual.dtype).eps * exact.abs().max():
-        return actual  # it sums row after row, and eager's product by tiles
+        return actual  # it sums row after row, eager's product by tiles
     assert_within_budget(actual.cpu(), exact, eager(*arguments))
     return actual
 
@@ -271,7 +271,7 @@ def test_autocast_changes_nothing(device, backend):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_operator_passes_opcheck(device, weighted):
-    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     queries, support, labels = inputs(device, n=17)
     order, offsets = reference.sort_by_class(labels, 10)
     weights = torch.rand(17, device=device) if weighted else None

@@ -265,7 +265,7 @@ def test_the_kernel_has_the_gradients_of_the_reference(device, heads, per_head, 
     [(0, False, False), (2, True, True), pytest.param(0, True, False, marks=pytest.mark.slow)],
 )
 def test_the_operator_passes_opcheck(device, per_head, weighted, normed):
-    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     x, scores = inputs(device, tokens=12, width=16)
     scores = scores[:, None].repeat(1, per_head, 1) if per_head else scores
     weight = torch.ones(16, device=device) if normed else None
@@ -275,7 +275,7 @@ def test_the_operator_passes_opcheck(device, per_head, weighted, normed):
 
 
 def test_the_operator_compiles_into_one_graph(device):
-    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     x, scores = inputs(device)
     condensed = torch.compile(
         lambda x, s: ck.ops.condense_tokens(x, s, 5, 6, 2, backend="triton").tokens * 2,

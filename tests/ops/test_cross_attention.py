@@ -362,7 +362,7 @@ def test_the_kernels_raise_for_a_gradient(device, triton):
 
 
 def test_the_operators_pass_opcheck(device):
-    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     visual, pooled, text = inputs(device, 2, 5, 3, 16, torch.bfloat16)
     torch.library.opcheck(torch.ops.clipkernels.cross_attention.default, (visual, text, 0.5))
     torch.library.opcheck(torch.ops.clipkernels.cross_attention.default, (text, visual, 0.5))

@@ -33,7 +33,7 @@ SM_90_SPILLS = {
 
 
 def run_compile_kernels(*options: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
-    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     from triton.compiler import ASTSource
 
     if "constexprs" not in inspect.signature(ASTSource).parameters:
@@ -46,7 +46,7 @@ def run_compile_kernels(*options: str, timeout: int = 900) -> subprocess.Complet
 
 @pytest.fixture
 def compile_kernels() -> ModuleType:
-    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     from tests.ops import compile_kernels
 
     return compile_kernels

@@ -74,5 +74,5 @@ def test_fp16_attention_does_not_overflow():
 def test_fused_tokens_are_summed_in_fp32():
     x = torch.full((1, 4098, 8), 4.0, dtype=torch.float16)
     fused = ck.ops.prune_tokens(x, torch.ones(1, 4097), 1, fuse=True).tokens[:, -1]
-    # In fp16 a running sum would stop at 8192, where 4 is half of the spacing of numbers.
+    # A running sum in fp16 would stop at 8192, where adding 4, half the spacing of numbers, rounds to nothing.
     assert torch.equal(fused, torch.full_like(fused, 4096 * 4.0))

@@ -15,7 +15,7 @@ from clipkernels.ops import Mixer
 from clipkernels.testing import assert_same, assert_within_budget, with_gaps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Tokens below, at and above a tile; channels that are a multiple of 64, are none, or are fewer.
+# Tokens below, at and above a tile. Channel counts: a multiple of 64, not a multiple, below 64.
 SIZES = [(2, 128, 1), (2, 768, 0), (50, 100, 1), (65, 48, 0), (65, 128, 5), (50, 768, 1)]
 
 
@@ -66,7 +66,7 @@ def check(x, mixer, prefix, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width", "prefix"), SIZES)
 def test_scores_are_within_budget_of_fp64(device, backend, dtype, tokens, width, prefix):
-    # With a few scores plain PyTorch may happen to be exact, which would leave no budget.
+    # With few scores plain PyTorch may happen to be exact, and the budget would be zero.
     check(*inputs(device, 16 if tokens < 5 else 1, tokens, width, dtype), prefix, backend)
 
 
@@ -253,7 +253,7 @@ def test_the_kernel_supports_strides_beyond_32_bits(tmp_path, triton):
 
 
 def test_the_operator_passes_opcheck(device):
-    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     x, mixer = inputs(device, 2, 5, 32, torch.bfloat16)
     torch.library.opcheck(torch.ops.clipkernels.predict_scores.default, (x, list(mixer[:-1]), 1e-5, 1))
 

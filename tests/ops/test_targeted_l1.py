@@ -519,7 +519,7 @@ def test_the_kernels_support_strides_beyond_32_bits(tmp_path, triton):
 
 
 def test_the_operators_pass_opcheck(device):
-    pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+    pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     operators = torch.ops.clipkernels
     arguments = inputs(device, 2, 5, 7, 17, keep=1.0)  # all selected, because other signs are not written
     _, signs, order = operators.targeted_l1(*arguments, True)
@@ -626,7 +626,7 @@ def test_a_graph_traced_with_one_mask_works_with_another(device, backend, mode, 
 )
 def test_meta_and_fake_tensors_work(device, backend, kind):
     if backend == "triton":
-        pytest.importorskip("triton", reason="triton is not installed: it is on Linux alone")
+        pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     with FakeTensorMode() if kind == "fake" else nullcontext() as mode:
         arguments = [mode.from_tensor(x) if mode else x.to("meta") for x in inputs(device, n=9)]
         actual = differentiate(run_on(backend), arguments, arguments[3][:, 0])

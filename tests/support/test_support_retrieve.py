@@ -96,7 +96,7 @@ def test_files_with_the_same_content_count_once(bundled: Any, photos: Path) -> N
     assert names(retrieve(bundled, photos, per_class=5)) == before
 
 
-def test_files_that_are_no_images_are_reported_and_skipped(bundled: Any, photos: Path) -> None:
+def test_files_that_are_not_images_are_reported_and_skipped(bundled: Any, photos: Path) -> None:
     before = names(retrieve(bundled, photos, per_class=60))
     (photos / "broken.png").write_bytes((photos / "0" / "00.png").read_bytes()[:99])
     (photos / "text.jpg").write_text("no image")

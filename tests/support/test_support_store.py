@@ -250,7 +250,7 @@ def test_a_refresh_names_classes_without_images(bundled: Any, photos: Path, tmp_
         support.refresh(tmp_path / "set", *bundled[:2], report=lambda line: None)
 
 
-def test_class_names_that_are_no_file_names_get_distinct_folders(bundled: Any, photos: Path, tmp_path: Path) -> None:
+def test_class_names_unfit_for_file_names_get_distinct_folders(bundled: Any, photos: Path, tmp_path: Path) -> None:
     classes = ["a/b", "a_b", "Apple", "apple", "..", "żółw 龟", " /", "con", "x" * 300, "a:b", "tail.", "-rf"]
     classes += ["Manifest.json", ".hidden", "line\nbreak"]
     support_set = folders.folder_names(classes)

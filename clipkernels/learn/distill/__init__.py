@@ -2,7 +2,7 @@
 
 Teacher                 a frozen CLIP: features of images and their patches, of texts, their words and answers
 TeacherCache            the same features, encoded once and stored on disk
-align_words/align_grid  the teacher's word or patch for each of the student's
+align_words/align_grid  the teacher's word or patch for each student token
 TargetedDistillation    the objective with its projections
 """
 

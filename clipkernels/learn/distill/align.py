@@ -105,7 +105,7 @@ def _characters_of(pieces: Sequence[str]) -> tuple[str, list[list[int]]]:
     text, owners, place = "", [], 0
     while place < len(characters):
         character, size = _decode_first([byte for _, byte, _ in characters[place : place + 4]])
-        if not size:  # no bytes of a whole character: plain text, such as a WordPiece with an accent
+        if not size:  # the bytes form no whole character: plain text, such as a WordPiece with an accent
             character, size = characters[place][0], 1
         normalized = "".join(character.replace("Ġ", "").replace("▁", "").casefold().split())
         text += normalized
@@ -115,7 +115,7 @@ def _characters_of(pieces: Sequence[str]) -> tuple[str, list[list[int]]]:
 
 
 def _decode_first(codes: Sequence[int | None]) -> tuple[str, int]:
-    """The first UTF-8 character of up to four bytes and its number of bytes; "" and 0 if they start with none."""
+    """The UTF-8 character that up to four bytes begin with, and its length in bytes; "" and 0 if there is none."""
     for size in range(1, len(codes) + 1):
         prefix = [code for code in codes[:size] if code is not None]
         if len(prefix) < size:

@@ -104,7 +104,7 @@ class TeacherCache:
             words: also store the features of each token.
             progress: called after each image and each text.
         Raises:
-            ValueError: images of another shape or texts that are no strings; features that are not finite in the
+            ValueError: images of another shape or texts that are not strings; features that are not finite in the
                 cache's dtype, which are not stored, while the others of their batch are; a teacher whose method or
                 weights changed since the cache was opened.
             OSError: a file cannot be written.
@@ -279,7 +279,7 @@ class TeacherCache:
 
 
 def _single_images(images: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Single images (3,S,S) from an iterable of batches and images.
+    """The images (3,S,S) of an iterable of batches and single images, one by one.
 
     Raises:
         ValueError: items of another kind, or an image of another shape than the first.
@@ -294,7 +294,7 @@ def _single_images(images: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _checked_strings(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, one by one; raise ValueError for an item that is no string."""
+    """The texts, one by one; raise ValueError for an item that is not a string."""
     for index, item in enumerate(texts):
         if not isinstance(item, str):
             raise ValueError(f"texts must be an iterable of strings, got {item!r:.100} at {index}")

@@ -113,7 +113,7 @@ def _answers_per_text(texts: Sequence[str] | None, answers: Answers) -> tuple[li
     """The answers of each text, and their number per text.
 
     Raises:
-        ValueError: no texts, answers that are no lists of strings, no answers, or different numbers of answers.
+        ValueError: no texts, answers that are not lists of strings, no answers, or different numbers of answers.
     """
     if texts is None:
         raise ValueError("expected texts with the answers, got none")

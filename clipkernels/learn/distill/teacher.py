@@ -129,7 +129,7 @@ class Teacher:
         Returns:
             TeacherFeatures, fp32, on the device of the model; features that were not requested are None.
         Raises:
-            ValueError: neither images nor texts, images of another size than the tower's, texts that are no list of
+            ValueError: neither images nor texts, images of another size than the tower's, texts that are not a list of
                 strings, or numbers of images, texts and answers that do not fit.
             UnsupportedTower: regions of a tower that outputs only its learned queries: pass regions=False.
         """
@@ -182,7 +182,7 @@ class Teacher:
         return self.join.format(sentence, answer) if isinstance(self.join, str) else self.join(sentence, answer)
 
     def pieces(self, sentence: str) -> list[str]:
-        """The T pieces of a text for `align_words`: one for each of its `words`, "" for tokens that are no words.
+        """The T pieces of a text for `align_words`: one for each of its `words`, "" for tokens that are not words.
 
         Raises:
             ValueError: a tokenizer that cannot convert ids to pieces.

@@ -88,7 +88,7 @@ def golden_ranking(
         step: patches removed per round.
         block: zero-based block before which the patches are removed.
         batch_size: variants that run as one batch.
-        path: safetensors file for the result. Finished images are written beside it at once and are not ranked again.
+        path: safetensors file for the result. Finished images are written next to it at once and are not ranked again.
         progress: called with the number of finished images and the number of all images.
     Returns:
         Rankings: ranks (n,P) int64, 0 for the patch that stays longest; and the block's input with pooled channels.
@@ -264,7 +264,7 @@ def _patch_grid(tower: Tower) -> tuple[int, int]:
     """The rows and columns of the patch grid.
 
     Raises:
-        ValueError: the patches are no grid.
+        ValueError: the patches do not form a grid.
     """
     height, width = (side // tower.patch for side in tower.image_size)
     patches = tower.num_tokens - tower.prefix
@@ -297,7 +297,7 @@ def _true_labels(labels: Tensor | Sequence[int] | None, images: int, classes: Te
 def _check_options(
     tower: Tower, grid: tuple[int, int], score: str, window: int, stride: int, step: int, block: int, batch_size: int
 ) -> None:
-    """Raise ValueError for an unknown score and for numbers that are no ints or out of range."""
+    """Raise ValueError for an unknown score and for numbers that are not ints or are out of range."""
     if score not in get_args(Score):
         raise ValueError(f'score must be "label", "confidence" or "feature", got {score!r}')
     limits = {

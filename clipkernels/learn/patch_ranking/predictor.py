@@ -35,7 +35,7 @@ class RankPredictor(nn.Module):
 
     Args:
         tokens: N, tokens that enter the block, prefix included.
-        prefix: leading tokens that are no patches.
+        prefix: leading tokens that are not patches.
         block: zero-based block whose input is ranked.
         channels: G, the number of channels after pooling.
         token_hidden: hidden width of the MLP across tokens.
@@ -257,7 +257,7 @@ def overlap(scores: Tensor, ranks: Tensor, gone: int) -> float:
 
 
 def _margin_loss(scores: Tensor, ranks: Tensor, pairs: Tensor) -> Tensor:
-    """The mean of max(0, 1 - (sᵢ - sⱼ)) over pairs (2,n) of different patches, of which patch i stays longer."""
+    """The mean of max(0, 1 - (sᵢ - sⱼ)) over pairs (2,n) of different patches; patch i is the one that stays longer."""
     sign = (ranks[:, pairs[1]] - ranks[:, pairs[0]]).sign()
     difference = sign * (scores[:, pairs[0]] - scores[:, pairs[1]])
     return ((1 - difference).relu() * (sign != 0)).mean()

@@ -1,4 +1,4 @@
-"""Rankings of images, stored in one file; while they are made, in parts beside it.
+"""Rankings of images, stored in one file; during a run, in parts next to it.
 
 FILE              ranks int16 (n,P), features fp32 (n,S,G), sha256 (n,32) uint8 of each image and label, and the class
                   embeddings text (K,E) fp32, if the score uses them; the options are in the header

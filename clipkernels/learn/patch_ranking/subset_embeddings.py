@@ -55,7 +55,7 @@ class PrecomputedQKV(NamedTuple):
 
 
 def run_to_block(tower: Tower, images: Tensor, at: int) -> BlockInput:
-    """The input of the block number `at` for images (b,3,S,S)."""
+    """The input of block `at` (zero-based) for images (b,3,S,S)."""
     x, rope = tower.embed(images)
     x = run(tower, TowerInput(x, rope), _dense_plan(tower, x.shape[1]), blocks=at).x
     host = tower.blocks[at]

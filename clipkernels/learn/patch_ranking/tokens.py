@@ -1,9 +1,9 @@
-"""Learnt tokens beside an image's patches that make up for the patches that a predictor removes.
+"""Learnt tokens that join an image's patches, to make up for the patches that a predictor removes.
 
     block d < D begins with [CLS, P_d, patches];  coupled to a context c_d of the text, P_d = M_d c_d + b_d
 
-The tokens are never pruned. Each of the first D blocks starts with new ones; later blocks carry on the outputs of the
-last of these. If coupled, the same contexts replace the first words of every prompt in the text tower's blocks. This is
+The tokens are never pruned. Each of the first D blocks starts with new ones; later blocks continue with the outputs of
+block D - 1. If coupled, the same contexts replace the first words of every prompt in the text tower's blocks. This is
 a reconstruction: the paper does not state the number of tokens or the depth, so both are MaPLe's (arXiv 2210.03117).
 """
 
@@ -75,7 +75,7 @@ class VisualTokens(nn.Module):
         """Class embeddings (K,E) fp32; contexts, if there are any, replace the first words of every prompt.
 
         Raises:
-            ValueError: a text tower without open_clip's or OpenAI's blocks, or another than the one of the training;
+            ValueError: a text tower without open_clip's or OpenAI's blocks, or another one than in training;
                 prompts that do not differ after the replaced words.
         """
         if not self.text_width:
@@ -156,7 +156,7 @@ def fit_tokens(
         images: (n,3,S,S) preprocessed, or a sequence of (3,S,S).
         labels: (n,) int64, into the classes of `prompts`.
         method: the method that prunes the tower; its own tokens, if any, are not used.
-        count: tokens beside the patches.
+        count: number of learnt tokens.
         depth: blocks that start with new tokens; all blocks of a shallower tower.
         coupled: derive the tokens from contexts that also replace each prompt's first words in the text tower.
         epochs: passes over the images.
