@@ -82,7 +82,7 @@ def output_probe(embeddings: Tensor) -> list[list[float]]:
 
 
 def same_probe(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> bool:
-    """Return true if two probes are of one tower, whatever its precision and device."""
+    """Return true if two probes come from the same tower, in any precision and on any device."""
     a, b = torch.tensor(first), torch.tensor(second)
     return a.shape == b.shape and bool(((a - b).norm(dim=-1) <= PROBE_ATOL).all())
 

@@ -68,7 +68,7 @@ def _distance_kernel(
     stride_sb, stride_sn, stride_tb, stride_tn,
     D: tl.constexpr, E: tl.constexpr, LEARNS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Store the part of a tile of E in the distances of a tile of selected rows, and the signs."""
+    """Store what a tile of E contributes to the distances of a tile of selected rows, and the signs."""
     TILES: tl.constexpr = (E + BLOCK - 1) // BLOCK
     tile, first = tl.program_id(0) % TILES, tl.program_id(0) // TILES * BLOCK
     offs_r, offs_e = first + tl.arange(0, BLOCK), tile * BLOCK + tl.arange(0, BLOCK)

@@ -1,1 +1,1 @@
-"""Tests, in rooms that mirror the package."""
+"""Tests, in folders that mirror the package."""

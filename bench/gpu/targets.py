@@ -223,7 +223,7 @@ def beside_graph(towers: Sequence[Row]) -> dict[str, float]:
 
 
 def beside_host(towers: Sequence[Row]) -> dict[str, float]:
-    """Return the speed-up of each method's fastest way at batch 1 over the host's forward called from Python."""
+    """Return the speed-up of each method's fastest variant at batch 1 over the host's forward called from Python."""
     result = {}
     for (model, batch), rows in grouped(towers).items():
         by_variant = {best.row["variant"]: best.speed for best in speeds(rows)}
@@ -243,7 +243,7 @@ def efficiencies(towers: Sequence[Row], batch: int) -> dict[str, float]:
 
 
 def speedups(towers: Sequence[Row]) -> dict[str, float]:
-    """Return the speed-up of each method's fastest way over the fastest dense variant, at batch 1, 32 and 256."""
+    """Return the speed-up of each method's fastest variant over the fastest dense variant, at batch 1, 32 and 256."""
     return {
         f"{model} {name} b{batch}": best.speed / full.speed
         for model, batch, name, best, full in beside_dense(towers)

@@ -257,7 +257,7 @@ def _apply_optional(host: Any, name: str, x: Tensor) -> Tensor:
 
 
 class OpenCLIPResNet:
-    """The adapter of a ModifiedResNet, whose own attention pool has the mean position as its only query."""
+    """The adapter of a ModifiedResNet, whose attention pool has one query, the mean over positions."""
 
     def __init__(self, visual: Any) -> None:
         self.visual = visual

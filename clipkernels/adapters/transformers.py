@@ -250,7 +250,7 @@ def _visible_keys(mask: Tensor | None) -> Tensor | None:
 
 
 def _is_capture_hook(hook: Any) -> bool:
-    """Return true if a hook is one by which transformers collects outputs."""
+    """Return true if transformers collects outputs by this hook."""
     return getattr(hook, "__module__", None) == CAPTURE
 
 

@@ -47,7 +47,7 @@ def search(base: Tensor, first: Tensor, second: Tensor, labels: Tensor, us: Tens
 def count_correct(base: Tensor, first: Tensor, second: Tensor, labels: Tensor, us: Tensor, vs: Tensor) -> Tensor:
     """The number of images that each pair of weights classifies correctly, (U,V) int64 on the CPU.
 
-    Of equal logits the lower class wins.
+    Ties between logits go to the lower class.
     """
     device = base.device
     # Leads of the true class over each class: an image is correct if they are positive, or zero over higher classes.

@@ -119,7 +119,7 @@ def test_the_module_runs_as_a_program() -> None:
 
 
 def _verbs() -> Iterator[Any]:
-    """Every verb; the three that measure or check everything are slow and have tests of their own."""
+    """Every verb; the three that measure or check everything are slow and have their own tests."""
     for verb in sorted(SHORT_HELPS):
         yield pytest.param(verb, marks=[pytest.mark.slow] if verb in ("bench", "check", "demo") else [])
 

@@ -73,7 +73,7 @@ def test_kernels_give_the_embedding_of_the_reference(device, on, name, vision, m
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
 NARROW = {"embed_dim": 128, "num_heads": 2, "img_size": 64, "num_classes": 24}
-# Towers by the modules that their epilogues consist of.
+# Towers, by the modules in their epilogues.
 OTHERS = {
     "transformers CLIPModel": "three packed projections, QuickGELU of transformers",
     "transformers SiglipModel": "no CLS, tanh GELU of transformers",

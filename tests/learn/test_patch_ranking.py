@@ -42,7 +42,7 @@ def mixed(predictor, x):
 
 
 def literal(model, method, images):
-    """The embedding by the host's blocks, with the learnt tokens behind the patches as in the paper's figure."""
+    """The embedding by the host's blocks, with the learnt tokens after the patches, as in the paper's figure."""
     visual, predictor, tokens = model.visual, method.predictor, method.tokens
     learnt = [] if tokens is None else list(tokens())
     x, added = visual._embeds(images), 0

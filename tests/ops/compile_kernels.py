@@ -89,7 +89,7 @@ COMMON_TOWERS = ["B-16", "L-14", "L-14-336", "SO400M-14-384", "B-16 at 138", "B-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SIZES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SIZES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
-# What the PTX must hold where inputs are half precision: loads of 16 bytes, and matrix instructions.
+# Required in the PTX for half-precision inputs: loads of 16 bytes, and matrix instructions.
 WIDE_LOADS = {
     "_affinity_kernel",
     "_attend_kernel",

@@ -78,7 +78,7 @@ def features_of(
     regions: bool,
     words: bool,
 ) -> TeacherFeatures:
-    """The features that a source computes, each distinct text once; arguments and errors as of `Teacher`."""
+    """The features that a source computes, each distinct text once; arguments and errors as in `Teacher`."""
     if images is None and texts is None:
         raise ValueError("expected images or texts, got neither")
     if images is not None and (not isinstance(images, Tensor) or images.ndim != 4):
