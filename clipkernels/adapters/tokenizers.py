@@ -19,7 +19,7 @@ LAST_LETTER = re.compile(r"\w(?=\W*$)")
 def ids_of(tokenizer: Any, texts: list[str], context: int | None) -> Tensor:
     """The token ids (n,T) int64 of texts.
 
-    A tokenizer of transformers, or that of a processor, is called with padding after the text and truncation, to the
+    A transformers tokenizer, or a processor's, is called with padding after the text and truncation, to the
     length that the tower was trained with. By default it does neither, and pads on the side that it is set to.
 
     Args:
@@ -119,7 +119,7 @@ class Marks(NamedTuple):
     def words(self, ids: Tensor) -> Tensor:
         """A mask (B,T) bool of the words among ids (B,T)."""
         place = torch.arange(ids.shape[1], device=ids.device)
-        # The padding id may also be a word's, as CLIP's is that of an exclamation mark: only a trailing run is padding.
+        # The padding id may also be a word's (CLIP's is an exclamation mark), so only a trailing run is padding.
         length = torch.where(ids != self.padding, place + 1, 0).amax(1)
         if self.end:
             ends = (length[:, None] - len(self.end) + place[: len(self.end)]).clamp(min=0)
