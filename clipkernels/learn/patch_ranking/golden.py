@@ -94,7 +94,7 @@ def golden_ranking(
         Rankings: ranks (n,P) int64, 0 for the patch that stays longest; and the block's input with pooled channels.
     Raises:
         ValueError: options that do not fit the tower or each other, no images or images of another size, labels out of
-            range, or a file of rankings with other options.
+            range, a file of rankings with other options, or features that are not finite and a path to store them.
         UnsupportedTower: as in `ck.patch`.
     Guarantees: deterministic on one machine for the same images in the same order and one `batch_size`, even if
         interrupted. Otherwise scores are equal up to rounding, and patches with nearly equal scores may swap. Of equal
