@@ -156,7 +156,9 @@ def _advice(form: Format, actual: object) -> str:
     other_stem, _, other = actual.rpartition(".") if isinstance(actual, str) else ("", "", "")
     if stem != other_stem or not other.isdecimal():
         return ""
-    return f", which an {'older' if int(other[:9]) < int(number) else 'newer'} clipkernels wrote: make it again"
+    if int(other[:9]) < int(number):
+        return ", which an older clipkernels wrote: make it again"
+    return ", which a newer clipkernels wrote: update this one"
 
 
 def join_items(items: Collection[object]) -> str:

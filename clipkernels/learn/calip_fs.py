@@ -23,7 +23,7 @@ from clipkernels.formats import FLOATS, Format, TensorSpec
 from clipkernels.heads.arguments import check_labels, check_not_empty, check_positive, normalize_as
 from clipkernels.heads.calip import patches_of
 from clipkernels.heads.zero_shot import ZeroShot
-from clipkernels.learn.checkpoints import LARGEST_WEIGHT, check_training
+from clipkernels.learn.checkpoints import check_training, weight_specs
 from clipkernels.state_files import read_state, write_state
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class Numbers(msgspec.Struct, forbid_unknown_fields=True):
 
 def _tensors(header: Numbers) -> dict[str, TensorSpec]:
     shapes = {f"maps.{name}.weight": "width width" for name in MAPS} | {f"maps.{name}.bias": "width" for name in MAPS}
-    maps = {name: TensorSpec(FLOATS, shape, -LARGEST_WEIGHT, LARGEST_WEIGHT) for name, shape in shapes.items()}
-    return {"text": TensorSpec(FLOATS, "classes width", -1.01, 1.01), **maps}
+    return {"text": TensorSpec(FLOATS, "classes width", -1.01, 1.01), **weight_specs(shapes)}
 
 
 FORMAT = Format("clipkernels.calip_fs.2", "the weights of a FewShotCALIP", Numbers, _tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -34,9 +34,8 @@ def check_training(name: str, epochs: int, batch_size: int) -> None:
         raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
 
 
-def specs_of(module: nn.Module) -> dict[str, TensorSpec]:
-    """The tensors of a module's file; the module may be on the meta device."""
-    shapes = {name: " ".join(map(str, weight.shape)) for name, weight in module.state_dict().items()}
+def weight_specs(shapes: Mapping[str, str]) -> dict[str, TensorSpec]:
+    """The tensors of a module's file, from their shapes as in `TensorSpec`."""
     return {name: TensorSpec(FLOATS, shape, -LARGEST_WEIGHT, LARGEST_WEIGHT) for name, shape in shapes.items()}
 
 

@@ -22,7 +22,7 @@ from clipkernels.adapters import Tower
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprinted_module
 from clipkernels.formats import Count, Format, Size, TensorSpec
 from clipkernels.heads.arguments import check_positive
-from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, specs_of
+from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, weight_specs
 from clipkernels.learn.patch_ranking.rankings import RankingOptions, Rankings
 from clipkernels.reference.predict import Mixer, mix
 from clipkernels.reference.ranking import strongest_first
@@ -173,8 +173,16 @@ class PredictorHeader(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _tensors(header: PredictorHeader) -> dict[str, TensorSpec]:
-    with torch.device("meta"):
-        return specs_of(RankPredictor(**msgspec.structs.asdict(header) | {"about": None}))
+    return weight_specs(
+        {
+            **{f"norm{number}.{part}": "channels" for number in (1, 2) for part in ("weight", "bias")},
+            **{"token_in.weight": "token_hidden tokens", "token_in.bias": "token_hidden"},
+            **{"token_out.weight": "tokens token_hidden", "token_out.bias": "tokens"},
+            **{"channel_in.weight": "channel_hidden channels", "channel_in.bias": "channel_hidden"},
+            **{"channel_out.weight": "channels channel_hidden", "channel_out.bias": "channels"},
+            **{"score.weight": "1 channels", "score.bias": "1"},
+        }
+    )
 
 
 FORMAT = Format("clipkernels.rank_predictor.2", "a predictor", PredictorHeader, _tensors)

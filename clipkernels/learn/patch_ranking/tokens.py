@@ -27,7 +27,7 @@ from clipkernels.encode import encode_image
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprint, fingerprinted_module
 from clipkernels.formats import Count, Fingerprint, Format, Size, TensorSpec
 from clipkernels.heads.arguments import check_labels, check_positive
-from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, specs_of
+from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, weight_specs
 from clipkernels.learn.patch_ranking.text_contexts import check_prompts, first_words, injected_contexts, text_tower
 from clipkernels.methods import PatchRanking
 from clipkernels.patching import patched
@@ -142,8 +142,11 @@ class TokensHeader(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _tensors(header: TokensHeader) -> dict[str, TensorSpec]:
-    with torch.device("meta"):
-        return specs_of(VisualTokens(**msgspec.structs.asdict(header) | {"about": None}))
+    if not header.text_width:
+        return weight_specs({"own": "depth count width"})
+    weights = {f"maps.{block}.weight": "width text_width" for block in range(header.depth)}
+    biases = {f"maps.{block}.bias": "width" for block in range(header.depth)}
+    return weight_specs({"context": "depth count text_width", **weights, **biases})
 
 
 FORMAT = Format("clipkernels.visual_tokens.2", "learnt tokens", TokensHeader, _tensors)
