@@ -147,7 +147,9 @@ class TCA:
     Raises:
         ValueError: an argument out of range; or, from `plan`, a block that the tower does not have, or a rate that
             leaves a block nothing to keep, merge or fuse. The message names the block and the valid rates.
-    Source: TCA, arXiv 2410.14729, section 3; the division of the patches is that of its released code.
+    Source: TCA, arXiv 2410.14729, section 3; the division of the patches is that of its released code. That code draws
+        the first centre at random, computes ranks but scores by the attention, makes 4 centres where the paper has 2,
+        and gives zeros for a centre that no patch joins, where this gives the centre itself.
     """
 
     rate: float
@@ -222,7 +224,10 @@ class ToMe:
     Raises:
         ValueError: a negative r, an r that is not an int, an inflect outside [-1, 1] or beside an r per block, or,
             from `plan`, more entries than the tower has blocks.
-    Source: ToMe, arXiv 2210.09461, section 3; the inflected schedule is that of its released code.
+    Source: ToMe, arXiv 2210.09461, section 3; the inflected schedule is that of its released code. On towers without
+        CLS that code leaves the tokens that did not merge in order of similarity, which changes the pairs of the next
+        block; here they stay in order of position. Its patch of timm averages tokens without their sizes; here an
+        average weights each token by its size.
     """
 
     r: int | Sequence[int]
@@ -278,7 +283,9 @@ class PatchRanking:
         ValueError: keep outside (0, 1], a block that is not the predictor's, or, from `plan`, a tower whose tokens or
             blocks differ from those that the predictor is for.
         TypeError: predictor or tokens of a wrong type.
-    Source: Patch Ranking, arXiv 2409.14607.
+    Source: Patch Ranking, arXiv 2409.14607. Its released code trains the predictor on the features of the last block,
+        which do not exist where it prunes; here both are the input of `block`. Its LayerNorms have an eps of 1e-6,
+        which `RankPredictor(eps=1e-6)` has too.
     """
 
     predictor: Predictor

@@ -3,7 +3,8 @@
 FILE              features (n,E) fp32, L2-normalised; sha256 (n,32) uint8 of the image files; the encoder in the header
 FILE.KEY.parts/   the same, one file per encoded batch, until FILE is written
 
-A row of zeros stands for an image whose features are not finite, so that it is not encoded again.
+In the parts a row of zeros stands for an image whose features are not finite. It is not encoded again, so that an
+interrupted run resumes with the same batches.
 """
 
 from __future__ import annotations

@@ -100,7 +100,9 @@ def golden_ranking(
         interrupted. Otherwise scores are equal up to rounding, and patches with nearly equal scores may swap. Of equal
         scores the lower index is removed first; NaN counts as -inf. Probabilities are fp64, because in fp32 those near
         one would tie.
-    Source: Patch Ranking, arXiv 2409.14607, section 3.1, which scores single patches or disjoint windows.
+    Source: Patch Ranking, arXiv 2409.14607, section 3.1, which scores single patches or disjoint windows. Its released
+        code ranks by logits instead of probabilities, writes each round in reverse order, and stops at an error in the
+        second round, whose patches are no square grid.
     """
     if not len(images):
         raise ValueError("images must hold at least one image, got none")

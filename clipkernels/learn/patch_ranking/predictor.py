@@ -44,7 +44,8 @@ class RankPredictor(nn.Module):
         about: properties of the tower: "tower", its fingerprint, "image_size", "blocks", "width".
     Raises:
         ValueError: an eps that is not positive.
-    Source: Patch Ranking, arXiv 2409.14607, section 3.2; MLP-Mixer, arXiv 2105.01601.
+    Source: Patch Ranking, arXiv 2409.14607, section 3.2; MLP-Mixer, arXiv 2105.01601. The released code trains on the
+        features of the last block instead of those that enter the block it prunes before.
     """
 
     def __init__(
