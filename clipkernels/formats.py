@@ -95,7 +95,7 @@ def decode_header(form: Format, text: str) -> tuple[msgspec.Struct, dict[str, st
     Raises:
         ValueError: another format, other fields than the schema's, or another digest.
     """
-    content = _parse(text)
+    content = parse_object(text)
     actual = content.pop("format", None)
     if actual != form.name:
         raise ValueError(f"format {actual!r:.60}{_advice(form, actual)}")
@@ -122,7 +122,7 @@ def _digest_of(content: Mapping[str, Any]) -> str:
     return sha256(canonical.encode()).hexdigest()
 
 
-def _parse(text: str) -> dict[str, Any]:
+def parse_object(text: str) -> dict[str, Any]:
     """JSON text as a dict, of a bounded number of values and a bounded depth.
 
     The standard library reads it, because file names that are no UTF-8 are lone surrogates, which msgspec refuses.

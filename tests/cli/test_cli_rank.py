@@ -568,7 +568,10 @@ def test_a_predictor_of_bf16_rankings_serves_any_precision(files: list[Path], tm
         (("--method", "evit", "--tokens", "PREDICTOR"), "expected --method patch-ranking with --tokens, got evit"),
         (("--method", "patch-ranking", "--predictor", "gone"), "'gone' does not exist"),
         (("--method", "patch-ranking", "--predictor", __file__), "expected a safetensors file, got"),
-        (("--method", "patch-ranking", "--predictor", "RANKS"), "expected a file of format clipkernels.rank_predictor"),
+        (
+            ("--method", "patch-ranking", "--predictor", "RANKS"),
+            "expected a predictor (clipkernels.rank_predictor.2), got",
+        ),
         (
             ("--method", "patch-ranking", "--predictor", "PREDICTOR", "--tokens", "PREDICTOR"),
             "expected a file of format clipkernels.visual_tokens",

@@ -165,7 +165,7 @@ class PredictorHeader(msgspec.Struct, forbid_unknown_fields=True):
     channels: Size
     token_hidden: Size
     channel_hidden: Size
-    eps: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    eps: Annotated[float, msgspec.Meta(gt=0)]
     about: About  # type: ignore[valid-type]  # made at run time, so that it follows the options of the rankings
 
     def __post_init__(self) -> None:
