@@ -62,7 +62,7 @@ class Manifest(Encoder, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pretrained: Line | None
     features: FeaturesEntry
     classes: Annotated[list[ClassEntry], msgspec.Meta(min_length=1)]
-    unfinished: Literal[True] | msgspec.UnsetType = msgspec.UNSET
+    unfinished: bool | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         # An unfinished set also has the classes that its end removes, whose names may be those of others.

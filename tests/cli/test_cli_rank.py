@@ -574,7 +574,7 @@ def test_a_predictor_of_bf16_rankings_serves_any_precision(files: list[Path], tm
         ),
         (
             ("--method", "patch-ranking", "--predictor", "PREDICTOR", "--tokens", "PREDICTOR"),
-            "expected a file of format clipkernels.visual_tokens",
+            "expected learnt tokens (clipkernels.visual_tokens.2), got",
         ),
         (("--method", "patch-ranking:0", "--predictor", "PREDICTOR"), "keep must be a number in (0, 1], got 0.0"),
         (
