@@ -1,9 +1,8 @@
-"""Atomic writes, and files of tensors: safetensors, never pickle."""
+"""Atomic writes, tables of digests, and CSV."""
 
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import tempfile
@@ -14,12 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-METADATA_KEY = "clipkernels"
-"""Header key of the JSON metadata in the files that clipkernels writes."""
 STALE_SECONDS = 3600
 """Seconds without a write after which a temporary file counts as left behind."""
 TEMPORARY = r"\.[0-9a-f]{32}\.safetensors\.[a-z0-9_]{8}"
@@ -65,48 +60,6 @@ def sweep(folder: Path, names: str = r"\..*") -> None:
 def digest_table(digests: Sequence[bytes]) -> Tensor:
     """SHA-256 digests as rows of a tensor (n,32) uint8."""
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
-
-
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors and a header to a safetensors file, atomically.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(header)))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def map_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The memory-mapped tensors of a file, which are read on access, and the file's header.
-
-    Raises:
-        ValueError: the file is not a safetensors file.
-        OSError: the file cannot be read.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"expected a safetensors file, got {path}: {error}") from error
-
-
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, copied to CPU memory, and the file's header; raises as `map_tensors`."""
-    tensors, header = map_tensors(path)
-    # A copy is aligned, which a place in the file may not be: products of aligned rows are faster.
-    return {name: tensor.clone() for name, tensor in tensors.items()}, header
-
-
-def read_metadata(header: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata in a file's header, "format" among them; empty for a file that clipkernels did not write."""
-    try:
-        metadata = json.loads(header.get(METADATA_KEY, ""))
-    except ValueError:
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def write_csv(records: Sequence[Mapping[str, Any]], stream: TextIO) -> None:

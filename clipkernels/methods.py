@@ -155,7 +155,9 @@ class TCA:
             leaves a block nothing to keep, merge or fuse. The message names the block and the valid rates.
     Guarantees: prefix tokens are never touched; the kept patches follow them by descending score, then the merged
         tokens and the fused one; ties go to the lower index.
-    Source: TCA, arXiv 2410.14729, section 3; the division of the patches is that of its released code.
+    Source: TCA, arXiv 2410.14729, section 3; the division of the patches is that of its released code. That code draws
+        the first centre at random, computes ranks but scores by the attention, makes 4 centres where the paper has 2,
+        and gives zeros for a centre that no patch joins, where this gives the centre itself.
     """
 
     rate: float
@@ -236,7 +238,10 @@ class ToMe:
             from `plan`, more entries than the tower has blocks.
     Guarantees: prefix tokens are never touched; ties go to the lower index; a merged token is the mean of its tokens,
         weighted by their sizes.
-    Source: ToMe, arXiv 2210.09461, section 3; the inflected schedule is that of its released code.
+    Source: ToMe, arXiv 2210.09461, section 3; the inflected schedule is that of its released code. On towers without
+        CLS that code leaves the tokens that did not merge in order of similarity, which changes the pairs of the next
+        block; here they stay in order of position. Its patch of timm averages tokens without their sizes; here an
+        average weights each token by its size.
     """
 
     r: int | Sequence[int]
@@ -293,7 +298,9 @@ class PatchRanking:
         ValueError: keep outside (0, 1], a block that is not the predictor's, or, from `plan`, a tower whose tokens or
             blocks differ from those that the predictor is for.
         TypeError: predictor or tokens of a wrong type.
-    Source: Patch Ranking, arXiv 2409.14607.
+    Source: Patch Ranking, arXiv 2409.14607. Its released code trains the predictor on the features of the last block,
+        which do not exist where it prunes; here both are the input of `block`. Its LayerNorms have an eps of 1e-6,
+        which `RankPredictor(eps=1e-6)` has too.
     """
 
     predictor: Predictor

@@ -33,6 +33,10 @@ def patch(model: Model, method: Method) -> Model:
     attention that they receive from all tokens does. Registers and CLS are never dropped. Rotary embeddings follow
     their patches: a merged token has the position of its target, a fused token has none.
 
+    A patched model deep-copies and pickles with its method. `torch.save(model)` therefore writes a file that loads only
+    where clipkernels is installed; `ck.unpatch` the model first, or save `model.state_dict()`, which a patch does not
+    change.
+
     Args:
         model: a model from open_clip, transformers, timm or OpenAI's clip, its image tower, or a module that contains
             exactly one such tower.
@@ -101,7 +105,12 @@ def unpatch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, method: Method) -> Iterator[Model]:
-    """Patch the model for the length of a `with` block, then restore its previous state or method."""
+    """Patch the model for the length of a `with` block, then restore its previous state or method.
+
+    The patch is the model's, not the thread's: other threads that use the model meanwhile run the method too, and two
+    threads that enter and leave such blocks of one model may restore each other's method. Give each thread a
+    `copy.deepcopy`, or patch once before the threads start; running a patched model is safe in any number of threads.
+    """
     previous = adapters.find_tower(model).owner.__dict__.get(SLOT)
     patch(model, method)
     try:

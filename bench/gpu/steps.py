@@ -28,7 +28,7 @@ COMPILED = ("EViT(keep=0.7)", "ToMe", "TCA(rate=0.1)", "EViT(keep=0.5)", "TCA(ra
 
 # The distribution that provides each package. Nothing runs without the packages in BASE.
 BASE = {"torch": "torch", "triton": "triton", "numpy": "numpy", "safetensors": "safetensors", "PIL": "pillow"}
-BASE |= {"click": "click", "rich": "rich"}
+BASE |= {"click": "click", "msgspec": "msgspec", "rich": "rich"}
 OPEN_CLIP = {"open_clip": "open_clip_torch", "ftfy": "ftfy", "wcwidth": "wcwidth", "timm": "timm"}
 DISTRIBUTIONS = BASE | OPEN_CLIP
 DISTRIBUTIONS |= {"transformers": "transformers", "pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}

@@ -18,7 +18,7 @@ from clipkernels import ops
 from clipkernels.arguments import check_numbers
 from clipkernels.heads.arguments import check_labels, check_not_empty, check_positive, normalize_as
 from clipkernels.heads.presets import CALIP_PRESETS
-from clipkernels.heads.weight_search import grid, search
+from clipkernels.heads.weight_search import search, spaced
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class CALIP:
             check_not_empty(sum(part.shape[1] for part in terms))
             first, second, third = torch.cat(terms, 1)
             labels = check_labels(labels, *first.shape).to(first.device)
-            best = search(first, second, third, labels, grid(0.001, 2, 200), grid(0.001, 0.1, 200))
+            best = search(first, second, third, labels, spaced(0.001, 2, 200), spaced(0.001, 0.1, 200))
         self.beta2, self.beta3 = best.first, best.second
         return best.accuracy
 

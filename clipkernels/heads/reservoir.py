@@ -17,16 +17,14 @@ from torch.nn.functional import normalize
 
 from clipkernels import ops
 from clipkernels.arguments import check_numbers
-from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.arguments import check_positive
 from clipkernels.heads.presets import RESERVOIR_PRESETS, ReservoirPreset
-from clipkernels.heads.reservoir_entries import Entries, Evict, empty_entries, occupied, places_after_arrivals
+from clipkernels.heads.reservoir_entries import FORMAT, Entries, Evict, empty_entries, occupied, places_after_arrivals
 from clipkernels.heads.zero_shot import ZeroShot
+from clipkernels.state_files import read_state, write_state
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
-
-FORMAT = "clipkernels.reservoir.1"
 
 
 class Reservoir:
@@ -156,25 +154,24 @@ class Reservoir:
 
         Raises:
             ValueError: no image has been processed yet.
+            OSError: the file cannot be written.
         """
         if self._entries is None:
             raise ValueError("expected a reservoir that has processed images, got an empty one: nothing to save")
         tensors = {**self._entries._asdict(), "text": self.zero_shot.text}
-        about = {"format": FORMAT, "seen": str(self.seen), "scale": repr(float(self.zero_shot.scale))}
-        write_tensors(path, tensors, about)
+        write_state(path, FORMAT, {"seen": self.seen, "scale": self.zero_shot.scale}, tensors)
 
     def load(self, path: str | os.PathLike[str]) -> Reservoir:
         """Replace this reservoir's entries by those of a file, and return it; on any error it is left unchanged.
 
         Raises:
-            ValueError: a file that is not a reservoir, or a reservoir with other text embeddings (other classes,
-                prompts or model), another capacity or scale, or another depth or width than this one's entries.
+            ValueError: a file that is not a reservoir or not as it was written, or a reservoir with other text embeddings
+                (other classes, prompts or model), another capacity or scale, or another depth or width than this one's
+                entries.
+            OSError: the file cannot be read.
         """
         with torch.inference_mode(False):  # the entries may be used after the inference mode of this call
-            tensors, header = read_tensors(path)
-        complete = set(tensors) == {*Entries._fields, "text"} and header.get("seen", "").isdigit()
-        if header.get("format") != FORMAT or not complete:
-            raise ValueError(f"expected a reservoir, got {path} with format {header.get('format')!r}")
+            header, tensors = read_state(path, FORMAT)
         expected, text = self.zero_shot.text, tensors.pop("text")
         if not self.zero_shot.matches(text):
             raise ValueError(
@@ -182,19 +179,16 @@ class Reservoir:
                 f"with other text embeddings {tuple(text.shape)}"
             )
         entries = Entries(**tensors)
-        shapes = [tuple(tensor.shape) for tensor in entries]
-        k, m, depth, width = (*shapes[0], 0, 0, 0, 0)[:4]
-        if shapes != [(k, m, depth, width), (k, m, depth), (k, m, width), (k, m), (k, m)] or k != len(expected):
-            raise ValueError(f"expected a reservoir of {len(expected)} classes, got {path} with shapes {shapes}")
+        k, m, depth, width = entries.unit.shape
         if m != self.capacity:
-            raise ValueError(f"expected a reservoir of capacity {self.capacity}, got {m}")
-        if header.get("scale") != repr(float(self.zero_shot.scale)):
-            raise ValueError(f"expected a reservoir of scale {self.zero_shot.scale}, got {header.get('scale')}")
+            raise ValueError(f"expected a reservoir of capacity {self.capacity}, got {path} of capacity {m}")
+        if header["scale"] != self.zero_shot.scale:
+            raise ValueError(f"expected a reservoir of scale {self.zero_shot.scale}, got {path} of {header['scale']}")
         if self._entries is not None:
             self._check_shape(entries.unit.shape[2:])
         self.reset()
         with torch.inference_mode(False):
-            self._entries, self.seen = entries, int(header["seen"])
+            self._entries, self.seen = entries, header["seen"]
             self._table = entries.unit.new_zeros(k, depth, width)
             self._update_anchors(torch.arange(k))
         return self
@@ -230,7 +224,7 @@ class Reservoir:
         total = self._votes_of(query, old)
         if self.frozen:
             return total
-        finite = logits.isfinite().all(1) & path.flatten(1).isfinite().all(1)
+        finite = logits.isfinite().all(1) & path.flatten(1).isfinite().all(1) & new.length.isfinite().all(1)
         self.seen += batch
         touched, touched_index = logits.argmax(1)[finite].unique(return_inverse=True)
         if not len(touched):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
+
+from clipkernels.formats import Count, Format, TensorSpec
 
 Evict = Literal["diversity", "similarity", "uncertainty", "fifo"]
 
@@ -25,6 +30,43 @@ class Entries(NamedTuple):
     mean: Tensor
     entropy: Tensor
     arrival: Tensor
+
+
+class ReservoirHeader(msgspec.Struct, forbid_unknown_fields=True):
+    """The header of a reservoir's file: the images seen, and the factor of the cosines of its entropies."""
+
+    seen: Count
+    scale: float
+
+
+def _tensors(header: ReservoirHeader) -> dict[str, TensorSpec]:
+    wide = (torch.float32, torch.float64)
+    return {
+        "unit": TensorSpec(wide, "classes capacity blocks width", -1.001, 1.001),
+        "length": TensorSpec(wide, "classes capacity blocks", 0),
+        "mean": TensorSpec(wide, "classes capacity width", -1.001, 1.001),
+        "entropy": TensorSpec(wide, "classes capacity", -0.001),
+        "arrival": TensorSpec((torch.int64,), "classes capacity", -1, header.seen - 1),
+        "text": TensorSpec(wide, "classes embedding", -1.001, 1.001),
+    }
+
+
+def _check(header: ReservoirHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a class's entries are different images in order of entropy, before its free slots."""
+    entropy, arrival = tensors["entropy"], tensors["arrival"]
+    dtypes = {tensors[name].dtype for name in Entries._fields} - {torch.int64}
+    if len(dtypes) > 1:
+        raise ValueError("entries of several dtypes")
+    if float(entropy.max()) > math.log(len(entropy)) + 0.001:
+        raise ValueError(f"entropy {float(entropy.max()):g}, more than that of {len(entropy)} classes")
+    is_held = arrival >= 0
+    if (entropy.masked_fill(~is_held, math.inf).diff(dim=1) < 0).any() or (is_held[:, 1:] > is_held[:, :-1]).any():
+        raise ValueError("entries that are not in order of entropy")
+    if len(arrival[is_held].unique()) < int(is_held.sum()):
+        raise ValueError("two entries with one arrival")
+
+
+FORMAT = Format("clipkernels.reservoir.2", "a reservoir", ReservoirHeader, _tensors, _check)
 
 
 def empty_entries(like: Entries, classes: int, capacity: int) -> Entries:

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from clipkernels import ops, reference
 from clipkernels.arguments import check_numbers
 from clipkernels.heads.arguments import check_labels, check_not_empty, check_positive
-from clipkernels.heads.weight_search import SearchResult, grid, search
+from clipkernels.heads.weight_search import SearchResult, search, spaced
 from clipkernels.heads.zero_shot import ZeroShot
 from clipkernels.reference.precision import autocast_disabled
 
@@ -134,25 +134,42 @@ class TipAdapter:
         with autocast_disabled(queries):
             return logits + self.alpha * self._votes(queries, self.beta) + self._extra_logits(queries)
 
-    def fit(self, features: Tensor | Encoded, labels: Tensor) -> float:
-        """Set the weights to the best values of the published grid on a validation split.
+    def fit(self, features: Tensor | Encoded, labels: Tensor, grid: tuple[float, float] = (7.0, 3.0)) -> float:
+        """Set alpha and beta to the best values of the published grid on a validation split.
+
+        The grid has 200 values of beta from 0.1 to grid[0] and 20 of alpha from 0.1 to grid[1], without the ends.
 
         Args:
             features: (n,E), or an `Encoded`, of images that are neither in the support nor in the test set.
             labels: (n,) int64, the true classes.
+            grid: ends of the ranges of beta and alpha: (7, 3) for ImageNet in the released code, and up to (50, 50)
+                for other data.
         Returns:
             The accuracy on these images, 0 to 1. Ties go to the lowest weights, beta first.
         Raises:
-            ValueError: shapes or labels that do not fit, or no image.
+            ValueError: shapes or labels that do not fit, no image, or a grid whose ends are not finite and above 0.1.
         """
+        return self._fit(features, labels, grid, 0.1)
+
+    def _fit(self, features: Tensor | Encoded, labels: Tensor, ends: tuple[float, float], lowest_beta: float) -> float:
+        """Search the grid of beta from `lowest_beta` to ends[0], of alpha from 0.1 to ends[1], and of further weights.
+
+        Returns:
+            The accuracy, 0 to 1.
+        """
+        for name, end, start in (("beta", ends[0], lowest_beta), ("alpha", ends[1], 0.1)):
+            check_numbers(**{f"the end of the grid of {name}": end})
+            if end <= start:
+                raise ValueError(f"the grid of {name} must end above {start}, got {end}")
+        alphas = spaced(0.1, ends[1], 20)
         with torch.no_grad():
             first = self.zero_shot(features)
             check_not_empty(len(first))
             labels = check_labels(labels, *first.shape).to(first.device)
             queries, best, beta = self._queries(features), SearchResult(-1.0, 0.0, 0.0), self.beta
             with autocast_disabled(queries):
-                trial = self._weight_search(first, queries, labels)
-                for candidate in grid(1, 50, 200).tolist():
+                trial = self._weight_search(first, queries, labels, alphas)
+                for candidate in spaced(lowest_beta, ends[0], 200).tolist():
                     result = trial(self._votes(queries, candidate))
                     if result.accuracy > best.accuracy:
                         best, beta = result, candidate
@@ -176,9 +193,11 @@ class TipAdapter:
         """The additional terms of the logits, (B,K) or a number."""
         return 0.0
 
-    def _weight_search(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], SearchResult]:
+    def _weight_search(
+        self, first: Tensor, queries: Tensor, labels: Tensor, alphas: Tensor
+    ) -> Callable[[Tensor], SearchResult]:
         """A function from the votes (n,K) to the best of the weights other than beta."""
-        return lambda votes: search(first, torch.zeros_like(first), votes, labels, grid(0, 1, 1), grid(0.1, 50, 20))
+        return lambda votes: search(first, torch.zeros_like(first), votes, labels, spaced(0, 1, 1), alphas)
 
     def _set_weights(self, result: SearchResult) -> None:
         self.alpha = result.second
@@ -290,9 +309,32 @@ class TipX(TipAdapter):
     def _extra_logits(self, queries: Tensor) -> Tensor | float:
         return self.gamma * self._divergence_votes(queries)
 
-    def _weight_search(self, first: Tensor, queries: Tensor, labels: Tensor) -> Callable[[Tensor], SearchResult]:
+    def fit(self, features: Tensor | Encoded, labels: Tensor, grid: tuple[float, float] = (50.0, 50.0)) -> float:
+        """Set alpha, beta and gamma to the best values of the published grid on a validation split.
+
+        The grid has 200 values of beta from 1 to grid[0], 20 of alpha from 0.1 to grid[1], and 50 of gamma, without
+        the ends. Published gammas go from 0.1 to 30 and multiply a sum over a class's images. With reduce="mean" the
+        range is therefore multiplied by the mean number of images of the classes that have any.
+
+        Args:
+            features: (n,E), or an `Encoded`, of images that are neither in the support nor in the test set.
+            labels: (n,) int64, the true classes.
+            grid: ends of the ranges of beta and alpha, both 50 in the released code.
+        Returns:
+            The accuracy on these images, 0 to 1. Ties go to the lowest weights, beta first, then alpha.
+        Raises:
+            ValueError: as `TipAdapter.fit`; beta's range must end above 1.
+        """
+        return self._fit(features, labels, grid, 1.0)
+
+    def _weight_search(
+        self, first: Tensor, queries: Tensor, labels: Tensor, alphas: Tensor
+    ) -> Callable[[Tensor], SearchResult]:
         divergence_votes = self._divergence_votes(queries)
-        return lambda votes: search(first, votes, divergence_votes, labels, grid(0.1, 50, 20), grid(0.1, 30, 50))
+        occupied = self.counts[self.counts > 0]
+        unit = float(occupied.double().mean()) if self.reduce == "mean" and len(occupied) else 1.0
+        gammas = unit * spaced(0.1, 30, 50)
+        return lambda votes: search(first, votes, divergence_votes, labels, alphas, gammas)
 
     def _set_weights(self, result: SearchResult) -> None:
         self.alpha, self.gamma = result.first, result.second

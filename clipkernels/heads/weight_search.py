@@ -22,7 +22,7 @@ class SearchResult(NamedTuple):
     second: float
 
 
-def grid(start: float, stop: float, steps: int) -> Tensor:
+def spaced(start: float, stop: float, steps: int) -> Tensor:
     """`steps` evenly spaced values in [start, stop), fp64."""
     return start + torch.arange(steps, dtype=torch.float64) * ((stop - start) / steps)
 

@@ -11,24 +11,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from clipkernels.arguments import check_numbers
-from clipkernels.files import read_tensors, write_tensors
+from clipkernels.formats import FLOATS, Format, TensorSpec
 from clipkernels.heads.arguments import check_labels, check_not_empty, check_positive, normalize_as
 from clipkernels.heads.calip import patches_of
 from clipkernels.heads.zero_shot import ZeroShot
-from clipkernels.learn.checkpoints import check_training
+from clipkernels.learn.checkpoints import check_training, weight_specs
+from clipkernels.state_files import read_state, write_state
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
 
-FORMAT = "clipkernels.calip_fs.1"
 MAPS = tuple(f"{part}_{side}" for side in ("text", "image") for part in ("query", "key", "value", "out"))
+
+
+class Numbers(msgspec.Struct, forbid_unknown_fields=True):
+    """The header of a head's file: its arguments."""
+
+    alpha: Annotated[float, msgspec.Meta(gt=0)]
+    beta2: float
+    beta3: float
+    scale: float
+
+
+def _tensors(header: Numbers) -> dict[str, TensorSpec]:
+    shapes = {f"maps.{name}.weight": "width width" for name in MAPS} | {f"maps.{name}.bias": "width" for name in MAPS}
+    return {"text": TensorSpec(FLOATS, "classes width", -1.01, 1.01), **weight_specs(shapes)}
+
+
+FORMAT = Format("clipkernels.calip_fs.2", "the weights of a FewShotCALIP", Numbers, _tensors)
 
 
 class FewShotCALIP(nn.Module):
@@ -144,36 +162,28 @@ class FewShotCALIP(nn.Module):
         return losses
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the maps and the class embeddings as safetensors, through a temporary file that is renamed."""
-        numbers = {name: repr(float(getattr(self, name))) for name in ("alpha", "beta2", "beta3", "scale")}
-        write_tensors(path, self.state_dict(), {"format": FORMAT, **numbers})
+        """Write the maps and the class embeddings as safetensors, through a temporary file that is renamed.
+
+        Raises:
+            ValueError: weights that are not finite.
+            OSError: the file cannot be written.
+        """
+        write_state(path, FORMAT, {name: getattr(self, name) for name in Numbers.__struct_fields__}, self.state_dict())
 
     def load(self, path: str | os.PathLike[str]) -> FewShotCALIP:
         """Load saved maps, alpha, beta2, beta3 and scale, and return this head; on any error it is left unchanged.
 
         Raises:
-            ValueError: a file without such weights, or one with other text embeddings (other classes, prompts or
-                model).
+            ValueError: a file without such weights or not as it was written, or one with other text embeddings (other
+                classes, prompts or model).
+            OSError: the file cannot be read.
         """
-        tensors, header = read_tensors(path)
-        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        if header.get("format") != FORMAT or set(tensors) != set(expected):
-            raise ValueError(f"expected the weights of a FewShotCALIP, got {path} with format {header.get('format')!r}")
+        numbers, tensors = read_state(path, FORMAT)
         if not ZeroShot(self.text).matches(tensors["text"]):
             raise ValueError(
-                f"expected weights for the same classes, prompts and model, {expected['text']}, got {path} with other "
-                f"text embeddings {tuple(tensors['text'].shape)}"
+                f"expected weights for the same classes, prompts and model, {tuple(self.text.shape)}, got {path} with "
+                f"other text embeddings {tuple(tensors['text'].shape)}"
             )
-        actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if actual != expected:
-            wrong = next(name for name in expected if actual[name] != expected[name])
-            raise ValueError(f"expected {wrong} of shape {expected[wrong]}, got {path} with {actual[wrong]}")
-        texts = {name: header.get(name) for name in ("alpha", "beta2", "beta3", "scale")}
-        try:
-            numbers = {name: float(number or "") for name, number in texts.items()}
-            check_numbers(**numbers)
-        except ValueError:
-            raise ValueError(f"expected the numbers {', '.join(texts)}, got {path} with {texts}") from None
         self.load_state_dict(tensors)
         self.__dict__.update(numbers)
         return self

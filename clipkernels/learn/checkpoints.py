@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from clipkernels.files import METADATA_KEY, read_metadata, read_tensors, write_tensors
+from clipkernels.formats import FLOATS, Format, TensorSpec
+from clipkernels.state_files import read_state, write_state
 
+LARGEST_WEIGHT = torch.finfo(torch.float16).max
+"""Limit of the weights in files, because a module follows its tower to half precision."""
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
@@ -32,28 +34,26 @@ def check_training(name: str, epochs: int, batch_size: int) -> None:
         raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
 
 
-def save_module(path: str | os.PathLike[str], module: Any, kind: str, sizes: Sequence[str]) -> None:
-    """Write a module's weights, its constructor's sizes and its `about`, atomically."""
-    metadata = {"format": kind, **{name: getattr(module, name) for name in sizes}, "about": module.about}
-    write_tensors(path, module.state_dict(), {METADATA_KEY: json.dumps(metadata)})
+def weight_specs(shapes: Mapping[str, str]) -> dict[str, TensorSpec]:
+    """The tensors of a module's file, from their shapes as in `TensorSpec`."""
+    return {name: TensorSpec(FLOATS, shape, -LARGEST_WEIGHT, LARGEST_WEIGHT) for name, shape in shapes.items()}
 
 
-def load_module(cls: type[ModuleType], path: str | os.PathLike[str], kind: str, sizes: Sequence[str]) -> ModuleType:
+def save_module(path: str | os.PathLike[str], module: Any, form: Format) -> None:
+    """Write a module's weights, and the attributes that its format names, atomically."""
+    fields = form.header.__struct_fields__
+    write_state(path, form, {name: getattr(module, name) for name in fields}, module.state_dict())
+
+
+def load_module(cls: type[ModuleType], path: str | os.PathLike[str], form: Format) -> ModuleType:
     """The module that `save_module` wrote, in fp32, on the CPU, in eval mode.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file holds something else, or not what was written.
         OSError: the file cannot be read.
     """
-    tensors, header = read_tensors(path)
-    metadata = read_metadata(header)
-    try:
-        if metadata.get("format") != kind:
-            raise ValueError(f"format {metadata.get('format')!r}")
-        factory: Any = cls
-        with seeded(0):  # the constructor draws weights, which must not move the caller's generator
-            module: ModuleType = factory(**{name: int(metadata[name]) for name in sizes}, about=dict(metadata["about"]))
-        module.load_state_dict(tensors)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"expected a file of format {kind}, got {path}: {' '.join(str(error).split())}") from error
+    header, tensors = read_state(path, form)
+    with seeded(0):  # the constructor draws weights, which must not move the caller's generator
+        module = cls(**header)
+    module.load_state_dict(tensors)
     return module.eval()

@@ -59,7 +59,8 @@ def condense_tokens(
     Guarantees: kept rows are bit-equal copies; distances and sums in fp32, and distances from differences, so that a
         centre is at distance 0 from itself; deterministic; differentiable in x, through the weights wᵢ too, and in the
         weights of the fused token. A weight at distance 0 is a constant. Choices have no gradient.
-    Source: TCA, arXiv 2410.14729, section 3.2.
+    Source: TCA, arXiv 2410.14729, section 3.2. The released code draws the first centre at random, and gives zeros for
+        a centre that no patch joins.
     """
     _check_condense(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
     dtypes = (tensor.dtype for tensor in (x, scores, weights) if tensor is not None)

@@ -41,7 +41,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = 
     Raises:
         TypeError: metric is no tensor.
         ValueError: the shape or dtype does not match, or r is out of range.
-    Source: ToMe, arXiv 2210.09461, section 3.
+    Source: ToMe, arXiv 2210.09461, section 3. Without CLS the released code has `kept` in order of similarity.
     """
     _check_match(metric, r, prefix)
     even, width = (metric.shape[-2] + 1) // 2, metric.shape[-1]

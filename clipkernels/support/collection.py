@@ -8,7 +8,6 @@ again in fp64, so that ties go to the lower index.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,24 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels.adapters.tokenizers import Tokenizer
 from clipkernels.classifier import prompt_embeddings
 from clipkernels.data import Preprocess
-from clipkernels.files import read_tensors
 from clipkernels.fingerprint import check_fingerprint, fingerprint
+from clipkernels.state_files import read_state
 from clipkernels.support.features import (
+    FORMAT,
     Encoder,
     Encoding,
     Progress,
     Report,
     encode,
     encoder_of,
+    join_names,
     read_feature_header,
     remove_parts,
+    split_names,
     write_features,
 )
 from clipkernels.support.folders import find_images, hash_of
@@ -151,7 +152,7 @@ def _encode_folder(
         raise ValueError(f"expected cache (--cache) for {folder}, got none: {file.parent} cannot be written to")
     header: dict[str, Any] = {"folder": _relative(root, file.resolve().parent), **about}
     old_header = _header(file) if file.exists() else {}
-    if old_header and [old_header[key] for key in ("encoder", "folder")] != [encoder._asdict(), header["folder"]]:
+    if old_header and [old_header[key] for key in ("encoder", "folder")] != [encoder.about, header["folder"]]:
         raise ValueError(
             f"expected features of {folder} by this tower, method and preprocessing, got {file} with others: choose "
             "another cache (--cache)"
@@ -162,9 +163,8 @@ def _encode_folder(
         raise ValueError(f"expected a collection with images, got none in {folder}")
     names = [os.path.relpath(path, folder) for path in encoding.paths]
     if not old_header or {**old_header, **header} != old_header or _listing(file) != (names, encoding.digests):
-        table = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
         digests = [bytes.fromhex(digest) for digest in encoding.digests]
-        write_features(file, encoding.features, digests, encoder, {"paths": table}, header)
+        write_features(file, encoding.features, digests, encoder, {"paths": join_names(names)}, header)
     remove_parts(file, encoder)
     return encoding
 
@@ -182,16 +182,16 @@ def _read_collection(model: nn.Module, file: Path) -> Encoding:
     header = _header(file)
     check_fingerprint(header["encoder"]["tower"], model, file, header)
     folder = os.path.normpath(file.resolve().parent / header["folder"])
-    names, digests = _listing(file)
-    features = read_tensors(file)[0]["features"]
-    return Encoding(features, [os.path.join(folder, name) for name in names], digests, Encoder(**header["encoder"]))
+    _, tensors = read_state(file, FORMAT)
+    paths = [os.path.join(folder, name) for name in split_names(tensors["paths"])]
+    digests = [bytes(row).hex() for row in tensors["sha256"].numpy()]
+    return Encoding(tensors["features"], paths, digests, Encoder(**header["encoder"]))
 
 
 def _listing(file: Path) -> tuple[list[str], list[str]]:
     """The image names in a file of features, and their SHA-256."""
-    with safe_open(file, "pt") as tensors:
-        names = json.loads(bytes(tensors.get_tensor("paths").numpy()))
-        return names, [bytes(row).hex() for row in tensors.get_tensor("sha256").numpy()]
+    _, tensors = read_state(file, FORMAT, ("paths", "sha256"))
+    return split_names(tensors["paths"]), [bytes(row).hex() for row in tensors["sha256"].numpy()]
 
 
 def _take_features(model: nn.Module, features: Any, paths: Sequence[str]) -> Encoding:
@@ -216,7 +216,7 @@ def _header(file: Path) -> dict[str, Any]:
     """The metadata of a file of a collection's features.
 
     Raises:
-        ValueError: the file does not exist or holds something else.
+        ValueError: the file does not exist, or holds something else or not what was written.
     """
     if not file.exists():
         raise ValueError(f"expected a folder of images or a file of features, got {file}, which does not exist")

@@ -24,6 +24,7 @@ from clipkernels.arguments import list_names
 from clipkernels.data import Preprocess
 from clipkernels.files import atomic_write
 from clipkernels.fingerprint import fingerprint
+from clipkernels.formats import parse_object
 from clipkernels.support.features import Progress, Report, encode, encoder_of
 from clipkernels.support.folders import folder_names, images_in, refuse_foreign_images
 from clipkernels.support.manifest import previous_classes
@@ -31,6 +32,7 @@ from clipkernels.support.prompts import Prompts, check_prompts
 from clipkernels.support.store import FEATURES, SupportSet, assemble, refuse_empty
 
 RECIPE = "clipkernels"
+MAX_NOTE_BYTES = 1 << 20
 """Key of the PNG text chunk that holds an image's recipe."""
 
 
@@ -196,9 +198,10 @@ def _retries_used(path: Path, recipe: Mapping[str, Any]) -> int | None:
     """The number of retries after which this recipe was given up, None if it was not."""
     file = path.with_suffix(".flagged")
     try:
-        note = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            note = parse_object(stream.read(MAX_NOTE_BYTES).decode())
         retries = int(note.pop("retries"))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return retries if note == recipe else None
 
@@ -217,14 +220,14 @@ def _check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
         return
     try:
         with Image.open(path) as image:
-            actual = json.loads(image.info[RECIPE])
+            actual = parse_object(image.info[RECIPE])
     except OSError as error:
         if error.errno is not None:  # an error of the disk, not Pillow's
             raise
         raise ValueError(
             f"expected an image, got {path}, which is broken: delete it and run again to generate it anew"
         ) from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"expected an image that was generated here, got {path}: choose another folder") from error
     for option, value in recipe.items():
         if actual.get(option) != value:

@@ -2,6 +2,9 @@
 
 FILE              features (n,E) fp32, L2-normalised; sha256 (n,32) uint8 of the image files; the encoder in the header
 FILE.KEY.parts/   the same, one file per encoded batch, until FILE is written
+
+In the parts a row of zeros stands for an image whose features are not finite. It is not encoded again, so that an
+interrupted run resumes with the same batches.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+import msgspec
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
@@ -27,31 +31,71 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import eval_mode
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image
-from clipkernels.files import METADATA_KEY, digest_table, map_tensors, read_metadata, read_tensors, write_tensors
+from clipkernels.files import digest_table
 from clipkernels.fingerprint import fingerprint
+from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of
+from clipkernels.state_files import read_state, write_state
 
 Progress = Callable[[str, int, int], object]
 """Called with the stage, the number of finished items and the number of all items."""
 Report = Callable[[str], object]
 """Called with a line about each image that is left out."""
 
-FORMAT = "clipkernels.features.1"
 THREADS = min(8, os.cpu_count() or 1)
 
 
-class Encoder(NamedTuple):
+class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything besides the image that determines its features: tower fingerprint, method and preprocessing."""
 
-    tower: dict[str, str]
-    method: str
-    preprocess: str
+    tower: Fingerprint
+    method: Line
+    preprocess: Line
 
     @property
     def key(self) -> str:
         """Eight characters that identify the encoder."""
-        return sha256(json.dumps(self).encode()).hexdigest()[:8]
+        return sha256(json.dumps(msgspec.structs.astuple(self)).encode()).hexdigest()[:8]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The fields as a dict."""
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        return fields
+
+
+class FeaturesHeader(msgspec.Struct, forbid_unknown_fields=True):
+    """The header of a file of features; a collection's has the folder of its images, and names of the model."""
+
+    encoder: Encoder
+    folder: Line | msgspec.UnsetType = msgspec.UNSET
+    model: Line | msgspec.UnsetType | None = msgspec.UNSET
+    pretrained: Line | msgspec.UnsetType | None = msgspec.UNSET
+
+
+def _tensors(header: FeaturesHeader) -> dict[str, TensorSpec]:
+    return {
+        "features": TensorSpec((torch.float32,), "images width", -1.001, 1.001),
+        "sha256": TensorSpec((torch.uint8,), "images 32"),
+        "labels": TensorSpec((torch.int64,), "images", 0, optional=True),  # of a support set
+        "paths": TensorSpec((torch.uint8,), "bytes", optional=header.folder is msgspec.UNSET),  # of a collection
+    }
+
+
+def _check(header: FeaturesHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless rows are L2-normalised or zero, and there is a path for each."""
+    norms = tensors["features"].norm(dim=1)
+    wrong = int(((norms - 1).abs() > 0.01)[norms > 0].sum())
+    if wrong:
+        raise ValueError(f"{wrong} of {len(norms)} rows of features that are not normalised")
+    if "paths" in tensors:
+        names = split_names(tensors["paths"])
+        if len(names) != len(norms):
+            raise ValueError(f"{len(names)} paths of {len(norms)} images")
+
+
+FORMAT = Format("clipkernels.features.2", "features of images", FeaturesHeader, _tensors, _check)
 
 
 class Encoding(NamedTuple):
@@ -112,7 +156,7 @@ def encode(
         progress: called after each file, or None.
         report: called with a line for each file that is left out.
     Raises:
-        ValueError: a cache that is no safetensors file.
+        ValueError: a cache that is no file of features, or not as it was written.
         OSError: an image cannot be read, or the cache cannot be written.
     """
     known = read_features(cache, encoder)
@@ -137,6 +181,7 @@ def encode(
     def flush() -> None:
         images = torch.stack(list(waiting.values())).to(weights.device, weights.dtype)
         features = normalize(encode_image(model, images).embedding.float()).cpu()
+        features = features.where(features.isfinite().all(1, keepdim=True), 0)
         folder = _parts_folder(cache, encoder)
         folder.mkdir(parents=True, exist_ok=True)
         write_features(folder / f"{uuid4().hex}.safetensors", features, list(waiting), encoder)
@@ -157,21 +202,25 @@ def encode(
                 progress("encoding", done, len(paths))
         if waiting:
             flush()
-    finite = [(path, digest) for path, digest in readable if known[digest].isfinite().all()]
+    finite = [(path, digest) for path, digest in readable if known[digest].any()]
     for path, _ in set(readable) - set(finite):
-        report(f"skipped {path}: the model's features are not finite")
+        report(f"skipped {path}: the model's features are not finite, or zero")
     features = torch.stack([known[digest] for _, digest in finite]) if finite else torch.empty(0, 0)
     return Encoding(features, [path for path, _ in finite], [digest.hex() for _, digest in finite], encoder)
 
 
 def read_features(cache: str | os.PathLike[str], encoder: Encoder) -> dict[bytes, Tensor]:
-    """This encoder's features on disk, by the SHA-256 of the image files."""
+    """This encoder's features on disk, by the SHA-256 of the image files.
+
+    Raises:
+        ValueError: a file that holds no features, or not those that were written.
+        OSError: a file cannot be read.
+    """
     known: dict[bytes, Tensor] = {}
     for file in (Path(cache), *sorted(_parts_folder(cache, encoder).glob("*.safetensors"))):
-        if file.exists() and read_feature_header(file).get("encoder") == encoder._asdict():
-            tensors, _ = read_tensors(file)
-            if {"features", "sha256"} <= set(tensors):
-                known.update(zip(map(bytes, tensors["sha256"].numpy()), tensors["features"], strict=True))
+        if file.exists() and read_feature_header(file)["encoder"] == encoder.about:
+            _, tensors = read_state(file, FORMAT)
+            known.update(zip(map(bytes, tensors["sha256"].numpy()), tensors["features"], strict=True))
     return known
 
 
@@ -184,21 +233,28 @@ def write_features(
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write features (n,E), the SHA-256 of their images, their encoder, and other tensors and metadata, atomically."""
-    header = json.dumps({"format": FORMAT, "encoder": encoder._asdict(), **(about or {})})
-    # One metadata entry, because safetensors writes several in any order and equal features must give equal files.
     table = {"features": features, "sha256": digest_table(digests), **(tensors or {})}
-    write_tensors(path, table, {METADATA_KEY: header})
+    write_state(path, FORMAT, {"encoder": encoder.about, **(about or {})}, table)
 
 
 def read_feature_header(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a file of features, without reading its tensors; empty for another kind of file.
+    """The header of a file of features, without reading its tensors.
 
     Raises:
-        ValueError: the file is no safetensors file.
+        ValueError: the file holds no features.
         OSError: the file cannot be read.
     """
-    metadata = read_metadata(map_tensors(file)[1])
-    return metadata if metadata.get("format") == FORMAT and "encoder" in metadata else {}
+    return read_state(file, FORMAT, ())[0]
+
+
+def join_names(names: Sequence[str]) -> Tensor:
+    """File names as the bytes of the file system, each ended by a zero, (b,) uint8."""
+    return torch.frombuffer(bytearray(b"".join(os.fsencode(name) + b"\0" for name in names)), dtype=torch.uint8)
+
+
+def split_names(table: Tensor) -> list[str]:
+    """The file names that `join_names` joined."""
+    return [os.fsdecode(name) for name in table.numpy().tobytes().split(b"\0")[:-1]]
 
 
 def remove_parts(cache: str | os.PathLike[str], encoder: Encoder) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from clipkernels.arguments import list_names
 from clipkernels.files import atomic_write
 
-FORMAT, MANIFEST = "clipkernels.support.1", "manifest.json"
+FORMAT_NAME, MANIFEST = "clipkernels.support.2", "manifest.json"
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_NAME_CHARACTERS = 60  # of at most four bytes each; with 9 bytes for the hash that fits in the usual 255
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
@@ -66,7 +66,7 @@ def holds_set(folder: Path) -> bool:
             start = file.read(100).decode("utf-8", "replace")
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         return False
-    return f'"format": "{FORMAT.rsplit(".", 1)[0]}.' in start
+    return f'"format": "{FORMAT_NAME.rsplit(".", 1)[0]}.' in start
 
 
 def images_in(folder: Path) -> list[str]:

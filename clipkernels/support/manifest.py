@@ -2,50 +2,111 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from clipkernels.files import atomic_write
+from clipkernels.formats import Digest, Format, Line, Size, decode_header, encode_header, to_struct
 from clipkernels.support.features import Encoder
-from clipkernels.support.folders import FORMAT, MANIFEST
+from clipkernels.support.folders import FORMAT_NAME, MANIFEST
 
 MANIFEST_KEYS = ("kind", "settings", "model", "pretrained")
 UNFINISHED = "unfinished"
 """Key that the manifest holds while the folder's images are being changed."""
+MAX_BYTES = 1 << 26
+
+
+class ImageEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """An image: its SHA-256, its file in the class's folder, if it is copied, and its origin, if that is known."""
+
+    sha256: Digest
+    file: Line | msgspec.UnsetType = msgspec.UNSET
+    source: Line | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        if self.file is self.source is msgspec.UNSET:
+            raise ValueError("an image without file and source")
+        if self.file is not msgspec.UNSET:
+            _check_name(self.file)
+
+
+class ClassEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """A class: its name, its folder, its sentences, and its images in the order of their rows."""
+
+    name: Line
+    folder: Line
+    prompts: Annotated[list[Line], msgspec.Meta(min_length=1)]
+    images: list[ImageEntry]
+
+    def __post_init__(self) -> None:
+        _check_name(self.folder)
+
+
+class FeaturesEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """The SHA-256 of the file of features, "" as long as the set is unfinished, and their shape."""
+
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+    shape: Annotated[list[Size], msgspec.Meta(min_length=2, max_length=2)]
+
+
+class Manifest(Encoder, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of a manifest besides its encoder's."""
+
+    kind: Literal["LC", "SD"]
+    settings: Annotated[dict[Line, Line | int | float | None], msgspec.Meta(max_length=32)]
+    model: Line | None
+    pretrained: Line | None
+    features: FeaturesEntry
+    classes: Annotated[list[ClassEntry], msgspec.Meta(min_length=1)]
+    unfinished: bool | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        # An unfinished set also has the classes that its end removes, whose names may be those of others.
+        for field in ("folder",) if self.unfinished else ("folder", "name"):
+            if len({getattr(entry, field) for entry in self.classes}) < len(self.classes):
+                raise ValueError(f"two classes of one {field}")
+
+
+FORMAT = Format(FORMAT_NAME, "the manifest of a support set", Manifest, lambda header: {})
 
 
 def write_manifest(root: Path, content: Mapping[str, Any]) -> None:
-    """Write the manifest of a support set atomically."""
+    """Write the manifest of a support set atomically.
+
+    Raises:
+        ValueError: content that does not fit the schema.
+        OSError: the file cannot be written.
+    """
+    try:
+        text = encode_header(FORMAT, to_struct(FORMAT, content), {}, limit=MAX_BYTES, indent=1)
+    except ValueError as error:
+        raise ValueError(f"expected {FORMAT.title} to write to {root / MANIFEST}, got one with {error}") from error
     with atomic_write(root / MANIFEST) as temporary:
-        Path(temporary).write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8")
+        Path(temporary).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(root: Path, unfinished: bool = False) -> dict[str, Any]:
     """The manifest of a support set.
 
     Raises:
-        ValueError: no manifest, an invalid one, or one of an unfinished set, unless `unfinished` allows that.
+        ValueError: no manifest, an invalid one or not as it was written, or one of an unfinished set, unless
+            `unfinished` allows that.
+        OSError: the file cannot be read.
     """
+    file = root / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"expected a support set, got {root} without {MANIFEST}")
     try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format"]
-        if version != FORMAT:
-            raise ValueError(f"format {version!r}")
-        parts = [manifest[key] for key in (*MANIFEST_KEYS, *Encoder._fields)]
-        parts += [manifest["features"]["sha256"], manifest["features"]["shape"], dict(manifest["tower"])]
-        for entry in manifest["classes"]:
-            files = [entry["folder"], *(image["file"] for image in entry["images"] if "file" in image)]
-            parts += [entry["name"], entry["prompts"], *(image["sha256"] for image in entry["images"])]
-            outside = [file for file in files if os.path.basename(file) != file or file in ("", "..")]
-            if outside:
-                raise ValueError(f"the name {outside[0]!r}")
-    except FileNotFoundError as error:
-        raise ValueError(f"expected a support set, got {root} without {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected the manifest of a support set, got {root / MANIFEST} with {error}") from error
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{file.stat().st_size} bytes, more than {MAX_BYTES}")
+        header, _ = decode_header(FORMAT, file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected {FORMAT.title} ({FORMAT.name}), got {file} with {error}") from error
+    manifest: dict[str, Any] = msgspec.to_builtins(header)
     if manifest.get(UNFINISHED) and not unfinished:
         raise ValueError(f"expected a finished support set, got {root}, whose saving was interrupted: build it again")
     return manifest
@@ -62,4 +123,11 @@ def previous_classes(root: Path, kind: str) -> list[dict[str, Any]]:
     manifest = read_manifest(root, unfinished=True)
     if manifest["kind"] != kind:
         raise ValueError(f"expected a support set of kind {kind} in {root}, got {manifest['kind']}")
-    return manifest["classes"]
+    classes: list[dict[str, Any]] = manifest["classes"]
+    return classes
+
+
+def _check_name(name: str) -> None:
+    """Raise ValueError for a name that is no file or folder beside others, such as a path."""
+    if os.path.basename(name) != name or name in ("", ".", ".."):
+        raise ValueError(f"the name {name!r:.80}")

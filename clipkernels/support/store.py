@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from clipkernels.arguments import list_names
 from clipkernels.data import Preprocess
-from clipkernels.files import read_tensors
 from clipkernels.fingerprint import check_fingerprint
+from clipkernels.state_files import read_state
 from clipkernels.support.features import (
+    FORMAT,
     THREADS,
     Encoder,
     Encoding,
@@ -105,7 +106,7 @@ class SupportSet(NamedTuple):
         write_manifest(root, {**manifest, "classes": [*entries, *removed], UNFINISHED: True})
         for source, digest, target in copies:
             copy_image(source, digest, target)
-        encoder = Encoder(*(self.about[field] for field in Encoder._fields))
+        encoder = Encoder(*(self.about[field] for field in Encoder.__struct_fields__))
         digests = [bytes.fromhex(picture.sha256) for picture in self.images]
         write_features(root / FEATURES, self.features.cpu(), digests, encoder, {"labels": self.labels.cpu()})
         for path in stale:
@@ -137,8 +138,8 @@ class SupportSet(NamedTuple):
             raise ValueError(
                 f"expected SHA-256 {expected['sha256']} of {root / FEATURES}, got {actual}: build the set again"
             )
-        tensors, _ = read_tensors(root / FEATURES)
-        features, labels = tensors["features"], tensors["labels"]
+        _, tensors = read_state(root / FEATURES, FORMAT)
+        features, labels = tensors["features"], tensors.get("labels", torch.empty(0, dtype=torch.int64))
         classes = manifest["classes"]
         listing = [k for k, entry in enumerate(classes) for _ in entry["images"]]
         if list(features.shape) != expected["shape"] or labels.tolist() != listing or len(features) != len(listing):
@@ -160,7 +161,7 @@ class SupportSet(NamedTuple):
                 for entry in classes
                 for image in entry["images"]
             ),
-            {key: manifest[key] for key in (*MANIFEST_KEYS, *Encoder._fields)},
+            {key: manifest[key] for key in (*MANIFEST_KEYS, *Encoder.__struct_fields__)},
         )
 
 
@@ -232,7 +233,7 @@ def assemble(
         tuple(prompts),
         dict(prompts),
         tuple(Picture(encoding.paths[row], encoding.digests[row]) for row in order),
-        {**about, **encoding.encoder._asdict()},
+        {**about, **encoding.encoder.about},
     )
 
 

@@ -568,10 +568,13 @@ def test_a_predictor_of_bf16_rankings_serves_any_precision(files: list[Path], tm
         (("--method", "evit", "--tokens", "PREDICTOR"), "expected --method patch-ranking with --tokens, got evit"),
         (("--method", "patch-ranking", "--predictor", "gone"), "'gone' does not exist"),
         (("--method", "patch-ranking", "--predictor", __file__), "expected a safetensors file, got"),
-        (("--method", "patch-ranking", "--predictor", "RANKS"), "expected a file of format clipkernels.rank_predictor"),
+        (
+            ("--method", "patch-ranking", "--predictor", "RANKS"),
+            "expected a predictor (clipkernels.rank_predictor.2), got",
+        ),
         (
             ("--method", "patch-ranking", "--predictor", "PREDICTOR", "--tokens", "PREDICTOR"),
-            "expected a file of format clipkernels.visual_tokens",
+            "expected learnt tokens (clipkernels.visual_tokens.2), got",
         ),
         (("--method", "patch-ranking:0", "--predictor", "PREDICTOR"), "keep must be a number in (0, 1], got 0.0"),
         (

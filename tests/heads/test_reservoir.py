@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 import clipkernels as ck
 from bench.naive.tca import Reservoir as Literal
 from bench.naive.tca import stream
-from clipkernels.files import read_tensors, write_tensors
 from clipkernels.heads.presets import RESERVOIR_PRESETS
+from tests.mutants import read, write
 
 CLASSES, DEPTH, WIDTH = 5, 4, 12
 
@@ -271,9 +271,11 @@ def test_a_reservoir_that_does_not_fit_is_refused(tmp_path):
     for other in (text.flip(0), text[:4], torch.randn(5, 8)):
         with pytest.raises(ValueError, match=r"expected a reservoir of the same classes, prompts and model"):
             ck.Reservoir(other).load(file)
-    with pytest.raises(ValueError, match=r"expected a reservoir of scale 20, got 100.0"):
+    with pytest.raises(ValueError, match=r"expected a reservoir of scale 20, got .*reservoir.safetensors of 100.0"):
         ck.Reservoir(text, scale=20).load(file)
-    with pytest.raises(ValueError, match="expected a reservoir of capacity 2, got 3"):
+    with pytest.raises(
+        ValueError, match=r"expected a reservoir of capacity 2, got .*reservoir.safetensors of capacity 3"
+    ):
         ck.Reservoir(text, capacity=2).load(file)
     with pytest.raises(ValueError, match="expected the CLS tokens of 4 blocks of width 12, got 3 blocks of width 12"):
         ck.Reservoir(text).load(file)(ck.Encoded(encoded.embedding, cls_path=encoded.cls_path[:, :3]))
@@ -287,18 +289,18 @@ def test_a_reservoir_that_does_not_fit_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"expected a reservoir, got .* with format None"):
+    with pytest.raises(ValueError, match=r"expected a reservoir \(clipkernels.reservoir.2\), got .* with format None"):
         head.load(tmp_path / "other")
     with pytest.raises(FileNotFoundError):
         head.load(tmp_path / "nowhere")
-    saved, about = read_tensors(file)
+    about, saved = read(file)
     for change in ({"unit": None}, {"more": torch.zeros(1)}, {"text": None}, {"mean": torch.zeros(5, 3, 1)}):
         changed = {name: value for name, value in {**saved, **change}.items() if value is not None}
-        write_tensors(tmp_path / "odd", changed, about)
+        write(tmp_path / "odd", about, changed)
         with pytest.raises(ValueError, match=r"expected a reservoir"):
             head.load(tmp_path / "odd")
-    write_tensors(tmp_path / "odd", saved, {"format": about["format"], "scale": about["scale"]})
-    with pytest.raises(ValueError, match=r"expected a reservoir"):
+    write(tmp_path / "odd", {"format": about["format"], "scale": about["scale"]}, saved)
+    with pytest.raises(ValueError, match="missing required field `seen`"):
         head.load(tmp_path / "odd")
     assert head.seen == 10 and head.counts.sum() > 0
 
@@ -312,11 +314,14 @@ def test_a_kill_while_saving_loses_nothing(tmp_path):
     head.save(file)
     content = file.read_bytes()
     script = f"""
-import os, signal, torch
+import os, signal
+from safetensors.torch import load_file
 import clipkernels as ck
 from clipkernels import files
 files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-files.write_tensors({str(file)!r}, {{"x": torch.ones(3)}}, {{}})
+head = ck.Reservoir(load_file({str(file)!r})["text"]).load({str(file)!r})
+head.seen += 1
+head.save({str(file)!r})
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.run([sys.executable, "-c", script], env=environment, check=False)

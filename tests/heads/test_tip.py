@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 import clipkernels as ck
-from clipkernels.heads.weight_search import grid
+from clipkernels.heads.weight_search import spaced
 
 WIDTH, CLASSES = 12, 5
 LABELS = [3, 0, 0, 1, 3, 3, 0, 3, 4, 1]  # none of class 2
@@ -171,29 +171,78 @@ def test_a_classifier_that_is_reset_keeps_its_support(head, tiny, images):
         assert torch.equal(classifier(images), before)
 
 
-@pytest.mark.parametrize("kind", ["tip", "tipx"])
-def test_fit_finds_the_first_best_weights_of_the_published_grid(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "options", "ends", "gamma_unit"),
+    [
+        ("tip", {}, (7, 3), None),
+        ("tip", {"grid": (50, 20)}, (50, 20), None),
+        ("tipx", {"reduce": "sum"}, (50, 50), 1),
+        ("tipx", {"reduce": "mean"}, (50, 50), 10 / 4),  # ten images of the four classes that have any
+        ("tipx", {"reduce": "mean", "grid": (9, 5)}, (9, 5), 10 / 4),
+    ],
+)
+def test_fit_finds_the_first_best_weights_of_the_published_grid(kind, options, ends, gamma_unit, monkeypatch):
     text, features, support, labels = inputs(40)
     truth = torch.randint(0, CLASSES, (40,), generator=torch.Generator().manual_seed(2))
     few = 6  # of the 200 values of beta, because more would add no other case
     monkeypatch.setattr(
-        "clipkernels.heads.tip.grid", lambda start, stop, steps: grid(start, stop, few if steps == 200 else steps)
+        "clipkernels.heads.tip.spaced", lambda start, stop, steps: spaced(start, stop, few if steps == 200 else steps)
     )
-    head = (ck.TipAdapter if kind == "tip" else ck.TipX)(text, support, labels)
+    grid = {name: value for name, value in options.items() if name == "grid"}
+    reduce = {name: value for name, value in options.items() if name == "reduce"}
+    head = (ck.TipAdapter if kind == "tip" else ck.TipX)(text, support, labels, **reduce)
     base, best, chosen = ck.ZeroShot(text)(features), -1, None
     likeness = head._divergence_votes(features.div(features.norm(dim=1, keepdim=True))) if kind == "tipx" else None
-    for beta in [i * (50 - 1) / few + 1 for i in range(few)]:
+    lowest = 0.1 if kind == "tip" else 1
+    for beta in [i * (ends[0] - lowest) / few + lowest for i in range(few)]:
         votes = ck.TipAdapter(text, support, labels, 1.0, beta)(features) - base
-        for alpha in [i * (50 - 0.1) / 20 + 0.1 for i in range(20)]:
-            for gamma in [i * (30 - 0.1) / 50 + 0.1 for i in range(50)] if kind == "tipx" else [0.0]:
+        for alpha in [i * (ends[1] - 0.1) / 20 + 0.1 for i in range(20)]:
+            for gamma in [gamma_unit * (i * (30 - 0.1) / 50 + 0.1) for i in range(50)] if kind == "tipx" else [0.0]:
                 logits = base + alpha * votes + (gamma * likeness if kind == "tipx" else 0)
                 right = int((logits.argmax(1) == truth).sum())
                 if right > best:
                     best, chosen = right, (beta, alpha, gamma)
-    assert head.fit(features, truth) == best / 40
+    assert head.fit(features, truth, **grid) == best / 40
     assert (head.beta, head.alpha) == pytest.approx(chosen[:2])
     assert kind == "tip" or head.gamma == pytest.approx(chosen[2])
     assert int((head(features).argmax(1) == truth).sum()) == best
+
+
+def test_the_grid_of_tip_adapter_is_that_of_the_released_code(monkeypatch):
+    text, features, support, labels = inputs()
+    grids = []
+    monkeypatch.setattr("clipkernels.heads.tip.spaced", lambda *args: grids.append(spaced(*args)) or grids[-1])
+    ck.TipAdapter(text, support, labels).fit(features, torch.zeros(7, dtype=torch.int64))
+    # beta_list = [i * (search_scale[0] - 0.1) / 200 + 0.1 for i in range(200)], and alpha likewise with 20
+    alphas, betas = (next(values for values in grids if len(values) == steps) for steps in (20, 200))
+    assert alphas.tolist() == pytest.approx([i * (3 - 0.1) / 20 + 0.1 for i in range(20)])
+    assert betas.tolist() == pytest.approx([i * (7 - 0.1) / 200 + 0.1 for i in range(200)])
+
+
+@pytest.mark.parametrize(
+    ("head", "grid", "message"),
+    [
+        (ck.TipAdapter, (0.1, 3), "the grid of beta must end above 0.1, got 0.1"),
+        (ck.TipAdapter, (7, 0), "the grid of alpha must end above 0.1, got 0"),
+        (ck.TipX, (1, 3), "the grid of beta must end above 1.0, got 1"),
+        (ck.TipX, (7, float("nan")), "the end of the grid of alpha must be a finite number, got nan"),
+    ],
+)
+def test_a_grid_that_holds_nothing_is_refused(head, grid, message):
+    text, features, support, labels = inputs()
+    adapter = head(text, support, labels)
+    with pytest.raises(ValueError, match=message):
+        adapter.fit(features, torch.zeros(7, dtype=torch.int64), grid)
+    assert (adapter.alpha, adapter.beta) == (1.17, 1.0)
+
+
+def test_gammas_of_means_and_of_sums_are_one_search_if_classes_are_equal():
+    text, features, support, _ = inputs(40)
+    labels, truth = torch.arange(10) % CLASSES, torch.arange(40) % CLASSES
+    by_mean, by_sum = (ck.TipX(text, support, labels, reduce=reduce) for reduce in ("mean", "sum"))
+    assert by_mean.fit(features, truth) == by_sum.fit(features, truth)
+    assert by_mean.gamma == pytest.approx(2 * by_sum.gamma)  # two images per class
+    torch.testing.assert_close(by_mean(features), by_sum(features))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,18 @@ def test_patches_with_nan_scores_stay_longest():
     assert sorted(rankings.ranks[1].tolist()) == list(range(16))
 
 
+def test_features_that_are_not_finite_are_named_and_not_stored(tmp_path):
+    model, images, *_ = small()
+    images[1, :, 8:16, 8:16] = float("nan")
+    options = {"score": "feature", "block": 1, "path": tmp_path / "ranks.safetensors"}
+    with pytest.raises(
+        ValueError, match=r"features that are finite, got others for 1 of 3 images, such as .*leave it out"
+    ):
+        golden_ranking(model, images, **options)
+    rankings = golden_ranking(model, images[::2], **options)
+    assert rankings.new == 0 and rankings.features.isfinite().all()  # the others were stored
+
+
 def test_features_are_the_blocks_input_with_pooled_channels():
     model, images, *_ = small()
     rankings = golden_ranking(model, images, score="feature", block=2)

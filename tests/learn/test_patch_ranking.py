@@ -367,8 +367,36 @@ def test_a_saved_predictor_loads_unchanged(tmp_path):
     tokens.save(tmp_path / "tokens.safetensors")
     again = VisualTokens.load(tmp_path / "tokens.safetensors")
     assert repr(again) == repr(tokens) and torch.equal(again(), tokens()) and again.about == {"keep": 0.5}
-    with pytest.raises(ValueError, match=r"expected a file of format clipkernels.rank_predictor.1, got .*tokens"):
+    with pytest.raises(ValueError, match=r"expected a predictor \(clipkernels.rank_predictor.2\), got .*tokens"):
         RankPredictor.load(tmp_path / "tokens.safetensors")
+
+
+def test_the_eps_of_a_predictor_is_its_norms_and_part_of_its_file(tmp_path):
+    x = torch.randn(2, 17, 64, generator=torch.Generator().manual_seed(1)) * 1e-3  # where eps matters
+    released = fit_predictor(synthetic_rankings(), epochs=1, token_hidden=16, eps=1e-6).predictor
+    released.save(tmp_path / "predictor.safetensors")
+    loaded, usual = RankPredictor.load(tmp_path / "predictor.safetensors"), RankPredictor(17, block=2, token_hidden=16)
+    usual.load_state_dict(released.state_dict())
+    assert (loaded.eps, loaded.norm1.eps, loaded.norm2.eps, loaded.mixer().eps) == (1e-6,) * 4 and usual.eps == 1e-5
+    assert torch.equal(loaded(x), released(x)) and not torch.allclose(loaded(x), usual(x))
+    y = x.double()
+    weights = {name: weight.double() for name, weight in released.state_dict().items()}
+
+    def norm(z, number):
+        centred = z - z.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return scaled * weights[f"norm{number}.weight"] + weights[f"norm{number}.bias"]
+
+    def mlp(z, part):
+        hidden = torch.nn.functional.gelu(z @ weights[f"{part}_in.weight"].T + weights[f"{part}_in.bias"])
+        return hidden @ weights[f"{part}_out.weight"].T + weights[f"{part}_out.bias"]
+
+    y = y + mlp(norm(y, 1).mT, "token").mT
+    y = y + mlp(norm(y, 2), "channel")
+    expected = y[:, 1:] @ weights["score.weight"][0] + weights["score.bias"]
+    torch.testing.assert_close(loaded(x).double(), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="eps must be positive, got 0"):
+        RankPredictor(17, eps=0)
 
 
 @pytest.mark.parametrize(

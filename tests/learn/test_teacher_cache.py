@@ -1,7 +1,6 @@
 """TeacherCache: features up to rounding, encoded once, with concurrent writers and killed processes."""
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -15,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clipkernels as ck
-from clipkernels.files import map_tensors, write_tensors
 from clipkernels.learn.distill import Teacher, TeacherCache, TeacherFeatures
 from clipkernels.learn.distill import cache as module
+from tests.mutants import read, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["is it a cat", "is it red", "is it a cat"]
@@ -120,7 +119,7 @@ def test_missing_regions_and_words_are_encoded_on_request(tiny, images, tmp_path
     count = len(teacher.texts)
     cache(texts=["is it"], answers=["a cat", "red"])
     assert teacher.texts[count:] == [["is it"]]
-    sizes = sorted(sorted(map_tensors(file)[0]) for file in tmp_path.iterdir())
+    sizes = sorted(sorted(read(file)[1]) for file in tmp_path.iterdir())
     assert ["sha256", "text"] in sizes and ["image", "sha256"] in sizes and ["image", "regions", "sha256"] in sizes
 
 
@@ -178,7 +177,7 @@ def test_a_folder_that_is_refused_is_not_swept(tiny, images, tmp_path):
     partial.write_bytes(b"half")
     os.utime(partial, (0, 0))
     save_file({"image": images}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="expected a folder that holds only a teacher's features"):
+    with pytest.raises(ValueError, match="expected features of a teacher"):
         TeacherCache(tmp_path, counting(tiny))
     assert partial.exists()
     (tmp_path / "a.safetensors").unlink()
@@ -381,10 +380,10 @@ def test_other_files_are_refused(tiny, images, tmp_path):
     with pytest.raises(ValueError, match=r"expected a safetensors file, got .*a\.safetensors"):
         TeacherCache(tmp_path, counting(tiny))
     save_file({"image": images}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"only a teacher's features .*, got .*a\.safetensors of format None: choose"):
+    with pytest.raises(ValueError, match=r"expected features of a teacher .*, got .*a\.safetensors with format None"):
         TeacherCache(tmp_path, counting(tiny))
-    write_tensors(tmp_path / "a.safetensors", {"image": images}, {"clipkernels": json.dumps({"format": "other"})})
-    with pytest.raises(ValueError, match="expected a folder that holds only a teacher's features"):
+    write(tmp_path / "a.safetensors", {"format": "other"}, {"image": images})
+    with pytest.raises(ValueError, match="with format 'other'"):
         TeacherCache(tmp_path, counting(tiny))
 
 

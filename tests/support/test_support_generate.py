@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
@@ -190,11 +191,9 @@ def test_more_images_per_class_keep_the_existing_ones(bundled: Any, stable: Any,
     assert torch.equal(support_set.features[[0, 1, 4, 5]], few.features)
     # The other features were encoded in another batch, and products of other sizes round differently.
     torch.testing.assert_close(support_set.features, expected_set.features)
-    assert (
-        manifest["features"].pop("sha256")
-        and expected_manifest["features"].pop("sha256")
-        and manifest == expected_manifest
-    )
+    for part in (manifest, expected_manifest, manifest["features"], expected_manifest["features"]):
+        assert part.pop("sha256")
+    assert manifest == expected_manifest
     with pytest.raises(ValueError, match=r"expected only the support set's images in .*, got '0003.png': delete"):
         generate(bundled, spy, tmp_path / "set", per_class=3)
 
@@ -239,6 +238,19 @@ def test_images_of_another_pipeline_or_without_recipe_are_refused(bundled: Any, 
     Image.new("RGB", (8, 8)).save(tmp_path / "set" / "apple" / "0000.png")
     with pytest.raises(ValueError, match=r"expected an image that was generated here, got .*0000.png"):
         generate(bundled, stable, tmp_path / "set")
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '{"prompt": 1e400}', "[" * 10_000 + "]" * 10_000])
+def test_a_recipe_or_a_note_that_is_no_recipe_is_told_from_one(text: str, tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("clipkernels", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "0000.png", pnginfo=info)
+    with pytest.raises(ValueError, match=r"expected an image that was generated here, got .*0000.png"):
+        diffusion._check_recipe(tmp_path / "0000.png", {"prompt": "a"})
+    (tmp_path / "0001.flagged").write_text(text)
+    assert diffusion._retries_used(tmp_path / "0001.png", {"prompt": "a"}) is None
+    (tmp_path / "0001.flagged").write_text('{"prompt": "a", "retries": 2}')
+    assert diffusion._retries_used(tmp_path / "0001.png", {"prompt": "a"}) == 2
 
 
 def test_a_flagged_image_is_generated_again_from_other_noise(bundled: Any, stable: Any, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from torch.nn.functional import normalize
 import clipkernels as ck
 from clipkernels import support
 from clipkernels.data import digits
-from clipkernels.files import read_tensors
 from clipkernels.support import SupportSet, collection, features, folders
 from clipkernels.support.features import read_feature_header
 from tests.support.fixtures import NAMES, names, prompts_of, retrieve
@@ -208,7 +207,8 @@ def test_another_method_or_preprocessing_has_its_own_features(
     dense = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos)
     assert len(encoded) == 2 and torch.equal(plain.features, dense.features)
     (file, _) = sorted(
-        photos.parent.glob("*.safetensors"), key=lambda path: "EViT" in read_tensors(path)[1]["clipkernels"]
+        photos.parent.glob("*.safetensors"),
+        key=lambda path: "EViT" in read_feature_header(path)["encoder"]["method"],
     )
     ck.patch(tiny, ck.EViT(0.5))
     with pytest.raises(ValueError, match=r"by this tower, method and preprocessing, got .* with others"):
@@ -282,7 +282,7 @@ def test_features_that_are_not_finite_are_reported(tiny: Any, bundled: Any, phot
     prompts = support.photo(["one"])
     support_set = support.retrieve(tiny, preprocess, bundled[2], prompts, photos, per_class=99, report=lines.append)
     assert len(support_set.images) == 60 and support_set.features.isfinite().all()
-    assert lines == [f"skipped {photos / 'bad.png'}: the model's features are not finite"]
+    assert lines == [f"skipped {photos / 'bad.png'}: the model's features are not finite, or zero"]
 
 
 def test_a_models_training_mode_is_restored(tiny: Any, bundled: Any, photos: Path) -> None:

@@ -19,6 +19,7 @@ import clipkernels as ck
 from clipkernels import fingerprint, support
 from clipkernels.data import digits
 from clipkernels.support import SupportSet, features, folders
+from tests.mutants import read, write
 from tests.support.fixtures import NAMES, contents, retrieve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -268,9 +269,9 @@ def test_class_names_unfit_for_file_names_get_distinct_folders(bundled: Any, pho
     ("change", "message"),
     [
         (lambda manifest: manifest.update(format="other.2"), "with format 'other.2'"),
-        (lambda manifest: manifest.pop("tower"), "with 'tower'"),
-        (lambda manifest: manifest["classes"][0].update(folder=".."), "with the name '..'"),
-        (lambda manifest: manifest["classes"][0]["images"][0].update(file="../x.png"), "with the name '../x.png'"),
+        (lambda manifest: manifest.pop("tower"), "missing required field `tower`"),
+        (lambda manifest: manifest["classes"][0].update(folder=".."), "the name '..'"),
+        (lambda manifest: manifest["classes"][0]["images"][0].update(file="../x.png"), "the name '../x.png'"),
     ],
 )
 def test_an_invalid_manifest_is_refused(
@@ -278,10 +279,10 @@ def test_an_invalid_manifest_is_refused(
 ) -> None:
     retrieve(bundled, photos, per_class=1).save(tmp_path / "set")
     file = tmp_path / "set" / "manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest, _ = read(file)
     change(manifest)
-    file.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="expected the manifest of a support set, got") as caught:
+    write(file, manifest, {})
+    with pytest.raises(ValueError, match=r"expected the manifest of a support set .*, got") as caught:
         SupportSet.load(tmp_path / "set", bundled[0])
     assert message in str(caught.value)
 
@@ -423,7 +424,13 @@ def test_a_folder_name_fits_every_file_system_in_bytes() -> None:
 def test_equal_sets_hold_no_trace_of_their_machine(bundled: Any, photos: Path, tmp_path: Path) -> None:
     retrieve(bundled, photos, per_class=1).save(tmp_path / "set")
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
-    assert set(manifest) == {"format", *SupportSet.load(tmp_path / "set", bundled[0]).about, "features", "classes"}
+    assert set(manifest) == {
+        "format",
+        "sha256",
+        *SupportSet.load(tmp_path / "set", bundled[0]).about,
+        "features",
+        "classes",
+    }
     assert set(manifest["classes"][0]) == {"name", "folder", "prompts", "images"}
 
 

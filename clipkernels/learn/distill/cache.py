@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from clipkernels.classifier import PROMPTS_PER_BATCH
-from clipkernels.files import TEMPORARY, map_tensors, sweep
+from clipkernels.files import TEMPORARY, sweep
 from clipkernels.learn.distill import feature_files
 from clipkernels.learn.distill.feature_files import FIELDS, Kind, content_hash
 from clipkernels.learn.distill.features import Answers, TeacherFeatures, features_of
 from clipkernels.learn.distill.teacher import Teacher
+from clipkernels.state_files import read_state
 
 Progress = Callable[[str, int, int], object]
 """Called with "image" or "text", the number of items processed, and the number of those that were encoded."""
@@ -33,7 +34,8 @@ class TeacherCache:
 
     Each batch is written atomically before the next one is encoded, so a process that is killed loses at most its
     current batch. If two processes encode the same items at the same time, both store them, which is harmless. Features
-    are read through memory maps of the files; no file is held in memory.
+    are read through memory maps of the files; no file is held in memory. Each file has its own SHA-256, which is
+    checked when the process first reads features of the file.
 
     `add` the items that are known beforehand: they are stored in files of one batch each. Items missing in a call are
     stored at once in files of their own, up to three per call. These are never merged, because another process may be
@@ -51,7 +53,7 @@ class TeacherCache:
         batch_size: images that are encoded together and stored in one file.
     Raises:
         ValueError: a folder with features of another teacher (image tower, text tower, method, tokenizer), in another
-            dtype, or with other safetensors files; another dtype than the three.
+            dtype, or with other or damaged safetensors files; another dtype than the three.
         OSError: the folder cannot be created or read.
     """
 
@@ -73,6 +75,7 @@ class TeacherCache:
         self.joined = teacher.joined
         self.files: set[str] = set()
         self.maps: dict[Path, dict[str, Tensor]] = {}  # least recently used first
+        self.checked: set[Path] = set()
         self.folder_mtime = -1
         self.locations: dict[tuple[Kind, bool], dict[bytes, tuple[Path, int]]] = {
             (kind, detailed): {} for kind in FIELDS for detailed in (False, True)
@@ -135,7 +138,7 @@ class TeacherCache:
         Returns:
             TeacherFeatures, fp32.
         Raises:
-            As `Teacher`; and ValueError as `add`.
+            As `Teacher`; and ValueError as `add`, or for a file whose features are not those that were written.
         """
         features = features_of(self, images, texts, answers, regions, words)
         target = device if device is not None else self.teacher.device if images is None else images.device
@@ -225,8 +228,8 @@ class TeacherCache:
         if rows:
             row_digests, mtime = [digests[row] for row in rows], self.folder.stat().st_mtime_ns
             file = self.folder / f"{uuid4().hex}.safetensors"
-            feature_files.write_features(file, row_digests, tensors, self.about)
-            self._index_file(file, row_digests, tensors)
+            feature_files.write_features(file, kind, row_digests, tensors, self.about)
+            self._index_file(file, kind, row_digests, FIELDS[kind][1] in tensors)
             # No other process had written before. A file written meanwhile is noticed after the next change of the
             # folder, or its items are encoded again.
             if mtime == self.folder_mtime:
@@ -245,16 +248,17 @@ class TeacherCache:
             return
         for name in sorted(set(os.listdir(self.folder)) - self.files):
             if name.endswith(".safetensors"):
-                tensors, header = map_tensors(self.folder / name)
-                feature_files.check_header(self.folder / name, header, self.about)
-                self._index_file(self.folder / name, list(map(bytes, tensors["sha256"].numpy())), tensors)
+                file = self.folder / name
+                header, tensors = read_state(file, feature_files.FORMAT, ("sha256",), copy=False)
+                feature_files.check_teacher(file, header["teacher"], self.about)
+                digests = list(map(bytes, tensors["sha256"].numpy()))
+                self._index_file(file, header["kind"], digests, header["detailed"])
         self.folder_mtime = changed
 
-    def _index_file(self, file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor]) -> None:
+    def _index_file(self, file: Path, kind: Kind, digests: Sequence[bytes], has_details: bool) -> None:
         """Record the file and row of each image or text of a file."""
         self.files.add(file.name)
-        kind: Kind = "image" if "image" in tensors else "text"
-        for detailed in (False, True) if FIELDS[kind][1] in tensors else (False,):
+        for detailed in (False, True) if has_details else (False,):
             for row, digest in enumerate(digests):
                 self.locations[kind, detailed].setdefault(digest, (file, row))
 
@@ -270,8 +274,11 @@ class TeacherCache:
         return feature_files.gather_features(kind, detailed, len(digests), parts)
 
     def _map_file(self, file: Path) -> dict[str, Tensor]:
-        """The memory-mapped tensors of a file."""
-        tensors = self.maps.pop(file, None) or map_tensors(file)[0]
+        """The memory-mapped tensors of a file, checked when they are first read."""
+        tensors = self.maps.pop(file, None)
+        if tensors is None:
+            _, tensors = read_state(file, feature_files.FORMAT, copy=False, trusted=file in self.checked)
+            self.checked.add(file)
         self.maps[file] = tensors
         for oldest in list(self.maps)[:-MAX_MAPPED_FILES]:
             self.maps.pop(oldest, None)

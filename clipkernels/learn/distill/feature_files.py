@@ -3,34 +3,80 @@
 image (n,E)     optionally with regions (n,P,E), and regions_mask (n,P) if a method removed patches; or
 text (n,E)      optionally with words (n,t,E) up to the last word of the longest text, and words_mask (n,T)
 sha256 (n,32)   uint8, of each image or text
-header          the format, the teacher and the dtype
+header          the kind, the teacher and the dtype
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clipkernels.files import METADATA_KEY, digest_table, read_metadata, write_tensors
+from clipkernels.files import digest_table
 from clipkernels.fingerprint import same_probe, same_tower, short_fingerprint
+from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
 from clipkernels.learn.distill.features import TeacherFeatures
+from clipkernels.state_files import write_state
 
 Kind = Literal["image", "text"]
 About = Mapping[str, Any]
 """Everything besides the inputs that determines the features: `Teacher.about` and the dtype."""
 
-FORMAT = "clipkernels.teacher.2"
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "image": ("image", "regions", "regions_mask"),
     "text": ("text", "words", "words_mask"),
 }
+
+
+class TeacherAbout(msgspec.Struct, forbid_unknown_fields=True):
+    """Everything besides the inputs that determines the features, as `Teacher.about` names it, and the dtype."""
+
+    image_tower: Fingerprint = msgspec.field(name="image tower")
+    text_tower: Fingerprint = msgspec.field(name="text tower")
+    probe: Annotated[
+        list[Annotated[list[Annotated[float, msgspec.Meta(ge=-1.001, le=1.001)]], msgspec.Meta(max_length=64)]],
+        msgspec.Meta(max_length=64),
+    ] = msgspec.field(name="reading of a few texts")
+    method: Line
+    tokenizer: Line
+    dtype: Literal["float16", "bfloat16", "float32"]
+
+
+class TeacherHeader(msgspec.Struct, forbid_unknown_fields=True):
+    """The header of a file of a teacher's features; `detailed` says that it has those of patches or words."""
+
+    kind: Kind
+    detailed: bool
+    teacher: TeacherAbout
+
+
+def _tensors(header: TeacherHeader) -> dict[str, TensorSpec]:
+    dtype = (getattr(torch, header.teacher.dtype),)
+    specs = {
+        "image": TensorSpec(dtype, "items width"),
+        "regions": TensorSpec(dtype, "items patches width"),
+        "regions_mask": TensorSpec((torch.bool,), "items patches", optional=True),
+        "text": TensorSpec(dtype, "items width"),
+        "words": TensorSpec(dtype, "items longest* width"),
+        "words_mask": TensorSpec((torch.bool,), "items tokens"),
+    }
+    fields = FIELDS[header.kind] if header.detailed else FIELDS[header.kind][:1]
+    return {name: specs[name] for name in fields} | {"sha256": TensorSpec((torch.uint8,), "items 32")}
+
+
+def _check(header: TeacherHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the mask of words covers them."""
+    if "words" in tensors and tensors["words"].shape[1] > tensors["words_mask"].shape[1]:
+        raise ValueError(f"{tensors['words'].shape[1]} words and a mask of {tensors['words_mask'].shape[1]}")
+
+
+FORMAT = Format("clipkernels.teacher.3", "features of a teacher", TeacherHeader, _tensors, _check)
 
 
 def content_hash(item: Tensor | str) -> bytes:
@@ -60,21 +106,17 @@ def finite_rows(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([x.flatten(1).isfinite().all(1) for x in tensors.values()]).all(0)
 
 
-def write_features(file: Path, digests: Sequence[bytes], tensors: Mapping[str, Tensor], about: About) -> None:
+def write_features(
+    file: Path, kind: Kind, digests: Sequence[bytes], tensors: Mapping[str, Tensor], about: About
+) -> None:
     """Write a file of features atomically; raise OSError if it cannot be written."""
-    header = json.dumps({"format": FORMAT, "teacher": about})
-    write_tensors(file, {**tensors, "sha256": digest_table(digests)}, {METADATA_KEY: header})
+    header = {"kind": kind, "detailed": FIELDS[kind][1] in tensors, "teacher": about}
+    write_state(file, FORMAT, header, {**tensors, "sha256": digest_table(digests)})
 
 
-def check_header(file: Path, header: Mapping[str, str], about: About) -> None:
-    """Raise ValueError unless a file holds features of this teacher."""
-    metadata = read_metadata(header)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"expected a folder that holds only a teacher's features ({FORMAT!r}), got {file} of format "
-            f"{metadata.get('format')!r}: choose another folder"
-        )
-    differ = differences(metadata.get("teacher", {}), about)
+def check_teacher(file: Path, actual: About, about: About) -> None:
+    """Raise ValueError unless the teacher that a file names is this one."""
+    differ = differences(actual, about)
     if differ:
         raise ValueError(
             f"expected features of this teacher, got {file} by one with another {differ}: choose another folder"

@@ -94,13 +94,15 @@ def golden_ranking(
         Rankings: ranks (n,P) int64, 0 for the patch that stays longest; and the block's input with pooled channels.
     Raises:
         ValueError: options that do not fit the tower or each other, no images or images of another size, labels out of
-            range, or a file of rankings with other options.
+            range, a file of rankings with other options, or features that are not finite and a path to store them.
         UnsupportedTower: as in `ck.patch`.
     Guarantees: deterministic on one machine for the same images in the same order and one `batch_size`, even if
         interrupted. Otherwise scores are equal up to rounding, and patches with nearly equal scores may swap. Of equal
         scores the lower index is removed first; NaN counts as -inf. Probabilities are fp64, because in fp32 those near
         one would tie.
-    Source: Patch Ranking, arXiv 2409.14607, section 3.1, which scores single patches or disjoint windows.
+    Source: Patch Ranking, arXiv 2409.14607, section 3.1, which scores single patches or disjoint windows. Its released
+        code ranks by logits instead of probabilities, writes each round in reverse order, and stops at an error in the
+        second round, whose patches are no square grid.
     """
     if not len(images):
         raise ValueError("images must hold at least one image, got none")

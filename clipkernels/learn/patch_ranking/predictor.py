@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
@@ -19,14 +20,13 @@ from torch.nn.functional import kl_div
 from clipkernels import ops
 from clipkernels.adapters import Tower
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprinted_module
+from clipkernels.formats import Count, Format, Size, TensorSpec
 from clipkernels.heads.arguments import check_positive
-from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded
-from clipkernels.learn.patch_ranking.rankings import Rankings
+from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, weight_specs
+from clipkernels.learn.patch_ranking.rankings import RankingOptions, Rankings
 from clipkernels.reference.predict import Mixer, mix
 from clipkernels.reference.ranking import strongest_first
 
-FORMAT = "clipkernels.rank_predictor.1"
-SIZES = ("tokens", "prefix", "channels", "token_hidden", "channel_hidden", "block")
 MARGIN_PAIRS = 1000
 
 
@@ -40,8 +40,12 @@ class RankPredictor(nn.Module):
         channels: G, the number of channels after pooling.
         token_hidden: hidden width of the MLP across tokens.
         channel_hidden: hidden width of the MLP across channels.
+        eps: added to the variance in both LayerNorms; 1e-6 in the released code.
         about: properties of the tower: "tower", its fingerprint, "image_size", "blocks", "width".
-    Source: Patch Ranking, arXiv 2409.14607, section 3.2; MLP-Mixer, arXiv 2105.01601.
+    Raises:
+        ValueError: an eps that is not positive.
+    Source: Patch Ranking, arXiv 2409.14607, section 3.2; MLP-Mixer, arXiv 2105.01601. The released code trains on the
+        features of the last block instead of those that enter the block it prunes before.
     """
 
     def __init__(
@@ -53,16 +57,18 @@ class RankPredictor(nn.Module):
         channels: int = 64,
         token_hidden: int = 32,
         channel_hidden: int = 256,
+        eps: float = 1e-5,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_positive(eps=eps)
         self.tokens, self.prefix, self.block = tokens, prefix, block
         self.channels, self.token_hidden, self.channel_hidden = channels, token_hidden, channel_hidden
-        self.about = dict(about or {})
-        self.norm1 = nn.LayerNorm(channels)
+        self.eps, self.about = eps, dict(about or {})
+        self.norm1 = nn.LayerNorm(channels, eps)
         self.token_in = nn.Linear(tokens, token_hidden)
         self.token_out = nn.Linear(token_hidden, tokens)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels, eps)
         self.channel_in = nn.Linear(channels, channel_hidden)
         self.channel_out = nn.Linear(channel_hidden, channels)
         self.score = nn.Linear(channels, 1)
@@ -113,21 +119,74 @@ class RankPredictor(nn.Module):
             check_fingerprint(self.about["tower"], fingerprinted_module(tower), "the predictor", self.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the weights and the properties of their tower as safetensors, through a temporary file."""
-        save_module(path, self, FORMAT, SIZES)
+        """Write the weights and the properties of their tower as safetensors, through a temporary file.
+
+        Raises:
+            ValueError: weights that are not finite, or unknown properties in `about`.
+            OSError: the file cannot be written.
+        """
+        save_module(path, self, FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RankPredictor:
         """The predictor that `save` wrote, in fp32, on the CPU.
 
         Raises:
-            ValueError: the file holds no predictor.
+            ValueError: the file holds no predictor, or not the one that was written.
             OSError: the file cannot be read.
         """
-        return load_module(cls, path, FORMAT, SIZES)
+        return load_module(cls, path, FORMAT)
 
     def __repr__(self) -> str:
-        return f"RankPredictor(block={self.block}, tokens={self.tokens}, sha256={digest_of(self)})"
+        return f"RankPredictor(block={self.block}, tokens={self.tokens}, eps={self.eps:g}, sha256={digest_of(self)})"
+
+
+# What is known about the tower and the training: the options of the rankings, and more.
+About = msgspec.defstruct(
+    "About",
+    [
+        (name, kind | msgspec.UnsetType, msgspec.UNSET)
+        for name, kind in (
+            *((field.name, field.type) for field in msgspec.structs.fields(RankingOptions)),
+            ("keep", Annotated[float, msgspec.Meta(gt=0, lt=1)]),
+            ("images", Size),
+        )
+    ],
+    forbid_unknown_fields=True,
+)
+
+
+class PredictorHeader(msgspec.Struct, forbid_unknown_fields=True):
+    """The header of a predictor's file: the arguments of `RankPredictor`."""
+
+    tokens: Size
+    prefix: Count
+    block: Count
+    channels: Size
+    token_hidden: Size
+    channel_hidden: Size
+    eps: Annotated[float, msgspec.Meta(gt=0)]
+    about: About  # type: ignore[valid-type]  # made at run time, so that it follows the options of the rankings
+
+    def __post_init__(self) -> None:
+        if self.prefix >= self.tokens:
+            raise ValueError(f"prefix {self.prefix} of {self.tokens} tokens")
+
+
+def _tensors(header: PredictorHeader) -> dict[str, TensorSpec]:
+    return weight_specs(
+        {
+            **{f"norm{number}.{part}": "channels" for number in (1, 2) for part in ("weight", "bias")},
+            **{"token_in.weight": "token_hidden tokens", "token_in.bias": "token_hidden"},
+            **{"token_out.weight": "tokens token_hidden", "token_out.bias": "tokens"},
+            **{"channel_in.weight": "channel_hidden channels", "channel_in.bias": "channel_hidden"},
+            **{"channel_out.weight": "channels channel_hidden", "channel_out.bias": "channels"},
+            **{"score.weight": "1 channels", "score.bias": "1"},
+        }
+    )
+
+
+FORMAT = Format("clipkernels.rank_predictor.2", "a predictor", PredictorHeader, _tensors)
 
 
 class Fitted(NamedTuple):
@@ -151,6 +210,7 @@ def fit_predictor(
     weight_decay: float = 1e-4,
     token_hidden: int = 32,
     channel_hidden: int = 256,
+    eps: float = 1e-5,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int, float, float], object] | None = None,
@@ -172,6 +232,7 @@ def fit_predictor(
         weight_decay: weight decay of Adam.
         token_hidden: hidden width of the MLP across tokens.
         channel_hidden: hidden width of the MLP across channels.
+        eps: added to the variance in both LayerNorms; 1e-6 in the released code.
         seed: seed of the weights, of the order of the images and of the pairs.
         device: device of the training; the returned predictor is on the CPU.
         progress: called after each epoch with its number, from 1, its mean loss and the overlap (nan without held-out
@@ -206,7 +267,7 @@ def fit_predictor(
     with seeded(seed):
         predictor = RankPredictor(
             tokens, prefix, about["block"], channels=channels, token_hidden=token_hidden, channel_hidden=channel_hidden,
-            about={**about, "keep": keep, "images": len(train)},
+            eps=eps, about={**about, "keep": keep, "images": len(train)},
         ).to(device)  # fmt: skip
     features, ranks = rankings.features.to(device), rankings.ranks.to(device)
     optimizer = torch.optim.Adam(predictor.parameters(), lr, weight_decay=weight_decay)

@@ -13,16 +13,60 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 from uuid import uuid4
 
+import msgspec
 import torch
 from torch import Tensor
 
-from clipkernels.files import METADATA_KEY, digest_table, read_metadata, read_tensors, sweep, write_tensors
+from clipkernels.files import digest_table, sweep
+from clipkernels.formats import Count, Fingerprint, Format, Size, TensorSpec
 from clipkernels.heads import ZeroShot
+from clipkernels.state_files import read_state, write_state
 
-FORMAT = "clipkernels.rankings.1"
+
+class RankingOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """The header of a file of rankings: the options of the search, and its tower."""
+
+    score: Literal["label", "confidence", "feature"]
+    window: Size
+    stride: Size
+    step: Size
+    block: Count
+    tower: Fingerprint
+    image_size: Annotated[list[Size], msgspec.Meta(min_length=2, max_length=2)]
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 15)]
+    prefix: Count
+    width: Size
+    blocks: Size
+
+    def __post_init__(self) -> None:
+        for name, limit in (("prefix", self.tokens), ("block", self.blocks)):
+            if getattr(self, name) >= limit:
+                raise ValueError(f"{name} {getattr(self, name)} of {limit}")
+
+
+def _tensors(header: RankingOptions) -> dict[str, TensorSpec]:
+    patches = header.tokens - header.prefix
+    text = {"text": TensorSpec((torch.float32,), "classes embedding", -1.001, 1.001)}
+    return {
+        "ranks": TensorSpec((torch.int16,), f"images {patches}", 0, patches - 1),
+        "features": TensorSpec((torch.float32,), "images tokens channels"),
+        "sha256": TensorSpec((torch.uint8,), "images 32"),
+        **({} if header.score == "feature" else text),
+    }
+
+
+def _check(header: RankingOptions, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless every row of ranks is an order of the patches."""
+    ranks = tensors["ranks"].sort(1).values
+    wrong = int((ranks != torch.arange(ranks.shape[1])).any(1).sum())
+    if wrong:
+        raise ValueError(f"{wrong} of {len(ranks)} rows of ranks that repeat a rank")
+
+
+FORMAT = Format("clipkernels.rankings.2", "rankings, as golden_ranking writes them", RankingOptions, _tensors, _check)
 
 
 class Rankings(NamedTuple):
@@ -51,10 +95,10 @@ class Rankings(NamedTuple):
         """The rankings of a file that `golden_ranking` wrote.
 
         Raises:
-            ValueError: the file holds no rankings.
+            ValueError: the file holds no rankings, or not those that were written.
             OSError: the file cannot be read.
         """
-        tensors, about = _read(path)
+        about, tensors = read_state(path, FORMAT)
         return cls(tensors["ranks"].long(), tensors["features"], about, tensors["sha256"])
 
 
@@ -90,13 +134,13 @@ class RankingStore:
         parts = (part for part in sorted(self.parts.glob("*.safetensors")) if part not in self.parts_read)
         for file in (*parts, self.path):
             try:
-                tensors, about = _read(file)
+                about, tensors = read_state(file, FORMAT)
             except FileNotFoundError:  # not written yet, or another run has just merged the part into the file
                 continue
             wrong = ", ".join(f"{key} {about.get(key)!r}" for key in self.about if about.get(key) != self.about[key])
             if wrong:
                 raise ValueError(f"expected rankings with the same options, got {file} with {wrong}: choose another")
-            if self.head is not None and not self.head.matches(tensors.get("text", torch.empty(0, 0))):
+            if self.head is not None and not self.head.matches(tensors["text"]):
                 raise ValueError(
                     f"expected rankings with the same classes and prompts, got {file} with others: choose another "
                     "file, or delete it"
@@ -107,8 +151,23 @@ class RankingStore:
             self.parts_read |= {file} - {self.path}
 
     def add(self, digests: Sequence[bytes], ranks: Tensor, features: Tensor) -> None:
-        """Store the rankings of some images, on disk at once."""
-        rows = zip(ranks.cpu(), features.float().cpu(), strict=True)
+        """Store the rankings of some images, on disk at once.
+
+        Raises:
+            ValueError: features that are not finite, which no file may hold; the rankings of the others are stored.
+        """
+        features = features.float().cpu()
+        is_finite = features.flatten(1).isfinite().all(1)
+        if self.path is not None and not is_finite.all():
+            finite = is_finite.nonzero()[:, 0].tolist()
+            if finite:
+                self.add([digests[row] for row in finite], ranks[finite], features[finite])
+            wrong = digests[is_finite.tolist().index(False)].hex()
+            raise ValueError(
+                f"expected features that are finite, got others for {len(digests) - len(finite)} of {len(digests)} "
+                f"images, such as that of SHA-256 {wrong}: leave it out"
+            )
+        rows = zip(ranks.cpu(), features, strict=True)
         self.rows.update(zip(digests, rows, strict=True))
         self.new += len(digests)
         if self.path is None:
@@ -141,18 +200,8 @@ class RankingStore:
         tensors = {"ranks": ranks.short(), "features": features, "sha256": digest_table(digests)}
         if self.head is not None:
             tensors["text"] = self.head.text.float().cpu()
-        write_tensors(path, tensors, {METADATA_KEY: json.dumps({"format": FORMAT, **self.about})})
+        write_state(path, FORMAT, self.about, tensors)
 
     def _stack(self, digests: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         ranks, features = zip(*(self.rows[digest] for digest in digests), strict=True)
         return torch.stack(ranks), torch.stack(features)
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file of rankings, and the options of the ranking."""
-    tensors, header = read_tensors(path)
-    about = read_metadata(header)
-    version = about.pop("format", None)
-    if version != FORMAT or not {"ranks", "features", "sha256"} <= set(tensors):
-        raise ValueError(f"expected rankings, as golden_ranking writes them, got {path} with format {version!r}")
-    return tensors, about

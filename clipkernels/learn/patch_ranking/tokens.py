@@ -13,8 +13,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -26,14 +27,13 @@ from clipkernels.adapters.tokenizers import Tokenizer, ids_of
 from clipkernels.classifier import check_clip, class_embeddings, eval_mode
 from clipkernels.encode import encode_image
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprint, fingerprinted_module
+from clipkernels.formats import Count, Fingerprint, Format, Size, TensorSpec
 from clipkernels.heads.arguments import check_labels, check_positive
-from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded
+from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, weight_specs
 from clipkernels.learn.patch_ranking.text_contexts import check_prompts, first_words, injected_contexts, text_tower
 from clipkernels.methods import PatchRanking
 from clipkernels.patching import patched
 
-FORMAT = "clipkernels.visual_tokens.1"
-SIZES = ("count", "depth", "width", "text_width")
 INIT_STD = 0.02
 
 
@@ -99,22 +99,58 @@ class VisualTokens(nn.Module):
             check_fingerprint(self.about["tower"], fingerprinted_module(tower), "the learnt tokens", self.about)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokens and the fingerprints of their towers as safetensors, through a temporary file."""
-        save_module(path, self, FORMAT, SIZES)
+        """Write the tokens and the fingerprints of their towers as safetensors, through a temporary file.
+
+        Raises:
+            ValueError: tokens that are not finite, or unknown properties in `about`.
+            OSError: the file cannot be written.
+        """
+        save_module(path, self, FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VisualTokens:
         """The tokens that `save` wrote, in fp32, on the CPU.
 
         Raises:
-            ValueError: the file holds no learnt tokens.
+            ValueError: the file holds no learnt tokens, or not those that were written.
             OSError: the file cannot be read.
         """
-        return load_module(cls, path, FORMAT, SIZES)
+        return load_module(cls, path, FORMAT)
 
     def __repr__(self) -> str:
         coupled = f", text_width={self.text_width}" if self.text_width else ""
         return f"VisualTokens(count={self.count}, depth={self.depth}{coupled}, sha256={digest_of(self)})"
+
+
+class About(msgspec.Struct, forbid_unknown_fields=True):
+    """Facts about the towers and the training."""
+
+    tower: Fingerprint | msgspec.UnsetType = msgspec.UNSET
+    text: Fingerprint | msgspec.UnsetType = msgspec.UNSET
+    images: Size | msgspec.UnsetType = msgspec.UNSET
+    keep: Annotated[float, msgspec.Meta(gt=0, le=1)] | msgspec.UnsetType = msgspec.UNSET
+    block: Count | msgspec.UnsetType = msgspec.UNSET
+
+
+class TokensHeader(msgspec.Struct, forbid_unknown_fields=True):
+    """The header of a file of learnt tokens: the arguments of `VisualTokens`."""
+
+    count: Size
+    depth: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    width: Size
+    text_width: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+    about: About
+
+
+def _tensors(header: TokensHeader) -> dict[str, TensorSpec]:
+    if not header.text_width:
+        return weight_specs({"own": "depth count width"})
+    weights = {f"maps.{block}.weight": "width text_width" for block in range(header.depth)}
+    biases = {f"maps.{block}.bias": "width" for block in range(header.depth)}
+    return weight_specs({"context": "depth count text_width", **weights, **biases})
+
+
+FORMAT = Format("clipkernels.visual_tokens.2", "learnt tokens", TokensHeader, _tensors)
 
 
 class FittedTokens(NamedTuple):

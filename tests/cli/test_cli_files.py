@@ -1,0 +1,99 @@
+"""State files on the command line: an altered one is one line that names it, with exit status 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from clipkernels.cli import main
+from tests.mutants import read, write
+from tests.state_kinds import KINDS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Per kind: the command, in which FILE is the file, SET its folder, GOOD a good predictor and OUT a new file; a field of
+# the header; and a tensor that must be finite or in a range.
+CLASSIFY = ("classify", "IMAGES", "--classes", "a,b,c")
+COMMANDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
+    "reservoir": ((*CLASSIFY, "--adapt", "tca", "--reservoir", "FILE"), "seen", "unit"),
+    "predictor": ((*CLASSIFY, "--method", "patch-ranking", "--predictor", "FILE"), "prefix", "token_in.weight"),
+    "learnt tokens": (
+        (*CLASSIFY, "--method", "patch-ranking", "--predictor", "GOOD", "--tokens", "FILE"),
+        "count",
+        "context",
+    ),
+    "rankings": (("train-predictor", "FILE", "--output", "OUT"), "block", "features"),
+    "features": (("support", "build", "OUT", "--from-embeddings", "FILE", "--classes", "a"), "encoder", "features"),
+    "manifest": ((*CLASSIFY, "--head", "tip", "--support", "SET"), "classes", None),
+    "support features": ((*CLASSIFY, "--head", "tip", "--support", "SET"), "encoder", "features"),
+}
+
+
+def flipped(file: Path, field: str, tensor: str | None) -> None:
+    data = bytearray(file.read_bytes())
+    data[-8] ^= 16
+    file.write_bytes(data)
+
+
+def cut(file: Path, field: str, tensor: str | None) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def older(file: Path, field: str, tensor: str | None) -> None:
+    header, tensors = read(file)
+    write(file, {**header, "format": f"{header['format'].rpartition('.')[0]}.0"}, tensors)
+
+
+def lacking(file: Path, field: str, tensor: str | None) -> None:
+    header, tensors = read(file)
+    write(file, {name: value for name, value in header.items() if name != field}, tensors)
+
+
+def poisoned(file: Path, field: str, tensor: str | None) -> None:
+    header, tensors = read(file)
+    if tensor is None:
+        header["classes"][0]["folder"] = "../elsewhere"
+    else:
+        tensors[tensor] = torch.full_like(tensors[tensor], float("nan"))
+    write(file, header, tensors)
+
+
+@pytest.mark.parametrize("change", [flipped, cut, older, lacking, poisoned])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_altered_file_is_one_line_and_exit_two(
+    name: str, change: Callable[[Path, str, str | None], None], tmp_path: Path
+) -> None:
+    if name == "features":
+        pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "good").mkdir()
+    kind, good = KINDS[name](tmp_path), KINDS["predictor"](tmp_path / "good")
+    command, field, tensor = COMMANDS[name]
+    change(kind.file, field, tensor)
+    before = kind.file.read_bytes()
+    places = {"FILE": kind.file, "SET": kind.file.parent, "GOOD": good.file, "OUT": tmp_path / "out"}
+    places["IMAGES"] = tmp_path / "images"
+    result = CliRunner().invoke(main, [str(places.get(word, word)) for word in command])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: expected") and str(kind.file) in line and result.stdout == ""
+    assert kind.file.read_bytes() == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [flipped, lacking, poisoned])
+def test_rank_leaves_an_altered_file_of_rankings_unchanged(
+    change: Callable[[Path, str, str | None], None], tmp_path: Path
+) -> None:
+    kind = KINDS["rankings"](tmp_path)
+    change(kind.file, "block", "features")
+    before = kind.file.read_bytes()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    result = CliRunner().invoke(main, ["rank", str(tmp_path), "--score", "feature", "--output", str(kind.file)])
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and str(kind.file) in result.stderr
+    assert kind.file.read_bytes() == before

@@ -1,0 +1,132 @@
+"""A small good file of every kind of state, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import clipkernels as ck
+from clipkernels.fingerprint import fingerprint
+from clipkernels.learn.calip_fs import FewShotCALIP
+from clipkernels.learn.distill import TeacherCache, feature_files
+from clipkernels.learn.patch_ranking import Rankings, RankPredictor, VisualTokens
+from clipkernels.learn.patch_ranking.rankings import RankingStore
+from clipkernels.support import Picture, SupportSet
+from clipkernels.support.features import Encoder, join_names, read_features, write_features
+from tests.mutants import Kind
+
+TOWER = {"float32": "ab" * 32, "float16": "cd" * 32}
+
+
+def reservoir(folder: Path) -> Kind:
+    generator = torch.Generator().manual_seed(0)
+    text, path = torch.randn(3, 6, generator=generator), torch.randn(9, 2, 4, generator=generator)
+    head = ck.Reservoir(text)
+    head(ck.Encoded(torch.randn(9, 6, generator=generator), cls_path=path))
+    head.save(folder / "reservoir.safetensors")
+    return Kind(
+        folder / "reservoir.safetensors", lambda: head.load(folder / "reservoir.safetensors"), unbounded=("length",)
+    )
+
+
+def rank_predictor(folder: Path) -> Kind:
+    file = folder / "predictor.safetensors"
+    RankPredictor(9, block=1, channels=4, token_hidden=3, channel_hidden=5, about={"tower": TOWER, "keep": 0.5}).save(
+        file
+    )
+    return Kind(file, lambda: RankPredictor.load(file), ("about.",))
+
+
+def learnt_tokens(folder: Path) -> Kind:
+    file = folder / "tokens.safetensors"
+    VisualTokens(2, 3, 4, 5, about={"tower": TOWER, "images": 7}).save(file)
+    return Kind(file, lambda: VisualTokens.load(file), ("about.",))
+
+
+def few_shot(folder: Path) -> Kind:
+    head, file = (
+        FewShotCALIP(torch.randn(3, 4, generator=torch.Generator().manual_seed(0))),
+        folder / "calip.safetensors",
+    )
+    head.save(file)
+    return Kind(file, lambda: head.load(file))
+
+
+def golden(folder: Path) -> Kind:
+    file, generator = folder / "ranks.safetensors", torch.Generator().manual_seed(0)
+    about = {"score": "label", "window": 2, "stride": 1, "step": 3, "block": 1, "tower": TOWER, "image_size": [8, 8]}
+    about |= {"tokens": 5, "prefix": 1, "width": 16, "blocks": 4}
+    store = RankingStore(file, about, torch.randn(3, 6, generator=generator))
+    digests = [bytes([index]) * 32 for index in range(3)]
+    ranks = torch.stack([torch.randperm(4, generator=generator) for _ in digests])
+    store.add(digests, ranks, torch.randn(3, 5, 4, generator=generator))
+    store.finish(digests)
+    return Kind(file, lambda: Rankings.load(file), ("tower.",), unbounded=("features",), separate=("text",))
+
+
+def collection(folder: Path) -> Kind:
+    file, encoder = folder / "features.safetensors", Encoder(TOWER, "host", "resize")
+    rows = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    names = join_names(["a.png", "b/c.png", "d\udcff.png"])
+    about = {"folder": "..", "model": "ViT", "pretrained": None}
+    write_features(file, rows, [bytes([n]) * 32 for n in range(3)], encoder, {"paths": names}, about)
+    return Kind(file, lambda: read_features(file, encoder), ("encoder.tower.", "folder", "model", "pretrained"))
+
+
+def teacher_cache(folder: Path) -> Kind:
+    about = {
+        **{"image tower": TOWER, "text tower": TOWER, "reading of a few texts": [[0.25, -0.5], [0.125, 0.75]]},
+        **{"method": "host", "tokenizer": "0123", "dtype": "float32"},
+    }
+    teacher: Any = SimpleNamespace(stamp=(1,), joined=None, about={k: v for k, v in about.items() if k != "dtype"})
+    file, generator = folder / f"{'a' * 32}.safetensors", torch.Generator().manual_seed(0)
+    digests = [feature_files.content_hash(text) for text in ("a", "b")]
+    tensors = {"text": torch.randn(2, 4, generator=generator), "words": torch.randn(2, 3, 4, generator=generator)}
+    tensors["words_mask"] = torch.tensor([[False, True, False, False]] * 2)
+    feature_files.write_features(file, "text", digests, tensors, about)
+    return Kind(
+        file,
+        lambda: TeacherCache(folder, teacher, torch.float32).read(["a", "b"]),
+        ("teacher.image tower.", "teacher.text tower."),
+        unbounded=("text", "words"),
+    )
+
+
+def support_set(folder: Path) -> Path:
+    """A support set of the bundled model: three images of two classes."""
+    rows = torch.nn.functional.normalize(torch.randn(3, 128, generator=torch.Generator().manual_seed(0)))
+    pictures = []
+    for index in range(3):
+        file = folder / f"{index}.png"
+        file.write_bytes(bytes([index]))
+        pictures.append(Picture(str(file), sha256(bytes([index])).hexdigest()))
+    about: dict[str, Any] = {"kind": "LC", "settings": {"collection": "c", "per_class": 2, "minimum": None}}
+    about |= {"model": "bundled", "pretrained": None, "tower": fingerprint(ck.bundled()[0])}
+    about |= {"method": "host", "preprocess": "resize"}
+    prompts = {"cat": ["a cat"], "dog": ["a dog", "dogs"]}
+    built = SupportSet(rows, torch.tensor([0, 0, 1]), ("cat", "dog"), prompts, tuple(pictures), about)
+    built.save(folder / "set")
+    return folder / "set"
+
+
+def support_manifest(folder: Path) -> Kind:
+    root, model = support_set(folder), ck.bundled()[0]
+    absent = ("tower.", "settings.", "classes.images.source", "classes.images.file")
+    return Kind(root / "manifest.json", lambda: SupportSet.load(root, model), absent, ("settings.",))
+
+
+def support_features(folder: Path) -> Kind:
+    root, model = support_set(folder), ck.bundled()[0]
+    return Kind(root / "features.safetensors", lambda: SupportSet.load(root, model))
+
+
+KINDS: dict[str, Callable[[Path], Kind]] = {
+    **{"reservoir": reservoir, "predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
+    **{"CALIP-FS": few_shot, "features": collection, "teacher": teacher_cache},
+    **{"manifest": support_manifest, "support features": support_features},
+}
