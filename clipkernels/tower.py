@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipkernels import adapters, block
 from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.adapters.hooks import forward_with_hooks, has_hooks
 from clipkernels.backend import use_epilogue_kernels
 from clipkernels.block import TokenState
 from clipkernels.methods import Method
@@ -170,19 +172,22 @@ def run(
         source = torch.arange(x.shape[1] + plan.learnt, device=x.device).expand(x.shape[0], -1)
     hosts = list(tower.blocks)[:blocks]
     parts = [tower.parts(host) for host in hosts]
+    hooked = [has_hooks(host) for host in hosts]
     fused = use_epilogue_kernels(x)
     for index in range(first, len(hosts)):
         host, step, follows = hosts[index], plan.steps[index], index + 1
         refuse(tower, host, index)
+        forward = partial(forward_with_hooks, tower, index) if hooked[index] else block.forward
         if index < len(learnt_tokens):
             state = state._replace(x=_with_learnt(state.x, learnt_tokens[index], plan, bool(index)))
         # The next block starts with this one's output unless tokens join or leave in between.
         same = len(learnt_tokens) <= follows < len(hosts) and not isinstance(plan.steps[follows], Predict)
+        same = same and not hooked[index] and not hooked[follows]  # a hook may replace the tokens
         # No block precedes the first one, so it has no CLS token to compare an anchor with.
         table = anchors[:, index - 1] if anchors is not None and index and isinstance(step, Condense) else None
         options: dict[str, Any] = {
             "proportional": proportional,
-            "rows": reads.rows if index == last else None,
+            "rows": reads.rows if index == last and not hooked[index] else None,
             "track": reads.track,
             "next_norm": parts[follows].norm1 if fused and same else None,
             "fused": fused,
@@ -190,9 +195,9 @@ def run(
             "predictor": predictor,
         }
         if tower.checkpointing and torch.is_grad_enabled():
-            output = checkpoint(block.forward, parts[index], state, step, prefix, use_reentrant=False, **options)
+            output = checkpoint(forward, parts[index], state, step, prefix, use_reentrant=False, **options)
         else:
-            output = block.forward(parts[index], state, step, prefix, **options)
+            output = forward(parts[index], state, step, prefix, **options)
         state = output.state
         if source is not None and output.destination is not None:
             source = torch.where(source < 0, source, output.destination.gather(1, source.clamp_min(0)))
@@ -287,7 +292,9 @@ def refuse(tower: Tower, host: nn.Module, index: int) -> None:
     """Raise UnsupportedTower if a block's parts would skip something that its own forward does."""
     reason = tower.unsupported_reason(host)
     if reason is not None:
-        raise UnsupportedTower(f"block {index}: {reason}")
+        others = (str(at) for at, other in enumerate(tower.blocks) if tower.unsupported_reason(other) == reason)
+        others = ", ".join(at for at in others if at != str(index))
+        raise UnsupportedTower(f"block {index}{f' (and {others})' if others else ''}: {reason}")
 
 
 def _with_learnt(x: Tensor, learnt: Tensor, plan: Plan, replace: bool) -> Tensor:

@@ -21,9 +21,9 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters.hooks import has_hooks
 from clipkernels.adapters.modules import (
     bypass_reason,
-    has_hooks,
     is_forward_replaced,
     ratio_of,
     refuse_mask,
@@ -133,6 +133,15 @@ class TimmTower:
 
     def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
         return host(x) if rope is None else host(x, rope=rope)
+
+    def layout(self, x: Tensor) -> Tensor:
+        return x
+
+    def returns_tuple(self, host: nn.Module) -> bool:
+        return False
+
+    def ignores_hook(self, hook: Any) -> bool:
+        return False
 
     def rope_like(self, host: Any, patches: int) -> Tensor | None:
         if getattr(self.owner, "rope", None) is None:

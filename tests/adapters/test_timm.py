@@ -351,10 +351,16 @@ def test_each_token_is_the_pools_output_for_it_alone():
         ),
         (lambda: _Odd(depth=1, **SMALL), r"expected timm's own VisionTransformer.forward_features, got that of _Odd"),
         (lambda: timm_tower("vit_small_patch16_rope_mixed_224", 1, **SMALL), "rotary embeddings that all blocks share"),
-        (lambda: timm.create_model("resnet18"), "expected an image ViT of open_clip, .*, got ResNet"),
+        (
+            lambda: timm.create_model("resnet18"),
+            "expected an image ViT of open_clip, .*, got timm's ResNet: a convolutional",
+        ),
         (lambda: _with(lambda attn: setattr(attn.attn_drop, "p", 0.1)), r"without dropout, got p = 0\.1"),
-        (lambda: _with(lambda attn: attn.register_forward_hook(print)), "its Attention carries a hook"),
-        (lambda: _with(lambda attn: attn.attn_drop.register_forward_hook(print)), "its Dropout carries a hook"),
+        (lambda: _with(lambda attn: attn.register_forward_hook(print)), r"its attn \(Attention\) carries a hook"),
+        (
+            lambda: _with(lambda attn: attn.attn_drop.register_forward_hook(print)),
+            r"its attn\.attn_drop \(Dropout\) carries a hook",
+        ),
     ],
 )
 def test_an_unsupported_tower_is_refused_unchanged(make, message):
