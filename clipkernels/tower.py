@@ -5,6 +5,7 @@ All state of a forward is local to it, so that threads can share a model.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipkernels import adapters, block
 from clipkernels.adapters import Tower, UnsupportedTower
-from clipkernels.adapters.hooks import forward_with_hooks, has_hooks
+from clipkernels.adapters.hooks import fires_hooks, forward_with_hooks, has_hooks
 from clipkernels.backend import use_epilogue_kernels
 from clipkernels.block import TokenState
 from clipkernels.methods import Method
@@ -49,6 +50,7 @@ class Slot(NamedTuple):
     weights: the modules of the method, by their parameter names in `run`.
     plan: the plan for the tower's usual number of tokens.
     pool: `pool_of` the tower when the plan was made.
+    attention: the host's choice of an attention implementation when the tower was patched, or None.
     tower: the class of the adapter.
     root: the whole image tower, which contains the owner.
     """
@@ -57,6 +59,7 @@ class Slot(NamedTuple):
     weights: Mapping[str, nn.Module]
     plan: Plan
     pool: tuple[bool, bool]
+    attention: str | None
     tower: Any
     root: WeakModule
 
@@ -172,7 +175,7 @@ def run(
         source = torch.arange(x.shape[1] + plan.learnt, device=x.device).expand(x.shape[0], -1)
     hosts = list(tower.blocks)[:blocks]
     parts = [tower.parts(host) for host in hosts]
-    hooked = [has_hooks(host) for host in hosts]
+    hooked = [has_hooks(host) and fires_hooks(tower, host) for host in hosts]
     fused = use_epilogue_kernels(x)
     for index in range(first, len(hosts)):
         host, step, follows = hosts[index], plan.steps[index], index + 1
@@ -235,6 +238,12 @@ def run_patched(
     """
     slot = owner.__dict__[SLOT]
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
+    if tower.attention != slot.attention and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"a patched tower computes attention itself, so the implementation {tower.attention!r} that was set after "
+            "patching is not used: set it after ck.unpatch",
+            stacklevel=3,
+        )
     if (x.shape[1], len(tower.blocks), pool_of(tower)) != (plan.entry, len(plan.steps), slot.pool):
         # An owner that outlived its tower keeps its prefix.
         plan = make_plan(slot.method, tower, x.shape[1], plan.prefix if tower.root is None else None)
@@ -292,8 +301,8 @@ def refuse(tower: Tower, host: nn.Module, index: int) -> None:
     """Raise UnsupportedTower if a block's parts would skip something that its own forward does."""
     reason = tower.unsupported_reason(host)
     if reason is not None:
-        others = (str(at) for at, other in enumerate(tower.blocks) if tower.unsupported_reason(other) == reason)
-        others = ", ".join(at for at in others if at != str(index))
+        alike = [at for at, other in enumerate(tower.blocks) if tower.unsupported_reason(other) == reason]
+        others = ", ".join(str(at) for at in alike if at != index)
         raise UnsupportedTower(f"block {index}{f' (and {others})' if others else ''}: {reason}")
 
 

@@ -82,6 +82,10 @@ class Tower(Protocol):
         """True if the pool has several learned queries, whose answers `project` returns in place of the tokens."""
 
     @property
+    def attention(self) -> str | None:
+        """The host's choice of an attention implementation, or None if it has no choice."""
+
+    @property
     def checkpointing(self) -> bool:
         """True if the host recomputes activations in the backward pass."""
 

@@ -22,6 +22,12 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
+def fires_hooks(tower: Tower, host: nn.Module) -> bool:
+    """Return true if a block has hooks that its tower calls."""
+    forward = any(not tower.ignores_hook(hook) for hook in host._forward_hooks.values())
+    return forward or bool(host._forward_pre_hooks or host._backward_hooks or host._backward_pre_hooks)
+
+
 def has_global_hooks() -> bool:
     """Return true if torch calls hooks of all modules."""
     return any(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in _KINDS)

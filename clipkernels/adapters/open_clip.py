@@ -55,6 +55,7 @@ class OpenCLIPTower:
     """
 
     prefix = 1
+    attention = None
 
     def __init__(self, visual: Any, owner: Any = None) -> None:
         self.root = self.visual = visual

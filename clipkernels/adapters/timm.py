@@ -60,6 +60,8 @@ class TimmTower:
         owner: the trunk that runs, or None for that of `visual`; DataParallel runs replicas.
     """
 
+    attention = None
+
     def __init__(self, visual: Any, owner: Any = None) -> None:
         self.root = visual
         self.owner = getattr(visual, "trunk", visual) if owner is None else owner
@@ -241,7 +243,15 @@ class TimmTower:
 
 
 def _embed(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The tokens (B,N,C) entering the first block, and the rotary table (…,P,2·D) of the patches, or None."""
+    """The tokens (B,N,C) entering the first block, and the rotary table (…,P,2·D) of the patches, or None.
+
+    Raises:
+        ValueError: the images have no batch axis, or another size than a tower of fixed size takes.
+    """
+    height, width = trunk.patch_embed.img_size or ("S", "S")
+    fixed = getattr(trunk.patch_embed, "strict_img_size", False)
+    if images.ndim != 4 or (fixed and tuple(images.shape[2:]) != (height, width)):
+        raise ValueError(f"images must be (B,3,{height},{width}), got ({','.join(map(str, images.shape))})")
     embedded = trunk._pos_embed(trunk.patch_embed(images))
     # In training, Eva itself drops patches together with their rotary embeddings. VisionTransformer has none of these.
     x, rope = embedded if isinstance(embedded, tuple) else (trunk.patch_drop(embedded), None)

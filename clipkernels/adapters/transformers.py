@@ -108,6 +108,10 @@ class TransformersTower:
         return self.has_cls
 
     @property
+    def attention(self) -> str | None:
+        return getattr(self.owner.config, "_attn_implementation", None)
+
+    @property
     def checkpointing(self) -> bool:
         encoder = self.owner
         enabled = encoder.gradient_checkpointing or getattr(encoder.layers[0], "gradient_checkpointing", False)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import warnings
 
 import pytest
 import torch
@@ -342,3 +343,23 @@ def test_owl_vit_and_text_towers_are_refused_by_name():
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**NARROW, vocab_size=64, eos_token_id=63))
     with pytest.raises(ck.UnsupportedTower, match="got transformers' CLIPTextModel"):
         ck.patch(text, ck.Dense())
+
+
+@torch.no_grad()
+def test_an_attention_set_after_patching_is_a_warning():
+    model, images = build("CLIPVisionModel")
+    if not hasattr(model, "set_attn_implementation"):
+        pytest.skip(f"transformers {transformers.__version__} sets no implementation afterwards")
+    other = "eager" if model.config._attn_implementation == "sdpa" else "sdpa"
+    ck.patch(model, ck.EViT(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = model(pixel_values=images).pooler_output
+    model.set_attn_implementation(other)
+    with pytest.warns(UserWarning, match=f"the implementation '{other}' that was set after patching is not used"):
+        actual = model(pixel_values=images).pooler_output
+    assert torch.equal(actual, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ck.patch(ck.unpatch(model), ck.EViT(0.5))
+        assert torch.equal(model(pixel_values=images).pooler_output, expected)

@@ -1,6 +1,7 @@
 """Hooks on the blocks of a patched tower fire and are honoured; those on bypassed attention modules are refused."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -109,10 +110,10 @@ def test_hooks_on_a_block_see_as_many_tokens_as_it_has(library, method, inputs):
         )
     torch.testing.assert_close(tower.encode(inputs), expected, rtol=1e-5, atol=1e-5)
     tokens = method.plan(tower.num_tokens, 3, tower.prefix).tokens
-    assert counts == list(zip(tokens, tokens[1:], strict=False))
+    assert counts == list(pairwise(tokens))
     counts.clear()
     torch.testing.assert_close(ck.encode_image(model, inputs).embedding, expected, rtol=1e-5, atol=1e-5)
-    assert counts == list(zip(tokens, tokens[1:], strict=False))
+    assert counts == list(pairwise(tokens))
 
 
 @LIBRARIES
@@ -222,7 +223,7 @@ def test_a_hook_that_changes_the_number_of_tokens_is_refused(tiny, images, regis
 
 def test_a_hook_of_register_backward_hook_is_refused(tiny):
     tiny.visual.transformer.resblocks[2].register_backward_hook(lambda *_: None)
-    with pytest.raises(ck.UnsupportedTower, match="block 2: its hook is one of .*: use register_full_backward_hook"):
+    with pytest.raises(ck.UnsupportedTower, match=r"block 2: its hook is one of .*: use register_full_backward_hook"):
         ck.patch(tiny, ck.Dense())
 
 
@@ -291,7 +292,10 @@ def test_torchs_flop_counter_counts_what_a_patched_tower_runs(tiny, images):
         for keys, rows in passes[:-1]:
             products += (4 * keys + 8 * rows) * 128**2
         products += (2 * passes[-1][0] + 2 + 8) * 128**2  # the CLS row alone
+        attention = 2 * 128 * (sum(keys**2 for keys, _ in passes[:-1]) + passes[-1][0])
         counted = counter.get_total_flops() / 2 / len(images)
-        # The counter has no formula for attention on the CPU. The scores of the patches are products too.
-        assert products <= counted < 1.03 * products
-        assert (counted == products) == (method == ck.Dense())
+        # Before torch 2.15 the counter has no formula for attention on the CPU.
+        expected = products if counted < products + attention else products + attention
+        # The scores of the patches are products too.
+        assert expected <= counted < 1.03 * expected
+        assert (counted == expected) == (method == ck.Dense())

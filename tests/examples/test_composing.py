@@ -194,6 +194,22 @@ def test_quantized_weights_give_the_output_of_the_host(library, order, kind, ima
 
 @LIBRARIES
 @ORDERS
+@torch.no_grad()
+def test_dynamic_quantization_gives_the_output_of_the_host(library, order, images):
+    def quantize(model: nn.Module) -> nn.Module:
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+    model = build(library)
+    exact, expected = run(model, images), run(quantize(model), images)
+    model = ck.patch(quantize(model), ck.Dense()) if order == "before" else quantize(ck.patch(model, ck.Dense()))
+    # Activations are quantized by their range, which depends on the rows that a patched tower computes.
+    assert (run(model, images) - expected).norm() < (expected - exact).norm()
+    assert run(ck.patch(model, METHOD), images).isfinite().all()
+    assert torch.equal(run(ck.unpatch(model), images), expected)
+
+
+@LIBRARIES
+@ORDERS
 def test_checkpointing_gives_the_same_gradients(library, order, images):
     model = build(library).train()
     if order == "after":
@@ -310,6 +326,7 @@ def test_every_row_of_the_table_has_a_test():
         "`torch.compile` of peft LoRA": test_torch_compile_gives_one_graph_with_lora,
         "torchao int8 weight-only": test_quantized_weights_give_the_output_of_the_host,
         "torchao float8 weight-only": test_quantized_weights_give_the_output_of_the_host,
+        "torch's `quantize_dynamic`": test_dynamic_quantization_gives_the_output_of_the_host,
         "gradient checkpointing": test_checkpointing_gives_the_same_gradients,
         "DistributedDataParallel": test_ddp_gives_the_gradients_of_one_process,
         "FSDP: `fully_shard` of the root": test_fully_shard_of_the_root_gives_the_same_gradients,
