@@ -100,9 +100,9 @@ class Classifier:
             tower = adapters.find_tower(self.model)
             check_images(images, tower.image_size)
             return self.head(tower.encode(images))
-        size = getattr(self.model.visual, "image_size", None)
-        if size is not None and not hasattr(self.model.visual, "trunk"):  # timm's towers check it
-            check_images(images, (size, size) if isinstance(size, int) else size)
+        size = _fixed_image_size(self.model.visual)
+        if size is not None:
+            check_images(images, size)
         return self.head(self.model.encode_image(images))
 
     @property
@@ -131,6 +131,15 @@ class Classifier:
         """Clear the state of a head that adapts; do nothing for any other head."""
         if hasattr(self.head, "reset"):
             self.head.reset()
+
+
+def _fixed_image_size(visual: Any) -> tuple[int, int] | None:
+    """Height and width of the images that an image tower takes, or None if it is unknown or not fixed."""
+    embed = getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    if hasattr(visual, "trunk") and not getattr(embed, "strict_img_size", False):
+        return None
+    size = getattr(visual, "image_size", None) if embed is None else embed.img_size
+    return (size, size) if isinstance(size, int) else size
 
 
 def _method_of(model: nn.Module) -> Method | None:

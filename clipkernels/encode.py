@@ -46,7 +46,8 @@ def encode_image(
     On open_clip's ResNets, which have no CLS path and no steps, every position of the last feature map queries the
     attention pool. The mean position, row 0 of the tokens, gives the embedding.
 
-    The forward is composed of the host's own parts: hooks on its norms and MLPs fire, hooks on the whole tower do not.
+    The forward is composed of the host's own parts: hooks on its blocks, norms and MLPs fire, hooks on the whole
+    tower do not.
 
     Args:
         model: a model that `patch` takes, or an open_clip ResNet.
@@ -62,6 +63,7 @@ def encode_image(
         Encoded.
     Raises:
         ValueError: the images do not have the tower's size, or the anchors do not have its depth and width.
+        TypeError: the images are not a tensor.
         UnsupportedTower: as in `patch`; or `cls_path`, `source` or anchors are given with a ResNet.
     """
     resnet = adapters.find_resnet(model)
@@ -98,7 +100,9 @@ def encode_image(
 
 
 def check_images(images: Tensor, size: tuple[int, int]) -> None:
-    """Raise ValueError unless images are (B,3,*size)."""
+    """Raise ValueError unless images are (B,3,*size), TypeError unless they are a tensor."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor (B,3,{size[0]},{size[1]}), got {type(images).__name__}")
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size):
         actual = ",".join(str(n) for n in images.shape)
         raise ValueError(f"images must be (B,3,{size[0]},{size[1]}), got ({actual})")

@@ -55,6 +55,9 @@ class Method(Protocol):
 
     A method with weights also has `weights()`, which returns the modules that `tower.run` takes by name, `predictor`
     and `learnt`, and `check_tower(tower)`, which raises ValueError if they were made for another tower.
+
+    A method may have `shortfall(plan)`, which returns a sentence if a plan of its own does less than was asked for, or
+    None. `ck.patch` warns with it.
     """
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
@@ -131,6 +134,9 @@ class EViT:
             steps[block], tokens = step, step.leaves(tokens, prefix)
         return Plan(tuple(steps), entry, prefix)
 
+    def shortfall(self, plan: Plan) -> str | None:
+        return _shortfall(f"EViT(keep={self.keep})", plan, self.keep < 1, self.multiple)
+
 
 @dataclass(frozen=True)
 class TCA:
@@ -199,6 +205,9 @@ class TCA:
             step = Condense(keep, merge, self.centers, "rank" if self.score == "rank" else "mean", first)
             steps[block], tokens = step, step.leaves(tokens, prefix)
         return Plan(tuple(steps), entry, prefix)
+
+    def shortfall(self, plan: Plan) -> str | None:
+        return _shortfall(f"TCA(rate={self.rate})", plan, self.rate > 0, self.multiple)
 
     def _split(self, patches: int, rate: float) -> tuple[int, int] | None:
         """The numbers of patches to keep and to merge; None if either is too small or nothing would be removed."""
@@ -271,6 +280,17 @@ class ToMe:
             tokens -= r
         return Plan(tuple(steps), entry, prefix)
 
+    def shortfall(self, plan: Plan) -> str | None:
+        asked = sum(self._schedule(len(plan.steps)))
+        merged = sum(step.r for step in plan.steps if isinstance(step, Merge))
+        if merged == asked:
+            return None
+        most = (plan.entry - plan.prefix) // (len(plan.steps) + 1)
+        return (
+            f"ToMe(r={self.r}) asks to merge {asked} tokens in {len(plan.steps)} blocks and merges {merged} of "
+            f"{plan.entry}, at most half of the patches in a block: {most} is the most that every block can merge"
+        )
+
     def _schedule(self, blocks: int) -> list[int]:
         if isinstance(self.r, int):
             low = int(self.r * (1 - self.inflect))
@@ -336,6 +356,9 @@ class PatchRanking:
             steps[block] = Predict(keep, self.predictor.macs)
         return Plan(tuple(steps), tokens, prefix, learnt)
 
+    def shortfall(self, plan: Plan) -> str | None:
+        return _shortfall(f"PatchRanking(keep={self.keep})", plan, self.keep < 1, self.multiple)
+
     def weights(self) -> dict[str, nn.Module]:
         """The modules of the method by name: `predictor` and, if there are learnt tokens, `learnt`."""
         modules: dict[str, Any] = {"predictor": self.predictor}
@@ -370,6 +393,17 @@ def _check_keep(keep: float) -> None:
 def _check_multiple(multiple: int) -> None:
     if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"multiple must be a positive int, got {multiple!r}")
+
+
+def _shortfall(method: str, plan: Plan, reduces: bool, multiple: int) -> str | None:
+    """A sentence if a plan removes no token although its method reduces, or misses a multiple; else None."""
+    if reduces and not any(plan.steps):
+        return f"{method} removes none of {plan.entry} tokens: there are too few patches for this share"
+    counts = [after for step, (_, after) in zip(plan.steps, plan.passes, strict=True) if step]
+    missed = [count for count in counts if count % multiple]
+    if not missed:
+        return None
+    return f"{method} leaves {missed[0]} tokens, no multiple of {multiple}: there are too few patches to keep more"
 
 
 def _round_up(keep: int, others: int, most: int, multiple: int) -> int:

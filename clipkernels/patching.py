@@ -7,11 +7,13 @@ state in local variables. The method is stored in the instance's `__dict__`, out
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from clipkernels import adapters
@@ -45,14 +47,17 @@ def patch(model: Model, method: Method) -> Model:
             tower moves.
     Raises:
         UnsupportedTower: the tower is not supported, or a block's output differs from that of its parts.
-        ValueError: the method does not fit the tower, or its weights were made for another tower.
+        ValueError: the method does not fit the tower, or its weights were made for another tower; or it drops patches
+            and the model has one image token in its text for each of them, as LLaVA has.
         TypeError: the model is not a torch module, or the method has no `plan`.
         On any error the model is left unchanged.
+    Warns if the tower cannot do what the method asks for, such as to merge more tokens than it has.
     """
     if isinstance(method, type) or not callable(getattr(method, "plan", None)):
         raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
     tower = adapters.find_tower(model)
     plan = make_plan(method, tower, tower.num_tokens)
+    _refuse_dropped_patches(model, tower, method, plan)
     check: Any = getattr(method, "check_tower", None)
     if check is not None:
         check(tower)
@@ -61,8 +66,12 @@ def patch(model: Model, method: Method) -> Model:
     previous = tower.owner.__dict__.get(SLOT)
     if previous is None:
         verify(tower)
+    shortfall = method.shortfall(plan) if hasattr(method, "shortfall") else None
+    if shortfall is not None:
+        warnings.warn(shortfall, stacklevel=2)
+    root = WeakModule(tower.root)
     try:
-        _install(tower, Slot(method, weights, plan, pool_of(tower), tower.__class__, WeakModule(tower.root)))
+        _install(tower, Slot(method, weights, plan, pool_of(tower), tower.attention, tower.__class__, root))
     except BaseException:  # most likely out of memory
         unpatch(model)
         if previous is not None:
@@ -138,11 +147,27 @@ def tower_of(model: nn.Module) -> Tower:
     return adapters.find_tower(model)
 
 
+def _refuse_dropped_patches(model: nn.Module, tower: Tower, method: Method, plan: Plan) -> None:
+    """Raise ValueError if a plan drops patches and a model around the tower needs all of them.
+
+    A vision-language model that configures an image token has one in its text for each patch, or pools a whole grid.
+    """
+    for holder in model.modules() if plan.prunes else ():
+        config = getattr(holder, "config", None)
+        tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+        if any(token is not None for token in tokens) and any(part is tower.owner for part in holder.modules()):
+            raise ValueError(
+                f"{type(holder).__name__} needs every patch, because its text has a fixed number of image tokens: use "
+                f"ck.Dense(), ck.ToMe or ck.TCA, which leave a row for each patch, got {method!r}"
+            )
+
+
 def _weights_on_device_of(method: Method, owner: nn.Module) -> dict[str, nn.Module]:
     """The modules of a method on the device and in the dtype of an owner's blocks: themselves, or copies if needed."""
     if not hasattr(method, "weights"):
         return {}
-    like = next(parameter for parameter in owner.parameters() if parameter.ndim > 1)  # norms may be wider
+    # Norms may be wider than projections. Where projections are quantized, norms are all the parameters.
+    like = next((parameter for parameter in owner.parameters() if parameter.ndim > 1), next(owner.parameters()))
     modules: dict[str, nn.Module] = {}
     for name, module in method.weights().items():
         matches = all(p.device == like.device and p.dtype == like.dtype for p in module.parameters())
@@ -160,6 +185,15 @@ def _check_weights(plan: Plan, weights: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"a plan with {feature} needs a method whose weights() have {name!r}, got {actual}")
 
 
+def _unpack_for_swap(owner: nn.Module) -> None:
+    """Unpack the projections of an owner if torch is about to swap parameters, which must have no weak references."""
+    slot = owner.__dict__.get(SLOT)
+    if slot is not None and torch.__future__.get_swap_module_params_on_conversion():
+        tower = slot.tower(slot.root.ref(), owner)
+        for host in tower.blocks:
+            unpack(tower.projections(host))
+
+
 @cache
 def _subclass(base: Any, tower: Any) -> Any:
     """A subclass of a host's class that runs the patched loop and supports pickling and copying."""
@@ -168,6 +202,7 @@ def _subclass(base: Any, tower: Any) -> Any:
         return _rebuild, (base, tower), self.__dict__
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        _unpack_for_swap(self)
         base._apply(self, fn, recurse)
         slot = self.__dict__.get(SLOT)
         if slot is not None:  # parameters that moved or changed dtype are no longer packed
@@ -177,6 +212,10 @@ def _subclass(base: Any, tower: Any) -> Any:
             self.__dict__[SLOT] = slot._replace(weights=_weights_on_device_of(slot.method, self))
         return self
 
+    def _load_from_state_dict(self: Any, *args: Any, **options: Any) -> None:
+        _unpack_for_swap(self)
+        base._load_from_state_dict(self, *args, **options)
+
     def extra_repr(self: nn.Module) -> str:
         slot = self.__dict__.get(SLOT)
         label = [] if slot is None else [f"clipkernels: {slot.method}"]
@@ -184,6 +223,7 @@ def _subclass(base: Any, tower: Any) -> Any:
 
     namespace = {
         "_apply": _apply,
+        "_load_from_state_dict": _load_from_state_dict,
         "extra_repr": extra_repr,
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,

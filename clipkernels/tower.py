@@ -5,9 +5,11 @@ All state of a forward is local to it, so that threads can share a model.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipkernels import adapters, block
 from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.adapters.hooks import fires_hooks, forward_with_hooks, has_hooks
 from clipkernels.backend import use_epilogue_kernels
 from clipkernels.block import TokenState
 from clipkernels.methods import Method
@@ -48,6 +51,7 @@ class Slot(NamedTuple):
     weights: the modules of the method, by their parameter names in `run`.
     plan: the plan for the tower's usual number of tokens.
     pool: `pool_of` the tower when the plan was made.
+    attention: the host's choice of an attention implementation when the tower was patched, or None.
     tower: the class of the adapter.
     root: the whole image tower, which contains the owner.
     """
@@ -56,6 +60,7 @@ class Slot(NamedTuple):
     weights: Mapping[str, nn.Module]
     plan: Plan
     pool: tuple[bool, bool]
+    attention: str | None
     tower: Any
     root: WeakModule
 
@@ -178,19 +183,22 @@ def run(
         source = torch.arange(x.shape[1] + plan.learnt, device=x.device).expand(x.shape[0], -1)
     hosts = list(tower.blocks)[:blocks]
     parts = [tower.parts(host) for host in hosts]
+    hooked = [has_hooks(host) and fires_hooks(tower, host) for host in hosts]
     fused = use_epilogue_kernels(x)
     for index in range(first, len(hosts)):
         host, step, follows = hosts[index], plan.steps[index], index + 1
         refuse(tower, host, index)
+        forward = partial(forward_with_hooks, tower, index) if hooked[index] else block.forward
         if index < len(learnt_tokens):
             state = state._replace(x=_with_learnt(state.x, learnt_tokens[index], plan, bool(index)))
         # The next block starts with this one's output unless tokens join or leave in between.
         same = len(learnt_tokens) <= follows < len(hosts) and not isinstance(plan.steps[follows], Predict)
+        same = same and not hooked[index] and not hooked[follows]  # a hook may replace the tokens
         # No block precedes the first one, so it has no CLS token to compare an anchor with.
         table = anchors[:, index - 1] if anchors is not None and index and isinstance(step, Condense) else None
         options: dict[str, Any] = {
             "proportional": proportional,
-            "rows": reads.rows if index == last else None,
+            "rows": reads.rows if index == last and not hooked[index] else None,
             "track": reads.track,
             "next_norm": parts[follows].norm1 if fused and same else None,
             "fused": fused,
@@ -198,9 +206,9 @@ def run(
             "predictor": predictor,
         }
         if tower.checkpointing and torch.is_grad_enabled():
-            output = checkpoint(block.forward, parts[index], state, step, prefix, use_reentrant=False, **options)
+            output = checkpoint(forward, parts[index], state, step, prefix, use_reentrant=False, **options)
         else:
-            output = block.forward(parts[index], state, step, prefix, **options)
+            output = forward(parts[index], state, step, prefix, **options)
         state = output.state
         if source is not None and output.destination is not None:
             source = torch.where(source < 0, source, output.destination.gather(1, source.clamp_min(0)))
@@ -239,6 +247,12 @@ def run_patched(
     slot = owner.__dict__[SLOT]
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
     tokens = int(x.shape[1])  # a tensor under torch.jit.trace
+    if tower.attention != slot.attention and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"a patched tower computes attention itself, so the implementation {tower.attention!r} that was set after "
+            "patching is not used: set it after ck.unpatch",
+            stacklevel=3,
+        )
     if (tokens, len(tower.blocks), pool_of(tower)) != (plan.entry, len(plan.steps), slot.pool):
         # An owner that outlived its tower keeps its prefix.
         plan = make_plan(slot.method, tower, tokens, plan.prefix if tower.root is None else None)
@@ -296,7 +310,9 @@ def refuse(tower: Tower, host: nn.Module, index: int) -> None:
     """Raise UnsupportedTower if a block's parts would skip something that its own forward does."""
     reason = tower.unsupported_reason(host)
     if reason is not None:
-        raise UnsupportedTower(f"block {index}: {reason}")
+        alike = [at for at, other in enumerate(tower.blocks) if tower.unsupported_reason(other) == reason]
+        others = ", ".join(str(at) for at in alike if at != index)
+        raise UnsupportedTower(f"block {index}{f' (and {others})' if others else ''}: {reason}")
 
 
 def _with_learnt(x: Tensor, learnt: Tensor, plan: Plan, replace: bool) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from clipkernels.adapters.advice import describe
+
 
 class UnsupportedTower(ValueError):
     """The tower is not supported. The message names its type; the model is unchanged."""
@@ -80,6 +82,10 @@ class Tower(Protocol):
         """True if the pool has several learned queries, whose outputs `project` returns instead of the tokens."""
 
     @property
+    def attention(self) -> str | None:
+        """The host's choice of an attention implementation, or None if it has no choice."""
+
+    @property
     def checkpointing(self) -> bool:
         """True if the host recomputes activations in the backward pass."""
 
@@ -91,6 +97,15 @@ class Tower(Protocol):
 
     def run_block(self, host: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
         """The host's own forward of one block, (B,N,C) to (B,N,C)."""
+
+    def layout(self, x: Tensor) -> Tensor:
+        """Tokens (B,N,C) in the layout that the host's blocks take; the same call turns them back."""
+
+    def returns_tuple(self, host: nn.Module) -> bool:
+        """True if the host's own forward of a block returns its tokens in a tuple."""
+
+    def ignores_hook(self, hook: Any) -> bool:
+        """True for a forward hook on a block that the adapter itself calls."""
 
     def rope_like(self, host: nn.Module, patches: int) -> Tensor | None:
         """A rotary table (patches,2·D) for testing this block, or None if it takes none."""
@@ -146,14 +161,7 @@ def find_tower(model: nn.Module) -> Tower:
     raise UnsupportedTower(f"expected {SUPPORTED}, got {describe(model)}")
 
 
-SUPPORTED = "an image ViT of open_clip, transformers, timm or OpenAI's clip"
-
-
-def describe(model: nn.Module) -> str:
-    """The type of a model's image tower, or of the model itself if it has none, for messages."""
-    visual = getattr(model, "visual", None) or getattr(model, "vision_model", None) or model
-    name, trunk = type(visual).__name__, getattr(visual, "trunk", None)
-    return name if trunk is None else f"{name} around timm's {type(trunk).__name__}"
+SUPPORTED = "an image ViT of open_clip, timm or OpenAI's clip, or a CLIP or SigLIP of transformers"
 
 
 def _find_in_library(model: Any) -> Tower | None:

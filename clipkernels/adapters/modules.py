@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from clipkernels import ops
+from clipkernels.adapters.hooks import has_global_hooks, has_hooks, hook_attributes
 from clipkernels.block import Branch
 from clipkernels.reference import Act, Norm
 
@@ -69,7 +70,7 @@ def is_noop(module: nn.Module) -> bool:
 
 def is_modified(module: nn.Module) -> bool:
     """Return true if calling a module does more than its class's forward."""
-    return is_forward_replaced(module) or has_hooks(module) or has_hooks(nn.modules.module, "_global_")
+    return is_forward_replaced(module) or has_hooks(module) or has_global_hooks()
 
 
 def is_forward_replaced(module: nn.Module) -> bool:
@@ -77,30 +78,47 @@ def is_forward_replaced(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     # transformers 4 leaves the class's own forward in the instance.
     is_own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
-    return (forward is not None and not is_own) or hasattr(module, "_hf_hook")
+    return (forward is not None and not is_own) or "_hf_hook" in module.__dict__
 
 
-def has_hooks(holder: Any, start: str = "_") -> bool:
-    """Return true if a module, or torch for all modules, has hooks in attributes whose names start with `start`."""
-    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return any(getattr(holder, start + kind) for kind in kinds)
+def bypass_reason(
+    host: nn.Module, *bypassed: nn.Module, harmless: Callable[[nn.Module], bool] | None = None
+) -> str | None:
+    """The reason why a patched tower cannot run a block in place of its own forward, or None.
 
-
-def bypass_reason(*modules: nn.Module, harmless: Callable[[nn.Module], bool] | None = None) -> str | None:
-    """The reason why bypassing these modules would change behaviour, or None.
-
-    `harmless` returns true for a module whose hooks may be bypassed.
+    Args:
+        host: the block, whose hooks the patched tower calls.
+        bypassed: modules of the block that are never called.
+        harmless: returns true for a bypassed module whose hooks may be skipped.
     """
-    for module in modules:
+    for module in (host, *bypassed):
         if getattr(module, "_compiled_call_impl", None) is not None:
             return f"its {type(module).__name__} is compiled by itself: compile the whole tower instead"
         if is_forward_replaced(module):
             return f"the forward of its {type(module).__name__} was replaced: patch the model first"
-        if has_hooks(module) and not (harmless and harmless(module)):
-            return f"its {type(module).__name__} carries a hook, which would be skipped: remove it first"
-        if any(hasattr(parameter, "device_mesh") for parameter in module.parameters(recurse=False)):
+        if has_hooks(module):
+            if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+                return (
+                    f"its {type(module).__name__} is sharded by itself: call fully_shard on the whole model alone, "
+                    "after ck.patch"
+                )
+            if module is host and module._backward_hooks and not module._is_full_backward_hook:
+                return "its hook is one of register_backward_hook: use register_full_backward_hook"
+            if module is not host and not (harmless and harmless(module)):
+                return _skipped_hooks(host, module)
+        if any(type(p) is not nn.Parameter and hasattr(p, "device_mesh") for p in module._parameters.values()):
             return f"its {type(module).__name__} has sharded parameters: patch the model before sharding it"
     return None
+
+
+def _skipped_hooks(host: nn.Module, module: nn.Module) -> str:
+    """The reason to refuse a module of a block whose hooks would be skipped, and the code that removes them."""
+    name = next(name for name, child in host.named_modules() if child is module)
+    clear = "; ".join(f"block.{name}.{attribute}.clear()" for attribute in hook_attributes(module))
+    return (
+        f"its {name} ({type(module).__name__}) carries a hook, which a patched tower would skip: remove it by its "
+        f"handle, or clear all by `for block in ck.tower_of(model).blocks: {clear}`"
+    )
 
 
 def refuse_mask(attn_mask: Tensor | None, is_causal: bool = False) -> None:

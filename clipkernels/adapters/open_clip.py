@@ -55,6 +55,7 @@ class OpenCLIPTower:
     """
 
     prefix = 1
+    attention = None
 
     def __init__(self, visual: Any, owner: Any = None) -> None:
         self.root = self.visual = visual
@@ -119,9 +120,16 @@ class OpenCLIPTower:
         return ()
 
     def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
-        if getattr(self.owner, "batch_first", True):
-            return host(x)
-        return host(x.transpose(0, 1)).transpose(0, 1)
+        return self.layout(host(self.layout(x)))
+
+    def layout(self, x: Tensor) -> Tensor:
+        return x if getattr(self.owner, "batch_first", True) else x.transpose(0, 1)
+
+    def returns_tuple(self, host: nn.Module) -> bool:
+        return False
+
+    def ignores_hook(self, hook: Any) -> bool:
+        return False
 
     def rope_like(self, host: nn.Module, patches: int) -> Tensor | None:
         return None
@@ -172,12 +180,18 @@ def unsupported_reason(host: Any) -> str | None:
     """The reason why a block with `nn.MultiheadAttention` or open_clip's own `Attention` is not supported, or None."""
     # A wrapper may forward attributes to the module inside it, so a part counts only as a child of the block itself.
     if not all(part in host._modules for part in ("ln_1", "attn", "ln_2", "mlp")):
-        return f"expected ln_1, attn, ln_2 and mlp, got {type(host).__name__}"
+        return f"expected ln_1, attn, ln_2 and mlp, got {type(host).__name__}: wrap the whole model, not its blocks"
     attn: Any = host.attn
-    reason = bypass_reason(host, attn, getattr(attn, "attn_drop", attn))
+    reason = bypass_reason(host, attn, *([attn.attn_drop] if "attn_drop" in attn._modules else ()))
     if reason is not None:
         return reason
-    if not hasattr(attn, "in_proj_weight") or not hasattr(attn, "num_heads") or hasattr(attn, "base_layer"):
+    if hasattr(attn, "base_layer"):
+        wrapper = f"{type(attn).__module__.split('.')[0]}'s {type(attn).__name__}"
+        return (
+            f"expected attention with in_proj_weight, got {wrapper} around it: adapt c_fc and c_proj in place of attn, "
+            "or call merge_and_unload() first"
+        )
+    if not hasattr(attn, "in_proj_weight") or not hasattr(attn, "num_heads"):
         return f"expected attention with in_proj_weight and num_heads, got {type(attn).__name__}"
     if attn.in_proj_weight is None:
         return f"expected attention with in_proj_weight and num_heads, got {type(attn).__name__}"

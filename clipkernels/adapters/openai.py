@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.adapters.modules import has_hooks, is_forward_replaced
+from clipkernels.adapters.hooks import has_hooks
+from clipkernels.adapters.modules import is_forward_replaced
 from clipkernels.adapters.open_clip import OpenCLIPTower, unsupported_reason
 
 
@@ -47,8 +48,8 @@ class OpenAITower(OpenCLIPTower):
         # The output of a transformer unpickled without its tower may be read in any way.
         return self.visual is not None
 
-    def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
-        return host(x.transpose(0, 1)).transpose(0, 1)
+    def layout(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
 
     def unsupported_reason(self, host: Any) -> str | None:
         if is_forward_replaced(self.owner.resblocks) or has_hooks(self.owner.resblocks):

@@ -21,9 +21,9 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters.hooks import has_hooks
 from clipkernels.adapters.modules import (
     bypass_reason,
-    has_hooks,
     is_forward_replaced,
     ratio_of,
     refuse_mask,
@@ -59,6 +59,8 @@ class TimmTower:
         visual: the trunk, or the TimmModel around it.
         owner: the trunk that runs, or None for that of `visual`; DataParallel runs replicas.
     """
+
+    attention = None
 
     def __init__(self, visual: Any, owner: Any = None) -> None:
         self.root = visual
@@ -133,6 +135,15 @@ class TimmTower:
 
     def run_block(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
         return host(x) if rope is None else host(x, rope=rope)
+
+    def layout(self, x: Tensor) -> Tensor:
+        return x
+
+    def returns_tuple(self, host: nn.Module) -> bool:
+        return False
+
+    def ignores_hook(self, hook: Any) -> bool:
+        return False
 
     def rope_like(self, host: Any, patches: int) -> Tensor | None:
         if getattr(self.owner, "rope", None) is None:
@@ -232,7 +243,15 @@ class TimmTower:
 
 
 def _embed(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The tokens (B,N,C) entering the first block, and the rotary table (…,P,2·D) of the patches, or None."""
+    """The tokens (B,N,C) entering the first block, and the rotary table (…,P,2·D) of the patches, or None.
+
+    Raises:
+        ValueError: the images have no batch axis, or another size than a tower of fixed size takes.
+    """
+    height, width = trunk.patch_embed.img_size or ("S", "S")
+    fixed = getattr(trunk.patch_embed, "strict_img_size", False)
+    if images.ndim != 4 or (fixed and tuple(images.shape[2:]) != (height, width)):
+        raise ValueError(f"images must be (B,3,{height},{width}), got ({','.join(map(str, images.shape))})")
     embedded = trunk._pos_embed(trunk.patch_embed(images))
     # In training, Eva itself drops patches together with their rotary embeddings. VisionTransformer has none of these.
     x, rope = embedded if isinstance(embedded, tuple) else (trunk.patch_drop(embedded), None)

@@ -105,12 +105,12 @@ class TimmBlock:
 def _project_qkv(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """q (B,H,rows or N,D), k and v (B,H,N,D) of x (B,N,C), from one projection or three."""
     if attn.qkv is not None:
-        bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        separate = getattr(attn, "q_bias", None) is not None
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if separate else None
         if is_linear(attn.qkv):
-            return qkv_of(x, attn.qkv.weight, bias, attn.num_heads, rows)
-        packed_qkv = attn.qkv(x) if bias is attn.qkv.bias else attn.qkv(x) + bias
+            return qkv_of(x, attn.qkv.weight, attn.qkv.bias if bias is None else bias, attn.num_heads, rows)
+        # The weight and bias of a replaced projection may be anything: methods where it is quantized.
+        packed_qkv = attn.qkv(x) if bias is None else attn.qkv(x) + bias
         q, k, v = split_heads(packed_qkv, 3, attn.num_heads)
         return q if rows is None else q[:, :, :rows], k, v
     return separate_qkv(separate_projections(attn), x, attn.num_heads, rows)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters.advice import describe
 from clipkernels.adapters.modules import bypass_reason, is_modified, mlp_of, norm_of, project_branch, ratio_of
 from clipkernels.adapters.packing import separate_qkv
 from clipkernels.block import Branch
@@ -40,7 +41,7 @@ def find(model: Any) -> TransformersTower | None:
         return None
     # Towers without CLIP's norm before the blocks have a pooling head, or no pool.
     if not hasattr(vision, "pre_layrnorm") and hasattr(vision.embeddings, "class_embedding"):
-        raise UnsupportedTower(f"expected a CLIP or a SigLIP, got {type(vision).__name__}")
+        raise UnsupportedTower(f"expected a CLIP or a SigLIP, got {describe(vision)}")
     return TransformersTower(vision, projection=projection)
 
 
@@ -107,6 +108,10 @@ class TransformersTower:
         return self.has_cls
 
     @property
+    def attention(self) -> str | None:
+        return getattr(self.owner.config, "_attn_implementation", None)
+
+    @property
     def checkpointing(self) -> bool:
         encoder = self.owner
         enabled = encoder.gradient_checkpointing or getattr(encoder.layers[0], "gradient_checkpointing", False)
@@ -124,12 +129,23 @@ class TransformersTower:
         out = host(x, **dict.fromkeys(masks))
         return out[0] if isinstance(out, tuple) else out
 
+    def layout(self, x: Tensor) -> Tensor:
+        return x
+
+    def returns_tuple(self, host: nn.Module) -> bool:
+        # Layers that can also return their attention maps are those of older versions.
+        return "output_attentions" in inspect.signature(type(host).forward).parameters
+
+    def ignores_hook(self, hook: Any) -> bool:
+        return _is_capture_hook(hook)
+
     def rope_like(self, host: nn.Module, patches: int) -> Tensor | None:
         return None
 
     def unsupported_reason(self, host: Any) -> str | None:
         if not all(part in host._modules for part in ("layer_norm1", "self_attn", "layer_norm2", "mlp")):
-            return f"expected layer_norm1, self_attn, layer_norm2 and mlp, got {type(host).__name__}"
+            found = f"got {type(host).__name__}: wrap the whole model, not its blocks"
+            return f"expected layer_norm1, self_attn, layer_norm2 and mlp, {found}"
         attn = host.self_attn
         # transformers 5 leaves hooks behind that collect states. The patched `forward` below calls them.
         reason = bypass_reason(host, attn, harmless=_has_only_capture_hooks)

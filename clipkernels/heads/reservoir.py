@@ -165,9 +165,9 @@ class Reservoir:
         """Replace this reservoir's entries by those of a file, and return it; on any error it is left unchanged.
 
         Raises:
-            ValueError: a file that is not a reservoir or not as it was written, or a reservoir with other text embeddings
-                (other classes, prompts or model), another capacity or scale, or another depth or width than this one's
-                entries.
+            ValueError: a file that is not a reservoir or not as it was written, or a reservoir with other text
+                embeddings (other classes, prompts or model), another capacity or scale, or another depth or width than
+                this one's entries.
             OSError: the file cannot be read.
         """
         with torch.inference_mode(False):  # the entries may be used after the inference mode of this call

@@ -296,3 +296,32 @@ def test_an_adapter_on_a_projection_is_called(model, images):
     ck.patch(model, ck.Dense())
     assert is_packed(model) == [False, True]
     torch.testing.assert_close(model(pixel_values=images).pooler_output, host, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def swapping():
+    """Torch swaps parameters in conversions, which allows no weak reference to one."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@torch.no_grad()
+def test_a_packed_tower_is_converted_by_swapping_its_parameters(model, images, swapping):
+    expected = fresh(copy.deepcopy(model).double(), images.double(), ck.EViT(0.5))
+    ck.patch(model, ck.EViT(0.5))
+    model.double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert all(is_packed(model))
+    torch.testing.assert_close(model(pixel_values=images.double()).pooler_output, expected)
+
+
+@torch.no_grad()
+def test_a_packed_tower_loads_weights_by_swapping_its_parameters(model, images, swapping):
+    other = {name: tensor + 0.01 for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    ck.patch(model, ck.EViT(0.5))
+    model.load_state_dict(other, strict=False)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items() if name in other)
+    actual = model(pixel_values=images).pooler_output
+    ck.unpatch(model)
+    torch.testing.assert_close(actual, fresh(model, images, ck.EViT(0.5)), rtol=1e-5, atol=1e-5)

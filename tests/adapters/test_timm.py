@@ -1,9 +1,11 @@
 """timm's VisionTransformer and Eva on their own: registers, rotary embeddings, every pool, every block they have."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 import clipkernels as ck
@@ -351,10 +353,16 @@ def test_each_token_is_the_pools_output_for_it_alone():
         ),
         (lambda: _Odd(depth=1, **SMALL), r"expected timm's own VisionTransformer.forward_features, got that of _Odd"),
         (lambda: timm_tower("vit_small_patch16_rope_mixed_224", 1, **SMALL), "rotary embeddings that all blocks share"),
-        (lambda: timm.create_model("resnet18"), "expected an image ViT of open_clip, .*, got ResNet"),
+        (
+            lambda: timm.create_model("resnet18"),
+            "expected an image ViT of open_clip, .*, got timm's ResNet: a convolutional",
+        ),
         (lambda: _with(lambda attn: setattr(attn.attn_drop, "p", 0.1)), r"without dropout, got p = 0\.1"),
-        (lambda: _with(lambda attn: attn.register_forward_hook(print)), "its Attention carries a hook"),
-        (lambda: _with(lambda attn: attn.attn_drop.register_forward_hook(print)), "its Dropout carries a hook"),
+        (lambda: _with(lambda attn: attn.register_forward_hook(print)), r"its attn \(Attention\) carries a hook"),
+        (
+            lambda: _with(lambda attn: attn.attn_drop.register_forward_hook(print)),
+            r"its attn\.attn_drop \(Dropout\) carries a hook",
+        ),
     ],
 )
 def test_an_unsupported_tower_is_refused_unchanged(make, message):
@@ -391,3 +399,30 @@ def test_a_hook_on_the_bypassed_container_is_refused():
         model(images)
     handle.remove()
     assert model(images).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_pe_core_base_patch16_224"])
+@pytest.mark.parametrize("order", ["before", "after"])
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # torch.ao.quantization warns about itself
+def test_dynamically_quantized_projections_are_called(name, order):
+    quantize = partial(torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear}, dtype=torch.qint8)
+    model, images = build(name)
+    host = quantize(model)
+    expected = host(images)
+    assert not torch.allclose(expected, model(images), rtol=1e-3, atol=1e-3)
+    patched = ck.patch(host, ck.Dense()) if order == "before" else quantize(ck.patch(model, ck.Dense()))
+    torch.testing.assert_close(patched(images), expected, rtol=1e-3, atol=1e-3)
+    for method in (ck.EViT(0.5), ck.ToMe(8), patch_ranking(patched)):
+        assert ck.patch(patched, method)(images).isfinite().all()
+    assert torch.equal(ck.unpatch(patched)(images), expected)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_clip_224", "eva02_base_patch16_clip_224"])
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 3, 48, 48), (2, 3, 64, 32)])
+def test_images_of_another_shape_are_refused_in_one_line(name, shape):
+    model = ck.patch(build(name)[0], ck.Dense())
+    actual = ",".join(map(str, shape))
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=rf"^images must be \(B,3,64,64\), got \({actual}\)$"):
+            call(torch.zeros(shape))

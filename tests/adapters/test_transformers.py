@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import warnings
 
 import pytest
 import torch
@@ -262,7 +263,10 @@ def test_one_tower_inside_a_module_is_found_and_two_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda layer: layer.self_attn.register_forward_hook(lambda *_: None), "Attention carries a hook"),
+        (
+            lambda layer: layer.self_attn.register_forward_hook(lambda *_: None),
+            r"self_attn \(CLIP\w*Attention\) carries a hook",
+        ),
         (lambda layer: setattr(layer, "forward", lambda *_: None), "EncoderLayer was replaced"),
         (lambda layer: setattr(layer.self_attn, "dropout", 0.1), r"without dropout, got p = 0\.1"),
         (lambda layer: setattr(layer.self_attn, "scale", 0.5), r"scaled by 32\*\*-0\.5, got 0\.5"),
@@ -302,14 +306,60 @@ def test_a_tower_that_needs_a_mask_is_patched_but_not_encoded(family):
         ck.encode_image(tower, images)
 
 
-def test_other_models_of_transformers_are_refused_by_name():
-    config = transformers.Dinov2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ck.UnsupportedTower, match=r"expected an image ViT of open_clip, .*, got Dinov2Model"):
-        ck.patch(transformers.Dinov2Model(config), ck.Dense())
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    owl = transformers.OwlViTVisionModel(transformers.OwlViTVisionConfig(**sizes, image_size=64, patch_size=16))
-    with pytest.raises(ck.UnsupportedTower, match="expected a CLIP or a SigLIP, got OwlViTVision"):
+NARROW = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "advice"),
+    [
+        ("ViTModel", r'load this ViT from timm instead, as timm\.create_model\("vit_base_patch16_224"'),
+        ("ViTForImageClassification", "load this ViT from timm instead"),
+        ("DeiTModel", 'timm.*"deit_base_distilled_patch16_224"'),
+        ("Dinov2Model", 'timm.*"vit_base_patch14_dinov2"'),
+        ("Dinov2WithRegistersModel", 'timm.*"vit_base_patch14_reg4_dinov2"'),
+        ("BeitModel", "its N×N position bias needs every patch at its place: choose a ViT without one"),
+        ("SwinModel", "its windows need every patch at its place: choose a ViT"),
+        ("ResNetModel", "a convolutional network has no tokens to reduce: choose a ViT, such as open_clip's ViT-B-16"),
+    ],
+)
+def test_other_towers_of_transformers_are_refused_with_advice(family, advice):
+    maker = getattr(transformers, family)
+    sizes = {"image_size": 64, "patch_size": 16} | (NARROW if "Swin" not in family and "ResNet" not in family else {})
+    model = maker(maker.config_class(**sizes))
+    expected = "expected an image ViT of open_clip, timm or OpenAI's clip, or a CLIP or SigLIP of transformers"
+    with pytest.raises(ck.UnsupportedTower, match=f"{expected}, got transformers' {family}: .*{advice}"):
+        ck.patch(model, ck.Dense())
+    with pytest.raises(ck.UnsupportedTower, match=f"got Sequential with transformers' {family}: .*{advice}"):
+        ck.patch(nn.Sequential(model), ck.Dense())
+
+
+def test_owl_vit_and_text_towers_are_refused_by_name():
+    owl = transformers.OwlViTVisionModel(transformers.OwlViTVisionConfig(**NARROW, image_size=64, patch_size=16))
+    message = (
+        "expected a CLIP or a SigLIP, got transformers' OwlViTVision.*: its heads find an object at every patch, .*"
+    )
+    with pytest.raises(ck.UnsupportedTower, match=message + "patch a CLIP, such as transformers.CLIPModel"):
         ck.patch(owl, ck.Dense())
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, vocab_size=64, eos_token_id=63))
-    with pytest.raises(ck.UnsupportedTower, match="got CLIPTextModel"):
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**NARROW, vocab_size=64, eos_token_id=63))
+    with pytest.raises(ck.UnsupportedTower, match="got transformers' CLIPTextModel"):
         ck.patch(text, ck.Dense())
+
+
+@torch.no_grad()
+def test_an_attention_set_after_patching_is_a_warning():
+    model, images = build("CLIPVisionModel")
+    if not hasattr(model, "set_attn_implementation"):
+        pytest.skip(f"transformers {transformers.__version__} sets no implementation afterwards")
+    other = "eager" if model.config._attn_implementation == "sdpa" else "sdpa"
+    ck.patch(model, ck.EViT(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = model(pixel_values=images).pooler_output
+    model.set_attn_implementation(other)
+    with pytest.warns(UserWarning, match=f"the implementation '{other}' that was set after patching is not used"):
+        actual = model(pixel_values=images).pooler_output
+    assert torch.equal(actual, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ck.patch(ck.unpatch(model), ck.EViT(0.5))
+        assert torch.equal(model(pixel_values=images).pooler_output, expected)

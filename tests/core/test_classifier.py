@@ -167,6 +167,23 @@ def test_images_of_another_size_are_refused(tiny: Any, tokenizer: Any, shape: tu
         ck.Classifier(tiny, tokenizer, CLASSES)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 224, 192), (3, 224, 224)])
+@pytest.mark.parametrize("method", [None, ck.ToMe(8)])
+def test_images_of_another_size_are_refused_by_timms_towers(
+    tokenizer: Any, shape: tuple[int, ...], method: Any
+) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "", "image_size": 224}
+    model = open_clip.CLIP(192, vision, TEXT | {"width": 64}).eval()
+    with pytest.raises(ValueError, match=r"^images must be \(B,3,224,224\), got \("):
+        ck.Classifier(model, tokenizer, CLASSES, method=method)(torch.zeros(shape))
+
+
+def test_images_that_are_no_tensor_are_refused(tiny: Any) -> None:
+    with pytest.raises(TypeError, match=r"^images must be a tensor \(B,3,32,32\), got list$"):
+        ck.encode_image(tiny, [torch.zeros(3, 32, 32)])
+
+
 def test_a_resnet_classifies_but_takes_no_method(tokenizer: Any) -> None:
     torch.manual_seed(0)
     model = open_clip.CLIP(32, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}, TEXT).eval()

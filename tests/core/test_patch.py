@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.testing import patch_ranking
+from clipkernels.testing import openai_tower, patch_ranking, timm_tower, transformers_tower
 
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.EViT(0.5, fuse=False), ck.EViT(0.5, score="random"), ck.ToMe(8), ck.TCA(0.1)]
 METHODS.append(patch_ranking(ck.bundled()[0], learnt=2))
@@ -194,13 +195,11 @@ def test_a_hook_on_the_transformer_sees_every_row(tiny, images):
     assert shapes == [(3, 65, 128)]
 
 
-@pytest.mark.parametrize("part", ["block", "attn"])
 @torch.no_grad()
-def test_a_hook_on_a_bypassed_module_is_refused_now_and_later(tiny, images, part):
-    block = tiny.visual.transformer.resblocks[2]
-    module = block if part == "block" else block.attn
+def test_a_hook_on_a_bypassed_module_is_refused_now_and_later(tiny, images):
+    module = tiny.visual.transformer.resblocks[2].attn
     handle = module.register_forward_hook(lambda *_: None)
-    with pytest.raises(ck.UnsupportedTower, match=f"block 2: its {type(module).__name__} carries a hook"):
+    with pytest.raises(ck.UnsupportedTower, match=r"block 2: its attn \(MultiheadAttention\) carries a hook"):
         ck.patch(tiny, ck.EViT(0.5))
     assert ck.method_of(tiny) is None
     handle.remove()
@@ -512,8 +511,62 @@ def test_data_parallel_replicas_run_their_own_weights(tiny, images, method):
     assert torch.equal(pooled, expected)
 
 
-def test_a_patched_model_prints_its_method(tiny):
-    before = repr(tiny)
-    ck.patch(tiny, ck.EViT(0.5))
-    assert "clipkernels: EViT(keep=0.5" in repr(tiny.visual.transformer)
-    assert repr(ck.unpatch(tiny)) == before
+NARROW = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 16, "image_size": 64}
+OTHERS = {
+    "transformers": lambda: transformers_tower("CLIPModel", **NARROW),
+    "timm": lambda: timm_tower("vit_base_patch16_clip_224", embed_dim=64, num_heads=2, img_size=64),
+    "timm.models.eva": lambda: timm_tower("eva02_base_patch16_clip_224", embed_dim=64, num_heads=2, img_size=64),
+    "clip.model": lambda: openai_tower(2, 64, 16, 64, 32),
+    "open_clip": lambda: ck.bundled()[0],
+}
+
+
+@pytest.mark.parametrize("library", OTHERS)
+def test_a_patched_model_prints_its_method(library):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    model = OTHERS[library]()
+    before = repr(model)
+    assert "clipkernels" not in before
+    ck.patch(model, ck.EViT(0.5))
+    assert repr(model).count("clipkernels: EViT(keep=0.5, ") == 1
+    ck.patch(model, ck.Dense())
+    assert repr(model).count("clipkernels: Dense()") == 1
+    assert repr(ck.unpatch(model)) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            ck.ToMe(100),
+            "ToMe(r=100) asks to merge 600 tokens in 6 blocks and merges 63 of 65, at most half of the patches in a "
+            "block: 9 is the most that every block can merge",
+        ),
+        (ck.EViT(0.999), "EViT(keep=0.999) removes none of 65 tokens: there are too few patches for this share"),
+        (
+            ck.EViT(0.5, multiple=128),
+            "EViT(keep=0.5) leaves 34 tokens, no multiple of 128: there are too few patches to keep more",
+        ),
+    ],
+)
+def test_a_method_that_cannot_do_what_it_asks_for_is_a_warning(tiny, images, method, message):
+    with pytest.warns(UserWarning, match=re.escape(message)) as record:
+        ck.patch(tiny, method)
+        tiny.encode_image(images)
+        ck.encode_image(tiny, images)
+    assert len(record) == 1 and record[0].filename == __file__
+    assert ck.method_of(tiny) == method
+
+
+@pytest.mark.parametrize("method", [*METHODS, ck.ToMe(9), ck.EViT(1.0), ck.TCA(0), ck.EViT(0.5, multiple=8)])
+def test_a_method_that_does_what_it_asks_for_is_no_warning(tiny, method):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ck.patch(tiny, method)
+
+
+def test_a_warning_made_an_error_leaves_the_model_unchanged(tiny):
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="asks to merge"):
+        warnings.simplefilter("error")
+        ck.patch(tiny, ck.ToMe(100))
+    assert ck.method_of(tiny) is None

@@ -285,3 +285,12 @@ def test_a_tower_without_a_grid_is_refused():
         ValueError, match=r"must have a grid of patches of side 8, got 15 patches of an image of \(32, 32\)"
     ):
         golden_ranking(model, images, score="feature")
+
+
+def test_a_block_that_carries_a_hook_is_not_ranked():
+    model, images, *_ = small()
+    model.visual.transformer.resblocks[0].register_forward_hook(lambda *_: None)
+    golden_ranking(model, images, score="feature", block=1)
+    model.visual.transformer.resblocks[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ck.UnsupportedTower, match="block 1 carries a hook, which a ranking of its patches would skip"):
+        golden_ranking(model, images, score="feature", block=1)

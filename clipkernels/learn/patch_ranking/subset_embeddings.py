@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from clipkernels import block
-from clipkernels.adapters import Tower
+from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.adapters.hooks import fires_hooks
 from clipkernels.backend import use_epilogue_kernels
 from clipkernels.plan import Plan
 from clipkernels.reference import Norm
@@ -55,11 +56,17 @@ class PrecomputedQKV(NamedTuple):
 
 
 def run_to_block(tower: Tower, images: Tensor, at: int) -> BlockInput:
-    """The input of block `at` (zero-based) for images (b,3,S,S)."""
+    """The input of block `at` (zero-based) for images (b,3,S,S).
+
+    Raises:
+        UnsupportedTower: the block is not supported, or carries a hook.
+    """
     x, rope = tower.embed(images)
     x = run(tower, TowerInput(x, rope), _dense_plan(tower, x.shape[1]), blocks=at).x
     host = tower.blocks[at]
     refuse(tower, host, at)
+    if fires_hooks(tower, host):
+        raise UnsupportedTower(f"block {at} carries a hook, which a ranking of its patches would skip: remove it first")
     q, k, v = tower.parts(host).qkv(x, None, None, rope)
     return BlockInput(at, x, q, k, v, rope)
 
