@@ -135,7 +135,7 @@ class EViT:
         return Plan(tuple(steps), entry, prefix)
 
     def shortfall(self, plan: Plan) -> str | None:
-        """The warning for a plan that removes fewer tokens than the method asks for; None for a plan that removes all."""
+        """The warning for a plan that removes fewer tokens than the method asks for; None if it removes all."""
         return _shortfall(f"EViT(keep={self.keep})", plan, self.keep < 1, self.multiple)
 
 
@@ -208,7 +208,7 @@ class TCA:
         return Plan(tuple(steps), entry, prefix)
 
     def shortfall(self, plan: Plan) -> str | None:
-        """The warning for a plan that removes fewer tokens than the method asks for; None for a plan that removes all."""
+        """The warning for a plan that removes fewer tokens than the method asks for; None if it removes all."""
         return _shortfall(f"TCA(rate={self.rate})", plan, self.rate > 0, self.multiple)
 
     def _split(self, patches: int, rate: float) -> tuple[int, int] | None:
@@ -283,7 +283,7 @@ class ToMe:
         return Plan(tuple(steps), entry, prefix)
 
     def shortfall(self, plan: Plan) -> str | None:
-        """The warning for a plan that removes fewer tokens than the method asks for; None for a plan that removes all."""
+        """The warning for a plan that removes fewer tokens than the method asks for; None if it removes all."""
         asked = sum(self._schedule(len(plan.steps)))
         merged = sum(step.r for step in plan.steps if isinstance(step, Merge))
         if merged == asked:
@@ -360,7 +360,7 @@ class PatchRanking:
         return Plan(tuple(steps), tokens, prefix, learnt)
 
     def shortfall(self, plan: Plan) -> str | None:
-        """The warning for a plan that removes fewer tokens than the method asks for; None for a plan that removes all."""
+        """The warning for a plan that removes fewer tokens than the method asks for; None if it removes all."""
         return _shortfall(f"PatchRanking(keep={self.keep})", plan, self.keep < 1, self.multiple)
 
     def weights(self) -> dict[str, nn.Module]:
