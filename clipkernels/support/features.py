@@ -6,7 +6,6 @@ FILE.KEY.parts/   the same, one file per encoded batch, until FILE is written
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -29,6 +28,7 @@ from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image
 from clipkernels.files import METADATA_KEY, digest_table, map_tensors, read_metadata, read_tensors, write_tensors
 from clipkernels.fingerprint import fingerprint
+from clipkernels.images import Reader, read_bytes, reason_of, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of
 
@@ -42,11 +42,12 @@ THREADS = min(8, os.cpu_count() or 1)
 
 
 class Encoder(NamedTuple):
-    """Everything besides the image that determines its features: tower fingerprint, method and preprocessing."""
+    """Everything besides the image that determines its features: tower fingerprint, method, preprocessing, reader."""
 
     tower: dict[str, str]
     method: str
     preprocess: str
+    reader: str
 
     @property
     def key(self) -> str:
@@ -63,8 +64,10 @@ class Encoding(NamedTuple):
     encoder: Encoder
 
 
-def encoder_of(model: nn.Module, preprocess: Preprocess) -> Encoder:
-    """The encoder of a model in its current state and a preprocessing, known by its repr and its output for one image.
+def encoder_of(model: nn.Module, preprocess: Preprocess, reader: Reader) -> Encoder:
+    """The encoder of a model in its current state, a preprocessing and a reader.
+
+    The preprocessing is known by its repr and its output for one image.
 
     Raises:
         ValueError: a preprocessing with two different outputs for one image.
@@ -81,7 +84,7 @@ def encoder_of(model: nn.Module, preprocess: Preprocess) -> Encoder:
             "preprocess must be deterministic, got two different tensors for one image: remove random transforms"
         )
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(preprocess))
-    return Encoder(fingerprint(model), method_name, f"{text}, {hashes.pop()[:16]}")
+    return Encoder(fingerprint(model), method_name, f"{text}, {hashes.pop()[:16]}", reader.rules)
 
 
 def encode(
@@ -97,15 +100,15 @@ def encode(
 ) -> Encoding:
     """The features of image files, in their order.
 
-    A file that is no image, or that the preprocessing rejects, is reported and left out. Each batch is on disk before
-    the next one starts, and an interrupted run resumes with the same batches. On one machine, with the same files and
-    one `batch_size`, its features equal those of an uninterrupted run bit for bit. Features on disk stay unchanged; an
-    image that is encoded in another batch may differ by rounding.
+    A file that cannot be read, or that the preprocessing rejects, is reported and left out. Each batch is on disk
+    before the next one starts, and an interrupted run resumes with the same batches. On one machine, with the same
+    files and one `batch_size`, its features equal those of an uninterrupted run bit for bit. Features on disk stay
+    unchanged; an image that is encoded in another batch may differ by rounding.
 
     Args:
         model: a model that `ck.encode_image` takes.
         preprocess: a callable from a PIL image to a tensor (3,S,S).
-        encoder: the `encoder_of` this model and preprocessing.
+        encoder: the `encoder_of` this model and preprocessing; it names the rules that files are read by.
         paths: image files.
         cache: file of features; parts are written beside it.
         batch_size: images per forward.
@@ -113,7 +116,7 @@ def encode(
         report: called with a line for each file that is left out.
     Raises:
         ValueError: a cache that is no safetensors file.
-        OSError: an image cannot be read, or the cache cannot be written.
+        OSError: the cache cannot be written.
     """
     known = read_features(cache, encoder)
     # The patch convolution has the tower's precision; open_clip has other weights of a half-precision tower in fp32.
@@ -121,17 +124,15 @@ def encode(
     waiting: dict[bytes, Tensor] = {}
     readable: list[tuple[str, bytes]] = []
 
+    reader = Reader.of(encoder.reader)
+
     def read(path: str) -> tuple[bytes, Tensor | str | None]:
-        data = Path(path).read_bytes()
-        digest = sha256(data).digest()
-        if digest in known:
-            return digest, None
         try:
-            return digest, preprocess(Image.open(io.BytesIO(data)).convert("RGB"))
-        except UnidentifiedImageError:
-            return b"", "not an image (no format that Pillow knows)"
-        except Exception as error:  # for a broken file, Pillow's decoders and transforms may raise any exception
-            return b"", (" ".join(str(error).split()) or type(error).__name__)[:200]
+            data = read_bytes(path)
+        except Exception as error:
+            return b"", reason_of(error)
+        digest = sha256(data).digest()
+        return digest, None if digest in known else reader.prepare(data, preprocess)
 
     @torch.inference_mode()
     def flush() -> None:
@@ -146,7 +147,7 @@ def encode(
     with ThreadPoolExecutor(THREADS) as pool, eval_mode(model):
         for done, (path, (digest, image)) in enumerate(_read_ahead(pool, read, paths, 2 * batch_size), 1):
             if isinstance(image, str):
-                report(f"skipped {path}: {image}")
+                report(skip_message(path, image))
             else:
                 readable.append((path, digest))
                 if image is not None and digest not in known:
@@ -159,7 +160,7 @@ def encode(
             flush()
     finite = [(path, digest) for path, digest in readable if known[digest].isfinite().all()]
     for path, _ in set(readable) - set(finite):
-        report(f"skipped {path}: the model's features are not finite")
+        report(skip_message(path, "the model's features are not finite"))
     features = torch.stack([known[digest] for _, digest in finite]) if finite else torch.empty(0, 0)
     return Encoding(features, [path for path, _ in finite], [digest.hex() for _, digest in finite], encoder)
 
