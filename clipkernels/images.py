@@ -76,7 +76,7 @@ class Found(NamedTuple):
     def note(self) -> str | None:
         """One line that counts the other files and says how to read those that are images; None without any."""
         counts: dict[str, list[str]] = {}
-        shown = self.others.most_common(MAX_SUFFIXES_SHOWN)
+        shown = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))[:MAX_SUFFIXES_SHOWN]
         rest = self.others.total() - sum(count for _, count in shown)
         for suffix, count in [*shown, *([("of other kinds", rest)] if rest else [])]:
             name = next((name for name, suffixes in FORMATS.items() if suffix in suffixes), "")

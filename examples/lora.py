@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import clipkernels as ck
 from clipkernels.data import scenes
+from clipkernels.images import Reader
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     names, pictures = [scenes.CLASSES[label] for label in drawn], [Image.fromarray(image) for image in pixels]
     if arguments.folder:
         files = [path for path in arguments.folder.glob("*/*") if path.is_file()]
-        names, pictures = [path.parent.name for path in files], [Image.open(path).convert("RGB") for path in files]
+        names, pictures = [path.parent.name for path in files], [Reader().read(path) for path in files]
     classes = sorted(set(names))
     images, labels = torch.stack([*map(preprocess, pictures)]), torch.tensor([*map(classes.index, names)])
     text = ck.support.class_embeddings(model, tokenizer, ck.support.photo(classes))

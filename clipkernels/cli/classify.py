@@ -155,8 +155,6 @@ def classify(
         class_names = read_classes(classes, classes_file) if by_name else None
         found = find(images)
         paths = draw_images(found.paths, limit, shuffle)
-        if adapt and limit is None and shuffle is None:
-            warn_of_sorted(paths)
         if spec == "none" and adapt:
             raise click.UsageError("expected any method but none with --adapt, got --method none")
         specified = read_methods([spec] if spec is not None else [], predictor, tokens)
@@ -173,7 +171,6 @@ def classify(
         if support_set and class_names and set(class_names) != set(names):
             expected = f"expected the classes of {support} ({', '.join(names)})"
             raise click.UsageError(f"{expected}, got {', '.join(class_names)}")
-        warn_of_one(names)
         labels = read_labels(paths, names) if folder_labels else None
         prompts = templates or (support_set.prompts if support_set else ("a photo of a {}.",))
         make_head = choose_head(head, adapt, preset, frozen, support_set)
@@ -188,6 +185,9 @@ def classify(
             pin_memory=where.type == "cuda",
         )
         with ReservoirFile(classifier.head, reservoir) as file, opened(output) as stream:
+            warn_of_one(names)
+            if adapt and not frozen and limit is None and shuffle is None:
+                warn_of_sorted(paths)
             dtype = DTYPES[precision]
             failures = run(classifier, loader, paths, labels, dtype, where, form, stream, file.save_if_due)
         close(found)

@@ -123,7 +123,6 @@ def rank(
         if score != "feature":
             from_folders = folder_labels and classes is None and classes_file is None
             names = sorted(set(folders_of(paths))) if from_folders else read_classes(classes, classes_file)
-        warn_of_one(names)
         paths = draw_images(paths, limit, shuffle)
         labels = [names.index(label) for label in read_labels(paths, names)] if folder_labels else None
         prompts = photo(names, templates or PHOTO) if names or score != "feature" else {}
@@ -141,6 +140,7 @@ def rank(
             "text": class_embeddings(model, tokenizer, prompts) if prompts else None,
             "reader": Reader(not no_exif).rules,
         }
+        warn_of_one(names)
         with opened(picture, "--picture") if picture else nullcontext() as sheet, progress() as bar:
             pictures = Pictures(paths, preprocess, exif=not no_exif)
             ranked = rank_files(model, pictures, labels if score == "label" else None, options, bar)

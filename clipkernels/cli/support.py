@@ -159,9 +159,7 @@ def build(
     try:
         wording = None
         if source is not None:
-            names = read_classes(classes, classes_file)
-            warn_of_one(names)
-            wording = read_prompts(names, prompts, sentences, templates)
+            wording = read_prompts(read_classes(classes, classes_file), prompts, sentences, templates)
         where = choose_device(device)
         model, preprocess, tokenizer = load_clip(name, pretrained)
         model = model.to(where, DTYPES[precision]).eval()
@@ -196,6 +194,7 @@ def build(
     kind, count = built.about["kind"], len(built.images)
     summary = f"{count} images of {len(built.classes)} classes in {folder}, {kind}"
     click.echo(f"{summary}; {len(failures)} skipped" if failures else summary, err=True)
+    warn_of_one(built.classes)
     if source is not None:
         notes += warn_of_few(built, per_class)
     for line in notes:

@@ -114,11 +114,8 @@ def retrieve(
     if not in_memory and Path(source).is_dir():
         encoder, names = encoder_of(model, preprocess, Reader(exif)), {"model": name, "pretrained": pretrained}
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report": report}
-        found = images_below(source, holds_set)
-        if found.note:
-            note(found.note)
         draw = None if limit is None else (limit, seed)
-        encoding = _encode_folder(model, preprocess, encoder, Path(source), found.paths, draw, cache, names, options)
+        encoding = _encode_folder(model, preprocess, encoder, Path(source), draw, cache, names, note, options)
     else:
         for option, used in {"cache": cache is not None, "exif=False": not exif}.items():
             if used:
@@ -153,7 +150,8 @@ def retrieve(
         if progress is not None:
             progress("retrieving", k + 1, len(prompts))
     wanted = "an image" if minimum is None else f"an image with a score of at least {minimum}"
-    refuse_empty(chosen, wanted if shared else f"{wanted} that no other class scores higher (else --shared)")
+    hint = "" if shared else ": an image goes to its highest-scoring class alone, unless classes share it (--shared)"
+    refuse_empty(chosen, wanted, hint)
     settings: dict[str, Any] = {"collection": source, "per_class": per_class, "minimum": minimum, "shared": shared}
     settings |= {} if limit is None else {"limit": limit, "seed": seed}
     about = {"kind": "LC", "settings": settings, "model": name, "pretrained": pretrained}
@@ -165,15 +163,15 @@ def _encode_folder(
     preprocess: Preprocess,
     encoder: Encoder,
     folder: Path,
-    paths: Sequence[str],
     draw: tuple[int, int] | None,
     cache: str | os.PathLike[str] | None,
     about: Mapping[str, str | None],
+    note: Report,
     options: Mapping[str, Any],
 ) -> Encoding:
     """The features of a folder's images, or of those drawn by (limit, seed); their file is brought up to date.
 
-    The file keeps the features of images that were encoded before and are not drawn this time.
+    The file keeps the features of images that were encoded before and are not drawn or cannot be read this time.
     """
     root = folder.resolve()
     if cache is not None and Path(cache).is_dir():
@@ -190,14 +188,17 @@ def _encode_folder(
             f"expected features of {folder} by this tower, method, preprocessing and reader (--no-exif), got {file} "
             "with others: choose another cache (--cache)"
         )
-    drawn = sorted(draw_images(paths, *draw)) if draw else list(paths)
+    found = images_below(str(folder), holds_set)
+    if found.note:
+        note(found.note)
+    drawn = sorted(draw_images(found.paths, *draw)) if draw else found.paths
     encoding = encode(model, preprocess, encoder, drawn, file, **options)
     if not encoding.paths:  # keep the old features, because the disk may just not be mounted
         raise ValueError(f"expected a collection with images, got none in {folder}")
     names = [os.path.relpath(path, folder) for path in encoding.paths]
     stored = encoding._replace(paths=names)
-    if draw and old_header:
-        left = {os.path.relpath(path, folder) for path in set(paths) - set(drawn)}
+    left = {os.path.relpath(path, folder) for path in {*found.paths}.difference(drawn).union(encoding.unread)}
+    if left and old_header:
         before = _read_stored(file, old_header)
         kept = _take_rows(before, [row for row, name in enumerate(before.paths) if name in left])
         features = torch.cat([encoding.features, kept.features])

@@ -56,12 +56,16 @@ class Encoder(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """Features (n,E) fp32, L2-normalised, of the readable files, with their paths, SHA-256 and encoder."""
+    """Features (n,E) fp32, L2-normalised, of the readable files, with their paths, SHA-256 and encoder.
+
+    unread: the files whose content could not be read this time.
+    """
 
     features: Tensor
     paths: list[str]
     digests: list[str]
     encoder: Encoder
+    unread: tuple[str, ...] = ()
 
 
 def encoder_of(model: nn.Module, preprocess: Preprocess, reader: Reader) -> Encoder:
@@ -123,14 +127,15 @@ def encode(
     weights = next((weight for weight in model.parameters() if weight.ndim == 4), next(model.parameters()))
     waiting: dict[bytes, Tensor] = {}
     readable: list[tuple[str, bytes]] = []
+    unread: list[str] = []
 
     reader = Reader.of(encoder.reader)
 
-    def read(path: str) -> tuple[bytes, Tensor | str | None]:
+    def read(path: str) -> tuple[bytes | None, Tensor | str | None]:
         try:
             data = read_bytes(path)
         except Exception as error:
-            return b"", reason_of(error)
+            return None, reason_of(error)
         digest = sha256(data).digest()
         return digest, None if digest in known else reader.prepare(data, preprocess)
 
@@ -148,6 +153,7 @@ def encode(
         for done, (path, (digest, image)) in enumerate(_read_ahead(pool, read, paths, 2 * batch_size), 1):
             if isinstance(image, str):
                 report(skip_message(path, image))
+                unread += [path] * (digest is None)
             else:
                 readable.append((path, digest))
                 if image is not None and digest not in known:
@@ -162,7 +168,9 @@ def encode(
     for path, _ in set(readable) - set(finite):
         report(skip_message(path, "the model's features are not finite"))
     features = torch.stack([known[digest] for _, digest in finite]) if finite else torch.empty(0, 0)
-    return Encoding(features, [path for path, _ in finite], [digest.hex() for _, digest in finite], encoder)
+    return Encoding(
+        features, [path for path, _ in finite], [digest.hex() for _, digest in finite], encoder, tuple(unread)
+    )
 
 
 def read_features(cache: str | os.PathLike[str], encoder: Encoder) -> dict[bytes, Tensor]:

@@ -239,11 +239,11 @@ def assemble(
     )
 
 
-def refuse_empty(chosen: Mapping[str, Sequence[str]], wanted: str) -> None:
+def refuse_empty(chosen: Mapping[str, Sequence[str]], wanted: str, hint: str = "") -> None:
     """Raise ValueError, which names them, if there are classes without images."""
     empty = [name for name, paths in chosen.items() if not paths]
     if empty:
-        raise ValueError(f"expected {wanted} for every class, got none for {list_names(empty)}")
+        raise ValueError(f"expected {wanted} for every class, got none for {list_names(empty)}{hint}")
 
 
 def _plan_files(

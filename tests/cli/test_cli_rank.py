@@ -248,12 +248,30 @@ def test_files_that_are_not_images_are_skipped(
     result = run("rank", *mixed, *common, "--output", tmp_path / "mixed.safetensors")
     assert result.exit_code == 1
     assert (json.loads(result.stdout)["images"], json.loads(result.stdout)["ranked"]) == (5, 5)
-    assert re.findall(r"^skipped (.*?): not an image", result.stderr, re.MULTILINE) == [str(path) for path in broken]
+    assert re.findall(r"^skipped (.*?): ", result.stderr, re.MULTILINE) == [str(path) for path in broken]
     assert result.stderr.endswith("; 3 files skipped\n") and set(reads.values()) == {1}
     reads.clear()
     clean = run("rank", *files[:5], *common, "--output", tmp_path / "clean.safetensors")
     assert clean.exit_code == 0 and set(reads.values()) == {1}
     assert (tmp_path / "mixed.safetensors").read_bytes() == (tmp_path / "clean.safetensors").read_bytes()
+
+
+def test_rankings_keep_the_rules_that_images_were_read_by(files: list[Path], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    upright = Image.open(files[0]).convert("RGB")
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "tagged.png", exif=exif)
+    common = ("--score", "feature", *FAST, "--output")
+    for name in ("upright", "tagged"):
+        json_of("rank", tmp_path / f"{name}.png", *common, tmp_path / name)
+    assert (tmp_path / "upright").read_bytes() == (tmp_path / "tagged").read_bytes()
+    assert Rankings.load(tmp_path / "tagged").about["reader"] == "1"
+    refused = error(run("rank", tmp_path / "tagged.png", "--no-exif", *common, tmp_path / "tagged"))
+    assert f"expected rankings with the same options, got {tmp_path / 'tagged'} with reader '1'" in refused
+    json_of("rank", tmp_path / "tagged.png", "--no-exif", *common, tmp_path / "stored")
+    options = ("train-predictor", tmp_path / "upright", tmp_path / "stored", "--output", tmp_path / "predictor")
+    assert f"got {tmp_path / 'stored'} with another reader than {tmp_path / 'upright'}" in error(run(*options))
 
 
 def test_files_without_an_image_are_an_error(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def read_classes(classes: str | None, file: str | None) -> list[str]:
 def warn_of_one(classes: Sequence[str]) -> None:
     """Warn on stderr if there is one class only."""
     if len(classes) == 1:
-        click.echo(f"warning: one class, {classes[0]!r}: every image is given it", err=True)
+        click.echo(f"warning: one class, {classes[0]!r}: every image is given it, so name others too", err=True)
 
 
 def read_labels(paths: Sequence[str], classes: Sequence[str]) -> list[str]:
