@@ -17,28 +17,27 @@ from torch.nn.functional import cross_entropy
 
 import clipkernels as ck
 from clipkernels.data import scenes
-from clipkernels.images import Reader
+from clipkernels.images import Reader, images_below
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER")
+    parser.add_argument("folder", nargs="?", metavar="FOLDER")
     parser.add_argument("--model", help="a name that open_clip.list_models() has")
     parser.add_argument("--pretrained", help="a tag of its weights, or a checkpoint file")
     parser.add_argument("--r", type=int, default=4, help="tokens that ToMe merges per block")
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-
     if arguments.model:
         model, _, preprocess = open_clip.create_model_and_transforms(arguments.model, pretrained=arguments.pretrained)
         tokenizer = open_clip.get_tokenizer(arguments.model)
     else:
         model, preprocess, tokenizer = ck.bundled()
     pixels, drawn = scenes.draw(256, seed=7)
-    names, pictures = [scenes.CLASSES[label] for label in drawn], [Image.fromarray(image) for image in pixels]
+    names, pictures = [scenes.CLASSES[label] for label in drawn], list(map(Image.fromarray, pixels))
     if arguments.folder:
-        files = [path for path in arguments.folder.glob("*/*") if path.is_file()]
-        names, pictures = [path.parent.name for path in files], [Reader().read(path) for path in files]
+        paths = images_below(arguments.folder).paths
+        names, pictures = [Path(path).parent.name for path in paths], list(map(Reader().read, paths))
     classes = sorted(set(names))
     images, labels = torch.stack([*map(preprocess, pictures)]), torch.tensor([*map(classes.index, names)])
     text = ck.support.class_embeddings(model, tokenizer, ck.support.photo(classes))
