@@ -17,6 +17,7 @@ from torchvision.datasets import ImageFolder
 
 import clipkernels as ck
 from clipkernels.data import scenes
+from clipkernels.images import Reader
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
         model, _, preprocess = open_clip.create_model_and_transforms(arguments.model, pretrained=arguments.pretrained)
         tokenizer = open_clip.get_tokenizer(arguments.model)
     if arguments.folder:
-        folder = ImageFolder(arguments.folder, preprocess)
+        folder = ImageFolder(arguments.folder, preprocess, loader=Reader().read)
         classes, labels, images = folder.classes, torch.tensor(folder.targets), torch.stack([x for x, _ in folder])
     else:
         classes, (pixels, drawn) = scenes.CLASSES, scenes.draw(1024, seed=7)

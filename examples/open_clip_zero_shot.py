@@ -14,6 +14,7 @@ from PIL import Image
 
 import clipkernels as ck
 from clipkernels.data import scenes
+from clipkernels.images import Reader
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     model.eval()
 
     names = arguments.images or [f"a drawn {scenes.CLASSES[label]}" for label in scenes.draw(8, seed=7).labels]
-    pictures = [Image.open(path).convert("RGB") for path in arguments.images]
+    pictures = [Reader().read(path) for path in arguments.images]
     pictures = pictures or [Image.fromarray(pixels) for pixels in scenes.draw(8, seed=7).images]
     images = torch.stack([preprocess(picture) for picture in pictures])
     classifier = ck.Classifier(model, tokenizer, arguments.classes, templates=["a photo of a {}."])

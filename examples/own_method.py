@@ -16,6 +16,7 @@ from PIL import Image
 
 import clipkernels as ck
 from clipkernels.data import scenes
+from clipkernels.images import Reader
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def main() -> None:
     else:
         model, preprocess, _ = ck.bundled()
     drawn = Image.fromarray(scenes.draw(1, seed=7).images[0])
-    picture = Image.open(arguments.image).convert("RGB") if arguments.image else drawn
+    picture = Reader().read(arguments.image) if arguments.image else drawn
 
     ck.patch(model.eval(), Once(arguments.block, arguments.keep))
     with torch.no_grad():

@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 import clipkernels as ck
 from clipkernels.data import scenes
+from clipkernels.images import Reader
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     ck.patch(model, ck.EViT(keep=arguments.keep))  # the SentenceTransformer itself
 
     names = arguments.images or [scenes.CLASSES[label] for label in scenes.draw(16, seed=7).labels]
-    pictures = [Image.open(path).convert("RGB") for path in arguments.images]
+    pictures = [Reader().read(path) for path in arguments.images]
     pictures = pictures or [Image.fromarray(pixels) for pixels in scenes.draw(16, seed=7).images]
     hits = util.semantic_search(model.encode([arguments.query]), model.encode(pictures), top_k=3)
     for hit in hits[0]:

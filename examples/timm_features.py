@@ -18,6 +18,7 @@ from torch.nn.functional import cosine_similarity
 
 import clipkernels as ck
 from clipkernels.data import scenes
+from clipkernels.images import Reader
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
 
     model = timm.create_model(arguments.model, pretrained=arguments.pretrained, num_classes=0).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    pictures = [Image.open(path).convert("RGB") for path in arguments.images]
+    pictures = [Reader().read(path) for path in arguments.images]
     pictures = pictures or [Image.fromarray(pixels) for pixels in scenes.draw(4, seed=7).images]
     images = torch.stack([transform(picture) for picture in pictures])
 

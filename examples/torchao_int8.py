@@ -17,6 +17,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import clipkernels as ck
 from clipkernels.data import scenes
+from clipkernels.images import Reader
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     else:
         model, preprocess, _ = ck.bundled()
     model.eval()
-    pictures = [Image.open(path).convert("RGB") for path in arguments.images]
+    pictures = [Reader().read(path) for path in arguments.images]
     pictures = pictures or [Image.fromarray(pixels) for pixels in scenes.draw(8, seed=7).images]
     images = torch.stack([preprocess(picture) for picture in pictures])
 

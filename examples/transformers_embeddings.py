@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPConfig, CLIPImagePro
 
 import clipkernels as ck
 from clipkernels.data import scenes
+from clipkernels.images import Reader
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 4}
 
@@ -37,7 +38,7 @@ def main() -> None:
         processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     model.eval()
 
-    pictures = [Image.open(path).convert("RGB") for path in arguments.images]
+    pictures = [Reader().read(path) for path in arguments.images]
     pictures = pictures or [Image.fromarray(pixels) for pixels in scenes.draw(8, seed=7).images]
     inputs = processor(images=pictures, return_tensors="pt")
 

@@ -89,6 +89,8 @@ class LazyGroup(click.Group):
     ) -> Any:
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        # The reader refuses such images, with a line of its own.
+        warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
         try:
             with warnings_on_one_line():
                 status = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipkernels.adapters import Tower
+from clipkernels.cli.parts.images import close, exif_option, find
 from clipkernels.cli.parts.methods import METHOD_HELP, methods_for
 from clipkernels.cli.parts.models import Preprocess, choose_device, load, model_options
 from clipkernels.cli.parts.options import format_option
 from clipkernels.cli.parts.output import method_table, opened, progress, schedule, write_results
 from clipkernels.cli.parts.plot import draw_plot, plot_format
-from clipkernels.images import Pictures, collate, find_images, skip_message
+from clipkernels.images import Pictures, collate, skip_message
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Clock
 from clipkernels.measure.towers import DTYPES, TIMED_BATCHES, Row, Settings, measure
@@ -63,6 +64,7 @@ Example:
     show_default=True,
     help="Most images taken, evenly spread over all.",
 )
+@exif_option
 @click.option("--method", "specs", multiple=True, metavar="SPEC", help=f"{METHOD_HELP}. May be repeated.")
 @click.option(
     "--methods",
@@ -115,6 +117,7 @@ def bench(
     name: str | None,
     pretrained: str | None,
     limit: int,
+    no_exif: bool,
     specs: tuple[str, ...],
     methods: str | None,
     predictor: str | None,
@@ -132,8 +135,9 @@ def bench(
 ) -> None:
     """Time your tower, dense and with every method, and compare the embeddings.
 
-    IMAGES are files, folders or quoted globs, as in classify; without any, random noise stands in. Random weights do
-    not change the speed, but cosine and agreement then say nothing about trained weights.
+    IMAGES are files, folders or quoted globs, as in classify, with its limits of size and format; without any, random
+    noise stands in. Random weights do not change the speed, but cosine and agreement then say nothing about trained
+    weights.
 
     Each row is a method in one precision and mode: tokens, GMACs, images/s; speed-up and η, the share of the saved
     operations that became saved time, against the fastest dense row of that precision, with all rows interleaved; the
@@ -142,8 +146,8 @@ def bench(
     forward holds beyond weights and images.
 
     A warning on stderr names a method whose bf16 or fp16 embeddings are far from its own in fp32: a cosine below 0.99,
-    or values that are not finite. A file that is not an image is reported on stderr and skipped, and the exit status is
-    then 1.
+    or values that are not finite. A file that cannot be read as an image is reported on stderr and skipped, and the
+    exit status is then 1.
     """
     before = torch.get_num_threads()
     try:
@@ -153,12 +157,14 @@ def bench(
         check_clock(clock, where)
         compiled = list(dict.fromkeys(mode for mode in modes if mode != "none"))
         settings = Settings(batch_size, rounds, cast(Clock, clock), compiled, where)
-        paths = list(find_images(images))
+        found = find(images)
+        paths = found.paths
         loaded = load(library, name, pretrained)
         tower = tower_of(loaded.model)
         listed = [part.strip() for part in methods.split(",")] if methods is not None else []
         chosen = methods_for(tower, [*listed, *specs], predictor, tokens)
-        pixels, failures = read(paths, limit, min(limit, TIMED_BATCHES * batch_size), loaded.preprocess, tower)
+        stand_ins = min(limit, TIMED_BATCHES * batch_size)
+        pixels, failures = read(paths, limit, stand_ins, loaded.preprocess, tower, exif=not no_exif)
         with (
             opened(output) as stream,
             opened(plot, "--plot") if plot else nullcontext() as picture,
@@ -174,6 +180,7 @@ def bench(
             write(run, rows, notes, settings, form, stream)
             if picture is not None and picture_format is not None:
                 draw_plot([row.record() for row in rows], title(run, settings), picture.buffer, picture_format)
+        close(found)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     finally:
@@ -209,8 +216,10 @@ def check_clock(clock: str, device: torch.device) -> None:
         raise click.UsageError(f"expected --threads 1 with --clock process, got {torch.get_num_threads()}")
 
 
-def read(paths: Sequence[str], limit: int, stand_ins: int, preprocess: Preprocess, tower: Tower) -> tuple[Tensor, int]:
-    """Return preprocessed images (n,3,S,S) and the number of files that are not images.
+def read(
+    paths: Sequence[str], limit: int, stand_ins: int, preprocess: Preprocess, tower: Tower, exif: bool
+) -> tuple[Tensor, int]:
+    """Return preprocessed images (n,3,S,S) and the number of files that cannot be read.
 
     Args:
         paths: the files; without any, `stand_ins` images of random noise are returned, with a warning on stderr.
@@ -218,6 +227,7 @@ def read(paths: Sequence[str], limit: int, stand_ins: int, preprocess: Preproces
         stand_ins: the number of random images.
         preprocess: from an image to a tensor (3,S,S).
         tower: the tower that the images are for.
+        exif: turn images as their EXIF orientation says.
     Raises:
         click.UsageError: no file is an image, or the preprocessing does not fit the tower.
     """
@@ -228,7 +238,7 @@ def read(paths: Sequence[str], limit: int, stand_ins: int, preprocess: Preproces
     count = min(limit, len(paths))
     spread = [paths[index * len(paths) // count] for index in range(count)]
     loaded, failures = [], 0
-    for batch in DataLoader(Pictures(spread, preprocess), 32, collate_fn=collate):
+    for batch in DataLoader(Pictures(spread, preprocess, exif=exif), 32, collate_fn=collate):
         for index, reason in batch.failed:
             click.echo(skip_message(spread[index], reason), err=True)
         failures += len(batch.failed)

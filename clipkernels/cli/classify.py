@@ -15,15 +15,16 @@ from torch.utils.data import DataLoader
 
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
-from clipkernels.cli.parts.classes import read_classes, read_labels
+from clipkernels.cli.parts.classes import read_classes, read_labels, warn_of_one
 from clipkernels.cli.parts.guesses import Guess, guess_writer
 from clipkernels.cli.parts.heads import ReservoirFile, check_head, choose_head
+from clipkernels.cli.parts.images import close, exif_option, find, warn_of_sorted
 from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods
 from clipkernels.cli.parts.models import cast_towers, choose_device, load_clip, model_options
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
-from clipkernels.images import Pictures, collate, draw_images, find_images, skip_message
+from clipkernels.images import Pictures, Reader, collate, draw_images, skip_message
 from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
 from clipkernels.methods import Dense
@@ -91,6 +92,7 @@ Example:
 @click.option(
     "--shuffle", type=int, metavar="SEED", help="Take the images in a random order  [default: 0 with --limit]"
 )
+@exif_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--workers", type=click.IntRange(min=0), help="Loader processes  [default: up to 4, 0 for few images]")
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
@@ -121,6 +123,7 @@ def classify(
     frozen: bool,
     limit: int | None,
     shuffle: int | None,
+    no_exif: bool,
     batch_size: int,
     workers: int | None,
     device: str | None,
@@ -136,17 +139,24 @@ def classify(
     model. Where it has a bias, as SigLIP, probabilities are sigmoids and need not sum to one: a table heads them
     sigmoid, other rows have "probabilities": "sigmoid".
 
-    IMAGES are files, folders or quoted globs. A folder is searched for files whose names end like an image's (.jpg,
-    .png, .webp, …); a file that is named, or matched by a glob, is always tried. A file that is not an image is
-    reported on stderr and skipped, and the exit status is then 1.
+    IMAGES are files, folders or quoted globs. A folder, with those below it and those it links to, is searched for
+    files whose names end like an image's (.jpg, .png, .webp, …); the others are counted on stderr. Hidden files are
+    taken only when named. A file that is named, or matched by a glob, is always tried.
 
-    With --adapt the order matters: earlier images help to classify later ones, so do not sort them by class.
+    JPEG, JPEG 2000, PNG, GIF, WebP, TIFF, BMP, PPM, AVIF where Pillow reads it, and HEIF where pillow-heif is installed
+    are read, turned upright by their EXIF orientation. Files of more than 512 MiB, images of more pixels than Pillow's
+    limit (89 million), images with sides beyond 200:1 and everything that is not a regular file are refused. A file
+    that cannot be read as an image is reported on stderr and skipped, and the exit status is then 1.
+
+    With --adapt the order matters: earlier images help to classify later ones, so do not sort them by class; --shuffle
+    mixes them.
     """
     try:
         check_head(context, head, adapt, preset, reservoir, frozen)
         by_name = support is None or classes is not None or classes_file is not None
         class_names = read_classes(classes, classes_file) if by_name else None
-        paths = draw_images(list(find_images(images)), limit, shuffle)
+        found = find(images)
+        paths = draw_images(found.paths, limit, shuffle)
         if spec == "none" and adapt:
             raise click.UsageError("expected any method but none with --adapt, got --method none")
         specified = read_methods([spec] if spec is not None else [], predictor, tokens)
@@ -157,6 +167,8 @@ def classify(
         if spec is None and not is_supported(model):
             method = None
         support_set = None if support is None else SupportSet.load(support, model)
+        if support_set:
+            check_reader(support_set, Reader(not no_exif))
         names = list(support_set.classes) if support_set else class_names or []
         if support_set and class_names and set(class_names) != set(names):
             expected = f"expected the classes of {support} ({', '.join(names)})"
@@ -168,19 +180,33 @@ def classify(
         if workers is None:
             workers = min(4, os.cpu_count() or 1) if len(paths) >= MIN_IMAGES_FOR_WORKERS else 0
         loader = DataLoader(
-            Pictures(paths, preprocess),
+            Pictures(paths, preprocess, exif=not no_exif),
             batch_size,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=where.type == "cuda",
         )
         with ReservoirFile(classifier.head, reservoir) as file, opened(output) as stream:
+            warn_of_one(names)
+            if adapt and not frozen and limit is None and shuffle is None:
+                warn_of_sorted(paths)
             dtype = DTYPES[precision]
             failures = run(classifier, loader, paths, labels, dtype, where, form, stream, file.save_if_due)
+        close(found)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if failures:
         context.exit(1)
+
+
+def check_reader(support_set: SupportSet, reader: Reader) -> None:
+    """Raise click.UsageError unless the photographs of a support set were read by the rules of a reader."""
+    rules = support_set.about["reader"]
+    if support_set.about["kind"] == "LC" and rules not in ("given", reader.rules):
+        raise click.UsageError(
+            f"expected a support set of images that were read alike (reader {reader.rules!r}), got {rules!r}: build it "
+            "again, or give --no-exif to both or to neither"
+        )
 
 
 def is_supported(model: nn.Module) -> bool:

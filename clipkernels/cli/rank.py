@@ -17,14 +17,15 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from clipkernels.classifier import class_embeddings
-from clipkernels.cli.parts.classes import folders_of, read_classes, read_labels
+from clipkernels.cli.parts.classes import folders_of, read_classes, read_labels, warn_of_one
 from clipkernels.cli.parts.heads import is_set
+from clipkernels.cli.parts.images import close, exif_option, find
 from clipkernels.cli.parts.models import choose_device, load, load_clip, model_options
 from clipkernels.cli.parts.options import format_option
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_results
 from clipkernels.cli.parts.plot import RankedImage, draw_rankings, plot_format
 from clipkernels.data import Preprocess
-from clipkernels.images import Pictures, draw_images, find_images, skip_message
+from clipkernels.images import Pictures, Reader, draw_images, skip_message
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
 from clipkernels.measure.towers import DTYPES
@@ -67,6 +68,7 @@ Example:
 @click.option(
     "--shuffle", type=int, metavar="SEED", help="Take the images in a random order  [default: 0 with --limit]"
 )
+@exif_option
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Variants of an image per forward.")
 @model_options
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
@@ -89,6 +91,7 @@ def rank(
     block: int,
     limit: int | None,
     shuffle: int | None,
+    no_exif: bool,
     batch_size: int,
     library: str,
     name: str | None,
@@ -103,9 +106,9 @@ def rank(
     This takes thousands of forwards per image of a ViT-B/16. train-predictor learns from the rankings which patches to
     keep in one forward.
 
-    IMAGES are files, folders or quoted globs, as in classify. Rankings are saved every few images: the same command
-    resumes where it was stopped, and a command with more images ranks only the new ones. A file that is not an image is
-    reported on stderr and skipped, and the exit status is then 1.
+    IMAGES are files, folders or quoted globs, as in classify, with its limits of size and format. Rankings are saved
+    every few images: the same command resumes where it was stopped, and a command with more images ranks only the new
+    ones. A file that cannot be read as an image is reported on stderr and skipped, and the exit status is then 1.
     """
     score = score or ("label" if folder_labels else "confidence")
     try:
@@ -113,7 +116,8 @@ def rank(
         check_file(output)
         refuse_same({"--output": output, "--picture": picture})
         picture_format = plot_format(picture, "--picture") if picture else None
-        paths = list(find_images(images))
+        found = find(images)
+        paths = found.paths
         names: list[str] = []
         if score != "feature":
             from_folders = folder_labels and classes is None and classes_file is None
@@ -139,9 +143,11 @@ def rank(
             "batch_size": batch_size,
             "path": output,
             "text": text,
+            "reader": Reader(not no_exif).rules,
         }
+        warn_of_one(names)
         with opened(picture, "--picture") if picture else nullcontext() as sheet, progress() as bar:
-            pictures = Pictures(paths, preprocess)
+            pictures = Pictures(paths, preprocess, exif=not no_exif)
             ranked = rank_files(model, pictures, labels if score == "label" else None, options, bar)
             if sheet is not None and picture_format is not None:
                 settings = ", ".join(f"{option} {options[option]}" for option in OPTIONS)
@@ -157,6 +163,7 @@ def rank(
     with opened(None) as stream:
         write(ranked, output, form, stream)
     click.echo(ranked.summary(), err=True)
+    close(found)
     if ranked.failures:
         context.exit(1)
 
@@ -172,7 +179,7 @@ def check_score(context: click.Context, score: str) -> None:
 
 
 class Ranked(NamedTuple):
-    """Rankings of the files at `places`, the number of files that are not images, and the seconds it took."""
+    """Rankings of the files at `places`, the number of files that cannot be read, and the seconds it took."""
 
     rankings: Rankings
     places: list[int]
@@ -206,7 +213,7 @@ class Ranked(NamedTuple):
 class Images(Sequence[Tensor | None]):
     """Preprocessed images (3,S,S) of files, each read when it is indexed.
 
-    A file that is not an image is None; its index is in `failed`, and the bar reports it.
+    A file that cannot be read is None; its index is in `failed`, and the bar reports it.
     """
 
     def __init__(self, pictures: Pictures, bar: Progress) -> None:
@@ -228,7 +235,7 @@ class Images(Sequence[Tensor | None]):
 def rank_files(
     model: nn.Module, pictures: Pictures, labels: Sequence[int] | None, options: dict[str, Any], bar: Progress
 ) -> Ranked:
-    """Return the rankings of the files that are images; the others are reported on stderr.
+    """Return the rankings of the files that can be read; the others are reported on stderr.
 
     Raises:
         click.UsageError: no file is an image.

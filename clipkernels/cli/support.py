@@ -10,8 +10,9 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from clipkernels.cli.parts.classes import read_classes
+from clipkernels.cli.parts.classes import read_classes, warn_of_one
 from clipkernels.cli.parts.heads import is_set
+from clipkernels.cli.parts.images import exif_option
 from clipkernels.cli.parts.models import choose_device, load_clip, loading, model_options
 from clipkernels.cli.parts.options import format_option
 from clipkernels.cli.parts.output import opened, progress, write_results
@@ -39,6 +40,7 @@ Example:
 """
 SOURCES = {"from_folder": "--from-folder", "from_embeddings": "--from-embeddings", "diffusion": "--diffusion"}
 RETRIEVAL = ("from_folder", "from_embeddings")
+MAX_NAMED = 10  # classes in a warning
 # The sources that read an option.
 READERS: dict[str, tuple[str, ...]] = {
     "classes": tuple(SOURCES),
@@ -48,11 +50,14 @@ READERS: dict[str, tuple[str, ...]] = {
     "templates": tuple(SOURCES),
     "per_class": tuple(SOURCES),
     "minimum": RETRIEVAL,
+    "shared": RETRIEVAL,
+    "limit": RETRIEVAL,
+    "no_exif": ("from_folder",),
     "no_copy": RETRIEVAL,
     "cache": ("from_folder",),
     "guidance": ("diffusion",),
     "steps": ("diffusion",),
-    "seed": ("diffusion",),
+    "seed": tuple(SOURCES),
 }
 
 
@@ -88,11 +93,18 @@ def support(context: click.Context) -> None:
 @click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
 @click.option("--per-class", type=click.IntRange(min=1), default=100, show_default=True, help="Images per class.")
 @click.option("--minimum", type=float, help="Least similarity of a retrieved image, such as 0.2.")
-@click.option("--cache", type=click.Path(dir_okay=False), help="File of the folder's features  [default: beside it]")
+@click.option("--shared", is_flag=True, help="Retrieve an image for several classes, not for its likeliest one alone.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Draw this many images at random; a larger number adds to them."
+)
+@exif_option
+@click.option(
+    "--cache", type=click.Path(dir_okay=False), help="File of the folder's features, which stays  [default: beside it]"
+)
 @click.option("--no-copy", is_flag=True, help="Do not copy the retrieved images.")
 @click.option("--guidance", type=float, default=9.5, show_default=True, help="Scale of classifier-free guidance.")
 @click.option("--steps", type=click.IntRange(min=1), default=85, show_default=True, help="Denoising steps.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise, or of the draw of --limit.")
 @model_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
@@ -113,6 +125,9 @@ def build(
     templates: tuple[str, ...],
     per_class: int,
     minimum: float | None,
+    shared: bool,
+    limit: int | None,
+    no_exif: bool,
     cache: str | None,
     no_copy: bool,
     guidance: float,
@@ -132,11 +147,14 @@ def build(
     The images are retrieved from yours with --from-folder, or generated with --diffusion. Without a source, DIR is a
     support set whose images you have added to or deleted from, and the new images are encoded.
 
-    Everything is saved at once: the same command resumes where it was stopped. A file that is not an image is reported
-    on stderr and skipped, and the exit status is then 1. The result lists the images of each class and their mean
+    Everything is saved at once: the same command resumes where it was stopped. A folder is searched as in classify,
+    with its limits of size and format. Beside it stays FOLDER.KEY.safetensors, its features, so that the next set needs
+    no encoding; delete it as you like. A file that cannot be read as an image is reported on stderr and skipped, and
+    the exit status is then 1. The result lists the images of each class and their mean
     similarity to the class's prompts.
     """
     source = check_source(context)
+    notes: list[str] = []
     try:
         wording = None
         if source is not None:
@@ -162,7 +180,8 @@ def build(
                 built = generate(model, preprocess, wording, pipeline, folder, **settings, **manifest, **options)
             else:
                 images = from_folder or from_embeddings or ""
-                options |= {"minimum": minimum, "cache": cache}
+                options |= {"minimum": minimum, "shared": shared, "limit": limit, "seed": seed, "exif": not no_exif}
+                options |= {"cache": cache, "note": notes.append}
                 built = retrieve(model, preprocess, tokenizer, wording, images, **manifest, **options)
                 built.save(folder, copy=not no_copy)
             write(built, tabulate(built, model, tokenizer), folder, form, stream)
@@ -174,6 +193,11 @@ def build(
     kind, count = built.about["kind"], len(built.images)
     summary = f"{count} images of {len(built.classes)} classes in {folder}, {kind}"
     click.echo(f"{summary}; {len(failures)} skipped" if failures else summary, err=True)
+    warn_of_one(built.classes)
+    if source is not None:
+        notes += warn_of_few(built, per_class)
+    for line in notes:
+        click.echo(line, err=True)
     if failures:
         context.exit(1)
 
@@ -184,6 +208,8 @@ def check_source(context: click.Context) -> str | None:
     Raises:
         click.UsageError: several sources, or an option that another source reads.
     """
+    if is_set(context, "seed") and context.params["diffusion"] is None and context.params["limit"] is None:
+        raise click.UsageError("expected --diffusion or --limit with --seed, got neither")
     sources = [source for source in SOURCES if context.params[source] is not None]
     if len(sources) > 1:
         raise click.UsageError(f"expected one of {', '.join(SOURCES.values())}, got {len(sources)}")
@@ -197,6 +223,14 @@ def check_source(context: click.Context) -> str | None:
             )
             raise click.UsageError(f"expected {expected} with {options[option]}, got {actual}")
     return source
+
+
+def warn_of_few(built: SupportSet, per_class: int) -> list[str]:
+    """Return a warning that names the classes with fewer images than were asked for; none if there is none."""
+    few = [f"{name} ({n})" for name, n in zip(built.classes, built.counts.tolist(), strict=True) if n < per_class]
+    more = f" and {len(few) - MAX_NAMED} more" if len(few) > MAX_NAMED else ""
+    wanted = f"warning: expected {per_class} images per class, got fewer of "
+    return [f"{wanted}{', '.join(few[:MAX_NAMED])}{more}"] if few else []
 
 
 def read_prompts(

@@ -2,8 +2,9 @@
 
     score(image, class) = max over the class's sentences of cos(image, sentence)
 
-The images are encoded once. An exact FAISS index is searched with the sentences of each class. The hits are scored
-again in fp64, so that ties go to the lower index.
+The images are encoded once. An image stands for the class that scores it highest, unless classes may share it. Exact
+FAISS indices are searched with the images for their classes and with the sentences of each class for its images. The
+hits are scored again in fp64, so that ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from clipkernels.adapters.tokenizers import Tokenizer
 from clipkernels.classifier import prompt_embeddings
 from clipkernels.data import Preprocess
 from clipkernels.fingerprint import check_fingerprint, fingerprint
+from clipkernels.images import Reader, draw_images, images_below
 from clipkernels.state_files import read_state
 from clipkernels.support.features import (
     FORMAT,
@@ -37,11 +39,12 @@ from clipkernels.support.features import (
     split_names,
     write_features,
 )
-from clipkernels.support.folders import find_images, hash_of
+from clipkernels.support.folders import hash_of, holds_set
 from clipkernels.support.prompts import Prompts, check_prompts
 from clipkernels.support.store import SupportSet, assemble, refuse_empty
 
 COSINE_ROUNDING = 1e-5  # above the fp32 rounding error of a cosine
+MAX_SCORES = 2**23  # held at a time, in fp64
 
 
 def retrieve(
@@ -53,16 +56,22 @@ def retrieve(
     *,
     per_class: int = 100,
     minimum: float | None = None,
+    shared: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    exif: bool = True,
     cache: str | os.PathLike[str] | None = None,
     name: str | None = None,
     pretrained: str | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
     report: Report = warnings.warn,
+    note: Report = warnings.warn,
 ) -> SupportSet:
     """The images of a collection that are most similar to the sentences of each class, most similar first.
 
-    Classes are retrieved independently, as published, so an image may appear in several. If files have the same
+    An image is retrieved for one class, the one with the highest score, and ties go to the lower class. With `shared`,
+    classes are retrieved independently, as published, so an image may appear in several. If files have the same
     content, only the first counts. Features are written to disk batch by batch, so an interrupted run resumes.
 
     Args:
@@ -72,15 +81,22 @@ def retrieve(
         prompts: the sentences of each class; its order is the order of the labels.
         collection: a folder of images; the file of features that an earlier call wrote beside it; or precomputed
             features (n,E), a tensor or an array, with the paths of their n files. Precomputed features must be this
-            model's, which is not checked. Hidden files and folders, and support sets within the folder, are ignored.
+            model's, which is not checked. Linked folders are followed; hidden files and folders, and support sets
+            within the folder, are ignored.
         per_class: images per class; fewer if there are not enough.
         minimum: lowest score of a retrieved image.
+        shared: retrieve an image for every class that ranks it high enough.
+        limit: draw this many images of the collection at random; a larger limit adds to the same draw.
+        seed: of the draw.
+        exif: turn a folder's images as their EXIF orientation says.
         cache: file for a folder's features, by default FOLDER.KEY.safetensors beside the folder, where KEY depends on
-            tower, method and preprocessing. Changed images are encoded again.
+            tower, method, preprocessing and reader. It stays for later calls, which encode changed and new images
+            alone. An interrupted run leaves its features beside that file, in a folder whose name ends in .parts.
         name, pretrained: name and weights of the model, for the manifest.
         batch_size: images per forward.
         progress: called with the stage, the number of finished items and the number of all items.
-        report: called with a line for each file that is no image or that the preprocessing rejects.
+        report: called with a line for each image file that cannot be read or that the preprocessing rejects.
+        note: called with a line that counts the other files of a folder, if there are any.
     Raises:
         ValueError: classes without a hit (the message names them), a collection without images, features of another
             tower or width, text embeddings that are not finite, a random preprocessing, or numbers out of range.
@@ -89,43 +105,57 @@ def retrieve(
     Source: SuS-X, arXiv 2211.16198, section 3.1 (LC); the index is the user's own instead of LAION-5B's.
     """
     prompts = check_prompts(prompts)
-    if isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
-        raise ValueError(f"per_class must be a positive int, got {per_class!r}")
+    for option, count in {"per_class": per_class, **({} if limit is None else {"limit": limit})}.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{option} must be a positive int, got {count!r}")
     if minimum is not None and not -1 <= minimum <= 1:
         raise ValueError(f"minimum must be a cosine, from -1 to 1, got {minimum!r}")
     faiss = _faiss()
-    if isinstance(collection, tuple):
-        if cache is not None:
-            raise ValueError("expected a folder of images with cache, got features")
-        source, encoding = "features in memory", _take_features(model, *collection)
-    elif Path(collection).is_dir():
-        source, names = str(collection), {"model": name, "pretrained": pretrained}
-        encoding = _encode_folder(model, preprocess, Path(source), cache, batch_size, progress, report, names)
-    elif cache is not None:
-        raise ValueError(f"expected a folder of images with cache, got the file {collection}")
+    in_memory = isinstance(collection, tuple)
+    source = "features in memory" if isinstance(collection, tuple) else str(collection)
+    if not in_memory and Path(source).is_dir():
+        encoder, names = encoder_of(model, preprocess, Reader(exif)), {"model": name, "pretrained": pretrained}
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report": report}
+        draw = None if limit is None else (limit, seed)
+        encoding = _encode_folder(model, preprocess, encoder, Path(source), draw, cache, names, note, options)
     else:
-        source, encoding = str(collection), _read_collection(model, Path(collection))
+        for option, used in {"cache": cache is not None, "exif=False": not exif}.items():
+            if used:
+                actual = "features" if in_memory else f"the file {collection}"
+                raise ValueError(f"expected a folder of images with {option}, got {actual}")
+        if isinstance(collection, tuple):
+            encoding = _take_features(model, *collection)
+        else:
+            encoding = _read_collection(model, Path(source))
+        if limit is not None:
+            drawn = set(draw_images(encoding.paths, limit, seed))
+            encoding = _take_rows(encoding, [row for row, path in enumerate(encoding.paths) if path in drawn])
     first = {digest: row for row, digest in reversed(list(enumerate(encoding.digests)))}
     distinct = sorted(first.values())
     features = encoding.features[distinct].contiguous()
     if not len(features):
         raise ValueError(f"expected a collection with images, got none in {source}")
-    texts = prompt_embeddings(model, tokenizer, prompts)
+    texts = [queries.cpu() for queries in prompt_embeddings(model, tokenizer, prompts)]
     for label, queries in zip(prompts, texts, strict=True):
         if not queries.isfinite().all():
             raise ValueError(f"expected finite text embeddings, got infinite or NaN values for {label!r}")
         if queries.shape[1] != features.shape[1]:
             raise ValueError(f"expected features (n,{queries.shape[1]}) of this model, got {tuple(features.shape)}")
-    index = faiss.IndexFlatIP(features.shape[1])
-    index.add(features.numpy())
+    everything = torch.arange(len(features))
+    best = everything if shared else _best_class(features, texts)
+    index = _index_of(faiss, features) if shared else None
     chosen = {}
-    for done, (label, queries) in enumerate(zip(prompts, texts, strict=True), 1):
-        rows = _nearest(index, features, queries.cpu(), per_class, minimum)
-        chosen[label] = [encoding.paths[distinct[row]] for row in rows]
+    for k, (label, queries) in enumerate(zip(prompts, texts, strict=True)):
+        own = everything if shared else (best == k).nonzero()[:, 0]
+        rows = own[_nearest(index or _index_of(faiss, features[own]), features[own], queries, per_class, minimum)]
+        chosen[label] = [encoding.paths[distinct[row]] for row in rows.tolist()]
         if progress is not None:
-            progress("retrieving", done, len(prompts))
-    refuse_empty(chosen, "an image" if minimum is None else f"an image with a score of at least {minimum}")
-    settings = {"collection": source, "per_class": per_class, "minimum": minimum}
+            progress("retrieving", k + 1, len(prompts))
+    wanted = "an image" if minimum is None else f"an image with a score of at least {minimum}"
+    hint = "" if shared else ": an image goes to its highest-scoring class alone, unless classes share it (--shared)"
+    refuse_empty(chosen, wanted, hint)
+    settings: dict[str, Any] = {"collection": source, "per_class": per_class, "minimum": minimum, "shared": shared}
+    settings |= {} if limit is None else {"limit": limit, "seed": seed}
     about = {"kind": "LC", "settings": settings, "model": name, "pretrained": pretrained}
     return assemble(model, prompts, encoding, chosen, about)
 
@@ -133,15 +163,18 @@ def retrieve(
 def _encode_folder(
     model: nn.Module,
     preprocess: Preprocess,
+    encoder: Encoder,
     folder: Path,
+    draw: tuple[int, int] | None,
     cache: str | os.PathLike[str] | None,
-    batch_size: int,
-    progress: Progress | None,
-    report: Report,
     about: Mapping[str, str | None],
+    note: Report,
+    options: Mapping[str, Any],
 ) -> Encoding:
-    """The features of a folder's images; their file is brought up to date."""
-    encoder = encoder_of(model, preprocess)
+    """The features of a folder's images, or of those drawn by (limit, seed); their file is brought up to date.
+
+    The file keeps the features of images that were encoded before and are not drawn or cannot be read this time.
+    """
     root = folder.resolve()
     if cache is not None and Path(cache).is_dir():
         raise ValueError(f"expected cache (--cache) to be a file, got the folder {cache}")
@@ -154,17 +187,27 @@ def _encode_folder(
     old_header = _header(file) if file.exists() else {}
     if old_header and [old_header[key] for key in ("encoder", "folder")] != [encoder.about, header["folder"]]:
         raise ValueError(
-            f"expected features of {folder} by this tower, method and preprocessing, got {file} with others: choose "
-            "another cache (--cache)"
+            f"expected features of {folder} by this tower, method, preprocessing and reader (--no-exif), got {file} "
+            "with others: choose another cache (--cache)"
         )
-    paths = find_images(folder)
-    encoding = encode(model, preprocess, encoder, paths, file, batch_size=batch_size, progress=progress, report=report)
+    found = images_below(str(folder), holds_set)
+    if found.note:
+        note(found.note)
+    drawn = sorted(draw_images(found.paths, *draw)) if draw else found.paths
+    encoding = encode(model, preprocess, encoder, drawn, file, **options)
     if not encoding.paths:  # keep the old features, because the disk may just not be mounted
         raise ValueError(f"expected a collection with images, got none in {folder}")
     names = [os.path.relpath(path, folder) for path in encoding.paths]
-    if not old_header or {**old_header, **header} != old_header or _listing(file) != (names, encoding.digests):
-        digests = [bytes.fromhex(digest) for digest in encoding.digests]
-        write_features(file, encoding.features, digests, encoder, {"paths": join_names(names)}, header)
+    stored = encoding._replace(paths=names)
+    left = {os.path.relpath(path, folder) for path in {*found.paths}.difference(drawn).union(encoding.unread)}
+    if left and old_header:
+        before = _read_stored(file, old_header)
+        kept = _take_rows(before, [row for row, name in enumerate(before.paths) if name in left])
+        features = torch.cat([encoding.features, kept.features])
+        stored = Encoding(features, names + kept.paths, encoding.digests + kept.digests, encoder)
+    if not old_header or {**old_header, **header} != old_header or _listing(file) != (stored.paths, stored.digests):
+        digests = [bytes.fromhex(digest) for digest in stored.digests]
+        write_features(file, stored.features, digests, encoder, {"paths": join_names(stored.paths)}, header)
     remove_parts(file, encoder)
     return encoding
 
@@ -182,10 +225,21 @@ def _read_collection(model: nn.Module, file: Path) -> Encoding:
     header = _header(file)
     check_fingerprint(header["encoder"]["tower"], model, file, header)
     folder = os.path.normpath(file.resolve().parent / header["folder"])
+    stored = _read_stored(file, header)
+    return stored._replace(paths=[os.path.join(folder, name) for name in stored.paths])
+
+
+def _read_stored(file: Path, header: Mapping[str, Any]) -> Encoding:
+    """The features in a file of a collection, with the names of the images below its folder as paths."""
     _, tensors = read_state(file, FORMAT)
-    paths = [os.path.join(folder, name) for name in split_names(tensors["paths"])]
     digests = [bytes(row).hex() for row in tensors["sha256"].numpy()]
-    return Encoding(tensors["features"], paths, digests, Encoder(**header["encoder"]))
+    return Encoding(tensors["features"], split_names(tensors["paths"]), digests, Encoder(**header["encoder"]))
+
+
+def _take_rows(encoding: Encoding, rows: list[int]) -> Encoding:
+    """The features of some of the files."""
+    paths, digests = [encoding.paths[row] for row in rows], [encoding.digests[row] for row in rows]
+    return encoding._replace(features=encoding.features[rows], paths=paths, digests=digests)
 
 
 def _listing(file: Path) -> tuple[list[str], list[str]]:
@@ -208,7 +262,7 @@ def _take_features(model: nn.Module, features: Any, paths: Sequence[str]) -> Enc
     if repeated:
         raise ValueError(f"expected distinct files, got {repeated} repeated")
     return Encoding(
-        features, files, [hash_of(Path(file)) for file in files], Encoder(fingerprint(model), "given", "given")
+        features, files, [hash_of(Path(file)) for file in files], Encoder(fingerprint(model), "given", "given", "given")
     )
 
 
@@ -226,10 +280,30 @@ def _header(file: Path) -> dict[str, Any]:
     return header
 
 
+def _best_class(features: Tensor, texts: Sequence[Tensor]) -> Tensor:
+    """The class (n,) int64 with the sentence most similar to each image of features (n,E), ties to the lower class."""
+    labels = torch.cat([torch.full((len(queries),), k) for k, queries in enumerate(texts)])
+    columns = torch.cat(list(texts)).double().T
+    best = []
+    for block in features.split(max(1, MAX_SCORES // len(labels))):
+        scores = (block.double() @ columns).float()
+        best.append(labels.where(scores == scores.amax(1, keepdim=True), len(texts)).amin(1))
+    return torch.cat(best)
+
+
+def _index_of(faiss: Any, features: Tensor) -> Any:
+    """An exact index of features (n,E)."""
+    index = faiss.IndexFlatIP(features.shape[1])
+    index.add(features.numpy())
+    return index
+
+
 def _nearest(index: Any, features: Tensor, queries: Tensor, wanted: int, minimum: float | None) -> list[int]:
     """The `wanted` rows of features (n,E) most similar to any of queries (m,E), best first, ties to the lower row."""
     n = len(features)
     k = min(n, 2 * wanted)
+    if not n:
+        return []
     while True:
         scores, rows = index.search(queries.numpy(), k)
         # If a sentence's k-th score is not clearly worse, rows beyond k may tie with the wanted ones.

@@ -25,6 +25,7 @@ from clipkernels.data import Preprocess
 from clipkernels.files import atomic_write
 from clipkernels.fingerprint import fingerprint
 from clipkernels.formats import parse_object
+from clipkernels.images import Reader, open_regular
 from clipkernels.support.features import Progress, Report, encode, encoder_of
 from clipkernels.support.folders import folder_names, images_in, refuse_foreign_images
 from clipkernels.support.manifest import previous_classes
@@ -117,7 +118,7 @@ def generate(
         raise ValueError(f"retries must be an int ≥ 0, got {retries!r}")
     if isinstance(pipeline, (str, os.PathLike)):
         pipeline = load_pipeline(pipeline, next(model.parameters()).device)
-    root, encoder = Path(folder), encoder_of(model, preprocess)
+    root, encoder = Path(folder), encoder_of(model, preprocess, Reader())
     previous_classes(root, "SD")
     settings = {"guidance": float(guidance), "steps": steps, "seed": seed, "pipeline": _pipeline_hash(pipeline)}
     recipes = {
@@ -219,7 +220,7 @@ def _check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
             actual = parse_object(image.info[RECIPE])
     except OSError as error:
         if error.errno is not None:  # an error of the disk, not Pillow's

@@ -9,7 +9,6 @@ interrupted run resumes with the same batches.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from uuid import uuid4
 
 import msgspec
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -34,6 +33,7 @@ from clipkernels.encode import encode_image
 from clipkernels.files import digest_table
 from clipkernels.fingerprint import fingerprint
 from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
+from clipkernels.images import Reader, read_bytes, reason_of, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of
 from clipkernels.state_files import read_state, write_state
@@ -47,11 +47,12 @@ THREADS = min(8, os.cpu_count() or 1)
 
 
 class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything besides the image that determines its features: tower fingerprint, method and preprocessing."""
+    """Everything besides the image that determines its features: tower fingerprint, method, preprocessing, reader."""
 
     tower: Fingerprint
     method: Line
     preprocess: Line
+    reader: Line
 
     @property
     def key(self) -> str:
@@ -99,16 +100,22 @@ FORMAT = Format("clipkernels.features.2", "features of images", FeaturesHeader, 
 
 
 class Encoding(NamedTuple):
-    """Features (n,E) fp32, L2-normalised, of the readable files, with their paths, SHA-256 and encoder."""
+    """Features (n,E) fp32, L2-normalised, of the readable files, with their paths, SHA-256 and encoder.
+
+    unread: the files whose content could not be read this time.
+    """
 
     features: Tensor
     paths: list[str]
     digests: list[str]
     encoder: Encoder
+    unread: tuple[str, ...] = ()
 
 
-def encoder_of(model: nn.Module, preprocess: Preprocess) -> Encoder:
-    """The encoder of a model in its current state and a preprocessing, known by its repr and its output for one image.
+def encoder_of(model: nn.Module, preprocess: Preprocess, reader: Reader) -> Encoder:
+    """The encoder of a model in its current state, a preprocessing and a reader.
+
+    The preprocessing is known by its repr and its output for one image.
 
     Raises:
         ValueError: a preprocessing with two different outputs for one image.
@@ -125,7 +132,7 @@ def encoder_of(model: nn.Module, preprocess: Preprocess) -> Encoder:
             "preprocess must be deterministic, got two different tensors for one image: remove random transforms"
         )
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(preprocess))
-    return Encoder(fingerprint(model), method_name, f"{text}, {hashes.pop()[:16]}")
+    return Encoder(fingerprint(model), method_name, f"{text}, {hashes.pop()[:16]}", reader.rules)
 
 
 def encode(
@@ -141,41 +148,40 @@ def encode(
 ) -> Encoding:
     """The features of image files, in their order.
 
-    A file that is no image, or that the preprocessing rejects, is reported and left out. Each batch is on disk before
-    the next one starts, and an interrupted run resumes with the same batches. On one machine, with the same files and
-    one `batch_size`, its features equal those of an uninterrupted run bit for bit. Features on disk stay unchanged; an
-    image that is encoded in another batch may differ by rounding.
+    A file that cannot be read, or that the preprocessing rejects, is reported and left out. Each batch is on disk
+    before the next one starts, and an interrupted run resumes with the same batches. On one machine, with the same
+    files and one `batch_size`, its features equal those of an uninterrupted run bit for bit. Features on disk stay
+    unchanged; an image that is encoded in another batch may differ by rounding.
 
     Args:
         model: a model that `ck.encode_image` takes.
         preprocess: a callable from a PIL image to a tensor (3,S,S).
-        encoder: the `encoder_of` this model and preprocessing.
+        encoder: the `encoder_of` this model and preprocessing; it names the rules that files are read by.
         paths: image files.
         cache: file of features; parts are written beside it.
         batch_size: images per forward.
         progress: called after each file, or None.
         report: called with a line for each file that is left out.
     Raises:
-        ValueError: a cache that is no file of features, or not as it was written.
-        OSError: an image cannot be read, or the cache cannot be written.
+        ValueError: a cache that is not a file of features, or not as it was written.
+        OSError: the cache cannot be written.
     """
     known = read_features(cache, encoder)
     # The patch convolution has the tower's precision; open_clip has other weights of a half-precision tower in fp32.
     weights = next((weight for weight in model.parameters() if weight.ndim == 4), next(model.parameters()))
     waiting: dict[bytes, Tensor] = {}
     readable: list[tuple[str, bytes]] = []
+    unread: list[str] = []
 
-    def read(path: str) -> tuple[bytes, Tensor | str | None]:
-        data = Path(path).read_bytes()
-        digest = sha256(data).digest()
-        if digest in known:
-            return digest, None
+    reader = Reader.of(encoder.reader)
+
+    def read(path: str) -> tuple[bytes | None, Tensor | str | None]:
         try:
-            return digest, preprocess(Image.open(io.BytesIO(data)).convert("RGB"))
-        except UnidentifiedImageError:
-            return b"", "not an image (no format that Pillow knows)"
-        except Exception as error:  # for a broken file, Pillow's decoders and transforms may raise any exception
-            return b"", (" ".join(str(error).split()) or type(error).__name__)[:200]
+            data = read_bytes(path)
+        except Exception as error:
+            return None, reason_of(error)
+        digest = sha256(data).digest()
+        return digest, None if digest in known else reader.prepare(data, preprocess)
 
     @torch.inference_mode()
     def flush() -> None:
@@ -191,7 +197,8 @@ def encode(
     with ThreadPoolExecutor(THREADS) as pool, eval_mode(model):
         for done, (path, (digest, image)) in enumerate(_read_ahead(pool, read, paths, 2 * batch_size), 1):
             if isinstance(image, str):
-                report(f"skipped {path}: {image}")
+                report(skip_message(path, image))
+                unread += [path] * (digest is None)
             else:
                 readable.append((path, digest))
                 if image is not None and digest not in known:
@@ -204,9 +211,11 @@ def encode(
             flush()
     finite = [(path, digest) for path, digest in readable if known[digest].any()]
     for path, _ in set(readable) - set(finite):
-        report(f"skipped {path}: the model's features are not finite, or zero")
+        report(skip_message(path, "the model's features are not finite, or zero"))
     features = torch.stack([known[digest] for _, digest in finite]) if finite else torch.empty(0, 0)
-    return Encoding(features, [path for path, _ in finite], [digest.hex() for _, digest in finite], encoder)
+    return Encoding(
+        features, [path for path, _ in finite], [digest.hex() for _, digest in finite], encoder, tuple(unread)
+    )
 
 
 def read_features(cache: str | os.PathLike[str], encoder: Encoder) -> dict[bytes, Tensor]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from clipkernels.arguments import list_names
 from clipkernels.files import atomic_write
+from clipkernels.images import is_image_name, open_regular
 
 FORMAT_NAME, MANIFEST = "clipkernels.support.2", "manifest.json"
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_NAME_CHARACTERS = 60  # of at most four bytes each; with 9 bytes for the hash that fits in the usual 255
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 RESERVED = re.compile(  # by Windows, and by a support set's own files
@@ -40,31 +40,12 @@ def folder_names(classes: Sequence[str]) -> list[str]:
     ]
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[str]:
-    """The files below a folder with an image suffix, sorted.
-
-    Hidden files, files below hidden folders and the images of support sets within the folder are left out.
-
-    Raises:
-        OSError: a folder cannot be read.
-    """
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    paths = []
-    for root, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".") and not holds_set(Path(root, name))]
-        paths += [os.path.join(root, file) for file in files if _is_image(file)]
-    return sorted(paths)
-
-
-def holds_set(folder: Path) -> bool:
+def holds_set(folder: str | os.PathLike[str]) -> bool:
     """Return true if a folder holds the manifest of a support set."""
     try:
-        with (folder / MANIFEST).open("rb") as file:
+        with open_regular(Path(folder, MANIFEST)) as file:
             start = file.read(100).decode("utf-8", "replace")
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
+    except (FileNotFoundError, PermissionError, ValueError):
         return False
     return f'"format": "{FORMAT_NAME.rsplit(".", 1)[0]}.' in start
 
@@ -74,11 +55,7 @@ def images_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     names = (file.name for file in folder.iterdir() if file.is_file())
-    return sorted(name for name in names if _is_image(name))
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return sorted(name for name in names if is_image_name(name))
 
 
 def refuse_foreign_images(folder: Path, others: Sequence[str]) -> None:

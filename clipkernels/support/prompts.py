@@ -36,6 +36,8 @@ QUESTIONS = (
     "A caption of an image of a {}:",
 )
 MIN_CHARACTERS = 5
+LINKS = ("![", "])", "](")
+"""Pieces of Markdown's pictures and links, which language models answer with."""
 
 
 def photo(classes: Sequence[str], templates: Sequence[str] = PHOTO) -> dict[str, list[str]]:
@@ -56,8 +58,8 @@ def cupl(
 ) -> dict[str, list[str]]:
     """A language model's sentences about each class.
 
-    Sentences of fewer than five characters, or that start with "?", are dropped. White space, line breaks included, is
-    collapsed to single blanks.
+    Sentences of fewer than five characters, that start with "?", or that contain "![", "])" or "](" are dropped. White
+    space, line breaks included, is collapsed to single blanks.
 
     Args:
         classes: K distinct names.
@@ -93,8 +95,8 @@ def cupl(
     empty = [name for name, sentences in result.items() if not sentences]
     if empty:
         raise ValueError(
-            f'expected sentences of {MIN_CHARACTERS} characters or more that do not begin with "?" for every class, '
-            f"got none for {list_names(empty)}"
+            f'expected sentences of {MIN_CHARACTERS} characters or more that do not begin with "?" or hold a link for '
+            f"every class, got none for {list_names(empty)}"
         )
     return result
 
@@ -168,4 +170,9 @@ def _filter_sentences(name: str, sentences: Any) -> list[str]:
         if not isinstance(sentence, str):
             raise ValueError(f"expected sentences for {name!r} to be strings, got {sentence!r:.100}")
     collapsed = [" ".join(sentence.split()) for sentence in sentences]
-    return [sentence for sentence in collapsed if len(sentence) >= MIN_CHARACTERS and not sentence.startswith("?")]
+    return [sentence for sentence in collapsed if _is_valid(sentence)]
+
+
+def _is_valid(sentence: str) -> bool:
+    has_link = any(piece in sentence for piece in LINKS)
+    return len(sentence) >= MIN_CHARACTERS and not sentence.startswith("?") and not has_link

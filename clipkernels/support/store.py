@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clipkernels.arguments import list_names
 from clipkernels.data import Preprocess
 from clipkernels.fingerprint import check_fingerprint
+from clipkernels.images import Reader
 from clipkernels.state_files import read_state
 from clipkernels.support.features import (
     FORMAT,
@@ -62,7 +63,7 @@ class SupportSet(NamedTuple):
     prompts: the sentences of each class.
     images: the file of each row.
     about: "kind", LC or SD; "settings"; "model" and "pretrained", the names from the call; and the encoder's "tower",
-        "method" and "preprocess".
+        "method", "preprocess" and "reader", the rules that image files are read by.
     """
 
     features: Tensor
@@ -176,7 +177,8 @@ def refresh(
 ) -> SupportSet:
     """Rebuild a support set from the images that are in its folders now, and save it there.
 
-    Delete images that do not belong or add your own, then call this. Only new images are encoded.
+    Delete images that do not belong or add your own, then call this. Only new images are encoded. Whether their EXIF
+    orientation counts stays as it was when the set was built.
 
     Args:
         folder: a support set with copies of its images.
@@ -184,7 +186,7 @@ def refresh(
         preprocess: a callable from a PIL image to a tensor (3,S,S).
         batch_size: images per forward.
         progress: called with the stage, the number of finished items and the number of all items.
-        report: called with a line for each file that is no image or that the preprocessing rejects.
+        report: called with a line for each image file that cannot be read or that the preprocessing rejects.
     Returns:
         The new SupportSet.
     Raises:
@@ -203,7 +205,8 @@ def refresh(
     refuse_empty(paths, "an image in the folder")
     flat = [path for of_class in paths.values() for path in of_class]
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "report": report}
-    encoding = encode(model, preprocess, encoder_of(model, preprocess), flat, root / FEATURES, **options)
+    encoder = encoder_of(model, preprocess, Reader.of(manifest["reader"]))
+    encoding = encode(model, preprocess, encoder, flat, root / FEATURES, **options)
     broken = sorted(set(flat) - set(encoding.paths))
     if broken:
         raise ValueError(
@@ -237,11 +240,11 @@ def assemble(
     )
 
 
-def refuse_empty(chosen: Mapping[str, Sequence[str]], wanted: str) -> None:
+def refuse_empty(chosen: Mapping[str, Sequence[str]], wanted: str, hint: str = "") -> None:
     """Raise ValueError, which names them, if there are classes without images."""
     empty = [name for name, paths in chosen.items() if not paths]
     if empty:
-        raise ValueError(f"expected {wanted} for every class, got none for {list_names(empty)}")
+        raise ValueError(f"expected {wanted} for every class, got none for {list_names(empty)}{hint}")
 
 
 def _plan_files(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -29,6 +30,7 @@ from clipkernels.cli.parts.demo_images import KINDS, QUICK, draw, save
 from clipkernels.cli.parts.methods import default_methods, name_of
 from clipkernels.cli.parts.output import opened
 from clipkernels.data import digits, scenes
+from clipkernels.images import readable_formats
 from clipkernels.measure import environment
 from clipkernels.measure.timing import Times, gmacs_for, plan_for
 
@@ -376,9 +378,55 @@ def test_files_that_are_not_images_are_skipped(pictures: Path, tmp_path: Path) -
     result = run("classify", *files, "--classes", DIGITS, "--format", "jsonl")
     assert result.exit_code == 1
     assert [json.loads(line)["path"] for line in result.stdout.splitlines()] == [str(good)]
-    skipped = re.findall(r"^skipped (.*?): not an image", result.stderr, re.MULTILINE)
+    skipped = re.findall(r"^skipped (.*?): ", result.stderr, re.MULTILINE)
     assert skipped == [str(files[0]), str(files[2]), str(files[3])]
     assert "3 files skipped" in result.stderr
+
+
+def test_a_photograph_stored_sideways_is_classified_upright(pictures: Path, tmp_path: Path) -> None:
+    upright = Image.open(min((pictures / "digits" / "seven").iterdir())).convert("RGB")
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png")
+    exif = Image.Exif()
+    exif[274] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "tagged.png", exif=exif)
+    common = ("--classes", DIGITS, "--format", "jsonl")
+    logits = expected_logits([str(tmp_path / name) for name in ("stored.png", "upright.png")])
+    stored, right = logits.softmax(1).amax(1).tolist()
+    for options, probability in ((("--no-exif",), stored), ((), right)):
+        result = run("classify", tmp_path / "tagged.png", *common, *options)
+        assert json.loads(result.stdout)["probability"] == pytest.approx(probability, abs=1e-5)
+    assert abs(stored - right) > 1e-3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_a_folder_with_everything_in_it_is_classified(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    good = min((pictures / "digits" / "two").iterdir())
+    for name in ("a.png", "._a.png", ".hidden.png"):
+        (folder / name).write_bytes(good.read_bytes())
+    os.mkfifo(folder / "pipe.png")
+    (folder / "endless.png").symlink_to("/dev/zero")
+    Image.new("L", (1, 60000), 7).save(folder / "strip.png")
+    Image.fromarray(np.full((4, 4), 1e9, np.float32)).save(folder / "wild.tiff")
+    (folder / "phone.heic").write_bytes(b"not really")
+    (folder / "linked").symlink_to(pictures / "digits" / "one")
+    (folder / "loop").symlink_to(tmp_path)
+    result = run("classify", folder, "--classes", DIGITS, "--format", "jsonl", "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 1
+    rows = [json.loads(line)["path"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    linked = [str(folder / "linked" / path.name) for path in sorted((pictures / "digits" / "one").iterdir())]
+    assert rows == [str(folder / "a.png"), *linked]
+    skipped = dict(re.findall(r"^skipped .*?pictures/(\S+): (.*)$", result.stderr, re.MULTILINE))
+    assert skipped == {
+        "endless.png": "not a regular file",
+        "pipe.png": "not a regular file",
+        "strip.png": "1×60000 pixels, sides beyond 200:1",
+        "wild.tiff": "grey floats from 1000000000.0 to 1000000000.0, expected 0 to 1",
+    }
+    if "HEIF" not in readable_formats():
+        assert result.stderr.endswith("\nskipped 1 .heic: install pillow-heif\n")
 
 
 def test_grey_transparent_palette_and_cmyk_images_are_read(tmp_path: Path) -> None:
@@ -619,6 +667,50 @@ def test_an_interrupted_stream_keeps_its_reservoir(
 )
 def test_a_wrong_option_of_a_stream_is_one_line(options: tuple[object, ...], message: str, pictures: Path) -> None:
     assert message in error(run("classify", pictures / "digits", "--classes", DIGITS, *options))
+
+
+def test_a_stream_sorted_by_class_is_warned_of(pictures: Path) -> None:
+    folder = pictures / "digits"
+    common = ("--classes", DIGITS, "--adapt", "tca", "--format", "jsonl")
+    few = [min((folder / name).iterdir()) for name in ("two", "one")]
+    warning = "warning: the images come folder by folder (2 folders), but --adapt learns from earlier images: mix them"
+    assert f"{warning} with --shuffle 0\n" in run("classify", *few, *common).stderr
+    other = max((folder / "two").iterdir())
+    for arguments in ((*few, other), (few[0], other), (*few, "--shuffle", 1), (*few, "--limit", 2)):
+        assert "folder by folder" not in run("classify", *arguments, *common).stderr
+    assert "folder by folder" not in run("classify", *few, "--classes", DIGITS).stderr
+
+
+def test_one_class_is_warned_of(pictures: Path) -> None:
+    good = min((pictures / "digits" / "two").iterdir())
+    warning = "warning: one class, 'two': every image is given it, so name others too\n"
+    assert warning in run("classify", good, "--classes", "two").stderr
+    assert "one class" not in run("classify", good, "--classes", "one,two").stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"cat\n\xff\xfe\n", "'utf-8' codec can't decode byte 0xff"),
+        (b"\n  \n", "classes must name at least one class, got none"),
+        (b"cat\ndog\ncat\n", "classes must differ, got 'cat' 2 times"),
+    ],
+)
+def test_errors_of_a_file_of_classes_name_the_file(content: bytes, reason: str, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes(content)
+    line = error(run("classify", pictures / "digits", "--classes-file", tmp_path / "classes.txt"))
+    assert line.startswith(f"error: expected class names in --classes-file {tmp_path / 'classes.txt'}, got an error: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize("verb", ["classify", "rank", "bench", "support build"])
+def test_the_help_of_image_files_says_how_they_are_read(verb: str) -> None:
+    text = " ".join(run(*verb.split(), "--help").output.split())
+    assert "--no-exif" in text and "--limit" in text
+    if verb == "classify":
+        assert "512 MiB" in text and "sides beyond 200:1" in text and "Pillow's limit (89 million)" in text
+    else:
+        assert "as in classify, with its limits of size and format" in text
 
 
 def test_tca_condenses_without_a_reservoir(pictures: Path) -> None:

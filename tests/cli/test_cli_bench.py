@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounter
 
 import clipkernels as ck
 from clipkernels.cli import main
+from clipkernels.cli.bench import read
 from clipkernels.cli.parts.methods import default_methods
 from clipkernels.data import scenes
 from clipkernels.measure.fidelity import compare, nearest
@@ -248,6 +249,20 @@ def test_a_limit_spreads_over_all_files(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert [line.partition(": ")[0] for line in result.stderr.splitlines()] == [f"skipped {tmp_path / '2.png'}"]
     assert json.loads(result.stdout)["rows"][0]["images"] == 3
+
+
+def test_images_are_read_upright_and_other_files_counted(tmp_path: Path) -> None:
+    gradient = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 3
+    gradient.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "0.png", exif=exif)
+    (tmp_path / "notes.txt").touch()
+    tower, preprocess = ck.tower_of(ck.bundled()[0]), ck.bundled()[1]
+    for turn, expected in ((True, gradient), (False, gradient.transpose(Image.Transpose.ROTATE_180))):
+        images, failures = read([str(tmp_path / "0.png")], 1, 1, preprocess, tower, exif=turn)
+        assert torch.equal(images[0], preprocess(expected)) and failures == 0
+    result = bench(tmp_path, "--methods", "tome:8")
+    assert (result.exit_code, result.stderr) == (0, "skipped 1 .txt: not images\n")
 
 
 def test_a_single_image_has_no_neighbour_to_agree_on(pictures: Path) -> None:

@@ -37,7 +37,7 @@ def known(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = support.photo(digits.CLASSES, digits.TEMPLATES)
     model, preprocess, tokenizer = ck.bundled()
     cache = folder / "cache.safetensors"
-    built = support.retrieve(model, preprocess, tokenizer, prompts, pictures, per_class=4, cache=cache)
+    built = support.retrieve(model, preprocess, tokenizer, prompts, pictures, per_class=4, cache=cache, shared=True)
     built.save(folder / "set")
     return folder / "set"
 

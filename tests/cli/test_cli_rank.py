@@ -22,7 +22,7 @@ from clipkernels import support
 from clipkernels.cli import main
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import digits
-from clipkernels.images import Pictures
+from clipkernels.images import Pictures, Reader
 from clipkernels.learn.patch_ranking import (
     Rankings,
     RankPredictor,
@@ -50,11 +50,11 @@ def json_of(*arguments: object) -> dict[str, Any]:
 
 
 def error(result: Result) -> str:
-    """The one line that a failed command leaves on stderr."""
+    """The last line of a failed command's stderr; the lines before it are warnings."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    line = result.stderr.removesuffix("\n")
-    assert line.startswith("error: ") and "\n" not in line
+    *before, line = result.stderr.splitlines()
+    assert line.startswith("error: ") and all(other.startswith("warning: ") for other in before)
     return line
 
 
@@ -128,6 +128,7 @@ def test_rankings_are_those_of_the_library(
         score=score,
         text=embeddings(names) if names else None,
         labels=[names.index(name) for name in folders] if score == "label" else None,
+        reader=Reader().rules,
         **SETTINGS,
     )
     actual = Rankings.load(file)
@@ -248,12 +249,30 @@ def test_files_that_are_not_images_are_skipped(
     result = run("rank", *mixed, *common, "--output", tmp_path / "mixed.safetensors")
     assert result.exit_code == 1
     assert (json.loads(result.stdout)["images"], json.loads(result.stdout)["ranked"]) == (5, 5)
-    assert re.findall(r"^skipped (.*?): not an image", result.stderr, re.MULTILINE) == [str(path) for path in broken]
+    assert re.findall(r"^skipped (.*?): ", result.stderr, re.MULTILINE) == [str(path) for path in broken]
     assert result.stderr.endswith("; 3 files skipped\n") and set(reads.values()) == {1}
     reads.clear()
     clean = run("rank", *files[:5], *common, "--output", tmp_path / "clean.safetensors")
     assert clean.exit_code == 0 and set(reads.values()) == {1}
     assert (tmp_path / "mixed.safetensors").read_bytes() == (tmp_path / "clean.safetensors").read_bytes()
+
+
+def test_rankings_keep_the_rules_that_images_were_read_by(files: list[Path], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    upright = Image.open(files[0]).convert("RGB")
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "tagged.png", exif=exif)
+    common = ("--score", "feature", *FAST, "--output")
+    for name in ("upright", "tagged"):
+        json_of("rank", tmp_path / f"{name}.png", *common, tmp_path / name)
+    assert (tmp_path / "upright").read_bytes() == (tmp_path / "tagged").read_bytes()
+    assert Rankings.load(tmp_path / "tagged").about["reader"] == "1"
+    refused = error(run("rank", tmp_path / "tagged.png", "--no-exif", *common, tmp_path / "tagged"))
+    assert f"expected rankings with the same options, got {tmp_path / 'tagged'} with reader '1'" in refused
+    json_of("rank", tmp_path / "tagged.png", "--no-exif", *common, tmp_path / "stored")
+    options = ("train-predictor", tmp_path / "upright", tmp_path / "stored", "--output", tmp_path / "predictor")
+    assert f"got {tmp_path / 'stored'} with another reader than {tmp_path / 'upright'}" in error(run(*options))
 
 
 def test_files_without_an_image_are_an_error(tmp_path: Path) -> None:

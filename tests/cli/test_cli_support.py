@@ -21,6 +21,7 @@ from clipkernels import support
 from clipkernels.cli import main
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import digits
+from clipkernels.images import draw_images
 from clipkernels.support import SupportSet
 
 DIGITS = ",".join(digits.CLASSES)
@@ -70,13 +71,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_a_set_is_built_from_a_folder(pictures: Path, tmp_path: Path) -> None:
     common = ("--classes", DIGITS, "--per-class", 5, "--format", "json", "--template", "the handwritten digit {}.")
+    common += ("--shared",)
     result = run("build", tmp_path / "set", "--from-folder", pictures, *common)
     assert result.exit_code == 0, result.output
     assert result.stderr == f"50 images of 10 classes in {tmp_path / 'set'}, LC\n"
     model, preprocess, tokenizer = ck.bundled()
     built = SupportSet.load(tmp_path / "set", model)
     prompts = support.photo(digits.CLASSES, ("the handwritten digit {}.",))
-    expected = support.retrieve(model, preprocess, tokenizer, prompts, pictures, per_class=5)
+    expected = support.retrieve(model, preprocess, tokenizer, prompts, pictures, per_class=5, shared=True)
     assert torch.equal(built.features, expected.features) and built.classes == digits.CLASSES
     table = json.loads(result.stdout)
     assert (table["kind"], table["model"], table["settings"]["per_class"]) == ("LC", "bundled", 5)
@@ -137,9 +139,51 @@ def test_files_that_are_not_images_give_status_one(pictures: Path, tmp_path: Pat
     (pictures / "text.png").write_text("no image")
     result = run("build", tmp_path / "set", "--from-folder", pictures, "--classes", "one")
     assert result.exit_code == 1
-    assert f"skipped {pictures / 'text.png'}: not an image (no format that Pillow knows)\n" in result.stderr
-    assert result.stderr.endswith("60 images of 1 classes in " + f"{tmp_path / 'set'}, LC; 1 skipped\n")
+    assert f"skipped {pictures / 'text.png'}: not an image (no format that is read)\n" in result.stderr
+    assert f"60 images of 1 classes in {tmp_path / 'set'}, LC; 1 skipped\n" in result.stderr
     assert len(SupportSet.load(tmp_path / "set", ck.bundled()[0]).images) == 60
+
+
+def test_photographs_fill_a_class_each_and_a_warning_says_which_lack(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "notes.txt").touch()
+    common = ("build", tmp_path / "set", "--from-folder", pictures, "--classes", "zero,one,two")
+    result = run(*common, "--format", "csv")
+    counts = {row["class"]: int(row["images"]) for row in csv.DictReader(io.StringIO(result.stdout))}
+    assert result.exit_code == 0 and sum(counts.values()) == 60
+    listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    assert result.stderr == (
+        f"60 images of 3 classes in {tmp_path / 'set'}, LC\nskipped 1 .txt: not images\n"
+        f"warning: expected 100 images per class, got fewer of {listed}\n"
+    )
+    shared = run(*common, "--shared", "--per-class", 60, "--format", "csv")
+    assert [row["images"] for row in csv.DictReader(io.StringIO(shared.stdout))] == ["60"] * 3
+    assert "fewer" not in shared.stderr
+    assert SupportSet.load(tmp_path / "set", ck.bundled()[0]).about["settings"]["shared"] is True
+
+
+def test_a_limit_draws_the_same_images_by_the_same_seed(pictures: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for limit, seed in ((6, 0), (6, 1), (9, 0)):
+        options = ("--from-folder", pictures, "--classes", "one,two", "--shared", "--limit", limit, "--seed", seed)
+        assert run("build", tmp_path / "set", *options, "--no-copy").exit_code == 0
+        images = SupportSet.load(tmp_path / "set", ck.bundled()[0]).images
+        drawn[limit, seed] = {image.path for image in images}
+    assert {key: len(paths) for key, paths in drawn.items()} == {(6, 0): 6, (6, 1): 6, (9, 0): 9}
+    assert drawn[6, 0] < drawn[9, 0] and drawn[6, 0] != drawn[6, 1]
+    assert drawn[6, 0] == set(draw_images(sorted(map(str, pictures.rglob("*.png"))), 6, None))
+
+
+def test_a_set_keeps_the_rules_that_its_images_were_read_by(pictures: Path, tmp_path: Path) -> None:
+    options = ("--from-folder", pictures, "--classes", "one,two", "--per-class", 2, "--no-exif")
+    assert run("build", tmp_path / "set", *options).exit_code == 0
+    model = ck.bundled()[0]
+    assert SupportSet.load(tmp_path / "set", model).about["reader"] == "1, no EXIF"
+    assert run("build", tmp_path / "set").exit_code == 0
+    assert SupportSet.load(tmp_path / "set", model).about["reader"] == "1, no EXIF"
+    common = ["classify", str(pictures / "one"), "--head", "tipx", "--support", str(tmp_path / "set")]
+    assert CliRunner().invoke(main, [*common, "--no-exif"]).exit_code == 0
+    refused = error(CliRunner().invoke(main, common))
+    assert "expected a support set of images that were read alike (reader '1'), got '1, no EXIF'" in refused
 
 
 def test_classes_without_a_hit_are_one_line_and_no_set(pictures: Path, tmp_path: Path) -> None:
@@ -226,6 +270,13 @@ def test_a_missing_extra_is_one_line(package: str, extra: str, tmp_path: Path, m
             "expected --prompts photo or combined with --template, got ensemble",
         ),
         (("--from-folder", "PICTURES", "--classes", "a", "--template", "a"), "templates must hold {} in place of"),
+        (("--from-embeddings", __file__, "--classes", "a", "--no-exif"), "expected --from-folder with --no-exif"),
+        (("--diffusion", "x", "--classes", "a", "--shared"), "--from-embeddings with --shared, got --diffusion"),
+        (("--from-folder", "PICTURES", "--classes", "a", "--seed", "3"), "expected --diffusion or --limit with --seed"),
+        (
+            ("--from-folder", "PICTURES", "--classes-file", "no"),
+            "class names in --classes-file no, got an error: classes",
+        ),
         (("--from-folder", "PICTURES", "--classes", "a", "--minimum", "3"), "minimum must be a cosine"),
         (("--from-folder", "PICTURES", "--classes", "a", "--cache", "no/such/cache"), "got no/such"),
         (("--from-folder", "gone", "--classes", "a"), "'gone' does not exist"),

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clipkernels as ck
+from clipkernels.images import Reader
 from clipkernels.learn.distill import Teacher, TeacherCache, TeacherFeatures
 from clipkernels.learn.distill import cache as module
 from tests.mutants import read, write
@@ -103,6 +105,20 @@ def test_nothing_is_encoded_twice(tiny, images, tmp_path):
     cache(images.bfloat16(), ["a", "b", "c"])  # other values, another dtype
     assert teacher.images == [2, 1, 1, 2, 1]
     assert TeacherCache(tmp_path, teacher).add(torch.cat([images, other]), ["a", "b", "c"]) == 0
+
+
+def test_a_photograph_read_another_way_is_another_image(tiny, tmp_path):
+    _, preprocess, _ = ck.bundled()
+    exif = Image.Exif()
+    exif[274] = 6
+    pixels = Image.effect_noise((40, 30), 90).convert("RGB")
+    pixels.save(tmp_path / "photo.png", exif=exif)
+    upright, sideways = (preprocess(Reader(turn).read(tmp_path / "photo.png"))[None] for turn in (True, False))
+    teacher = counting(tiny)
+    cache = TeacherCache(tmp_path / "cache", teacher)
+    first = cache(upright).image
+    assert not torch.equal(cache(sideways).image, first) and teacher.images == [1, 1]
+    assert torch.equal(TeacherCache(tmp_path / "cache", teacher)(upright).image, first) and teacher.images == [1, 1]
 
 
 def test_missing_regions_and_words_are_encoded_on_request(tiny, images, tmp_path):

@@ -60,7 +60,8 @@ def prompts_of(classes: list[str], templates: tuple[str, ...] = digits.TEMPLATES
 
 
 def retrieve(bundled: Any, photos: Path | str, classes: list[str] = NAMES, **options: Any) -> SupportSet:
-    return support.retrieve(*bundled, prompts_of(classes), photos, **options)
+    """A set whose classes share images, as published."""
+    return support.retrieve(*bundled, prompts_of(classes), photos, **{"shared": True, **options})
 
 
 def contents(folder: Path) -> dict[str, bytes]:

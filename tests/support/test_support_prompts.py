@@ -31,14 +31,20 @@ def test_the_ensemble_has_the_seven_published_templates() -> None:
     ]
 
 
+LINKS = ["![](http://x)", "A cat ![photo]", "as shown (see [1])", "a [cat](http://x)"]
+
+
 def test_short_answers_and_question_marks_are_dropped(tmp_path: Path) -> None:
     file = tmp_path / "said.json"
     sentences = {
-        "cat": ["A cat\nhas  fur.", "?What is a cat?", "No.", "  ? no", "four", "fives", ""],
+        "cat": ["A cat\nhas  fur.", "?What is a cat?", "No.", "  ? no", "four", "fives", "", *LINKS],
         "dog": ["It barks."],
     }
     file.write_text(json.dumps(sentences), encoding="utf-8")
     assert support.cupl(["cat"], file) == support.cupl(["cat"], sentences) == {"cat": ["A cat has fur.", "fives"]}
+    assert support.cupl(["cat"], {"cat": ["[A] cat (small)!"]}) == {"cat": ["[A] cat (small)!"]}
+    with pytest.raises(ValueError, match="or hold a link for every class, got none for 'cat'"):
+        support.cupl(["cat"], {"cat": LINKS})
 
 
 def test_classes_without_sentences_are_named(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 import clipkernels as ck
 from clipkernels import support
 from clipkernels.data import digits
+from clipkernels.images import Reader, draw_images, images_below, read_bytes
 from clipkernels.support import SupportSet, collection, features, folders
 from clipkernels.support.features import read_feature_header
 from tests.support.fixtures import NAMES, names, prompts_of, retrieve
@@ -73,6 +74,97 @@ def test_labels_follow_the_order_of_the_prompts_not_of_the_folders(bundled: Any,
 def test_an_image_may_represent_several_classes(bundled: Any, photos: Path) -> None:
     support_set = retrieve(bundled, photos, per_class=1000)
     assert support_set.counts.tolist() == [60, 60, 60]
+
+
+@torch.no_grad()
+def test_an_image_represents_the_class_that_scores_it_highest(bundled: Any, photos: Path) -> None:
+    model, preprocess, tokenizer = bundled
+    paths = sorted(photos.rglob("*.png"))
+    images = normalize(model.encode_image(torch.stack([preprocess(Image.open(path)) for path in paths])), dim=1)
+    prompts = prompts_of(NAMES)
+    texts = [normalize(model.encode_text(tokenizer(prompts[name])), dim=1) for name in NAMES]
+    scores = torch.stack([(images @ text.T).amax(1) for text in texts], 1)
+    expected = []
+    for k in range(3):
+        own = (scores.argmax(1) == k).nonzero()[:, 0]
+        expected.append([paths[row].name for row in own[scores[own, k].argsort(descending=True, stable=True)].tolist()])
+    support_set = retrieve(bundled, photos, per_class=60, shared=False)
+    assert names(support_set) == expected and sum(map(len, expected)) == 60
+    assert names(retrieve(bundled, photos, per_class=4, shared=False)) == [of_class[:4] for of_class in expected]
+    assert support_set.about["settings"]["shared"] is False
+
+
+def test_an_image_between_two_classes_goes_to_the_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    texts = [rows[:2], rows[[0, 2]], rows[[2, 1, 3]]]
+    for scores in (2**23, 1):  # one block, and one image per block
+        monkeypatch.setattr(collection, "MAX_SCORES", scores)
+        assert collection._best_class(rows[:4].repeat(3, 1), texts).tolist() == [0, 0, 1, 2] * 3
+
+
+def test_a_class_that_wins_no_image_is_an_error_naming_the_way_out(bundled: Any, photos: Path) -> None:
+    with pytest.raises(ValueError, match=r"an image for every class, got none for 'b': .* \(--shared\)$"):
+        support.retrieve(*bundled, {"a": ["a digit"], "b": ["a digit"]}, photos)
+
+
+def test_a_larger_limit_adds_to_the_same_draw(bundled: Any, photos: Path, encoded: list[int]) -> None:
+    drawn = [{image.path for image in retrieve(bundled, photos, per_class=60, limit=n).images} for n in (10, 25)]
+    expected = draw_images([str(path) for path in sorted(photos.rglob("*.png"))], 25, 0)
+    assert drawn == [set(expected[:10]), set(expected)] and sum(encoded) == 25
+    assert retrieve(bundled, photos, limit=10, seed=1).about["settings"] | {"collection": ""} == {
+        **{"collection": "", "per_class": 100, "minimum": None, "shared": True, "limit": 10, "seed": 1}
+    }
+    with pytest.raises(ValueError, match="limit must be a positive int, got 0"):
+        retrieve(bundled, photos, limit=0)
+
+
+def test_a_limit_keeps_the_features_of_the_other_images(bundled: Any, photos: Path, encoded: list[int]) -> None:
+    whole = retrieve(bundled, photos, per_class=60)
+    (file,) = photos.parent.glob("photos.*.safetensors")
+    (photos / "0" / "00.png").unlink()
+    retrieve(bundled, photos, per_class=60, limit=5)
+    again = retrieve(bundled, file, per_class=60)
+    assert sum(encoded) == 60 and again.counts.tolist() == [59] * 3
+    rows = {image.path: feature for image, feature in zip(whole.images, whole.features, strict=True)}
+    assert all(torch.equal(rows[x.path], f) for x, f in zip(again.images, again.features, strict=True))
+    drawn = {image.path for image in retrieve(bundled, file, per_class=60, limit=7).images}
+    assert drawn < {image.path for image in again.images} and len(drawn) == 7
+
+
+def test_photographs_stored_sideways_are_encoded_upright(bundled: Any, photos: Path, encoded: list[int]) -> None:
+    (path,) = photos.rglob("00.png")
+    upright = Image.open(path).convert("RGB")
+    exif = Image.Exif()
+    exif[274] = 6
+    before = retrieve(bundled, photos, per_class=60)
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    after = retrieve(bundled, photos, per_class=60)
+    assert names(after) == names(before)
+    torch.testing.assert_close(after.features, before.features, rtol=0, atol=1e-5)
+    count = sum(encoded)
+    sideways = retrieve(bundled, photos, per_class=60, exif=False)
+    assert sum(encoded) == count + 60, "the reader is part of the key"
+    rows = [[Path(image.path).name for image in result.images].index("00.png") for result in (after, sideways)]
+    assert (after.features[rows[0]] - sideways.features[rows[1]]).norm() > 0.1
+    assert (after.about["reader"], sideways.about["reader"]) == ("1", "1, no EXIF")
+    assert len(list(photos.parent.glob("photos.*.safetensors"))) == 2
+
+
+def test_only_regular_files_are_opened_and_others_are_counted(bundled: Any, photos: Path, tmp_path: Path) -> None:
+    os.mkfifo(photos / "pipe.png")
+    (photos / "endless.png").symlink_to("/dev/zero")
+    (photos / "notes.txt").write_text("not tried")
+    (photos / "phone.heic").write_bytes(b"not really")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(photos / "1", tmp_path / "elsewhere" / "1")
+    (photos / "1").symlink_to(tmp_path / "elsewhere" / "1")
+    (photos / "1" / "loop").symlink_to(photos)
+    os.mkfifo(photos / "manifest.json")
+    lines, notes = list[str](), list[str]()
+    found = retrieve(bundled, photos, per_class=99, report=lines.append, note=notes.append)
+    assert found.counts.tolist() == [60] * 3
+    assert lines == [f"skipped {photos / name}: not a regular file" for name in ("endless.png", "pipe.png")]
+    assert notes == ["skipped 1 .heic: install pillow-heif; 1 .json, 1 .txt: not images"]
 
 
 def test_the_error_names_classes_without_a_hit(bundled: Any, photos: Path) -> None:
@@ -201,17 +293,17 @@ def test_another_method_or_preprocessing_has_its_own_features(
 ) -> None:
     plain = retrieve(bundled, photos)
     ck.patch(tiny, ck.EViT(0.5))
-    pruned = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos)
+    pruned = retrieve((tiny, *bundled[1:]), photos)
     assert len(encoded) == 2 and not torch.equal(plain.features, pruned.features)
     ck.patch(tiny, ck.Dense())
-    dense = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos)
+    dense = retrieve((tiny, *bundled[1:]), photos)
     assert len(encoded) == 2 and torch.equal(plain.features, dense.features)
     (file, _) = sorted(
         photos.parent.glob("*.safetensors"),
         key=lambda path: "EViT" in read_feature_header(path)["encoder"]["method"],
     )
     ck.patch(tiny, ck.EViT(0.5))
-    with pytest.raises(ValueError, match=r"by this tower, method and preprocessing, got .* with others"):
+    with pytest.raises(ValueError, match=r"by this tower, method, preprocessing and reader .* got .* with others"):
         support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos, cache=file)
 
 
@@ -289,7 +381,7 @@ def test_a_models_training_mode_is_restored(tiny: Any, bundled: Any, photos: Pat
     tiny.train()
     tiny.visual.eval()
     before = [module.training for module in tiny.modules()]
-    support_set = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos)
+    support_set = support.retrieve(tiny, *bundled[1:], prompts_of(NAMES), photos, shared=True)
     assert [module.training for module in tiny.modules()] == before
     assert torch.equal(support_set.features, retrieve(bundled, photos, cache=photos.parent / "other").features)
 
@@ -298,7 +390,7 @@ def test_an_open_clip_resnet_encodes_images(bundled: Any, photos: Path, tmp_path
     torch.manual_seed(0)
     text = {"context_length": 64, "vocab_size": 259, "width": 64, "heads": 1, "layers": 1}
     model: Any = open_clip.CLIP(32, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}, text).eval()
-    support.retrieve(model, *bundled[1:], prompts_of(NAMES), photos, per_class=2).save(tmp_path / "set")
+    support.retrieve(model, *bundled[1:], prompts_of(NAMES), photos, per_class=2, shared=True).save(tmp_path / "set")
     assert SupportSet.load(tmp_path / "set", model).features.shape == (6, 32)
 
 
@@ -324,20 +416,24 @@ def test_an_empty_collection_keeps_its_features(bundled: Any, photos: Path) -> N
     assert file.read_bytes() == before
 
 
-def test_an_unreadable_file_raises_an_os_error(bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    retrieve(bundled, photos)
+def test_an_unreadable_file_is_skipped_and_its_features_stay(
+    bundled: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = retrieve(bundled, photos, per_class=60)
     (file,) = photos.parent.glob("*.safetensors")
-    before, read_bytes = file.read_bytes(), Path.read_bytes
+    lines: list[str] = []
 
-    def fail(path: Path) -> bytes:
-        if path.name == "07.png":
-            raise OSError(5, "Input/output error", str(path))
+    def fail(path: str) -> bytes:
+        if path.endswith("07.png"):
+            raise OSError(5, "Input/output error", path)
         return read_bytes(path)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
-        patch.setattr(Path, "read_bytes", fail)
-        retrieve(bundled, photos)
-    assert file.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "read_bytes", fail)
+        found = retrieve(bundled, photos, per_class=60, report=lines.append)
+    assert lines == [f"skipped {photos / '1' / '07.png'}: Input/output error"]
+    assert found.counts.tolist() == [59] * 3
+    assert retrieve(bundled, file, per_class=60).images == before.images
 
 
 def test_features_of_a_file_keep_their_encoder(tiny: Any, bundled: Any, photos: Path) -> None:
@@ -347,7 +443,7 @@ def test_features_of_a_file_keep_their_encoder(tiny: Any, bundled: Any, photos: 
     def other(image: Image.Image) -> Tensor:
         return bundled[1](image.rotate(90))
 
-    support_set = support.retrieve(tiny, other, bundled[2], prompts_of(NAMES), photos.parent / "cache")
+    support_set = retrieve((tiny, other, bundled[2]), photos.parent / "cache")
     assert support_set.about == {**plain.about, "settings": support_set.about["settings"]}
     assert torch.equal(support_set.features, plain.features)
 
@@ -361,7 +457,8 @@ def test_preprocessings_with_equal_reprs_have_their_own_features(bundled: Any, p
 
     one, other = turned(0), turned(90)
     first, second = (
-        support.retrieve(bundled[0], each, bundled[2], prompts_of(NAMES), photos, per_class=60) for each in (one, other)
+        support.retrieve(bundled[0], each, bundled[2], prompts_of(NAMES), photos, per_class=60, shared=True)
+        for each in (one, other)
     )
     assert not torch.equal(first.features, second.features)
     assert len(list(photos.parent.glob("*.safetensors"))) == 2
@@ -392,7 +489,7 @@ def test_text_embeddings_that_are_not_finite_are_refused(tiny: Any, bundled: Any
 def test_open_clips_half_precision_tower_encodes(dtype: torch.dtype, tiny: Any, bundled: Any, photos: Path) -> None:
     open_clip.model.convert_weights_to_lp(tiny, dtype)
     assert next(tiny.parameters()).dtype == torch.float32
-    who = features.encoder_of(tiny, bundled[1])
+    who = features.encoder_of(tiny, bundled[1], Reader())
     paths = [str(path) for path in sorted(photos.rglob("*.png"))[:3]]
     dtypes: list[torch.dtype] = []
     tiny.visual.conv1.register_forward_pre_hook(lambda module, arguments: dtypes.append(arguments[0].dtype))
@@ -404,10 +501,10 @@ def test_open_clips_half_precision_tower_encodes(dtype: torch.dtype, tiny: Any, 
 
 @pytest.mark.parametrize("hidden", [".thumbnails/small.png", "0/.git/deep/small.png", ".small.png"])
 def test_hidden_files_are_not_retrieved(hidden: str, photos: Path) -> None:
-    before = folders.find_images(photos)
+    before = images_below(str(photos), folders.holds_set)
     (photos / hidden).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(photos / "0" / "00.png", photos / hidden)
-    assert folders.find_images(photos) == before and len(before) == 60
+    assert images_below(str(photos), folders.holds_set) == before and len(before.paths) == 60
 
 
 def test_features_on_another_drive_store_the_absolute_path(
@@ -450,7 +547,7 @@ def test_an_image_that_the_preprocessing_rejects_is_reported(bundled: Any, photo
         bundled[0], preprocess, bundled[2], prompts_of(["one"]), photos, per_class=99, report=lines.append
     )
     assert len(support_set.images) == 60
-    assert lines == [f"skipped {photos / 'small.png'}: smaller than the crop"]
+    assert lines == [f"skipped {photos / 'small.png'}: preprocessing failed (smaller than the crop)"]
 
 
 def test_unchanged_features_are_not_written_again(bundled: Any, photos: Path) -> None:

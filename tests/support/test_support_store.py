@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import clipkernels as ck
 from clipkernels import fingerprint, support
 from clipkernels.data import digits
+from clipkernels.images import Reader
 from clipkernels.support import SupportSet, features, folders
 from tests.mutants import read, write
 from tests.support.fixtures import NAMES, contents, retrieve
@@ -435,7 +436,7 @@ def test_equal_sets_hold_no_trace_of_their_machine(bundled: Any, photos: Path, t
 
 
 def test_foreign_files_among_the_parts_stay(bundled: Any, photos: Path) -> None:
-    who = features.encoder_of(*bundled[:2])
+    who = features.encoder_of(*bundled[:2], Reader())
     parts = photos.parent / f"cache.{who.key}.parts"
     parts.mkdir()
     (parts / "notes.txt").write_text("mine")

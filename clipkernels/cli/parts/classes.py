@@ -8,17 +8,31 @@ from pathlib import Path
 
 import click
 
+from clipkernels.classifier import check_classes
+from clipkernels.images import reason_of
+
 
 def read_classes(classes: str | None, file: str | None) -> list[str]:
     """Return the class names of --classes, separated by commas, or of --classes-file, one per line.
 
     Raises:
-        click.UsageError: neither option, or both.
+        click.UsageError: neither option, or both; a file that is no text in UTF-8, or that holds no class, an empty
+            name or a name twice.
     """
     if (classes is None) == (file is None):
         raise click.UsageError(f"expected --classes or --classes-file, got {'neither' if file is None else 'both'}")
-    parts = Path(file).read_text(encoding="utf-8-sig").splitlines() if file else (classes or "").split(",")
-    return [part.strip() for part in parts if part.strip()]
+    try:
+        parts = Path(file).read_text(encoding="utf-8-sig").splitlines() if file else (classes or "").split(",")
+        return list(check_classes([part.strip() for part in parts if part.strip()]))
+    except (OSError, ValueError) as error:
+        source = f"--classes-file {file}" if file else "--classes"
+        raise click.UsageError(f"expected class names in {source}, got an error: {reason_of(error)}") from error
+
+
+def warn_of_one(classes: Sequence[str]) -> None:
+    """Warn on stderr if there is one class only."""
+    if len(classes) == 1:
+        click.echo(f"warning: one class, {classes[0]!r}: every image is given it, so name others too", err=True)
 
 
 def read_labels(paths: Sequence[str], classes: Sequence[str]) -> list[str]:

@@ -41,7 +41,8 @@ class TeacherCache:
     stored at once in files of their own, up to three per call. These are never merged, because another process may be
     reading them.
 
-    An image is identified by the SHA-256 of its preprocessed values, shape and dtype, a text by that of its UTF-8.
+    An image is identified by the SHA-256 of its preprocessed values, shape and dtype, so the way in which a file was
+    read is part of the key; a text is identified by the SHA-256 of its UTF-8.
     Images on a GPU are copied to the CPU for the hash, so pass CPU images and a device. Only tokens up to a text's last
     word are stored; `words` is zero at end-of-text and padding positions. T is the teacher's, or larger if the
     tokenizer pads to the longest text of its batch.

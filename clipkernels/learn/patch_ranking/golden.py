@@ -67,6 +67,7 @@ def golden_ranking(
     block: int = 3,
     batch_size: int = 64,
     path: str | os.PathLike[str] | None = None,
+    reader: str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Rankings:
     """The order in which the patches of each image may be removed before a block, with the block's input.
@@ -89,6 +90,7 @@ def golden_ranking(
         block: zero-based block before which the patches are removed.
         batch_size: variants that run as one batch.
         path: safetensors file for the result. Finished images are written next to it at once and are not ranked again.
+        reader: `Reader.rules` of the images that `clipkernels.images` opened, to be stored with the options.
         progress: called with the number of finished images and the number of all images.
     Returns:
         Rankings: ranks (n,P) int64, 0 for the patch that stays longest; and the block's input with pooled channels.
@@ -121,6 +123,7 @@ def golden_ranking(
             "prefix": tower.prefix,
             "width": tower.width,
             "blocks": len(tower.blocks),
+            "reader": reader,
         },
         classes,
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clipkernels.files import digest_table, sweep
-from clipkernels.formats import Count, Fingerprint, Format, Size, TensorSpec
+from clipkernels.formats import Count, Fingerprint, Format, Line, Size, TensorSpec
 from clipkernels.heads import ZeroShot
 from clipkernels.state_files import read_state, write_state
 
@@ -40,6 +40,7 @@ class RankingOptions(msgspec.Struct, forbid_unknown_fields=True):
     prefix: Count
     width: Size
     blocks: Size
+    reader: Line | None
 
     def __post_init__(self) -> None:
         for name, limit in (("prefix", self.tokens), ("block", self.blocks)):
