@@ -41,7 +41,7 @@ Example:
   clipkernels classify pictures/digits --folder-labels --shuffle 0 --adapt tca --reservoir digits.safetensors \\
     --classes zero,one,two,three,four,five,six,seven,eight,nine
   clipkernels support build support --from-folder pictures/digits --per-class 4 \\
-    --classes zero,one,two,three,four,five,six,seven,eight,nine
+    --template 'the handwritten digit {}.' --classes zero,one,two,three,four,five,six,seven,eight,nine
   clipkernels classify pictures/digits --folder-labels --head tipx --support support
   clipkernels rank pictures/digits --folder-labels --window 4 --stride 4 --step 32 --limit 8 --output ranks.safetensors
   clipkernels train-predictor ranks.safetensors --epochs 5 --output predictor.safetensors
