@@ -60,7 +60,7 @@ def few_shot(folder: Path) -> Kind:
 def golden(folder: Path) -> Kind:
     file, generator = folder / "ranks.safetensors", torch.Generator().manual_seed(0)
     about = {"score": "label", "window": 2, "stride": 1, "step": 3, "block": 1, "tower": TOWER, "image_size": [8, 8]}
-    about |= {"tokens": 5, "prefix": 1, "width": 16, "blocks": 4}
+    about |= {"tokens": 5, "prefix": 1, "width": 16, "blocks": 4, "reader": "1"}
     store = RankingStore(file, about, torch.randn(3, 6, generator=generator))
     digests = [bytes([index]) * 32 for index in range(3)]
     ranks = torch.stack([torch.randperm(4, generator=generator) for _ in digests])
@@ -70,7 +70,7 @@ def golden(folder: Path) -> Kind:
 
 
 def collection(folder: Path) -> Kind:
-    file, encoder = folder / "features.safetensors", Encoder(TOWER, "host", "resize")
+    file, encoder = folder / "features.safetensors", Encoder(TOWER, "host", "resize", "1")
     rows = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
     names = join_names(["a.png", "b/c.png", "d\udcff.png"])
     about = {"folder": "..", "model": "ViT", "pretrained": None}
@@ -107,7 +107,7 @@ def support_set(folder: Path) -> Path:
         pictures.append(Picture(str(file), sha256(bytes([index])).hexdigest()))
     about: dict[str, Any] = {"kind": "LC", "settings": {"collection": "c", "per_class": 2, "minimum": None}}
     about |= {"model": "bundled", "pretrained": None, "tower": fingerprint(ck.bundled()[0])}
-    about |= {"method": "host", "preprocess": "resize"}
+    about |= {"method": "host", "preprocess": "resize", "reader": "1"}
     prompts = {"cat": ["a cat"], "dog": ["a dog", "dogs"]}
     built = SupportSet(rows, torch.tensor([0, 0, 1]), ("cat", "dog"), prompts, tuple(pictures), about)
     built.save(folder / "set")

@@ -57,7 +57,7 @@ class Manifest(Encoder, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The fields of a manifest besides its encoder's."""
 
     kind: Literal["LC", "SD"]
-    settings: Annotated[dict[Line, Line | int | float | None], msgspec.Meta(max_length=32)]
+    settings: Annotated[dict[Line, Line | bool | int | float | None], msgspec.Meta(max_length=32)]
     model: Line | None
     pretrained: Line | None
     features: FeaturesEntry

@@ -191,7 +191,7 @@ def test_a_predictor_is_ranked_trained_and_used(
 
 def test_support_build_takes_transformers(siglip: Path, pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
-    common = ("--from-folder", pictures, "--cache", tmp_path / "cache.safetensors", "--per-class", 2)
+    common = ("--from-folder", pictures, "--cache", tmp_path / "cache.safetensors", "--per-class", 2, "--shared")
     options = (*LOCAL, siglip, "--classes", DIGITS, "--format", "json")
     result = succeed("support", "build", tmp_path / "set", *common, *options)
     model, tokenizer = load(siglip)

@@ -260,8 +260,10 @@ def test_an_interrupted_run_resumes_with_the_same_result(
 def test_a_killed_run_loses_nothing(bundled: Any, photos: Path, encoded: list[int]) -> None:
     code = f"""
 import os, signal
+import torch
 import clipkernels as ck
 from clipkernels import support
+torch.set_num_threads(1)
 from clipkernels.support import features
 encode_image, calls = features.encode_image, []
 def killed(model, images):
