@@ -470,7 +470,7 @@ def test_an_unsupported_tower_is_one_line(resnet: str) -> None:
             ["--library", "timm", "--model", "test_vit", "--pretrained", "x"],
             "a checkpoint file or one of test_vit's tags",
         ),
-        (["--library", "timm", "--model", "test_convnext"], "got ConvNeXt"),
+        (["--library", "timm", "--model", "test_convnext"], "got timm's ConvNeXt"),
         (["--library", "transformers", "--model", ".", "--pretrained", "main"], "expected --pretrained local"),
         (["--library", "transformers", "--model", "."], "expected a model that loads, got ."),
         (["nowhere"], "got 'nowhere', which matches nothing"),
