@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import BackwardHook
 
 from clipkernels import block
-from clipkernels.adapters import Tower
+from clipkernels.adapters.protocols import Tower
 from clipkernels.block import TokenState
 from clipkernels.plan import Step
 

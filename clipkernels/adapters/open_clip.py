@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from clipkernels import ops
-from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.modules import (
     bypass_reason,
     is_modified,
@@ -26,6 +25,7 @@ from clipkernels.adapters.modules import (
     scale_of,
     split_heads,
 )
+from clipkernels.adapters.protocols import UnsupportedTower
 from clipkernels.block import Branch
 from clipkernels.reference import Norm
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters.protocols import UnsupportedTower
 
 SUPPORTED = "a text tower of open_clip, transformers or OpenAI's clip"
 

@@ -20,7 +20,6 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.hooks import has_hooks
 from clipkernels.adapters.modules import (
     bypass_reason,
@@ -28,6 +27,7 @@ from clipkernels.adapters.modules import (
     ratio_of,
     refuse_mask,
 )
+from clipkernels.adapters.protocols import UnsupportedTower
 from clipkernels.adapters.timm_block import TimmBlock, separate_projections
 
 FORWARDS = (Block.forward, EvaBlock.forward, ResPostBlock.forward, EvaBlockPostNorm.forward)

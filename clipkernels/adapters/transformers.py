@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.advice import describe
 from clipkernels.adapters.modules import bypass_reason, is_modified, mlp_of, norm_of, project_branch, ratio_of
 from clipkernels.adapters.packing import separate_qkv
+from clipkernels.adapters.protocols import UnsupportedTower
 from clipkernels.block import Branch
 from clipkernels.reference import Norm
 

@@ -7,6 +7,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,34 @@ def test_imports_go_one_way() -> None:
             if importer is not None and other is not None and other > importer:
                 upward.append(f"{file.relative_to(ROOT)} imports {module}")
     assert not upward
+
+
+def import_graph() -> dict[str, set[str]]:
+    """The modules of the package and of the kernels, each with those that it imports anywhere in its file.
+
+    The package itself is left out, because it imports lazily.
+    """
+    files = {f"clipkernels.kernels.{file.stem}": file for file in sources("kernels")}
+    for file in sources("clipkernels"):
+        parts = ("clipkernels", *file.relative_to(PACKAGE).with_suffix("").parts)
+        files[".".join(parts).removesuffix(".__init__")] = file
+    del files["clipkernels"]
+    graph: dict[str, set[str]] = {name: set() for name in files}
+    for name, file in files.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = (f"{node.module}.{part.name}" for part in node.names)
+                graph[name].update(part if part in files else node.module for part in names)
+            elif isinstance(node, ast.Import):
+                graph[name].update(part.name for part in node.names)
+    return {name: modules.intersection(files) - {name} for name, modules in graph.items()}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    try:
+        list(TopologicalSorter(import_graph()).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
 
 
 def test_kernels_import_torch_and_triton_alone() -> None:
