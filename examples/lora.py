@@ -3,7 +3,7 @@
     python examples/lora.py
     python examples/lora.py photos/ --model ViT-B-16 --pretrained openai --r 13 --steps 500
 
-The folder has one sub-folder per class. Without it the bundled CLIP learns to name drawn scenes despite merged tokens.
+FOLDER has a sub-folder per class. Without it the bundled CLIP learns to name drawn scenes despite merged tokens.
 """
 
 import argparse
@@ -45,12 +45,11 @@ def main() -> None:
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules=r"visual\..*\.c_(fc|proj)"))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
     before = adapted.encode_image(images[held_out], normalize=True) @ text.T
-    for step in range(arguments.steps):
-        batch = training[torch.randint(len(training), (32,))]
+    for step, batch in enumerate(training[torch.randint(len(training), (arguments.steps, 32))]):
         loss = cross_entropy(100 * adapted.encode_image(images[batch], normalize=True) @ text.T, labels[batch])
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
         print(f"step {step + 1}: loss {loss:.3f}")
     after = adapted.merge_and_unload().encode_image(images[held_out], normalize=True) @ text.T  # still patched
     for when, logits in (("before", before), ("after", after)):

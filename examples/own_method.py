@@ -40,14 +40,13 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=2)
     parser.add_argument("--keep", type=int, default=20)
     arguments = parser.parse_args()
-
     if arguments.model:
         model, _, preprocess = open_clip.create_model_and_transforms(arguments.model, pretrained=arguments.pretrained)
     else:
         model, preprocess, _ = ck.bundled()
-    drawn = Image.fromarray(scenes.draw(1, seed=7).images[0])
-    picture = Reader().read(arguments.image) if arguments.image else drawn
-
+    picture = Image.fromarray(scenes.draw(1, seed=7).images[0])
+    if arguments.image:
+        picture = Reader().read(arguments.image)
     ck.patch(model.eval(), Once(arguments.block, arguments.keep))
     with torch.no_grad():
         encoded = ck.encode_image(model, preprocess(picture)[None], source=True)

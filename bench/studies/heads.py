@@ -157,9 +157,9 @@ def retrieved(pool: Any, classes: Sequence[str], arguments: argparse.Namespace) 
             Image.fromarray(pool.images[number]).save(Path(folder) / f"{number}.png")
         prompts = support.photo(classes, (TEMPLATE,))
         cache = Path(folder) / "features.safetensors"
-        support_set = support.retrieve(
-            model, preprocess, tokenizer, prompts, folder, per_class=arguments.per_class, cache=cache, batch_size=BATCH
-        )
+        # An image may stand for several classes, as in SuS-X's code.
+        options = {"per_class": arguments.per_class, "shared": True, "cache": cache, "batch_size": BATCH}
+        support_set = support.retrieve(model, preprocess, tokenizer, prompts, folder, **options)
     truth = [pool.labels[int(Path(picture.path).stem)] for picture in support_set.images]
     right = np.mean(np.asarray(truth) == support_set.labels.numpy())
     print(f"{len(truth)} images retrieved by text, {100 * right:.1f} % with the correct class", file=sys.stderr)

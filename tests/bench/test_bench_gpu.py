@@ -44,6 +44,8 @@ def test_every_step_names_an_existing_script_and_options(tmp_path: Path) -> None
         else:
             module = command[1].replace(".", "/") if command[1].startswith("bench.") else "clipkernels/cli/check"
             source = (BENCH.parent / f"{module}.py").read_text(encoding="utf-8")
+            if module.startswith("clipkernels"):
+                source += (BENCH.parent / "clipkernels" / "cli" / "parts" / "options.py").read_text(encoding="utf-8")
             assert all(f'"{word}"' in source for word in command if word.startswith("--")), step
         assert ('"--deadline"' in source) == (step.piece is not None), step
 
