@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def run(*arguments):
-    return CliRunner().invoke(main, ["check", "--quiet", *arguments])
+    return CliRunner().invoke(main, ["check", *arguments])
 
 
 @pytest.fixture

@@ -294,7 +294,7 @@ def test_a_picture_shows_the_first_images_and_their_rankings(pictures: Path, tmp
     matplotlib()
     common = ("rank", pictures, "--score", "feature", "--window", 8, "--stride", 8, "--step", 64, "--output")
     for count, (width, height) in {1: (200, 500), 14: (900, 1500)}.items():
-        options = ("--limit", count, "--picture", tmp_path / "ranks.png")
+        options = ("--limit", count, "--plot", tmp_path / "ranks.png")
         assert run(*common, tmp_path / "ranks.safetensors", *options).exit_code == 0
         with Image.open(tmp_path / "ranks.png") as picture:
             assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 24) or ()) > 100
@@ -307,7 +307,7 @@ def test_a_picture_draws_names_literally(files: list[Path], tmp_path: Path) -> N
     odd = tmp_path / "a name that is longer than its image is wide, with $x_{ in it.png"
     odd.write_bytes(files[0].read_bytes())
     common = ("--score", "feature", *FAST, "--output", tmp_path / "ranks.safetensors")
-    assert run("rank", odd, *common, "--picture", tmp_path / "ranks.svg").exit_code == 0
+    assert run("rank", odd, *common, "--plot", tmp_path / "ranks.svg").exit_code == 0
     assert "<svg" in (tmp_path / "ranks.svg").read_text(encoding="utf-8")
 
 
@@ -317,7 +317,7 @@ def test_a_picture_without_matplotlib_names_the_package(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    argument, option = {"rank": (files[0], "--picture"), "train-predictor": (ranks, "--plot")}[verb]
+    argument, option = {"rank": (files[0], "--plot"), "train-predictor": (ranks, "--plot")}[verb]
     result = run(verb, argument, option, tmp_path / "x.png", "--output", tmp_path / "out.safetensors")
     assert f"expected matplotlib for {option} (pip install matplotlib)" in error(result)
 
@@ -344,8 +344,8 @@ def test_a_picture_without_matplotlib_names_the_package(
         (("--folder-labels", "--limit", 0), "--limit"),
         (("--folder-labels", "--device", "abacus"), "expected a device of this machine, got 'abacus'"),
         (("--folder-labels", "--pretrained", "openai"), "expected --model with --pretrained openai"),
-        (("--folder-labels", "--picture", "out.gif"), "expected a file ending in .png, .svg, .pdf for --picture"),
-        (("--folder-labels", "--output", "."), "expected a file for --output, got ., which is none"),
+        (("--folder-labels", "--plot", "out.gif"), "expected a file ending in .png, .svg, .pdf for --plot"),
+        (("--folder-labels", "--output", "."), "expected a regular file for --output, got ."),
         (("--folder-labels", "--output", "nowhere/x"), "expected a file that can be written for --output, got nowhere"),
         (("--folder-labels", "--output", __file__), "expected a safetensors file, got"),
     ],
@@ -487,7 +487,7 @@ def test_interrupted_training_leaves_the_old_file(ranks: Path, tmp_path: Path, m
         (("--seed", -1), "--seed"),
         (("--device", "abacus"), "expected a device of this machine, got 'abacus'"),
         (("--plot", "out.gif"), "expected a file ending in .png, .svg, .pdf for --plot"),
-        (("--output", "."), "expected a file for --output, got ., which is none"),
+        (("--output", "."), "expected a regular file for --output, got ."),
         (("--output", "nowhere/x"), "expected a file that can be written for --output, got nowhere/x"),
         (("--output", "RANKS"), "expected --output and RANKINGS to differ, got"),
         (("--output", "same.png", "--plot", "same.png"), "expected --plot and --output to differ, got same.png"),
