@@ -223,9 +223,8 @@ def test_a_folder_without_a_text_tower_or_a_tokenizer_is_one_line(clip: Path, pi
     model, _ = load(clip)
     model.save_pretrained(tmp_path / "bare")
     image_processor().save_pretrained(tmp_path / "bare")
-    line = error(
-        run(*common, tmp_path / "bare"), status=1
-    )  # by version transformers refuses, or makes an empty tokenizer
+    # By version transformers refuses, or makes an empty tokenizer.
+    line = error(run(*common, tmp_path / "bare"), status=1)
     assert "bare to hold a tokenizer, got one without a vocabulary" in line or "expected a model that loads" in line
     transformers_tower("CLIPVisionModel", 1, image_size=32, patch_size=8).save_pretrained(tmp_path / "vision")
     image_processor().save_pretrained(tmp_path / "vision")
