@@ -170,10 +170,10 @@ def bench(
         tower = tower_of(loaded.model)
         listed = [part.strip() for part in methods.split(",")] if methods is not None else []
         chosen = methods_for(tower, [*listed, *specs], predictor, tokens)
-        stand_ins = min(limit, TIMED_BATCHES * batch_size)
-        pixels, failures = (
-            read(paths, loaded.preprocess, tower, exif=not no_exif) if paths else (noise(stand_ins, tower, seed), 0)
-        )
+        if paths:
+            pixels, failures = read(paths, loaded.preprocess, tower, exif=not no_exif)
+        else:
+            pixels, failures = noise(min(limit, TIMED_BATCHES * batch_size), tower, seed), 0
         with (
             opened(output) as stream,
             opened(plot, "--plot") if plot else nullcontext() as picture,
