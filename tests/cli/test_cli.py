@@ -122,7 +122,7 @@ OPTIONS = {
 
 def test_an_option_has_one_meaning_and_every_option_has_a_help() -> None:
     assert all(option.help for option in OPTIONS.values())
-    for name in ("--limit", "--device", "--classes-file", "--template", "--library", "--model", "--pretrained"):
+    for name in ("--limit", "--device", "--classes-file", "--template", "--library", "--pretrained"):
         assert len({option.help for (_, other), option in OPTIONS.items() if other == name}) == 1, name
     written = {verb: option.help for (verb, name), option in OPTIONS.items() if name == "--output"}
     assert {text for verb, text in written.items() if verb not in ("rank", "train-predictor")} == {
