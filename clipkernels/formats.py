@@ -131,7 +131,7 @@ def parse_object(text: str) -> dict[str, Any]:
         ValueError: other text.
     """
     if sum(map(text.count, ",[{")) > MAX_HEADER_ITEMS:
-        raise ValueError(f"a header of more than {MAX_HEADER_ITEMS} values")
+        raise ValueError(f"JSON of more than {MAX_HEADER_ITEMS} values")
 
     def refuse(number: str) -> float:
         raise ValueError(f"the number {number:.20}")
@@ -142,11 +142,11 @@ def parse_object(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text, parse_constant=refuse, parse_float=finite)
     except RecursionError as error:
-        raise ValueError("a header that is nested too deeply") from error
+        raise ValueError("JSON that is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"a header that is no JSON: {error}") from error
+        raise ValueError(f"text that is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"a header that is a JSON {type(content).__name__} instead of an object")
+        raise ValueError(f"a JSON {type(content).__name__} instead of an object")
     return content
 
 

@@ -269,7 +269,7 @@ class ToMe:
             raise ValueError(f"inflect must be a number in [-1, 1], got {inflect!r}")
         if counts is not None:
             if inflect:
-                raise ValueError(f"inflect must be 0 with an r per block, got {inflect!r}")
+                raise ValueError(f"inflect must be 0 if r is given per block, got {inflect!r}")
             object.__setattr__(self, "r", counts)
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:

@@ -95,7 +95,7 @@ def steps(folder: Path, peer: str | None = None) -> list[Step]:
         return ["--out", str(folder / f"{name}.csv")]
 
     def check(name: str, precision: str, *more: str) -> list[str]:
-        command = ["-m", "clipkernels", "check", "--precision", precision, "--format", "csv", "--quiet", *more]
+        command = ["-m", "clipkernels", "check", "--precision", precision, "--format", "csv", *more]
         return [*command, "--output", str(folder / f"{name}.csv")]
 
     ops = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/ops.py", "--rows", str(folder / "ops.csv")]

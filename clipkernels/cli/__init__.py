@@ -16,7 +16,7 @@ from clipkernels import __version__
 
 # At most 55 characters, so that each is one line of 80 columns.
 SHORT_HELPS = {
-    "demo": "Measure every method on a small CLIP that is included.",
+    "demo": "Measure every method on the small bundled CLIP.",
     "classify": "Name the class of every image.",
     "bench": "Time your tower with every method, and compare outputs.",
     "info": "Show versions, devices and backends.",

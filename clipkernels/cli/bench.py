@@ -18,13 +18,23 @@ from clipkernels.adapters import Tower
 from clipkernels.cli.parts.images import close, exif_option, find
 from clipkernels.cli.parts.methods import METHOD_HELP, methods_for
 from clipkernels.cli.parts.models import Preprocess, choose_device, load, model_options
-from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.options import (
+    PRECISIONS,
+    batch_size_option,
+    device_option,
+    format_option,
+    limit_option,
+    once,
+    output_option,
+    plot_option,
+    seed_option,
+)
 from clipkernels.cli.parts.output import method_table, opened, progress, schedule, write_results
 from clipkernels.cli.parts.plot import draw_plot, plot_format
-from clipkernels.images import Pictures, collate, skip_message
+from clipkernels.images import Pictures, collate, draw_images, skip_message
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Clock
-from clipkernels.measure.towers import DTYPES, TIMED_BATCHES, Row, Settings, measure
+from clipkernels.measure.towers import TIMED_BATCHES, Row, Settings, measure
 from clipkernels.patching import tower_of
 
 MODES = ("default", "reduce-overhead", "max-autotune")
@@ -50,26 +60,22 @@ RANDOM_IMAGES = (
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
-  clipkernels bench pictures --methods evit:0.5,tome:8 --precision fp32 --precision bf16 --rounds 3
+  clipkernels bench pictures --methods evit:0.5,tome:8 --rounds 3 \\
+    --precision fp32 --precision bf16
 """
 
 
 @click.command(epilog=EXAMPLE)
 @click.argument("images", nargs=-1)
 @model_options
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Most images taken, evenly spread over all.",
-)
+@limit_option(256)
+@seed_option("the draw of --limit, or of the random noise")
 @exif_option
-@click.option("--method", "specs", multiple=True, metavar="SPEC", help=f"{METHOD_HELP}. May be repeated.")
-@click.option(
+@click.option("--method", "specs", multiple=True, metavar="SPEC", help=f"{METHOD_HELP} May be repeated.")
+@once(
     "--methods",
     metavar="SPEC,…",
-    help="Several at once, such as evit:0.7,tome:8. Dense always runs too  [default: evit:0.7, evit:0.5 and tome at "
+    help="Several at once, such as evit:0.7,tome:8. Dense always runs too.  [default: evit:0.7, evit:0.5 and tome at "
     "the cost of evit:0.7]",
 )
 @click.option(
@@ -84,20 +90,20 @@ Example:
     multiple=True,
     type=click.Choice(["none", *MODES]),
     help="Add rows under torch.compile in this mode to the eager ones; may be repeated. reduce-overhead is CUDA "
-    "graphs, for GPUs  [default: none]",
+    "graphs, for GPUs.  [default: none]",
 )
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice(list(DTYPES)),
-    default=("fp32",),
+    type=click.Choice(PRECISIONS),
+    default=PRECISIONS[:1],
     show_default=True,
-    help="May be repeated.",
+    help="Precision of the model; may be repeated.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@batch_size_option(8)
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, help="Timed runs per row.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: torch's choice]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @click.option(
     "--clock",
     type=click.Choice(["wall", "process"]),
@@ -105,10 +111,10 @@ Example:
     show_default=True,
     help="process: CPU time of one thread, for machines that others use.",
 )
-@click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
+@device_option
 @format_option
-@click.option("--output", type=click.Path(), help="Write here instead of to stdout; appears when complete.")
-@click.option("--plot", type=click.Path(), help="Also draw speed-up and cosine into this .png, .svg or .pdf.")
+@output_option
+@plot_option("speed-up and cosine")
 @click.pass_context
 def bench(
     context: click.Context,
@@ -117,6 +123,7 @@ def bench(
     name: str | None,
     pretrained: str | None,
     limit: int,
+    seed: int,
     no_exif: bool,
     specs: tuple[str, ...],
     methods: str | None,
@@ -158,13 +165,15 @@ def bench(
         compiled = list(dict.fromkeys(mode for mode in modes if mode != "none"))
         settings = Settings(batch_size, rounds, cast(Clock, clock), compiled, where)
         found = find(images)
-        paths = found.paths
+        paths = draw_images(found.paths, limit, seed)
         loaded = load(library, name, pretrained)
         tower = tower_of(loaded.model)
         listed = [part.strip() for part in methods.split(",")] if methods is not None else []
         chosen = methods_for(tower, [*listed, *specs], predictor, tokens)
-        stand_ins = min(limit, TIMED_BATCHES * batch_size)
-        pixels, failures = read(paths, limit, stand_ins, loaded.preprocess, tower, exif=not no_exif)
+        if paths:
+            pixels, failures = read(paths, loaded.preprocess, tower, exif=not no_exif)
+        else:
+            pixels, failures = noise(min(limit, TIMED_BATCHES * batch_size), tower, seed), 0
         with (
             opened(output) as stream,
             opened(plot, "--plot") if plot else nullcontext() as picture,
@@ -216,35 +225,31 @@ def check_clock(clock: str, device: torch.device) -> None:
         raise click.UsageError(f"expected --threads 1 with --clock process, got {torch.get_num_threads()}")
 
 
-def read(
-    paths: Sequence[str], limit: int, stand_ins: int, preprocess: Preprocess, tower: Tower, exif: bool
-) -> tuple[Tensor, int]:
+def noise(count: int, tower: Tower, seed: int) -> Tensor:
+    """Return images of random noise (count,3,S,S), with a warning on stderr."""
+    click.echo(f"warning: no IMAGES given: using {count} random-noise images; cosines mean little", err=True)
+    return torch.randn(count, 3, *tower.image_size, generator=torch.Generator().manual_seed(seed))
+
+
+def read(paths: Sequence[str], preprocess: Preprocess, tower: Tower, exif: bool) -> tuple[Tensor, int]:
     """Return preprocessed images (n,3,S,S) and the number of files that cannot be read.
 
     Args:
-        paths: the files; without any, `stand_ins` images of random noise are returned, with a warning on stderr.
-        limit: the most files that are read, evenly spread over all.
-        stand_ins: the number of random images.
+        paths: the files.
         preprocess: from an image to a tensor (3,S,S).
         tower: the tower that the images are for.
         exif: turn images as their EXIF orientation says.
     Raises:
-        click.UsageError: no file is an image, or the preprocessing does not fit the tower.
+        click.UsageError: none of the files is an image, or the preprocessing does not fit the tower.
     """
-    if not paths:
-        size = stand_ins, 3, *tower.image_size
-        click.echo(f"warning: no IMAGES: {stand_ins} of random noise stand in, so cosines mean little", err=True)
-        return torch.randn(size, generator=torch.Generator().manual_seed(0)), 0
-    count = min(limit, len(paths))
-    spread = [paths[index * len(paths) // count] for index in range(count)]
     loaded, failures = [], 0
-    for batch in DataLoader(Pictures(spread, preprocess, exif=exif), 32, collate_fn=collate):
+    for batch in DataLoader(Pictures(paths, preprocess, exif=exif), 32, collate_fn=collate):
         for index, reason in batch.failed:
-            click.echo(skip_message(spread[index], reason), err=True)
+            click.echo(skip_message(paths[index], reason), err=True)
         failures += len(batch.failed)
         loaded += [] if batch.images is None else [batch.images]
     if not loaded:
-        raise click.UsageError(f"expected images, got {failures} files that are not, such as {spread[0]!r}")
+        raise click.UsageError(f"expected images, got {failures} files that are not, such as {paths[0]!r}")
     images = torch.cat(loaded)
     if tuple(images.shape[1:]) != (3, *tower.image_size):
         expected = "expected preprocessing to give (3,{},{})".format(*tower.image_size)

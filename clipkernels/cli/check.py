@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipkernels import backend
 from clipkernels.cli.parts.models import choose_device
-from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.options import PRECISIONS, device_option, format_option, once, output_option
 from clipkernels.cli.parts.output import opened, progress, write_results
 from clipkernels.measure.environment import environment
 from clipkernels.measure.towers import DTYPES
@@ -39,38 +39,38 @@ Example:
 
 
 @click.command(epilog=EXAMPLE)
-@click.option("--device", "device_name", help="Such as cpu or cuda:1  [default: cuda where there is one]")
+@device_option
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice(list(DTYPES)),
-    help="May be repeated  [default: all three]",
+    type=click.Choice(PRECISIONS),
+    help="Precision of the inputs; may be repeated.  [default: all three]",
 )
-@click.option("--ops", "names", metavar="NAME,…", help="Operations whose names begin like this  [default: all]")
-@click.option(
-    "--shapes", "towers", metavar="NAME,…", help="Shapes, such as B-16  [default: all on a GPU, small ones on a CPU]"
+@once("--ops", "names", metavar="NAME,…", help="Operations whose names begin like this.  [default: all]")
+@once(
+    "--shapes", "towers", metavar="NAME,…", help="Shapes, such as B-16.  [default: all on a GPU, small ones on a CPU]"
 )
 @click.option("--interpret", is_flag=True, help="Run the kernels in Triton's interpreter, on the CPU.")
 @format_option
-@click.option("--output", type=click.Path(), help="Write here instead of to stdout; appears when complete.")
-@click.option("--quiet", is_flag=True, help="Show no progress bar.")
+@output_option
 def check(
-    device_name: str | None,
+    device: str | None,
     precisions: tuple[str, ...],
     names: str | None,
     towers: str | None,
     interpret: bool,
     form: str,
     output: str | None,
-    quiet: bool,
 ) -> None:
     """Check every operation against fp64.
 
-    The Triton kernels are checked wherever they can run, and beside them the backend that `auto` takes instead;
-    elsewhere the PyTorch reference is. A selection must equal the reference's. A value may be off by twice the
-    reference's own error plus one rounding. The kernels must give the same bits when they run again, and for an image
-    alone. Where only the reference runs, its own error may be 16 roundings.
+    Where the Triton kernels can run they are checked, together with the backend that `auto` prefers to them. Elsewhere
+    the PyTorch reference is checked.
+
+    A selection must equal the reference's. A value may be off by twice the reference's own error plus one rounding. A
+    second run, and a run on one image, must give the same bits. Where only the reference runs, its own error may be 16
+    roundings.
 
     The exit status is 1 if a check fails.
     """
@@ -79,25 +79,25 @@ def check(
         arguments = sys.argv[sys.argv.index("check") :]
         environ = {**os.environ, "TRITON_INTERPRET": "1"}
         sys.exit(subprocess.call([sys.executable, "-m", "clipkernels", *arguments], env=environ))
-    if interpret and device_name not in (None, "cpu"):
-        raise click.UsageError(f"expected --device cpu with --interpret, got {device_name}")
-    device = choose_device("cpu" if interpret else device_name)
+    if interpret and device not in (None, "cpu"):
+        raise click.UsageError(f"expected --device cpu with --interpret, got {device}")
+    where = choose_device("cpu" if interpret else device)
     prefixes = tuple(name.strip() for name in names.split(",")) if names else ("",)
     chosen = {name: case for name, case in CASES.items() if name.startswith(prefixes)}
     if not chosen:
         raise click.UsageError(f"expected --ops among {', '.join(CASES)}, got {names}")
-    shapes = _shapes(towers, device)
-    with progress(quiet) as bar, opened(output) as stream:
-        jobs = list(_jobs(chosen, precisions or tuple(DTYPES), device, shapes))
+    shapes = _shapes(towers, where)
+    with progress() as bar, opened(output) as stream:
+        jobs = list(_jobs(chosen, precisions or PRECISIONS, where, shapes))
         task = bar.add_task("checking", total=len(jobs))
         rows = []
         for name, tower, shape, precision, run_on in jobs:
             bar.update(task, description=f"{name} {tower} {precision}")
-            rows.append(_row(name, chosen[name], tower, shape, DTYPES[precision], run_on, device))
+            rows.append(_row(name, chosen[name], tower, shape, DTYPES[precision], run_on, where))
             bar.advance(task)
         write_results(form, stream, rows, {"environment": environment(), "rows": rows}, lambda: [draw_table(rows)])
     failed = [row for row in rows if row["verdict"] != "ok"]
-    click.echo(f"{len(rows) - len(failed)} of {len(rows)} passed on {device} ({environment()['device']})", err=True)
+    click.echo(f"{len(rows) - len(failed)} of {len(rows)} passed on {where} ({environment()['device']})", err=True)
     if failed:
         sys.exit(1)
 

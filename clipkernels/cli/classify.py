@@ -15,12 +15,25 @@ from torch.utils.data import DataLoader
 
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import Classifier
-from clipkernels.cli.parts.classes import read_classes, read_labels, warn_of_one
+from clipkernels.cli.parts.classes import choose_classes, read_labels, warn_of_one
 from clipkernels.cli.parts.guesses import Guess, guess_writer
 from clipkernels.cli.parts.heads import ReservoirFile, check_head, choose_head
 from clipkernels.cli.parts.images import close, exif_option, find, warn_of_sorted
 from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods
 from clipkernels.cli.parts.models import cast_towers, choose_device, load_clip, model_options
+from clipkernels.cli.parts.options import (
+    FORMATS,
+    batch_size_option,
+    classes_file_option,
+    classes_option,
+    device_option,
+    limit_option,
+    once,
+    output_option,
+    precision_option,
+    shuffle_option,
+    template_option,
+)
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
@@ -32,31 +45,24 @@ from clipkernels.patching import method_of, tower_of
 from clipkernels.support import SupportSet
 
 MIN_IMAGES_FOR_WORKERS = 256
+PRESETS = sorted({*RESERVOIR_PRESETS, *CALIP_PRESETS})
 
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
-  clipkernels classify pictures/digits --folder-labels --method evit:0.7 \\
-    --classes zero,one,two,three,four,five,six,seven,eight,nine
-  clipkernels classify pictures/digits --folder-labels --shuffle 0 --adapt tca --reservoir digits.safetensors \\
-    --classes zero,one,two,three,four,five,six,seven,eight,nine
-  clipkernels support build support --from-folder pictures/digits --per-class 4 \\
-    --template 'the handwritten digit {}.' --classes zero,one,two,three,four,five,six,seven,eight,nine
-  clipkernels classify pictures/digits --folder-labels --head tipx --support support
-  clipkernels rank pictures/digits --folder-labels --window 4 --stride 4 --step 32 --limit 8 --output ranks.safetensors
-  clipkernels train-predictor ranks.safetensors --epochs 5 --output predictor.safetensors
-  clipkernels classify pictures/digits --folder-labels --method patch-ranking --predictor predictor.safetensors \\
+  clipkernels classify pictures/digits --folder-labels --adapt tca --shuffle 0
+  clipkernels classify pictures/digits --method evit:0.7 --format csv \\
     --classes zero,one,two,three,four,five,six,seven,eight,nine
 """
 
 
 @click.command(epilog=EXAMPLE)
 @click.argument("images", nargs=-1, required=True)
-@click.option("--classes", help="Class names, separated by commas.")
-@click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
-@click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
+@classes_option(default="the folders, with --folder-labels")
+@classes_file_option
+@template_option
 @model_options
-@click.option(
+@once(
     "--method",
     "spec",
     metavar="SPEC",
@@ -71,7 +77,7 @@ Example:
 @click.option(
     "--head",
     type=click.Choice(["zero-shot", "calip", "tip", "tipx"]),
-    help="calip reads the patches, too; tip (Tip-Adapter) and tipx (TIP-X) read a support set  [default: zero-shot]",
+    help="calip reads the patches, too; tip (Tip-Adapter) and tipx (TIP-X) read a support set.  [default: zero-shot]",
 )
 @click.option("--support", type=click.Path(exists=True, file_okay=False), help="The folder of support build.")
 @click.option(
@@ -79,29 +85,31 @@ Example:
 )
 @click.option(
     "--preset",
-    type=click.Choice(sorted({*RESERVOIR_PRESETS, *CALIP_PRESETS})),
+    type=click.Choice(PRESETS),
+    metavar="NAME",
     default="imagenet",
     show_default=True,
-    help="Published settings, for --adapt and --head calip.",
+    help=f"Published settings, for --adapt and --head calip: {', '.join(PRESETS)}.",
 )
 @click.option("--reservoir", help="With --adapt: resume from this file if it exists; it is updated on the way.")
 @click.option("--frozen", is_flag=True, help="With --reservoir: use its images, cache no others.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Draw this many images at random; a larger number adds to them."
-)
-@click.option(
-    "--shuffle", type=int, metavar="SEED", help="Take the images in a random order  [default: 0 with --limit]"
-)
+@limit_option()
+@shuffle_option
 @exif_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--workers", type=click.IntRange(min=0), help="Loader processes  [default: up to 4, 0 for few images]")
-@click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
-@click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+@batch_size_option(32)
+@click.option("--workers", type=click.IntRange(min=0), help="Loader processes.  [default: up to 4, 0 for few images]")
+@device_option
+@precision_option
 @click.option("--folder-labels", is_flag=True, help="Report the accuracy; a file's folder is its true class.")
 @click.option(
-    "--format", "form", type=click.Choice(["table", "csv", "json", "jsonl"]), default="table", show_default=True
+    "--format",
+    "form",
+    type=click.Choice([*FORMATS, "jsonl"]),
+    default="table",
+    show_default=True,
+    help="Format of the results; jsonl is an object per line.",
 )
-@click.option("--output", type=click.Path(), help="Write here instead of to stdout; appears when complete.")
+@output_option
 @click.pass_context
 def classify(
     context: click.Context,
@@ -154,8 +162,8 @@ def classify(
     try:
         check_head(context, head, adapt, preset, reservoir, frozen)
         by_name = support is None or classes is not None or classes_file is not None
-        class_names = read_classes(classes, classes_file) if by_name else None
         found = find(images)
+        class_names = choose_classes(found.paths, classes, classes_file, folder_labels) if by_name else None
         paths = draw_images(found.paths, limit, shuffle)
         if spec == "none" and adapt:
             raise click.UsageError("expected any method but none with --adapt, got --method none")

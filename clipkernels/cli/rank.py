@@ -17,11 +17,22 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from clipkernels.classifier import class_embeddings
-from clipkernels.cli.parts.classes import folders_of, read_classes, read_labels, warn_of_one
+from clipkernels.cli.parts.classes import choose_classes, read_labels, warn_of_one
 from clipkernels.cli.parts.heads import is_set
 from clipkernels.cli.parts.images import close, exif_option, find
 from clipkernels.cli.parts.models import choose_device, load, load_clip, model_options
-from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.options import (
+    batch_size_option,
+    classes_file_option,
+    classes_option,
+    device_option,
+    format_option,
+    limit_option,
+    plot_option,
+    precision_option,
+    shuffle_option,
+    template_option,
+)
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_results
 from clipkernels.cli.parts.plot import RankedImage, draw_rankings, plot_format
 from clipkernels.data import Preprocess
@@ -39,7 +50,8 @@ OPTIONS = ("score", "window", "stride", "step", "block")
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
-  clipkernels rank pictures/digits --folder-labels --window 4 --stride 4 --step 32 --limit 8 --output ranks.safetensors
+  clipkernels rank pictures/digits --folder-labels --limit 8 \\
+    --window 4 --stride 4 --step 32 --output ranks.safetensors
 """
 
 
@@ -52,28 +64,24 @@ Example:
     "--score",
     type=click.Choice(get_args(Score)),
     help="The output to preserve: label, the probability of the true class; confidence, that of the likeliest class; "
-    "feature, the embedding  [default: label with --folder-labels, else confidence]",
+    "feature, the embedding.  [default: label with --folder-labels, else confidence]",
 )
 @click.option("--folder-labels", is_flag=True, help="A file's folder is its true class.")
-@click.option("--classes", help="Class names, separated by commas  [default: the folders, with --folder-labels]")
-@click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
-@click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
+@classes_option(default="the folders, with --folder-labels")
+@classes_file_option
+@template_option
 @click.option("--window", type=int, default=2, show_default=True, help="Side of a window, in patches.")
 @click.option("--stride", type=int, default=1, show_default=True, help="Distance between windows, in patches.")
 @click.option("--step", type=int, default=10, show_default=True, help="Patches dropped per round.")
 @click.option("--block", type=int, default=3, show_default=True, help="Zero-based block before which they are dropped.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Draw this many images at random; a larger number adds to them."
-)
-@click.option(
-    "--shuffle", type=int, metavar="SEED", help="Take the images in a random order  [default: 0 with --limit]"
-)
+@limit_option()
+@shuffle_option
 @exif_option
-@click.option("--batch-size", type=int, default=64, show_default=True, help="Variants of an image per forward.")
+@batch_size_option(64, "Variants of an image per forward.")
 @model_options
-@click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
-@click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
-@click.option("--picture", type=click.Path(), help=f"Also draw the first {MAX_SHOWN} into this .png, .svg or .pdf.")
+@device_option
+@precision_option
+@plot_option(f"the first {MAX_SHOWN} images")
 @format_option
 @click.pass_context
 def rank(
@@ -98,7 +106,7 @@ def rank(
     pretrained: str | None,
     device: str | None,
     precision: str,
-    picture: str | None,
+    plot: str | None,
     form: str,
 ) -> None:
     """Find the order in which the patches of each image can be dropped, by what CLIP answers without them.
@@ -114,14 +122,13 @@ def rank(
     try:
         check_score(context, score)
         check_file(output)
-        refuse_same({"--output": output, "--picture": picture})
-        picture_format = plot_format(picture, "--picture") if picture else None
+        refuse_same({"--output": output, "--plot": plot})
+        picture_format = plot_format(plot) if plot else None
         found = find(images)
         paths = found.paths
         names: list[str] = []
         if score != "feature":
-            from_folders = folder_labels and classes is None and classes_file is None
-            names = sorted(set(folders_of(paths))) if from_folders else read_classes(classes, classes_file)
+            names = choose_classes(paths, classes, classes_file, folder_labels)
         paths = draw_images(paths, limit, shuffle)
         labels = [names.index(label) for label in read_labels(paths, names)] if folder_labels else None
         prompts = photo(names, templates or PHOTO) if names or score != "feature" else {}
@@ -146,7 +153,7 @@ def rank(
             "reader": Reader(not no_exif).rules,
         }
         warn_of_one(names)
-        with opened(picture, "--picture") if picture else nullcontext() as sheet, progress() as bar:
+        with opened(plot, "--plot") if plot else nullcontext() as sheet, progress() as bar:
             pictures = Pictures(paths, preprocess, exif=not no_exif)
             ranked = rank_files(model, pictures, labels if score == "label" else None, options, bar)
             if sheet is not None and picture_format is not None:
@@ -238,7 +245,7 @@ def rank_files(
     """Return the rankings of the files that can be read; the others are reported on stderr.
 
     Raises:
-        click.UsageError: no file is an image.
+        click.UsageError: none of the files is an image.
         ValueError: as in `golden_ranking`.
     """
     task, images = bar.add_task("ranking", total=len(pictures)), Images(pictures, bar)

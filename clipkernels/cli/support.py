@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -14,7 +15,18 @@ from clipkernels.cli.parts.classes import read_classes, warn_of_one
 from clipkernels.cli.parts.heads import is_set
 from clipkernels.cli.parts.images import exif_option
 from clipkernels.cli.parts.models import choose_device, load_clip, loading, model_options
-from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.options import (
+    batch_size_option,
+    classes_file_option,
+    classes_option,
+    device_option,
+    format_option,
+    limit_option,
+    output_option,
+    precision_option,
+    seed_option,
+    template_option,
+)
 from clipkernels.cli.parts.output import opened, progress, write_results
 from clipkernels.measure.towers import DTYPES
 from clipkernels.support import (
@@ -30,15 +42,18 @@ from clipkernels.support import (
     refresh,
     retrieve,
 )
+from clipkernels.support.manifest import MANIFEST
 
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
-  clipkernels support build digits --from-folder pictures/digits --per-class 4 \\
-    --template 'the handwritten digit {}.' --classes zero,one,two,three,four,five,six,seven,eight,nine
+  clipkernels support build digits --from-folder pictures/digits \\
+    --per-class 4 --template 'the handwritten digit {}.' \\
+    --classes zero,one,two,three,four,five,six,seven,eight,nine
   clipkernels support build digits
 """
 SOURCES = {"from_folder": "--from-folder", "from_embeddings": "--from-embeddings", "diffusion": "--diffusion"}
+ORIGINS = {"LC": "retrieved", "SD": "generated"}
 RETRIEVAL = ("from_folder", "from_embeddings")
 MAX_NAMED = 10  # classes in a warning
 # The sources that read an option.
@@ -71,8 +86,8 @@ def support(context: click.Context) -> None:
 
 @support.command(epilog=EXAMPLE, short_help="Build a support set, or update one.")
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False))
-@click.option("--classes", help="Class names, separated by commas.")
-@click.option("--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line.")
+@classes_option()
+@classes_file_option
 @click.option(
     "--from-folder", type=click.Path(exists=True, file_okay=False), help="Retrieve the images from this folder."
 )
@@ -90,27 +105,25 @@ def support(context: click.Context) -> None:
     help="photo: one template; ensemble: seven; cupl: a language model's sentences; combined: sentences and templates.",
 )
 @click.option("--cupl", "sentences", type=click.Path(exists=True, dir_okay=False), help="JSON of {class: [sentences]}.")
-@click.option("--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated.")
+@template_option
 @click.option("--per-class", type=click.IntRange(min=1), default=100, show_default=True, help="Images per class.")
 @click.option("--minimum", type=float, help="Least similarity of a retrieved image, such as 0.2.")
 @click.option("--shared", is_flag=True, help="Retrieve an image for several classes, not for its likeliest one alone.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Draw this many images at random; a larger number adds to them."
-)
+@limit_option()
 @exif_option
 @click.option(
-    "--cache", type=click.Path(dir_okay=False), help="File of the folder's features, which stays  [default: beside it]"
+    "--cache", type=click.Path(dir_okay=False), help="File of the folder's features, which stays.  [default: beside it]"
 )
 @click.option("--no-copy", is_flag=True, help="Do not copy the retrieved images.")
 @click.option("--guidance", type=float, default=9.5, show_default=True, help="Scale of classifier-free guidance.")
 @click.option("--steps", type=click.IntRange(min=1), default=85, show_default=True, help="Denoising steps.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise, or of the draw of --limit.")
+@seed_option("the noise, or of the draw of --limit")
 @model_options
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
-@click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+@batch_size_option(64)
+@device_option
+@precision_option
 @format_option
-@click.option("--output", type=click.Path(), help="Write the table here instead of to stdout.")
+@output_option
 @click.pass_context
 def build(
     context: click.Context,
@@ -150,8 +163,8 @@ def build(
     Everything is saved at once: the same command resumes where it was stopped. A folder is searched as in classify,
     with its limits of size and format. Beside it stays FOLDER.KEY.safetensors, its features, so that the next set needs
     no encoding; delete it as you like. A file that cannot be read as an image is reported on stderr and skipped, and
-    the exit status is then 1. The result lists the images of each class and their mean
-    similarity to the class's prompts.
+    the exit status is then 1. The result lists the images of each class and their mean similarity to the
+    class's prompts.
     """
     source = check_source(context)
     notes: list[str] = []
@@ -190,8 +203,8 @@ def build(
     except OSError as error:
         actual = f"{error.filename or folder}: {error.strerror or error}"
         raise click.UsageError(f"expected files that can be read and written, got {actual}") from error
-    kind, count = built.about["kind"], len(built.images)
-    summary = f"{count} images of {len(built.classes)} classes in {folder}, {kind}"
+    origin = ORIGINS[built.about["kind"]]
+    summary = f"{len(built.images)} {origin} images of {len(built.classes)} classes in {folder}"
     click.echo(f"{summary}; {len(failures)} skipped" if failures else summary, err=True)
     warn_of_one(built.classes)
     if source is not None:
@@ -206,7 +219,7 @@ def check_source(context: click.Context) -> str | None:
     """Return the source of the images, a key of SOURCES, or None without one.
 
     Raises:
-        click.UsageError: several sources, or an option that another source reads.
+        click.UsageError: several sources, an option that another source reads, or no source and no support set.
     """
     if is_set(context, "seed") and context.params["diffusion"] is None and context.params["limit"] is None:
         raise click.UsageError("expected --diffusion or --limit with --seed, got neither")
@@ -222,6 +235,10 @@ def check_source(context: click.Context) -> str | None:
                 SOURCES.get(source or "", "none of these"),
             )
             raise click.UsageError(f"expected {expected} with {options[option]}, got {actual}")
+    folder = context.params["folder"]
+    if source is None and not (Path(folder) / MANIFEST).is_file():
+        advice = "give --from-folder or --diffusion to build one"
+        raise click.UsageError(f"expected a support set, got {folder} without {MANIFEST}: {advice}")
     return source
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from clipkernels.cli.parts.models import choose_device
-from clipkernels.cli.parts.options import format_option
+from clipkernels.cli.parts.options import batch_size_option, device_option, format_option, plot_option, seed_option
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, write_results
 from clipkernels.cli.parts.plot import draw_training, plot_format
 from clipkernels.learn.patch_ranking import Rankings, fit_predictor
@@ -23,8 +23,10 @@ from clipkernels.learn.patch_ranking import Rankings, fit_predictor
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
-  clipkernels rank pictures/digits --folder-labels --window 4 --stride 4 --step 32 --limit 8 --output ranks.safetensors
-  clipkernels train-predictor ranks.safetensors --epochs 5 --output predictor.safetensors
+  clipkernels rank pictures/digits --folder-labels --limit 8 \\
+    --window 4 --stride 4 --step 32 --output ranks.safetensors
+  clipkernels train-predictor ranks.safetensors --epochs 5 \\
+    --output predictor.safetensors
 """
 
 
@@ -36,12 +38,14 @@ Example:
 @click.option(
     "--margin", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Weight of a loss over pairs."
 )
-@click.option("--epochs", type=int, default=50, show_default=True)
-@click.option("--batch-size", type=int, default=64, show_default=True)
+@click.option(
+    "--epochs", type=click.IntRange(min=1), default=50, show_default=True, help="Passes over the images trained on."
+)
+@batch_size_option(64, "Images per step.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate at the start.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and order.")
-@click.option("--device", help="Such as cpu or cuda:1  [default: cuda where there is one]")
-@click.option("--plot", type=click.Path(), help="Also draw loss and overlap into this .png, .svg or .pdf.")
+@seed_option("weights and order")
+@device_option
+@plot_option("loss and overlap")
 @format_option
 def train_predictor(
     rankings: tuple[str, ...],
@@ -129,7 +133,7 @@ def read(paths: Sequence[str]) -> Rankings:
 
     Raises:
         click.UsageError: rankings made with other options than those of the first file.
-        ValueError: a file that holds no rankings.
+        ValueError: a file that does not hold rankings.
     """
     parts = [Rankings.load(path) for path in paths]
     about = parts[0].about

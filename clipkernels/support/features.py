@@ -222,7 +222,7 @@ def read_features(cache: str | os.PathLike[str], encoder: Encoder) -> dict[bytes
     """This encoder's features on disk, by the SHA-256 of the image files.
 
     Raises:
-        ValueError: a file that holds no features, or not those that were written.
+        ValueError: a file that does not hold features, or not those that were written.
         OSError: a file cannot be read.
     """
     known: dict[bytes, Tensor] = {}
@@ -250,7 +250,7 @@ def read_feature_header(file: str | os.PathLike[str]) -> dict[str, Any]:
     """The header of a file of features, without reading its tensors.
 
     Raises:
-        ValueError: the file holds no features.
+        ValueError: the file does not hold features.
         OSError: the file cannot be read.
     """
     return read_state(file, FORMAT, ())[0]

@@ -128,6 +128,6 @@ def previous_classes(root: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _check_name(name: str) -> None:
-    """Raise ValueError for a name that is no file or folder beside others, such as a path."""
+    """Raise ValueError for a name that is not a file or folder beside others, such as a path."""
     if os.path.basename(name) != name or name in ("", ".", ".."):
         raise ValueError(f"the name {name!r:.80}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +12,8 @@ from clipkernels import classifier
 from clipkernels.adapters.tokenizers import Tokenizer
 from clipkernels.arguments import list_names
 from clipkernels.classifier import check_classes, check_templates, prompts_of
+from clipkernels.formats import parse_object
+from clipkernels.images import read_bytes
 
 Prompts = Mapping[str, Sequence[str]]
 """A list of sentences for each class; its order is the order of the classes."""
@@ -69,7 +69,7 @@ def cupl(
         questions: questions with `{}` for the class name, if the source is a callable.
         answers: answers per question.
     Raises:
-        ValueError: a file that is no such JSON, classes that are missing or have no valid sentence, a wrong number of
+        ValueError: a file that is not such JSON, classes that are missing or have no valid sentence, a wrong number of
             answers, and the errors of `photo`.
         OSError: the file cannot be read.
     Source: CuPL, arXiv 2209.03320; the filter is that of SuS-X's released code.
@@ -82,12 +82,9 @@ def cupl(
         sentences_of = source
     else:
         try:
-            sentences_of = json.loads(Path(source).read_text(encoding="utf-8"))
-        except ValueError as error:  # no JSON, or no UTF-8
+            sentences_of = parse_object(read_bytes(source).decode())
+        except ValueError as error:
             raise ValueError(f"expected a JSON file of sentences per class, got {source}: {error}") from error
-        if not isinstance(sentences_of, dict):
-            kind = type(sentences_of).__name__
-            raise ValueError(f"expected a JSON file of sentences per class, got {source} with a {kind}")
     missing = [name for name in names if name not in sentences_of]
     if missing:
         raise ValueError(f"expected sentences for every class, got none for {list_names(missing)}")

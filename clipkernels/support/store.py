@@ -191,7 +191,7 @@ def refresh(
         The new SupportSet.
     Raises:
         ValueError: no support set, one of another tower or without copies of its images, a class without images, or a
-            file that is no image.
+            file that is not an image.
     """
     root = Path(folder)
     manifest = read_manifest(root)

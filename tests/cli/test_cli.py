@@ -19,7 +19,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -28,27 +28,17 @@ from clipkernels.cli import SHORT_HELPS, main
 from clipkernels.cli.parts import demo_images, demo_tables
 from clipkernels.cli.parts.demo_images import KINDS, QUICK, draw, save
 from clipkernels.cli.parts.methods import default_methods, name_of
+from clipkernels.cli.parts.options import PRECISIONS
 from clipkernels.cli.parts.output import opened
 from clipkernels.data import digits, scenes
 from clipkernels.images import readable_formats
 from clipkernels.measure import environment
 from clipkernels.measure.timing import Times, gmacs_for, plan_for
+from clipkernels.measure.towers import DTYPES
+from tests.cli.commands import error, run, succeed
 
 DIGITS = ",".join(digits.CLASSES)
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def error(result: Result) -> str:
-    """Return the one line that a failed command leaves on stderr."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    line = result.stderr.removesuffix("\n")
-    assert line.startswith("error: ") and "\n" not in line
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +70,14 @@ def expected_logits(paths: list[str], method: ck.Method | None = None) -> torch.
         return classifier(torch.stack([preprocess(Image.open(path)) for path in paths]))
 
 
+def command_of(verb: str) -> click.Command:
+    """The command of a verb, or of a verb of a verb."""
+    command: Any = main
+    for name in verb.split():
+        command = command.get_command(click.Context(command), name)
+    return command
+
+
 def examples(verb: str) -> Iterator[list[str]]:
     """Yield the commands at the end of a verb's help."""
     text = run(verb, "--help").output.split("Example:\n")[1].replace("\\\n", " ")
@@ -106,6 +104,38 @@ def test_the_help_has_a_whole_line_per_verb_and_imports_no_torch() -> None:
     for verb, text in SHORT_HELPS.items():
         assert sum(line.split() == [verb, *text.split()] for line in lines) == 1
     assert max(map(len, lines)) <= 80 and "…" not in process.stdout and "..." not in process.stdout.split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("verb", [*SHORT_HELPS, "support build"])
+def test_the_help_of_every_verb_is_whole_at_80_columns(verb: str) -> None:
+    lines = CliRunner().invoke(main, [*verb.split(), "--help"], terminal_width=80).output.splitlines()
+    assert max(map(len, lines)) <= 80 and "Example:" in " ".join(lines)
+
+
+OPTIONS = {
+    (verb, option.opts[0]): option
+    for verb in [*SHORT_HELPS, "support build"]
+    for option in command_of(verb).params
+    if isinstance(option, click.Option)
+}
+
+
+def test_an_option_has_one_meaning_and_every_option_has_a_help() -> None:
+    assert all(option.help for option in OPTIONS.values())
+    for name in ("--limit", "--device", "--classes-file", "--template", "--library", "--pretrained"):
+        assert len({option.help for (_, other), option in OPTIONS.items() if other == name}) == 1, name
+    written = {verb: option.help for (verb, name), option in OPTIONS.items() if name == "--output"}
+    assert {text for verb, text in written.items() if verb not in ("rank", "train-predictor")} == {
+        "File to write instead of stdout (-); it appears when complete."
+    }
+    limits = {verb: option.default for (verb, name), option in OPTIONS.items() if name == "--limit"}
+    assert limits == {"classify": None, "bench": 256, "rank": None, "support build": None}
+
+
+def test_precisions_are_those_that_are_measured() -> None:
+    assert tuple(DTYPES) == PRECISIONS
+    taken = {verb for verb, name in OPTIONS if name == "--precision"}
+    assert taken == {"demo", "classify", "bench", "check", "rank", "support build"}
 
 
 def test_every_verb_is_named_like_its_module() -> None:
@@ -207,6 +237,20 @@ def test_the_demos_table_shows_every_method(few_images: None) -> None:
     assert "65→47→35→26" in result.stdout
 
 
+def test_the_demo_casts_towers_and_images(few_images: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed, casts = demo_tables.time_variants, []
+
+    def record(variants: Any, batches: Any, *arguments: Any, **options: Any) -> Times:
+        casts.append({batch.dtype for batch in batches})
+        return timed(variants, batches, *arguments, **options)
+
+    monkeypatch.setattr(demo_tables, "time_variants", record)
+    command = ("demo", "--quick", "--model", "ViT-S-32-alt", "--precision", "bf16", "--format", "json")
+    rows = json.loads(succeed(*command).stdout)["rows"]
+    assert [row["precision"] for row in rows] == ["bf16"] * 10
+    assert casts == [{torch.bfloat16}] * 2
+
+
 def test_the_demo_sets_the_threads_and_restores_them(few_images: None) -> None:
     torch.set_num_threads(2)
     try:
@@ -221,7 +265,7 @@ def demo_error(*arguments: object) -> str:
     """Return the line on stderr after the demo's first."""
     result = run("demo", "--quick", *arguments)
     first, line = result.stderr.splitlines()
-    assert (result.exit_code, result.stdout) == (2, "") and first.startswith("Timing the included CLIP")
+    assert (result.exit_code, result.stdout) == (2, "") and first.startswith("Timing the bundled CLIP")
     return line
 
 
@@ -248,7 +292,7 @@ def test_the_demo_says_what_it_does_before_it_imports_torch() -> None:
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     first = process.stderr.splitlines()[0]
-    assert first == "Timing the included CLIP, dense and with every method: less than a minute on a CPU."
+    assert first == "Timing the bundled CLIP, dense and with every method: less than a minute on a CPU."
     assert process.returncode == 1 and "torch" in process.stderr.splitlines()[-1]
 
 
@@ -264,7 +308,11 @@ def test_two_dense_timings_that_differ_by_a_tenth_warn(
     times = demo_tables.time_with_repeat("a tower", variants, [], 1, 0, lambda: None)
     assert list(times.seconds) == [*variants, demo_tables.REPEATED]
     line = capsys.readouterr().err
-    assert line.startswith("warning: a tower: two timings of dense (host) differ by 2") if warns else not line
+    percent = round(100 * (max(ratio, 1 / ratio) - 1))
+    expected = (
+        f"warning: a tower: two timings of dense (host) differ by {percent} %; speed-ups are no more precise than "
+    )
+    assert line == (f"{expected}that: repeat on an idle machine\n" if warns else "")
 
 
 def test_classify_gives_path_and_the_two_best_classes(pictures: Path) -> None:
@@ -446,6 +494,23 @@ def test_folder_labels_give_the_accuracy(pictures: Path) -> None:
     assert f"accuracy {100 * correct / len(rows):.2f} % ({correct} of {len(rows)})" in result.stderr
 
 
+def test_folder_labels_alone_make_the_folders_the_classes(pictures: Path) -> None:
+    common = ("classify", pictures / "digits", "--folder-labels", "--format", "csv")
+    named = succeed(*common, "--classes", ",".join(sorted(digits.CLASSES)))
+    alone = succeed(*common)
+    assert alone.stdout == named.stdout and "accuracy " in alone.stderr
+
+
+def test_a_model_that_cannot_be_downloaded_is_a_failure(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: Any, **options: Any) -> Any:
+        raise OSError("no network\nanywhere")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", offline)
+    options = ("--classes", "a,b", "--model", "ViT-B-16", "--pretrained", "openai")
+    line = error(run("classify", pictures / "digits", *options), status=1)
+    assert line == "error: expected a model that loads, got ViT-B-16 with openai: no network anywhere"
+
+
 def test_the_summary_names_images_speed_and_token_counts(pictures: Path) -> None:
     result = run("classify", pictures / "digits", "--classes", DIGITS, "--method", "evit")
     assert re.search(r"60 images in [\d.]+ s: [\d.]+ images/s end to end, [\d.]+ in the model", result.stderr)
@@ -521,7 +586,7 @@ class Trap:
 def test_a_checkpoint_that_would_run_code_is_refused(registered: str, pictures: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": Trap(str(tmp_path / "sprung"))}, tmp_path / "bad.pt")
     result = run("classify", pictures, "--classes", DIGITS, "--model", registered, "--pretrained", tmp_path / "bad.pt")
-    assert "expected a model that loads, got" in error(result)
+    assert "expected a model that loads, got" in error(result, status=1)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -539,7 +604,10 @@ def test_an_unsupported_tower_runs_in_its_library(resnet: str, pictures: Path) -
     [
         (["--classes", ""], "classes must name at least one class, got none"),
         (["--classes", "one,two,one"], "classes must differ, got 'one' 2 times"),
-        ([], "expected --classes or --classes-file, got neither"),
+        ([], "or --classes-file, got neither: give --folder-labels if the folders are named like the classes"),
+        (["--method", "evit:0.7", "--method", "tome:8"], "expected one --method, got evit:0.7 and tome:8"),
+        (["--precision", "fp32", "--precision", "bf16"], "expected one --precision, got fp32 and bf16"),
+        (["--classes", "a", "--classes", "b", "--classes", "c"], "expected one --classes, got a, b and c"),
         (["--classes", "a", "--template", "a photo"], "templates must hold {} in place of the class name"),
         (["--classes", "a", "--method", "evit:0"], "got 'evit:0': keep must be a number in (0, 1], got 0.0"),
         (["--classes", "a", "--method", "evit:0.7:blocks=6"], "blocks must be ints in [0, 5]"),

@@ -13,19 +13,21 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 import clipkernels as ck
-from clipkernels.cli import main
 from clipkernels.cli.bench import read
 from clipkernels.cli.parts.methods import default_methods
 from clipkernels.data import scenes
+from clipkernels.images import draw_images
 from clipkernels.measure.fidelity import compare, nearest
 from clipkernels.measure.memory import peak
 from clipkernels.measure.timing import gmacs_for, plan_for
+from tests.cli.commands import error_after_warnings as error
+from tests.cli.commands import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ("--rounds", 2, "--batch-size", 4)
@@ -33,17 +35,7 @@ VISION = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
 
 
 def bench(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["bench", *map(str, (*QUICK, *arguments))])
-
-
-def error(result: Result, status: int = 2) -> str:
-    """Return the last line of a failed command's stderr; the lines before it are warnings."""
-    assert result.exit_code == status, result.output
-    assert result.stdout == ""
-    *before, line = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert all(other.startswith("warning: ") for other in before)
-    return line
+    return run("bench", *QUICK, *arguments)
 
 
 def rows(*arguments: object) -> list[dict[str, Any]]:
@@ -236,19 +228,22 @@ def test_without_methods_they_are_those_of_the_demo() -> None:
 
 def test_random_images_are_reported_as_random() -> None:
     result = bench("--methods", "tome:8", "--limit", 5)
-    assert "warning: no IMAGES: 5 of random noise stand in" in result.stderr
+    assert "warning: no IMAGES given: using 5 random-noise images; cosines mean little\n" in result.stderr
     assert "The images are random noise" in result.stdout
     assert "5 random images" in result.stdout
 
 
-def test_a_limit_spreads_over_all_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_limit_draws_files_by_the_seed(seed: int, tmp_path: Path) -> None:
     for index in range(8):
-        Image.new("RGB", (32, 32), (30 * index,) * 3).save(tmp_path / f"{index}.png")
-    (tmp_path / "2.png").write_text("no image")
-    result = bench(tmp_path, "--limit", 4, "--methods", "tome:8", "--format", "json")
+        (tmp_path / f"{index}.png").write_text("no image")
+    drawn = draw_images(sorted(map(str, tmp_path.iterdir())), 4, seed)
+    Image.new("RGB", (32, 32)).save(drawn[1])
+    result = bench(tmp_path, "--limit", 4, "--seed", seed, "--methods", "tome:8", "--format", "json")
     assert result.exit_code == 1
-    assert [line.partition(": ")[0] for line in result.stderr.splitlines()] == [f"skipped {tmp_path / '2.png'}"]
-    assert json.loads(result.stdout)["rows"][0]["images"] == 3
+    skipped = [line.partition(": ")[0] for line in result.stderr.splitlines()]
+    assert skipped == [f"skipped {path}" for path in (drawn[0], *drawn[2:])]
+    assert json.loads(result.stdout)["rows"][0]["images"] == 1
 
 
 def test_images_are_read_upright_and_other_files_counted(tmp_path: Path) -> None:
@@ -259,7 +254,7 @@ def test_images_are_read_upright_and_other_files_counted(tmp_path: Path) -> None
     (tmp_path / "notes.txt").touch()
     tower, preprocess = ck.tower_of(ck.bundled()[0]), ck.bundled()[1]
     for turn, expected in ((True, gradient), (False, gradient.transpose(Image.Transpose.ROTATE_180))):
-        images, failures = read([str(tmp_path / "0.png")], 1, 1, preprocess, tower, exif=turn)
+        images, failures = read([str(tmp_path / "0.png")], preprocess, tower, exif=turn)
         assert torch.equal(images[0], preprocess(expected)) and failures == 0
     result = bench(tmp_path, "--methods", "tome:8")
     assert (result.exit_code, result.stderr) == (0, "skipped 1 .txt: not images\n")
@@ -388,7 +383,7 @@ def test_a_timm_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> Non
     pytest.importorskip("timm", reason="timm is not installed")
     torch.save({"state_dict": Trap(str(tmp_path / "sprung"))}, tmp_path / "bad.pth")
     result = bench("--library", "timm", "--model", "test_vit", "--pretrained", tmp_path / "bad.pth")
-    assert "expected a model that loads, got test_vit" in error(result)
+    assert "expected a model that loads, got test_vit" in error(result, status=1)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -472,7 +467,7 @@ def test_an_unsupported_tower_is_one_line(resnet: str) -> None:
         ),
         (["--library", "timm", "--model", "test_convnext"], "got timm's ConvNeXt"),
         (["--library", "transformers", "--model", ".", "--pretrained", "main"], "expected --pretrained local"),
-        (["--library", "transformers", "--model", "."], "expected a model that loads, got ."),
+        (["--method", "evit", "--methods", "tome:8", "--methods", "tca"], "expected one --methods, got tome:8 and tca"),
         (["nowhere"], "got 'nowhere', which matches nothing"),
         (["--device", "abacus"], "expected a device of this machine, got 'abacus'"),
         (["--clock", "process", "--threads", "2"], "expected --threads 1 with --clock process, got 2"),
@@ -493,6 +488,12 @@ def test_a_wrong_option_is_one_line(options: list[str], message: str, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert message in error(bench(*options))
     assert torch.get_num_threads() == 1
+
+
+def test_a_folder_without_a_model_is_a_failure(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    result = bench("--library", "transformers", "--model", tmp_path)
+    assert f"error: expected a model that loads, got {tmp_path}: " in error(result, status=1)
 
 
 def test_a_library_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
-from clipkernels.cli import main
+from tests.cli.commands import error, run
 from tests.mutants import read, write
 from tests.state_kinds import KINDS
 
@@ -79,10 +78,8 @@ def test_an_altered_file_is_one_line_and_exit_two(
     before = kind.file.read_bytes()
     places = {"FILE": kind.file, "SET": kind.file.parent, "GOOD": good.file, "OUT": tmp_path / "out"}
     places["IMAGES"] = tmp_path / "images"
-    result = CliRunner().invoke(main, [str(places.get(word, word)) for word in command])
-    assert result.exit_code == 2, result.output
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: expected") and str(kind.file) in line and result.stdout == ""
+    line = error(run(*(places.get(word, word) for word in command)))
+    assert line.startswith("error: expected") and str(kind.file) in line
     assert kind.file.read_bytes() == before and not (tmp_path / "out").exists()
 
 
@@ -94,6 +91,5 @@ def test_rank_leaves_an_altered_file_of_rankings_unchanged(
     change(kind.file, "block", "features")
     before = kind.file.read_bytes()
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    result = CliRunner().invoke(main, ["rank", str(tmp_path), "--score", "feature", "--output", str(kind.file)])
-    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and str(kind.file) in result.stderr
+    assert str(kind.file) in error(run("rank", tmp_path, "--score", "feature", "--output", kind.file))
     assert kind.file.read_bytes() == before

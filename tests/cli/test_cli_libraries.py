@@ -12,41 +12,21 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import save_file
 
 import clipkernels as ck
 from clipkernels import support
-from clipkernels.cli import main
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import digits
 from clipkernels.learn.patch_ranking import Rankings
+from tests.cli.commands import error, run, succeed
 from tests.local_transformers import image_processor, save_clip, save_clip_tokenizer, save_siglip
 
 DIGITS = ",".join(digits.CLASSES)
 LOCAL = ("--library", "transformers", "--pretrained", "local", "--model")
 FAST = ("--window", 2, "--stride", 2, "--step", 8, "--device", "cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments: object) -> Result:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def error(result: Result) -> str:
-    """The one line that a failed command leaves on stderr."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    line = result.stderr.removesuffix("\n")
-    assert line.startswith("error: ") and "\n" not in line
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +223,8 @@ def test_a_folder_without_a_text_tower_or_a_tokenizer_is_one_line(clip: Path, pi
     model, _ = load(clip)
     model.save_pretrained(tmp_path / "bare")
     image_processor().save_pretrained(tmp_path / "bare")
-    line = error(run(*common, tmp_path / "bare"))  # by version transformers refuses, or makes an empty tokenizer
+    # By version transformers refuses, or makes an empty tokenizer.
+    line = error(run(*common, tmp_path / "bare"), status=1)
     assert "bare to hold a tokenizer, got one without a vocabulary" in line or "expected a model that loads" in line
     transformers_tower("CLIPVisionModel", 1, image_size=32, patch_size=8).save_pretrained(tmp_path / "vision")
     image_processor().save_pretrained(tmp_path / "vision")

@@ -79,7 +79,7 @@ def test_patch_ranking_takes_its_predictors_share_unless_specified(tmp_path: Pat
         ("evit:0.7:score=best", 'score must be "cls" or "random", got \'best\''),
         ("tome:1.5", "such as tome:8:inflect=-1, got 'tome:1.5': r: expected an int, got '1.5'"),
         ("tome:8/", "r: expected ints separated by /, got '8/'"),
-        ("tome:8/4:inflect=1", "inflect must be 0 with an r per block, got 1.0"),
+        ("tome:8/4:inflect=1", "inflect must be 0 if r is given per block, got 1.0"),
         ("tca:0.1:seed=x", "seed: expected an int, got 'x'"),
         ("dense:1", "such as dense, got 'dense:1': dense has no arguments, got '1'"),
         ("patch-ranking", "expected --predictor with patch-ranking, got none: see clipkernels train-predictor"),

@@ -73,9 +73,9 @@ CHECKED = {
     "verdict": "ok",
 }
 TABLES = {
-    "demo, speed": [demo_tables.draw_speed("a title", [demo_tables.Row("bundled", SPEED, {}, None)])],
+    "demo, speed": [demo_tables.draw_speed("a title", [demo_tables.Row("bundled", "fp32", SPEED, {}, None)])],
     "demo, accuracy": [
-        demo_tables.draw_accuracy([demo_tables.Row("bundled", SPEED, dict.fromkeys(("a", "b", "c"), 1.0), 1.0)])
+        demo_tables.draw_accuracy([demo_tables.Row("bundled", "fp32", SPEED, dict.fromkeys(("a", "b", "c"), 1.0), 1.0)])
     ],
     "bench, eager": [draw(BENCHED[:1]) for draw in (partial(bench.draw_speed, "a title"), bench.draw_fidelity)],
     "bench, compiled": [draw(BENCHED) for draw in (partial(bench.draw_speed, "a title"), bench.draw_fidelity)],

@@ -13,32 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 
 import clipkernels as ck
 from clipkernels import support
-from clipkernels.cli import main
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import digits
 from clipkernels.images import draw_images
 from clipkernels.support import SupportSet
+from tests.cli import commands
+from tests.cli.commands import error
 
 DIGITS = ",".join(digits.CLASSES)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["support", *(str(argument) for argument in arguments)])
-
-
-def error(result: Result) -> str:
-    """The one line that a failed command leaves on stderr."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    line = result.stderr.removesuffix("\n")
-    assert line.startswith("error: ") and "\n" not in line
-    return line
+    return commands.run("support", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +66,7 @@ def test_a_set_is_built_from_a_folder(pictures: Path, tmp_path: Path) -> None:
     common += ("--shared",)
     result = run("build", tmp_path / "set", "--from-folder", pictures, *common)
     assert result.exit_code == 0, result.output
-    assert result.stderr == f"50 images of 10 classes in {tmp_path / 'set'}, LC\n"
+    assert result.stderr == f"50 retrieved images of 10 classes in {tmp_path / 'set'}\n"
     model, preprocess, tokenizer = ck.bundled()
     built = SupportSet.load(tmp_path / "set", model)
     prompts = support.photo(digits.CLASSES, ("the handwritten digit {}.",))
@@ -140,7 +132,7 @@ def test_files_that_are_not_images_give_status_one(pictures: Path, tmp_path: Pat
     result = run("build", tmp_path / "set", "--from-folder", pictures, "--classes", "one")
     assert result.exit_code == 1
     assert f"skipped {pictures / 'text.png'}: not an image (no format that is read)\n" in result.stderr
-    assert f"60 images of 1 classes in {tmp_path / 'set'}, LC; 1 skipped\n" in result.stderr
+    assert f"60 retrieved images of 1 classes in {tmp_path / 'set'}; 1 skipped\n" in result.stderr
     assert len(SupportSet.load(tmp_path / "set", ck.bundled()[0]).images) == 60
 
 
@@ -152,7 +144,7 @@ def test_photographs_fill_a_class_each_and_a_warning_says_which_lack(pictures: P
     assert result.exit_code == 0 and sum(counts.values()) == 60
     listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
     assert result.stderr == (
-        f"60 images of 3 classes in {tmp_path / 'set'}, LC\nskipped 1 .txt: not images\n"
+        f"60 retrieved images of 3 classes in {tmp_path / 'set'}\nskipped 1 .txt: not images\n"
         f"warning: expected 100 images per class, got fewer of {listed}\n"
     )
     shared = run(*common, "--shared", "--per-class", 60, "--format", "csv")
@@ -181,8 +173,8 @@ def test_a_set_keeps_the_rules_that_its_images_were_read_by(pictures: Path, tmp_
     assert run("build", tmp_path / "set").exit_code == 0
     assert SupportSet.load(tmp_path / "set", model).about["reader"] == "1, no EXIF"
     common = ["classify", str(pictures / "one"), "--head", "tipx", "--support", str(tmp_path / "set")]
-    assert CliRunner().invoke(main, [*common, "--no-exif"]).exit_code == 0
-    refused = error(CliRunner().invoke(main, common))
+    assert commands.run(*common, "--no-exif").exit_code == 0
+    refused = error(commands.run(*common))
     assert "expected a support set of images that were read alike (reader '1'), got '1, no EXIF'" in refused
 
 
@@ -204,7 +196,7 @@ def test_a_set_is_generated_as_published_and_resumed(fake: list[dict[str, Any]],
     options = ("--diffusion", "somebody/something", "--classes", "one,two", "--per-class")
     result = run("build", tmp_path / "set", *options, 2)
     assert result.exit_code == 0, result.output
-    assert result.stderr == f"4 images of 2 classes in {tmp_path / 'set'}, SD\n"
+    assert result.stderr == f"4 generated images of 2 classes in {tmp_path / 'set'}\n"
     settings = [(call["prompt"], call["guidance_scale"], call["num_inference_steps"]) for call in fake]
     assert settings == [([f"a photo of a {name}."], 9.5, 85) for name in ("one", "one", "two", "two")]
     assert run("build", tmp_path / "set", *options, 3).exit_code == 0
@@ -242,7 +234,7 @@ def test_a_missing_extra_is_one_line(package: str, extra: str, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "without manifest.json"),
+        ((), "got set without manifest.json: give --from-folder or --diffusion to build one"),
         (
             ("--classes", "one"),
             "expected --from-folder or --from-embeddings or --diffusion with --classes, got none of",
@@ -292,6 +284,34 @@ def test_a_wrong_option_is_one_line(
     (tmp_path / "no").touch()
     arguments = [str(pictures) if option == "PICTURES" else option for option in options]
     assert message in error(run("build", "set", *arguments))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 100_000, "JSON that is nested too deeply"),
+        (b"[" + b"0," * (1 << 21) + b"0]", "JSON of more than 2097152 values"),
+        (b'["A cat has fur."]', "a JSON list instead of an object"),
+        (b"A cat has fur.", "text that is not JSON: Expecting value"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff"),
+    ],
+    ids=["deep", "large", "list", "text", "bytes"],
+)
+def test_a_file_that_is_not_cupl_is_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "sentences.json"
+    file.write_bytes(content)
+    options = ("--from-folder", tmp_path, "--classes", "cat", "--prompts", "cupl", "--cupl", file)
+    line = error(run("build", tmp_path / "set", *options))
+    assert line.startswith(f"error: expected a JSON file of sentences per class, got {file}: {reason}")
+
+
+def test_a_diffusion_model_that_does_not_load_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(source: str, device: torch.device) -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr(sys.modules["clipkernels.cli.support"], "load_pipeline", offline)
+    line = error(run("build", tmp_path / "set", "--diffusion", "a/b", "--classes", "one,two"), status=1)
+    assert line == "error: expected a model that loads, got a/b: no network"
 
 
 def test_an_interrupted_build_says_so(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_random_subsets_differ_by_block_and_by_seed():
         (lambda: ck.ToMe([3, -1]), "r must be a non-negative int"),
         (lambda: ck.ToMe(8, inflect=2), r"inflect must be a number in \[-1, 1\], got 2"),
         (lambda: ck.ToMe(8, inflect=True), r"inflect must be a number in \[-1, 1\], got True"),
-        (lambda: ck.ToMe([8, 1], inflect=0.5), "inflect must be 0 with an r per block, got 0.5"),
+        (lambda: ck.ToMe([8, 1], inflect=0.5), "inflect must be 0 if r is given per block, got 0.5"),
         (lambda: ck.ToMe([1] * 13).plan(197, 12), "at most one entry per block, 12 here, got 13"),
     ],
 )

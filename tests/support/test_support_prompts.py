@@ -59,7 +59,7 @@ def test_classes_without_sentences_are_named(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "expected a JSON file of sentences per class, got"),
-        ("[]", "with a list"),
+        ("[]", "a JSON list instead of an object"),
         ('{"cat": "It has fur."}', "expected a list of sentences for 'cat', got 'It has fur.'"),
         ('{"cat": ["It has fur.", 3]}', "expected sentences for 'cat' to be strings, got 3"),
     ],

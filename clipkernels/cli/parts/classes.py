@@ -12,12 +12,26 @@ from clipkernels.classifier import check_classes
 from clipkernels.images import reason_of
 
 
+def choose_classes(paths: Sequence[str], classes: str | None, file: str | None, folder_labels: bool) -> list[str]:
+    """Return the class names of the options, or with --folder-labels alone the names of the files' folders, sorted.
+
+    Raises:
+        click.UsageError: as in `read_classes`.
+    """
+    if classes is None and file is None:
+        if folder_labels:
+            return sorted(set(folders_of(paths)))
+        expected = "expected --classes or --classes-file, got neither"
+        raise click.UsageError(f"{expected}: give --folder-labels if the folders are named like the classes")
+    return read_classes(classes, file)
+
+
 def read_classes(classes: str | None, file: str | None) -> list[str]:
     """Return the class names of --classes, separated by commas, or of --classes-file, one per line.
 
     Raises:
-        click.UsageError: neither option, or both; a file that is no text in UTF-8, or that holds no class, an empty
-            name or a name twice.
+        click.UsageError: neither option, or both; a file that is not text in UTF-8, or that has no class, an empty name
+            or a name twice.
     """
     if (classes is None) == (file is None):
         raise click.UsageError(f"expected --classes or --classes-file, got {'neither' if file is None else 'both'}")

@@ -19,10 +19,12 @@ from clipkernels.classifier import Classifier
 from clipkernels.cli.parts import demo_images
 from clipkernels.cli.parts.demo_images import KINDS, LabelledImages, Size, draw, save
 from clipkernels.cli.parts.methods import default_methods
+from clipkernels.cli.parts.models import cast_towers
 from clipkernels.cli.parts.output import method_table, opened, progress, quietly, schedule, write_results
 from clipkernels.data import bundled
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import HOST, Speed, Times, Variant, tabulate, time_variants, vary
+from clipkernels.measure.towers import DTYPES
 from clipkernels.patching import patched, tower_of
 
 METHODS = 5
@@ -45,6 +47,7 @@ class Row(NamedTuple):
     """One method on one model; accuracy per kind and agreement with dense where the model is trained."""
 
     model: str
+    precision: str
     speed: Speed
     accuracy: Mapping[str, float]
     agreement: float | None
@@ -53,6 +56,7 @@ class Row(NamedTuple):
         """Return the row as plain numbers."""
         return {
             "model": self.model,
+            "precision": self.precision,
             **self.speed.record(),
             **{kind: self.accuracy.get(kind) for kind in KINDS},
             "agreement": self.agreement,
@@ -60,7 +64,14 @@ class Row(NamedTuple):
 
 
 def run(
-    name: str, threads: int | None, seed: int, quick: bool, save_images: str | None, form: str, output: str | None
+    name: str,
+    threads: int | None,
+    precision: str,
+    seed: int,
+    quick: bool,
+    save_images: str | None,
+    form: str,
+    output: str | None,
 ) -> None:
     """Measure everything and write it; the arguments are the options of `clipkernels demo`.
 
@@ -85,9 +96,9 @@ def run(
             rounds = (size.rounds + 1) + (size.full_rounds + 1 if full is not None else 0)
             task = bar.add_task("measuring", total=METHODS * batches + (METHODS + 1) * rounds)
             step = partial(bar.advance, task)
-            tables = {"bundled": bundled_rows(pictures, size, seed, step)}
+            tables = {"bundled": bundled_rows(pictures, size, precision, seed, step)}
             if full is not None:
-                tables[name] = full_rows(name, full, size, seed, step)
+                tables[name] = full_rows(name, full, size, precision, seed, step)
             write(tables, form, stream)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -96,14 +107,16 @@ def run(
 
 
 def bundled_rows(
-    pictures: Mapping[str, LabelledImages], size: Size, seed: int, step: Callable[[], object]
+    pictures: Mapping[str, LabelledImages], size: Size, precision: str, seed: int, step: Callable[[], object]
 ) -> list[Row]:
     """Return speed, accuracy and agreement with dense of the bundled model, one row per method."""
     model, preprocess, tokenizer = bundled()
+    dtype = DTYPES[precision]
+    model = cast_towers(model, torch.device("cpu"), dtype)
     tower = tower_of(model)
     methods = default_methods(tower)
     images = {
-        kind: torch.stack([preprocess(Image.fromarray(image)) for image in labelled.images])
+        kind: torch.stack([preprocess(Image.fromarray(image)) for image in labelled.images]).to(dtype)
         for kind, labelled in pictures.items()
     }
     splits = torch.cat(list(images.values())).split(size.batch)
@@ -122,7 +135,7 @@ def bundled_rows(
         reference = reference or predicted
         accuracy = {kind: float(np.mean(predicted[kind] == pictures[kind].labels)) for kind in KINDS}
         same = np.concatenate([predicted[kind] == reference[kind] for kind in KINDS])
-        rows.append(Row("bundled", speed, accuracy, float(np.mean(same))))
+        rows.append(Row("bundled", precision, speed, accuracy, float(np.mean(same))))
     return rows
 
 
@@ -141,13 +154,16 @@ def load_full(name: str, seed: int) -> nn.Module:
     return model
 
 
-def full_rows(name: str, model: nn.Module, size: Size, seed: int, step: Callable[[], object]) -> list[Row]:
+def full_rows(
+    name: str, model: nn.Module, size: Size, precision: str, seed: int, step: Callable[[], object]
+) -> list[Row]:
     """Return the speed of a full-size tower on random images, one row per method."""
+    model = cast_towers(model, torch.device("cpu"), DTYPES[precision])
     tower = tower_of(model)
-    batches = torch.randn(2, size.full_batch, 3, *tower.image_size).unbind()
+    batches = torch.randn(2, size.full_batch, 3, *tower.image_size).to(DTYPES[precision]).unbind()
     variants = vary(model, default_methods(tower))
     times = time_with_repeat(name, variants, batches, size.full_rounds, seed, step)
-    return [Row(name, speed, {}, None) for speed in tabulate(times, variants, tower, size.full_batch)]
+    return [Row(name, precision, speed, {}, None) for speed in tabulate(times, variants, tower, size.full_batch)]
 
 
 def time_with_repeat(
@@ -167,8 +183,10 @@ def time_with_repeat(
     ratio = times.ratio(REPEATED, HOST).median
     difference = max(ratio, 1 / ratio) - 1
     if difference > MAX_DIFFERENCE:
-        line = f"two timings of dense (host) differ by {100 * difference:.0f} %, so speed-ups are as uncertain"
-        click.echo(f"warning: {name}: {line}: repeat this on an idle machine", err=True)
+        line = (
+            f"two timings of dense (host) differ by {100 * difference:.0f} %; speed-ups are no more precise than that"
+        )
+        click.echo(f"warning: {name}: {line}: repeat on an idle machine", err=True)
     return times
 
 
@@ -195,7 +213,7 @@ def draw_tables(tables: Mapping[str, Sequence[Row]]) -> Iterator[Table | str]:
     for name, rows in tables.items():
         scored = rows[0].agreement is not None
         title = "The bundled CLIP, 32×32" if scored else f"{name}, random weights"
-        yield draw_speed(f"{title}, fp32, {threads} thread{'s' * (threads > 1)}", rows)
+        yield draw_speed(f"{title}, {rows[0].precision}, {threads} thread{'s' * (threads > 1)}", rows)
         if scored:
             yield draw_accuracy(rows)
     yield from NOTES

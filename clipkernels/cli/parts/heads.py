@@ -80,7 +80,7 @@ class ReservoirFile:
 
         Raises:
             click.UsageError: a folder, or a file that cannot be read or written.
-            ValueError: a file that is no reservoir, or one of other classes or another capacity.
+            ValueError: a file that is not a reservoir, or one of other classes or another capacity.
         """
         if self.path is None or not isinstance(self.head, Reservoir):
             return self

@@ -95,9 +95,10 @@ GRAMMARS = {
     "dense": Grammar("dense", Dense),
     "none": Grammar("none", None),
 }
+EXAMPLES = "evit:0.7, tome:8, tca:0.1, patch-ranking:0.6, dense or none"
 METHOD_HELP = (
-    "evit:0.7, tome:8, tca:0.035, patch-ranking:0.6, dense, or none for the host library's own forward. The number may "
-    "be left out. Arguments follow as evit:0.7:blocks=3/6/9 or tome:8:inflect=-1; tome:8/8/4 is one r per block"
+    f"{EXAMPLES}, which is the host library's own forward. The number may be left out. Arguments follow as "
+    "evit:0.7:blocks=3/6/9 or tome:8:inflect=-1; tome:8/8/4 is one r per block."
 )
 
 
@@ -174,7 +175,7 @@ def name_of(method: Method | None) -> str:
     """Return a method's name in tables: its class, its main argument, and others that differ from their default.
 
     `EViT(keep=0.7)`, `ToMe(r=8, inflect=-1)`, `PatchRanking(keep=0.6)`; HOST for None, and the repr of a method that is
-    no dataclass.
+    not a dataclass.
     """
     if method is None:
         return HOST
@@ -201,7 +202,7 @@ def _short(value: object) -> str:
 def _expected(text: str, reason: str) -> str:
     """Return the message for a specification that describes no method."""
     grammar = GRAMMARS.get(text.partition(":")[0])
-    examples = grammar.example if grammar else "evit:0.7, tome:8, tca:0.1, patch-ranking:0.6, dense or none"
+    examples = grammar.example if grammar else EXAMPLES
     return f"expected a method such as {examples}, got {text!r}: {reason}"
 
 

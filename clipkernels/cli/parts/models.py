@@ -25,8 +25,7 @@ from clipkernels.patching import tower_of
 
 LIBRARIES = ("open_clip", "transformers", "timm")
 NAME_HELP = (
-    "The library's name for the model; transformers: a folder or a name on the hub  [default: the small CLIP that is "
-    "included]"
+    "The library's name for the model; transformers: a folder or a name on the hub.  [default: the small bundled CLIP]"
 )
 WEIGHTS_HELP = (
     "Weights. open_clip, timm: a tag, which is downloaded, or a checkpoint file; transformers: a revision such as "
@@ -37,7 +36,13 @@ WEIGHTS_HELP = (
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that name a model, --library, --model and --pretrained, to a command."""
     options = (
-        click.option("--library", type=click.Choice(LIBRARIES), default=LIBRARIES[0], show_default=True),
+        click.option(
+            "--library",
+            type=click.Choice(LIBRARIES),
+            default=LIBRARIES[0],
+            show_default=True,
+            help="Library that the model is from.",
+        ),
         click.option("--model", "name", help=NAME_HELP),
         click.option("--pretrained", help=WEIGHTS_HELP),
     )
@@ -61,7 +66,8 @@ def load(library: str, name: str | None, pretrained: str | None) -> Loaded:
     """Return the bundled model, or a library's.
 
     Raises:
-        click.UsageError: an unknown model or tag, missing weights, or a package that is not installed.
+        click.UsageError: an unknown model or tag, or a package that is not installed.
+        click.ClickException: a model that cannot be downloaded or loaded.
     """
     if name is None:
         refuse_unnamed(pretrained=pretrained, library=library if library != LIBRARIES[0] else None)
@@ -76,7 +82,8 @@ def load_clip(library: str, name: str | None, pretrained: str | None) -> tuple[n
     """Return model, preprocessing and tokenizer of a whole CLIP: the bundled ones, or a library's.
 
     Raises:
-        click.UsageError: as in `load`; timm, which has no text towers; or a tokenizer that cannot be loaded.
+        click.UsageError: as in `load`, or timm, which has no text towers.
+        click.ClickException: as in `load`, or a tokenizer that cannot be loaded.
     """
     if name is not None and library == "timm":
         expected = "expected a model with a text tower (--library open_clip or transformers)"
@@ -179,14 +186,14 @@ def load_transformers_tokenizer(name: str, pretrained: str | None) -> Any:
     """Return the tokenizer of a folder or of a model of the hub.
 
     Raises:
-        click.UsageError: it has none, or one that cannot be loaded.
+        click.ClickException: it has none, or one that cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     with loading(name, pretrained):
         tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(name, pretrained))
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5 makes one from the configuration alone
-        raise click.UsageError(f"expected {name} to hold a tokenizer, got one without a vocabulary: save it there")
+        raise click.ClickException(f"expected {name} to hold a tokenizer, got one without a vocabulary: save it there")
     return tokenizer
 
 
@@ -251,13 +258,17 @@ def check_weights(name: str, pretrained: str | None, tags: Sequence[str] | None)
 
 @contextmanager
 def loading(name: str, pretrained: str | None) -> Iterator[None]:
-    """Silence libraries, and raise the errors of a download, a checkpoint or a state dict as click.UsageError."""
+    """Silence libraries, and raise the errors of a download, a checkpoint or a state dict as click.ClickException.
+
+    A package that is not installed is a click.UsageError, as in `imported`.
+    """
     try:
         with quietly():
             yield
     except Exception as error:
         source = "" if pretrained is None else f" with {pretrained}"
-        raise click.UsageError(f"expected a model that loads, got {name}{source}: {first_line(error)}") from error
+        kind = click.UsageError if isinstance(error, ImportError) else click.ClickException
+        raise kind(f"expected a model that loads, got {name}{source}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def check_file(path: str, option: str = "--output") -> None:
     """Raise click.UsageError unless `path` is a file or can become one, before an hour of work is lost to it."""
     target = Path(path)
     if target.exists() and not target.is_file():  # a device or a pipe must not be renamed over
-        raise click.UsageError(f"expected a file for {option}, got {path}, which is none")
+        raise click.UsageError(f"expected a regular file for {option}, got {path}")
     try:
         with TemporaryFile(dir=target.absolute().parent):
             pass

@@ -26,7 +26,7 @@ class RankedImage(NamedTuple):
     name: str
 
 
-def plot_format(path: str, option: str = "--plot") -> str:
+def plot_format(path: str) -> str:
     """Return the format that a path's ending names.
 
     Raises:
@@ -34,12 +34,12 @@ def plot_format(path: str, option: str = "--plot") -> str:
     """
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in FORMATS:
-        raise click.UsageError(f"expected a file ending in .{', .'.join(FORMATS)} for {option}, got {path}")
+        raise click.UsageError(f"expected a file ending in .{', .'.join(FORMATS)} for --plot, got {path}")
     try:
         with quietly():
             import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        expected = f"expected matplotlib for {option} (pip install matplotlib)"
+        expected = "expected matplotlib for --plot (pip install matplotlib)"
         raise click.UsageError(f"{expected}, got: {first_line(error)}") from error
     return ending
 
