@@ -29,6 +29,7 @@ SM_90_SPILLS = {
         "_cluster_kernel": 4,
         "_distance_kernel": 16,
     },
+    "3.9.0": {"_cls_kernel": 8},  # heads of 72 and 112 channels, padded to 128
 }
 
 
