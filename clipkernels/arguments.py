@@ -43,8 +43,7 @@ def check_numbers(**values: Any) -> None:
 def check_positive(**values: Any) -> None:
     """Raise ValueError unless every value is a finite number above 0."""
     for name, value in values.items():
-        check_numbers(**{name: value})
-        if not value > 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
             raise ValueError(f"{name} must be positive, got {describe(value)}")
 
 

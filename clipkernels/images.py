@@ -98,8 +98,12 @@ def readable_formats() -> tuple[str, ...]:
 
 def is_image_name(name: str) -> bool:
     """Return true if a file's name has the suffix of a format that is read and is not hidden."""
-    suffixes = (suffix for form in readable_formats() for suffix in FORMATS[form])
-    return not name.startswith(".") and name.lower().endswith(tuple(suffixes))
+    return not name.startswith(".") and name.lower().endswith(_suffixes_of(readable_formats()))
+
+
+@cache
+def _suffixes_of(formats: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(suffix for form in formats for suffix in FORMATS[form])
 
 
 def find_images(sources: Sequence[str]) -> Found:
@@ -156,7 +160,7 @@ def images_below(folder: str, skip: Callable[[str], bool] | None = None) -> Foun
 def walk(folder: str, skip: Callable[[str], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yield a folder and the folders below it, links included, each with the names of its files; no hidden ones.
 
-    A link to a folder that holds a folder on its own path is skipped, so the walk ends.
+    A link to a folder above it is skipped, so the walk ends.
     """
     stack: list[tuple[str, tuple[str, ...]]] = [(folder, (os.path.realpath(folder),))]
     while stack:
@@ -166,13 +170,21 @@ def walk(folder: str, skip: Callable[[str], bool] | None = None) -> Iterator[tup
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if not os.path.isdir(entry.path):
+                if not _is_folder(entry):
                     names.append(entry.name)
                     continue
                 real = os.path.realpath(entry.path)
                 if not any(_holds(real, visited) for visited in chain) and not (skip and skip(entry.path)):
                     stack.append((entry.path, (*chain, real)))
         yield path, names
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return true for a folder or a link to one; most entries know it without a further call of the system."""
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 def _holds(folder: str, path: str) -> bool:
@@ -342,9 +354,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         bits = 8 if high <= 255 else 16
     elif image.mode != "I":
         bits = 12 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 16
-        if (
-            tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
-        ):  # white is zero, which Pillow minds in 8 bits only
+        white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        if white_is_zero:  # Pillow inverts 8 bits only
             values = (1 << bits) - 1 - values
     return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
 

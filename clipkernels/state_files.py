@@ -3,8 +3,8 @@
     digest of a tensor  SHA-256 of its name, dtype, shape and bytes
 
 Reading checks, in this order: the size of the header, its format, its fields, its digest, and the names, dtypes,
-shapes, digests and values of the tensors. No claim of a file is acted upon before it is checked, and a file that is
-refused has taken neither memory nor time.
+shapes, digests and values of the tensors. No claim of a file is acted upon before it is checked. A file whose sizes are
+refused has taken neither memory nor time; a digest is known only when its tensor is read.
 """
 
 from __future__ import annotations

@@ -27,13 +27,6 @@ def check_not_empty(images: int) -> None:
         raise ValueError("features must be of at least one image, got none")
 
 
-def check_positive(**named: float) -> None:
-    """Raise ValueError unless every argument is a finite number above zero."""
-    for name, value in named.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be positive, got {value!r}")
-
-
 def normalize_as(x: Tensor, like: Tensor) -> Tensor:
     """L2-normalised rows in the dtype of `like`, computed in fp32 or wider."""
     return normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(like.dtype)

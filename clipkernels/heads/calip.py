@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from clipkernels import ops
-from clipkernels.arguments import check_numbers
-from clipkernels.heads.arguments import check_labels, check_not_empty, check_positive, normalize_as
+from clipkernels.arguments import check_numbers, check_positive
+from clipkernels.heads.arguments import check_labels, check_not_empty, normalize_as
 from clipkernels.heads.presets import CALIP_PRESETS
 from clipkernels.heads.weight_search import search, spaced
 from clipkernels.heads.zero_shot import ZeroShot

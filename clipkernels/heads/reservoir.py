@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels import ops
-from clipkernels.arguments import check_numbers
-from clipkernels.heads.arguments import check_positive
+from clipkernels.arguments import check_numbers, check_positive
 from clipkernels.heads.presets import RESERVOIR_PRESETS, ReservoirPreset
 from clipkernels.heads.reservoir_entries import FORMAT, Entries, Evict, empty_entries, occupied, places_after_arrivals
 from clipkernels.heads.zero_shot import ZeroShot

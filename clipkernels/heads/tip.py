@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels import ops, reference
-from clipkernels.arguments import check_numbers
-from clipkernels.heads.arguments import check_labels, check_not_empty, check_positive
+from clipkernels.arguments import check_numbers, check_positive
+from clipkernels.heads.arguments import check_labels, check_not_empty
 from clipkernels.heads.weight_search import SearchResult, search, spaced
 from clipkernels.heads.zero_shot import ZeroShot
 from clipkernels.reference.precision import autocast_disabled

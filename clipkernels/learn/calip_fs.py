@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from clipkernels.arguments import check_numbers
+from clipkernels.arguments import check_numbers, check_positive
 from clipkernels.formats import FLOATS, Format, TensorSpec
-from clipkernels.heads.arguments import check_labels, check_not_empty, check_positive, normalize_as
+from clipkernels.heads.arguments import check_labels, check_not_empty, normalize_as
 from clipkernels.heads.calip import patches_of
 from clipkernels.heads.zero_shot import ZeroShot
 from clipkernels.learn.checkpoints import check_training, weight_specs

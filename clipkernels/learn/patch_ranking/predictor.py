@@ -19,9 +19,9 @@ from torch.nn.functional import kl_div
 
 from clipkernels import ops
 from clipkernels.adapters import Tower
+from clipkernels.arguments import check_positive
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprinted_module
 from clipkernels.formats import Count, Format, Size, TensorSpec
-from clipkernels.heads.arguments import check_positive
 from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, weight_specs
 from clipkernels.learn.patch_ranking.rankings import RankingOptions, Rankings
 from clipkernels.reference.predict import Mixer, mix

@@ -24,11 +24,12 @@ from clipkernels import adapters
 from clipkernels.adapters import Tower
 from clipkernels.adapters.text import find_text_encoder
 from clipkernels.adapters.tokenizers import Tokenizer, ids_of
+from clipkernels.arguments import check_positive
 from clipkernels.classifier import check_clip, class_embeddings, eval_mode
 from clipkernels.encode import encode_image
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprint, fingerprinted_module
 from clipkernels.formats import Count, Fingerprint, Format, Size, TensorSpec
-from clipkernels.heads.arguments import check_labels, check_positive
+from clipkernels.heads.arguments import check_labels
 from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, weight_specs
 from clipkernels.learn.patch_ranking.text_contexts import check_prompts, first_words, injected_contexts, text_tower
 from clipkernels.methods import PatchRanking
