@@ -44,7 +44,7 @@ def check_positive(**values: Any) -> None:
     """Raise ValueError unless every value is a finite number above 0."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-            raise ValueError(f"{name} must be positive, got {describe(value)}")
+            raise ValueError(f"{name} must be a positive number, got {describe(value)}")
 
 
 def check_int(name: str, value: Any, low: int, high: int, meaning: str) -> None:

@@ -19,6 +19,7 @@ from clipkernels.testing import randomized, transformers_tower
 from tests.local_transformers import (
     SIZES,
     clip_model,
+    family_model,
     image_processor,
     letter_tokenizer,
     save_clip_tokenizer,
@@ -31,18 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_of(family: str) -> Any:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    if not hasattr(transformers, family):
-        pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    sizes = {key: value for key, value in SIZES.items() if key != "image_size"}
-    size = {"num_patches": 16} if "Siglip2" in family else {"image_size": 32}
-    model = randomized(transformers_tower(family, 2, **sizes, **size))
-    if family in ("AltCLIPModel", "ChineseCLIPModel"):
-        try:
-            model.get_text_features(input_ids=torch.ones(1, 4, dtype=torch.int64))
-        except TypeError as error:  # such as 4.57, whose ChineseCLIP projects a pooled row that it does not have
-            pytest.skip(f"{family}.get_text_features of transformers {transformers.__version__} is broken: {error}")
-    return model
+    return randomized(family_model(family, 2, **{key: size for key, size in SIZES.items() if key != "image_size"}))
 
 
 def embed(features: Any) -> Tensor:

@@ -26,13 +26,9 @@ from clipkernels import backend
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import scenes
 from clipkernels.testing.inputs import Shape
+from tests.subprocesses import without_xdist
 
 BENCH = Path(__file__).parents[2] / "bench"
-
-
-def without_xdist(environment: dict[str, str]) -> dict[str, str]:
-    """Return an environment without pytest-xdist's variables, because its workers time nothing."""
-    return {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
 
 
 @pytest.fixture

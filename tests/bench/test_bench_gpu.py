@@ -20,8 +20,10 @@ import torch
 import clipkernels as ck
 from bench.gpu import campaign, counters, report, staircase, steps, targets, tune
 from bench.result_files import note_attempt, remaining
+from clipkernels.cli.check import check
 from clipkernels.measure.timing import Times
 from clipkernels.testing.inputs import Shape
+from tests.subprocesses import without_xdist
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -43,10 +45,11 @@ def test_every_step_names_an_existing_script_and_options(tmp_path: Path) -> None
         if "pytest" in command:
             source = (BENCH / "conftest.py").read_text(encoding="utf-8") if "bench/ops.py" in command else ""
         else:
-            module = command[1].replace(".", "/") if command[1].startswith("bench.") else "clipkernels/cli/check"
-            source = (BENCH.parent / f"{module}.py").read_text(encoding="utf-8")
-            if module.startswith("clipkernels"):
-                source += (BENCH.parent / "clipkernels" / "cli" / "parts" / "options.py").read_text(encoding="utf-8")
+            if command[1].startswith("bench."):
+                source = (BENCH.parent / f"{command[1].replace('.', '/')}.py").read_text(encoding="utf-8")
+            else:
+                assert command[1:3] == ["clipkernels", "check"], step
+                source = " ".join(f'"{name}"' for option in check.params for name in option.opts)
             assert all(f'"{word}"' in source for word in command if word.startswith("--")), step
         assert ('"--deadline"' in source) == (step.piece is not None), step
 
@@ -239,9 +242,9 @@ def test_a_step_marked_always_runs_in_every_run(tmp_path: Path) -> None:
 def test_a_dry_run_completes_every_step_and_writes_every_file(tmp_path: Path, names: list[str]) -> None:
     command = [sys.executable, "-m", "bench.gpu.campaign", "--dry-run", "--out", tmp_path, "--limit", "3600"]
     command += ["--steps", *names] if names else []
-    # Beside other workers of pytest-xdist, which it knows by these variables, pytest-benchmark measures nothing.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, cwd=BENCH.parent, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=BENCH.parent, env=without_xdist(os.environ), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     every = steps.steps(tmp_path / "dry-run")
     chosen = [step for step in every if not names or step.name in names]

@@ -165,7 +165,7 @@ def test_numbers_that_are_not_finite_are_refused():
         for name in ("beta2", "beta3", "scale"):
             with pytest.raises(ValueError, match=f"{name} must be a finite number, got nan"):
                 make(text, **{name: float("nan")})
-        with pytest.raises(ValueError, match="alpha must be positive, got 0"):
+        with pytest.raises(ValueError, match="alpha must be a positive number, got 0"):
             make(text, 0)
 
 

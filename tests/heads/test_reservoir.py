@@ -334,7 +334,7 @@ head.save({str(file)!r})
         ({"preset": "mnist"}, "preset must be one of caltech101, .*, got 'mnist'"),
         ({"capacity": 0}, "capacity must be a positive int, got 0"),
         ({"capacity": 2.5}, "capacity must be a positive int, got 2.5"),
-        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"temperature": 0}, "temperature must be a positive number, got 0"),
         ({"beta": float("nan")}, "beta must be a finite number, got nan"),
         ({"strength": "3"}, "strength must be a finite number, got '3'"),
         ({"scale": float("inf")}, "scale must be a finite number, got inf"),

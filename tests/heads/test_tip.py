@@ -252,7 +252,7 @@ def test_gammas_of_means_and_of_sums_are_one_search_if_classes_are_equal():
         ({"labels": torch.zeros(9, dtype=torch.int64)}, r"labels must be \(10,\) torch.int64, got \(9,\)"),
         ({"labels": torch.full((10,), 5)}, "labels must be from 0 to 4, got 5 to 5"),
         ({"text": torch.randn(12)}, r"text must be class embeddings \(K,E\)"),
-        ({"tau": 0.0}, "tau must be positive, got 0.0"),
+        ({"tau": 0.0}, "tau must be a positive number, got 0.0"),
         ({"beta": float("nan")}, "beta must be a finite number, got nan"),
         ({"gamma": float("inf")}, "gamma must be a finite number, got inf"),
         ({"features": torch.full((10, 12), float("nan"))}, "features must be finite, got 10 of 10 rows that are not"),

@@ -395,7 +395,7 @@ def test_the_eps_of_a_predictor_is_its_norms_and_part_of_its_file(tmp_path):
     y = y + mlp(norm(y, 2), "channel")
     expected = y[:, 1:] @ weights["score.weight"][0] + weights["score.bias"]
     torch.testing.assert_close(loaded(x).double(), expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="eps must be positive, got 0"):
+    with pytest.raises(ValueError, match="eps must be a positive number, got 0"):
         RankPredictor(17, eps=0)
 
 
@@ -405,7 +405,7 @@ def test_the_eps_of_a_predictor_is_its_norms_and_part_of_its_file(tmp_path):
         ({"keep": 1.0}, r"keep must be in \(0, 1\)"),
         ({"held_out": 1.0}, r"held_out in \[0, 1\)"),
         ({"epochs": 0}, "epochs and batch_size must be at least one, got 0 and 64"),
-        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": 0.0}, "lr must be a positive number, got 0.0"),
         ({"keep": 0.99}, "keep must remove at least one of 16 patches, got 0.99"),
         ({"margin": float("nan")}, "margin must be a finite number from 0, got nan"),
     ],

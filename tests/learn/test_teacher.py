@@ -13,7 +13,8 @@ import clipkernels as ck
 from clipkernels.adapters import text, tokenizers
 from clipkernels.fingerprint import fingerprint, same_probe, same_tower, weights_version
 from clipkernels.learn.distill import Teacher, TeacherFeatures, align_words
-from clipkernels.testing import openai_tower, patch_ranking, randomized, timm_tower, transformers_tower
+from clipkernels.testing import openai_tower, patch_ranking, randomized, timm_tower
+from tests.local_transformers import family_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,17 +76,7 @@ def wrapped(pooler="mean_pooler", proj="linear"):
 
 def transformers_model(family):
     """A transformers model with 16 patches, the default text context and the default embedding width."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    if not hasattr(transformers, family):
-        pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    size = {"num_patches": 16} if "Siglip2" in family else {"image_size": 32}
-    model = transformers_tower(family, 3, **SIZES, **size)
-    if family in ("AltCLIPModel", "ChineseCLIPModel"):
-        try:
-            model.get_text_features(input_ids=torch.ones(1, 4, dtype=torch.int64))
-        except TypeError as error:  # such as 4.57, whose ChineseCLIP projects a pooled row that it does not have
-            pytest.skip(f"{family}.get_text_features of transformers {transformers.__version__} is broken: {error}")
-    return model
+    return family_model(family, 3, **SIZES)
 
 
 def openai_model():

@@ -319,7 +319,7 @@ def test_an_exported_reference_takes_any_batch():
         ({"channel_out_bias": torch.ones(256)}, r"channel_out_bias must be \(G,\) = \(64\), got \(256\)"),
         ({"score_weight": torch.ones(1, 64)}, r"score_weight must be \(G,\) = \(64\), got \(1,64\)"),
         ({"score_bias": torch.tensor(0.5)}, r"score_bias must be \(1,\) = \(1\), got \(\)"),
-        ({"eps": 0.0}, "eps must be positive, got 0.0"),
+        ({"eps": 0.0}, "eps must be a positive number, got 0.0"),
     ],
 )
 def test_errors_name_the_bad_argument_on_every_backend(backend, change, message):

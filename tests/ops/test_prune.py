@@ -221,7 +221,7 @@ def test_the_operator_compiles_into_one_graph(device):
             r"norm's weight must be \(C,\) = \(24\) on cpu, got \(23\)",
         ),
         ({"norm": (torch.ones(24), torch.ones(24))}, r"norm must be \(weight, bias, eps\), got 2 values"),
-        ({"norm": (torch.ones(24), torch.ones(24), "1")}, "norm's eps must be a finite number, got '1'"),
+        ({"norm": (torch.ones(24), torch.ones(24), "1")}, "norm's eps must be a positive number, got '1'"),
     ],
 )
 def test_errors_name_the_bad_argument_on_every_backend(backend, change, message):
