@@ -154,5 +154,6 @@ def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
 
 def _heads_backend(backend: Backend, q: Tensor, op: str, patches: int) -> str:
     """Return the backend for queries (B,H,M,D) and scores of that many patches to reduce over heads."""
-    width, name = q.shape[-1], f"{op} at head width {q.shape[-1]}"
-    return _backend.choose(backend, q.device, q.dtype, name, width <= _HEAD_WIDTH, patches=patches)
+    width = q.shape[-1]
+    refusal = None if width <= _HEAD_WIDTH else f"takes heads of at most {_HEAD_WIDTH} elements, got {width}"
+    return _backend.choose(backend, q.device, q.dtype, op, refusal, scores=patches)

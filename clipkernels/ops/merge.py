@@ -45,7 +45,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = 
     """
     _check_match(metric, r, prefix)
     even, width = (metric.shape[-2] + 1) // 2, metric.shape[-1]
-    chosen = _backend.choose(backend, metric.device, metric.dtype, "match_tokens", patches=even, width=width)
+    chosen = _backend.choose(backend, metric.device, metric.dtype, "match_tokens", scores=even, width=width)
     return (reference.match_tokens if chosen == "reference" else _merge.match_tokens)(metric, r, prefix)
 
 
@@ -74,7 +74,7 @@ def merge_tokens(
     """
     _check_merge(x, match, size, norm)
     pairs, width = match.source.shape[1], x.shape[2]
-    chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens", patches=pairs, width=width)
+    chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens", pairs=pairs, width=width)
     return (reference.merge_tokens if chosen == "reference" else _merge.merge_tokens)(x, match, size, norm)
 
 
