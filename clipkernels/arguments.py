@@ -47,10 +47,23 @@ def check_positive(**values: Any) -> None:
             raise ValueError(f"{name} must be a positive number, got {describe(value)}")
 
 
-def check_int(name: str, value: Any, low: int, high: int, meaning: str) -> None:
-    """Raise ValueError unless the value is an int from `low` to `high`, which messages call `meaning`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} must be an int from {low} to {meaning} = {high}, got {describe(value)}")
+def check_range(name: str, value: Any, low: float, high: float, ends: str = "[]") -> None:
+    """Raise ValueError unless the value is a number from `low` to `high`; "(" and ")" are ends that are left out."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if (
+        not (is_number and low <= value <= high)
+        or (ends[0] == "(" and value == low)
+        or (ends[1] == ")" and value == high)
+    ):
+        raise ValueError(f"{name} must be a number in {ends[0]}{low}, {high}{ends[1]}, got {describe(value)}")
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None, meaning: str = "") -> None:
+    """Raise ValueError unless the value is an int from `low` to `high`, which messages call `meaning`, or no limit."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or value < low or (high is not None and value > high):
+        upper = f"at least {low}" if high is None else f"{low} to {meaning and f'{meaning} = '}{high}"
+        raise ValueError(f"{name} must be an int {'of' if high is None else 'from'} {upper}, got {describe(value)}")
 
 
 def check_flags(**values: Any) -> None:
@@ -65,6 +78,13 @@ def check_choice(name: str, value: Any, *choices: str | None) -> None:
     if not (value is None or isinstance(value, str)) or value not in choices:
         *most, last = ("None" if choice is None else f'"{choice}"' for choice in choices)
         raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {describe(value)}")
+
+
+def check_callable(**values: Any) -> None:
+    """Raise TypeError unless every value is callable or None."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be callable or None, got {describe(value)}")
 
 
 def check_tokens(x: Tensor) -> None:
@@ -154,6 +174,11 @@ def values_are_readable(*tensors: Tensor) -> bool:
     return on_cpu and can_skip_dispatcher(*tensors) and transform_obstacle() is None
 
 
+def is_list(value: object) -> bool:
+    """Return true for a list, a tuple or another sequence, but no text and no bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
 def describe(value: object) -> str:
     """A value as messages show it, in one line: a number or a text itself, the shape of a tensor, else the type."""
     if isinstance(value, Tensor):
@@ -174,6 +199,12 @@ def shape_of(tensor: Tensor) -> str:
 def join_sizes(sizes: tuple[object, ...]) -> str:
     """Sizes separated by commas: "2,3"."""
     return ",".join(str(size) for size in sizes)
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun: "1 image", "2 images", "0 classes"."""
+    suffix = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{number} {noun}{suffix}"
 
 
 def list_names(names: Sequence[str] | set[str]) -> str:

@@ -74,7 +74,7 @@ def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend
     if not ({pooled, token} <= _MIXER_WIDTHS and channel >= 128 and channel & (channel - 1) == 0):
         limits = "widths G and Ht of 16, 32 or 64 and a width Hc of 128 or a larger power of two"
         refusal = f"takes {limits}, got {pooled}, {token} and {channel}"
-    elif x.dtype == torch.float32 and _backend.requested_backend(backend) != "triton":
+    elif x.dtype == torch.float32 and isinstance(backend, str) and _backend.requested_backend(backend) != "triton":
         # A prediction, not measured: no matrix unit multiplies fp32 exactly, and each image has only one program.
         refusal = "is not faster in float32"
     chosen = _backend.choose(backend, x.device, x.dtype, "predict_scores", refusal)
