@@ -428,6 +428,6 @@ def _normalize_blocks(blocks: Sequence[int] | None) -> tuple[int, ...] | None:
 
 def _check_sequence(tokens: int, blocks: int, prefix: int) -> None:
     """Raise ValueError unless a plan can be made for these numbers of tokens, blocks and prefix tokens."""
-    check_int("blocks", blocks, 0)
-    check_int("prefix", prefix, 0)
-    check_int("tokens", tokens, prefix)
+    check_int("blocks", blocks, 0, 2**16, "2¹⁶")
+    check_int("prefix", prefix, 0, 2**31, "2³¹")
+    check_int("tokens", tokens, prefix, 2**31, "2³¹")

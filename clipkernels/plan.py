@@ -149,7 +149,7 @@ class Plan:
         tokens = self.entry
         for block, step in enumerate(self.steps):
             if step is not None and not isinstance(step, Step):
-                raise TypeError(f"block {block} must have a step such as ck.Prune(9) or None, got {describe(step)}")
+                raise TypeError(f"steps[{block}] must be a step such as ck.Prune(9) or None, got {describe(step)}")
             patches = tokens - self.prefix
             tokens = step.leaves(tokens, self.prefix) if step else tokens
             if isinstance(step, (Prune, Predict)) and not 0 <= step.keep <= patches:

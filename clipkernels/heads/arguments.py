@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipkernels.arguments import check_tensors, count_of, describe, is_list, shape_of
+from clipkernels.arguments import check_tensors, count_of, describe, shape_of
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
@@ -87,7 +88,7 @@ def check_batches(features: Any) -> Any:
     """An iterable of `Encoded`: the features themselves, or one `Encoded` in a list; raise TypeError for others."""
     if hasattr(features, "embedding"):
         return [features]
-    if isinstance(features, Tensor) or not (is_list(features) or hasattr(features, "__iter__")):
+    if isinstance(features, (Tensor, type)) or not isinstance(features, Iterable):
         raise TypeError(f"features must be an Encoded, or an iterable of them, got {describe(features)}")
     return features
 

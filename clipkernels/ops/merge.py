@@ -58,8 +58,8 @@ def merge_tokens(
         x: (B,N,C) tokens.
         match: the result of `match_tokens`. Its values are checked on the CPU only, because a GPU would have to be
             waited for.
-        size: (B,N) patches merged into each token, finite and at least 0; None is all ones. Of two tokens of size 0
-            the target remains.
+        size: (B,N) patches merged into each token, finite and at least 0; None is all ones. A token of size 0 adds
+            nothing to another, whatever it holds. Of two tokens of size 0 the target remains.
         norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the result.
         backend: "auto", "triton" or "reference".
     Returns:

@@ -151,7 +151,7 @@ def test_fit_refuses_unusable_features():
     for head, empty in ((ck.CALIP(text), none), (ck.CALIP(text), iter([])), (FewShotCALIP(text), none)):
         with pytest.raises(ValueError, match="features must be of at least one image, got none"):
             head.fit(empty, labels[:0])
-    with pytest.raises(ValueError, match="epochs and batch_size must be at least one, got 1 and 0"):
+    with pytest.raises(ValueError, match="batch_size must be an int of at least 1, got 0"):
         FewShotCALIP(text).fit(encoded, labels, epochs=1, batch_size=0)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside of torch\.inference_mode"):
         FewShotCALIP(text).fit(encoded, labels)

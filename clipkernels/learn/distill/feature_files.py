@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from clipkernels.arguments import count_of
 from clipkernels.files import digest_table
 from clipkernels.fingerprint import same_probe, same_tower, short_fingerprint
 from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
@@ -73,7 +74,9 @@ def _tensors(header: TeacherHeader) -> dict[str, TensorSpec]:
 def _check(header: TeacherHeader, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the mask of words covers them."""
     if "words" in tensors and tensors["words"].shape[1] > tensors["words_mask"].shape[1]:
-        raise ValueError(f"{tensors['words'].shape[1]} words and a mask of {tensors['words_mask'].shape[1]}")
+        raise ValueError(
+            f"{count_of(tensors['words'].shape[1], 'word')} and a mask of {tensors['words_mask'].shape[1]}"
+        )
 
 
 FORMAT = Format("clipkernels.teacher.3", "features of a teacher", TeacherHeader, _tensors, _check)

@@ -20,6 +20,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from clipkernels.arguments import count_of
 from clipkernels.files import digest_table, sweep
 from clipkernels.formats import Count, Fingerprint, Format, Line, Size, TensorSpec
 from clipkernels.heads import ZeroShot
@@ -64,7 +65,7 @@ def _check(header: RankingOptions, tensors: Mapping[str, Tensor]) -> None:
     ranks = tensors["ranks"].sort(1).values
     wrong = int((ranks != torch.arange(ranks.shape[1])).any(1).sum())
     if wrong:
-        raise ValueError(f"{wrong} of {len(ranks)} rows of ranks that repeat a rank")
+        raise ValueError(f"{wrong} of {count_of(len(ranks), 'row')} of ranks that repeat a rank")
 
 
 FORMAT = Format("clipkernels.rankings.2", "rankings, as golden_ranking writes them", RankingOptions, _tensors, _check)
