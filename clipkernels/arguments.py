@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -191,7 +191,7 @@ def values_are_readable(*tensors: Tensor) -> bool:
     return on_cpu and can_skip_dispatcher(*tensors) and transform_obstacle() is None
 
 
-def is_list(value: object) -> bool:
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     """Return true for a list, a tuple or another sequence, but no text and no bytes."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 

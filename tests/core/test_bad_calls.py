@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import clipkernels as ck
+from clipkernels.arguments import count_of
 from clipkernels.data import digits, scenes
 from clipkernels.data.tokenizer import ByteTokenizer
 from clipkernels.learn import distill, patch_ranking
@@ -247,7 +248,8 @@ def test_every_public_callable_is_tried(every_call):
     public = {name for module in modules for name in module.__all__ if callable(getattr(module, name))}
     assert public - EXEMPT <= set(every_call)
     for name, (call, arguments) in every_call.items():
-        assert set(arguments) >= set(inspect.signature(call).parameters) - {"path", "reader", "join"}, name
+        signature = inspect.signature(call if isinstance(call, type) else getattr(call, "forward", call))
+        assert set(arguments) == set(signature.parameters) - {"path", "reader"}, name
         call(**arguments)
         ck.unpatch(model())
 
@@ -294,3 +296,11 @@ def test_labels_are_int64_and_within_the_classes(wrong):
     ):
         with pytest.raises((TypeError, ValueError), match=r"^labels must be "):
             call(features, wrong)
+
+
+def test_a_count_agrees_with_its_noun():
+    counts = [count_of(number, noun) for number in (0, 1, 2) for noun in ("image", "class", "patch")]
+    assert counts == ["0 images", "0 classes", "0 patches", "1 image", "1 class", "1 patch", "2 images", "2 classes",
+                      "2 patches"]  # fmt: skip
+    with pytest.raises(ValueError, match="block 0 must keep 0 to 1 patch, got 3"):
+        ck.Plan((ck.Prune(3),), 2)

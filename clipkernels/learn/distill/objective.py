@@ -13,7 +13,7 @@ instead of a model, so any student can be trained. Its two projections are train
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class TargetedDistillation(nn.Module):
         strength: float = 1.0,
     ) -> None:
         super().__init__()
-        width = getattr(teacher, "width", teacher)
+        width: Any = getattr(teacher, "width", teacher)
         if text is None and visual is None:
             raise ValueError("expected the width of the student's text or visual states, got neither")
         for name, size in (("teacher", width), ("text", text), ("visual", visual)):
