@@ -256,7 +256,7 @@ def test_join_formats_texts_with_answers(tiny):
             ValueError, match=r"join must hold one \{\} for the text, one for the answer and no more"
         ) as e:
             Teacher(tiny, tokenizer, join=join)
-        assert str(e.value).endswith(f'got "{join}"')
+        assert str(e.value).endswith(f"got {join!r}")
 
 
 def test_each_distinct_text_is_encoded_once_in_batches(tiny, monkeypatch):

@@ -69,7 +69,7 @@ class TeacherCache:
     ) -> None:
         if not isinstance(folder, (str, os.PathLike)):
             raise TypeError(f"folder must be a path, got {describe(folder)}")
-        if not isinstance(teacher, Teacher):
+        if isinstance(teacher, type) or not all(hasattr(teacher, name) for name in ("stamp", "about", "joined")):
             raise TypeError(f"teacher must be a Teacher, got {describe(teacher)}")
         if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {describe(dtype)}")
