@@ -8,7 +8,8 @@ alone, because elsewhere the host would wait for the device.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from clipkernels.messages import join_sizes
 from clipkernels.reference import Norm
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST_INT = 2**63 - 1
 _REALS = (*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -47,10 +49,24 @@ def check_positive(**values: Any) -> None:
             raise ValueError(f"{name} must be a positive number, got {describe(value)}")
 
 
-def check_int(name: str, value: Any, low: int, high: int, meaning: str) -> None:
-    """Raise ValueError unless the value is an int from `low` to `high`, which messages call `meaning`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} must be an int from {low} to {meaning} = {high}, got {describe(value)}")
+def check_range(name: str, value: Any, low: float, high: float, ends: str = "[]") -> None:
+    """Raise ValueError unless the value is a number from `low` to `high`; "(" and ")" are ends that are left out."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = is_number and (isinstance(value, float) or abs(value) <= sys.float_info.max)
+    if (
+        not (is_number and low <= value <= high)
+        or (ends[0] == "(" and value == low)
+        or (ends[1] == ")" and value == high)
+    ):
+        raise ValueError(f"{name} must be a number in {ends[0]}{low}, {high}{ends[1]}, got {describe(value)}")
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None, meaning: str = "") -> None:
+    """Raise ValueError unless the value is an int from `low` to `high`, which messages call `meaning`, or no limit."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not low <= value <= (_LARGEST_INT if high is None else high):
+        upper = f"at least {low}" if high is None else f"{low} to {meaning and f'{meaning} = '}{high}"
+        raise ValueError(f"{name} must be an int {'of' if high is None else 'from'} {upper}, got {describe(value)}")
 
 
 def check_flags(**values: Any) -> None:
@@ -65,6 +81,28 @@ def check_choice(name: str, value: Any, *choices: str | None) -> None:
     if not (value is None or isinstance(value, str)) or value not in choices:
         *most, last = ("None" if choice is None else f'"{choice}"' for choice in choices)
         raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {describe(value)}")
+
+
+def check_callable(**values: Any) -> None:
+    """Raise TypeError unless every value is callable or None."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be callable or None, got {describe(value)}")
+
+
+def check_device(device: Any) -> torch.device:
+    """The device; raise ValueError for a value that names none."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f'device must be a torch.device or its name, such as "cpu", got {describe(device)}') from error
+
+
+def check_mapping(**values: Any) -> None:
+    """Raise TypeError unless every value is a mapping."""
+    for name, value in values.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a mapping, got {describe(value)}")
 
 
 def check_tokens(x: Tensor) -> None:
@@ -154,11 +192,16 @@ def values_are_readable(*tensors: Tensor) -> bool:
     return on_cpu and can_skip_dispatcher(*tensors) and transform_obstacle() is None
 
 
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Return true for a list, a tuple or another sequence, but no text and no bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
 def describe(value: object) -> str:
     """A value as messages show it, in one line: a number or a text itself, the shape of a tensor, else the type."""
     if isinstance(value, Tensor):
         return f"a tensor {shape_of(value)}" if not value.is_nested else "a nested tensor"
-    if value is None or isinstance(value, (bool, int, float, complex, str)):
+    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
         if isinstance(value, int) and abs(value) >= 10**20:  # Python refuses to print thousands of digits
             return f"an int of {value.bit_length()} bits"
         text = repr(value)

@@ -26,9 +26,10 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     op: str,
-    kernel: bool = True,
+    refusal: str | None = None,
     *,
-    patches: int = 0,
+    scores: int = 0,
+    pairs: int = 0,
     width: int = 0,
 ) -> str:
     """The backend that runs an op on tensors of this device and dtype: "triton" or "reference".
@@ -38,8 +39,9 @@ def choose(
         device: the device of the tensors.
         dtype: the dtype of the tensors.
         op: the name of the op, for messages.
-        kernel: true if the op has a Triton kernel for its arguments.
-        patches: number of scores that a kernel ranks per image, or of pairs that it merges.
+        refusal: why the op's kernel does not take its arguments, as "takes LIMIT, got ARGUMENT"; None if it takes them.
+        scores: number of scores that a kernel ranks per image.
+        pairs: number of pairs that a kernel merges per image.
         width: elements of a row that a kernel holds.
     Raises:
         ValueError: the backend is unknown, or triton is requested for fp64.
@@ -50,24 +52,32 @@ def choose(
         raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend_name!r:.80}')
     if backend_name == "reference":
         return backend_name
-    if patches > MAX_PATCHES or width > MAX_WIDTH:
-        op, kernel = f"{op} beyond {MAX_PATCHES} patches or a width of {MAX_WIDTH}", False
+    refusal = refusal or _exceeded(scores, pairs, width)
     if backend_name == "auto":
-        if device.type == "cpu" or not kernel or dtype == torch.float64 or transform_obstacle() is not None:
+        if device.type == "cpu" or refusal or dtype == torch.float64 or transform_obstacle() is not None:
             return "reference"
         obstacle = _obstacle(device)
         if obstacle is not None and device.type == "cuda":
             warnings.warn(f"{obstacle}; until then, CUDA tensors take the slower reference", stacklevel=3)
         return "triton" if obstacle is None else "reference"
     setting = 'backend="triton"' if backend == "triton" else "CLIPKERNELS_BACKEND=triton"
-    if not kernel:
-        raise RuntimeError(f"{setting} is set, but {op} has no Triton kernel: use auto or reference")
+    if refusal:
+        raise RuntimeError(f"{setting} is set, but the kernel of {op} {refusal}: use auto or reference")
     if dtype == torch.float64:
         raise ValueError(f'the triton backend of {op} takes float32, float16 or bfloat16, got float64: use "reference"')
     obstacle = transform_obstacle() or _obstacle(device)
     if obstacle is not None:
         raise RuntimeError(f"{setting} is set, but {obstacle}")
     return backend_name
+
+
+def _exceeded(scores: int, pairs: int, width: int) -> str | None:
+    """The limit that the arguments of an op exceed, and the argument, or None."""
+    if scores > MAX_PATCHES:
+        return f"ranks at most {MAX_PATCHES} scores of an image, got {scores}"
+    if pairs > MAX_PATCHES:
+        return f"merges at most {MAX_PATCHES} pairs of an image, got {pairs}"
+    return f"holds rows of at most {MAX_WIDTH} elements, got {width}" if width > MAX_WIDTH else None
 
 
 def requested_backend(backend: str) -> str:
@@ -89,9 +99,7 @@ def explain(device: torch.device) -> tuple[str, str]:
     override = os.environ.get("CLIPKERNELS_BACKEND", "auto")
     if override != "auto":
         try:
-            return choose(
-                "auto", device, torch.float32, "any op", kernel=True
-            ), f"CLIPKERNELS_BACKEND={override} is set"
+            return choose("auto", device, torch.float32, "any op"), f"CLIPKERNELS_BACKEND={override} is set"
         except (RuntimeError, ValueError) as error:
             return "none", str(error)
     if device.type == "cpu":

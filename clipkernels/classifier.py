@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -17,11 +17,12 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.logits import logits_of
 from clipkernels.adapters.text import find_text_encoder
 from clipkernels.adapters.tokenizers import Tokenizer, find_cut, ids_of
+from clipkernels.arguments import check_mapping, check_tensors, describe, is_list, shape_of
 from clipkernels.encode import check_images, encode_image
 from clipkernels.heads import Head, ZeroShot
 from clipkernels.messages import list_names
 from clipkernels.methods import Method
-from clipkernels.patching import method_of, patch
+from clipkernels.patching import check_method, method_of, patch
 
 PROMPTS_PER_BATCH = 256
 
@@ -64,6 +65,10 @@ class Classifier:
         head: Head | Callable[[Tensor], Head] = ZeroShot,
     ) -> None:
         self.classes = check_classes(classes)
+        if not callable(head):
+            raise TypeError(f"head must be a head, or a callable that makes one, got {describe(head)}")
+        if method is not None:
+            check_method(method)
         prompts = prompts_of(self.classes, templates)
         check_clip(model)
         model_logits = logits_of(model)
@@ -77,6 +82,8 @@ class Classifier:
             learnt_tokens = getattr(method or _method_of(model), "tokens", None)
             embed = getattr(learnt_tokens, "class_embeddings", class_embeddings)
             self.head = make(embed(model, tokenizer, prompts))
+            if not callable(self.head) or not hasattr(self.head, "needs"):
+                raise TypeError(f"head must make a head with an attribute needs, got {describe(self.head)}")
         zero_shot = self._zero_shot
         takes_model = zero_shot is not None and zero_shot.takes_model
         if takes_model and model_logits is None:
@@ -91,8 +98,10 @@ class Classifier:
         Training mode and gradients stay as the caller set them: use `torch.inference_mode()` if no gradient is needed.
 
         Raises:
+            TypeError: the images are no tensor.
             ValueError: the images do not have the tower's size.
         """
+        check_tensors(images=images)
         if self.head.needs:
             extras: dict[str, Any] = dict.fromkeys(self.head.needs, True)
             return self.head(encode_image(self.model, images, anchors=getattr(self.head, "anchors", None), **extras))
@@ -115,6 +124,9 @@ class Classifier:
 
         Sigmoids are the probabilities that an image matches each class by itself. They need not sum to one.
         """
+        check_tensors(logits=logits)
+        if logits.ndim != 2:
+            raise ValueError(f"logits must be (B,K), got {shape_of(logits)}")
         return logits.sigmoid() if self.sigmoid else logits.softmax(1)
 
     @property
@@ -173,11 +185,23 @@ def prompts_of(classes: Sequence[str], templates: Sequence[str] | Mapping[str, S
     if not isinstance(templates, Mapping):
         templates = check_templates(templates)
         return {name: [template.replace("{}", name) for template in templates] for name in classes}
-    for name in classes:
-        prompts = templates.get(name, ())
-        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"templates must hold a list of prompts for {name!r}, got {prompts!r:.100}")
-    return {name: list(templates[name]) for name in classes}
+    return check_prompt_lists({name: templates.get(name, ()) for name in classes}, "templates")
+
+
+def check_prompt_lists(prompts: Any, name: str = "prompts") -> dict[str, list[str]]:
+    """The prompts of each class, as lists; raise unless they are a mapping of lists that hold strings.
+
+    Raises:
+        TypeError: no mapping.
+        ValueError: no class, or a class without a list of prompts.
+    """
+    check_mapping(**{name: prompts})
+    if not prompts:
+        raise ValueError(f"{name} must hold at least one class, got none")
+    for key, group in prompts.items():
+        if not is_list(group) or not group or not all(isinstance(prompt, str) for prompt in group):
+            raise ValueError(f"{name} must hold a list of prompts for {key!r}, got {describe(group)}")
+    return {key: list(group) for key, group in prompts.items()}
 
 
 def class_embeddings(model: Any, tokenizer: Tokenizer, prompts: Mapping[str, Sequence[str]]) -> Tensor:
@@ -201,6 +225,7 @@ def prompt_embeddings(model: Any, tokenizer: Tokenizer, prompts: Mapping[str, Se
         UnsupportedTower: the model encodes no text.
         ValueError: the tokenizer does not return ids (n,T).
     """
+    prompts = check_prompt_lists(prompts)
     sentences = [(name, sentence) for name, group in prompts.items() for sentence in group]
     device, encoder = next(model.parameters()).device, find_text_encoder(model)
     embeddings, cut = [], []
@@ -234,13 +259,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     """Class names as a tuple. Raise ValueError unless they are different, non-empty strings."""
     if isinstance(classes, str):
-        raise ValueError(f"classes must be a list of names, got the string {classes!r}")
+        raise ValueError(f"classes must be a list of names, got the string {describe(classes)}")
+    if not isinstance(classes, Iterable) or isinstance(classes, Tensor):
+        raise TypeError(f"classes must be a list of names, got {describe(classes)}")
     classes = tuple(classes)
     if not classes:
         raise ValueError("classes must name at least one class, got none")
     for name in classes:
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"classes must be non-empty strings, got {name!r}")
+            raise ValueError(f"classes must be non-empty strings, got {describe(name)}")
     if len(set(classes)) < len(classes):
         repeated = next(name for name in classes if classes.count(name) > 1)
         raise ValueError(f"classes must differ, got {repeated!r} {classes.count(repeated)} times")
@@ -250,11 +277,13 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     """Templates as a tuple. Raise ValueError unless there is at least one and each has a `{}`."""
     if isinstance(templates, str):
-        raise ValueError(f"templates must be a list of prompts, got the string {templates!r}")
+        raise ValueError(f"templates must be a list of prompts, got the string {describe(templates)}")
+    if not isinstance(templates, Iterable) or isinstance(templates, Tensor):
+        raise TypeError(f"templates must be a list of prompts, got {describe(templates)}")
     templates = tuple(templates)
     if not templates:
         raise ValueError("templates must hold at least one prompt, got none")
     for template in templates:
         if not isinstance(template, str) or "{}" not in template:
-            raise ValueError(f"templates must hold {{}} in place of the class name, got {template!r}")
+            raise ValueError(f"templates must hold {{}} in place of the class name, got {describe(template)}")
     return templates

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.arguments import check_flags, check_floating, check_tensors, describe, shape_of
 from clipkernels.methods import Dense
 from clipkernels.plan import Plan
 from clipkernels.tower import SLOT, TowerInput, decide_reads, make_plan, run, unmerge_for_pool
@@ -76,6 +77,7 @@ def encode_image(
         TypeError: the images are not a tensor.
         UnsupportedTower: as in `patch`; or `cls_path`, `source` or anchors are given with a ResNet.
     """
+    check_flags(tokens=tokens, cls_path=cls_path, source=source)
     resnet = adapters.find_resnet(model)
     if resnet is not None:
         if cls_path or source or anchors is not None:
@@ -89,8 +91,11 @@ def encode_image(
         expected = "expected a tower with a CLS token for cls_path and anchors"
         raise UnsupportedTower(f"{expected}, got {type(tower.root).__name__}")
     depth = len(tower.blocks)
-    if anchors is not None and (anchors.ndim != 3 or anchors.shape[1:] != (depth, tower.width) or not len(anchors)):
-        raise ValueError(f"anchors must be (A,{depth},{tower.width}) with A ≥ 1, got {tuple(anchors.shape)}")
+    if anchors is not None:
+        check_tensors(anchors=anchors)
+        if anchors.ndim != 3 or anchors.shape[1:] != (depth, tower.width) or not len(anchors):
+            raise ValueError(f"anchors must be (A,{depth},{tower.width}) with A ≥ 1, got {shape_of(anchors)}")
+        check_floating(anchors=anchors)
     refuse_replaced(tower)
     x, rope = tower.embed(images)
     slot = tower.owner.__dict__.get(SLOT)
@@ -113,9 +118,27 @@ def check_images(images: Tensor, size: tuple[int, int]) -> None:
     """Raise ValueError unless images are (B,3,*size), TypeError unless they are a tensor."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor (B,3,{size[0]},{size[1]}), got {type(images).__name__}")
+    check_tensors(images=images)
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size):
-        actual = ",".join(str(n) for n in images.shape)
-        raise ValueError(f"images must be (B,3,{size[0]},{size[1]}), got ({actual})")
+        raise ValueError(f"images must be (B,3,{size[0]},{size[1]}), got {shape_of(images)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be preprocessed, of a floating dtype, got {images.dtype}")
+
+
+def check_images_list(images: Any) -> None:
+    """Raise TypeError unless images are a tensor (n,3,S,S) or can be read one by one, and ValueError if there are none.
+
+    Their sizes are checked as they are read.
+    """
+    readable = isinstance(images, Tensor) or all(hasattr(images, name) for name in ("__len__", "__getitem__"))
+    if (
+        not readable
+        or isinstance(images, (str, bytes, Mapping, type))
+        or (isinstance(images, Tensor) and images.ndim != 4)
+    ):
+        raise TypeError(f"images must be a tensor (n,3,S,S) or a sequence of (3,S,S), got {describe(images)}")
+    if not len(images):
+        raise ValueError("images must hold at least one image, got none")
 
 
 def _stack_sources(sources: list[Tensor], x: Tensor, plan: Plan) -> Tensor:

@@ -38,8 +38,8 @@ def printable(text: str) -> str:
 
 
 def quantity(count: int, noun: str) -> str:
-    """A count with its noun, whose plural ends in s or, after s or tch, in es: "1 class", "2 classes"."""
-    plural = f"{noun}es" if noun.endswith(("s", "tch")) else f"{noun}s"
+    """A count with its noun, whose plural ends in s or, after s, x or tch, in es: "1 class", "2 classes"."""
+    plural = f"{noun}es" if noun.endswith(("s", "x", "tch")) else f"{noun}s"
     return f"{count} {noun if count == 1 else plural}"
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from clipkernels.arguments import check_choice, check_flags, check_int, check_range, describe, is_list
+from clipkernels.messages import quantity
 from clipkernels.plan import Condense, Merge, Plan, Predict, Prune, Step
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ class Dense:
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
+        _check_sequence(tokens, blocks, prefix)
         return Plan((None,) * blocks, tokens, prefix)
 
 
@@ -112,16 +115,16 @@ class EViT:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        _check_keep(self.keep)
-        _check_multiple(self.multiple)
-        if self.score not in ("cls", "random"):
-            raise ValueError(f'score must be "cls" or "random", got {self.score!r}')
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be a non-negative int, got {self.seed!r}")
+        check_range("keep", self.keep, 0, 1, "(]")
+        check_int("multiple", self.multiple, 1)
+        check_flags(fuse=self.fuse)
+        check_choice("score", self.score, "cls", "random")
+        check_int("seed", self.seed, 0)
         object.__setattr__(self, "blocks", _normalize_blocks(self.blocks))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
+        _check_sequence(tokens, blocks, prefix)
         entry = tokens
         steps: list[Step | None] = [None] * blocks
         for block in resolve_blocks(self.blocks, blocks):
@@ -175,19 +178,17 @@ class TCA:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        _check_multiple(self.multiple)
-        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
-            raise ValueError(f"rate must be a number in [0, 1), got {self.rate!r}")
-        if isinstance(self.centers, bool) or not isinstance(self.centers, int) or self.centers < 1:
-            raise ValueError(f"centers must be a positive int, got {self.centers!r}")
-        if self.score not in ("rank", "attention"):
-            raise ValueError(f'score must be "rank" or "attention", got {self.score!r}')
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
-            raise ValueError(f"seed must be a non-negative int or None, got {self.seed!r}")
+        check_range("rate", self.rate, 0, 1, "[)")
+        check_int("centers", self.centers, 1)
+        check_choice("score", self.score, "rank", "attention")
+        if self.seed is not None:
+            check_int("seed", self.seed, 0)
+        check_int("multiple", self.multiple, 1)
         object.__setattr__(self, "blocks", _normalize_blocks(self.blocks))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
+        _check_sequence(tokens, blocks, prefix)
         entry = tokens
         steps: list[Step | None] = [None] * blocks
         for block in resolve_blocks(self.blocks, blocks):
@@ -197,7 +198,8 @@ class TCA:
             split = self._split(patches, self.rate)
             if split is None:
                 problem = (
-                    f"block {block} cannot condense {patches} patches at rate {self.rate} into {self.centers} centers"
+                    f"block {block} cannot condense {quantity(patches, 'patch')} at rate {self.rate} into "
+                    f"{quantity(self.centers, 'center')}"
                 )
                 raise ValueError(f"{problem}: {self._valid_rates(entry, blocks, prefix)}")
             keep, merge = split
@@ -260,20 +262,20 @@ class ToMe:
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        counts = tuple(self.r) if isinstance(self.r, Sequence) else None
-        for count in (self.r,) if counts is None else counts:
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"r must be a non-negative int, or one per block, got {self.r!r}")
-        inflect = self.inflect
-        if isinstance(inflect, bool) or not isinstance(inflect, (int, float)) or not -1 <= inflect <= 1:
-            raise ValueError(f"inflect must be a number in [-1, 1], got {inflect!r}")
-        if counts is not None:
-            if inflect:
-                raise ValueError(f"inflect must be 0 if r is given per block, got {inflect!r}")
-            object.__setattr__(self, "r", counts)
+        check_range("inflect", self.inflect, -1, 1)
+        check_flags(proportional=self.proportional)
+        if not is_list(self.r):
+            check_int("r", self.r, 0)
+            return
+        for block, count in enumerate(self.r):
+            check_int(f"r[{block}]", count, 0)
+        if self.inflect:
+            raise ValueError(f"inflect must be 0 if r is given per block, got {self.inflect!r}")
+        object.__setattr__(self, "r", tuple(self.r))
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
+        _check_sequence(tokens, blocks, prefix)
         entry = tokens
         steps: list[Step | None] = []
         for r in self._schedule(blocks):
@@ -289,8 +291,9 @@ class ToMe:
         if merged == asked:
             return None
         most = (plan.entry - plan.prefix) // (len(plan.steps) + 1)
+        depth = quantity(len(plan.steps), "block")
         return (
-            f"ToMe(r={self.r}) asks to merge {asked} tokens in {len(plan.steps)} blocks and merges {merged} of "
+            f"ToMe(r={self.r}) asks to merge {quantity(asked, 'token')} in {depth} and merges {merged} of "
             f"{plan.entry}, at most half of the patches in a block: {most} is the most that every block can merge"
         )
 
@@ -333,25 +336,29 @@ class PatchRanking:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        _check_multiple(self.multiple)
-        if not hasattr(self.predictor, "macs"):
-            raise TypeError(f"predictor must be a RankPredictor, got {type(self.predictor).__name__}")
-        if self.tokens is not None and not hasattr(self.tokens, "count"):
-            raise TypeError(f"tokens must be VisualTokens or None, got {type(self.tokens).__name__}")
-        _check_keep(self.keep)
+        check_int("multiple", self.multiple, 1)
+        if not isinstance(getattr(self.predictor, "macs", None), int):
+            raise TypeError(f"predictor must be a RankPredictor, got {describe(self.predictor)}")
+        if self.tokens is not None and not isinstance(getattr(self.tokens, "count", None), int):
+            raise TypeError(f"tokens must be VisualTokens or None, got {describe(self.tokens)}")
+        check_range("keep", self.keep, 0, 1, "(]")
+        if self.block is not None:
+            check_int("block", self.block, 0)
         if self.block not in (None, self.predictor.block):
             raise ValueError(f"block must be that of the predictor, {self.predictor.block}, got {self.block!r}")
         object.__setattr__(self, "block", self.predictor.block)
 
     def plan(self, tokens: int, blocks: int, prefix: int = 1) -> Plan:
         """The plan for a tower of `blocks` blocks that `tokens` tokens enter."""
+        _check_sequence(tokens, blocks, prefix)
         block, sequence = self.predictor.block, (self.predictor.tokens, self.predictor.prefix)
         if (tokens, prefix) != sequence:
             raise ValueError(
-                f"the predictor is for {sequence[0]} tokens, {sequence[1]} of them prefix, got {tokens} and {prefix}"
+                f"the predictor is for {quantity(sequence[0], 'token')}, {sequence[1]} of them prefix, got {tokens} "
+                f"and {prefix}"
             )
         if block >= blocks:
-            raise ValueError(f"the predictor is for block {block}, got a tower of {blocks} blocks")
+            raise ValueError(f"the predictor is for block {block}, got a tower of {quantity(blocks, 'block')}")
         steps: list[Step | None] = [None] * blocks
         learnt = 0 if self.tokens is None else self.tokens.count
         keep = _round_up(math.ceil(self.keep * (tokens - prefix)), prefix + learnt, tokens - prefix, self.multiple)
@@ -385,29 +392,22 @@ def resolve_blocks(blocks: tuple[int, ...] | None, depth: int) -> tuple[int, ...
         return (3, 6, 9) if depth >= 10 else tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
     for block in blocks:
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < depth:
-            raise ValueError(f"blocks must be ints in [0, {depth - 1}] on a tower of {depth} blocks, got {block!r}")
+            raise ValueError(
+                f"blocks must be ints in [0, {depth - 1}] on a tower of {quantity(depth, 'block')}, got {block!r}"
+            )
     return tuple(sorted(set(blocks)))
-
-
-def _check_keep(keep: float) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise ValueError(f"keep must be a number in (0, 1], got {keep!r}")
-
-
-def _check_multiple(multiple: int) -> None:
-    if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"multiple must be a positive int, got {multiple!r}")
 
 
 def _shortfall(method: str, plan: Plan, reduces: bool, multiple: int) -> str | None:
     """A sentence if a plan removes no token although its method reduces, or misses a multiple; else None."""
     if reduces and not any(plan.steps):
-        return f"{method} removes none of {plan.entry} tokens: there are too few patches for this share"
+        return f"{method} removes none of {quantity(plan.entry, 'token')}: there are too few patches for this share"
     counts = [after for step, (_, after) in zip(plan.steps, plan.passes, strict=True) if step]
     missed = [count for count in counts if count % multiple]
     if not missed:
         return None
-    return f"{method} leaves {missed[0]} tokens, no multiple of {multiple}: there are too few patches to keep more"
+    remaining = quantity(missed[0], "token")
+    return f"{method} leaves {remaining}, no multiple of {multiple}: there are too few patches to keep more"
 
 
 def _round_up(keep: int, others: int, most: int, multiple: int) -> int:
@@ -416,7 +416,19 @@ def _round_up(keep: int, others: int, most: int, multiple: int) -> int:
     return count if count <= most else keep
 
 
-def _normalize_blocks(blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if isinstance(blocks, int):
-        raise ValueError(f"blocks must be a tuple of ints such as (3, 6, 9), got {blocks!r}")
-    return None if blocks is None else tuple(blocks)
+def _normalize_blocks(blocks: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Blocks as a tuple, or None; raise ValueError unless they are a sequence of ints of at least 0."""
+    if blocks is None:
+        return None
+    if not is_list(blocks):
+        raise ValueError(f"blocks must be a tuple of ints such as (3, 6, 9), got {describe(blocks)}")
+    for place, block in enumerate(blocks):
+        check_int(f"blocks[{place}]", block, 0)
+    return tuple(blocks)
+
+
+def _check_sequence(tokens: int, blocks: int, prefix: int) -> None:
+    """Raise ValueError unless a plan can be made for these numbers of tokens, blocks and prefix tokens."""
+    check_int("blocks", blocks, 0, 2**16, "2¹⁶")
+    check_int("prefix", prefix, 0, 2**31, "2³¹")
+    check_int("tokens", tokens, prefix, 2**31, "2³¹")

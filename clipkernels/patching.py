@@ -19,6 +19,7 @@ from torch import nn
 from clipkernels import adapters
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.packing import pack, unpack
+from clipkernels.arguments import describe
 from clipkernels.methods import Method
 from clipkernels.plan import Plan, Predict
 from clipkernels.tower import SLOT, Slot, WeakModule, make_plan, pool_of, run_patched
@@ -53,8 +54,7 @@ def patch(model: Model, method: Method) -> Model:
         On any error the model is left unchanged.
     Warns if the tower cannot do what the method asks for, such as to merge more tokens than it has.
     """
-    if isinstance(method, type) or not callable(getattr(method, "plan", None)):
-        raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {method!r}")
+    check_method(method)
     tower = adapters.find_tower(model)
     plan = make_plan(method, tower, tower.num_tokens)
     _refuse_dropped_patches(model, tower, method, plan)
@@ -78,6 +78,13 @@ def patch(model: Model, method: Method) -> Model:
             _install(tower, previous)
         raise
     return model
+
+
+def check_method(method: Any) -> None:
+    """Raise TypeError for a value without a `plan`, or for the class of a method."""
+    if isinstance(method, type) or not callable(getattr(method, "plan", None)):
+        actual = method.__name__ if isinstance(method, type) else describe(method)
+        raise TypeError(f"method must be a method such as ck.EViT(keep=0.7), got {actual}")
 
 
 def _install(tower: Tower, slot: Slot) -> None:

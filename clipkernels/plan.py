@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from clipkernels.arguments import check_choice, check_flags, check_int, check_positive, describe
+from clipkernels.messages import quantity
+
 Signal = Literal["cls", "received", "keys"]
 
 
@@ -30,6 +33,12 @@ class Prune:
     signal: Literal["cls", "received"] | None = "cls"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_int("keep", self.keep, 0)
+        check_flags(fuse=self.fuse)
+        check_choice("signal", self.signal, "cls", "received", None)
+        check_int("seed", self.seed, 0)
+
     def leaves(self, tokens: int, prefix: int) -> int:
         """The number of tokens after the step, of `tokens` before it."""
         return prefix + self.keep + self.fuse
@@ -45,6 +54,11 @@ class Merge:
     r: int
     proportional: bool = True
     signal: Literal["keys"] = "keys"
+
+    def __post_init__(self) -> None:
+        check_int("r", self.r, 0)
+        check_flags(proportional=self.proportional)
+        check_choice("signal", self.signal, "keys")
 
     def leaves(self, tokens: int, prefix: int) -> int:
         """The number of tokens after the step, of `tokens` before it."""
@@ -72,6 +86,12 @@ class Condense:
     first: int = 0
     signal: Literal["cls", "received"] = "cls"
 
+    def __post_init__(self) -> None:
+        for name in ("keep", "merge", "centers", "first"):
+            check_int(name, getattr(self, name), 0)
+        check_choice("heads", self.heads, "mean", "rank")
+        check_choice("signal", self.signal, "cls", "received")
+
     def leaves(self, tokens: int, prefix: int) -> int:
         """The number of tokens after the step, of `tokens` before it."""
         return prefix + self.keep + self.centers + 1
@@ -88,6 +108,10 @@ class Predict:
 
     keep: int
     macs: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("keep", self.keep, 0)
+        check_int("macs", self.macs, 0)
 
     def leaves(self, tokens: int, prefix: int) -> int:
         """The number of tokens after the step, of `tokens` before it."""
@@ -108,7 +132,8 @@ class Plan:
         learnt: number of the method's learnt tokens, which join the others in every block and are removed after the
             last one.
     Raises:
-        ValueError: a step keeps or merges more patches than its block has.
+        ValueError: a step keeps or merges more patches than its block has, or a number is no int of at least 0.
+        TypeError: steps are not a tuple of steps.
     """
 
     steps: tuple[Step | None, ...]
@@ -117,20 +142,27 @@ class Plan:
     learnt: int = 0
 
     def __post_init__(self) -> None:
+        check_int("prefix", self.prefix, 0)
+        check_int("entry", self.entry, self.prefix)
+        check_int("learnt", self.learnt, 0)
+        if not isinstance(self.steps, (tuple, list)):
+            raise TypeError(f"steps must be a tuple of one step or None per block, got {describe(self.steps)}")
         tokens = self.entry
         for block, step in enumerate(self.steps):
+            if step is not None and not isinstance(step, Step):
+                raise TypeError(f"steps[{block}] must be a step such as ck.Prune(9) or None, got {describe(step)}")
             patches = tokens - self.prefix
             tokens = step.leaves(tokens, self.prefix) if step else tokens
             if isinstance(step, (Prune, Predict)) and not 0 <= step.keep <= patches:
-                raise ValueError(f"block {block} must keep 0 to {patches} patches, got {step.keep}")
+                raise ValueError(f"block {block} must keep 0 to {quantity(patches, 'patch')}, got {step.keep}")
             if isinstance(step, Merge) and not 0 <= step.r <= patches // 2:
-                raise ValueError(f"block {block} must merge 0 to {patches // 2} tokens, got {step.r}")
+                raise ValueError(f"block {block} must merge 0 to {quantity(patches // 2, 'token')}, got {step.r}")
             if isinstance(step, Condense) and not (
                 0 <= step.keep <= patches - step.merge and 1 <= step.centers <= step.merge > step.first >= 0
             ):
                 raise ValueError(
-                    f"block {block} must keep and merge {patches} patches at most, and have no more centers than "
-                    f"merged patches, got keep={step.keep}, merge={step.merge}, centers={step.centers}, "
+                    f"block {block} must keep and merge {quantity(patches, 'patch')} at most, and have no more centers "
+                    f"than merged patches, got keep={step.keep}, merge={step.merge}, centers={step.centers}, "
                     f"first={step.first}"
                 )
 
@@ -191,8 +223,14 @@ class Plan:
             exact: count the last block as it runs if only CLS is pooled: keys and values for every token, and query,
                 projection and MLP for the CLS row only.
             mlp_ratio: hidden width of the MLP over C.
+        Raises:
+            ValueError: a number that is not a positive int, or a ratio that is not positive.
         Source: TCA, arXiv 2410.14729, whose tables this reproduces.
         """
+        for name, value in (("width", width), ("patch", patch), ("out", out)):
+            check_int(name, value, 1)
+        check_flags(exact=exact)
+        check_positive(mlp_ratio=mlp_ratio)
         total = 3 * patch**2 * width * (self.entry - self.prefix) + 5 * self.entry * width + 5 * width + width * out
         total += sum(step.macs for step in self.steps if isinstance(step, Predict))
         for block, (keys, rows) in enumerate(self.passes):

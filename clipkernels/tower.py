@@ -21,6 +21,7 @@ from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.hooks import fires_hooks, forward_with_hooks, has_hooks
 from clipkernels.backend import use_epilogue_kernels
 from clipkernels.block import TokenState
+from clipkernels.messages import quantity
 from clipkernels.methods import Method
 from clipkernels.plan import Condense, Plan, Predict
 
@@ -278,8 +279,8 @@ def make_plan(method: Method, tower: Tower, tokens: int, prefix: int | None = No
         raise ValueError(f"the plan of {method!r} must be a ck.Plan, got {type(plan).__name__}")
     if (plan.entry, len(plan.steps), plan.prefix) != (tokens, depth, prefix):
         raise ValueError(
-            f"the plan of {method!r} must start at {tokens} tokens, {prefix} of them prefix, and have {depth} "
-            f"steps, got {plan.entry}, {plan.prefix} and {len(plan.steps)}"
+            f"the plan of {method!r} must start at {quantity(tokens, 'token')}, {prefix} of them prefix, and have "
+            f"{quantity(depth, 'step')}, got {plan.entry}, {plan.prefix} and {len(plan.steps)}"
         )
     if plan.merges and plan.drops and not adapters.outputs_only_cls(tower):
         raise ValueError("a plan that merges tokens and drops others needs a tower that pools CLS, got another pool")

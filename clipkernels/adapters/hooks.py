@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import BackwardHook
 
@@ -78,6 +80,7 @@ def _call_with_hooks(
 
     Args:
         module: the module whose hooks are called. Full backward hooks are among them, hooks for all modules are not.
+            After an error those that were registered with `always_call=True` are called too, if they were not yet.
         forward: runs in place of the module's own forward.
         x: the only argument; hooks that take keyword arguments get none.
         is_ignored: returns true for a hook that is not called.
@@ -85,35 +88,59 @@ def _call_with_hooks(
         ValueError: a hook before the forward returns anything but one tensor.
     """
     args: tuple[Any, ...] = (x,)
-    for key, hook in module._forward_pre_hooks.items():
-        with_kwargs = key in module._forward_pre_hooks_with_kwargs
-        returned = hook(module, args, {}) if with_kwargs else hook(module, args)
-        if returned is not None:
-            args, kwargs = returned if with_kwargs else (returned, {})
-            args = args if isinstance(args, tuple) else (args,)
-            if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-                name = type(module).__name__
-                raise ValueError(f"a hook before {name} may replace its tokens alone, got {len(args)} arguments")
-    backward = None
-    if module._backward_hooks or module._backward_pre_hooks:
-        after, before = list(module._backward_hooks.values()), list(module._backward_pre_hooks.values())
-        backward = BackwardHook(module, after, before)
-        args = backward.setup_input_hook(args)
-    try:
+    output: Any = None
+    called: set[int] = set()
+
+    def call() -> Any:
+        nonlocal args, output
+        for key in module._forward_pre_hooks:
+            args = _call_pre_hook(module, key, args)
+        backward = None
+        if module._backward_hooks or module._backward_pre_hooks:
+            after, before = list(module._backward_hooks.values()), list(module._backward_pre_hooks.values())
+            backward = BackwardHook(module, after, before)
+            args = backward.setup_input_hook(args)
         output = forward(*args)
+        for key, hook in module._forward_hooks.items():
+            if not is_ignored(hook):
+                called.add(key)
+                output = _call_forward_hook(module, key, args, output)
+        return output if backward is None else backward.setup_output_hook(output)
+
+    if torch.compiler.is_compiling():
+        return call()
+    try:
+        return call()
     except Exception:
-        for key in module._forward_hooks_always_called:
-            _call_forward_hook(module, key, args, None)
+        for key, hook in module._forward_hooks.items():
+            if key in module._forward_hooks_always_called and key not in called and not is_ignored(hook):
+                try:
+                    output = _call_forward_hook(module, key, args, output)
+                except Exception as error:  # as torch does, because the first error is the one to report
+                    name = type(module).__name__
+                    warnings.warn(
+                        f"a hook with always_call=True on {name} raised after an error: {error}", stacklevel=2
+                    )
         raise
-    for key, hook in module._forward_hooks.items():
-        if not is_ignored(hook):
-            returned = _call_forward_hook(module, key, args, output)
-            output = output if returned is None else returned
-    return output if backward is None else backward.setup_output_hook(output)
+
+
+def _call_pre_hook(module: Any, key: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The argument after one of a module's hooks before the forward, which may replace it."""
+    hook, with_kwargs = module._forward_pre_hooks[key], key in module._forward_pre_hooks_with_kwargs
+    returned = hook(module, args, {}) if with_kwargs else hook(module, args)
+    if returned is None:
+        return args
+    args, kwargs = returned if with_kwargs else (returned, {})
+    args = args if isinstance(args, tuple) else (args,)
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+        name = type(module).__name__
+        raise ValueError(f"a hook before {name} may replace its tokens alone, got {len(args)} arguments")
+    return args
 
 
 def _call_forward_hook(module: Any, key: int, args: tuple[Any, ...], output: Any) -> Any:
-    """The value returned by one of a module's forward hooks."""
+    """The output after one of a module's forward hooks, which may replace it."""
     hook = module._forward_hooks[key]
     with_kwargs = key in module._forward_hooks_with_kwargs
-    return hook(module, args, {}, output) if with_kwargs else hook(module, args, output)
+    returned = hook(module, args, {}, output) if with_kwargs else hook(module, args, output)
+    return output if returned is None else returned

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clipkernels.arguments import describe
+from clipkernels.messages import quantity
+
 Tokenizer = Callable[[list[str]], Tensor]
 """A function from n texts to token ids (n,T), or a tokenizer or processor of transformers."""
 
@@ -27,10 +30,13 @@ def ids_of(tokenizer: Any, texts: list[str], context: int | None) -> Tensor:
         texts: n texts.
         context: the largest number of tokens in a text, or None if the text tower does not define it.
     Raises:
+        TypeError: the tokenizer is not callable.
         ValueError: the tokenizer returns something else, or pads before a text and has no option to change that.
     """
     if hasattr(tokenizer, "image_processor"):
         tokenizer = tokenizer.tokenizer
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer must be callable, or a processor of transformers, got {describe(tokenizer)}")
     if hasattr(tokenizer, "model_max_length"):
         length = min(tokenizer.model_max_length, context or tokenizer.model_max_length)
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
@@ -45,7 +51,7 @@ def ids_of(tokenizer: Any, texts: list[str], context: int | None) -> Tensor:
     ids = tokenizer(texts)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(texts):
         actual = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"tokenizer must return ids ({len(texts)},T) for {len(texts)} texts, got {actual}")
+        raise ValueError(f"tokenizer must return ids ({len(texts)},T) for {quantity(len(texts), 'text')}, got {actual}")
     return ids.long()
 
 
@@ -111,8 +117,8 @@ class Marks(NamedTuple):
         counts = marks.words(ids).sum(1).tolist()
         if counts[0] or not all(counts[1:]):
             raise ValueError(
-                f"tokenizer must put the same marks around each text, got {counts[0]} words in the empty text and "
-                f"{counts[1:]} in the others, from ids {ids.tolist()!r:.200}"
+                f"tokenizer must put the same marks around each text, got {quantity(counts[0], 'word')} in the empty "
+                f"text and {counts[1:]} in the others, from ids {ids.tolist()!r:.200}"
             )
         return marks
 

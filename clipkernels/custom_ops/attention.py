@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipkernels import reference
 from clipkernels.custom_ops import can_skip_dispatcher, register
-from clipkernels.reference.attention import ROWS, probabilities
+from clipkernels.reference.attention import ROWS, hide_absent, probabilities
 from clipkernels.reference.precision import autocast_disabled, upcast
 
 
@@ -110,7 +110,7 @@ def _gradient(grad: Tensor, q: Tensor, k: Tensor, size: Tensor | None, rows: int
 
     The attention is computed again, a block of rows at a time.
     """
-    scale, wide = q.shape[-1] ** -0.5, upcast(k)
+    scale, wide = q.shape[-1] ** -0.5, upcast(hide_absent(k, size))
     pull = torch.cat([grad.new_zeros(*grad.shape[:2], prefix), grad], 2)[:, :, None]
     grad_k, parts = torch.zeros_like(wide), []
     with autocast_disabled(q):

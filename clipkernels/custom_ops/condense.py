@@ -109,16 +109,16 @@ def _shares_and_gradient(patches: Tensor, joined: Tensor, center: Tensor, along:
     """
     merged, cluster = joined.any(1), joined.int().argmax(1)
     apart = torch.where(merged[..., None], patches - rows_at(patches, center.gather(1, cluster)), 0.0)
-    squares = apart.square().sum(-1).nan_to_num(float("inf"), float("inf"))
-    at_center = squares == 0
-    squares = torch.where(at_center, 1, squares)
-    weight = torch.where(merged, 1 / squares.sqrt(), 0.0)
+    distance = torch.linalg.vector_norm(apart, dim=-1).nan_to_num(float("inf"), float("inf"))
+    at_center = distance == 0
+    distance = torch.where(at_center, 1, distance)
+    weight = torch.where(merged, 1 / distance, 0.0)
     mass = (joined * weight[:, None]).sum(2)
     share = weight / torch.where(mass > 0, mass, 1).gather(1, cluster)
     pull = torch.where(merged, share * along, 0.0)
     mean = (joined * pull[:, None]).sum(2).gather(1, cluster)
-    slope = torch.where(at_center, 0.0, (share * mean - pull) / squares)
-    grad = slope[..., None] * apart
+    slope = torch.where(at_center, 0.0, (share * mean - pull) / distance)
+    grad = slope[..., None] * (apart / distance[..., None])
     return share, grad.scatter_add(1, center[..., None].expand(-1, -1, grad.shape[2]), -(joined.float() @ grad))
 
 

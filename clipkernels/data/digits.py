@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import affine_grid, grid_sample
 
+from clipkernels.arguments import check_flags, check_int
 from clipkernels.data.scenes import SIDE, Images, texture
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -38,7 +39,12 @@ def draw(n: int, seed: int, held_out: bool = True) -> Images:
         held_out: use the held-out half of the writers instead of the training half.
     Returns:
         Images, with labels into CLASSES.
+    Raises:
+        ValueError: numbers that are no ints or negative.
     """
+    check_int("n", n, 0)
+    check_int("seed", seed, 0)
+    check_flags(held_out=held_out)
     source = load(held_out)
     rng = np.random.default_rng([seed, 2, held_out])
     repeats = -(-n // len(source.labels))

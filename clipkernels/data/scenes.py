@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
+from clipkernels.arguments import check_int, describe, is_list
+
 SIDE = 32
 COLOURS = {
     "red": (205, 25, 25),
@@ -80,7 +82,15 @@ def draw(n: int, seed: int, pairs: tuple[int, ...] = SEEN) -> Images:
         pairs: indices into CLASSES, usually `SEEN` or `tuple(UNSEEN)`.
     Returns:
         Images.
+    Raises:
+        ValueError: numbers that are no ints or out of range.
     """
+    check_int("n", n, 0)
+    check_int("seed", seed, 0)
+    if not is_list(pairs) or not pairs:
+        raise ValueError(f"pairs must be a tuple of indices into CLASSES, got {describe(pairs)}")
+    for place, pair in enumerate(pairs):
+        check_int(f"pairs[{place}]", pair, 0, len(CLASSES) - 1)
     rng = np.random.default_rng([seed, 1])
     labels = np.asarray(pairs, dtype=np.int64)[rng.integers(len(pairs), size=n)]
     canvas = clutter(rng, texture(rng, n))

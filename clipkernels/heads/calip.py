@@ -9,14 +9,14 @@ the classes, pooled over the patches.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from clipkernels import ops
-from clipkernels.arguments import check_numbers, check_positive
-from clipkernels.heads.arguments import check_labels, check_not_empty, normalize_as
+from clipkernels.arguments import check_choice, check_numbers, check_positive
+from clipkernels.heads.arguments import check_batches, check_labels, check_not_empty, encoded_with, normalize_as
 from clipkernels.heads.presets import CALIP_PRESETS
 from clipkernels.heads.weight_search import search, spaced
 from clipkernels.heads.zero_shot import ZeroShot
@@ -58,8 +58,7 @@ class CALIP:
         preset: str = "imagenet",
         scale: float | Literal["model"] = 100.0,
     ) -> None:
-        if preset not in CALIP_PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(CALIP_PRESETS)}, got {preset!r}")
+        check_choice("preset", preset, *CALIP_PRESETS)
         check_positive(alpha=alpha)
         self.zero_shot = ZeroShot(text, scale)
         self.alpha = alpha
@@ -100,9 +99,8 @@ class CALIP:
         Raises:
             ValueError: labels that do not fit, or no image.
         """
-        batches = [cast("Encoded", features)] if hasattr(features, "embedding") else features
         with torch.no_grad():
-            terms = [self.terms(batch) for batch in batches]
+            terms = [self.terms(batch) for batch in check_batches(features)]
             check_not_empty(sum(part.shape[1] for part in terms))
             first, second, third = torch.cat(terms, 1)
             labels = check_labels(labels, *first.shape).to(first.device)
@@ -121,8 +119,8 @@ def patches_of(features: Tensor | Encoded) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: features without tokens or without a patch, or tokens whose B or E is not the embedding's.
     """
-    if isinstance(features, Tensor) or features.tokens is None:
-        raise ValueError("features must be an Encoded with tokens, as ck.encode_image(tokens=True) gives")
+    features = encoded_with("tokens", features)
+    assert features.tokens is not None
     tokens, pooled = tuple(features.tokens.shape), tuple(features.embedding.shape)
     if len(tokens) != 3 or len(pooled) != 2 or (tokens[0], tokens[2]) != pooled:
         raise ValueError(f"features must hold tokens (B,N,E) for an embedding (B,E) = {pooled}, got {tokens}")

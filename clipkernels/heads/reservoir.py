@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels import ops
-from clipkernels.arguments import check_numbers, check_positive
+from clipkernels.arguments import check_choice, check_flags, check_int, check_numbers, check_positive, shape_of
+from clipkernels.heads.arguments import encoded_with
 from clipkernels.heads.presets import RESERVOIR_PRESETS, ReservoirPreset
 from clipkernels.heads.reservoir_entries import FORMAT, Entries, Evict, empty_entries, occupied, places_after_arrivals
 from clipkernels.heads.zero_shot import ZeroShot
+from clipkernels.messages import quantity
 from clipkernels.state_files import read_state, write_state
 
 if TYPE_CHECKING:
@@ -75,31 +77,20 @@ class Reservoir:
         frozen: bool = False,
         scale: float | Literal["model"] = 100.0,
     ) -> None:
-        if preset not in RESERVOIR_PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(RESERVOIR_PRESETS)}, got {preset!r}")
+        check_choice("preset", preset, *RESERVOIR_PRESETS)
         settings = ReservoirPreset(*RESERVOIR_PRESETS[preset])._asdict() | {
             name: value
             for name, value in zip(ReservoirPreset._fields, (capacity, temperature, strength, beta), strict=True)
             if value is not None
         }
         preset_values = ReservoirPreset(**settings)
-        if (
-            isinstance(preset_values.capacity, bool)
-            or not isinstance(preset_values.capacity, int)
-            or preset_values.capacity < 1
-        ):
-            raise ValueError(f"capacity must be a positive int, got {preset_values.capacity!r}")
-        check_numbers(**dict(list(settings.items())[1:]))
+        check_int("capacity", preset_values.capacity, 1)
+        check_numbers(strength=preset_values.strength, beta=preset_values.beta)
         check_positive(temperature=preset_values.temperature)
-        rules = {"evict": evict, "correction": correction, "anchors": anchors}
-        choices = {
-            "evict": ("diversity", "similarity", "uncertainty", "fifo"),
-            "correction": ("exp", "linear"),
-            "anchors": ("seen", "all"),
-        }
-        for name, rule in rules.items():
-            if rule not in choices[name]:
-                raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {rule!r}")
+        check_choice("evict", evict, "diversity", "similarity", "uncertainty", "fifo")
+        check_choice("correction", correction, "exp", "linear")
+        check_choice("anchors", anchors, "seen", "all")
+        check_flags(self_vote=self_vote, frozen=frozen)
         self.zero_shot = ZeroShot(text, scale)
         self.capacity, self.temperature, self.strength, self.beta = preset_values
         self.evict, self.correction, self.anchors_of = evict, correction, anchors
@@ -134,11 +125,12 @@ class Reservoir:
         Raises:
             ValueError: features without `cls_path`, or with another depth or width than earlier ones.
         """
-        if isinstance(features, Tensor) or features.cls_path is None:
-            raise ValueError("features must be an Encoded with cls_path, as ck.encode_image(cls_path=True) gives")
+        features = encoded_with("cls_path", features)
+        assert features.cls_path is not None
         logits, path = self.zero_shot(features), features.cls_path.detach()
-        if path.ndim != 3 or len(path) != len(logits):
-            raise ValueError(f"cls_path must be (B,L,C) with B = {len(logits)}, got {tuple(path.shape)}")
+        if path.ndim != 3 or len(path) != len(logits) or not path.is_floating_point():
+            actual = f"{shape_of(path)} {path.dtype}"
+            raise ValueError(f"cls_path must be floating-point (B,L,C) with B = {len(logits)}, got {actual}")
         # Outside of inference mode, because the entries may be used after it.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(path.device.type, enabled=False):
             votes = self._observe(logits.detach().clone(), path.clone())
@@ -197,8 +189,8 @@ class Reservoir:
         expected = self._entries.unit.shape[2:]
         if shape != expected:
             raise ValueError(
-                f"expected the CLS tokens of {expected[0]} blocks of width {expected[1]}, got {shape[0]} blocks of "
-                f"width {shape[1]}"
+                f"expected the CLS tokens of {quantity(expected[0], 'block')} of width {expected[1]}, got "
+                f"{quantity(shape[0], 'block')} of width {shape[1]}"
             )
 
     def _observe(self, logits: Tensor, path: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clipkernels.formats import Count, Format, TensorSpec
+from clipkernels.messages import quantity
 
 Evict = Literal["diversity", "similarity", "uncertainty", "fifo"]
 
@@ -58,7 +59,7 @@ def _check(header: ReservoirHeader, tensors: Mapping[str, Tensor]) -> None:
     if len(dtypes) > 1:
         raise ValueError("entries of several dtypes")
     if float(entropy.max()) > math.log(len(entropy)) + 0.001:
-        raise ValueError(f"entropy {float(entropy.max()):g}, more than that of {len(entropy)} classes")
+        raise ValueError(f"entropy {float(entropy.max()):g}, more than that of {quantity(len(entropy), 'class')}")
     is_held = arrival >= 0
     if (entropy.masked_fill(~is_held, math.inf).diff(dim=1) < 0).any() or (is_held[:, 1:] > is_held[:, :-1]).any():
         raise ValueError("entries that are not in order of entropy")

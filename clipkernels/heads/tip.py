@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels import ops, reference
-from clipkernels.arguments import check_numbers, check_positive
-from clipkernels.heads.arguments import check_labels, check_not_empty
+from clipkernels.arguments import check_choice, check_numbers, check_positive, describe, is_list
+from clipkernels.heads.arguments import check_labels, check_not_empty, check_rows, embedding_of
 from clipkernels.heads.weight_search import SearchResult, search, spaced
 from clipkernels.heads.zero_shot import ZeroShot
 from clipkernels.reference.precision import autocast_disabled
@@ -70,6 +70,7 @@ class TipAdapter:
         beta: decay rate of a vote with cosine distance.
         scale: factor of the cosines, 100 in the source; "model" as in `ZeroShot`.
     Raises:
+        TypeError: text, features or labels that are no tensors.
         ValueError: shapes that do not fit, labels outside of the classes, rows or numbers that are not finite.
     Guarantees: computed in fp32 (fp64 stays fp64); the support is sorted by class once.
     Source: Tip-Adapter, arXiv 2111.03930, section 3.2.
@@ -108,12 +109,8 @@ class TipAdapter:
             ValueError: as at construction; the support is left unchanged.
         """
         classes, width = self.zero_shot.text.shape
-        if features.ndim != 2 or features.shape[1] != width:
-            raise ValueError(f"features must be (n,E) with E = {width}, got {tuple(features.shape)}")
+        check_rows("features", "(n,E)", features, width)
         check_labels(labels, len(features), classes)
-        wrong = int((~features.isfinite().all(1)).sum())
-        if wrong:
-            raise ValueError(f"features must be finite, got {wrong} of {len(features)} rows that are not")
         # Outside of inference mode, because the support may be used after it, and in the support's own precision.
         old = self._support
         with torch.inference_mode(False), torch.no_grad(), autocast_disabled(old.features):
@@ -157,6 +154,8 @@ class TipAdapter:
         Returns:
             The accuracy, 0 to 1.
         """
+        if not is_list(ends) or len(ends) != 2:
+            raise ValueError(f"grid must be the ends of the ranges of beta and alpha, got {describe(ends)}")
         for name, end, start in (("beta", ends[0], lowest_beta), ("alpha", ends[1], 0.1)):
             check_numbers(**{f"the end of the grid of {name}": end})
             if end <= start:
@@ -204,7 +203,7 @@ class TipAdapter:
 
     def _queries(self, features: Tensor | Encoded) -> Tensor:
         """Normalised embeddings (B,E) in fp32 or wider; the support moves to their device."""
-        image = features if isinstance(features, Tensor) else features.embedding
+        image = embedding_of(features, self._support.features.shape[1])
         if self._support.features.device != image.device:
             with torch.inference_mode(False):
                 features, labels, offsets, mass = (tensor.to(image.device) for tensor in self._support[:4])
@@ -257,8 +256,7 @@ class TipX(TipAdapter):
     ) -> None:
         check_positive(tau=tau)
         check_numbers(gamma=gamma)
-        if reduce not in ("mean", "sum"):
-            raise ValueError(f'reduce must be "mean" or "sum", got {reduce!r}')
+        check_choice("reduce", reduce, "mean", "sum")
         self.gamma, self.tau, self.reduce = gamma, tau, reduce
         super().__init__(text, features, labels, alpha, beta, scale=scale)
 

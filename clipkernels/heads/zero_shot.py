@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from clipkernels.arguments import check_numbers
+from clipkernels.arguments import check_numbers, shape_of
+from clipkernels.heads.arguments import check_rows, embedding_of
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
@@ -24,23 +25,25 @@ class ZeroShot:
         bias: added to the logits of a model that has one, such as SigLIP; each logit is then that of a probability of
             its own, its sigmoid.
     Raises:
-        ValueError: text that is not (K,E) with K ≥ 1, another scale, numbers that are not finite, or a bias beside
-            scale="model".
+        TypeError: text that is no tensor.
+        ValueError: text that is not (K,E) with K ≥ 1 or not finite, another scale, numbers that are not finite, or a
+            bias beside scale="model".
     Source: CLIP, arXiv 2103.00020, section 3.1; the bias is SigLIP's, arXiv 2303.15343, section 3.2.
     """
 
     needs: tuple[str, ...] = ()
 
     def __init__(self, text: Tensor, scale: float | Literal["model"] = 100.0, bias: float | None = None) -> None:
-        if text.ndim != 2 or not len(text):
-            raise ValueError(f"text must be class embeddings (K,E) with K ≥ 1, got {tuple(text.shape)}")
+        check_rows("text", "class embeddings (K,E) with K ≥ 1", text)
+        if not len(text):
+            raise ValueError(f"text must be class embeddings (K,E) with K ≥ 1, got {shape_of(text)}")
         with torch.inference_mode(False):  # a head may be used after the inference mode that it is made in
             self.text = normalize(text.to(torch.promote_types(text.dtype, torch.float32)), dim=-1)
-        self.takes_model = scale == "model"
+        self.takes_model = isinstance(scale, str) and scale == "model"
         self._scale: float | None = None
         self.bias: float | None = None
-        if scale != "model":
-            self.set_logits(scale, bias)
+        if not self.takes_model:
+            self.set_logits(cast(float, scale), bias)
         elif bias is not None:
             raise ValueError(f'expected no bias with scale="model", which takes the model\'s, got {bias!r}')
 
@@ -70,11 +73,10 @@ class ZeroShot:
         They are computed in fp32 (fp64 stays fp64) for features of any dtype, and differentiable in the features.
 
         Raises:
+            TypeError: features that are no tensor and no `Encoded`.
             ValueError: features that are not (B,E) with the E of the text, or a scale that is not known.
         """
-        image = features if isinstance(features, Tensor) else features.embedding
-        if image.ndim != 2 or image.shape[1] != self.text.shape[1]:
-            raise ValueError(f"features must be (B,E) with E = {self.text.shape[1]}, got {tuple(image.shape)}")
+        image = embedding_of(features, self.text.shape[1])
         dtype = torch.promote_types(image.dtype, self.text.dtype)
         with torch.autocast(image.device.type, enabled=False):
             logits = self.scale * normalize(image.to(dtype), dim=-1) @ self.text.to(image.device, dtype).T

@@ -140,7 +140,7 @@ class FewShotCALIP(nn.Module):
             ValueError: features or labels that do not fit, no image, epochs or a batch_size below one.
             RuntimeError: in inference mode.
         """
-        check_training("fit", epochs, batch_size)
+        check_training("fit", epochs, batch_size, seed, progress, lr=lr)
         embedding, _ = patches_of(features)
         check_not_empty(len(embedding))
         labels = check_labels(labels, len(embedding), len(self.text)).to(embedding.device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from clipkernels.arguments import check_callable, check_int, check_positive
 from clipkernels.formats import FLOATS, Format, TensorSpec
 from clipkernels.state_files import read_state, write_state
 
@@ -26,12 +27,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def check_training(name: str, epochs: int, batch_size: int) -> None:
-    """Raise RuntimeError in inference mode, and ValueError if epochs or batch_size is below one."""
+def check_training(
+    name: str, epochs: int, batch_size: int, seed: int, progress: Callable[..., object] | None, **positive: float
+) -> None:
+    """Raise RuntimeError in inference mode, and TypeError or ValueError for settings of a training out of range."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(f"{name} needs gradients: expected a call outside of torch.inference_mode()")
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be at least one, got {epochs} and {batch_size}")
+    check_int("epochs", epochs, 1)
+    check_int("batch_size", batch_size, 1)
+    check_int("seed", seed, 0, 2**63 - 1, "2⁶³ - 1")
+    check_positive(**positive)
+    check_callable(progress=progress)
 
 
 def weight_specs(shapes: Mapping[str, str]) -> dict[str, TensorSpec]:

@@ -47,7 +47,7 @@ def attention(
         k: (B,H,N,D) keys.
         v: (B,H,N,D) values.
         size: (B,N) patches merged into each token, finite and at least 0; its logarithm is added to the logits of that
-            key. A key of size 0 is not there. None is all ones.
+            key. A key of size 0 is not there: its k and v may hold anything and get no gradient. None is all ones.
         signal: "cls" is the first query's softmax over all N keys, without the prefix columns, (B,H,P) fp32;
             "received" is the mean attention that each patch receives over heads and queries, (B,P) fp32, M = N;
             "keys" is the mean of k over heads, (B,N,D) in the dtype of k, detached; None is no signal. Signals are fp64
@@ -154,5 +154,6 @@ def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
 
 def _heads_backend(backend: Backend, q: Tensor, op: str, patches: int) -> str:
     """Return the backend for queries (B,H,M,D) and scores of that many patches to reduce over heads."""
-    width, name = q.shape[-1], f"{op} at head width {q.shape[-1]}"
-    return _backend.choose(backend, q.device, q.dtype, name, width <= _HEAD_WIDTH, patches=patches)
+    width = q.shape[-1]
+    refusal = None if width <= _HEAD_WIDTH else f"takes heads of at most {_HEAD_WIDTH} elements, got {width}"
+    return _backend.choose(backend, q.device, q.dtype, op, refusal, scores=patches)

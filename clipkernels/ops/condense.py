@@ -66,7 +66,7 @@ def condense_tokens(
     dtypes = (tensor.dtype for tensor in (x, scores, weights) if tensor is not None)
     dtype = reduce(torch.promote_types, dtypes)
     patches, width = x.shape[1] - prefix, x.shape[2]
-    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens", patches=patches, width=width)
+    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens", scores=patches, width=width)
     run = reference.condense_tokens if chosen == "reference" else _condense.condense_tokens
     return run(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
 

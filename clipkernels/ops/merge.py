@@ -45,7 +45,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int = 1, *, backend: Backend = 
     """
     _check_match(metric, r, prefix)
     even, width = (metric.shape[-2] + 1) // 2, metric.shape[-1]
-    chosen = _backend.choose(backend, metric.device, metric.dtype, "match_tokens", patches=even, width=width)
+    chosen = _backend.choose(backend, metric.device, metric.dtype, "match_tokens", scores=even, width=width)
     return (reference.match_tokens if chosen == "reference" else _merge.match_tokens)(metric, r, prefix)
 
 
@@ -58,8 +58,8 @@ def merge_tokens(
         x: (B,N,C) tokens.
         match: the result of `match_tokens`. Its values are checked on the CPU only, because a GPU would have to be
             waited for.
-        size: (B,N) patches merged into each token, finite and at least 0; None is all ones. Of two tokens of size 0
-            the target remains.
+        size: (B,N) patches merged into each token, finite and at least 0; None is all ones. A token of size 0 adds
+            nothing to another, whatever it holds. Of two tokens of size 0 the target remains.
         norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the result.
         backend: "auto", "triton" or "reference".
     Returns:
@@ -74,7 +74,7 @@ def merge_tokens(
     """
     _check_merge(x, match, size, norm)
     pairs, width = match.source.shape[1], x.shape[2]
-    chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens", patches=pairs, width=width)
+    chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens", pairs=pairs, width=width)
     return (reference.merge_tokens if chosen == "reference" else _merge.merge_tokens)(x, match, size, norm)
 
 

@@ -70,12 +70,14 @@ def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend
     """
     _check_predict(x, mixer, prefix)
     pooled, token, channel = (bias.shape[0] for bias in (mixer.norm1_bias, mixer.token_in_bias, mixer.channel_in_bias))
-    supported = {pooled, token} <= _MIXER_WIDTHS and channel >= 128 and channel & (channel - 1) == 0
-    if x.dtype == torch.float32:
+    refusal = None
+    if not ({pooled, token} <= _MIXER_WIDTHS and channel >= 128 and channel & (channel - 1) == 0):
+        limits = "widths G and Ht of 16, 32 or 64 and a width Hc of 128 or a larger power of two"
+        refusal = f"takes {limits}, got {pooled}, {token} and {channel}"
+    elif x.dtype == torch.float32 and isinstance(backend, str) and _backend.requested_backend(backend) != "triton":
         # A prediction, not measured: no matrix unit multiplies fp32 exactly, and each image has only one program.
-        supported = supported and _backend.requested_backend(backend) == "triton"
-    name = f"predict_scores of widths {pooled}, {token} and {channel}"
-    chosen = _backend.choose(backend, x.device, x.dtype, name, supported)
+        refusal = "is not faster in float32"
+    chosen = _backend.choose(backend, x.device, x.dtype, "predict_scores", refusal)
     run = reference.predict_scores if chosen == "reference" else _predict.predict_scores
     return run(x.detach(), reference.map_weights(mixer, lambda weight: weight.detach()), prefix)
 

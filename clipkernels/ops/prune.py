@@ -57,7 +57,7 @@ def prune_tokens(
     check_flags(fuse=fuse)
     dtype = torch.promote_types(x.dtype, scores.dtype)
     patches, width = x.shape[1] - prefix, x.shape[2]
-    chosen = _backend.choose(backend, x.device, dtype, "prune_tokens", patches=patches, width=width)
+    chosen = _backend.choose(backend, x.device, dtype, "prune_tokens", scores=patches, width=width)
     run = reference.prune_tokens if chosen == "reference" else _prune.prune_tokens
     return run(x, scores, keep, fuse, heads, prefix, norm)
 

@@ -20,13 +20,14 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str | None, prefix: int
 ) -> tuple[Tensor, Tensor | None]:
     bias, empty = _bias(size, q)
+    visible_k, visible_v = hide_absent(k, size), hide_absent(v, size)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= MAX_BMM_KEYS:
-        logits = (q * q.shape[-1] ** -0.5) @ k.mT
-        out = torch.softmax(logits if bias is None else logits + bias.to(q.dtype), -1) @ v
+        logits = (q * q.shape[-1] ** -0.5) @ visible_k.mT
+        out = torch.softmax(logits if bias is None else logits + bias.to(q.dtype), -1) @ visible_v
     else:
         # One mask row per query, because Attention of onnxruntime, opset 23, does not broadcast rows.
         mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = scaled_dot_product_attention(q, visible_k, visible_v, attn_mask=mask)
     out = out if empty is None else out.masked_fill(empty, 0)
     if signal == "cls":
         return out, probabilities(q[:, :, :1], k, size)[:, :, 0, prefix:]
@@ -37,12 +38,20 @@ def attention(
 
 def probabilities(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
     """Return the attention (B,H,M,N) of query rows (B,H,M,D), in fp32 (fp64 for fp64 inputs)."""
-    bias, empty = _bias(size, q)
+    k, (bias, empty) = hide_absent(k, size), _bias(size, q)
     with autocast_disabled(q):
         logits = upcast(q) @ upcast(k).mT * q.shape[-1] ** -0.5
     if bias is None or empty is None:
         return torch.softmax(logits, -1)
     return torch.softmax(logits + bias, -1).masked_fill(empty, 0)
+
+
+def hide_absent(x: Tensor, size: Tensor | None) -> Tensor:
+    """Return keys or values x (B,H,N,D) with zeros for keys of size 0, so that no result depends on what they hold.
+
+    A probability of 0 would not do, because 0·NaN is NaN, in a result or in a gradient.
+    """
+    return x if size is None else x.masked_fill((size == 0)[:, None, :, None], 0)
 
 
 def _bias(size: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -71,12 +71,17 @@ def _cluster(x: Tensor, centers: int, first: int) -> tuple[Tensor, Tensor]:
 def _shares(x: Tensor, center: Tensor, cluster: Tensor) -> Tensor:
     """Return each centre's weights (B,K,M) of tokens (B,M,C): inverse to the distance, with the sum one."""
     wide, centers = upcast(x), center.shape[1]
-    squares = (wide - rows_at(wide, center.gather(1, cluster))).square().sum(-1)
-    squares = squares.nan_to_num(float("inf"), float("inf"))  # a NaN is farthest
-    # A weight of 1 at distance 0 is a constant. The square root of 0 has no gradient, so it is never taken.
-    inverse = torch.where(squares == 0, 1, 1 / torch.where(squares == 0, 1, squares).sqrt())
-    share = inverse[:, None].masked_fill(cluster[:, None] != torch.arange(centers, device=x.device)[:, None], 0)
+    apart = wide - rows_at(wide, center.gather(1, cluster))
+    squares = apart.detach().square().sum(-1)
+    at_center, is_far = squares == 0, ~squares.isfinite()  # a NaN is farthest
+    # Inverse distances are the exponentials of these logits: the gradient of a softmax neither divides nor multiplies
+    # tiny numbers. A weight of 1 at distance 0 is a constant, because the norm of 0 has no gradient.
+    logits = -torch.linalg.vector_norm(apart.masked_fill((at_center | is_far)[..., None], 1), dim=-1).log()
+    logits = logits.masked_fill(at_center, 0).masked_fill(is_far, float("-inf"))
+    logits = logits[:, None].masked_fill(
+        cluster[:, None] != torch.arange(centers, device=x.device)[:, None], float("-inf")
+    )
     # A centre that no token joins coincides with another one. It yields its own token.
-    alone = (torch.arange(x.shape[1], device=x.device) == center[..., None]).to(share.dtype)
-    share = torch.where(share.sum(2, keepdim=True) > 0, share, alone)
-    return share / share.sum(2, keepdim=True)
+    alone = torch.arange(x.shape[1], device=x.device) == center[..., None]
+    is_empty = logits.isneginf().all(2, keepdim=True)
+    return torch.where(is_empty, 0.0, logits).masked_fill(is_empty & ~alone, float("-inf")).softmax(2)

@@ -58,7 +58,11 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     # The mean is a correction of the target, so that equal tokens merge to themselves and others stay bit-equal.
     sums = total.gather(1, match.target)
     share = gain / sums.masked_fill(sums == 0, 1)  # of two tokens of size 0 the target remains
+    if size is not None:  # a token of size 0 adds nothing to another, not even a NaN
+        wide = wide.masked_fill(((weight[:, 1::2] == 0) & (total > 0))[..., None], 0)
     correction = share[..., None] * (upcast(rows_at(even, match.source)) - rows_at(wide, match.target))
+    if size is not None:
+        correction = correction.masked_fill((gain == 0)[..., None], 0)
     merged = wide + _sum_by_target(correction, match.target, odd.shape[1])
     tokens = torch.cat([rows_at(even, match.kept), merged.to(x.dtype)], 1)
     return Merged(tokens, torch.cat([rows_at(weight[:, ::2], match.kept), total], 1), norm_rows(tokens, norm))

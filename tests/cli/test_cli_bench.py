@@ -452,7 +452,7 @@ def test_an_unsupported_tower_is_one_line(resnet: str) -> None:
         (["--methods", "evit:x"], "such as evit:0.7:blocks=3/6/9, got 'evit:x': keep: expected a number, got 'x'"),
         (["--method", "evit:0.7:blocks=9"], "got 'evit:0.7:blocks=9': blocks must be ints in [0, 5]"),
         (["--methods", "evit:2"], "got 'evit:2': keep must be a number in (0, 1], got 2.0"),
-        (["--methods", "tome:-1"], "got 'tome:-1': r must be a non-negative int"),
+        (["--methods", "tome:-1"], "got 'tome:-1': r must be an int of at least 0, got -1"),
         (["--methods", ""], "got '': no such method"),
         (["--library", "flax"], "'flax' is not one of"),
         (["--library", "timm"], "expected --model with --library timm, got no --model"),

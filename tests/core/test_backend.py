@@ -11,8 +11,8 @@ from clipkernels import backend, ops
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def choose(name, device=CPU, dtype=torch.float32, kernel=True, **sizes):
-    return backend.choose(name, device, dtype, "prune_tokens", kernel, **sizes)
+def choose(name, device=CPU, dtype=torch.float32, refusal=None, **sizes):
+    return backend.choose(name, device, dtype, "prune_tokens", refusal, **sizes)
 
 
 def test_auto_is_the_reference_on_the_cpu_under_the_interpreter_too(monkeypatch):
@@ -23,7 +23,7 @@ def test_auto_is_the_reference_on_the_cpu_under_the_interpreter_too(monkeypatch)
 def test_auto_is_triton_on_cuda_where_a_kernel_exists(monkeypatch):
     monkeypatch.setattr(backend, "_HAS_TRITON", True)
     assert choose("auto", CUDA) == "triton"
-    assert choose("auto", CUDA, kernel=False) == "reference"
+    assert choose("auto", CUDA, refusal="takes 1 row, got 2") == "reference"
     assert choose("auto", CUDA, torch.float64) == "reference"
 
 
@@ -37,8 +37,8 @@ def test_an_explicit_triton_never_falls_back(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="the tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1"):
         choose("triton")
-    with pytest.raises(RuntimeError, match="prune_tokens has no Triton kernel"):
-        choose("triton", CUDA, kernel=False)
+    with pytest.raises(RuntimeError, match="the kernel of prune_tokens takes 1 row, got 2: use auto or reference"):
+        choose("triton", CUDA, refusal="takes 1 row, got 2")
     with pytest.raises(RuntimeError, match="triton kernels run on cuda"):
         choose("triton", torch.device("mps"))
     monkeypatch.setattr(backend, "_HAS_TRITON", False)
@@ -48,10 +48,14 @@ def test_an_explicit_triton_never_falls_back(monkeypatch):
 
 def test_sizes_beyond_a_kernel_take_the_reference_or_are_refused(monkeypatch):
     monkeypatch.setattr(backend, "_obstacle", lambda device: None)
-    assert choose("auto", CUDA, patches=4096, width=8192) == choose("triton", CUDA, patches=4096) == "triton"
-    for sizes in ({"patches": 4097}, {"width": 8193}):
+    assert choose("auto", CUDA, scores=4096, width=8192) == choose("triton", CUDA, scores=4096, pairs=4096) == "triton"
+    for sizes, limit in (
+        ({"scores": 4097}, "ranks at most 4096 scores of an image, got 4097"),
+        ({"pairs": 4097}, "merges at most 4096 pairs of an image, got 4097"),
+        ({"width": 8193}, "holds rows of at most 8192 elements, got 8193"),
+    ):
         assert choose("auto", CUDA, **sizes) == choose("reference", CUDA, **sizes) == "reference"
-        with pytest.raises(RuntimeError, match="prune_tokens beyond 4096 patches or a width of 8192 has no Triton ker"):
+        with pytest.raises(RuntimeError, match=f"but the kernel of prune_tokens {limit}: use auto or reference"):
             choose("triton", CUDA, **sizes)
 
 
@@ -79,7 +83,8 @@ def test_every_operation_names_the_size_that_no_kernel_holds(monkeypatch, size):
         calls["add_norm"] = lambda **o: ops.add_norm(x, x, norm=norm, **o)
     for name, call in calls.items():
         assert call() is not None
-        with pytest.raises(RuntimeError, match=f"{name} .*beyond 4096 patches or a width of 8192|{name} beyond 4096"):
+        limit, given = (4096, patches) if size == "patches" else (8192, width)
+        with pytest.raises(RuntimeError, match=f"the kernel of {name} .* at most {limit} .*, got {given}: use auto"):
             call(backend="triton")
 
 
@@ -111,8 +116,8 @@ def test_explain_gives_the_backend_and_a_reason(monkeypatch):
 
 def test_an_error_names_the_environment_variable_that_caused_it(monkeypatch):
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="CLIPKERNELS_BACKEND=triton is set, but prune_tokens has no Triton"):
-        choose("auto", CUDA, kernel=False)
+    with pytest.raises(RuntimeError, match="CLIPKERNELS_BACKEND=triton is set, but the kernel of prune_tokens takes 1"):
+        choose("auto", CUDA, refusal="takes 1 row, got 2")
 
 
 @pytest.mark.slow  # test_packaging also runs every operation without triton

@@ -62,7 +62,7 @@ def test_text_that_is_not_a_nonempty_matrix_is_refused(text: Tensor) -> None:
 
 
 def test_features_of_another_width_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"features must be \(B,E\) with E = 8, got \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"features must be \(B,E\) with E = 8, got \(2,9\)"):
         ck.ZeroShot(torch.randn(4, 8))(torch.randn(2, 9))
 
 

@@ -196,6 +196,54 @@ def test_a_hook_that_is_always_called_sees_an_error(tiny, images):
     assert calls == [None]
 
 
+def failing(kind: str) -> Callable[..., Any]:
+    """A hook that raises, before or after the forward of a module."""
+    return (lambda m, args: 1 / 0) if kind == "before" else (lambda m, args, out: 1 / 0)
+
+
+@pytest.mark.parametrize("kind", ["before", "after", "after itself"])
+@torch.no_grad()
+def test_hooks_that_are_always_called_follow_a_failed_hook(kind, inputs):
+    traces = []
+    for model in (build("open_clip"), ck.patch(build("open_clip"), ck.Dense())):
+        trace: list[Any] = []
+        block = ck.tower_of(model).blocks[1]
+        if kind == "before":
+            block.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+            block.register_forward_pre_hook(failing("before"))
+        for name in "abcd":
+
+            def hook(m: nn.Module, args: Any, out: Any, name: str = name, trace: list[Any] = trace) -> Any:
+                trace.append((name, out is None, float(args[0].sum()), 0 if out is None else float(out.sum())))
+                if name == "b" and kind == "after itself":
+                    raise ZeroDivisionError
+                return args[0] + 1 if name == "c" else None
+
+            if name == "b" and kind == "after":
+                block.register_forward_hook(failing("after"))
+            block.register_forward_hook(hook, always_call=name != "a", prepend=name == "d")
+        with pytest.raises(ZeroDivisionError):
+            ck.tower_of(model).encode(inputs)
+        traces.append(trace)
+    host, patched = traces
+    assert [name for name, *_ in patched] == [name for name, *_ in host] and len(host) >= 3
+    for actual, expected in zip(patched, host, strict=True):
+        assert actual[1] == expected[1] and actual[2:] == pytest.approx(expected[2:], rel=1e-3, abs=1e-2)
+
+
+@torch.no_grad()
+def test_a_second_error_of_a_hook_is_a_warning(tiny, images):
+    ck.patch(tiny, ck.Dense())
+    block = tiny.visual.transformer.resblocks[1]
+    block.register_forward_pre_hook(failing("before"))
+    block.register_forward_hook(lambda m, args, out: [][0], always_call=True)
+    with (
+        pytest.warns(UserWarning, match=r"a hook .* on ResidualAttentionBlock raised after an error: list index"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        tiny.encode_image(images)
+
+
 @pytest.mark.parametrize(
     ("register", "message"),
     [

@@ -33,9 +33,10 @@ HELPERS = {
 }
 # Imports go from a later row to an earlier one, or within a row.
 LAYERS = (
-    ("plan", "messages", "files", "formats", "state_files"),
+    ("messages", "files", "formats", "state_files"),
     ("reference", "backend"),
     ("arguments", "custom_ops"),
+    ("plan",),
     ("ops",),
     ("block",),
     ("adapters",),

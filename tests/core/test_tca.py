@@ -78,9 +78,9 @@ def test_a_seed_chooses_the_first_centre_of_each_block():
         ({"rate": 1}, r"rate must be a number in \[0, 1\), got 1"),
         ({"rate": -0.1}, "got -0.1"),
         ({"rate": True}, "got True"),
-        ({"centers": 0}, "centers must be a positive int, got 0"),
+        ({"centers": 0}, "centers must be an int of at least 1, got 0"),
         ({"score": "cls"}, 'score must be "rank" or "attention", got \'cls\''),
-        ({"seed": -1}, "seed must be a non-negative int or None, got -1"),
+        ({"seed": -1}, "seed must be an int of at least 0, got -1"),
         ({"blocks": 3}, r"blocks must be a tuple of ints such as \(3, 6, 9\), got 3"),
     ],
 )

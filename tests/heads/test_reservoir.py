@@ -331,16 +331,16 @@ head.save({str(file)!r})
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "mnist"}, "preset must be one of caltech101, .*, got 'mnist'"),
-        ({"capacity": 0}, "capacity must be a positive int, got 0"),
-        ({"capacity": 2.5}, "capacity must be a positive int, got 2.5"),
+        ({"preset": "mnist"}, 'preset must be "caltech101", .* or "ucf101", got .mnist.'),
+        ({"capacity": 0}, "capacity must be an int of at least 1, got 0"),
+        ({"capacity": 2.5}, "capacity must be an int of at least 1, got 2.5"),
         ({"temperature": 0}, "temperature must be a positive number, got 0"),
         ({"beta": float("nan")}, "beta must be a finite number, got nan"),
         ({"strength": "3"}, "strength must be a finite number, got '3'"),
         ({"scale": float("inf")}, "scale must be a finite number, got inf"),
-        ({"evict": "lru"}, "evict must be one of diversity, similarity, uncertainty, fifo, got 'lru'"),
-        ({"correction": "log"}, "correction must be one of exp, linear, got 'log'"),
-        ({"anchors": "none"}, "anchors must be one of seen, all, got 'none'"),
+        ({"evict": "lru"}, 'evict must be "diversity", "similarity", "uncertainty" or "fifo", got .lru.'),
+        ({"correction": "log"}, 'correction must be "exp" or "linear", got .log.'),
+        ({"anchors": "none"}, 'anchors must be "seen" or "all", got .none.'),
         ({"text": torch.zeros(3)}, r"text must be class embeddings \(K,E\)"),
     ],
 )
@@ -354,7 +354,7 @@ def test_features_without_a_path_are_refused():
     for wrong in (encoded.embedding, ck.Encoded(encoded.embedding)):
         with pytest.raises(ValueError, match="features must be an Encoded with cls_path"):
             ck.Reservoir(text)(wrong)
-    with pytest.raises(ValueError, match=r"cls_path must be \(B,L,C\) with B = 3, got \(2, 4, 12\)"):
+    with pytest.raises(ValueError, match=r"cls_path must be floating-point \(B,L,C\) with B = 3, got \(2,4,12\)"):
         ck.Reservoir(text)(ck.Encoded(encoded.embedding, cls_path=encoded.cls_path[:2]))
 
 

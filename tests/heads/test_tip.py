@@ -248,8 +248,8 @@ def test_gammas_of_means_and_of_sums_are_one_search_if_classes_are_equal():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": torch.randn(10, 3)}, r"features must be \(n,E\) with E = 12, got \(10, 3\)"),
-        ({"labels": torch.zeros(9, dtype=torch.int64)}, r"labels must be \(10,\) torch.int64, got \(9,\)"),
+        ({"features": torch.randn(10, 3)}, r"features must be \(n,E\) with E = 12, got \(10,3\)"),
+        ({"labels": torch.zeros(9, dtype=torch.int64)}, r"labels must be \(n,\) = \(10\) torch.int64, got \(9\)"),
         ({"labels": torch.full((10,), 5)}, "labels must be from 0 to 4, got 5 to 5"),
         ({"text": torch.randn(12)}, r"text must be class embeddings \(K,E\)"),
         ({"tau": 0.0}, "tau must be a positive number, got 0.0"),

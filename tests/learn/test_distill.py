@@ -366,12 +366,12 @@ def test_the_state_dict_holds_only_the_projections() -> None:
     ("options", "message"),
     [
         ({}, "expected the width of the student's text or visual states, got neither"),
-        ({"text": 0}, "widths must be at least one, got teacher=12, text=0, visual=None"),
+        ({"text": 0}, "text must be an int of at least 1, got 0"),
         ({"text": 4, "keep": 0}, "keep must be a number in (0, 1], got 0"),
         ({"text": 4, "keep": math.nan}, "keep must be a number in (0, 1], got nan"),
-        ({"text": 4, "temperature": 0.0}, "temperature must be a positive number, got 0.0"),
-        ({"text": 4, "weight": "students"}, "weight must be one of ratio, teacher, teacher_minus_student or None"),
-        ({"text": 4, "strength": -1.0}, "scale and strength must be finite"),
+        ({"text": 4, "temperature": 0.0}, "temperature must be a number in (0, inf], got 0.0"),
+        ({"text": 4, "weight": "students"}, 'weight must be "ratio", "teacher", "teacher_minus_student" or None, got'),
+        ({"text": 4, "strength": -1.0}, "strength must be a number in [0, inf), got -1.0"),
     ],
 )
 def test_bad_constructor_arguments_are_refused_by_name(options: dict[str, Any], message: str) -> None:

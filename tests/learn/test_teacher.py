@@ -256,7 +256,7 @@ def test_join_formats_texts_with_answers(tiny):
             ValueError, match=r"join must hold one \{\} for the text, one for the answer and no more"
         ) as e:
             Teacher(tiny, tokenizer, join=join)
-        assert str(e.value).endswith(f'got "{join}"')
+        assert str(e.value).endswith(f"got {join!r}")
 
 
 def test_each_distinct_text_is_encoded_once_in_batches(tiny, monkeypatch):
@@ -494,7 +494,7 @@ def test_inputs_that_do_not_fit_are_refused(tiny, images):
     teacher = Teacher(tiny, ck.bundled()[2])
     cases = {
         "expected images or texts, got neither": (),
-        r"images must be \(B,3,S,S\), got \(3, 32, 32\)": (images[0],),
+        r"images must be \(B,3,S,S\), got a tensor \(3,32,32\)": (images[0],),
         r"images must be \(B,3,32,32\), got \(3,3,16,16\)": (images[..., :16, :16],),
         "texts must be a list of strings, got the string 'a cat'": (None, "a cat"),
         "one text for each image, got 3 images and 2 texts": (images, ["a", "b"]),

@@ -515,11 +515,11 @@ def test_inputs_that_do_not_fit_are_refused(tiny, images, tmp_path):
     for match, arguments in wrong.items():
         with pytest.raises(ValueError, match=match):
             cache.add(**arguments)
-    with pytest.raises(ValueError, match="one text for each image, got 3 images and 1 texts"):
+    with pytest.raises(ValueError, match="one text for each image, got 3 images and 1 text"):
         cache(images, ["a"])
     with pytest.raises(ValueError, match="texts must be a list of strings, got None at 0"):
         cache(texts=[None])
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float16, .*, got torch\.int8"):
         TeacherCache(tmp_path, counting(tiny), torch.int8)
-    with pytest.raises(ValueError, match="batch_size must be at least one, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an int of at least 1, got 0"):
         TeacherCache(tmp_path, counting(tiny), batch_size=0)

@@ -226,7 +226,7 @@ def test_wider_heads_run_on_the_reference(device):
     torch.testing.assert_close(
         ck.ops.attention(q, k, v)[0].double(), full_attention(q, k) @ v.double(), atol=1e-5, rtol=1e-5
     )
-    with pytest.raises(RuntimeError, match="attention at head width 144 has no Triton kernel"):
+    with pytest.raises(RuntimeError, match="the kernel of attention takes heads of at most 128 elements, got 144: use"):
         ck.ops.attention(q, k, v, backend="triton")
 
 
@@ -271,6 +271,68 @@ def test_a_key_of_size_zero_is_not_there(device, backend, tokens, nats):
         ranked = ck.ops.rank_tokens(q, k, query=query, size=size, prefix=0, backend=backend)
         torch.testing.assert_close(ranked[:, hidden:].double(), expected, atol=1e-6, rtol=1e-5)
         assert (ranked[:, :hidden] == 0).all()
+
+
+def hidden_by(value, device, tokens, part, dtype=torch.float32):
+    """Return q, k, v whose keys or values (`part`) 2 and N-1 hold a value, their sizes of 0 there, and the others."""
+    q, k, v = qkv(device, 1, 2, tokens, 64, dtype)
+    size = torch.ones(1, tokens, device=device)
+    size[0, 4] = 3
+    others = [place for place in range(tokens) if place not in (2, tokens - 1)]
+    size[0, [2, -1]] = 0
+    (k if part == "k" else v)[0, :, [2, -1]] = value
+    return q, k, v, size, others
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38])
+@pytest.mark.parametrize("tokens", [9, 80])
+def test_a_key_of_size_zero_may_hold_anything(device, backend, tokens, value):
+    q, k, v, size, others = hidden_by(value, device, tokens, "k")
+    exact = full_attention(q, k[:, :, others], size[:, others])
+    for signal, expected in (("cls", exact[:, :, 0]), ("received", exact.mean((1, 2)))):
+        out, scores = ck.ops.attention(q, k, v, size, signal, prefix=0, backend=backend)
+        torch.testing.assert_close(out.double(), exact @ v[:, :, others].double(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores[..., others].double(), expected, atol=1e-6, rtol=1e-5)
+        assert (scores[..., [2, -1]] == 0).all()
+    for query, expected in (("cls", exact[:, :, 0].mean(1)), ("all", exact.mean((1, 2)))):
+        ranked = ck.ops.rank_tokens(q, k, query=query, size=size, prefix=0, backend=backend)
+        torch.testing.assert_close(ranked[:, others].double(), expected, atol=1e-6, rtol=1e-5)
+        assert (ranked[:, [2, -1]] == 0).all()
+    ranks = ck.ops.rank_tokens(q, k, "rank", size=size, prefix=0, backend=backend)
+    beaten = (exact[:, :, 0, :, None] > exact[:, :, 0, None]).sum(-1).sum(1)
+    assert torch.equal(ranks[:, others], (beaten + 4).float() / 2)  # both heads of a key beat the two hidden keys
+    keys = ck.ops.attention(q, k, v, size, "keys", backend=backend)[1]
+    torch.testing.assert_close(keys[:, others], k.mean(1)[:, others])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_a_value_of_size_zero_may_hold_anything(part, dtype, value):
+    q, k, v, size, others = hidden_by(value, "cpu", 9, part, dtype)
+    exact = full_attention(q, k[:, :, others], size[:, others])
+    eager = (q @ k[:, :, others].mT / 8 + size[:, others].log().to(dtype)[:, None, None]).softmax(-1)
+    for signal in (None, "cls", "received", "keys"):
+        out, _ = ck.ops.attention(q, k, v, size, signal, backend="reference")
+        assert_within_budget(out, exact @ v[:, :, others].double(), eager @ v[:, :, others])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("signal", ["cls", "received"])
+def test_a_key_of_size_zero_has_no_gradient(device, backend, signal, value):
+    for part in "kv":
+        q, k, v, size, others = hidden_by(value, device, 9, part)
+        double = [x.double().requires_grad_() for x in (q, k[:, :, others], v[:, :, others])]
+        exact = full_attention(*double[:2], size[:, others])
+        exact_scores = exact[:, :, 0] if signal == "cls" else exact.mean((1, 2))
+        expected = torch.autograd.grad((exact @ double[2]).square().sum() + exact_scores.square().sum(), double)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out, scores = ck.ops.attention(*inputs, size, signal, prefix=0, backend=backend)
+        actual = torch.autograd.grad(out.square().sum() + scores.square().sum(), inputs)
+        torch.testing.assert_close(actual[0].double(), expected[0], atol=1e-5, rtol=1e-4)
+        for gradient, wanted in zip(actual[1:], expected[1:], strict=True):
+            torch.testing.assert_close(gradient[:, :, others].double(), wanted, atol=1e-5, rtol=1e-4)
+            assert (gradient[:, :, [2, -1]] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -208,6 +208,20 @@ def test_gradients_are_central_differences_away_from_ties(per_head, centers):
     assert torch.autograd.gradgradcheck(condense, (x, scores.detach(), weights))
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-17, 1.0, 1e17])
+def test_tiny_and_huge_tokens_have_a_finite_gradient(device, backend, scale):
+    x, scores = inputs(device, tokens=15, width=5)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        wide = (x * scale).to(dtype).requires_grad_()
+        name = "reference" if dtype == torch.float64 else backend
+        tokens = ck.ops.condense_tokens(wide, scores, 3, 7, 2, backend=name).tokens
+        weights = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1)).to(tokens)
+        gradients.append(torch.autograd.grad((tokens * weights).sum(), wide)[0])
+    actual, exact = gradients
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
+
+
 def test_a_weight_at_distance_zero_is_a_constant(device, backend):
     # A centre, a copy of it and a token at distance 2 weigh 1, 1 and ½. Only the last weight depends on the tokens.
     x = torch.tensor([[[9.0], [4], [4], [6], [1]]], device=device, requires_grad=True)

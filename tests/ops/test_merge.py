@@ -130,6 +130,32 @@ def test_of_two_tokens_of_size_zero_the_target_remains(device, backend):
     assert gradient[0, :, 0].tolist() == [1, 1, 0, 1, 0.75, 0.25]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
+def test_a_source_of_size_zero_does_not_change_its_target(device, backend, value):
+    x, match, size = _absent_token(device, 2, value)
+    merged = ck.ops.merge_tokens(x, match, size, backend=backend)
+    assert torch.equal(merged.tokens[0, 1:], torch.stack([x[0, 1], 0.75 * x[0, 3] + 0.25 * x[0, 4]]))
+    (gradient,) = torch.autograd.grad(merged.tokens[:, 1:].sum(), x)
+    assert gradient[0, :, 0].tolist() == [0, 1, 0, 0.75, 0.25]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
+def test_a_target_of_size_zero_becomes_its_source(value):
+    x, match, size = _absent_token("cpu", 1, value)
+    merged = ck.ops.merge_tokens(x, match, size, backend="reference")
+    assert torch.equal(merged.tokens[0, 1:], torch.stack([x[0, 2], 0.75 * x[0, 3] + 0.25 * x[0, 4]]))
+    (gradient,) = torch.autograd.grad(merged.tokens[:, 1:].sum(), x)
+    assert gradient[0, :, 0].tolist() == [0, 0, 1, 0.75, 0.25]
+
+
+def _absent_token(device, at, value):
+    """Return tokens of which one holds a value and has size 0, two pairs that merge with targets 1 and 3, and sizes."""
+    x, size = normal(device, 1, 5, 4).mul(4).round().div(4), torch.tensor([[1.0, 2, 5, 3, 1]], device=device)
+    x[0, at], size[0, at] = value, 0
+    match = ck.ops.Match(*(torch.tensor([index], device=device) for index in ([0], [1, 2], [0, 1])))
+    return x.requires_grad_(), match, size
+
+
 def test_sizes_sum_to_the_initial_number_of_tokens(device, backend):
     x = normal(device, 3, 65, 16, seed=5)
     size = None

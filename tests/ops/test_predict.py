@@ -218,7 +218,7 @@ def test_autocast_does_not_narrow_the_scores():
 def test_widths_without_a_kernel_run_on_the_reference(device, widths):
     x, mixer = inputs(device, 2, 9, 128, torch.bfloat16, *widths)
     check(x, mixer, 1, "auto")
-    message = f"predict_scores of widths {widths[0]}, {widths[1]} and {widths[2]} has no Triton kernel"
+    message = f"a larger power of two, got {widths[0]}, {widths[1]} and {widths[2]}: use auto or reference"
     with pytest.raises(RuntimeError, match=message):
         ck.ops.predict_scores(x, mixer, backend="triton")
 
@@ -227,8 +227,8 @@ def test_widths_without_a_kernel_run_on_the_reference(device, widths):
 def test_auto_uses_the_kernel_in_half_precision_only(dtype, monkeypatch):
     kernel_allowed = []
 
-    def choose(backend, device, dtype, op, kernel):
-        kernel_allowed.append(kernel)
+    def choose(backend, device, dtype, op, refusal):
+        kernel_allowed.append(refusal is None)
         return "reference"
 
     monkeypatch.delenv("CLIPKERNELS_BACKEND", raising=False)

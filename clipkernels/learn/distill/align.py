@@ -10,6 +10,8 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor
 
+from clipkernels.arguments import check_int, check_tensors, describe, is_list
+
 SPECIAL = re.compile(r"\[[A-Z]+\d*\]|<[^<>\s]+>")
 PRINTABLE_BYTES = [byte for byte in range(256) if chr(byte).isprintable() and not chr(byte).isspace()]
 OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
@@ -34,7 +36,12 @@ def align_words(student_pieces: Sequence[str], teacher_pieces: Sequence[str]) ->
     Returns:
         n indices of the teacher's pieces, ties to the earlier one; -1 for specials such as "[CLS]" and "<s>", and for
         pieces that no piece of the teacher covers.
+    Raises:
+        TypeError: pieces that are not a list of strings.
     """
+    for name, pieces in (("student_pieces", student_pieces), ("teacher_pieces", teacher_pieces)):
+        if not is_list(pieces) or not all(isinstance(piece, str) for piece in pieces):
+            raise TypeError(f"{name} must be a list of strings, got {describe(pieces)}")
     student_text, student_owners = _characters_of(student_pieces)
     teacher_text, teacher_owners = _characters_of(teacher_pieces)
     overlaps: list[Counter[int]] = [Counter() for _ in student_pieces]
@@ -57,8 +64,11 @@ def align_grid(student: tuple[int, int], teacher: tuple[int, int]) -> Tensor:
         ValueError: a grid without patches.
     Guarantees: ties go to the upper and to the left patch.
     """
-    if min(*student, *teacher) < 1:
-        raise ValueError(f"expected grids of at least one patch, got {student} and {teacher}")
+    for name, grid in (("student", student), ("teacher", teacher)):
+        if not is_list(grid) or len(grid) != 2:
+            raise ValueError(f"{name} must be a grid (rows, columns), got {describe(grid)}")
+        check_int(f"{name}'s rows", grid[0], 1)
+        check_int(f"{name}'s columns", grid[1], 1)
     rows, columns = (
         torch.tensor([-((2 * n - (2 * i + 1) * N) // (2 * n)) for i in range(n)])
         for n, N in zip(student, teacher, strict=True)
@@ -77,10 +87,12 @@ def align_rows(name: str, x: Tensor | None, mask: Tensor | None, index: Tensor) 
     """The rows (B,n,E) of x (B,N,E) at index (B,n) or (n,), and a mask (B,n), False for missing rows.
 
     Raises:
+        TypeError: an index that is no tensor.
         ValueError: no features, or an index of another shape or dtype or out of range.
     """
     if x is None:
         raise ValueError(f"expected features with {name}, got none")
+    check_tensors(**{name: index})
     batch, count, _ = x.shape
     if index.dtype != torch.int64 or index.ndim not in (1, 2) or (index.ndim == 2 and len(index) != batch):
         raise ValueError(f"{name} must be ({batch},n) or (n,) int64, got {tuple(index.shape)} {index.dtype}")

@@ -12,6 +12,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from clipkernels.arguments import check_callable, check_device, check_flags, check_int, describe
 from clipkernels.classifier import PROMPTS_PER_BATCH
 from clipkernels.files import TEMPORARY, sweep
 from clipkernels.learn.distill import feature_files
@@ -66,10 +67,13 @@ class TeacherCache:
         *,
         batch_size: int = 64,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least one, got {batch_size}")
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"folder must be a path, got {describe(folder)}")
+        if isinstance(teacher, type) or not all(hasattr(teacher, name) for name in ("stamp", "about", "joined")):
+            raise TypeError(f"teacher must be a Teacher, got {describe(teacher)}")
+        if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {describe(dtype)}")
+        check_int("batch_size", batch_size, 1)
         self.folder, self.teacher, self.dtype = Path(folder).resolve(), teacher, dtype
         self.sizes: dict[Kind, int] = {"image": batch_size, "text": PROMPTS_PER_BATCH}
         self.stamp, self.about = teacher.stamp, self._about()
@@ -113,9 +117,15 @@ class TeacherCache:
                 weights changed since the cache was opened.
             OSError: a file cannot be written.
         """
+        check_flags(regions=regions, words=words)
+        check_callable(progress=progress)
         for name, items in (("images", images), ("texts", texts)):
-            if isinstance(items, str) or not isinstance(items, Iterable):
-                raise ValueError(f"{name} must be an iterable of {name}, got {items!r:.100}")
+            if (
+                isinstance(items, str)
+                or not isinstance(items, Iterable)
+                or (isinstance(items, Tensor) and not items.ndim)
+            ):
+                raise ValueError(f"{name} must be an iterable of {name}, got {describe(items)}")
         total = self._add("image", _single_images(images), regions, progress)
         return total + self._add("text", _checked_strings(texts), words, progress)
 
@@ -141,8 +151,9 @@ class TeacherCache:
         Raises:
             As `Teacher`; and ValueError as `add`, or for a file whose features are not those that were written.
         """
+        given = None if device is None else check_device(device)
         features = features_of(self, images, texts, answers, regions, words)
-        target = device if device is not None else self.teacher.device if images is None else images.device
+        target = given if given is not None else self.teacher.device if images is None else images.device
         moved = (None if x is None else x.to(target) for x in features)
         return TeacherFeatures(*(x.float() if x is not None and x.is_floating_point() else x for x in moved))
 
@@ -305,5 +316,5 @@ def _checked_strings(texts: Iterable[str]) -> Iterator[str]:
     """The texts, one by one; raise ValueError for an item that is not a string."""
     for index, item in enumerate(texts):
         if not isinstance(item, str):
-            raise ValueError(f"texts must be an iterable of strings, got {item!r:.100} at {index}")
+            raise ValueError(f"texts must be an iterable of strings, got {describe(item)} at {index}")
         yield item

@@ -22,6 +22,7 @@ from clipkernels.files import digest_table
 from clipkernels.fingerprint import same_probe, same_tower, short_fingerprint
 from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
 from clipkernels.learn.distill.features import TeacherFeatures
+from clipkernels.messages import quantity
 from clipkernels.state_files import write_state
 
 Kind = Literal["image", "text"]
@@ -73,7 +74,9 @@ def _tensors(header: TeacherHeader) -> dict[str, TensorSpec]:
 def _check(header: TeacherHeader, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the mask of words covers them."""
     if "words" in tensors and tensors["words"].shape[1] > tensors["words_mask"].shape[1]:
-        raise ValueError(f"{tensors['words'].shape[1]} words and a mask of {tensors['words_mask'].shape[1]}")
+        raise ValueError(
+            f"{quantity(tensors['words'].shape[1], 'word')} and a mask of {tensors['words_mask'].shape[1]}"
+        )
 
 
 FORMAT = Format("clipkernels.teacher.3", "features of a teacher", TeacherHeader, _tensors, _check)

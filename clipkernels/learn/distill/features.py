@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from clipkernels.arguments import check_flags, describe
 from clipkernels.learn.distill.align import align_rows
+from clipkernels.messages import quantity
 
 Answers = Sequence[str] | Sequence[Sequence[str]]
 
@@ -79,14 +81,16 @@ def features_of(
     words: bool,
 ) -> TeacherFeatures:
     """The features that a source computes, each distinct text once; arguments and errors as in `Teacher`."""
+    check_flags(regions=regions, words=words)
     if images is None and texts is None:
         raise ValueError("expected images or texts, got neither")
     if images is not None and (not isinstance(images, Tensor) or images.ndim != 4):
-        actual: Any = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images must be (B,3,S,S), got {actual}")
+        raise ValueError(f"images must be (B,3,S,S), got {describe(images)}")
     texts = None if texts is None else check_strings("texts must be a list of strings", texts)
     if images is not None and texts is not None and len(images) != len(texts):
-        raise ValueError(f"expected one text for each image, got {len(images)} images and {len(texts)} texts")
+        raise ValueError(
+            f"expected one text for each image, got {quantity(len(images), 'image')} and {quantity(len(texts), 'text')}"
+        )
     answer_lists, count = ([], 0) if answers is None else _answers_per_text(texts, answers)
     features = TeacherFeatures() if images is None else source.see(images, regions)
     if texts is None:
@@ -118,8 +122,8 @@ def _answers_per_text(texts: Sequence[str] | None, answers: Answers) -> tuple[li
     if texts is None:
         raise ValueError("expected texts with the answers, got none")
     expected = "answers must be a list of strings, or one list for each text"
-    if isinstance(answers, str) or not isinstance(answers, Iterable):
-        raise ValueError(f"{expected}, got {answers!r:.100}")
+    if isinstance(answers, (str, Tensor)) or not isinstance(answers, Iterable):
+        raise ValueError(f"{expected}, got {describe(answers)}")
     items = list(answers)
     if texts and not items:
         raise ValueError(f"{expected}, got []")
@@ -127,26 +131,26 @@ def _answers_per_text(texts: Sequence[str] | None, answers: Answers) -> tuple[li
         return [check_strings(expected, items)] * len(texts), len(items)
     for index, item in enumerate(items):
         if isinstance(item, str) or not isinstance(item, Iterable):
-            raise ValueError(f"{expected}, got {item!r:.100} at {index}")
+            raise ValueError(f"{expected}, got {describe(item)} at {index}")
     if len(items) != len(texts):
-        raise ValueError(f"expected answers for {len(texts)} texts, got answers for {len(items)}")
+        raise ValueError(f"expected answers for {quantity(len(texts), 'text')}, got answers for {len(items)}")
     lists = [check_strings(expected, item) for item in items]
     if not lists[0]:
         raise ValueError(f"expected answers for each text, got {lists!r:.100}")
     wrong = [of_text for of_text in lists if len(of_text) != len(lists[0])]
     if wrong:
-        raise ValueError(f"expected {len(lists[0])} answers for each text, got {wrong[0]!r:.100}")
+        raise ValueError(f"expected {quantity(len(lists[0]), 'answer')} for each text, got {wrong[0]!r:.100}")
     return lists, len(lists[0])
 
 
 def check_strings(expected: str, value: Any) -> list[str]:
     """The value as a list of strings; raise ValueError, with the text `expected`, for anything else."""
     if isinstance(value, str):
-        raise ValueError(f"{expected}, got the string {value!r:.100}")
-    if not isinstance(value, Iterable):
-        raise ValueError(f"{expected}, got {value!r:.100}")
+        raise ValueError(f"{expected}, got the string {describe(value)}")
+    if not isinstance(value, Iterable) or isinstance(value, Tensor):
+        raise ValueError(f"{expected}, got {describe(value)}")
     items = list(value)
     for index, item in enumerate(items):
         if not isinstance(item, str):
-            raise ValueError(f"{expected}, got {item!r:.100} at {index}")
+            raise ValueError(f"{expected}, got {describe(item)} at {index}")
     return items

@@ -13,14 +13,16 @@ instead of a model, so any student can be trained. Its two projections are train
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels import ops
+from clipkernels.arguments import check_choice, check_int, check_numbers, check_range, check_tensors, describe, shape_of
 from clipkernels.learn.distill.features import TeacherFeatures
+from clipkernels.messages import join_sizes
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import inverse_of, strongest_first
 
@@ -86,19 +88,17 @@ class TargetedDistillation(nn.Module):
         strength: float = 1.0,
     ) -> None:
         super().__init__()
-        width = teacher if isinstance(teacher, int) else teacher.width
+        width: Any = getattr(teacher, "width", teacher)
         if text is None and visual is None:
             raise ValueError("expected the width of the student's text or visual states, got neither")
-        if min(width, *(state for state in (text, visual) if state is not None)) < 1:
-            raise ValueError(f"widths must be at least one, got teacher={width}, text={text}, visual={visual}")
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep must be a number in (0, 1], got {keep!r}")
-        if not temperature > 0:  # infinite: plain means
-            raise ValueError(f"temperature must be a positive number, got {temperature!r}")
-        if weight is not None and weight not in get_args(Weight):
-            raise ValueError(f"weight must be one of {', '.join(get_args(Weight))} or None, got {weight!r}")
-        if not math.isfinite(scale) or not 0 <= strength < math.inf:
-            raise ValueError(f"scale and strength must be finite, strength not negative, got {scale} and {strength}")
+        for name, size in (("teacher", width), ("text", text), ("visual", visual)):
+            if size is not None or name == "teacher":
+                check_int(name, size, 1)
+        check_range("keep", keep, 0, 1, "(]")
+        check_range("temperature", temperature, 0, math.inf, "(]")
+        check_choice("weight", weight, *get_args(Weight), None)
+        check_numbers(scale=scale)
+        check_range("strength", strength, 0, math.inf, "[)")
         self.width, self.keep, self.temperature, self.weight = width, keep, temperature, weight
         self.scale, self.strength = scale, strength
         self.text = None if text is None else nn.Linear(text, width, bias=False)
@@ -145,6 +145,8 @@ class TargetedDistillation(nn.Module):
             no host sync on triton; no gradient through relevance, choice and weight. Projections run in the dtype of
             the states, or of autocast. Under DistributedDataParallel wrap this together with the student in one module.
         """
+        if not isinstance(features, TeacherFeatures):
+            raise TypeError(f"features must be TeacherFeatures, as a Teacher returns, got {describe(features)}")
         text_branch = self._branch("text", text, text_pooled, text_mask, features, prior)
         visual_branch = self._branch("visual", visual, visual_pooled, visual_mask, features, None)
         terms = [*text_branch.terms, *visual_branch.terms]
@@ -169,9 +171,10 @@ class TargetedDistillation(nn.Module):
         state, share, projection = pooled if hidden is None else hidden, None, getattr(self, name)
         if state is None:
             return _Branch(terms, share)
+        check_tensors(**{name if hidden is not None else f"{name}_pooled": state})
         if projection is None:
             raise ValueError(f"expected no {name} states, got some: construct this module with {name}= their width")
-        batch, device = len(state), projection.weight.device
+        batch, device = state.shape[0] if state.ndim else 1, projection.weight.device
         parts = ("words", "words_mask", "image") if name == "text" else ("regions", "regions_mask", "text")
         if hidden is not None:
             tokens = (batch, *hidden.shape[1:-1])
@@ -185,6 +188,7 @@ class TargetedDistillation(nn.Module):
             for label, part in ((f"features.{parts[1]}", teacher_mask), (f"{name}_mask", student_mask)):
                 mask = mask if part is None else mask & _check_tensor(label, part, tokens, device, torch.bool)
             if prior is not None:
+                check_tensors(prior=prior)
                 _check_tensor("prior", prior, tokens if prior.ndim > 1 else tokens[1:], device)
             relevance = relevance_of(guide, other, mask, self.temperature, prior)
             chosen = select_top(relevance, mask, self.keep)
@@ -211,6 +215,7 @@ class TargetedDistillation(nn.Module):
         labels = _check_tensor("labels", _require(labels, "labels" + suffix), (batch,), device, torch.int64)
         image = _check_tensor("features.image", _require(features.image, "features.image"), (batch, self.width), device)
         answers = _require(features.answers, "features.answers" + suffix)
+        check_tensors(**{"features.answers": answers})
         _check_tensor("features.answers", answers, (batch, *answers.shape[1:-1], self.width), device)
         with autocast_disabled(image):
             cosines = (normalize(answers.float(), dim=-1) @ normalize(image.float(), dim=-1)[..., None])[..., 0]
@@ -285,12 +290,12 @@ def _require(tensor: Tensor | None, name: str) -> Tensor:
 def _check_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The tensor, if it has this shape, device and dtype; a dtype of None allows any."""
+    """The tensor, if it has this shape, device and dtype; a dtype of None allows any floating one."""
+    check_tensors(**{name: tensor})
     if tuple(tensor.shape) != shape:
-        expected, actual = (",".join(map(str, size)) for size in (shape, tensor.shape))
-        raise ValueError(f"{name} must be ({expected}), got ({actual})")
+        raise ValueError(f"{name} must be ({join_sizes(shape)}), got {shape_of(tensor)}")
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the projections, got {tensor.device}")
-    if dtype is not None and tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
+        raise ValueError(f"{name} must be {dtype or 'of a floating dtype'}, got {tensor.dtype}")
     return tensor

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower, text
 from clipkernels.adapters.tokenizers import Marks, Tokenizer, ids_of
+from clipkernels.arguments import describe
 from clipkernels.classifier import PROMPTS_PER_BATCH, eval_mode
 from clipkernels.encode import encode_image
 from clipkernels.fingerprint import fingerprint, output_probe, weights_version
@@ -53,8 +54,12 @@ class Teacher:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, join: Join = "{} {}") -> None:
         self.model, self.tokenizer, self.join = model, tokenizer, join
+        if not isinstance(join, str) and not callable(join):
+            raise TypeError(f"join must be a format string or a callable, got {describe(join)}")
         if isinstance(join, str) and not _has_two_fields(join):
-            raise ValueError(f'join must hold one {{}} for the text, one for the answer and no more, got "{join}"')
+            raise ValueError(
+                f"join must hold one {{}} for the text, one for the answer and no more, got {describe(join)}"
+            )
         self.reads = text.find_text_tower(model)
         tower = None if adapters.find_resnet(model) is not None else adapters.find_tower(model)
         self.queries = tower is not None and tower.pools_with_queries

@@ -20,13 +20,15 @@ from torch.nn.functional import normalize
 
 from clipkernels import adapters
 from clipkernels.adapters import Tower
+from clipkernels.arguments import check_callable, check_choice, check_int, check_tensors, describe
 from clipkernels.classifier import eval_mode
-from clipkernels.encode import check_images
+from clipkernels.encode import check_images, check_images_list
 from clipkernels.fingerprint import fingerprint, fingerprinted_module
 from clipkernels.heads import ZeroShot
 from clipkernels.heads.arguments import check_labels
 from clipkernels.learn.patch_ranking.rankings import Rankings, RankingStore
 from clipkernels.learn.patch_ranking.subset_embeddings import BlockInput, embed_subsets, run_to_block
+from clipkernels.messages import quantity
 from clipkernels.reference.predict import pool_channels
 from clipkernels.reference.ranking import strongest_first
 
@@ -106,8 +108,8 @@ def golden_ranking(
         code ranks by logits instead of probabilities, writes each round in reverse order, and stops at an error in the
         second round, whose patches are no square grid.
     """
-    if not len(images):
-        raise ValueError("images must hold at least one image, got none")
+    check_images_list(images)
+    check_callable(progress=progress)
     tower = adapters.find_tower(model)
     grid = _patch_grid(tower)
     _check_options(tower, grid, score, window, stride, step, block, batch_size)
@@ -247,6 +249,7 @@ def _unranked_groups(
         if image is None:
             digests.append(None)
             continue
+        check_tensors(**{f"images[{index}]": image})
         check_images(image[None], image_size)
         label = -1 if labels is None else labels[index]
         digest = _digest(image, label)
@@ -275,7 +278,7 @@ def _patch_grid(tower: Tower) -> tuple[int, int]:
     patches = tower.num_tokens - tower.prefix
     if height * width != patches:
         raise ValueError(
-            f"model must have a grid of patches of side {tower.patch}, got {patches} patches of an image of "
+            f"model must have a grid of patches of side {tower.patch}, got {quantity(patches, 'patch')} of an image of "
             f"{tower.image_size}"
         )
     return height, width
@@ -296,23 +299,20 @@ def _true_labels(labels: Tensor | Sequence[int] | None, images: int, classes: Te
     if labels is None:
         raise ValueError('labels must be the true classes (n,) for score="label", got none')
     assert classes is not None
-    return check_labels(torch.as_tensor(labels), images, len(classes)).tolist()
+    try:
+        true = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"labels must be the true classes (n,), got {describe(labels)}") from error
+    return check_labels(true, images, len(classes)).tolist()
 
 
 def _check_options(
     tower: Tower, grid: tuple[int, int], score: str, window: int, stride: int, step: int, block: int, batch_size: int
 ) -> None:
     """Raise ValueError for an unknown score and for numbers that are not ints or are out of range."""
-    if score not in get_args(Score):
-        raise ValueError(f'score must be "label", "confidence" or "feature", got {score!r}')
-    limits = {
-        "window": (window, 1, min(grid)),
-        "stride": (stride, 1, window),
-        "step": (step, 1, grid[0] * grid[1]),
-        "block": (block, 0, len(tower.blocks) - 1),
-    }
-    for name, (value, low, high) in limits.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"{name} must be an int from {low} to {high}, got {value!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a positive int, got {batch_size!r}")
+    check_choice("score", score, *get_args(Score))
+    check_int("window", window, 1, min(grid))
+    check_int("stride", stride, 1, window)
+    check_int("step", step, 1, grid[0] * grid[1])
+    check_int("block", block, 0, len(tower.blocks) - 1)
+    check_int("batch_size", batch_size, 1)

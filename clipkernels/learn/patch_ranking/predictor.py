@@ -19,11 +19,23 @@ from torch.nn.functional import kl_div
 
 from clipkernels import ops
 from clipkernels.adapters import Tower
-from clipkernels.arguments import check_positive
+from clipkernels.arguments import (
+    check_device,
+    check_int,
+    check_mapping,
+    check_positive,
+    check_prefix,
+    check_range,
+    check_tensors,
+    check_tokens,
+    describe,
+    shape_of,
+)
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprinted_module
 from clipkernels.formats import Count, Format, Size, TensorSpec
 from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, weight_specs
 from clipkernels.learn.patch_ranking.rankings import RankingOptions, Rankings
+from clipkernels.messages import quantity
 from clipkernels.reference.predict import Mixer, mix
 from clipkernels.reference.ranking import strongest_first
 
@@ -43,7 +55,7 @@ class RankPredictor(nn.Module):
         eps: added to the variance in both LayerNorms; 1e-6 in the released code.
         about: properties of the tower: "tower", its fingerprint, "image_size", "blocks", "width".
     Raises:
-        ValueError: an eps that is not positive.
+        ValueError: an eps that is not positive, or another number that is no int or out of range.
     Source: Patch Ranking, arXiv 2409.14607, section 3.2; MLP-Mixer, arXiv 2105.01601. The released code trains on the
         features of the last block instead of those that enter the block it prunes before.
     """
@@ -62,6 +74,12 @@ class RankPredictor(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(eps=eps)
+        check_int("tokens", tokens, 1)
+        check_int("prefix", prefix, 0, tokens - 1, "tokens - 1")
+        check_int("block", block, 0)
+        for name, size in (("channels", channels), ("token_hidden", token_hidden), ("channel_hidden", channel_hidden)):
+            check_int(name, size, 1)
+        check_mapping(about={} if about is None else about)
         self.tokens, self.prefix, self.block = tokens, prefix, block
         self.channels, self.token_hidden, self.channel_hidden = channels, token_hidden, channel_hidden
         self.eps, self.about = eps, dict(about or {})
@@ -82,6 +100,9 @@ class RankPredictor(nn.Module):
         Raises:
             ValueError: another number of tokens, dtype or device.
         """
+        check_tokens(x)
+        if prefix is not None:
+            check_prefix(prefix, x.shape[1])
         if prefix is not None and prefix > self.prefix:
             x = torch.cat([x[:, : self.prefix], x[:, prefix:]], 1)
         if torch.is_autocast_enabled(x.device.type):
@@ -170,7 +191,7 @@ class PredictorHeader(msgspec.Struct, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if self.prefix >= self.tokens:
-            raise ValueError(f"prefix {self.prefix} of {self.tokens} tokens")
+            raise ValueError(f"prefix {self.prefix} of {quantity(self.tokens, 'token')}")
 
 
 def _tensors(header: PredictorHeader) -> dict[str, TensorSpec]:
@@ -244,26 +265,30 @@ def fit_predictor(
         RuntimeError: in inference mode.
     Source: Patch Ranking, arXiv 2409.14607, section 3.2; the target and the numbers are those of its released code.
     """
-    check_training("fit_predictor", epochs, batch_size)
-    if not 0 < keep < 1 or not 0 <= held_out < 1:
-        raise ValueError(f"keep must be in (0, 1) and held_out in [0, 1), got {keep} and {held_out}")
-    check_positive(lr=lr)
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin must be a finite number from 0, got {margin}")
+    check_training("fit_predictor", epochs, batch_size, seed, progress, lr=lr)
+    if not isinstance(rankings, Rankings):
+        raise TypeError(f"rankings must be Rankings, as golden_ranking returns, got {describe(rankings)}")
+    check_range("keep", keep, 0, 1, "()")
+    check_range("held_out", held_out, 0, 1, "[)")
+    check_range("margin", margin, 0, math.inf, "[)")
+    check_range("weight_decay", weight_decay, 0, math.inf, "[)")
+    device = check_device(device)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rankings.ranks), generator=generator)
     test, train = order[: round(held_out * len(order))], order[round(held_out * len(order)) :]
     if not len(train):
-        raise ValueError(f"rankings must hold at least one image that is not held out, got {len(order)} images")
+        raise ValueError(
+            f"rankings must hold at least one image that is not held out, got {quantity(len(order), 'image')}"
+        )
     num_invalid = int((~rankings.features.isfinite()).flatten(1).any(1).sum())
     if num_invalid:
-        raise ValueError(f"rankings must have finite features, got {num_invalid} images with others")
+        raise ValueError(f"rankings must have finite features, got {quantity(num_invalid, 'image')} with others")
     _, tokens, channels = rankings.features.shape
     about = rankings.about
     prefix, patches = about["prefix"], rankings.ranks.shape[1]
     num_removed = patches - math.ceil(keep * patches)
     if not num_removed:
-        raise ValueError(f"keep must remove at least one of {patches} patches, got {keep}")
+        raise ValueError(f"keep must remove at least one of {quantity(patches, 'patch')}, got {keep}")
     with seeded(seed):
         predictor = RankPredictor(
             tokens, prefix, about["block"], channels=channels, token_hidden=token_hidden, channel_hidden=channel_hidden,
@@ -311,8 +336,16 @@ def overlap(scores: Tensor, ranks: Tensor, gone: int) -> float:
     """The share of the `gone` patches that a ranking (n,P) removes first that also have the lowest scores (n,P).
 
     The expected value of a random order is gone / P. Of equal scores the lower index stays, as in pruning.
+
+    Raises:
+        TypeError: scores or ranks are no tensors.
+        ValueError: their shapes do not fit, or `gone` is no int from 1 to P.
     """
+    check_tensors(scores=scores, ranks=ranks)
+    if scores.ndim != 2 or scores.shape != ranks.shape or not len(scores):
+        raise ValueError(f"scores and ranks must be (n,P) of one size, got {shape_of(scores)} and {shape_of(ranks)}")
     patches = ranks.shape[1]
+    check_int("gone", gone, 1, patches, "P")
     lowest = strongest_first(scores)[:, patches - gone :]
     return float((ranks.gather(1, lowest) >= patches - gone).double().mean())
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from clipkernels.files import digest_table, sweep
 from clipkernels.formats import Count, Fingerprint, Format, Line, Size, TensorSpec
 from clipkernels.heads import ZeroShot
+from clipkernels.messages import quantity
 from clipkernels.state_files import read_state, write_state
 
 
@@ -64,7 +65,7 @@ def _check(header: RankingOptions, tensors: Mapping[str, Tensor]) -> None:
     ranks = tensors["ranks"].sort(1).values
     wrong = int((ranks != torch.arange(ranks.shape[1])).any(1).sum())
     if wrong:
-        raise ValueError(f"{wrong} of {len(ranks)} rows of ranks that repeat a rank")
+        raise ValueError(f"{wrong} of {quantity(len(ranks), 'row')} of ranks that repeat a rank")
 
 
 FORMAT = Format("clipkernels.rankings.2", "rankings, as golden_ranking writes them", RankingOptions, _tensors, _check)

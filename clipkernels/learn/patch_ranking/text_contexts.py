@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipkernels.messages import quantity
+
 
 def text_tower(model: Any) -> Any:
     """The module that holds the blocks of a text tower.
@@ -62,8 +64,8 @@ def check_prompts(model: Any, ids: Tensor, sizes: Sequence[int], count: int) -> 
     classes = [sorted(map(tuple, rows.tolist())) for rows in remaining.split(list(sizes))]
     if not remaining.shape[1] or replaces_end or any(one in classes[:index] for index, one in enumerate(classes)):
         raise ValueError(
-            f"prompts must differ after their first {count} tokens, which the contexts replace, and be longer: use "
-            'templates such as "a photo of a {}."'
+            f"prompts must differ after their first {quantity(count, 'token')}, which the contexts replace, and be "
+            'longer: use templates such as "a photo of a {}."'
         )
 
 

@@ -9,6 +9,7 @@ a reconstruction: the paper does not state the number of tokens or the depth, so
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,14 +25,15 @@ from clipkernels import adapters
 from clipkernels.adapters import Tower
 from clipkernels.adapters.text import find_text_encoder
 from clipkernels.adapters.tokenizers import Tokenizer, ids_of
-from clipkernels.arguments import check_positive
-from clipkernels.classifier import check_clip, class_embeddings, eval_mode
-from clipkernels.encode import encode_image
+from clipkernels.arguments import check_flags, check_int, check_mapping, check_range, check_tensors, describe
+from clipkernels.classifier import check_clip, check_prompt_lists, class_embeddings, eval_mode
+from clipkernels.encode import check_images_list, encode_image
 from clipkernels.fingerprint import check_fingerprint, digest_of, fingerprint, fingerprinted_module
 from clipkernels.formats import Count, Fingerprint, Format, Size, TensorSpec
 from clipkernels.heads.arguments import check_labels
 from clipkernels.learn.checkpoints import check_training, load_module, save_module, seeded, weight_specs
 from clipkernels.learn.patch_ranking.text_contexts import check_prompts, first_words, injected_contexts, text_tower
+from clipkernels.messages import quantity
 from clipkernels.methods import PatchRanking
 from clipkernels.patching import patched
 
@@ -48,7 +50,7 @@ class VisualTokens(nn.Module):
         text_width: width of the text tower for tokens that are maps of its contexts; 0 for free tokens.
         about: properties of the towers: "tower" and "text", their fingerprints.
     Raises:
-        ValueError: a count or depth below one.
+        ValueError: a count, depth or width below one, or numbers that are no ints.
     Source: Patch Ranking, arXiv 2409.14607, section 3.3; MaPLe, arXiv 2210.03117.
     """
 
@@ -56,8 +58,10 @@ class VisualTokens(nn.Module):
         self, count: int, depth: int, width: int, text_width: int = 0, *, about: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
-        if min(count, depth) < 1:
-            raise ValueError(f"count and depth must be at least one, got {count} and {depth}")
+        for name, value in (("count", count), ("depth", depth), ("width", width)):
+            check_int(name, value, 1)
+        check_int("text_width", text_width, 0)
+        check_mapping(about={} if about is None else about)
         self.count, self.depth, self.width, self.text_width = count, depth, width, text_width
         self.about = dict(about or {})
         if text_width:
@@ -79,6 +83,7 @@ class VisualTokens(nn.Module):
             ValueError: a text tower without open_clip's or OpenAI's blocks, or another one than in training;
                 prompts that do not differ after the replaced words.
         """
+        check_prompt_lists(prompts)
         if not self.text_width:
             return class_embeddings(model, tokenizer, prompts)
         if "text" in self.about:
@@ -93,8 +98,8 @@ class VisualTokens(nn.Module):
         """Raise ValueError unless these tokens were trained for the tower."""
         if self.width != tower.width or self.depth > len(tower.blocks):
             raise ValueError(
-                f"the learnt tokens are for a tower of width {self.width} and at least {self.depth} blocks, got width "
-                f"{tower.width} and {len(tower.blocks)} blocks"
+                f"the learnt tokens are for a tower of width {self.width} and at least "
+                f"{quantity(self.depth, 'block')}, got width {tower.width} and {quantity(len(tower.blocks), 'block')}"
             )
         if "tower" in self.about:
             check_fingerprint(self.about["tower"], fingerprinted_module(tower), "the learnt tokens", self.about)
@@ -213,8 +218,15 @@ def fit_tokens(
         RuntimeError: in inference mode.
     Source: Patch Ranking, arXiv 2409.14607, section 3.3; the numbers are MaPLe's, arXiv 2210.03117.
     """
-    check_training("fit_tokens", epochs, batch_size)
-    check_positive(lr=lr, scale=scale)
+    check_training("fit_tokens", epochs, batch_size, seed, progress, lr=lr, scale=scale)
+    check_int("count", count, 1)
+    check_int("depth", depth, 1)
+    check_flags(coupled=coupled)
+    check_range("weight_decay", weight_decay, 0, math.inf, "[)")
+    if not isinstance(method, PatchRanking):
+        raise TypeError(f"method must be a PatchRanking, got {describe(method)}")
+    check_images_list(images)
+    check_prompt_lists(prompts)
     check_clip(model)
     tower = adapters.find_tower(model)
     like = tower.like
@@ -250,7 +262,9 @@ def fit_tokens(
                 if coupled:
                     with injected_contexts(model, tokens.context):
                         text = _class_embeddings(model, ids, sizes)
-                pixels = torch.stack([images[index] for index in batch.tolist()]).to(like)
+                chosen = {f"images[{index}]": images[index] for index in batch.tolist()}
+                check_tensors(**chosen)
+                pixels = torch.stack(list(chosen.values())).to(like)
                 logits = scale * normalize(encode_image(model, pixels).embedding) @ text.T
                 loss = cross_entropy(logits, labels[batch.to(like.device)])
                 optimizer.zero_grad()

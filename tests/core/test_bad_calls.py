@@ -1,0 +1,306 @@
+"""Arguments of a wrong type: every public class and function raises one line that names the argument."""
+
+import inspect
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import clipkernels as ck
+from clipkernels.data import digits, scenes
+from clipkernels.data.tokenizer import ByteTokenizer
+from clipkernels.learn import distill, patch_ranking
+from clipkernels.learn.calip_fs import FewShotCALIP
+from clipkernels.messages import quantity
+from tests.bad_values import BAD
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WIDTH, CLASSES, PROMPTS = 8, 3, {"cat": ["a cat."], "dog": ["a dog."], "ship": ["a ship."]}
+# The arguments that take a bad value, of any callable or of one.
+NUMBERS = {"alpha", "beta", "beta2", "beta3", "gamma", "strength", "bias", "scale", "margin", "weight_decay"}
+FLAGS = {"fuse", "proportional", "self_vote", "frozen", "exact", "cls_path", "source", "regions", "words", "coupled",
+         "held_out", "encode_image.tokens"}  # fmt: skip
+CALLABLE = {"progress", "tokenizer", "join", "head"}
+TAKEN = {
+    "None": {
+        "about", "anchors", "answers", "beta2", "beta3", "bias", "block", "blocks", "capacity", "device", "method",
+        "prior", "progress", "seed", "signal", "temperature", "texts", "text_mask", "text_pooled", "visual_mask",
+        "visual_pooled", "weight", "Reservoir.strength", "Reservoir.beta", "PatchRanking.tokens",
+        "TargetedDistillation.text", "TargetedDistillation.visual", "TargetedDistillation.__call__.text",
+        "TargetedDistillation.__call__.visual", "Teacher.__call__.images", "TeacherCache.__call__.images",
+        "TeacherFeatures.align.words", "TeacherFeatures.align.regions", "RankPredictor.__call__.prefix",
+        "ByteTokenizer.__call__.context_length",
+    },
+    "True": FLAGS,
+    "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
+    "-1": {"TipAdapter.alpha", "TipX.alpha", "beta", "beta2", "beta3", "gamma", "Reservoir.strength", "bias", "scale",
+           "inflect"},
+    "infinity": {"TargetedDistillation.temperature"},
+    "a list": {"grid"},
+    "a tuple": {"fit_tokens.images", "golden_ranking.images"},  # three images and two labels
+    "a dict": {"about", "classes", "texts", "answers"},  # iterables of strings
+    "a str": {"ByteTokenizer.__call__.texts", "folder"},
+    "a long str": {"ByteTokenizer.__call__.texts", "folder"},
+    "a module": CALLABLE,
+    "a type": CALLABLE - {"head"},
+}  # fmt: skip
+
+
+def normal(*size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def model() -> Any:
+    return ck.bundled()[0]
+
+
+def tokenizer() -> Any:
+    return ck.bundled()[2]
+
+
+@cache
+def teacher() -> Any:
+    return distill.Teacher(model(), tokenizer())
+
+
+def images() -> torch.Tensor:
+    return normal(2, 3, 32, 32)
+
+
+def encoded() -> ck.Encoded:
+    return ck.Encoded(normal(3, WIDTH), normal(3, 5, WIDTH), normal(3, 4, 6))
+
+
+def text() -> torch.Tensor:
+    return normal(CLASSES, WIDTH)
+
+
+def labels(n: int = 3) -> torch.Tensor:
+    return torch.arange(n)
+
+
+def tip() -> dict[str, Any]:
+    return {"text": text(), "features": normal(3, WIDTH), "labels": labels(), "alpha": 1.0, "beta": 1.0, "scale": 9.0}
+
+
+def rankings() -> patch_ranking.Rankings:
+    ranks = torch.stack([torch.randperm(16) for _ in range(4)])
+    return patch_ranking.Rankings(ranks, normal(4, 17, 64), {"prefix": 1, "block": 2})
+
+
+def training(**more: Any) -> dict[str, Any]:
+    return {"epochs": 1, "batch_size": 2, "lr": 0.1, "seed": 0, "progress": None, **more}
+
+
+def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Every public callable by name, with arguments that it takes."""
+    predictor = patch_ranking.RankPredictor(65)
+    features = distill.TeacherFeatures(
+        normal(2, 4), normal(2, 4), normal(2, 5, 4), normal(2, 6, 4), answers=normal(2, 3, 4)
+    )
+    student = {"text": normal(2, 6, 7), "text_pooled": normal(2, 7), "text_mask": torch.ones(2, 6).bool(),
+               "prior": torch.ones(2, 6), "visual": normal(2, 5, 9), "visual_pooled": normal(2, 9),
+               "visual_mask": torch.ones(2, 5).bool(), "logits": normal(2, 3), "labels": labels(2)}  # fmt: skip
+    cache_of = distill.TeacherCache(folder, teacher())
+    classifier = ck.Classifier(model(), tokenizer(), list(PROMPTS))
+    sequence = {"tokens": 65, "blocks": 12, "prefix": 1}
+    inputs = {"images": images(), "texts": ["a", "b"], "answers": ["c"], "regions": True, "words": True}
+    return {
+        "EViT": (ck.EViT, {"keep": 0.5, "blocks": (1,), "fuse": True, "score": "cls", "seed": 0, "multiple": 1}),
+        "TCA": (
+            ck.TCA, {"rate": 0.1, "blocks": (1,), "centers": 2, "score": "rank", "seed": 0, "multiple": 1},
+        ),
+        "ToMe": (ck.ToMe, {"r": 3, "inflect": 0.0, "proportional": True}),
+        "PatchRanking": (
+            ck.PatchRanking, {"predictor": predictor, "keep": 0.5, "block": 3, "tokens": None, "multiple": 1},
+        ),
+        **{f"{type(method).__name__}.plan": (method.plan, sequence) for method in (
+            ck.Dense(), ck.EViT(0.5), ck.TCA(0.1), ck.ToMe(3), ck.PatchRanking(predictor))},
+        "Prune": (ck.Prune, {"keep": 3, "fuse": True, "signal": "cls", "seed": 0}),
+        "Merge": (ck.Merge, {"r": 3, "proportional": True, "signal": "keys"}),
+        "Condense": (ck.Condense, {"keep": 3, "merge": 3, "centers": 2, "heads": "mean", "first": 0, "signal": "cls"}),
+        "Predict": (ck.Predict, {"keep": 3, "macs": 0}),
+        "Plan": (ck.Plan, {"steps": (None,), "entry": 9, "prefix": 1, "learnt": 0}),
+        "Plan.gmacs": (
+            ck.Plan((None,), 9).gmacs, {"width": 8, "patch": 8, "out": 8, "exact": False, "mlp_ratio": 4.0},
+        ),
+        "ZeroShot": (ck.ZeroShot, {"text": text(), "scale": 9.0, "bias": 1.0}),
+        "ZeroShot.__call__": (ck.ZeroShot(text()), {"features": normal(2, WIDTH)}),
+        "CALIP": (ck.CALIP, {"text": text(), "alpha": 0.5, "beta2": 1.0, "beta3": 1.0, "preset": "dtd", "scale": 9.0}),
+        "CALIP.__call__": (ck.CALIP(text()), {"features": encoded()}),
+        "CALIP.fit": (ck.CALIP(text()).fit, {"features": encoded(), "labels": labels()}),
+        "Reservoir": (
+            ck.Reservoir,
+            {
+                "text": text(), "preset": "dtd", "capacity": 3, "temperature": 1.0, "strength": 1.0, "beta": 1.0,
+                "evict": "fifo", "correction": "exp", "anchors": "seen", "self_vote": True, "frozen": False,
+                "scale": 9.0,
+            },
+        ),
+        "Reservoir.__call__": (ck.Reservoir(text()), {"features": encoded()}),
+        "TipAdapter": (ck.TipAdapter, tip()),
+        "TipX": (ck.TipX, {**tip(), "gamma": 1.0, "tau": 0.5, "reduce": "mean"}),
+        "TipAdapter.__call__": (ck.TipAdapter(**tip()), {"features": normal(2, WIDTH)}),
+        "TipAdapter.update": (ck.TipAdapter(**tip()).update, {"features": normal(3, WIDTH), "labels": labels()}),
+        **{f"{head.__name__}.fit": (
+            head(**tip()).fit, {"features": normal(3, WIDTH), "labels": labels(), "grid": (2.0, 2.0)},
+        ) for head in (ck.TipAdapter, ck.TipX)},
+        "FewShotCALIP": (FewShotCALIP, {"text": text(), "alpha": 0.5, "beta2": 1.0, "beta3": 1.0, "scale": 9.0}),
+        "FewShotCALIP.__call__": (FewShotCALIP(text()), {"features": encoded()}),
+        "FewShotCALIP.fit": (FewShotCALIP(text()).fit, training(features=encoded(), labels=labels())),
+        "Classifier": (
+            ck.Classifier,
+            {
+                "model": model(), "tokenizer": tokenizer(), "classes": list(PROMPTS), "templates": ["a {}."],
+                "method": None, "head": ck.ZeroShot,
+            },
+        ),
+        "Classifier.__call__": (classifier, {"images": images()}),
+        "Classifier.probabilities": (classifier.probabilities, {"logits": normal(2, 3)}),
+        "encode_image": (
+            ck.encode_image,
+            {
+                "model": model(), "images": images(), "tokens": False, "cls_path": False, "source": False,
+                "anchors": None,
+            },
+        ),
+        "patch": (ck.patch, {"model": model(), "method": ck.Dense()}),
+        **{name: (getattr(ck, name), {"model": model()}) for name in ("unpatch", "method_of", "tower_of")},
+        "patched": (lambda model, method: ck.patched(model, method).__enter__(), {
+            "model": model(), "method": ck.Dense(),
+        }),
+        "RankPredictor": (
+            patch_ranking.RankPredictor,
+            {
+                "tokens": 9, "prefix": 1, "block": 3, "channels": 4, "token_hidden": 4, "channel_hidden": 4,
+                "eps": 1e-5, "about": None,
+            },
+        ),
+        "RankPredictor.__call__": (predictor, {"x": normal(2, 65, 64), "prefix": 1}),
+        "VisualTokens": (
+            patch_ranking.VisualTokens, {"count": 2, "depth": 2, "width": 8, "text_width": 0, "about": None},
+        ),
+        "fit_predictor": (
+            patch_ranking.fit_predictor,
+            training(
+                rankings=rankings(), keep=0.5, held_out=0.0, margin=0.0, weight_decay=0.0, token_hidden=4,
+                channel_hidden=4, eps=1e-5, device="cpu",
+            ),
+        ),
+        "fit_tokens": (
+            patch_ranking.fit_tokens,
+            training(
+                model=model(), tokenizer=tokenizer(), prompts=PROMPTS, images=images(), labels=labels(2),
+                method=ck.PatchRanking(predictor), count=1, depth=1, coupled=False, weight_decay=0.0, scale=9.0,
+            ),
+        ),
+        "golden_ranking": (
+            patch_ranking.golden_ranking,
+            {
+                "model": model(), "images": images(), "score": "label", "text": normal(CLASSES, 128),
+                "labels": [0, 1], "window": 8, "stride": 8, "step": 64, "block": 3, "batch_size": 4, "progress": None,
+            },
+        ),
+        "overlap": (patch_ranking.overlap, {"scores": normal(2, 9), "ranks": torch.arange(18).view(2, 9), "gone": 3}),
+        "Teacher": (distill.Teacher, {"model": model(), "tokenizer": tokenizer(), "join": "{} {}"}),
+        "Teacher.__call__": (teacher(), inputs),
+        "TeacherCache": (
+            distill.TeacherCache,
+            {"folder": folder, "teacher": teacher(), "dtype": torch.float16, "batch_size": 4},
+        ),
+        "TeacherCache.__call__": (cache_of, {**inputs, "device": "cpu"}),
+        "TeacherCache.add": (
+            cache_of.add, {"images": images(), "texts": ["a"], "regions": True, "words": True, "progress": None},
+        ),
+        "TargetedDistillation": (
+            distill.TargetedDistillation,
+            {
+                "teacher": 4, "text": 7, "visual": 9, "keep": 0.4, "temperature": 0.1, "weight": "ratio", "scale": 9.0,
+                "strength": 1.0,
+            },
+        ),
+        "TargetedDistillation.__call__": (distill.TargetedDistillation(4, 7, 9), {"features": features, **student}),
+        "TeacherFeatures.align": (features.align, {"words": torch.zeros(3).long(), "regions": torch.zeros(3).long()}),
+        "align_words": (distill.align_words, {"student_pieces": ["a"], "teacher_pieces": ["a"]}),
+        "align_grid": (distill.align_grid, {"student": (2, 2), "teacher": (3, 3)}),
+        "scenes.draw": (scenes.draw, {"n": 1, "seed": 0, "pairs": (0,)}),
+        "digits.draw": (digits.draw, {"n": 1, "seed": 0, "held_out": True}),
+        "ByteTokenizer": (ByteTokenizer, {"context_length": 8}),
+        "ByteTokenizer.__call__": (ByteTokenizer(), {"texts": "a", "context_length": 8}),
+    }  # fmt: skip
+
+
+EXEMPT = {
+    *("Dense", "Encoded", "bundled", "UnsupportedTower", "Method", "Head"),  # without arguments that can be checked
+    *("Fitted", "FittedTokens", "Rankings", "Distilled", "TeacherFeatures"),  # results
+}
+
+
+@pytest.fixture(scope="module")
+def every_call(tmp_path_factory):
+    return calls(str(tmp_path_factory.mktemp("cache")))
+
+
+def test_every_public_callable_is_tried(every_call):
+    modules = (ck, ck.heads, distill, patch_ranking)
+    public = {name for module in modules for name in module.__all__ if callable(getattr(module, name))}
+    assert public - EXEMPT <= set(every_call)
+    for name, (call, arguments) in every_call.items():
+        signature = inspect.signature(call if isinstance(call, type) else getattr(call, "forward", call))
+        assert set(arguments) == set(signature.parameters) - {"path", "reader"}, name
+        call(**arguments)
+        ck.unpatch(model())
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_value_is_one_line_that_names_the_argument(every_call, bad):
+    for name, (call, arguments) in every_call.items():
+        for argument in arguments:
+            if {argument, f"{name}.{argument}"} & TAKEN.get(bad, set()):
+                continue
+            with pytest.raises((TypeError, ValueError)) as caught:
+                call(**{**arguments, argument: BAD[bad]()})
+                pytest.fail(f"{name} takes {bad} for {argument}")
+            message = str(caught.value)
+            assert argument in message or message.startswith("expected "), (name, argument, message)
+            assert "\n" not in message and len(message) < 400, (name, argument, message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_are_refused(value):
+    wrong = text()
+    wrong[1, 2] = value
+    makers = (ck.ZeroShot, ck.CALIP, ck.Reservoir, FewShotCALIP, lambda x: ck.TipAdapter(x, x[:0], labels(0)))
+    for make in makers:
+        with pytest.raises(ValueError, match="text must be finite, got 1 of 3 rows that are not"):
+            make(wrong)
+    with pytest.raises(ValueError, match="features must be finite, got 1 of 3 rows that are not"):
+        ck.TipX(text(), wrong, labels())
+    for ints in (torch.ones(3, 8, dtype=torch.int64), torch.ones(3, 8, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=f"text must be of a floating dtype, got {ints.dtype}"):
+            ck.ZeroShot(ints)
+        with pytest.raises(ValueError, match=f"features must be of a floating dtype, got {ints.dtype}"):
+            ck.ZeroShot(text())(ints)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[0, 1, 2], torch.ones(3), torch.zeros(3, 1, dtype=torch.int64), torch.tensor([0, 1, 3])]
+)
+def test_labels_are_int64_and_within_the_classes(wrong):
+    for call, features in (
+        (lambda f, y: ck.TipAdapter(text(), f, y), normal(3, WIDTH)),
+        (ck.CALIP(text()).fit, encoded()),
+        (FewShotCALIP(text()).fit, encoded()),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"^labels must be "):
+            call(features, wrong)
+
+
+def test_a_count_agrees_with_its_noun():
+    counts = [quantity(number, noun) for number in (0, 1, 2) for noun in ("image", "class", "patch")]
+    assert counts == ["0 images", "0 classes", "0 patches", "1 image", "1 class", "1 patch", "2 images", "2 classes",
+                      "2 patches"]  # fmt: skip
+    with pytest.raises(ValueError, match="block 0 must keep 0 to 1 patch, got 3"):
+        ck.Plan((ck.Prune(3),), 2)
