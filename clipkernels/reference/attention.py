@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import Heads, reduce_heads
+from clipkernels.reference.targeted_l1 import needs_static_shapes
 
 # Rows of attention computed at once for the signal "received".
 ROWS = 128
@@ -51,7 +52,13 @@ def hide_absent(x: Tensor, size: Tensor | None) -> Tensor:
 
     A probability of 0 would not do, because 0·NaN is NaN, in a result or in a gradient.
     """
-    return x if size is None else x.masked_fill((size == 0)[:, None, :, None], 0)
+    if size is None:
+        return x
+    absent = size == 0
+    # Mostly there is none, and copies of k and v cost a fifth of the attention. A GPU would have to be waited for.
+    if size.device.type == "cpu" and not needs_static_shapes(x, size) and not absent.any():
+        return x
+    return x.masked_fill(absent[:, None, :, None], 0)
 
 
 def _bias(size: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:

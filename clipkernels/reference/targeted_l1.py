@@ -21,11 +21,11 @@ DEVICE_CHUNK_ELEMENTS = 2**21
 
 def targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     with autocast_disabled(student):
-        form = _dense_distance if _needs_static_shapes(student, teacher, projection, weights, mask) else _Distance.apply
+        form = _dense_distance if needs_static_shapes(student, teacher, projection, weights, mask) else _Distance.apply
         return form(student, teacher, projection, weights, mask)
 
 
-def _needs_static_shapes(*tensors: Tensor) -> bool:
+def needs_static_shapes(*tensors: Tensor) -> bool:
     """Return true if no shape may depend on the mask: in a traced graph, under torch.func, or without real data."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
         return True
