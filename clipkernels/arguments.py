@@ -7,12 +7,13 @@ alone, because elsewhere the host would wait for the device.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipkernels.backend import transform_obstacle
 from clipkernels.custom_ops import can_skip_dispatcher
@@ -83,11 +84,36 @@ def check_choice(name: str, value: Any, *choices: str | None) -> None:
         raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {describe(value)}")
 
 
+def check_path(**values: Any) -> None:
+    """Raise TypeError unless every value is a path or None."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            raise TypeError(f"{name} must be a path, got {describe(value)}")
+
+
+def check_names(**values: Any) -> None:
+    """Raise TypeError unless every value is text or None."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} must be text or None, got {describe(value)}")
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError unless the model is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {describe(model)}")
+
+
 def check_callable(**values: Any) -> None:
     """Raise TypeError unless every value is callable or None."""
+    check_calls(**{name: value for name, value in values.items() if value is not None})
+
+
+def check_calls(**values: Any) -> None:
+    """Raise TypeError unless every value is callable."""
     for name, value in values.items():
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} must be callable or None, got {describe(value)}")
+        if not callable(value):
+            raise TypeError(f"{name} must be callable, got {describe(value)}")
 
 
 def check_device(device: Any) -> torch.device:

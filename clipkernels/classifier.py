@@ -17,7 +17,7 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.logits import logits_of
 from clipkernels.adapters.text import find_text_encoder
 from clipkernels.adapters.tokenizers import Tokenizer, find_cut, ids_of
-from clipkernels.arguments import check_mapping, check_tensors, describe, is_list, shape_of
+from clipkernels.arguments import check_mapping, check_model, check_tensors, describe, is_list, shape_of
 from clipkernels.encode import check_images, encode_image
 from clipkernels.heads import Head, ZeroShot
 from clipkernels.messages import list_names
@@ -225,6 +225,7 @@ def prompt_embeddings(model: Any, tokenizer: Tokenizer, prompts: Mapping[str, Se
         UnsupportedTower: the model encodes no text.
         ValueError: the tokenizer does not return ids (n,T).
     """
+    check_model(model)
     prompts = check_prompt_lists(prompts)
     sentences = [(name, sentence) for name, group in prompts.items() for sentence in group]
     device, encoder = next(model.parameters()).device, find_text_encoder(model)
@@ -274,16 +275,16 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     return classes
 
 
-def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+def check_templates(templates: Sequence[str], name: str = "templates") -> tuple[str, ...]:
     """Templates as a tuple. Raise ValueError unless there is at least one and each has a `{}`."""
     if isinstance(templates, str):
-        raise ValueError(f"templates must be a list of prompts, got the string {describe(templates)}")
+        raise ValueError(f"{name} must be a list of prompts, got the string {describe(templates)}")
     if not isinstance(templates, Iterable) or isinstance(templates, Tensor):
-        raise TypeError(f"templates must be a list of prompts, got {describe(templates)}")
+        raise TypeError(f"{name} must be a list of prompts, got {describe(templates)}")
     templates = tuple(templates)
     if not templates:
-        raise ValueError("templates must hold at least one prompt, got none")
+        raise ValueError(f"{name} must hold at least one prompt, got none")
     for template in templates:
         if not isinstance(template, str) or "{}" not in template:
-            raise ValueError(f"templates must hold {{}} in place of the class name, got {describe(template)}")
+            raise ValueError(f"{name} must hold {{}} in place of the class name, got {describe(template)}")
     return templates

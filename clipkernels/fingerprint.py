@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels.adapters import Tower
+from clipkernels.arguments import check_model
 
 WEIGHT_VALUES, PROBE_VALUES = 4096, 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,6 +36,7 @@ def fingerprint(model: nn.Module, half: Literal["image", "text"] = "image") -> d
     fingerprint does not depend on the device, nor on a patch. The text half is everything outside the image tower
     except logit scales, logit biases and a caption decoder.
     """
+    check_model(model)
     states = {
         name.replace("_orig_mod.", ""): tensor
         for name, tensor in sorted(model.state_dict().items())

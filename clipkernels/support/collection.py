@@ -20,6 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels.adapters.tokenizers import Tokenizer
+from clipkernels.arguments import (
+    check_callable,
+    check_calls,
+    check_flags,
+    check_int,
+    check_names,
+    check_path,
+    check_range,
+)
 from clipkernels.classifier import prompt_embeddings
 from clipkernels.data import Preprocess
 from clipkernels.files import hash_of
@@ -107,11 +116,17 @@ def retrieve(
     Source: SuS-X, arXiv 2211.16198, section 3.1 (LC); the index is the user's own instead of LAION-5B's.
     """
     prompts = check_prompts(prompts)
-    for option, count in {"per_class": per_class, **({} if limit is None else {"limit": limit})}.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{option} must be a positive int, got {count!r}")
-    if minimum is not None and not -1 <= minimum <= 1:
-        raise ValueError(f"minimum must be a cosine, from -1 to 1, got {minimum!r}")
+    counts = {"per_class": per_class, "batch_size": batch_size, **({} if limit is None else {"limit": limit})}
+    for option, count in counts.items():
+        check_int(option, count, 1)
+    check_int("seed", seed, 0)
+    if minimum is not None:
+        check_range("minimum", minimum, -1, 1)
+    check_flags(shared=shared, exif=exif)
+    check_path(cache=cache, collection=None if isinstance(collection, tuple) else collection)
+    check_names(name=name, pretrained=pretrained)
+    check_callable(progress=progress)
+    check_calls(report=report, note=note)
     faiss = _faiss()
     in_memory = isinstance(collection, tuple)
     source = "features in memory" if isinstance(collection, tuple) else str(collection)

@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
+from clipkernels.arguments import check_callable, check_calls, check_int, check_names, check_numbers, check_path
 from clipkernels.data import Preprocess
 from clipkernels.files import atomic_write, open_regular
 from clipkernels.fingerprint import fingerprint
@@ -110,12 +111,16 @@ def generate(
     Source: SuS-X, arXiv 2211.16198, section 3.1 (SD), and the settings of its released code for Stable Diffusion v1-4.
     """
     prompts = check_prompts(prompts)
-    counts = {"per_class": per_class, "steps": steps, "images_per_call": images_per_call}
+    counts = {"per_class": per_class, "steps": steps, "images_per_call": images_per_call, "batch_size": batch_size}
     for option, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{option} must be a positive int, got {count!r}")
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        raise ValueError(f"retries must be an int ≥ 0, got {retries!r}")
+        check_int(option, count, 1)
+    check_int("retries", retries, 0)
+    check_int("seed", seed, 0)
+    check_numbers(guidance=guidance)
+    check_path(folder=folder)
+    check_names(name=name, pretrained=pretrained)
+    check_callable(progress=progress)
+    check_calls(report=report)
     if isinstance(pipeline, (str, os.PathLike)):
         pipeline = load_pipeline(pipeline, next(model.parameters()).device)
     root, encoder = Path(folder), encoder_of(model, preprocess, Reader())

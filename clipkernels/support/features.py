@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.arguments import check_calls, check_model
 from clipkernels.classifier import eval_mode
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, image_shape
@@ -121,6 +122,8 @@ def encoder_of(model: nn.Module, preprocess: Preprocess, reader: Reader) -> Enco
     Raises:
         ValueError: a preprocessing with two different outputs for one image.
     """
+    check_calls(preprocess=preprocess)
+    check_model(model)
     try:
         method = method_of(model)
     except UnsupportedTower:  # a ResNet

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipkernels import classifier
 from clipkernels.adapters.tokenizers import Tokenizer
+from clipkernels.arguments import check_int, describe, is_list
 from clipkernels.classifier import check_classes, check_templates, prompts_of
 from clipkernels.formats import parse_object
 from clipkernels.images import read_bytes
@@ -35,7 +36,7 @@ QUESTIONS = (
     "Describe an image from the internet of a {}.",
     "A caption of an image of a {}:",
 )
-MIN_CHARACTERS = 5
+MIN_CHARACTERS, MAX_ANSWERS = 5, 10_000
 LINKS = ("![", "])", "](")
 """Pieces of Markdown's pictures and links, which language models answer with."""
 
@@ -75,12 +76,15 @@ def cupl(
     Source: CuPL, arXiv 2209.03320; the filter is that of SuS-X's released code.
     """
     names = check_classes(classes)
-    if callable(source):
-        questions = check_templates(questions)
+    questions = check_templates(questions, "questions")
+    check_int("answers", answers, 1, MAX_ANSWERS, "answers to a question")
+    if callable(source) and not isinstance(source, type):
         sentences_of: Mapping[str, Any] = {name: _ask(source, name, questions, answers) for name in names}
     elif isinstance(source, Mapping):
         sentences_of = source
     else:
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"source must be a file, a mapping of sentences or a callable, got {describe(source)}")
         try:
             sentences_of = parse_object(read_bytes(source).decode())
         except ValueError as error:
@@ -142,11 +146,11 @@ def check_prompts(prompts: Prompts) -> dict[str, list[str]]:
         ValueError: no classes, or a class without a list of sentences.
     """
     if not isinstance(prompts, Mapping) or not prompts:
-        raise ValueError(f"prompts must be a mapping of classes to sentences, got {prompts!r:.100}")
+        raise ValueError(f"prompts must be a mapping of classes to sentences, got {describe(prompts)}")
     check_classes(list(prompts))
     for name, sentences in prompts.items():
-        if isinstance(sentences, str) or not sentences or not all(isinstance(sentence, str) for sentence in sentences):
-            raise ValueError(f"prompts must hold a list of sentences for {name!r}, got {sentences!r:.100}")
+        if not is_list(sentences) or not sentences or not all(isinstance(sentence, str) for sentence in sentences):
+            raise ValueError(f"prompts must hold a list of sentences for {name!r}, got {describe(sentences)}")
     return {name: list(sentences) for name, sentences in prompts.items()}
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clipkernels.arguments import check_callable, check_calls, check_flags, check_int, check_path
 from clipkernels.data import Preprocess
 from clipkernels.files import hash_of
 from clipkernels.fingerprint import check_fingerprint
@@ -93,6 +94,8 @@ class SupportSet(NamedTuple):
                 changed since it was encoded, or an image that is not copied although this call would remove it.
             OSError: a file cannot be read or written.
         """
+        check_path(folder=folder)
+        check_flags(copy=copy)
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         before = previous_classes(root, self.about["kind"])
@@ -130,6 +133,7 @@ class SupportSet(NamedTuple):
             ValueError: no support set or an unfinished one, a set of another tower, features that are not those of the
                 manifest, or images that were added, removed or replaced since.
         """
+        check_path(folder=folder)
         root = Path(folder)
         manifest = read_manifest(root)
         check_fingerprint(manifest["tower"], model, root, manifest)
@@ -193,6 +197,10 @@ def refresh(
         ValueError: no support set, one of another tower or without copies of its images, a class without images, or a
             file that is not an image.
     """
+    check_path(folder=folder)
+    check_int("batch_size", batch_size, 1)
+    check_callable(progress=progress)
+    check_calls(report=report)
     root = Path(folder)
     manifest = read_manifest(root)
     check_fingerprint(manifest["tower"], model, root, manifest)

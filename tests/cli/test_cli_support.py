@@ -269,7 +269,7 @@ def test_a_missing_extra_is_one_line(package: str, extra: str, tmp_path: Path, m
             ("--from-folder", "PICTURES", "--classes-file", "no"),
             "class names in --classes-file no, got an error: classes",
         ),
-        (("--from-folder", "PICTURES", "--classes", "a", "--minimum", "3"), "minimum must be a cosine"),
+        (("--from-folder", "PICTURES", "--classes", "a", "--minimum", "3"), "minimum must be a number in [-1, 1]"),
         (("--from-folder", "PICTURES", "--classes", "a", "--cache", "no/such/cache"), "got no/such"),
         (("--from-folder", "gone", "--classes", "a"), "'gone' does not exist"),
         (("--from-embeddings", __file__, "--classes", "a"), "expected a safetensors file, got"),

@@ -2,12 +2,16 @@
 
 import inspect
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import clipkernels as ck
+from clipkernels import support
 from clipkernels.data import digits, scenes
 from clipkernels.data.tokenizer import ByteTokenizer
 from clipkernels.learn import distill, patch_ranking
@@ -19,11 +23,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, CLASSES, PROMPTS = 8, 3, {"cat": ["a cat."], "dog": ["a dog."], "ship": ["a ship."]}
 # The arguments that take a bad value, of any callable or of one.
 NUMBERS = {"alpha", "beta", "beta2", "beta3", "gamma", "strength", "bias", "scale", "margin", "weight_decay"}
-FLAGS = {"fuse", "proportional", "self_vote", "frozen", "exact", "cls_path", "source", "regions", "words", "coupled",
+FLAGS = {"shared", "exif", "copy",
+         "fuse", "proportional", "self_vote", "frozen", "exact", "cls_path", "source", "regions", "words", "coupled",
          "held_out", "encode_image.tokens"}  # fmt: skip
-CALLABLE = {"progress", "tokenizer", "join", "head"}
+PATHS = {"folder", "cache", "collection", "cupl.source", "retrieve.name", "retrieve.pretrained"}
+CALLABLE = {"progress", "tokenizer", "join", "head", "report", "note", "preprocess", "source"}
 TAKEN = {
     "None": {
+        "cache", "limit", "minimum", "name", "pretrained",
         "about", "anchors", "answers", "beta2", "beta3", "bias", "block", "blocks", "capacity", "device", "method",
         "prior", "progress", "seed", "signal", "temperature", "texts", "text_mask", "text_pooled", "visual_mask",
         "visual_pooled", "weight", "Reservoir.strength", "Reservoir.beta", "PatchRanking.tokens",
@@ -35,13 +42,13 @@ TAKEN = {
     "True": FLAGS,
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
     "-1": {"TipAdapter.alpha", "TipX.alpha", "beta", "beta2", "beta3", "gamma", "Reservoir.strength", "bias", "scale",
-           "inflect"},
+           "inflect", "minimum"},
     "infinity": {"TargetedDistillation.temperature"},
     "a list": {"grid"},
     "a tuple": {"fit_tokens.images", "golden_ranking.images"},  # three images and two labels
     "a dict": {"about", "classes", "texts", "answers"},  # iterables of strings
-    "a str": {"ByteTokenizer.__call__.texts", "folder"},
-    "a long str": {"ByteTokenizer.__call__.texts", "folder"},
+    "a str": {"ByteTokenizer.__call__.texts"} | PATHS,
+    "a long str": {"ByteTokenizer.__call__.texts"} | PATHS,
     "a module": CALLABLE,
     "a type": CALLABLE - {"head"},
 }  # fmt: skip
@@ -232,6 +239,46 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     }  # fmt: skip
 
 
+def support_calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The public callables of ck.support, with arguments that they take; those that retrieve need FAISS."""
+    (tower, preprocess, tokens), photos = ck.bundled(), Path(folder, "photos")
+    photos.mkdir()
+    for index, image in enumerate(digits.draw(4, 3).images):
+        Image.fromarray(image).save(photos / f"{index}.png")
+    lines: list[str] = []
+    retrieval = {
+        "model": tower, "preprocess": preprocess, "tokenizer": tokens, "prompts": PROMPTS, "collection": str(photos),
+        "per_class": 2, "minimum": None, "shared": True, "limit": 4, "seed": 0, "exif": True,
+        "cache": str(Path(folder, "features")), "name": None, "pretrained": None, "batch_size": 4, "progress": None,
+        "report": lines.append, "note": lines.append,
+    }  # fmt: skip
+    texts = {
+        "photo": (support.photo, {"classes": list(PROMPTS), "templates": ["a {}."]}),
+        "cupl": (
+            support.cupl,
+            {
+                "classes": ["a"],
+                "source": lambda asked: ["long enough"] * len(asked),
+                "questions": ["{}?"],
+                "answers": 1,
+            },
+        ),
+        "class_embeddings": (support.class_embeddings, {"model": tower, "tokenizer": tokens, "prompts": PROMPTS}),
+    }
+    if find_spec("faiss") is None:
+        return texts
+    built = support.retrieve(**retrieval)
+    root = str(Path(folder, "set"))
+    built.save(root)
+    refreshed = {name: retrieval[name] for name in ("model", "preprocess", "batch_size", "progress", "report")}
+    return texts | {
+        "retrieve": (support.retrieve, retrieval),
+        "refresh": (support.refresh, {"folder": root, **refreshed}),
+        "SupportSet.load": (support.SupportSet.load, {"folder": root, "model": tower}),
+        "SupportSet.save": (built.save, {"folder": root, "copy": True}),
+    }
+
+
 EXEMPT = {
     *("Dense", "Encoded", "bundled", "UnsupportedTower", "Method", "Head"),  # without arguments that can be checked
     *("Fitted", "FittedTokens", "Rankings", "Distilled", "TeacherFeatures"),  # results
@@ -240,7 +287,7 @@ EXEMPT = {
 
 @pytest.fixture(scope="module")
 def every_call(tmp_path_factory):
-    return calls(str(tmp_path_factory.mktemp("cache")))
+    return calls(str(tmp_path_factory.mktemp("cache"))) | support_calls(str(tmp_path_factory.mktemp("support")))
 
 
 def test_every_public_callable_is_tried(every_call):

@@ -350,10 +350,10 @@ def test_without_diffusers_the_extra_is_named(bundled: Any, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per_class": 0}, "per_class must be a positive int, got 0"),
-        ({"steps": 1.5}, "steps must be a positive int, got 1.5"),
-        ({"images_per_call": 0}, "images_per_call must be a positive int, got 0"),
-        ({"retries": -1}, "retries must be an int ≥ 0, got -1"),
+        ({"per_class": 0}, "per_class must be an int of at least 1, got 0"),
+        ({"steps": 1.5}, "steps must be an int of at least 1, got 1.5"),
+        ({"images_per_call": 0}, "images_per_call must be an int of at least 1, got 0"),
+        ({"retries": -1}, "retries must be an int of at least 0, got -1"),
     ],
 )
 def test_wrong_arguments_of_generate_are_one_line(

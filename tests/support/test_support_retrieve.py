@@ -114,7 +114,7 @@ def test_a_larger_limit_adds_to_the_same_draw(bundled: Any, photos: Path, encode
     assert retrieve(bundled, photos, limit=10, seed=1).about["settings"] | {"collection": ""} == {
         **{"collection": "", "per_class": 100, "minimum": None, "shared": True, "limit": 10, "seed": 1}
     }
-    with pytest.raises(ValueError, match="limit must be a positive int, got 0"):
+    with pytest.raises(ValueError, match="limit must be an int of at least 1, got 0"):
         retrieve(bundled, photos, limit=0)
 
 
@@ -336,9 +336,9 @@ def test_saved_features_of_another_tower_are_refused(bundled: Any, photos: Path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per_class": 0}, "per_class must be a positive int, got 0"),
-        ({"minimum": 2.0}, "minimum must be a cosine, from -1 to 1, got 2.0"),
-        ({"minimum": float("nan")}, "minimum must be a cosine"),
+        ({"per_class": 0}, "per_class must be an int of at least 1, got 0"),
+        ({"minimum": 2.0}, "minimum must be a number in [-1, 1], got 2.0"),
+        ({"minimum": float("nan")}, "minimum must be a number in [-1, 1]"),
         ({"collection": "gone"}, "got gone, which does not exist"),
         ({"collection": __file__}, "expected a safetensors file, got"),
         ({"collection": __file__, "cache": "x"}, "expected a folder of images with cache, got the file"),
