@@ -33,15 +33,15 @@ HELPERS = {
 }
 # Imports go from a later row to an earlier one, or within a row.
 LAYERS = (
-    ("plan", "messages", "files", "formats", "state_files", "layered_class"),
+    ("plan", "messages", "files", "formats", "state_files", "layered_class", "cuda_graph"),
     ("reference", "backend"),
     ("arguments", "custom_ops"),
     ("ops",),
     ("block",),
     ("adapters",),
     ("methods", "fingerprint"),
-    ("tower", "verify"),
-    ("patching", "encode"),
+    ("tower", "verify", "snapshot"),
+    ("patching", "encode", "graphs"),
     ("data",),
     ("heads",),
     ("classifier",),
