@@ -18,9 +18,8 @@ from clipkernels.adapters import Tower
 from clipkernels.backend import requested_backend
 from clipkernels.tower import SLOT, pool_of
 
-# Entries of a transformers configuration that change the output of a forward.
-_OUTPUTS = ("output_hidden_states", "output_attentions", "return_dict")
-_NO_DEFAULT = object()
+# Entries of a transformers configuration that change the output of a forward; the second has either name.
+_OUTPUTS = ("output_hidden_states", "output_attentions", "_output_attentions", "return_dict")
 
 
 class Snapshot:
@@ -73,7 +72,9 @@ class Snapshot:
     def takes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Return true for a call with images as they were captured and otherwise defaults."""
         name, defaults = self.arguments
-        passed = [key for key, value in kwargs.items() if key == name or value is not defaults.get(key, _NO_DEFAULT)]
+        passed = [
+            key for key, value in kwargs.items() if not any(value is default for default in defaults.get(key, ()))
+        ]
         if [*passed, *args[1:]] != ([] if args else [name]):
             return False
         images = args[0] if args else kwargs[name]
@@ -83,14 +84,19 @@ class Snapshot:
 
 def _settings(tower: Tower) -> tuple[Any, ...]:
     """The settings that a forward reads besides weights and method: those of the pool and the host, and the backend."""
-    config = getattr(tower.root, "config", None)
-    outputs = tuple(getattr(config, name, None) for name in _OUTPUTS)
+    config = vars(tower.root.config) if hasattr(tower.root, "config") else {}
+    outputs = tuple(config.get(name) for name in _OUTPUTS)
     return (*pool_of(tower), tower.attention, requested_backend("auto"), *outputs)
 
 
-def _arguments(root: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The name of the argument that takes the images, and the defaults of the others, those of a configuration too."""
+def _arguments(root: nn.Module) -> tuple[str, dict[str, tuple[Any, ...]]]:
+    """The name of the argument that takes the images, and the values of the others that ask for nothing.
+
+    Those are the default of the argument, and for an entry of the host's configuration its value and None.
+    """
     parameters = inspect.signature(root.forward).parameters
     config = getattr(root, "config", None)
-    configured = {name: getattr(config, name) for name in _OUTPUTS if hasattr(config, name)}
-    return next(iter(parameters)), {**{name: value.default for name, value in parameters.items()}, **configured}
+    configured = {name: (None, getattr(config, name)) for name in _OUTPUTS if hasattr(config, name)}
+    images, *others = parameters
+    defaults = {name: (parameters[name].default, *configured.get(name, ())) for name in others}
+    return images, {**configured, **defaults}

@@ -395,8 +395,11 @@ def test_a_replaced_forward_is_called(tower, images, counts):
 def test_hidden_states_of_transformers_run_eagerly(counts):
     model = _transformers("CLIPVisionModel")
     ck.graphed(model, batch_sizes=[2])
-    counts.take()
     images = torch.randn(2, 3, 32, 32)
+    counts.take()
+    model(images)
+    model(images, output_hidden_states=None)
+    assert counts.take() == ([], 2)
     assert len(model(images, output_hidden_states=True).hidden_states) == 3
     assert model(images, interpolate_pos_encoding=False).pooler_output.shape == (2, 64)
     captures, replays = counts.take()
