@@ -43,7 +43,7 @@ class Recorder:
             _CAPTURE,
             torch.cuda.device(self.device),
             torch.inference_mode(False),
-            torch.no_grad(),
+            torch.no_grad(),  # in this order, because leaving inference mode enables gradients
             torch.autocast(self.device.type, enabled=False),
         ):
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()

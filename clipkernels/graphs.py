@@ -122,7 +122,7 @@ def _uninstall(module: nn.Module) -> None:
 
 
 def _graphed_call(base: Any) -> dict[str, Any]:
-    """The layer of a graphed root's class: a call that replays a graph where one serves it."""
+    """The layer of a graphed root's class: a call that replays a graph that serves it."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -158,12 +158,14 @@ class Capture(NamedTuple):
     leaves: Sequence[Any]
     structure: Any
 
-    def run(self, images: Tensor) -> Any:
-        """The host's output of at most b images, as copies."""
+    def start(self, images: Tensor) -> None:
+        """Start the forward of at most b images."""
         batch = images.shape[0]
-        full = batch == self.inputs.shape[0]
-        (self.inputs if full else self.inputs[:batch]).copy_(images)
+        (self.inputs if batch == self.inputs.shape[0] else self.inputs[:batch]).copy_(images)
         self.replay()
+
+    def output(self, batch: int) -> Any:
+        """The host's output for the first images, as copies."""
         copies = [leaf[:batch].clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         return _pytree.tree_unflatten(copies, self.structure)
 
@@ -208,18 +210,10 @@ class Graphs:
         if size is None:
             return eager(*args, **kwargs)
         with self.lock:
-            snapshot = self._current_snapshot(root)
-            served = not self.failed and snapshot.takes(args, kwargs) and snapshot.is_idle(root)
-            if served and size not in self.captures:
-                try:
-                    self._capture(size, eager, snapshot)
-                except Exception as error:  # of the tower or of the device
-                    self.failed = True
-                    warnings.warn(f"the tower runs without CUDA graphs, because {_reason(error)}", stacklevel=3)
-            if served and not self.failed and self.recorder is not None:
-                with self.recorder.in_turn():
-                    return self.captures[size].run(images)
-        return eager(*args, **kwargs)
+            output = self._replay(size, root, images, args, kwargs)
+            if output is None and self._prepare(size, root, eager, args, kwargs):
+                output = self._replay(size, root, images, args, kwargs)
+        return eager(*args, **kwargs) if output is None else output
 
     def capture_all(self, root: nn.Module) -> None:
         """Capture every batch size, unless the tower's forward cannot be repeated now."""
@@ -237,6 +231,32 @@ class Graphs:
             self.captures.clear()
             self.snapshot = self.recorder = self.inputs = None
             self.failed = False
+
+    def _replay(
+        self, size: int, root: nn.Module, images: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The output of a call from the graph of a batch size; None if it cannot serve the call or is out of date."""
+        snapshot, capture = self.snapshot, self.captures.get(size)
+        if snapshot is None or capture is None or self.recorder is None or not snapshot.serves(root, args, kwargs):
+            return None
+        with self.recorder.in_turn():
+            # The device works during the check. A graph that is out of date reads weights that the snapshot keeps.
+            capture.start(images)
+            return capture.output(images.shape[0]) if snapshot.is_current(root) else None
+
+    def _prepare(
+        self, size: int, root: nn.Module, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
+        """Capture the tower as it is, if a graph can serve the call; return true if that is done."""
+        snapshot = self._current_snapshot(root)
+        if self.failed or size in self.captures or not snapshot.serves(root, args, kwargs):
+            return False
+        try:
+            self._capture(size, eager, snapshot)
+        except Exception as error:  # of the tower or of the device
+            self.failed = True
+            warnings.warn(f"the tower runs without CUDA graphs, because {_reason(error)}", stacklevel=4)
+        return not self.failed
 
     def _size_for(self, images: Tensor) -> int | None:
         """The batch size of the graph for images, or None."""

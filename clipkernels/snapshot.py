@@ -36,7 +36,7 @@ class Snapshot:
         # Tensors of other classes may have no address. Their `.to()` drops the graphs.
         self.plain = [tensor for tensor in self.tensors if type(tensor) in (Tensor, nn.Parameter)]
         self.addresses = list(map(Tensor.data_ptr, self.plain))
-        # No other tensor can come to have the address of one that is in use.
+        # A graph that is out of date still reads them, and no other tensor can come to have their addresses.
         self.in_use = [tensor.detach() for tensor in self.plain]
         # Without the root's, which would make a cycle. A method's modules work the same in both modes.
         self.states = [vars(module) for module in modules if module is not root]
@@ -68,6 +68,10 @@ class Snapshot:
         return not any(self.hooks) and not (
             torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), self.tensors))
         )
+
+    def serves(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Return true if a graph of this state gives what the forward would give for a call now."""
+        return self.takes(args, kwargs) and self.is_idle(root)
 
     def takes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Return true for a call with images as they were captured and otherwise defaults."""
