@@ -14,6 +14,7 @@ if _TYPE_CHECKING:
     from clipkernels.classifier import Classifier
     from clipkernels.data import bundled
     from clipkernels.encode import Encoded, encode_image
+    from clipkernels.graphs import graphed, ungraphed
     from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
     from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
     from clipkernels.patching import method_of, patch, patched, tower_of, unpatch
@@ -44,6 +45,7 @@ __all__ = [
     "bundled",
     "data",
     "encode_image",
+    "graphed",
     "heads",
     "learn",
     "measure",
@@ -54,6 +56,7 @@ __all__ = [
     "support",
     "testing",
     "tower_of",
+    "ungraphed",
     "unpatch",
 ]
 
@@ -62,6 +65,7 @@ _NAMES = {
     "classifier": ("Classifier",),
     "data": ("bundled",),
     "encode": ("Encoded", "encode_image"),
+    "graphs": ("graphed", "ungraphed"),
     "heads": ("CALIP", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
     "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "ToMe"),
     "patching": ("method_of", "patch", "patched", "tower_of", "unpatch"),

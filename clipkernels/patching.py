@@ -10,7 +10,6 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from clipkernels import adapters
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.packing import pack, unpack
 from clipkernels.arguments import describe
+from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
 from clipkernels.methods import Method
 from clipkernels.plan import Plan, Predict
 from clipkernels.tower import SLOT, Slot, WeakModule, make_plan, pool_of, run_patched
@@ -93,7 +93,7 @@ def _install(tower: Tower, slot: Slot) -> None:
     if SLOT not in owner.__dict__:
         # A hook may have left the class's own forward in the instance, where it would hide the new class's.
         owner.__dict__.pop("forward", None)
-        owner.__class__ = _subclass(owner.__class__, tower.__class__)
+        add_layer(owner, Layer(0, _patched_loop, (tower.__class__,)))
     owner.__dict__[SLOT] = slot
     for host in tower.blocks:
         pack(tower.projections(host))
@@ -108,11 +108,11 @@ def unpatch(model: Model) -> Model:
     tower = adapters.find_tower(model)
     owner: Any = tower.owner
     if SLOT in owner.__dict__:
-        if "_unpatched" not in type(owner).__dict__:
+        if not has_layer(owner, _patched_loop):
             raise UnsupportedTower(f"the class of the tower was changed after patching, to {type(owner).__name__}")
         refuse_replaced(tower)
         owner.__dict__.pop("forward", None)
-        owner.__class__ = type(owner)._unpatched
+        remove_layer(owner, _patched_loop)
         del owner.__dict__[SLOT]
         for host in tower.blocks:
             unpack(tower.projections(host))
@@ -201,12 +201,8 @@ def _unpack_for_swap(owner: nn.Module) -> None:
             unpack(tower.projections(host))
 
 
-@cache
-def _subclass(base: Any, tower: Any) -> Any:
-    """A subclass of a host's class that runs the patched loop and supports pickling and copying."""
-
-    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        return _rebuild, (base, tower), self.__dict__
+def _patched_loop(base: Any, tower: Any) -> dict[str, Any]:
+    """The layer of a patched owner's class: the loop that runs the blocks, of the adapter class `tower`."""
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         _unpack_for_swap(self)
@@ -228,19 +224,5 @@ def _subclass(base: Any, tower: Any) -> Any:
         label = [] if slot is None else [f"clipkernels: {slot.method}"]
         return ", ".join([*label, *filter(None, [base.extra_repr(self)])])
 
-    namespace = {
-        "_apply": _apply,
-        "_load_from_state_dict": _load_from_state_dict,
-        "extra_repr": extra_repr,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-    }
-    return type(base.__name__, (base,), {**namespace, "_unpatched": base, **tower.overrides(run_patched)})
-
-
-def _rebuild(base: Any, tower: Any) -> nn.Module:
-    """An empty instance of a patched class; unpickling then restores its state."""
-    cls = _subclass(base, tower)
-    instance: nn.Module = cls.__new__(cls)
-    return instance
+    methods = {"_apply": _apply, "_load_from_state_dict": _load_from_state_dict, "extra_repr": extra_repr}
+    return {**methods, **tower.overrides(run_patched)}

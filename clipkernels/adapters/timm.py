@@ -42,7 +42,7 @@ def find(visual: Any) -> TimmTower | None:
     trunk = getattr(visual, "trunk", visual)
     if not isinstance(trunk, (VisionTransformer, Eva)):
         return None
-    kind: Any = getattr(type(trunk), "_unpatched", type(trunk))
+    kind: Any = getattr(type(trunk), "_host", type(trunk))
     base: Any = VisionTransformer if isinstance(trunk, VisionTransformer) else Eva
     for name in ("forward", "forward_features", "forward_intermediates"):
         if getattr(kind, name) is not getattr(base, name):

@@ -1,5 +1,6 @@
 """Tests that need a GPU: CUDA graphs, Inductor's code around the operators, and no host synchronisation."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import clipkernels as ck
 from bench import runners
+from clipkernels.graphs import GRAPHS
 from clipkernels.measure.timing import Variant, vary
 from clipkernels.testing import (
     method_id,
@@ -109,6 +111,88 @@ def test_a_tower_replays_from_a_cuda_graph(name, method):
     actual = runners.in_cuda_graph(Variant(adapter.encode, method, exact=False), images[0]).encode(images[1])
     torch.cuda.synchronize()
     torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+
+
+def assert_alike(actual, expected):
+    """Assert that two batches of bf16 embeddings differ by no more than rounding."""
+    error = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert error < 0.02, error
+
+
+@pytest.mark.parametrize("method", [ck.Dense(), ck.EViT(0.5), partial(patch_ranking, learnt=2)], ids=method_id)
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_a_graphed_tower_gives_the_eager_embedding(name, method):
+    (eager, _), (adapter, (images, others)) = tower(name, method), tower(name, method)
+    eager.root.load_state_dict(adapter.root.state_dict())
+    ck.graphed(adapter.root, batch_sizes=(1, 4))
+    graphs = vars(adapter.root)[GRAPHS]
+
+    def captured_after(change):
+        for root in (eager.root, adapter.root):
+            change(root)
+        first, kept = adapter.encode(images), adapter.encode(images).clone()
+        expected = eager.encode(others)  # rounding depends on the batch size, and choices on rounding
+        for actual in (adapter.encode(others), adapter.encode(others[:3])):  # the second is padded
+            assert_alike(actual, expected[: len(actual)])
+        assert_alike(adapter.encode(images[:1]), eager.encode(images[:1]))
+        assert torch.equal(first, kept) and graphs.captures.keys() == {1, 4} and not graphs.failed
+        return [capture.replay for capture in graphs.captures.values()]
+
+    def scale(root):
+        for parameter in root.parameters():
+            parameter.mul_(0.9)
+
+    def move(root):
+        for parameter in root.parameters():
+            parameter.data = parameter.data * 1.1
+
+    once = captured_after(lambda root: None)
+    assert captured_after(scale) == once
+    assert captured_after(move) != once
+    captured_after(ck.unpatch)
+
+
+@torch.no_grad()
+def test_threads_and_streams_share_the_graphs_of_a_tower():
+    adapter, images = tower("open_clip ViT-B-32", ck.EViT(0.5))
+    batches = [images.flatten(0, 1)[start : start + size] for start in range(4) for size in (1, 4)]
+    expected = [adapter.encode(batch) for batch in batches]
+    ck.graphed(adapter.root, batch_sizes=(1, 4))
+
+    def encode(batch):
+        stream = torch.cuda.Stream()
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            results = [adapter.encode(batch) for _ in range(20)]
+        stream.synchronize()
+        return results
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(4) as pool:
+        for results, other in zip(pool.map(encode, batches), expected, strict=True):
+            for one in results:
+                assert_alike(one, other)
+
+
+def test_a_graphed_tower_trains_and_moves():
+    adapter, (images, _) = tower("open_clip ViT-B-32", ck.ToMe(4))
+    ck.graphed(adapter.root, batch_sizes=(4,))
+    adapter.encode(images).float().sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.owner.parameters())
+    graphs = vars(adapter.root)[GRAPHS]
+    with torch.no_grad():
+        expected = adapter.encode(images)
+        adapter.root.to("cpu")
+        assert not graphs.captures
+        assert adapter.encode(images.cpu()).isfinite().all()
+        adapter.root.to(CUDA)
+        assert_alike(adapter.encode(images), expected)
+        assert graphs.captures.keys() == {4}
+        graph = torch.cuda.CUDAGraph()  # of the caller's, which holds the forward itself
+        with torch.cuda.graph(graph):
+            outer = adapter.encode(images)
+        graph.replay()
+        assert_alike(outer, expected)
 
 
 @torch.inference_mode()

@@ -33,7 +33,7 @@ HELPERS = {
 }
 # Imports go from a later row to an earlier one, or within a row.
 LAYERS = (
-    ("messages", "files", "formats", "state_files"),
+    ("messages", "files", "formats", "state_files", "layered_class", "cuda_graph"),
     ("reference", "backend"),
     ("arguments", "custom_ops"),
     ("plan",),
@@ -41,8 +41,8 @@ LAYERS = (
     ("block",),
     ("adapters",),
     ("methods", "fingerprint"),
-    ("tower", "verify"),
-    ("patching", "encode"),
+    ("tower", "verify", "snapshot"),
+    ("patching", "encode", "graphs"),
     ("data",),
     ("heads",),
     ("classifier",),

@@ -1,0 +1,83 @@
+"""Subclasses of a host's class, made of layers that one instance gains and loses in any order.
+
+    host's class ← the loop of `ck.patch` ← the calls of `ck.graphed`
+
+A subclass has the name of the host's class. A copy or a pickle of an instance refers to the host's class and to the
+layers, so it needs neither to be importable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Layer(NamedTuple):
+    """One layer of a class.
+
+    rank: layers of a lower rank are nearer to the host's class.
+    make: a function of a module that returns the attributes of the layer, by name; its arguments are the class below
+        and `arguments`.
+    arguments: further arguments of `make`, which can be pickled.
+    """
+
+    rank: int
+    make: Callable[..., dict[str, Any]]
+    arguments: tuple[Hashable, ...] = ()
+
+
+def has_layer(module: nn.Module, make: Callable[..., Any]) -> bool:
+    """Return true if the class of a module has a layer made by `make`, and was not changed by others since."""
+    return any(layer.make is make for layer in _layers_of(module))
+
+
+def add_layer(module: nn.Module, layer: Layer) -> None:
+    """Add a layer to the class of a module, in place of the one that the same function has made."""
+    _set_layers(module, sorted([*_layers_without(module, layer.make), layer], key=lambda each: each.rank))
+
+
+def remove_layer(module: nn.Module, make: Callable[..., Any]) -> None:
+    """Remove the layer that `make` has made from the class of a module."""
+    _set_layers(module, _layers_without(module, make))
+
+
+def _layers_of(module: nn.Module) -> tuple[Layer, ...]:
+    """The layers of a module's class, the host's side first; none for a class that others have derived."""
+    layers: tuple[Layer, ...] = vars(type(module)).get("_layers", ())
+    return layers
+
+
+def _layers_without(module: nn.Module, make: Callable[..., Any]) -> list[Layer]:
+    """The layers of a module's class that `make` has not made."""
+    return [layer for layer in _layers_of(module) if layer.make is not make]
+
+
+def _set_layers(module: Any, layers: list[Layer]) -> None:
+    """Make the class of a module that of its host with these layers."""
+    module.__class__ = _subclass(vars(type(module)).get("_host", type(module)), tuple(layers))
+
+
+@cache
+def _subclass(host: Any, layers: tuple[Layer, ...]) -> Any:
+    """A host's class with layers, whose instances can be pickled and copied."""
+    if not layers:
+        return host
+    *lower, layer = layers
+    base = _subclass(host, tuple(lower))
+
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _rebuild, (host, layers), self.__dict__
+
+    names = {"__module__": host.__module__, "__qualname__": host.__qualname__, "_host": host, "_layers": layers}
+    namespace = {"__reduce_ex__": __reduce_ex__, **names, **layer.make(base, *layer.arguments)}
+    return type(host.__name__, (base,), namespace)
+
+
+def _rebuild(host: Any, layers: tuple[Layer, ...]) -> nn.Module:
+    """An empty instance of a class with layers; unpickling then restores its state."""
+    cls = _subclass(host, layers)
+    instance: nn.Module = cls.__new__(cls)
+    return instance
