@@ -20,7 +20,7 @@ from torch.utils import _pytree
 
 from clipkernels import adapters, cuda_graph
 from clipkernels.adapters.hooks import has_global_hooks
-from clipkernels.arguments import check_flags
+from clipkernels.arguments import check_flags, check_model, describe, is_list
 from clipkernels.backend import transform_obstacle
 from clipkernels.custom_ops import can_skip_dispatcher
 from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
@@ -92,7 +92,12 @@ def graphed(model: Model, batch_sizes: Iterable[int] = (1, 8, 32), pad: bool = T
 
 
 def ungraphed(model: Model) -> Model:
-    """Undo `graphed`, and return the model. A model without graphs is left unchanged."""
+    """Undo `graphed`, and return the model. A model without graphs is left unchanged.
+
+    Raises:
+        TypeError: the model is no module.
+    """
+    check_model(model)
     for module in model.modules():
         _uninstall(module)
     return model
@@ -100,9 +105,9 @@ def ungraphed(model: Model) -> Model:
 
 def _check_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
     """Batch sizes in ascending order. Raise ValueError unless they are positive ints, at least one."""
-    sizes = tuple(batch_sizes) if isinstance(batch_sizes, Iterable) else ()
+    sizes = tuple(batch_sizes) if is_list(batch_sizes) or isinstance(batch_sizes, (range, set)) else ()
     if not sizes or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(f"batch_sizes must be positive ints such as (1, 8, 32), got {batch_sizes!r:.80}")
+        raise ValueError(f"batch_sizes must be positive ints such as (1, 8, 32), got {describe(batch_sizes)}")
     return tuple(sorted(set(sizes)))
 
 

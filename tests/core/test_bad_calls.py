@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, CLASSES, PROMPTS = 8, 3, {"cat": ["a cat."], "dog": ["a dog."], "ship": ["a ship."]}
 # The arguments that take a bad value, of any callable or of one.
 NUMBERS = {"alpha", "beta", "beta2", "beta3", "gamma", "strength", "bias", "scale", "margin", "weight_decay"}
-FLAGS = {"shared", "exif", "copy",
+FLAGS = {"pad", "shared", "exif", "copy",
          "fuse", "proportional", "self_vote", "frozen", "exact", "cls_path", "source", "regions", "words", "coupled",
          "held_out", "encode_image.tokens"}  # fmt: skip
 PATHS = {"folder", "cache", "collection", "cupl.source", "retrieve.name", "retrieve.pretrained"}
@@ -49,7 +49,7 @@ TAKEN = {
     "a dict": {"about", "classes", "texts", "answers"},  # iterables of strings
     "a str": {"ByteTokenizer.__call__.texts"} | PATHS,
     "a long str": {"ByteTokenizer.__call__.texts"} | PATHS,
-    "a module": CALLABLE,
+    "a module": CALLABLE | {"ungraphed.model"},
     "a type": CALLABLE - {"head"},
 }  # fmt: skip
 
@@ -174,7 +174,8 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             },
         ),
         "patch": (ck.patch, {"model": model(), "method": ck.Dense()}),
-        **{name: (getattr(ck, name), {"model": model()}) for name in ("unpatch", "method_of", "tower_of")},
+        **{name: (getattr(ck, name), {"model": model()}) for name in ("unpatch", "method_of", "tower_of", "ungraphed")},
+        "graphed": (ck.graphed, {"model": model(), "batch_sizes": [1], "pad": True}),
         "patched": (lambda model, method: ck.patched(model, method).__enter__(), {
             "model": model(), "method": ck.Dense(),
         }),
