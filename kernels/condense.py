@@ -160,7 +160,7 @@ def cluster_config(patches: int, merge: int, width: int) -> dict[str, int]:
     # With more than 64 merging rows the compiler spills if there are more warps or wider tiles.
     block_c = max(16, min(triton.next_power_of_2(width), 4096 // block_m)) if block_m <= 64 else 16
     blocks = {**prune.choose_config(patches, fuse=True), **ranking.config(patches)}
-    warps = 4 if block_m > 64 or blocks["BLOCK_P"] < 256 else 8
+    warps = 8 if blocks["BLOCK_P"] > 1024 or (blocks["BLOCK_P"] >= 256 and block_m <= 64) else 4
     return {**blocks, "BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": warps}
 
 

@@ -150,8 +150,8 @@ def _merge_kernel(
         x_ptr + token[:, None] * stride_xn + offs_c[None, :],
         mask=(row < rows)[:, None] & (offs_c < C)[None, :], other=0.0,
     )  # fmt: skip
-    target_row = kept + tl.load(target_ptr + offs_s, mask=offs_s < r, other=0)
-    source = 2 * tl.load(source_ptr + offs_s, mask=offs_s < r, other=0)
+    target_row = kept + tl.load(target_ptr + offs_s, mask=offs_s < r, other=0).to(tl.int32)
+    source = 2 * tl.load(source_ptr + offs_s, mask=offs_s < r, other=0).to(tl.int32)
     joins = (target_row[None, :] == row[:, None]) & (offs_s < r)[None, :] & (row < rows)[:, None]  # [BLOCK_R, BLOCK_S]
     if SIZED:
         size = tl.load(size_ptr + token, mask=row < rows, other=1.0).to(tl.float32)
@@ -179,7 +179,9 @@ def _merge_kernel(
             token_g = tl.sum(tl.where(pair, source[None, :], 0), 1)
             share = tl.sum(tl.where(pair, gain[None, :], 0.0), 1) / mass
             mask = (offs_g < sources)[:, None] & (offs_c < C)[None, :]
-            other = tl.load(x_ptr + token_g[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+            other = tl.load(
+                x_ptr + token_g.to(tl.int64)[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
             pull = share[:, None] * (other - own[None, :])
             acc += tl.sum(tl.where((share > 0)[:, None], pull, 0.0), 0)
         offs_1 = merging + tl.arange(0, 1)
@@ -199,8 +201,11 @@ def match_config(heads: int, width: int) -> dict[str, int]:
 def merge_config(r: int, width: int) -> dict[str, int]:
     """Return block sizes and warps of the merge, for r pairs of tokens of width C."""
     tile = layer_norm.blocks(8, width, 4096)
-    sources = max(1, min(8, 8192 // tile["BLOCK_C"]))
-    return {"BLOCK_S": max(16, triton.next_power_of_2(r)), "BLOCK_G": sources, **tile, "num_warps": 4}
+    block_s = max(16, triton.next_power_of_2(r))
+    most = max(tile["BLOCK_C"], block_s)
+    return {
+        "BLOCK_S": block_s, "BLOCK_G": max(1, min(8, 8192 // most)), **tile, "num_warps": 8 if most > 2048 else 4
+    }  # fmt: skip
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
