@@ -171,8 +171,8 @@ def _merge_kernel(
         sources = tl.sum(tl.where(row == merging, count, 0), 0)
         mass = tl.sum(tl.where(row == merging, total, 0.0), 0)
         target = 2 * (merging - kept).to(tl.int64) + 1
-        own = tl.load(x_ptr + target * stride_xn + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-        acc = own
+        target_x = tl.load(x_ptr + target * stride_xn + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+        acc = target_x
         for start in range(0, sources, BLOCK_G):
             offs_g = start + tl.arange(0, BLOCK_G)
             pair = is_source[None, :] & (place[None, :] == offs_g[:, None])  # [BLOCK_G, BLOCK_S]
@@ -182,7 +182,7 @@ def _merge_kernel(
             other = tl.load(
                 x_ptr + token_g.to(tl.int64)[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0
             ).to(tl.float32)
-            pull = share[:, None] * (other - own[None, :])
+            pull = share[:, None] * (other - target_x[None, :])
             acc += tl.sum(tl.where((share > 0)[:, None], pull, 0.0), 0)
         offs_1 = merging + tl.arange(0, 1)
         store_rows(acc[None, :], offs_1, rows, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)

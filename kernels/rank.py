@@ -94,6 +94,12 @@ def config(width: int) -> dict[str, int]:
     return {"BLOCK_N": 64, "BLOCK_D": max(16, triton.next_power_of_2(width)), "num_warps": 4}
 
 
+def sum_config(patches: int) -> dict[str, int]:
+    """Return block sizes and warps of the sum over heads, for P patches."""
+    blocks = ranking.blocks(patches)
+    return {**blocks, "num_warps": 8 if blocks["BLOCK_P"] >= 256 else 4}
+
+
 def in_units(*tensors: Tensor) -> tuple[int, list[list[int]]]:
     """Return a unit and the strides of (B,H,N,D) tensors in that unit, without the last stride.
 
@@ -133,9 +139,8 @@ def reduce_scores(scores: Tensor, rank: bool, divisor: int) -> Tensor:
     if out.numel() == 0:
         return out
     summands = ranking.rank_scores(scores) if rank else scores
-    blocks = {**ranking.blocks(patches), "num_warps": 8 if patches > 128 else 4}
     with torch.cuda.device_of(scores):
         _heads_kernel[(batch,)](
-            summands, out, patches, float(divisor), H=rows, RANKS=rank, enable_fp_fusion=True, **blocks
+            summands, out, patches, float(divisor), H=rows, RANKS=rank, enable_fp_fusion=True, **sum_config(patches)
         )
     return out
