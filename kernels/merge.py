@@ -193,19 +193,18 @@ def match_config(heads: int, width: int) -> dict[str, int]:
     """Return block sizes and warps of the first launch, for H heads of width D."""
     block_w = max(16, triton.next_power_of_2(width))
     # Normalising needs whole rows, with those of all heads in flight; the products read them in pieces.
-    block_n = max(1, min(32, 8192 // block_w, 16384 // (block_w * triton.next_power_of_2(heads))))
+    block_n = max(1, min(32, 4096 // block_w, 16384 // (block_w * triton.next_power_of_2(heads))))
     products = {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_D": min(64, block_w)}
     return {"BLOCK_N": block_n, "BLOCK_W": block_w, **products, "num_warps": 4}
 
 
 def merge_config(r: int, width: int) -> dict[str, int]:
     """Return block sizes and warps of the merge, for r pairs of tokens of width C."""
-    tile = layer_norm.blocks(8, width, 4096)
-    block_s = max(16, triton.next_power_of_2(r))
-    most = max(tile["BLOCK_C"], block_s)
-    return {
-        "BLOCK_S": block_s, "BLOCK_G": max(1, min(8, 8192 // most)), **tile, "num_warps": 8 if most > 2048 else 4
-    }  # fmt: skip
+    tile, block_s = layer_norm.blocks(8, width, 4096), max(16, triton.next_power_of_2(r))
+    warps = 8 if max(tile["BLOCK_C"], block_s) > 2048 else 4
+    # Sources in flight, fewer where rows are wide or pairs many.
+    block_g = max(1, min(8, 8192 // tile["BLOCK_C"], max(2, 2048 // block_s)))
+    return {"BLOCK_S": block_s, "BLOCK_G": block_g, **tile, "num_warps": warps}
 
 
 def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:

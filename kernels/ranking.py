@@ -42,8 +42,8 @@ def sum_heads(
 @triton.jit
 def keys_of(scores, offs, size):
     """Return int32 keys in the order of fp32 scores; beyond `size` a key below that of -inf."""
-    s = tl.where(scores == scores, scores, float("-inf"))
-    bits = tl.where(s == 0.0, 0.0, s).to(tl.int32, bitcast=True)
+    bits = tl.where(scores == scores, scores, float("-inf")).to(tl.int32, bitcast=True)
+    bits = tl.where(bits == LOWEST_KEY, 0, bits)  # -0, whose bits are those of the lowest key
     return tl.where(offs < size, bits ^ ((bits >> 31) & 0x7FFFFFFF), LOWEST_KEY)
 
 
