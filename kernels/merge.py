@@ -202,8 +202,8 @@ def merge_config(r: int, width: int) -> dict[str, int]:
     """Return block sizes and warps of the merge, for r pairs of tokens of width C."""
     tile, block_s = layer_norm.blocks(8, width, 4096), max(16, triton.next_power_of_2(r))
     warps = 8 if max(tile["BLOCK_C"], block_s) > 2048 else 4
-    # Sources in flight, fewer where rows are wide or pairs many.
-    block_g = max(1, min(8, 8192 // tile["BLOCK_C"], max(2, 2048 // block_s)))
+    # Sources in flight, fewer where rows are wide or pairs many, because triton 3.6 and 3.9 would spill.
+    block_g = max(1, min(8 if block_s <= 64 else 4, 8192 // tile["BLOCK_C"], max(2, 4096 // block_s)))
     return {"BLOCK_S": block_s, "BLOCK_G": block_g, **tile, "num_warps": warps}
 
 
