@@ -1,10 +1,14 @@
-"""Prune: top-k, compaction, a fused token and a LayerNorm, by counting instead of sorting.
+"""Prune: top-k, compaction, a fused token and a LayerNorm, by a threshold instead of a sort.
 
-    kept_i = place_i < keep;  row_i = prefix + #{kept j < i};  fused = Σ score_i·x_i over the patches not kept
+    chosen_i = score_i among the keep best;  row_i = prefix + #{chosen j < i};  fused = Σ score_i·x_i over the others
 
-Reads M·C of x once (M = N with a fused token, prefix + keep without) and writes M'·C. Two launches: the first reads the
-scores and selects, with one program per image, the second gathers. No sort, no atomics. A row's result depends on its
-image alone.
+Reads M·C of x once (M = N with a fused token, prefix + keep without) and writes M'·C. Two launches: the first chooses
+and sums the fused token, the second gathers and normalises. Scores that are ranked per head are ranked in a launch
+before them. No atomics. A row's result depends on its image alone.
+
+The sum is split by channels over programs of the first launch, each of which chooses again, because choosing takes less
+time than waiting for another program. The LayerNorm of the fused token needs its whole row, so it is computed with the
+rows of the second launch, from the row as stored.
 """
 
 from __future__ import annotations
@@ -16,77 +20,123 @@ from torch import Tensor
 
 from clipkernels.kernels import layer_norm, ranking
 from clipkernels.kernels.layer_norm import store_rows
-from clipkernels.kernels.ranking import load_scores, rank_of, reduce_heads
+from clipkernels.kernels.ranking import choose_strongest, keys_of, load_scores, sum_heads
+
+# Programs of a launch beyond which the sums of an image stay in one program, because they fill the device.
+PROGRAMS = 256
 
 
-@triton.jit(do_not_specialize=["P", "keep"])
-def _choose_kernel(
-    scores_ptr, reduced_ptr, index_ptr, gone_ptr, weight_ptr,
-    P, keep,
-    H: tl.constexpr, RANK: tl.constexpr, FUSE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+@triton.jit
+def load_reduced(
+    ptr, batch, offs, P,
+    H: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Store the kept patches of an image and, with FUSE, the dropped ones and their weights, in ascending order."""
-    batch = tl.program_id(0).to(tl.int64)
-    offs = tl.arange(0, BLOCK_P)
+    """Load an image's scores, or with H > 0 their mean over H heads; -inf for NaN."""
     if H:
-        reduced = reduce_heads(scores_ptr + batch * H * P, offs, P, H * 1.0, H, RANK, BLOCK_P, BLOCK_J)
-        row_ptr = reduced_ptr + batch * P
-        tl.store(row_ptr + offs, reduced, mask=offs < P)
-        tl.debug_barrier()  # barrier: the scores read next were stored by other threads
+        scores = sum_heads(ptr + batch * H * P, offs, P, H * 1.0, H, RANKS, BLOCK_P, BLOCK_H)
     else:
-        row_ptr = scores_ptr + batch * P
-    kept = (rank_of(row_ptr, offs, P, BLOCK_P, BLOCK_J) < keep) & (offs < P)
-    before = tl.cumsum(kept.to(tl.int32), 0)
-    tl.store(index_ptr + batch * keep + before - 1, offs.to(tl.int64), mask=kept)
-    if FUSE:
-        score = load_scores(row_ptr, offs, P)
-        gone = (offs < P) & (kept == 0)
-        to = batch * (P - keep) + offs - before
-        tl.store(gone_ptr + to, offs, mask=gone)
-        tl.store(weight_ptr + to, tl.where(score > float("-inf"), score, 0.0), mask=gone)
+        scores = load_scores(ptr + batch * P, offs, P)
+    return tl.where(scores == scores, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["P", "keep"])
-def _gather_kernel(
-    x_ptr, index_ptr, gone_ptr, fuse_ptr, tokens_ptr, normed_ptr, weight_ptr, bias_ptr,
-    P, keep, prefix, eps,
-    stride_xb, stride_xn,
-    C: tl.constexpr, FUSE: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit
+def store_fused(
+    x_ptr, patch_ptr, weight_ptr, fused_ptr, weights, listed, place, count, split, splits, stride_xn,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    batch, tile = tl.program_id(0).to(tl.int64), tl.program_id(1) - FUSE
-    x_ptr += batch * stride_xb
+    """Store Σ weight·x over `count` listed patches, in every `splits`-th piece of BLOCK_K channels from `split` on.
+
+    A patch stands at its `place` in the list, which this program alone writes and reads. -inf counts as 0.
+    """
+    tl.store(patch_ptr + place, tl.arange(0, BLOCK_P), mask=listed)
+    tl.store(weight_ptr + place, tl.where(weights > float("-inf"), weights, 0.0), mask=listed)
+    tl.debug_barrier()  # the list that a thread reads next was stored by others
+    for piece in range(split, (C + BLOCK_K - 1) // BLOCK_K, splits):
+        offs_c = piece * BLOCK_K + tl.arange(0, BLOCK_K)
+        total = tl.zeros([BLOCK_F, BLOCK_K], dtype=tl.float32)
+        for start in range(0, count, BLOCK_F):
+            offs = start + tl.arange(0, BLOCK_F)
+            patch = tl.load(patch_ptr + offs, mask=offs < count, other=0).to(tl.int64)
+            weight = tl.load(weight_ptr + offs, mask=offs < count, other=0.0)
+            mask = (offs < count)[:, None] & (offs_c < C)[None, :]
+            x = tl.load(x_ptr + patch[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += weight[:, None] * x
+        fused = tl.sum(total, 0).to(fused_ptr.dtype.element_ty)
+        tl.store(fused_ptr + offs_c, fused, mask=offs_c < C)
+
+
+@triton.jit(do_not_specialize=["P", "keep", "prefix"])
+def _choose_kernel(
+    x_ptr, scores_ptr, index_ptr, patch_ptr, weight_ptr, tokens_ptr,
+    P, keep, prefix,
+    stride_xb, stride_xn,
+    C: tl.constexpr, H: tl.constexpr, RANKS: tl.constexpr, FUSE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Store the kept patches of an image in ascending order and, with FUSE, the sum of the others as its last row."""
+    batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offs = tl.arange(0, BLOCK_P)
+    scores = load_reduced(scores_ptr, batch, offs, P, H, RANKS, BLOCK_P, BLOCK_H)
+    chosen, before = choose_strongest(keys_of(scores, offs, P), keep)
+    tl.store(index_ptr + batch * keep + before, offs.to(tl.int64), mask=chosen & (split == 0))
+    if FUSE:
+        count, splits = P - keep, tl.num_programs(1)
+        list_at = (batch * splits + split) * count
+        dropped = (offs < P) & (chosen == 0)
+        store_fused(
+            x_ptr + batch * stride_xb + prefix * stride_xn, patch_ptr + list_at, weight_ptr + list_at,
+            tokens_ptr + (batch * (prefix + keep + 1) + prefix + keep) * C,
+            scores, dropped, offs - before, count, split, splits, stride_xn, C, BLOCK_P, BLOCK_F, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["keep", "prefix"])
+def _gather_kernel(
+    x_ptr, index_ptr, tokens_ptr, normed_ptr, weight_ptr, bias_ptr,
+    keep, prefix, eps,
+    stride_xb, stride_xn,
+    C: tl.constexpr, FUSE: tl.constexpr, NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store the prefix and the kept patches; with FUSE and NORM also the LayerNorm of the fused token."""
+    batch, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = prefix + keep + FUSE
     tokens_ptr += batch * rows * C
     normed_ptr += batch * rows * C
     offs_c = tl.arange(0, BLOCK_C)
-    if tile >= 0:
-        row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        kept = (row >= prefix) & (row < prefix + keep)
-        patch = tl.load(index_ptr + batch * keep + row - prefix, mask=kept, other=0)
-        source = tl.where(row < prefix, row.to(tl.int64), prefix + patch)
-        mask = (row < prefix + keep)[:, None] & (offs_c < C)[None, :]
-        x = tl.load(x_ptr + source[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0)
-        store_rows(x, row, prefix + keep, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
-    elif FUSE:  # the first program of an image, because it takes longest
-        acc = tl.zeros([BLOCK_C], dtype=tl.float32)
-        for start in range(0, BLOCK_P, BLOCK_R):
-            if start < P - keep:
-                offs = start + tl.arange(0, BLOCK_R)
-                here = offs < P - keep
-                patch = tl.load(gone_ptr + batch * (P - keep) + offs, mask=here, other=0).to(tl.int64)
-                weight = tl.load(fuse_ptr + batch * (P - keep) + offs, mask=here, other=0.0)
-                piece_ptr = x_ptr + (prefix + patch)[:, None] * stride_xn + offs_c[None, :]
-                piece = tl.load(piece_ptr, mask=here[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
-                acc += tl.sum(weight[:, None] * piece, 0)
-        fused = prefix + keep + tl.arange(0, 1)
-        store_rows(acc[None, :], fused, rows, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
+    row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    kept = (row >= prefix) & (row < prefix + keep)
+    patch = tl.load(index_ptr + batch * keep + row - prefix, mask=kept, other=0)
+    source = tl.where(row < prefix, row.to(tl.int64), prefix + patch)
+    row_ptr = x_ptr + batch * stride_xb + source * stride_xn
+    if FUSE and NORM:
+        row_ptr = tl.where(row == prefix + keep, tokens_ptr + row.to(tl.int64) * C, row_ptr)
+    else:
+        rows = prefix + keep
+    mask = (row < rows)[:, None] & (offs_c < C)[None, :]
+    x = tl.load(row_ptr[:, None] + offs_c[None, :], mask=mask, other=0.0)
+    store_rows(x, row, rows, tokens_ptr, normed_ptr, weight_ptr, bias_ptr, eps, C, NORM, BLOCK_C)
 
 
-def config(patches: int, width: int) -> dict[str, int]:
-    """Return block sizes and warps of the gather, for P patches of width C."""
-    tile = layer_norm.blocks(16, width, 8192)
-    return {"BLOCK_P": ranking.blocks(patches)["BLOCK_P"], **tile, "num_warps": 4}
+def choose_config(patches: int, fuse: bool) -> dict[str, int]:
+    """Return block sizes and warps of the first launch, for P patches."""
+    blocks = ranking.blocks(patches)
+    # A warp alone has too few registers for rows in flight.
+    return {
+        **blocks,
+        "BLOCK_F": 64,
+        "BLOCK_K": 128,
+        "num_warps": max(4, blocks["num_warps"]) if fuse else blocks["num_warps"],
+    }
+
+
+def gather_config(width: int) -> dict[str, int]:
+    """Return block sizes and warps of the gather, for tokens of width C."""
+    return {**layer_norm.blocks(16, width, 8192), "num_warps": 4}
+
+
+def splits_of(batch: int, width: int) -> int:
+    """Return the number of programs that share the fused token of each of B images, for tokens of width C."""
+    return max(1, min(triton.cdiv(width, 128), PROGRAMS // batch))
 
 
 def prune_tokens(
@@ -102,23 +152,27 @@ def prune_tokens(
         return out, index, normed
     x = x if x.stride(2) == 1 else x.contiguous()
     scores = scores.contiguous()
-    per_head = scores.ndim == 3
-    reduced = torch.empty(batch, patches, dtype=torch.float32, device=x.device) if per_head else scores
-    gone = torch.empty(batch, patches - keep, dtype=torch.int32, device=x.device) if fuse else index
-    weights = torch.empty(batch, patches - keep, dtype=torch.float32, device=x.device) if fuse else scores
+    by_rank = scores.ndim == 3 and heads == "rank"
+    splits = splits_of(batch, width) if fuse else 1
+    dropped = torch.empty(batch, splits, patches - keep, dtype=torch.int32, device=x.device) if fuse else index
+    weights = torch.empty(batch, splits, patches - keep, dtype=torch.float32, device=x.device) if fuse else scores
     weight, bias, eps = layer_norm.arguments(norm, x)
-    blocks = config(patches, width)
+    blocks = gather_config(width)
+    gathered = prefix + keep + (fuse and norm is not None)
     with torch.cuda.device_of(x):
-        if patches:
-            _choose_kernel[(batch,)](
-                scores, reduced, index, gone, weights, patches, keep,
-                H=scores.shape[1] if per_head else 0, RANK=heads == "rank", FUSE=int(fuse), enable_fp_fusion=True,
-                **ranking.blocks(patches),
+        if patches or fuse:
+            _choose_kernel[(batch, splits)](
+                x, ranking.rank_scores(scores) if by_rank else scores, index, dropped, weights, out,
+                patches, keep, prefix,
+                x.stride(0), x.stride(1),
+                C=width, H=scores.shape[1] if scores.ndim == 3 else 0, RANKS=by_rank, FUSE=int(fuse),
+                enable_fp_fusion=True, **choose_config(patches, fuse),
             )  # fmt: skip
-        _gather_kernel[(batch, triton.cdiv(prefix + keep, blocks["BLOCK_R"]) + fuse)](
-            x, index, gone, weights, out, out if normed is None else normed, weight, bias,
-            patches, keep, prefix, eps,
-            x.stride(0), x.stride(1),
-            C=width, FUSE=int(fuse), NORM=norm is not None, enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+        if gathered:
+            _gather_kernel[(batch, triton.cdiv(gathered, blocks["BLOCK_R"]))](
+                x, index, out, out if normed is None else normed, weight, bias,
+                keep, prefix, eps,
+                x.stride(0), x.stride(1),
+                C=width, FUSE=int(fuse), NORM=norm is not None, enable_fp_fusion=True, **blocks,
+            )  # fmt: skip
     return out, index, normed

@@ -2,7 +2,8 @@
 
     cls_hj = softmax_j(q_h0 · k_hj / D**0.5 + log size_j);  score_j = mean_h cls_hj, or mean_h #{i : cls_hi beaten by j}
 
-Reads K once (B·N·C) and writes B·H·P scores. The reduction over heads reads those and writes B·P. One launch each.
+Reads K once (B·N·C) and writes B·H·P scores in one launch. The mean over heads reads those and writes B·P in another.
+A mean of ranks sorts every row in a launch between them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipkernels.kernels import ranking
-from clipkernels.kernels.ranking import reduce_heads
+from clipkernels.kernels.ranking import sum_heads
 
 LOG2E = 1.4426950408889634
 # The lowest fp32. A maximum begins here, because -inf - -inf is NaN where no key has a size.
@@ -80,17 +81,23 @@ def _cls_kernel(
 def _heads_kernel(
     scores_ptr, out_ptr,
     P, divisor,
-    H: tl.constexpr, RANK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+    H: tl.constexpr, RANKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_P)
-    reduced = reduce_heads(scores_ptr + batch * H * P, offs, P, divisor, H, RANK, BLOCK_P, BLOCK_J)
+    reduced = sum_heads(scores_ptr + batch * H * P, offs, P, divisor, H, RANKS, BLOCK_P, BLOCK_H)
     tl.store(out_ptr + batch * P + offs, reduced, mask=offs < P)
 
 
 def config(width: int) -> dict[str, int]:
     """Return block sizes and warps of the CLS row, for heads of width D."""
     return {"BLOCK_N": 64, "BLOCK_D": max(16, triton.next_power_of_2(width)), "num_warps": 4}
+
+
+def sum_config(patches: int) -> dict[str, int]:
+    """Return block sizes and warps of the sum over heads, for P patches."""
+    blocks = ranking.blocks(patches)
+    return {**blocks, "num_warps": 8 if blocks["BLOCK_P"] >= 256 else 4}
 
 
 def in_units(*tensors: Tensor) -> tuple[int, list[list[int]]]:
@@ -126,13 +133,14 @@ def cls_scores(q: Tensor, k: Tensor, size: Tensor | None, prefix: int) -> Tensor
 
 
 def reduce_scores(scores: Tensor, rank: bool, divisor: int) -> Tensor:
-    """Launch the kernel: rows (B,R,P) fp32, or their ranks, summed over R and divided by `divisor`, (B,P) fp32."""
+    """Launch the kernels: rows (B,R,P) fp32, or their ranks, summed over R and divided by `divisor`, (B,P) fp32."""
     batch, rows, patches = scores.shape
     out = torch.empty(batch, patches, dtype=torch.float32, device=scores.device)
     if out.numel() == 0:
         return out
+    summands = ranking.rank_scores(scores) if rank else scores
     with torch.cuda.device_of(scores):
         _heads_kernel[(batch,)](
-            scores, out, patches, float(divisor), H=rows, RANK=rank, enable_fp_fusion=True, **ranking.blocks(patches)
+            summands, out, patches, float(divisor), H=rows, RANKS=rank, enable_fp_fusion=True, **sum_config(patches)
         )
     return out

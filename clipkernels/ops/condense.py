@@ -15,6 +15,9 @@ from clipkernels.custom_ops import condense as _condense
 from clipkernels.ops.prune import check_prune
 from clipkernels.reference import Condensed, Heads, Norm
 
+# A program holds a tile of all merging patches in registers; of more than these it would spill most.
+_MAX_MERGE = 512
+
 
 def condense_tokens(
     x: Tensor,
@@ -66,7 +69,8 @@ def condense_tokens(
     dtypes = (tensor.dtype for tensor in (x, scores, weights) if tensor is not None)
     dtype = reduce(torch.promote_types, dtypes)
     patches, width = x.shape[1] - prefix, x.shape[2]
-    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens", scores=patches, width=width)
+    refusal = None if merge <= _MAX_MERGE else f"merges at most {_MAX_MERGE} patches, got {merge}"
+    chosen = _backend.choose(backend, x.device, dtype, "condense_tokens", refusal, scores=patches, width=width)
     run = reference.condense_tokens if chosen == "reference" else _condense.condense_tokens
     return run(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)
 

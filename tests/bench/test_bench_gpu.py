@@ -496,8 +496,8 @@ def test_the_search_follows_the_fastest_and_reports_the_changes(monkeypatch: pyt
     row = tune.search_row("merge_tokens", "tiny", 60, lambda *_: None)
     assert json.loads(row["changed"]) == {"merge.merge_config.num_warps": [4, 8]}
     assert (row["gain"], row["microseconds_b2_own"], row["microseconds_b2_best"]) == (2.0, 2.0, 1.0)
-    # Two rounds of rows and warps, one step down and one up; the numbers that cover rows and pairs stay.
-    assert row["tried"] == 2 * 4 and row["rejected"] == 2
+    # Two rounds of sources, rows and warps, one step down and one up; the numbers that cover rows and pairs stay.
+    assert row["tried"] == 2 * 6 and row["rejected"] == 2
     assert merge.merge_config is before
 
 
@@ -522,6 +522,6 @@ def test_a_configuration_with_wrong_results_is_rejected() -> None:
     with tune.configured("merge_tokens", {}, defaults):
         assert tune.seconds_of("merge_tokens", [source]) is not None
     names = {place[-1]: value for place, value in defaults.items()}
-    assert names == {"BLOCK_S": 16, "BLOCK_R": 8, "BLOCK_C": 32, "num_warps": 4}
+    assert names == {"BLOCK_S": 16, "BLOCK_G": 8, "BLOCK_R": 8, "BLOCK_C": 32, "num_warps": 4}
     with tune.configured("merge_tokens", {("merge", "merge_config", "BLOCK_C"): 16}, {}):  # covers half of each row
         assert tune.seconds_of("merge_tokens", [source]) is None

@@ -245,6 +245,20 @@ def test_an_image_has_the_same_bits_alone_and_in_a_batch(device, batch, triton):
         assert torch.equal(expected[3 - batch :], actual) and torch.equal(expected, rerun)
 
 
+@pytest.mark.parametrize("programs", [1, 5, 256])
+def test_the_fused_token_has_the_same_bits_from_any_programs(device, triton, monkeypatch, programs):
+    from clipkernels.kernels import prune as kernels
+
+    x, scores = inputs(device, tokens=101, width=300)
+    norm = (torch.ones(300, device=device), torch.zeros(300, device=device), 1e-5)
+    expected = ck.ops.condense_tokens(x, scores, 20, 30, 3, norm=norm, backend=triton)
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    actual = ck.ops.condense_tokens(x, scores, 20, 30, 3, norm=norm, backend=triton)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    exact, _, _ = naive(x.cpu(), scores.cpu(), 20, 30, 3)
+    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
     ("heads", "per_head", "weighted"), [("mean", 0, 0), ("mean", 3, 0), ("rank", 3, 3), ("mean", 0, 1)]
@@ -311,6 +325,13 @@ def test_the_kernel_supports_strides_beyond_32_bits(tmp_path, triton):
     scores = torch.tensor([[0.25, 0.5, 0.125]])
     actual = ck.ops.condense_tokens(x, scores, 1, 1, 1, backend="triton")
     assert torch.equal(actual.tokens, torch.stack([values[:, 0], values[:, 2], values[:, 1], values[:, 3] / 8], 1))
+
+
+def test_more_merging_patches_than_a_kernel_holds_take_the_reference(device, triton):
+    x, scores = inputs(device, batch=1, tokens=530, width=4)
+    with pytest.raises(RuntimeError, match="the kernel of condense_tokens merges at most 512 patches, got 513"):
+        ck.ops.condense_tokens(x, scores, 5, 513, 2, backend=triton)
+    assert ck.ops.condense_tokens(x, scores, 5, 513, 2).tokens.shape == (1, 9, 4)
 
 
 @pytest.mark.parametrize(

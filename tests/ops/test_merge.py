@@ -140,9 +140,9 @@ def test_a_source_of_size_zero_does_not_change_its_target(device, backend, value
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
-def test_a_target_of_size_zero_becomes_its_source(value):
-    x, match, size = _absent_token("cpu", 1, value)
-    merged = ck.ops.merge_tokens(x, match, size, backend="reference")
+def test_a_target_of_size_zero_becomes_its_source(value, device, backend):
+    x, match, size = _absent_token(device, 1, value)
+    merged = ck.ops.merge_tokens(x, match, size, backend=backend)
     assert torch.equal(merged.tokens[0, 1:], torch.stack([x[0, 2], 0.75 * x[0, 3] + 0.25 * x[0, 4]]))
     (gradient,) = torch.autograd.grad(merged.tokens[:, 1:].sum(), x)
     assert gradient[0, :, 0].tolist() == [0, 0, 1, 0.75, 0.25]
@@ -222,6 +222,27 @@ def test_merging_passes_gradcheck_and_matches_have_no_gradient():
     assert torch.autograd.gradcheck(lambda x: ck.ops.merge_tokens(x, match, size).tokens, x)
 
 
+@pytest.mark.parametrize("hubs", [(0,), (3, 4), (0, 1, 2, 3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("sized", [False, True])
+def test_a_target_takes_many_sources_at_a_time(device, backend, hubs, sized):
+    x, r = normal(device, 2, 65, 40, seed=25), 30
+    size = torch.arange(1.0, 66, device=device).expand(2, -1) if sized else None
+    weight, bias = normal(device, 2, 40, seed=26)
+    generator = torch.Generator().manual_seed(27)
+    even = torch.stack([torch.randperm(33, generator=generator) for _ in range(2)])
+    kept, source = even[:, r:].sort(1).values.to(device), even[:, :r].to(device)
+    target = torch.tensor(hubs)[torch.randint(len(hubs), (2, r), generator=generator)].to(device)
+    match = ck.ops.Match(kept, source, target)
+    merged = ck.ops.merge_tokens(x, match, size, (weight, bias, 1e-5), backend=backend)
+    for image in range(2):
+        sizes = torch.ones(65, device=device) if size is None else size[image]
+        exact, exact_sizes = naive_merge(x[image], *(index[image].tolist() for index in match), sizes)
+        assert_within_budget(merged.tokens[image], exact, exact.float())
+        assert torch.equal(merged.size[image].double(), exact_sizes)
+        normed = torch.nn.functional.layer_norm(exact, (40,), weight.double(), bias.double(), 1e-5)
+        torch.testing.assert_close(merged.normed[image].double(), normed, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_any_batch_size_works(device, backend, batch):
     x = normal(device, 3, 17, 8, seed=12)[:batch]
@@ -289,6 +310,16 @@ def test_the_kernel_gives_the_matches_of_the_reference(device, triton, tokens, p
     actual = ck.ops.match_tokens(metric, r, prefix, backend=triton)
     expected = ck.ops.match_tokens(metric, r, prefix, backend="reference")
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("programs", [1, 8, 50])
+def test_an_image_in_any_number_of_parts_has_the_same_match(device, triton, monkeypatch, programs):
+    from clipkernels.kernels import merge as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    for metric in (normal(device, 2, 161, 16, seed=28), duplicates(device, 2, 161, 16)):
+        actual, expected = (ck.ops.match_tokens(metric, 40, backend=name) for name in (triton, "reference"))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_the_kernel_takes_a_metric_as_wide_as_tokens(device, triton):
