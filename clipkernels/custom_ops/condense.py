@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import call_with_norm, flatten_norm, norm_backward, register
+from clipkernels.custom_ops import call_with_norm, flatten_norm, kernels, norm_backward, register
 from clipkernels.reference import Condensed, Norm, reduce_heads
 from clipkernels.reference.ranking import rows_at
 
@@ -29,9 +29,8 @@ def condense_tokens(
 
 
 def _launch(*arguments: Any) -> Any:
-    from clipkernels.kernels.condense import condense_tokens as launch
-
-    tokens, source, index, _, normed = launch(*arguments)  # the gradient computes the coefficients from x
+    # The gradient computes the coefficients from x.
+    tokens, source, index, _, normed = kernels("condense").condense_tokens(*arguments)
     return tokens, source, index, normed
 
 
