@@ -259,7 +259,17 @@ def configured(op: str, changes: Mapping[Place, int], original_numbers: dict[Pla
                 return config
 
             stack.enter_context(mock.patch.object(where, name, replaced))
+        stack.callback(forget_launches)
+        forget_launches()
         yield
+
+
+def forget_launches() -> None:
+    """Make launchers read their configurations again."""
+    for name, module in list(sys.modules.items()):
+        for value in vars(module).values() if name.startswith("clipkernels.kernels.") else ():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def numbers(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:
