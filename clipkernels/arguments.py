@@ -8,7 +8,6 @@ alone, because elsewhere the host would wait for the device.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from clipkernels.backend import transform_obstacle
 from clipkernels.custom_ops import can_skip_dispatcher
+from clipkernels.messages import join_sizes
 from clipkernels.reference import Norm
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -168,15 +168,4 @@ def describe(value: object) -> str:
 
 def shape_of(tensor: Tensor) -> str:
     """The shape of a tensor as messages show it: "(2,3)"."""
-    return f"({join_sizes(tuple(tensor.shape))})"
-
-
-def join_sizes(sizes: tuple[object, ...]) -> str:
-    """Sizes separated by commas: "2,3"."""
-    return ",".join(str(size) for size in sizes)
-
-
-def list_names(names: Sequence[str] | set[str]) -> str:
-    """The first ten names as text, and the number of the others."""
-    texts = [repr(name) for name in (sorted(names) if isinstance(names, set) else names)]
-    return ", ".join(texts[:10]) + (f" and {len(texts) - 10} more" if len(texts) > 10 else "")
+    return f"({join_sizes(tensor.shape)})"

@@ -17,9 +17,9 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.logits import logits_of
 from clipkernels.adapters.text import find_text_encoder
 from clipkernels.adapters.tokenizers import Tokenizer, find_cut, ids_of
-from clipkernels.arguments import list_names
 from clipkernels.encode import check_images, encode_image
 from clipkernels.heads import Head, ZeroShot
+from clipkernels.messages import list_names
 from clipkernels.methods import Method
 from clipkernels.patching import method_of, patch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Annotated, Any, NamedTuple
 
@@ -28,6 +28,8 @@ Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Precision = Annotated[str, Meta(pattern=r"^(float32|float16|bfloat16)\Z")]
 Fingerprint = Annotated[dict[Precision, Digest], Meta(min_length=1)]
 """Of a tower, by precision, as `clipkernels.fingerprint` gives it."""
+REMEDY = "delete it, then make it again"
+"""Advice for a file that is refused; who makes it anew may read the old one first."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -107,7 +109,7 @@ def decode_header(form: Format, text: str) -> tuple[msgspec.Struct, dict[str, st
     struct = to_struct(form, content)
     # Of the fields as the schema converts them, because 1 and 1.0 are one number.
     if written != _digest_of(_content(form, struct, digests)):
-        raise ValueError("another header than was written (its SHA-256 differs): make it again")
+        raise ValueError(f"another header than was written (its SHA-256 differs): {REMEDY}")
     return struct, digests
 
 
@@ -157,10 +159,5 @@ def _advice(form: Format, actual: object) -> str:
     if stem != other_stem or not other.isdecimal():
         return ""
     if int(other[:9]) < int(number):
-        return ", which an older clipkernels wrote: make it again"
+        return f", which an older clipkernels wrote: {REMEDY}"
     return ", which a newer clipkernels wrote: update this one"
-
-
-def join_items(items: Collection[object]) -> str:
-    """The first items separated by commas, as messages show them."""
-    return ", ".join([f"{item!s:.60}" for item in list(items)[:6]] + ["…"] * (len(items) > 6))

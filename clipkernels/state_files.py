@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Collection, Mapping
 from hashlib import sha256
 from typing import Any
@@ -23,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from clipkernels.files import atomic_write
-from clipkernels.formats import Format, TensorSpec, decode_header, encode_header, join_items, to_struct
+from clipkernels.files import atomic_write, naming, open_named
+from clipkernels.formats import REMEDY, Format, TensorSpec, decode_header, encode_header, to_struct
+from clipkernels.messages import list_items, one_line
 
 METADATA_KEY = "clipkernels"
 """The only key of a file's safetensors metadata; its value is the header as JSON."""
@@ -83,25 +83,25 @@ def read_state(
             message names the file and the first fault.
         OSError: the file cannot be read.
     """
-    _check_file(path)
+    _check_header_size(path)
     try:
-        with safe_open(path, "pt") as file:
+        with naming(path), safe_open(path, "pt") as file:
             struct, digests = decode_header(form, _metadata(file))
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             shapes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
             specs = _check_shapes(form, struct, shapes)
             if digests.keys() != shapes.keys():
-                raise ValueError(f"digests of other tensors: {join_items(digests.keys() ^ shapes.keys())}")
+                raise ValueError(f"digests of other tensors: {list_items(digests.keys() ^ shapes.keys())}")
             tensors = {name: file.get_tensor(name) for name in shapes if names is None or name in names}
             if not trusted:
                 for name, tensor in tensors.items():
                     if tensor_digest(name, tensor) != digests[name]:
-                        raise ValueError(f"another {name} than was written (its SHA-256 differs): make it again")
+                        raise ValueError(f"another {name} than was written (its SHA-256 differs): {REMEDY}")
                 _check_values(specs, tensors)
                 if names is None:
                     form.check(struct, tensors)
     except SafetensorError as error:
-        raise _no_safetensors(path, error) from error
+        raise ValueError(f"expected a safetensors file, got {path}: {one_line(str(error)):.200}") from error
     except ValueError as error:
         raise ValueError(f"expected {form.title} ({form.name}), got {path} with {error}") from error
     # A copy is aligned, which a place in the file may not be: products of aligned rows are faster.
@@ -116,12 +116,9 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _check_file(path: str | os.PathLike[str]) -> None:
+def _check_header_size(path: str | os.PathLike[str]) -> None:
     """Raise ValueError unless the path is a regular file with a header of a bounded size."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait, and opening a folder raises
-        raise ValueError(f"expected a safetensors file, got {path}, which is not a regular file")
-    with open(path, "rb") as file:
+    with open_named(path, "a safetensors file") as file:
         size = int.from_bytes(file.read(8), "little")
     if size > MAX_HEADER_BYTES:
         raise ValueError(
@@ -130,17 +127,13 @@ def _check_file(path: str | os.PathLike[str]) -> None:
         )
 
 
-def _no_safetensors(path: str | os.PathLike[str], error: SafetensorError) -> ValueError:
-    return ValueError(f"expected a safetensors file, got {path}: {' '.join(str(error).split()):.200}")
-
-
 def _metadata(file: Any) -> str:
     """The JSON header of an open safetensors file; raises ValueError for a file that clipkernels did not write."""
     metadata = file.metadata() or {}
     if "format" in metadata and METADATA_KEY not in metadata:  # as some older formats have it
         return json.dumps({"format": metadata["format"]})
     if set(metadata) != {METADATA_KEY}:
-        raise ValueError(f"format None: its metadata is {join_items(metadata) or 'empty'}, not {METADATA_KEY}")
+        raise ValueError(f"format None: its metadata is {list_items(metadata) or 'empty'}, not {METADATA_KEY}")
     text: str = metadata[METADATA_KEY]
     return text
 
@@ -153,7 +146,7 @@ def _check_shapes(
     missing = [name for name, spec in specs.items() if name not in shapes and not spec.optional]
     unknown = sorted(shapes.keys() - specs.keys())
     if missing or unknown:
-        raise ValueError(f"no {join_items(missing)}" if missing else f"the unknown tensors {join_items(unknown)}")
+        raise ValueError(f"no {list_items(missing)}" if missing else f"the unknown tensors {list_items(unknown)}")
     sizes: dict[str, int] = {}
     for name, (dtype, shape) in shapes.items():
         spec = specs[name]
@@ -168,7 +161,7 @@ def _check_shapes(
             fits = fits and size == wanted and (size > 0 or word.endswith("*"))
         if not fits:
             shown = [word if known is None else known for word, known in zip(words, expected, strict=True)]
-            raise ValueError(f"{name} of shape ({join_items(shape)}) instead of ({join_items(shown)})")
+            raise ValueError(f"{name} of shape ({list_items(shape)}) instead of ({list_items(shown)})")
     return specs
 
 

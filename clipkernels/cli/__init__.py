@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import click
 
 from clipkernels import __version__
+from clipkernels.messages import first_line, one_line, printable, reason_of
 
 # At most 55 characters, so that each is one line of 80 columns.
 SHORT_HELPS = {
@@ -53,7 +54,7 @@ def warnings_on_one_line() -> Iterator[None]:
                 show(message, category, filename, lineno, file, line)
             elif str(message) not in seen:
                 seen.add(str(message))
-                click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+                click.echo(f"warning: {one_line(str(message))}", err=True)
 
         warnings.showwarning = show_line
         yield
@@ -62,7 +63,8 @@ def warnings_on_one_line() -> Iterator[None]:
 class LazyGroup(click.Group):
     """A group that imports a verb when it is used, and reports an error as one line on stderr.
 
-    The exit status is 2 for a usage error, 1 for a failure, 130 for an interruption.
+    The exit status is 2 for a usage error and for a file that cannot be read or written, 1 for another failure, 130 for
+    an interruption.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -89,20 +91,23 @@ class LazyGroup(click.Group):
     ) -> Any:
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-        # The reader refuses such images, with a line of its own.
-        warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+        # Of Pillow, about files that it does not name; the reader has a line for each file that it refuses.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             with warnings_on_one_line():
                 status = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.ClickException as error:
-            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            click.echo(f"error: {one_line(error.format_message())}", err=True)
             status = error.exit_code
         except click.Abort:  # before RuntimeError, whose subclass it is
             click.echo("error: interrupted", err=True)
             status = 130
+        except OSError as error:  # of a file that is read or written by the package, not by click
+            name = "a file" if error.filename is None else str(error.filename)
+            expected = "expected files that can be read and written"
+            click.echo(f"error: {expected}, got {printable(name)}: {reason_of(error)}", err=True)
+            status = 2
         except RuntimeError as error:  # a backend that cannot serve, no memory
-            from clipkernels.images import first_line  # imports torch
-
             click.echo(f"error: {first_line(error)}", err=True)
             status = 1
         sys.exit(status)

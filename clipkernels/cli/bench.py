@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipkernels.adapters import Tower
-from clipkernels.cli.parts.images import close, exif_option, find
+from clipkernels.cli.parts.images import close, exif_option, find, no_images
 from clipkernels.cli.parts.methods import METHOD_HELP, methods_for
 from clipkernels.cli.parts.models import Preprocess, choose_device, load, model_options
 from clipkernels.cli.parts.options import (
@@ -31,10 +31,11 @@ from clipkernels.cli.parts.options import (
 )
 from clipkernels.cli.parts.output import method_table, opened, progress, schedule, write_results
 from clipkernels.cli.parts.plot import draw_plot, plot_format
-from clipkernels.images import Pictures, collate, draw_images, skip_message
+from clipkernels.images import Pictures, collate, draw_images
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Clock
 from clipkernels.measure.towers import TIMED_BATCHES, Row, Settings, measure
+from clipkernels.messages import quantity, skip_message
 from clipkernels.patching import tower_of
 
 MODES = ("default", "reduce-overhead", "max-autotune")
@@ -227,7 +228,9 @@ def check_clock(clock: str, device: torch.device) -> None:
 
 def noise(count: int, tower: Tower, seed: int) -> Tensor:
     """Return images of random noise (count,3,S,S), with a warning on stderr."""
-    click.echo(f"warning: no IMAGES given: using {count} random-noise images; cosines mean little", err=True)
+    click.echo(
+        f"warning: no IMAGES given: using {quantity(count, 'random-noise image')}; cosines mean little", err=True
+    )
     return torch.randn(count, 3, *tower.image_size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -240,21 +243,17 @@ def read(paths: Sequence[str], preprocess: Preprocess, tower: Tower, exif: bool)
         tower: the tower that the images are for.
         exif: turn images as their EXIF orientation says.
     Raises:
-        click.UsageError: none of the files is an image, or the preprocessing does not fit the tower.
+        click.UsageError: none of the files is an image that the preprocessing makes fit the tower.
     """
     loaded, failures = [], 0
-    for batch in DataLoader(Pictures(paths, preprocess, exif=exif), 32, collate_fn=collate):
+    for batch in DataLoader(Pictures(paths, preprocess, (3, *tower.image_size), exif=exif), 32, collate_fn=collate):
         for index, reason in batch.failed:
             click.echo(skip_message(paths[index], reason), err=True)
         failures += len(batch.failed)
         loaded += [] if batch.images is None else [batch.images]
     if not loaded:
-        raise click.UsageError(f"expected images, got {failures} files that are not, such as {paths[0]!r}")
-    images = torch.cat(loaded)
-    if tuple(images.shape[1:]) != (3, *tower.image_size):
-        expected = "expected preprocessing to give (3,{},{})".format(*tower.image_size)
-        raise click.UsageError(f"{expected}, got ({','.join(map(str, images.shape[1:]))})")
-    return images, failures
+        raise no_images(paths)
+    return torch.cat(loaded), failures
 
 
 def write(
@@ -280,7 +279,7 @@ def title(run: Mapping[str, Any], settings: Settings) -> str:
     weights = "" if run["weights"] == "bundled" else f", {run['weights']} weights"
     threads = torch.get_num_threads()
     where = f"{threads} thread{'s' * (threads > 1)}" if settings.device.type == "cpu" else str(settings.device)
-    images = f"{run['images']} {'random ' * (run['image_source'] == 'random')}images"
+    images = quantity(run["images"], "random image" if run["image_source"] == "random" else "image")
     return f"{run['library']}: {run['model']}{weights}, {images}, batch {settings.batch}, {where}"
 
 

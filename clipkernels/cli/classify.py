@@ -35,11 +35,13 @@ from clipkernels.cli.parts.options import (
     template_option,
 )
 from clipkernels.cli.parts.output import opened, progress, schedule
+from clipkernels.encode import image_shape
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
-from clipkernels.images import Pictures, Reader, collate, draw_images, skip_message
+from clipkernels.images import Pictures, Reader, collate, draw_images
 from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
+from clipkernels.messages import quantity, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of, tower_of
 from clipkernels.support import SupportSet
@@ -188,7 +190,7 @@ def classify(
         if workers is None:
             workers = min(4, os.cpu_count() or 1) if len(paths) >= MIN_IMAGES_FOR_WORKERS else 0
         loader = DataLoader(
-            Pictures(paths, preprocess, exif=not no_exif),
+            Pictures(paths, preprocess, image_shape(model, preprocess), exif=not no_exif),
             batch_size,
             num_workers=workers,
             collate_fn=collate,
@@ -267,17 +269,18 @@ def run(
             bar.advance(task, len(batch.indices) + len(batch.failed))
     write(None)
     seconds = time.perf_counter() - start
-    summary = [f"{done} images in {seconds:.2f} s: {done / seconds:.1f} images/s end to end"]
+    summary = [f"{quantity(done, 'image')} in {seconds:.2f} s: {done / seconds:.1f} images/s end to end"]
     if done:
         summary[0] += f", {done / model_seconds:.1f} in the model"
         if isinstance(classifier.head, Reservoir):
-            summary.append(f"mean entropy {entropy / done:.3f}, {int(classifier.head.counts.sum())} images cached")
+            cached = int(classifier.head.counts.sum())
+            summary.append(f"mean entropy {entropy / done:.3f}, {quantity(cached, 'image')} cached")
         if classifier.sigmoid:
             summary.append("probabilities are sigmoids, one for each class by itself")
         if labels:
             summary.append(f"accuracy {100 * correct / done:.2f} % ({correct} of {done})")
     if failures:
-        summary.append(f"{failures} files skipped")
+        summary.append(f"{quantity(failures, 'file')} skipped")
     click.echo("; ".join([*summary[:1], describe(classifier.model), *summary[1:]]), err=True)
     return failures
 

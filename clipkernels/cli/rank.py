@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipkernels.classifier import class_embeddings
 from clipkernels.cli.parts.classes import choose_classes, read_labels, warn_of_one
 from clipkernels.cli.parts.heads import is_set
-from clipkernels.cli.parts.images import close, exif_option, find
+from clipkernels.cli.parts.images import close, exif_option, find, no_images
 from clipkernels.cli.parts.models import choose_device, load, load_clip, model_options
 from clipkernels.cli.parts.options import (
     batch_size_option,
@@ -36,10 +36,12 @@ from clipkernels.cli.parts.options import (
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_results
 from clipkernels.cli.parts.plot import RankedImage, draw_rankings, plot_format
 from clipkernels.data import Preprocess
-from clipkernels.images import Pictures, Reader, draw_images, skip_message
+from clipkernels.encode import image_shape
+from clipkernels.images import Pictures, Reader, draw_images
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
 from clipkernels.measure.towers import DTYPES
+from clipkernels.messages import quantity, skip_message
 from clipkernels.patching import tower_of
 from clipkernels.support import PHOTO, photo
 
@@ -154,7 +156,7 @@ def rank(
         }
         warn_of_one(names)
         with opened(plot, "--plot") if plot else nullcontext() as sheet, progress() as bar:
-            pictures = Pictures(paths, preprocess, exif=not no_exif)
+            pictures = Pictures(paths, preprocess, image_shape(model, preprocess), exif=not no_exif)
             ranked = rank_files(model, pictures, labels if score == "label" else None, options, bar)
             if sheet is not None and picture_format is not None:
                 settings = ", ".join(f"{option} {options[option]}" for option in OPTIONS)
@@ -164,9 +166,6 @@ def rank(
                 draw_rankings(ranked_images, title, sheet.buffer, picture_format)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    except OSError as error:
-        actual = f"{error.filename or output}: {error.strerror or error}"
-        raise click.UsageError(f"expected files that can be read and written, got {actual}") from error
     with opened(None) as stream:
         write(ranked, output, form, stream)
     click.echo(ranked.summary(), err=True)
@@ -207,14 +206,15 @@ class Ranked(NamedTuple):
         """Return one line about the run."""
         assert self.rankings.sha256 is not None
         new, different = self.rankings.new, len({bytes(row) for row in self.rankings.sha256.numpy()})
-        parts = [f"{len(self.places)} images of {self.patches} patches, {new} ranked in {self.seconds:.2f} s"]
+        images = f"{quantity(len(self.places), 'image')} of {quantity(self.patches, 'patch')}"
+        parts = [f"{images}, {new} ranked in {self.seconds:.2f} s"]
         parts[0] += "" if self.speed is None else f": {self.speed:.2f} images/s"
         counts = {
-            "ranked before": different - new,
-            "duplicates": len(self.places) - different,
-            "files skipped": self.failures,
+            f"{different - new} ranked before": different - new,
+            quantity(len(self.places) - different, "duplicate"): len(self.places) - different,
+            f"{quantity(self.failures, 'file')} skipped": self.failures,
         }
-        return "; ".join([*parts, *(f"{count} {label}" for label, count in counts.items() if count)])
+        return "; ".join([*parts, *(text for text, count in counts.items() if count)])
 
 
 class Images(Sequence[Tensor | None]):
@@ -259,8 +259,7 @@ def rank_files(
     except ValueError as error:
         if len(images.failed) < len(images):
             raise
-        actual = f"{len(pictures)} files that are not, such as {pictures.paths[0]!r}"
-        raise click.UsageError(f"expected images, got {actual}") from error
+        raise no_images(pictures.paths) from error
     places = [place for place in range(len(images)) if place not in images.failed]
     return Ranked(rankings, places, len(images.failed), time.perf_counter() - start)
 

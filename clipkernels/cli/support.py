@@ -29,6 +29,7 @@ from clipkernels.cli.parts.options import (
 )
 from clipkernels.cli.parts.output import opened, progress, write_results
 from clipkernels.measure.towers import DTYPES
+from clipkernels.messages import quantity
 from clipkernels.support import (
     ENSEMBLE,
     PHOTO,
@@ -55,7 +56,6 @@ Example:
 SOURCES = {"from_folder": "--from-folder", "from_embeddings": "--from-embeddings", "diffusion": "--diffusion"}
 ORIGINS = {"LC": "retrieved", "SD": "generated"}
 RETRIEVAL = ("from_folder", "from_embeddings")
-MAX_NAMED = 10  # classes in a warning
 # The sources that read an option.
 READERS: dict[str, tuple[str, ...]] = {
     "classes": tuple(SOURCES),
@@ -200,15 +200,10 @@ def build(
             write(built, tabulate(built, model, tokenizer), folder, form, stream)
     except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
-    except OSError as error:
-        actual = f"{error.filename or folder}: {error.strerror or error}"
-        raise click.UsageError(f"expected files that can be read and written, got {actual}") from error
     origin = ORIGINS[built.about["kind"]]
-    summary = f"{len(built.images)} {origin} images of {len(built.classes)} classes in {folder}"
+    summary = f"{quantity(len(built.images), f'{origin} image')} of {quantity(len(built.classes), 'class')} in {folder}"
     click.echo(f"{summary}; {len(failures)} skipped" if failures else summary, err=True)
     warn_of_one(built.classes)
-    if source is not None:
-        notes += warn_of_few(built, per_class)
     for line in notes:
         click.echo(line, err=True)
     if failures:
@@ -240,14 +235,6 @@ def check_source(context: click.Context) -> str | None:
         advice = "give --from-folder or --diffusion to build one"
         raise click.UsageError(f"expected a support set, got {folder} without {MANIFEST}: {advice}")
     return source
-
-
-def warn_of_few(built: SupportSet, per_class: int) -> list[str]:
-    """Return a warning that names the classes with fewer images than were asked for; none if there is none."""
-    few = [f"{name} ({n})" for name, n in zip(built.classes, built.counts.tolist(), strict=True) if n < per_class]
-    more = f" and {len(few) - MAX_NAMED} more" if len(few) > MAX_NAMED else ""
-    wanted = f"warning: expected {per_class} images per class, got fewer of "
-    return [f"{wanted}{', '.join(few[:MAX_NAMED])}{more}"] if few else []
 
 
 def read_prompts(

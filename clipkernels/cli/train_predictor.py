@@ -19,6 +19,7 @@ from clipkernels.cli.parts.options import batch_size_option, device_option, form
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, write_results
 from clipkernels.cli.parts.plot import draw_training, plot_format
 from clipkernels.learn.patch_ranking import Rankings, fit_predictor
+from clipkernels.messages import quantity
 
 EXAMPLE = """\b
 Example:
@@ -101,13 +102,10 @@ def train_predictor(
             chance = 1 - math.ceil(keep * patches) / patches
             fitted.predictor.save(output)
             if picture is not None and picture_format is not None:
-                title = f"predictor that keeps {keep:g} of {patches} patches, {images} images"
+                title = f"predictor that keeps {keep:g} of {patches} patches, {quantity(images, 'image')}"
                 draw_training(fitted.losses, fitted.overlaps, chance, title, picture.buffer, picture_format)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    except OSError as error:
-        actual = f"{error.filename or output}: {error.strerror or error}"
-        raise click.UsageError(f"expected files that can be read and written, got {actual}") from error
     trained, overlap = fitted.predictor.about["images"], fitted.overlaps[-1]
     record = {
         "file": output,
@@ -122,7 +120,9 @@ def train_predictor(
     }
     with opened(None) as stream:
         write(record, form, stream)
-    summary = f"{epochs} epochs on {trained} images in {seconds:.2f} s: loss {fitted.losses[-1]:.4f}"
+    summary = (
+        f"{quantity(epochs, 'epoch')} on {quantity(trained, 'image')} in {seconds:.2f} s: loss {fitted.losses[-1]:.4f}"
+    )
     if not math.isnan(overlap):
         summary += f", overlap {share(overlap)} (random {share(chance)})"
     click.echo(summary, err=True)

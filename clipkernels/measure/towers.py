@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from clipkernels.images import first_line
 from clipkernels.measure.fidelity import Fidelity, compare, complaint
 from clipkernels.measure.memory import peak
 from clipkernels.measure.timing import HOST, Clock, Speed, Variant, tabulate, time_variants, vary
+from clipkernels.messages import first_line
 from clipkernels.methods import Method
 from clipkernels.patching import tower_of
 

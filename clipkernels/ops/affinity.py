@@ -13,12 +13,12 @@ from clipkernels.arguments import (
     check_numbers,
     check_same,
     check_tensors,
-    join_sizes,
     shape_of,
     values_are_readable,
 )
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import affinity as _affinity
+from clipkernels.messages import join_sizes
 
 
 def affinity(

@@ -16,11 +16,11 @@ from clipkernels.arguments import (
     check_same,
     check_size,
     check_tensors,
-    join_sizes,
     shape_of,
 )
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import attention as _attention
+from clipkernels.messages import join_sizes
 from clipkernels.plan import Signal
 from clipkernels.reference import Heads
 

@@ -14,11 +14,11 @@ from clipkernels.arguments import (
     check_tensors,
     check_tokens,
     describe,
-    join_sizes,
     shape_of,
 )
 from clipkernels.backend import Backend
 from clipkernels.custom_ops import predict as _predict
+from clipkernels.messages import join_sizes
 from clipkernels.reference import Mixer
 
 # Widths of a predictor that fit into the registers of a program.

@@ -22,8 +22,10 @@ from torch.nn.functional import normalize
 from clipkernels.adapters.tokenizers import Tokenizer
 from clipkernels.classifier import prompt_embeddings
 from clipkernels.data import Preprocess
+from clipkernels.files import hash_of
 from clipkernels.fingerprint import check_fingerprint, fingerprint
 from clipkernels.images import Reader, draw_images, images_below
+from clipkernels.messages import list_items
 from clipkernels.state_files import read_state
 from clipkernels.support.features import (
     FORMAT,
@@ -39,7 +41,7 @@ from clipkernels.support.features import (
     split_names,
     write_features,
 )
-from clipkernels.support.folders import hash_of, holds_set
+from clipkernels.support.folders import holds_set
 from clipkernels.support.prompts import Prompts, check_prompts
 from clipkernels.support.store import SupportSet, assemble, refuse_empty
 
@@ -83,7 +85,7 @@ def retrieve(
             features (n,E), a tensor or an array, with the paths of their n files. Precomputed features must be this
             model's, which is not checked. Linked folders are followed; hidden files and folders, and support sets
             within the folder, are ignored.
-        per_class: images per class; fewer if there are not enough.
+        per_class: images per class; fewer, and a warning, if there are not enough.
         minimum: lowest score of a retrieved image.
         shared: retrieve an image for every class that ranks it high enough.
         limit: draw this many images of the collection at random; a larger limit adds to the same draw.
@@ -154,6 +156,9 @@ def retrieve(
     wanted = "an image" if minimum is None else f"an image with a score of at least {minimum}"
     hint = "" if shared else ": an image goes to its highest-scoring class alone, unless classes share it (--shared)"
     refuse_empty(chosen, wanted, hint)
+    few = [f"{label!r} ({len(paths)})" for label, paths in chosen.items() if len(paths) < per_class]
+    if few:
+        warnings.warn(f"expected {per_class} images per class, got fewer of {list_items(few)}", stacklevel=2)
     settings: dict[str, Any] = {"collection": source, "per_class": per_class, "minimum": minimum, "shared": shared}
     settings |= {} if limit is None else {"limit": limit, "seed": seed}
     about = {"kind": "LC", "settings": settings, "model": name, "pretrained": pretrained}

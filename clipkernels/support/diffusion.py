@@ -20,12 +20,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
-from clipkernels.arguments import list_names
 from clipkernels.data import Preprocess
-from clipkernels.files import atomic_write
+from clipkernels.files import atomic_write, open_regular
 from clipkernels.fingerprint import fingerprint
 from clipkernels.formats import parse_object
-from clipkernels.images import Reader, open_regular
+from clipkernels.images import Reader
+from clipkernels.messages import list_names
 from clipkernels.support.features import Progress, Report, encode, encoder_of
 from clipkernels.support.folders import folder_names, images_in, refuse_foreign_images
 from clipkernels.support.manifest import previous_classes
@@ -199,7 +199,7 @@ def _retries_used(path: Path, recipe: Mapping[str, Any]) -> int | None:
     """The number of retries after which this recipe was given up, None if it was not."""
     file = path.with_suffix(".flagged")
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             note = parse_object(stream.read(MAX_NOTE_BYTES).decode())
         retries = int(note.pop("retries"))
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -29,11 +29,12 @@ from torch.nn.functional import normalize
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.classifier import eval_mode
 from clipkernels.data import Preprocess
-from clipkernels.encode import encode_image
+from clipkernels.encode import encode_image, image_shape
 from clipkernels.files import digest_table
 from clipkernels.fingerprint import fingerprint
 from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
-from clipkernels.images import Reader, read_bytes, reason_of, skip_message
+from clipkernels.images import Reader, read_bytes
+from clipkernels.messages import reason_of, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of
 from clipkernels.state_files import read_state, write_state
@@ -172,8 +173,7 @@ def encode(
     waiting: dict[bytes, Tensor] = {}
     readable: list[tuple[str, bytes]] = []
     unread: list[str] = []
-
-    reader = Reader.of(encoder.reader)
+    reader, shape = Reader.of(encoder.reader), image_shape(model, preprocess)
 
     def read(path: str) -> tuple[bytes | None, Tensor | str | None]:
         try:
@@ -181,7 +181,7 @@ def encode(
         except Exception as error:
             return None, reason_of(error)
         digest = sha256(data).digest()
-        return digest, None if digest in known else reader.prepare(data, preprocess)
+        return digest, None if digest in known else reader.prepare(data, preprocess, shape)
 
     @torch.inference_mode()
     def flush() -> None:
@@ -210,7 +210,7 @@ def encode(
         if waiting:
             flush()
     finite = [(path, digest) for path, digest in readable if known[digest].any()]
-    for path, _ in set(readable) - set(finite):
+    for path in dict.fromkeys(path for path, digest in readable if not known[digest].any()):
         report(skip_message(path, "the model's features are not finite, or zero"))
     features = torch.stack([known[digest] for _, digest in finite]) if finite else torch.empty(0, 0)
     return Encoding(

@@ -11,9 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from clipkernels.arguments import list_names
-from clipkernels.files import atomic_write
-from clipkernels.images import is_image_name, open_regular
+from clipkernels.files import atomic_write, hash_of, open_regular
+from clipkernels.images import is_image_name, names_in, read_bytes
+from clipkernels.messages import list_names
 
 FORMAT_NAME, MANIFEST = "clipkernels.support.2", "manifest.json"
 MAX_NAME_CHARACTERS = 60  # of at most four bytes each; with 9 bytes for the hash that fits in the usual 255
@@ -45,17 +45,14 @@ def holds_set(folder: str | os.PathLike[str]) -> bool:
     try:
         with open_regular(Path(folder, MANIFEST)) as file:
             start = file.read(100).decode("utf-8", "replace")
-    except (FileNotFoundError, PermissionError, ValueError):
+    except (OSError, ValueError):
         return False
     return f'"format": "{FORMAT_NAME.rsplit(".", 1)[0]}.' in start
 
 
 def images_in(folder: Path) -> list[str]:
-    """The names of a folder's files with an image suffix, sorted, without hidden ones; empty if there is no folder."""
-    if not folder.is_dir():
-        return []
-    names = (file.name for file in folder.iterdir() if file.is_file())
-    return sorted(name for name in names if is_image_name(name))
+    """The names in a folder that have an image suffix, sorted, without hidden ones; empty if there is no folder."""
+    return sorted(filter(is_image_name, names_in(str(folder)))) if folder.is_dir() else []
 
 
 def refuse_foreign_images(folder: Path, others: Sequence[str]) -> None:
@@ -70,7 +67,7 @@ def refuse_foreign_images(folder: Path, others: Sequence[str]) -> None:
 def is_copy(path: Path) -> bool:
     """Return true if a file is a support set's copy: its name has a copy's form and holds the hash of its content."""
     match = COPY.fullmatch(path.name)
-    return match is not None and hash_of(path).startswith(match[1])
+    return match is not None and path.is_file() and hash_of(path).startswith(match[1])
 
 
 def stale_copies(root: Path, entries: Sequence[Mapping[str, Any]], removed: Sequence[str]) -> list[Path]:
@@ -105,19 +102,10 @@ def copy_image(source: Path, digest: str, target: Path) -> None:
     Raises:
         ValueError: the file has another SHA-256 than `digest`.
     """
-    data = source.read_bytes()
+    data = read_bytes(source)
     actual = sha256(data).hexdigest()
     if actual != digest:
         raise ValueError(f"expected {source} as it was encoded, SHA-256 {digest}, got {actual}: encode it again")
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as temporary:
         Path(temporary).write_bytes(data)
-
-
-def hash_of(path: Path) -> str:
-    """The SHA-256 of a file, hexadecimal."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from clipkernels.files import atomic_write
+from clipkernels.files import atomic_write, open_named
 from clipkernels.formats import Digest, Format, Line, Size, decode_header, encode_header, to_struct
 from clipkernels.support.features import Encoder
 from clipkernels.support.folders import FORMAT_NAME, MANIFEST
@@ -98,12 +98,12 @@ def read_manifest(root: Path, unfinished: bool = False) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     file = root / MANIFEST
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ValueError(f"expected a support set, got {root} without {MANIFEST}")
+    with open_named(file, FORMAT.title, MAX_BYTES) as stream:
+        content = stream.read()
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{file.stat().st_size} bytes, more than {MAX_BYTES}")
-        header, _ = decode_header(FORMAT, file.read_text(encoding="utf-8"))
+        header, _ = decode_header(FORMAT, content.decode())
     except ValueError as error:
         raise ValueError(f"expected {FORMAT.title} ({FORMAT.name}), got {file} with {error}") from error
     manifest: dict[str, Any] = msgspec.to_builtins(header)

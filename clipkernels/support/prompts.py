@@ -10,10 +10,10 @@ from torch import Tensor
 
 from clipkernels import classifier
 from clipkernels.adapters.tokenizers import Tokenizer
-from clipkernels.arguments import list_names
 from clipkernels.classifier import check_classes, check_templates, prompts_of
 from clipkernels.formats import parse_object
 from clipkernels.images import read_bytes
+from clipkernels.messages import list_names
 
 Prompts = Mapping[str, Sequence[str]]
 """A list of sentences for each class; its order is the order of the classes."""

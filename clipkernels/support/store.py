@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipkernels.arguments import list_names
 from clipkernels.data import Preprocess
+from clipkernels.files import hash_of
 from clipkernels.fingerprint import check_fingerprint
 from clipkernels.images import Reader
+from clipkernels.messages import list_names
 from clipkernels.state_files import read_state
 from clipkernels.support.features import (
     FORMAT,
@@ -37,7 +38,6 @@ from clipkernels.support.features import (
 from clipkernels.support.folders import (
     copy_image,
     folder_names,
-    hash_of,
     images_in,
     refuse_foreign_images,
     stale_copies,

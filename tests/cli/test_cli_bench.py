@@ -506,4 +506,4 @@ def test_files_without_an_image_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     result = bench(tmp_path)
     assert result.exit_code == 2
-    assert "expected images, got 1 files that are not" in result.stderr.splitlines()[-1]
+    assert "expected images, got 1 file that cannot be used, such as" in result.stderr.splitlines()[-1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cli.commands import error, run
+from tests.cli.commands import error, run, succeed
 from tests.mutants import read, write
 from tests.state_kinds import KINDS
 
@@ -93,3 +93,42 @@ def test_rank_leaves_an_altered_file_of_rankings_unchanged(
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert str(kind.file) in error(run("rank", tmp_path, "--score", "feature", "--output", kind.file))
     assert kind.file.read_bytes() == before
+
+
+# Reading this file fails with an error that names no file.
+UNREADABLE = Path("/proc/self/mem")
+
+
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="this system has no /proc/self/mem")
+@pytest.mark.parametrize(
+    "command",
+    [
+        (*CLASSIFY, "--adapt", "tca", "--frozen", "--reservoir", UNREADABLE),
+        (*CLASSIFY, "--method", "patch-ranking", "--predictor", UNREADABLE),
+        ("bench", "IMAGES", "--method", "patch-ranking", "--predictor", UNREADABLE),
+        ("train-predictor", UNREADABLE, "--output", "OUT"),
+        ("support", "build", "OUT", "--from-embeddings", UNREADABLE, "--classes", "a"),
+        (*CLASSIFY, "--head", "tip", "--support", "SET"),
+        ("support", "build", "SET"),
+    ],
+    ids=lambda command: " ".join(map(str, command)),
+)
+def test_a_file_that_cannot_be_read_is_one_line_that_names_it(command: tuple[object, ...], tmp_path: Path) -> None:
+    if "support" in command:
+        pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "manifest.json").symlink_to(UNREADABLE)
+    places = {"IMAGES": tmp_path / "images", "OUT": tmp_path / "out", "SET": tmp_path / "set"}
+    line = error(run(*(places.get(str(word), word) for word in command)))
+    file = tmp_path / "set" / "manifest.json" if "SET" in command else UNREADABLE
+    assert line.endswith(f"got {file}: Input/output error") and not (tmp_path / "out").exists()
+
+
+def test_warnings_of_pillow_do_not_reach_stderr(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05")
+    with pytest.warns(UserWarning, match="Corrupt EXIF data"):
+        Image.open(tmp_path / "a.jpg").getexif().get(274)
+    result = succeed("classify", tmp_path / "a.jpg", "--classes", "a,b")
+    assert len(result.stderr.splitlines()) == 1 and "EXIF" not in result.stderr

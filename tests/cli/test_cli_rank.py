@@ -265,7 +265,7 @@ def test_files_without_an_image_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     result = run("rank", tmp_path, "--score", "feature", *FAST, "--output", tmp_path / "ranks.safetensors")
     assert result.exit_code == 2 and not (tmp_path / "ranks.safetensors").exists()
-    assert "expected images, got 1 files that are not, such as" in result.stderr.splitlines()[-1]
+    assert "expected images, got 1 file that cannot be used, such as" in result.stderr.splitlines()[-1]
 
 
 def test_rankings_record_precision_and_model(files: list[Path], tmp_path: Path, registered: str) -> None:

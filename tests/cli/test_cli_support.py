@@ -132,7 +132,7 @@ def test_files_that_are_not_images_give_status_one(pictures: Path, tmp_path: Pat
     result = run("build", tmp_path / "set", "--from-folder", pictures, "--classes", "one")
     assert result.exit_code == 1
     assert f"skipped {pictures / 'text.png'}: not an image (no format that is read)\n" in result.stderr
-    assert f"60 retrieved images of 1 classes in {tmp_path / 'set'}; 1 skipped\n" in result.stderr
+    assert f"60 retrieved images of 1 class in {tmp_path / 'set'}; 1 skipped\n" in result.stderr
     assert len(SupportSet.load(tmp_path / "set", ck.bundled()[0]).images) == 60
 
 
@@ -142,10 +142,10 @@ def test_photographs_fill_a_class_each_and_a_warning_says_which_lack(pictures: P
     result = run(*common, "--format", "csv")
     counts = {row["class"]: int(row["images"]) for row in csv.DictReader(io.StringIO(result.stdout))}
     assert result.exit_code == 0 and sum(counts.values()) == 60
-    listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+    listed = ", ".join(f"{name!r} ({count})" for name, count in counts.items())
     assert result.stderr == (
-        f"60 retrieved images of 3 classes in {tmp_path / 'set'}\nskipped 1 .txt: not images\n"
         f"warning: expected 100 images per class, got fewer of {listed}\n"
+        f"60 retrieved images of 3 classes in {tmp_path / 'set'}\nskipped 1 .txt: not images\n"
     )
     shared = run(*common, "--shared", "--per-class", 60, "--format", "csv")
     assert [row["images"] for row in csv.DictReader(io.StringIO(shared.stdout))] == ["60"] * 3

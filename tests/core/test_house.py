@@ -33,7 +33,7 @@ HELPERS = {
 }
 # Imports go from a later row to an earlier one, or within a row.
 LAYERS = (
-    ("plan", "files", "formats", "state_files"),
+    ("plan", "messages", "files", "formats", "state_files"),
     ("reference", "backend"),
     ("arguments", "custom_ops"),
     ("ops",),

@@ -20,8 +20,21 @@ from PIL import Image, features
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipkernels import images
-from clipkernels.images import Found, Pictures, Reader, collate, find_images, images_below, open_regular, read_bytes
+from clipkernels import files, messages
+from clipkernels.files import open_regular
+from clipkernels.images import (
+    Found,
+    Pictures,
+    Reader,
+    collate,
+    find_images,
+    formats,
+    images_below,
+    read_bytes,
+    readable_formats,
+    reader,
+    walker,
+)
 
 T = Image.Transpose
 # The transposition that stores an upright image so that the tag turns it upright again.
@@ -185,7 +198,7 @@ def test_alpha_is_dropped_with_its_colours_kept() -> None:
 @pytest.mark.parametrize("form", ["ICO", "TGA", "PCX", "SGI", "EPS"])
 def test_no_other_decoder_runs(form: str, tmp_path: Path) -> None:
     drawing().save(tmp_path / "picture.png", form)
-    assert Reader().prepare(tmp_path / "picture.png", lambda image: torch.zeros(1)) == (
+    assert Reader().prepare(tmp_path / "picture.png", lambda image: torch.zeros(1), (1,)) == (
         "not an image (no format that is read)"
     )
 
@@ -200,8 +213,12 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, monkeypatch:
         with pytest.raises(ValueError, match="not a regular file"):
             open_regular(tmp_path / name)
     # A FIFO that takes a file's place between the check and the opening does not block either.
-    check, calls = images._check_file, list[os.stat_result]()
-    monkeypatch.setattr(images, "_check_file", lambda status: check(status) if calls else calls.append(status))
+    check, calls = files._check_regular, list[os.stat_result]()
+
+    def skip_first(status: os.stat_result, limit: int | None) -> None:
+        return check(status, limit) if calls else calls.append(status)
+
+    monkeypatch.setattr(files, "_check_regular", skip_first)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
     with pytest.raises(ValueError, match="not a regular file"):
         open_regular(tmp_path / "pipe.png")
@@ -242,7 +259,7 @@ def test_whatever_a_file_raises_costs_that_file_alone(error: Exception, tmp_path
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
     (tmp_path / "2.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
     paths = [str(tmp_path / f"{index}.png") for index in range(4)]
-    batch = collate([Pictures(paths, preprocess)[index] for index in range(4)])
+    batch = collate([Pictures(paths, preprocess, (3, 24, 40))[index] for index in range(4)])
     assert batch.indices == [0] and batch.images is not None
     assert np.array_equal(batch.images[0].permute(1, 2, 0), pixels(drawing()))
     (_, preprocessing), (_, broken), (_, missing) = batch.failed
@@ -251,7 +268,7 @@ def test_whatever_a_file_raises_costs_that_file_alone(error: Exception, tmp_path
 
 def test_a_preprocessing_without_a_tensor_is_named(tmp_path: Path) -> None:
     drawing().save(tmp_path / "0.png")
-    answer: Any = Reader().prepare(tmp_path / "0.png", lambda image: {"pixel_values": 1})  # type: ignore[arg-type]
+    answer: Any = Reader().prepare(tmp_path / "0.png", lambda image: {"pixel_values": 1}, (3, 24, 40))  # type: ignore[arg-type]
     assert answer == "preprocessing gave no tensor but a dict"
 
 
@@ -264,7 +281,7 @@ def test_workers_carry_the_reader(tmp_path: Path) -> None:
     exif[274] = 3
     drawing().transpose(STORED[3]).save(tmp_path / "0.png", exif=exif)
     for turn in (True, False):
-        dataset = pickle.loads(pickle.dumps(Pictures([str(tmp_path / "0.png")], first_row, exif=turn)))
+        dataset = pickle.loads(pickle.dumps(Pictures([str(tmp_path / "0.png")], first_row, (40, 3), exif=turn)))
         (batch,) = DataLoader(dataset, 1, num_workers=1, collate_fn=collate)
         expected = pixels(drawing() if turn else drawing().transpose(STORED[3]))[0]
         assert np.array_equal(batch.images[0], expected)
@@ -295,7 +312,10 @@ PHOTOS = ["a/inside.png", "a/round.png", "by_link/inside.png", "by_link/round.pn
 @pytest.fixture
 def no_heif(monkeypatch: pytest.MonkeyPatch) -> Any:
     """pillow-heif as if it were not installed."""
-    monkeypatch.setattr(images, "readable_formats", lambda: tuple(name for name in images.FORMATS if name != "HEIF"))
+    for module in (formats, reader, walker):
+        monkeypatch.setattr(
+            module, "readable_formats", lambda: tuple(name for name in formats.FORMATS if name != "HEIF")
+        )
 
 
 def test_linked_folders_are_followed_and_no_link_goes_round(tmp_path: Path, no_heif: None) -> None:
@@ -360,10 +380,49 @@ def test_a_format_that_pillow_lacks_is_not_asked_for(monkeypatch: pytest.MonkeyP
     registered: list[str] = []
     plugin = SimpleNamespace(register_heif_opener=lambda: registered.append("HEIF"))
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
-    monkeypatch.setattr(images.features, "check", lambda name: name != "avif")
+    monkeypatch.setattr(formats.features, "check", lambda name: name != "avif")
     monkeypatch.setitem(Image.OPEN, "HEIF", None)
-    formats = images.readable_formats.__wrapped__()
-    assert registered == ["HEIF"] and "HEIF" in formats and "AVIF" not in formats and "WEBP" in formats
+    names = formats.readable_formats.__wrapped__()
+    assert registered == ["HEIF"] and "HEIF" in names and "AVIF" not in names and "WEBP" in names
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.delitem(Image.OPEN, "HEIF")
-    assert "HEIF" not in images.readable_formats.__wrapped__()
+    assert "HEIF" not in formats.readable_formats.__wrapped__()
+
+
+def test_an_image_of_another_shape_costs_that_image_alone(tmp_path: Path) -> None:
+    for index, size in enumerate(((40, 24), (40, 32), (40, 24))):
+        Image.new("RGB", size).save(tmp_path / f"{index}.png")
+    paths = [str(tmp_path / f"{index}.png") for index in range(3)]
+    unsized = Pictures(paths, lambda image: torch.tensor(pixels(image).copy()).permute(2, 0, 1), (3, 24, 40))
+    batch = collate([unsized[index] for index in range(3)])
+    assert batch.indices == [0, 2] and batch.images is not None and batch.images.shape == (2, 3, 24, 40)
+    assert batch.failed == [(1, "preprocessing gave (3,32,40) instead of (3,24,40)")]
+
+
+@pytest.mark.parametrize(
+    ("start", "lacking", "reason"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1", "HEIF", "HEIF: install pillow-heif"),
+        (b"\0\0\n\x18ftypmif1\0\0\0\0heic", "HEIF", "HEIF: install pillow-heif"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0mif1", "AVIF", "AVIF: install a Pillow that reads it"),
+        (b"RIFF\n\0\0\0WEBPVP8 ", "WEBP", "WEBP: install a Pillow that reads it"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000", "JPEG2000: install a Pillow that reads it"),
+        (b"RIFF\n\0\0\0WAVEfmt ", "WEBP", "not an image (no format that is read)"),
+    ],
+)
+def test_a_named_file_of_a_format_that_is_not_read_has_a_remedy(
+    start: bytes, lacking: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = tuple(name for name in formats.FORMATS if name != lacking and name in readable_formats())
+    monkeypatch.setattr(reader, "readable_formats", lambda: rest)
+    assert Reader().prepare(start, first_row, (40, 3)) == reason
+
+
+def test_names_of_files_keep_a_message_in_one_line() -> None:
+    assert messages.skip_message("a\nb\x1b[2J.png", "Is a directory") == r"skipped a\nb\x1b[2J.png: Is a directory"
+    assert messages.reason_of(OSError("broken\nfile")) == "broken file"
+    named = OSError("unreadable")
+    named.filename = "a.png"
+    assert messages.reason_of(named) == "unreadable" and messages.reason_of(OSError(5, "I/O error")) == "I/O error"
+    assert messages.quantity(1, "class") == "1 class" and messages.quantity(2, "patch") == "2 patches"
+    assert messages.list_names([str(index) for index in range(12)]).endswith(", '9' and 2 more")

@@ -595,3 +595,35 @@ def test_precomputed_features_that_do_not_fit_are_refused(
     valid_set = retrieve(bundled, photos, ["one"], per_class=3)
     with pytest.raises(ValueError, match=message):
         retrieve(bundled, change(valid_set.features, [image.path for image in valid_set.images]))
+
+
+def test_an_image_of_another_shape_is_reported(bundled: Any, photos: Path) -> None:
+    def preprocess(image: Image.Image) -> Tensor:
+        pixels: Tensor = bundled[1](image)
+        return pixels[:, :, 1:] if image.size == (9, 9) else pixels
+
+    Image.new("RGB", (9, 9)).save(photos / "small.png")
+    lines: list[str] = []
+    support_set = support.retrieve(
+        bundled[0], preprocess, bundled[2], prompts_of(["one"]), photos, per_class=60, report=lines.append
+    )
+    assert len(support_set.images) == 60
+    assert lines == [f"skipped {photos / 'small.png'}: preprocessing gave (3,32,31) instead of (3,32,32)"]
+
+
+def test_a_class_with_fewer_images_than_wanted_is_named(bundled: Any, photos: Path) -> None:
+    with pytest.warns(UserWarning, match=r"^expected 61 images per class, got fewer of 'seven' \(60\), 'zero' \(60\)"):
+        retrieve(bundled, photos, per_class=61)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_a_pipe_among_precomputed_files_is_refused_at_once(bundled: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    features = torch.eye(2, bundled[0].visual.output_dim)
+    with pytest.raises(ValueError, match=r"expected a file, got .*pipe\.png, which is not a regular file"):
+        retrieve(bundled, (features, [str(tmp_path / "pipe.png"), "other"]))
+
+
+def test_a_manifest_that_links_to_itself_marks_no_support_set(bundled: Any, photos: Path) -> None:
+    (photos / "0" / "manifest.json").symlink_to("manifest.json")
+    assert retrieve(bundled, photos, per_class=60).counts.tolist() == [60, 60, 60]

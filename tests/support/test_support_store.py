@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -469,3 +470,16 @@ def test_class_names_of_one_folder_lose_no_image(bundled: Any, photos: Path, tmp
     support_set._replace(classes=("Cat",), prompts={"Cat": support_set.prompts["cat"]}).save(tmp_path / "set")
     assert SupportSet.load(tmp_path / "set", bundled[0]).counts.tolist() == [3]
     assert len(list((tmp_path / "set" / "cat").iterdir())) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_a_pipe_among_the_images_of_a_class_is_named(bundled: Any, photos: Path, tmp_path: Path) -> None:
+    retrieve(bundled, photos, per_class=5).save(tmp_path / "set")
+    os.mkfifo(tmp_path / "set" / "zero" / "pipe.png")
+    with pytest.raises(ValueError, match=r"expected the 15 images of the manifest .*, got 1 more and 0 fewer"):
+        SupportSet.load(tmp_path / "set", bundled[0])
+    with (
+        pytest.warns(UserWarning, match=r"skipped .*pipe\.png: not a regular file"),
+        pytest.raises(ValueError, match=r"got unreadable '.*pipe\.png': delete"),
+    ):
+        support.refresh(tmp_path / "set", *bundled[:2])

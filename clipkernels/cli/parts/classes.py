@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from clipkernels.classifier import check_classes
-from clipkernels.images import reason_of
+from clipkernels.messages import reason_of
 
 
 def choose_classes(paths: Sequence[str], classes: str | None, file: str | None, folder_labels: bool) -> list[str]:

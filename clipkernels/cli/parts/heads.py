@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipkernels.heads import CALIP, Head, Reservoir, TipAdapter, TipX, ZeroShot
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
+from clipkernels.messages import quantity
 from clipkernels.support import SupportSet
 
 SAVE_EVERY = 30  # seconds
@@ -99,7 +100,7 @@ class ReservoirFile:
         self.seen = self.head.seen
         if self.seen:
             cached = int(self.head.counts.sum())
-            click.echo(f"{path}: resumed: {self.seen} images seen, {cached} cached", err=True)
+            click.echo(f"{path}: resumed: {quantity(self.seen, 'image')} seen, {cached} cached", err=True)
         return self
 
     def __exit__(

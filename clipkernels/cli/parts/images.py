@@ -9,6 +9,7 @@ from itertools import groupby
 import click
 
 from clipkernels.images import Found, find_images
+from clipkernels.messages import quantity
 
 exif_option = click.option("--no-exif", is_flag=True, help="Ignore EXIF orientation, as an index made without it did.")
 
@@ -25,6 +26,12 @@ def find(images: Sequence[str]) -> Found:
     except OSError as error:
         actual = f"{error.filename!r}: {error.strerror}"
         raise click.UsageError(f"expected a folder that can be read, got {actual}") from error
+
+
+def no_images(paths: Sequence[str]) -> click.UsageError:
+    """Return the error of files none of which is an image that can be used; a line about each is on stderr."""
+    files = quantity(len(paths), "file")
+    return click.UsageError(f"expected images, got {files} that cannot be used, such as {paths[0]!r}")
 
 
 def close(found: Found) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clipkernels.cli.parts.output import quietly
 from clipkernels.data import Preprocess, bundled
-from clipkernels.images import first_line
+from clipkernels.messages import first_line
 from clipkernels.patching import tower_of
 
 LIBRARIES = ("open_clip", "transformers", "timm")

@@ -11,7 +11,7 @@ import click
 from torch import Tensor
 
 from clipkernels.cli.parts.output import quietly
-from clipkernels.images import first_line
+from clipkernels.messages import first_line
 
 FORMATS = ("png", "svg", "pdf")
 MARKERS = "osD^vPX*<>hp"

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from clipkernels import ops
-from clipkernels.arguments import check_positive
 from clipkernels.learn.distill.features import TeacherFeatures
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import inverse_of, strongest_first
@@ -94,7 +93,8 @@ class TargetedDistillation(nn.Module):
             raise ValueError(f"widths must be at least one, got teacher={width}, text={text}, visual={visual}")
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be a number in (0, 1], got {keep!r}")
-        check_positive(temperature=temperature)
+        if not temperature > 0:  # infinite: plain means
+            raise ValueError(f"temperature must be a positive number, got {temperature!r}")
         if weight is not None and weight not in get_args(Weight):
             raise ValueError(f"weight must be one of {', '.join(get_args(Weight))} or None, got {weight!r}")
         if not math.isfinite(scale) or not 0 <= strength < math.inf:

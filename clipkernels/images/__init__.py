@@ -1,0 +1,21 @@
+"""Image files: the one walker that finds them and the one reader that opens them."""
+
+from clipkernels.images.batches import Loaded, Pictures, collate
+from clipkernels.images.formats import is_image_name, readable_formats
+from clipkernels.images.reader import Reader, read_bytes
+from clipkernels.images.walker import Found, draw_images, find_images, images_below, names_in
+
+__all__ = [
+    "Found",
+    "Loaded",
+    "Pictures",
+    "Reader",
+    "collate",
+    "draw_images",
+    "find_images",
+    "images_below",
+    "is_image_name",
+    "names_in",
+    "read_bytes",
+    "readable_formats",
+]

@@ -1,0 +1,55 @@
+"""Batches of preprocessed images, for a DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clipkernels.images.reader import Reader
+
+
+class Loaded(NamedTuple):
+    """A batch: indices and images (B,3,S,S) of the readable files, index and reason of the others."""
+
+    indices: list[int]
+    images: Tensor | None
+    failed: list[tuple[int, str]]
+
+
+class Pictures(Dataset[tuple[int, Tensor | str]]):
+    """Preprocessed images by index, all of one shape, or the reason why there is none.
+
+    paths: the image files.
+    preprocess: a callable from a PIL image to a tensor of that shape.
+    shape: the shape (3,S,S) that the model takes, as `clipkernels.encode.image_shape` gives it.
+    exif: turn an image as its EXIF orientation says.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        preprocess: Callable[[Image.Image], Tensor],
+        shape: tuple[int, ...],
+        *,
+        exif: bool = True,
+    ) -> None:
+        self.paths, self.preprocess, self.shape, self.reader = paths, preprocess, shape, Reader(exif)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        return index, self.reader.prepare(self.paths[index], self.preprocess, self.shape)
+
+
+def collate(items: Sequence[tuple[int, Tensor | str]]) -> Loaded:
+    """Stack the images of a batch, apart from the files that could not be read."""
+    good = [(index, image) for index, image in items if isinstance(image, Tensor)]
+    failed = [(index, reason) for index, reason in items if isinstance(reason, str)]
+    images = torch.stack([image for _, image in good]) if good else None
+    return Loaded([index for index, _ in good], images, failed)
