@@ -1,7 +1,8 @@
 """A driver for triton that launches nothing: the host's work of every launch, without a GPU.
 
-    stub_driver.install()      # before the first launch, in a process without TRITON_INTERPRET
-    stub_driver.launches       # a record of each launch since it was cleared
+    stub = stub_driver.install()   # before the first launch, in a process without TRITON_INTERPRET
+    stub.counts                    # launches by kernel
+    stub.records = []              # from here on every launch is recorded
 
 Kernels compile for sm_90, tensors stay on the CPU, and outputs remain uninitialised: only counts and host times mean
 anything. clipkernels takes its kernels for CPU tensors, and no check reads their values, as on a GPU.
@@ -10,6 +11,7 @@ anything. clipkernels takes its kernels for CPU tensors, and no check reads thei
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +29,6 @@ class Launched(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-launches: list[Launched] = []
-
-
 class _Utilities:
     """What a driver tells of its device and its binaries."""
 
@@ -45,13 +44,19 @@ class _Utilities:
 
 
 class StubDriver:
-    """The driver of one H200, or of as many as `device` numbers."""
+    """The driver of one H200, or of as many as `device` numbers.
+
+    counts: the launches of each kernel.
+    records: the launches in order, or None if they are not recorded, because a record keeps its tensors.
+    """
 
     binary_ext = "cubin"
 
     def __init__(self) -> None:
         self.utils = _Utilities()
         self.device = 0
+        self.counts: Counter[str] = Counter()
+        self.records: list[Launched] | None = None
         self.target = GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
@@ -70,14 +75,16 @@ class StubDriver:
         return True
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """The launcher of a compiled kernel, which records its arguments and calls the hooks among them."""
+        """The launcher of a compiled kernel, which counts and calls the hooks among its arguments."""
         name, attributes = source.fn.__name__, getattr(source, "attrs", None)
 
         def launch(*arguments: Any) -> None:
             metadata, enter, leave = arguments[6:9]
             if enter is not None:
                 enter(metadata)
-            launches.append(Launched(name, source.signature, attributes, arguments))
+            self.counts[name] += 1
+            if self.records is not None:
+                self.records.append(Launched(name, source.signature, attributes, arguments))
             if leave is not None:
                 leave(metadata)
 
