@@ -1,9 +1,10 @@
-"""Print, as JSON, what launches of a kernel do under a driver that launches nothing. Run without TRITON_INTERPRET.
+"""Print, as JSON, what launches of kernels do under a driver that launches nothing. Run without TRITON_INTERPRET.
 
-Each observation is a list with an entry per launch: true if the launch went through triton's own `JITFunction.run`.
+With --layouts, compare the later launches of every operation of a tower with those that triton itself makes.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bench import stub_driver
-from clipkernels.kernels import epilogue, launch
+from clipkernels.kernels import affinity, attention, condense, epilogue, launch, merge, predict, prune, rank
 
 STUB = stub_driver.install()
 WIDTH = 64
@@ -149,6 +150,134 @@ def elsewhere(kernel: Any) -> Any:
     return [devices, STUB.device]
 
 
+def layouts() -> dict[str, list[Callable[[], object]]]:
+    """Calls of every launcher of a tower, by operation, that differ in sizes, strides, dtypes, options or flags."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def qkv(tokens: int = 9, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+        return list(tensor(2, tokens, 96, dtype=dtype).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0))
+
+    x, strided, longer = tensor(2, 9, WIDTH), tensor(2, 9, 2 * WIDTH)[..., :WIDTH], tensor(2, 13, WIDTH)
+    (q, k, v), size, norm = qkv(), tensor(2, 9, dtype=torch.float32), (tensor(WIDTH), tensor(WIDTH), 1e-5)
+    dense = [part.contiguous() for part in (q, k, v)]
+    scores, heads = tensor(2, 8, dtype=torch.float32), tensor(2, 2, 8, dtype=torch.float32)
+    match, fewer = ([torch.zeros(2, n, dtype=torch.int64) for n in (5 - r, r, r)] for r in (3, 2))
+    wide_norm = (norm[0].float(), norm[1].float(), 1e-6)
+    mixer = [tensor(*shape) for shape in ((16,), (16,), (16, 9), (16,), (9, 16), (9,), (16,), (16,), (128, 16), (128,))]
+    mixer += [tensor(*shape) for shape in ((16, 128), (16,), (16,), (1,))]
+    support, offsets = tensor(40, 64), torch.tensor([0, 20, 40])
+    return {
+        "attention": [
+            lambda: attention.attention(q, k, v, None, None, 1),
+            lambda: attention.attention(*dense, None, None, 1),
+            lambda: attention.attention(q[:, :, :1], k, v, None, None, 1),
+            lambda: attention.attention(q, k, v, size, None, 1),
+            lambda: attention.attention(q, k, v, None, "cls", 1),
+            lambda: attention.attention(q, k, v, None, "cls", 2),
+            lambda: attention.attention(q, k, v, None, "received", 1),
+            lambda: attention.attention(*qkv(13), None, None, 1),
+            lambda: attention.attention(*qkv(dtype=torch.float32), None, None, 1),
+        ],
+        "rank": [
+            lambda: rank.cls_scores(q, k, None, 1),
+            lambda: rank.cls_scores(*dense[:2], None, 1),
+            lambda: rank.cls_scores(q, k, size, 1),
+            lambda: rank.reduce_scores(heads, False, 2),
+            lambda: rank.reduce_scores(heads, True, 2),
+        ],
+        "prune": [
+            lambda: prune.prune_tokens(x, scores, 5, False, "mean", 1, None),
+            lambda: prune.prune_tokens(strided, scores, 5, False, "mean", 1, None),
+            lambda: prune.prune_tokens(x, heads, 5, False, "mean", 1, None),
+            lambda: prune.prune_tokens(x, heads, 5, True, "rank", 1, norm),
+            lambda: prune.prune_tokens(x, heads, 5, True, "rank", 1, wide_norm),
+            lambda: prune.prune_tokens(x, scores, 4, True, "mean", 1, norm),
+        ],
+        "match": [
+            lambda: merge.match_tokens(k, 3, 1),
+            lambda: merge.match_tokens(dense[1], 3, 1),
+            lambda: merge.match_tokens(k, 2, 1),
+            lambda: merge.match_tokens(k, 3, 0),
+            lambda: merge.match_tokens(x, 3, 1),
+            lambda: merge.match_tokens(longer, 3, 1),
+        ],
+        "merge": [
+            lambda: merge.merge_tokens(x, *match, None, None),
+            lambda: merge.merge_tokens(strided, *match, None, None),
+            lambda: merge.merge_tokens(x, *match, size, norm),
+            lambda: merge.merge_tokens(x, *match, size.to(torch.int64), norm),
+            lambda: merge.merge_tokens(x, *fewer, None, wide_norm),
+        ],
+        "condense": [
+            lambda: condense.condense_tokens(x, heads, 2, 4, 2, None, "rank", 1, 0, None),
+            lambda: condense.condense_tokens(strided, heads, 2, 4, 2, None, "rank", 1, 0, None),
+            lambda: condense.condense_tokens(x, heads, 3, 4, 2, heads, "mean", 1, 0, norm),
+            lambda: condense.condense_tokens(x, scores, 2, 4, 2, scores, "mean", 1, 1, wide_norm),
+        ],
+        "epilogue": [
+            lambda: epilogue.bias_act(x, norm[0], "gelu"),
+            lambda: epilogue.bias_act(longer, norm[0], "gelu"),
+            lambda: epilogue.bias_act(x, None, "gelu_tanh"),
+            lambda: epilogue.add_norm(x, x, norm[0], norm[1], norm),
+            lambda: epilogue.add_norm(x, x.float(), None, norm[1], wide_norm),
+        ],
+        "predict": [
+            lambda: predict.predict_scores(x, mixer, 1e-5, 1),
+            lambda: predict.predict_scores(strided, mixer, 1e-5, 1),
+            lambda: predict.predict_scores(x, mixer, 1e-6, 0),
+        ],
+        "affinity": [
+            lambda: affinity.affinity(tensor(3, 64), support, offsets, 5.5, None),
+            lambda: affinity.affinity(tensor(3, 128)[:, :64], support, offsets, 5.5, None),
+            lambda: affinity.affinity(tensor(3, 64), support, offsets, 1.0, tensor(40)),
+            lambda: affinity.affinity(tensor(3, 64), tensor(600, 64), offsets, 5.5, None),
+        ],
+    }
+
+
+def described(call: Callable[[], object]) -> list[object]:
+    """The launches of a call: kernel, signature and arguments, tensors by their dtypes and strides."""
+    STUB.records = []
+    call()
+    return [
+        (
+            *(record.kernel, record.signature, record.attributes),
+            *(
+                (argument.dtype, argument.shape, argument.stride()) if isinstance(argument, torch.Tensor) else argument
+                for place, argument in enumerate(record.arguments)
+                if place not in (6, 7, 8)  # the metadata of the launch, for its hooks
+            ),
+        )
+        for record in STUB.records
+    ]
+
+
+def compare_layouts() -> dict[str, list[bool]]:
+    """By operation: later launches are those that triton makes of the same call, and none goes through triton."""
+    compared = {}
+    for name, calls in layouts().items():
+        expected = []
+        for call in calls:
+            forget_launches()
+            expected.append(described(call))
+        forget_launches()
+        for call in calls:
+            call()
+        through_triton.clear()
+        actual = [described(call) for call in reversed(calls)][::-1]
+        compared[name] = [actual == expected, not through_triton]
+    return compared
+
+
+def forget_launches() -> None:
+    for module in (affinity, attention, condense, epilogue, merge, predict, prune, rank):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
 if __name__ == "__main__":
     count_runs()
-    print(json.dumps(observe()))
+    print(json.dumps(compare_layouts() if "--layouts" in sys.argv else observe()))

@@ -12,19 +12,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def seen() -> dict[str, Any]:
+def observe(*options: str) -> dict[str, Any]:
     """The observations of `launches.py`, made in a process without the interpreter."""
     pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "tests" / "ops" / "launches.py")]
-    process = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT
-    )
+    command = [sys.executable, str(ROOT / "tests" / "ops" / "launches.py"), *options]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     observations: dict[str, Any] = json.loads(process.stdout)
     return observations
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    return observe()
 
 
 @pytest.fixture
@@ -72,6 +74,12 @@ def test_hooks_are_called_and_see_the_name_of_the_kernel(tried: dict[str, Any]) 
 
 def test_debugging_goes_through_triton(tried: dict[str, Any]) -> None:
     assert tried["debug"] == [False, False]
+
+
+@pytest.mark.slow
+def test_later_launches_are_those_of_triton_for_every_layout(tried: dict[str, Any]) -> None:
+    operations = ["attention", "rank", "prune", "match", "merge", "condense", "epilogue", "predict", "affinity"]
+    assert observe("--layouts") == {name: [True, True] for name in operations}
 
 
 @pytest.mark.parametrize("case", ["untried", "amd"])
