@@ -10,12 +10,15 @@ no atomics, no host sync. A row's result depends only on its image.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from clipkernels.kernels import layer_norm, ranking
+from clipkernels.kernels.launch import Launch
 from clipkernels.kernels.layer_norm import store_rows
 from clipkernels.kernels.ranking import load_scores, rank_of, reduce_heads
 
@@ -185,21 +188,30 @@ def condense_tokens(
     reduced = torch.empty(batch, patches, dtype=torch.float32, device=x.device) if per_head else scores
     order = torch.empty(batch, patches, dtype=torch.int32, device=x.device)
     weight, bias, eps = layer_norm.arguments(norm, x)
-    blocks = config(patches, merge, width)
-    gather = blocks["gather"]
-    with torch.cuda.device_of(x):
-        _cluster_kernel[(batch,)](
-            x, scores, scores if weights is None else weights, reduced, order, source, index, coefficient,
-            patches, keep, merge, prefix, first,
-            x.stride(0), x.stride(1),
-            C=width, K=centers, H=scores.shape[1] if per_head else 0, RANK=heads == "rank", OWN=weights is not None,
-            WH=weights.shape[1] if weights is not None and weights.ndim == 3 else 0, enable_fp_fusion=True,
-            **blocks["cluster"],
-        )  # fmt: skip
-        _condense_kernel[(batch, triton.cdiv(prefix + keep, gather["BLOCK_R"]) + centers + 1)](
-            x, order, source, index, coefficient, out, out if normed is None else normed, weight, bias,
-            patches, keep, merge, prefix, eps,
-            x.stride(0), x.stride(1),
-            C=width, K=centers, NORM=norm is not None, enable_fp_fusion=True, **gather,
-        )  # fmt: skip
+    cluster, gather = _condense_launches(
+        x.shape, x.stride(), keep, merge, centers, scores.shape[1] if per_head else 0, heads == "rank",
+        weights is not None, weights.shape[1] if weights is not None and weights.ndim == 3 else 0, prefix, first,
+        norm is not None, eps,
+    )  # fmt: skip
+    cluster(x, scores, scores if weights is None else weights, reduced, order, source, index, coefficient)
+    gather(x, order, source, index, coefficient, out, out if normed is None else normed, weight, bias)
     return out, source, index, coefficient, normed
+
+
+@lru_cache(maxsize=1024)
+def _condense_launches(
+    shape: tuple[int, ...], stride: tuple[int, ...], keep: int, merge: int, centers: int, heads: int, rank: bool,
+    weighed: bool, weight_heads: int, prefix: int, first: int, normed: bool, eps: float,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    batch, tokens, width = shape
+    patches = tokens - prefix
+    blocks = config(patches, merge, width)
+    cluster = Launch(
+        _cluster_kernel, (batch,), patches, keep, merge, prefix, first, *stride[:2],
+        C=width, K=centers, H=heads, RANK=rank, OWN=weighed, WH=weight_heads, **blocks["cluster"],
+    )  # fmt: skip
+    gather = Launch(
+        _condense_kernel, (batch, triton.cdiv(prefix + keep, blocks["gather"]["BLOCK_R"]) + centers + 1),
+        patches, keep, merge, prefix, eps, *stride[:2], C=width, K=centers, NORM=normed, **blocks["gather"],
+    )  # fmt: skip
+    return cluster, gather

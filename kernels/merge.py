@@ -10,12 +10,15 @@ one launch. Every row gathers its own sources, so there is no scatter and no ato
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from clipkernels.kernels import layer_norm, ranking
+from clipkernels.kernels.launch import Launch
 from clipkernels.kernels.layer_norm import store_rows
 from clipkernels.kernels.ranking import rank_of
 
@@ -159,10 +162,9 @@ def merge_config(r: int, width: int) -> dict[str, int]:
 def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernels: kept (B,A-r), source (B,r), target (B,r) int64, for a metric (B,N,D) or (B,H,N,D)."""
     per_head = metric if metric.ndim == 4 else metric[:, None]
-    batch, heads, tokens, width = per_head.shape
-    # The prefix takes no part, neither as a source (even positions) nor as a target (odd ones).
-    even, odd = (prefix + 1) // 2, prefix // 2
-    a, b = (tokens + 1) // 2 - even, tokens // 2 - odd
+    batch, _, tokens, width = per_head.shape
+    even = (prefix + 1) // 2
+    a = (tokens + 1) // 2 - even
     kept, source, target = (
         torch.empty(batch, n, dtype=torch.int64, device=metric.device) for n in (even + a - r, r, r)
     )
@@ -174,21 +176,31 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, T
     unit = torch.empty(batch, tokens, width, dtype=torch.float32, device=metric.device)
     strength = torch.empty(batch, a, dtype=torch.float32, device=metric.device)
     nearest = torch.empty(batch, a, dtype=torch.int32, device=metric.device)
+    launches = _match_launches(per_head.shape, per_head.stride(), r, prefix)
+    launches[0](per_head, unit)
+    launches[1](unit, strength, nearest)
+    launches[2](strength, nearest, kept, source, target)
+    return kept, source, target
+
+
+@lru_cache(maxsize=1024)
+def _match_launches(
+    shape: tuple[int, ...], stride: tuple[int, ...], r: int, prefix: int
+) -> tuple[Launch, Launch, Launch]:
+    batch, heads, tokens, width = shape
+    # The prefix takes no part, neither as a source (even positions) nor as a target (odd ones).
+    even, odd = (prefix + 1) // 2, prefix // 2
+    a, b = (tokens + 1) // 2 - even, tokens // 2 - odd
     blocks = match_config(width)
     tiles = {name: triton.cdiv(n, blocks["nearest"][f"BLOCK_{name}"]) for name, n in (("A", a), ("B", b))}
-    with torch.cuda.device_of(metric):
-        _unit_kernel[(batch, triton.cdiv(tokens, blocks["unit"]["BLOCK_N"]))](
-            per_head, unit, tokens, *per_head.stride()[:3],
-            H=heads, D=width, enable_fp_fusion=True, **blocks["unit"],
-        )  # fmt: skip
-        _nearest_kernel[(batch, tiles["A"])](
-            unit, strength, nearest, tokens, a, even, odd,
-            D=width, TILES=tiles["B"], enable_fp_fusion=True, **blocks["nearest"],
-        )  # fmt: skip
-        _strongest_kernel[(batch,)](
-            strength, nearest, kept, source, target, a, r, even, odd, enable_fp_fusion=True, **ranking.blocks(a)
-        )
-    return kept, source, target
+    unit_grid = (batch, triton.cdiv(tokens, blocks["unit"]["BLOCK_N"]))
+    return (
+        Launch(_unit_kernel, unit_grid, tokens, *stride[:3], H=heads, D=width, **blocks["unit"]),
+        Launch(
+            _nearest_kernel, (batch, tiles["A"]), tokens, a, even, odd, D=width, TILES=tiles["B"], **blocks["nearest"]
+        ),
+        Launch(_strongest_kernel, (batch,), a, r, even, odd, **ranking.blocks(a)),
+    )
 
 
 def merge_tokens(
@@ -209,13 +221,20 @@ def merge_tokens(
         return out, merged, normed
     x = x if x.stride(2) == 1 else x.contiguous()
     weight, bias, eps = layer_norm.arguments(norm, x)
-    blocks = merge_config(r, width)
-    with torch.cuda.device_of(x):
-        _merge_kernel[(batch, triton.cdiv(tokens - r, blocks["BLOCK_R"]))](
-            x, kept.contiguous(), source.contiguous(), target.contiguous(),
-            merged if size is None else size.contiguous(), out, merged, out if normed is None else normed, weight, bias,
-            tokens, r, eps,
-            x.stride(0), x.stride(1),
-            C=width, SIZED=size is not None, NORM=norm is not None, enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+    launch = _merge_launch(x.shape, x.stride(), r, size is not None, norm is not None, eps)
+    launch(
+        x, kept.contiguous(), source.contiguous(), target.contiguous(),
+        merged if size is None else size.contiguous(), out, merged, out if normed is None else normed, weight, bias,
+    )  # fmt: skip
     return out, merged, normed
+
+
+@lru_cache(maxsize=1024)
+def _merge_launch(
+    shape: tuple[int, ...], stride: tuple[int, ...], r: int, sized: bool, normed: bool, eps: float
+) -> Launch:
+    (batch, tokens, width), blocks = shape, merge_config(r, shape[2])
+    return Launch(
+        _merge_kernel, (batch, triton.cdiv(tokens - r, blocks["BLOCK_R"])), tokens, r, eps, *stride[:2],
+        C=width, SIZED=sized, NORM=normed, **blocks,
+    )  # fmt: skip

@@ -9,12 +9,15 @@ image alone.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from clipkernels.kernels import layer_norm, ranking
+from clipkernels.kernels.launch import Launch
 from clipkernels.kernels.layer_norm import store_rows
 from clipkernels.kernels.ranking import load_scores, rank_of, reduce_heads
 
@@ -107,18 +110,29 @@ def prune_tokens(
     gone = torch.empty(batch, patches - keep, dtype=torch.int32, device=x.device) if fuse else index
     weights = torch.empty(batch, patches - keep, dtype=torch.float32, device=x.device) if fuse else scores
     weight, bias, eps = layer_norm.arguments(norm, x)
-    blocks = config(patches, width)
-    with torch.cuda.device_of(x):
-        if patches:
-            _choose_kernel[(batch,)](
-                scores, reduced, index, gone, weights, patches, keep,
-                H=scores.shape[1] if per_head else 0, RANK=heads == "rank", FUSE=int(fuse), enable_fp_fusion=True,
-                **ranking.blocks(patches),
-            )  # fmt: skip
-        _gather_kernel[(batch, triton.cdiv(prefix + keep, blocks["BLOCK_R"]) + fuse)](
-            x, index, gone, weights, out, out if normed is None else normed, weight, bias,
-            patches, keep, prefix, eps,
-            x.stride(0), x.stride(1),
-            C=width, FUSE=int(fuse), NORM=norm is not None, enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+    choose, gather = _prune_launches(
+        x.shape, x.stride(), scores.shape[1] if per_head else 0, heads == "rank", keep, fuse, prefix, norm is not None,
+        eps,
+    )  # fmt: skip
+    if patches:
+        choose(scores, reduced, index, gone, weights)
+    gather(x, index, gone, weights, out, out if normed is None else normed, weight, bias)
     return out, index, normed
+
+
+@lru_cache(maxsize=1024)
+def _prune_launches(
+    shape: tuple[int, ...], stride: tuple[int, ...], heads: int, rank: bool, keep: int, fuse: bool, prefix: int,
+    normed: bool, eps: float,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    batch, tokens, width = shape
+    patches = tokens - prefix
+    choose = Launch(
+        _choose_kernel, (batch,), patches, keep, H=heads, RANK=rank, FUSE=int(fuse), **ranking.blocks(patches)
+    )  # fmt: skip
+    blocks = config(patches, width)
+    gather = Launch(
+        _gather_kernel, (batch, triton.cdiv(prefix + keep, blocks["BLOCK_R"]) + fuse),
+        patches, keep, prefix, eps, *stride[:2], C=width, FUSE=int(fuse), NORM=normed, **blocks,
+    )  # fmt: skip
+    return choose, gather
