@@ -7,6 +7,7 @@ import torch
 
 import clipkernels as ck
 from bench import runners
+from bench.gpu.tune import forget_launches
 from clipkernels.measure.timing import Variant, vary
 from clipkernels.testing import (
     method_id,
@@ -42,6 +43,18 @@ def test_an_operation_replays_from_a_cuda_graph(op):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", CASES)
+@torch.inference_mode()
+def test_a_later_launch_computes_what_a_first_one_does(op):
+    case, source = CASES[op], InputFactory(SHAPES["B-16"], 2, torch.bfloat16, CUDA)
+    inputs, new_inputs = case.inputs(source), case.inputs(source)
+    case.call(source, "triton", *inputs)
+    later = flat(case.call(source, "triton", *new_inputs))
+    forget_launches()
+    first = flat(case.call(source, "triton", *new_inputs))
+    assert all(torch.equal(one, other) for one, other in zip(later, first, strict=True))
 
 
 @pytest.mark.parametrize("op", CASES)
