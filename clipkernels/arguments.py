@@ -181,21 +181,35 @@ def check_norm(norm: Norm | None, x: Tensor) -> None:
         raise ValueError(f"norm must be (weight, bias, eps), got {len(norm)} values")
     weight, bias, eps = norm
     vectors = {"norm's weight": weight, "norm's bias": bias}
-    check_tensors(**vectors)
+    if weight is None or bias is None:  # `check_vectors` accepts None
+        check_tensors(**vectors)
     check_vectors(x, **vectors)
     check_positive(**{"norm's eps": eps})
 
 
 def check_vectors(x: Tensor, **tensors: Tensor | None) -> None:
     """Raise unless every tensor is None or a float vector (C,) on the device of x (…,C)."""
+    width, device = x.shape[-1], x.device
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or _is_vector(tensor, width, device):
             continue
         check_tensors(**{name: tensor})
-        if tuple(tensor.shape) != x.shape[-1:] or tensor.device != x.device:
-            actual = f"{shape_of(tensor)} on {tensor.device}"
-            raise ValueError(f"{name} must be (C,) = ({x.shape[-1]}) on {x.device}, got {actual}")
+        if tensor.ndim != 1 or tensor.shape[0] != width or tensor.device != device:
+            raise ValueError(f"{name} must be (C,) = ({width}) on {device}, got {shape_of(tensor)} on {tensor.device}")
         check_floating(**{name: tensor})
+
+
+def _is_vector(value: Any, width: int, device: torch.device) -> bool:
+    """Return true for a dense float vector (width,) on a device: in one go, because every block checks several."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.dtype in _FLOATS
+        and value.ndim == 1
+        and value.shape[0] == width
+        and value.device == device
+    )
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -214,8 +228,10 @@ def check_same(like: Tensor, **tensors: Tensor) -> None:
 
 def values_are_readable(*tensors: Tensor) -> bool:
     """Return true if a check may read the values: plain tensors on the CPU, no graph, no trace, no transform."""
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    return on_cpu and can_skip_dispatcher(*tensors) and transform_obstacle() is None
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return False
+    return can_skip_dispatcher(*tensors) and transform_obstacle() is None
 
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:

@@ -86,12 +86,17 @@ def requested_backend(backend: str) -> str:
     return os.environ.get("CLIPKERNELS_BACKEND", "auto") if automatic else backend
 
 
-def use_epilogue_kernels(x: Tensor) -> bool:
-    """Return true if the sums, norms and activations of a tower on x run as kernels."""
+def use_kernels(x: Tensor) -> bool:
+    """Return true if a tower on tokens x (B,N,C) launches kernels for its sums, norms and activations too.
+
+    Its operations then need no choice of their own: see `ops.unchecked`.
+    """
     if choose("auto", x.device, x.dtype, "add_norm", width=x.shape[-1]) == "reference":
         return False
     # A compiler fuses them itself, and autocast decides the dtype of each norm.
-    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return x.shape[1] <= MAX_PATCHES
 
 
 def explain(device: torch.device) -> tuple[str, str]:

@@ -7,14 +7,15 @@ A `Predict` step runs before attention, so that this block's attention gets chea
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels import ops
-from clipkernels.backend import Backend
+from clipkernels.ops import unchecked
 from clipkernels.plan import Condense, Merge, Predict, Prune, Step
 from clipkernels.reference import Norm
 
@@ -31,7 +32,7 @@ class Branch(NamedTuple):
 
 
 class Parts(Protocol):
-    """An adapter's view of a host's block. Every method reads the host's current weights.
+    """An adapter's view of a host's block, with the weights that it had when it was read: see `adapters.blocks`.
 
     With `fused`, a branch leaves its bias and its layer scale to the sum that follows, as far as the host allows.
     """
@@ -121,17 +122,19 @@ def forward(
             because it moves no prefix token.
         track: also return the destination of every row.
         next_norm: norm1 of the next block, computed together with the last sum.
-        fused: run sums, norms and activations as kernels.
+        fused: run sums, norms and activations as kernels, and every operation unchecked.
         anchors: (A,C) CLS tokens; rows of zeros do not count. The anchor most similar to an image's CLS token joins
             attention as one more token, and is dropped after it. None for no anchor.
         predictor: ranks the patches for a `Predict`.
     """
     (x, normed, size, rope), destination = state, None
+    run: Any = unchecked if fused else ops
+    add_norm = unchecked.add_norm if fused else partial(ops.add_norm, backend="reference")
     if isinstance(step, Predict):
         assert predictor is not None
         norm1 = parts.norm1 if fused else None
         prune = Prune(step.keep, fuse=False)
-        (x, normed, size, rope), destination = _prune(state, predictor(x, prefix), prune, prefix, norm1, track)
+        (x, normed, size, rope), destination = _prune(ops, state, predictor(x, prefix), prune, prefix, norm1, track)
         step = None
     step = step if rows is None else None
     # Merging compares the keys themselves: their mean over heads is part of matching.
@@ -139,26 +142,25 @@ def forward(
     weights = size if proportional else None
     if anchors is None:
         q, k, v = parts.qkv(x, normed, rows, rope)
-        out, scores = ops.attention(q, k, v, weights, signal, prefix)
+        out, scores = run.attention(q, k, v, weights, signal, prefix)
     else:
         anchored = torch.cat([x, _nearest_anchor(anchors, x[:, 0])[:, None].to(x.dtype)], 1)
         q, k, v = parts.qkv(anchored, None, rows, None if rope is None else _append_identity(rope))
         weights = None if weights is None else torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
-        out, scores = ops.attention(q, k, v, weights, signal, prefix)
+        out, scores = run.attention(q, k, v, weights, signal, prefix)
         out, scores = out[:, :, : x.shape[1]], None if scores is None else scores[..., :-1]
     norm2 = parts.norm2 if fused else None
-    backend: Backend = "auto" if fused else "reference"
     branch = parts.project(out, fused)
     residual = x if rows is None else x[:, :rows]
-    x, normed = ops.add_norm(residual, branch.y, branch.bias, branch.scale, None if step else norm2, backend=backend)
+    x, normed = add_norm(residual, branch.y, branch.bias, branch.scale, None if step else norm2)
     if isinstance(step, Prune):
         if scores is None:
             scores = _random_scores(x.shape[1] - prefix, step.seed, x.device).expand(x.shape[0], -1)
         state = TokenState(x, None, size, rope)
-        (x, normed, size, rope), destination = _prune(state, scores, step, prefix, norm2, track)
+        (x, normed, size, rope), destination = _prune(run, state, scores, step, prefix, norm2, track)
     elif isinstance(step, Condense):
         assert scores is not None
-        condensed = ops.condense_tokens(
+        condensed = run.condense_tokens(
             x, scores, step.keep, step.merge, step.centers, scores, step.heads, prefix, step.first, norm2
         )
         leading = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
@@ -169,23 +171,25 @@ def forward(
     elif isinstance(step, Merge):
         # Sources and targets alternate. Only CLS may be among them: registers would end up between patches.
         lead = max(prefix - 1, 0)
-        match = ops.match_tokens(k[:, :, lead:], step.r, prefix - lead)
+        match = run.match_tokens(k[:, :, lead:], step.r, prefix - lead)
         destination = _rows_after_merging(match, x.shape[1], lead) if track else None
         if rope is not None:
             rope = gather_rope(rope, _patches_after_merging(match, x.shape[1] - lead, prefix - lead))
         sizes = None if size is None else size[:, lead:]
-        merged = ops.merge_tokens(x[:, lead:], match, sizes, None if lead else norm2)
+        merged = run.merge_tokens(x[:, lead:], match, sizes, None if lead else norm2)
         x, size, normed = merged if not lead else _prepend(x[:, :lead], merged)
     branch = parts.mlp(x, normed, fused)
-    x, normed = ops.add_norm(x, branch.y, branch.bias, branch.scale, next_norm, backend=backend)
+    x, normed = add_norm(x, branch.y, branch.bias, branch.scale, next_norm)
     return BlockOutput(TokenState(x, normed, size, rope), destination)
 
 
-def _prune(state: TokenState, scores: Tensor, step: Prune, prefix: int, norm: Norm | None, track: bool) -> BlockOutput:
-    """The tokens after pruning, with `normed` computed by `norm`."""
+def _prune(
+    run: Any, state: TokenState, scores: Tensor, step: Prune, prefix: int, norm: Norm | None, track: bool
+) -> BlockOutput:
+    """The tokens after pruning by `run`, checked or unchecked, with `normed` computed by `norm`."""
     x, _, size, rope = state
     keep, fuse = step.keep, step.fuse
-    pruned = ops.prune_tokens(x, scores, keep, fuse, prefix=prefix, norm=norm)
+    pruned = run.prune_tokens(x, scores, keep, fuse, "mean", prefix, norm)
     destination = _rows_after_pruning(pruned.index, keep, fuse, x.shape[1], prefix) if track else None
     rope = None if rope is None else gather_rope(rope, pruned.index, fuse)
     if size is not None:

@@ -102,8 +102,8 @@ def encode_image(
     plan = make_plan(Dense() if slot is None else slot.method, tower, int(x.shape[1]))  # a tensor under torch.jit.trace
     reads = decide_reads(plan, patches=not tower.pools_cls, every_row=tokens, source=source, path=cls_path)
     anchors = None if anchors is None else anchors.to(x.device)
-    weights = {} if slot is None else slot.modules()
-    output = run(tower, TowerInput(x, rope, anchors=anchors), plan, reads, **weights)
+    options: dict[str, Any] = {} if slot is None else {"cache": slot.cache, **slot.modules()}
+    output = run(tower, TowerInput(x, rope, anchors=anchors), plan, reads, **options)
     pooled = unmerge_for_pool(output, plan, reads)
     return Encoded(
         embedding=tower.pool(pooled),

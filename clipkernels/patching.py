@@ -17,6 +17,7 @@ from torch import nn
 
 from clipkernels import adapters
 from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.adapters.blocks import BlockCache
 from clipkernels.adapters.packing import pack, unpack
 from clipkernels.arguments import describe
 from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
@@ -71,7 +72,8 @@ def patch(model: Model, method: Method) -> Model:
         warnings.warn(shortfall, stacklevel=2)
     root = WeakModule(tower.root)
     try:
-        _install(tower, Slot(method, weights, plan, pool_of(tower), tower.attention, tower.__class__, root))
+        pool, kind = pool_of(tower), tower.__class__
+        _install(tower, Slot(method, weights, plan, pool, tower.attention, kind, root, BlockCache()))
     except BaseException:  # most likely out of memory
         unpatch(model)
         if previous is not None:
@@ -192,9 +194,14 @@ def _check_weights(plan: Plan, weights: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"a plan with {feature} needs a method whose weights() have {name!r}, got {actual}")
 
 
-def _unpack_for_swap(owner: nn.Module) -> None:
-    """Unpack the projections of an owner if torch is about to swap parameters, which must have no weak references."""
+def _release_parameters(owner: nn.Module) -> None:
+    """Forget the parameters of an owner, because they may be about to be replaced.
+
+    Its projections are unpacked if torch is about to swap parameters, which must have no weak references.
+    """
     slot = owner.__dict__.get(SLOT)
+    if slot is not None:
+        slot.cache.clear()
     if slot is not None and torch.__future__.get_swap_module_params_on_conversion():
         tower = slot.tower(slot.root.ref(), owner)
         for host in tower.blocks:
@@ -205,7 +212,7 @@ def _patched_loop(base: Any, tower: Any) -> dict[str, Any]:
     """The layer of a patched owner's class: the loop that runs the blocks, of the adapter class `tower`."""
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        _unpack_for_swap(self)
+        _release_parameters(self)
         base._apply(self, fn, recurse)
         slot = self.__dict__.get(SLOT)
         if slot is not None:  # parameters that moved or changed dtype are no longer packed
@@ -216,7 +223,7 @@ def _patched_loop(base: Any, tower: Any) -> dict[str, Any]:
         return self
 
     def _load_from_state_dict(self: Any, *args: Any, **options: Any) -> None:
-        _unpack_for_swap(self)
+        _release_parameters(self)
         base._load_from_state_dict(self, *args, **options)
 
     def extra_repr(self: nn.Module) -> str:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipkernels import adapters, block
-from clipkernels.adapters import Tower, UnsupportedTower
-from clipkernels.adapters.hooks import fires_hooks, forward_with_hooks, has_hooks
-from clipkernels.backend import use_epilogue_kernels
+from clipkernels.adapters import Tower
+from clipkernels.adapters.blocks import BlockCache, read_blocks
+from clipkernels.adapters.hooks import forward_with_hooks
+from clipkernels.backend import use_kernels
 from clipkernels.block import TokenState
 from clipkernels.messages import quantity
 from clipkernels.methods import Method
@@ -55,6 +56,7 @@ class Slot(NamedTuple):
     attention: the host's choice of an attention implementation when the tower was patched, or None.
     tower: the class of the adapter.
     root: the whole image tower, which contains the owner.
+    cache: the blocks as the last forward read them.
     """
 
     method: Method
@@ -64,6 +66,7 @@ class Slot(NamedTuple):
     attention: str | None
     tower: Any
     root: WeakModule
+    cache: BlockCache
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The modules of the method that a forward runs with."""
@@ -155,6 +158,7 @@ def run(
     *,
     first: int = 0,
     blocks: int | None = None,
+    cache: BlockCache | None = None,
     predictor: block.Predictor | None = None,
     learnt: Callable[[], Tensor] | None = None,
 ) -> ForwardOutput:
@@ -167,6 +171,7 @@ def run(
         reads: the parts of the result that are read.
         first: index of the first block that runs.
         blocks: index of the block to stop before, or None to run all.
+        cache: what the last forward of a patched tower read, or None to read its blocks.
         predictor: ranks the patches for `Predict` steps.
         learnt: returns learnt tokens (D,T,C), which follow the prefix. Each of the first D blocks starts with its own;
             the later blocks continue with the output of block D-1. None for no learnt tokens.
@@ -183,12 +188,10 @@ def run(
     if reads.track:
         source = torch.arange(x.shape[1] + plan.learnt, device=x.device).expand(x.shape[0], -1)
     hosts = list(tower.blocks)[:blocks]
-    parts = [tower.parts(host) for host in hosts]
-    hooked = [has_hooks(host) and fires_hooks(tower, host) for host in hosts]
-    fused = use_epilogue_kernels(x)
+    _, parts, hooked = read_blocks(tower, hosts, first) if cache is None else cache.read(tower, hosts)
+    fused = use_kernels(x)
     for index in range(first, len(hosts)):
-        host, step, follows = hosts[index], plan.steps[index], index + 1
-        refuse(tower, host, index)
+        step, follows = plan.steps[index], index + 1
         forward = partial(forward_with_hooks, tower, index) if hooked[index] else block.forward
         if index < len(learnt_tokens):
             state = state._replace(x=_with_learnt(state.x, learnt_tokens[index], plan, bool(index)))
@@ -263,7 +266,7 @@ def run_patched(
     patches = patches or not adapters.outputs_only_cls(tower)
     hooked = bool(owner._forward_hooks)  # a hook may read any row
     reads = decide_reads(plan, patches=patches, every_row=hooked, take_indices=take_indices)
-    output = run(tower, TowerInput(x, rope, visible), plan, reads, blocks=blocks, **slot.modules())
+    output = run(tower, TowerInput(x, rope, visible), plan, reads, blocks=blocks, cache=slot.cache, **slot.modules())
     return unmerge_for_pool(output, plan, reads), output.intermediates
 
 
@@ -305,15 +308,6 @@ def unmerge(x: Tensor, sources: list[Tensor], prefix: int) -> Tensor:
     patches = x[torch.arange(x.shape[0], device=x.device)[:, None], source.clamp_min(0)]
     patches = patches.masked_fill((source < 0)[..., None], 0)
     return torch.cat([x[:, :prefix], patches], 1)
-
-
-def refuse(tower: Tower, host: nn.Module, index: int) -> None:
-    """Raise UnsupportedTower if a block's parts would skip something that its own forward does."""
-    reason = tower.unsupported_reason(host)
-    if reason is not None:
-        alike = [at for at, other in enumerate(tower.blocks) if tower.unsupported_reason(other) == reason]
-        others = ", ".join(str(at) for at in alike if at != index)
-        raise UnsupportedTower(f"block {index}{f' (and {others})' if others else ''}: {reason}")
 
 
 def _with_learnt(x: Tensor, learnt: Tensor, plan: Plan, replace: bool) -> Tensor:

@@ -12,10 +12,10 @@ from torch import nn
 
 from clipkernels import block
 from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.adapters.blocks import refuse
 from clipkernels.adapters.modules import is_forward_replaced
-from clipkernels.backend import choose, use_epilogue_kernels
+from clipkernels.backend import choose, use_kernels
 from clipkernels.block import TokenState
-from clipkernels.tower import refuse
 
 
 def verify(tower: Tower) -> None:
@@ -59,7 +59,7 @@ def _probe(tower: Tower, host: nn.Module, index: int) -> None:
     try:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             parts = tower.parts(probe)
-            output = block.forward(parts, TokenState(x, rope=rope), None, tower.prefix, fused=use_epilogue_kernels(x))
+            output = block.forward(parts, TokenState(x, rope=rope), None, tower.prefix, fused=use_kernels(x))
             actual = output.state.x - x
     except Exception as error:  # the parts differ from the modules that they are named after
         raise UnsupportedTower(f"block {index}: its own forward runs, its parts do not: {error}") from error

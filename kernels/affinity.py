@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipkernels.kernels.launch import Launch, makes_launches
 from clipkernels.kernels.rank import LOG2E
 
 REDO = tl.constexpr(16)  # rows and elements at a time on the rare path, small to save registers
@@ -173,31 +174,40 @@ def affinity(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, wei
     Rows before offsets[0] and from offsets[K] on belong to no class. The interpreter multiplies in fp32, because it has
     no bf16 arithmetic.
     """
-    t, n, classes = queries.shape[0], support.shape[0], offsets.shape[0] - 1
+    t, classes = queries.shape[0], offsets.shape[0] - 1
     out = torch.empty(t, classes, dtype=torch.float32, device=queries.device)
     if t == 0:
         return out
     queries, support = (x if x.stride(1) == 1 else x.contiguous() for x in (queries, support))
-    offsets, width = offsets.contiguous(), queries.shape[1]
-    blocks = config(n, queries.dtype)
-    groups = triton.cdiv(classes, blocks["BLOCK_C"])
-    items = groups + n // blocks["ROWS"]
-    split, tiles = items > groups, triton.cdiv(t, blocks["BLOCK_T"])
-    part = torch.empty(items, t, blocks["BLOCK_C"], dtype=torch.float32, device=queries.device) if split else out
-    interpreted = not isinstance(_affinity_kernel, triton.JITFunction)
-    with torch.cuda.device_of(queries):
-        _affinity_kernel[(tiles * items,)](
-            queries, support, queries if weights is None else weights.contiguous(), offsets, part,
-            t, n, classes, tiles, beta * LOG2E,
-            queries.stride(0), support.stride(0),
-            E=width, WEIGHED=weights is not None, WIDE=interpreted, SPLIT=split, EXACT=queries.dtype == torch.float32,
-            BLOCK_G=triton.next_power_of_2(groups), enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
-        if split:
-            tiles = triton.cdiv(t, 16)
-            _add_kernel[(tiles * groups,)](
-                part, offsets, out, t, n, classes, tiles,
-                ROWS=blocks["ROWS"], BLOCK_R=16, BLOCK_I=8, BLOCK_C=blocks["BLOCK_C"],
-                enable_fp_fusion=True, num_warps=4,
-            )  # fmt: skip
+    offsets = offsets.contiguous()
+    launch, add, parts = _affinity_launches(
+        queries.shape, support.shape[0], classes, queries.stride(0), support.stride(0), queries.dtype, beta,
+        weights is not None,
+    )  # fmt: skip
+    part = out if add is None else torch.empty(parts, dtype=torch.float32, device=queries.device)
+    launch(queries, support, queries if weights is None else weights.contiguous(), offsets, part)
+    if add is not None:
+        add(part, offsets, out)
     return out
+
+
+@makes_launches
+def _affinity_launches(
+    shape: tuple[int, int], n: int, classes: int, stride_qt: int, stride_fn: int, dtype: torch.dtype, beta: float,
+    weighed: bool,
+) -> tuple[Launch, Launch | None, tuple[int, int, int]]:  # fmt: skip
+    """Return the launch, the one that adds the parts, or None if there is one part, and the shape of the parts."""
+    (t, width), blocks = shape, config(n, dtype)
+    groups = triton.cdiv(classes, blocks["BLOCK_C"])
+    items, tiles = groups + n // blocks["ROWS"], triton.cdiv(t, blocks["BLOCK_T"])
+    launch = Launch(
+        _affinity_kernel, (tiles * items,), t, n, classes, tiles, beta * LOG2E, stride_qt, stride_fn,
+        E=width, WEIGHED=weighed, WIDE=not isinstance(_affinity_kernel, triton.JITFunction), SPLIT=items > groups,
+        EXACT=dtype == torch.float32, BLOCK_G=triton.next_power_of_2(groups), **blocks,
+    )  # fmt: skip
+    tiles = triton.cdiv(t, 16)
+    add = Launch(
+        _add_kernel, (tiles * groups,), t, n, classes, tiles,
+        ROWS=blocks["ROWS"], BLOCK_R=16, BLOCK_I=8, BLOCK_C=blocks["BLOCK_C"], num_warps=4,
+    )  # fmt: skip
+    return launch, add if items > groups else None, (items, t, blocks["BLOCK_C"])

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipkernels.kernels.launch import Launch, makes_launches
 from clipkernels.kernels.rank import LOG2E, LOWEST, cls_row, in_units, reduce_scores
 
 
@@ -140,26 +141,36 @@ def attention(
     bf16 arithmetic.
     """
     batch, heads, rows, width = q.shape
-    tokens = k.shape[2]
-    patches = tokens - prefix
     out = q.new_empty((batch, rows, heads, width) if v is not None else (0, 0, 0, 0)).transpose(1, 2)
-    blocks = config(tokens, width, q.dtype, signal)
-    tiles = triton.cdiv(rows, blocks["BLOCK_M"])
-    interpreted = not isinstance(_attention_kernel, triton.JITFunction)
-    shape = {None: (0,), "cls": (batch, heads, patches), "received": (batch, heads * tiles, patches)}[signal]
+    q, k, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, k if v is None else v))
+    launch, shape = _attention_launch(
+        q.shape, k.shape[2], q.stride(), k.stride(), value.stride(), q.dtype, size is not None, signal, v is not None,
+        prefix,
+    )  # fmt: skip
     scores = torch.empty(shape, dtype=torch.float32, device=q.device)
     if batch and heads:
-        q, k, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, k if v is None else v))
-        unit, strides = in_units(q, k, value)
-        programs = tiles + (signal == "cls")
-        with torch.cuda.device_of(q):
-            _attention_kernel[(programs * heads * batch,)](
-                q, k, value, q if size is None else size.contiguous(), out, scores,
-                heads, rows, tokens, programs, prefix, LOG2E * width**-0.5,
-                *strides[0], *strides[1], *strides[2],
-                D=width, SIZED=size is not None, SIGNAL=signal, OUT=v is not None, WIDE=interpreted,
-                UNIT=unit, TILES=triton.cdiv(tokens, blocks["BLOCK_N"]), enable_fp_fusion=True, **blocks,
-            )  # fmt: skip
+        launch(q, k, value, q if size is None else size.contiguous(), out, scores)
     if signal == "received":
         return out, reduce_scores(scores, rank=False, divisor=heads * rows)
     return out, scores
+
+
+@makes_launches
+def _attention_launch(
+    shape: tuple[int, ...], tokens: int, stride_q: tuple[int, ...], stride_k: tuple[int, ...],
+    stride_v: tuple[int, ...], dtype: torch.dtype, sized: bool, signal: str | None, valued: bool, prefix: int,
+) -> tuple[Launch, tuple[int, ...]]:  # fmt: skip
+    """Return the launch, and the shape of its signal."""
+    (batch, heads, rows, width), patches = shape, tokens - prefix
+    blocks = config(tokens, width, dtype, signal)
+    tiles = triton.cdiv(rows, blocks["BLOCK_M"])
+    programs = tiles + (signal == "cls")
+    unit, (in_q, in_k, in_v) = in_units(stride_q, stride_k, stride_v)
+    launch = Launch(
+        _attention_kernel, (programs * heads * batch,), heads, rows, tokens, programs, prefix, LOG2E * width**-0.5,
+        *in_q, *in_k, *in_v,
+        D=width, SIZED=sized, SIGNAL=signal, OUT=valued, WIDE=not isinstance(_attention_kernel, triton.JITFunction),
+        UNIT=unit, TILES=triton.cdiv(tokens, blocks["BLOCK_N"]), **blocks,
+    )  # fmt: skip
+    shapes = {None: (0,), "cls": (batch, heads, patches), "received": (batch, heads * tiles, patches)}
+    return launch, shapes[signal]

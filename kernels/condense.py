@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipkernels.kernels import layer_norm, prune, ranking
+from clipkernels.kernels.launch import Launch, makes_launches
 from clipkernels.kernels.layer_norm import store_rows
 from clipkernels.kernels.prune import load_reduced, store_fused
 from clipkernels.kernels.ranking import choose_strongest, keys_of, sort_strongest_first
@@ -199,21 +200,34 @@ def condense_tokens(
     dropped = torch.empty(batch, splits, patches - keep - merge, dtype=torch.int32, device=x.device)
     dropped_weights = torch.empty(batch, splits, patches - keep - merge, dtype=torch.float32, device=x.device)
     weight, bias, eps = layer_norm.arguments(norm, x)
-    gathered, blocks = prefix + keep + (norm is not None), prune.gather_config(width)
-    with torch.cuda.device_of(x):
-        _cluster_kernel[(batch, 1 + splits)](
-            x, ranking.rank_scores(scores) if by_rank else scores, scores if weights is None else weights,
-            order, source, index, share, dropped, dropped_weights, out,
-            patches, keep, merge, prefix, first,
-            x.stride(0), x.stride(1),
-            C=width, K=centers, H=scores.shape[1] if scores.ndim == 3 else 0, RANKS=by_rank,
-            WEIGHTS=weights is not None, WH=weights.shape[1] if weights is not None and weights.ndim == 3 else 0,
-            enable_fp_fusion=True, **cluster_config(patches, merge, width),
-        )  # fmt: skip
-        _condense_kernel[(batch, triton.cdiv(gathered, blocks["BLOCK_R"]) + centers)](
-            x, order, source, index, share, out, out if normed is None else normed, weight, bias,
-            patches, keep, merge, prefix, eps,
-            x.stride(0), x.stride(1),
-            C=width, K=centers, NORM=norm is not None, enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+    cluster, condense = _launches(
+        x.shape, x.stride(), keep, merge, centers, scores.shape[1] if scores.ndim == 3 else 0, by_rank,
+        weights is not None, weights.shape[1] if weights is not None and weights.ndim == 3 else 0, prefix, first,
+        norm is not None, eps,
+    )  # fmt: skip
+    cluster(
+        x, ranking.rank_scores(scores) if by_rank else scores, scores if weights is None else weights,
+        order, source, index, share, dropped, dropped_weights, out,
+    )  # fmt: skip
+    condense(x, order, source, index, share, out, out if normed is None else normed, weight, bias)
     return out, source, index, normed
+
+
+@makes_launches
+def _launches(
+    shape: tuple[int, ...], stride: tuple[int, ...], keep: int, merge: int, centers: int, heads: int, by_rank: bool,
+    weighed: bool, weight_heads: int, prefix: int, first: int, normed: bool, eps: float,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    """Return the launches that cluster and that store the tokens."""
+    batch, tokens, width = shape
+    patches, gathered, blocks = tokens - prefix, prefix + keep + normed, prune.gather_config(width)
+    cluster = Launch(
+        _cluster_kernel, (batch, 1 + prune.splits_of(batch, width)), patches, keep, merge, prefix, first, *stride[:2],
+        C=width, K=centers, H=heads, RANKS=by_rank, WEIGHTS=weighed, WH=weight_heads,
+        **cluster_config(patches, merge, width),
+    )  # fmt: skip
+    condense = Launch(
+        _condense_kernel, (batch, triton.cdiv(gathered, blocks["BLOCK_R"]) + centers),
+        patches, keep, merge, prefix, eps, *stride[:2], C=width, K=centers, NORM=normed, **blocks,
+    )  # fmt: skip
+    return cluster, condense

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipkernels.kernels import layer_norm
+from clipkernels.kernels.launch import Launch, makes_launches
 from clipkernels.kernels.layer_norm import store_rows
 
 
@@ -70,17 +71,18 @@ def bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
     """Launch the kernel: like x (…,C), contiguous."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    if out.numel() == 0:
-        return out
-    width = x.shape[-1]
-    rows = x.numel() // width
-    blocks = config("bias_act", width)
-    with torch.cuda.device_of(x):
-        _bias_act_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(width, blocks["BLOCK_C"]))](
-            x, x if bias is None else bias.contiguous(), out, rows, width,
-            ACT=act, BIAS=bias is not None, enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+    elements = x.numel()
+    if elements:
+        launch = _bias_act_launch(elements, x.shape[-1], act, bias is not None)
+        launch(x, x if bias is None else bias.contiguous(), out)
     return out
+
+
+@makes_launches
+def _bias_act_launch(elements: int, width: int, act: str, biased: bool) -> Launch:
+    rows, blocks = elements // width, config("bias_act", width)
+    grid = (triton.cdiv(rows, blocks["BLOCK_R"]), triton.cdiv(width, blocks["BLOCK_C"]))
+    return Launch(_bias_act_kernel, grid, rows, width, ACT=act, BIAS=biased, **blocks)
 
 
 def add_norm(
@@ -92,19 +94,21 @@ def add_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel: out, and normed or None, (…,C) contiguous, in the wider dtype of x and y."""
     x, y = x.contiguous(), y.contiguous()
-    out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
-    normed = torch.empty_like(out) if norm is not None else None
-    if out.numel() == 0:
-        return out, normed
-    width = x.shape[-1]
-    rows = x.numel() // width
-    weight, shift, eps = layer_norm.arguments(norm, x)
-    blocks = config("add_norm", width)
-    with torch.cuda.device_of(x):
-        _add_norm_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]),)](
-            x, y, x if bias is None else bias.contiguous(), x if scale is None else scale.contiguous(),
-            out, out if normed is None else normed, weight, shift, rows, eps,
-            C=width, BIAS=bias is not None, SCALE=scale is not None, NORM=norm is not None,
-            enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+    dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
+    out = torch.empty_like(x, dtype=dtype)
+    normed = None if norm is None else torch.empty_like(out)
+    elements = x.numel()
+    if elements:
+        weight, shift, eps = layer_norm.arguments(norm, x)
+        launch = _add_norm_launch(elements, x.shape[-1], bias is not None, scale is not None, norm is not None, eps)
+        bias = x if bias is None else bias.contiguous()
+        scale = x if scale is None else scale.contiguous()
+        launch(x, y, bias, scale, out, out if normed is None else normed, weight, shift)
     return out, normed
+
+
+@makes_launches
+def _add_norm_launch(elements: int, width: int, biased: bool, scaled: bool, normed: bool, eps: float) -> Launch:
+    rows, blocks = elements // width, config("add_norm", width)
+    grid = (triton.cdiv(rows, blocks["BLOCK_R"]),)
+    return Launch(_add_norm_kernel, grid, rows, eps, C=width, BIAS=biased, SCALE=scaled, NORM=normed, **blocks)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipkernels.kernels import layer_norm, ranking
+from clipkernels.kernels.launch import Launch, makes_launches
 from clipkernels.kernels.layer_norm import store_rows
 from clipkernels.kernels.ranking import choose_strongest, keys_of
 
@@ -213,10 +214,9 @@ def merge_config(r: int, width: int) -> dict[str, int]:
 def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernels: kept (B,A-r), source (B,r), target (B,r) int64, for a metric (B,N,D) or (B,H,N,D)."""
     per_head = metric if metric.ndim == 4 else metric[:, None]
-    batch, heads, tokens, width = per_head.shape
-    # The prefix takes no part, neither as a source (even positions) nor as a target (odd ones).
-    even, odd = (prefix + 1) // 2, prefix // 2
-    a, b = (tokens + 1) // 2 - even, tokens // 2 - odd
+    batch, _, tokens, width = per_head.shape
+    even = (prefix + 1) // 2
+    a = (tokens + 1) // 2 - even
     kept, source, target = (
         torch.empty(batch, n, dtype=torch.int64, device=metric.device) for n in (even + a - r, r, r)
     )
@@ -225,24 +225,37 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, T
     if r == 0 or batch == 0:
         return kept, source, target
     per_head = per_head if per_head.stride(3) == 1 else per_head.contiguous()
-    blocks = match_config(heads, width)
+    parts, rows, nearest_launch, strongest_launch = _match_launches(per_head.shape, per_head.stride(), r, prefix)
+    unit = torch.empty(batch, parts * parts, rows, width, dtype=torch.float32, device=metric.device)
+    strength = torch.empty(batch, parts, a, dtype=torch.float32, device=metric.device)
+    nearest = torch.empty(batch, parts, a, dtype=torch.int32, device=metric.device)
+    nearest_launch(per_head, unit, strength, nearest)
+    strongest_launch(strength, nearest, kept, source, target)
+    return kept, source, target
+
+
+@makes_launches
+def _match_launches(
+    shape: tuple[int, ...], stride: tuple[int, ...], r: int, prefix: int
+) -> tuple[int, int, Launch, Launch]:
+    """Return the parts of an image along A and along B, the rows that a program normalises, and the two launches."""
+    batch, heads, tokens, width = shape
+    # The prefix takes no part, neither as a source (even positions) nor as a target (odd ones).
+    even, odd = (prefix + 1) // 2, prefix // 2
+    a, b = (tokens + 1) // 2 - even, tokens // 2 - odd
+    blocks, selection = match_config(heads, width), ranking.blocks(a)
     tiles_a, tiles_b = triton.cdiv(a, blocks["BLOCK_A"]), triton.cdiv(b, blocks["BLOCK_B"])
     parts = max(1, min(tiles_a, tiles_b, math.isqrt(PROGRAMS // batch)))
     rows_a, rows_b = triton.cdiv(tiles_a, parts) * blocks["BLOCK_A"], triton.cdiv(tiles_b, parts) * blocks["BLOCK_B"]
-    unit = torch.empty(batch, parts * parts, rows_a + rows_b, width, dtype=torch.float32, device=metric.device)
-    strength = torch.empty(batch, parts, a, dtype=torch.float32, device=metric.device)
-    nearest = torch.empty(batch, parts, a, dtype=torch.int32, device=metric.device)
-    with torch.cuda.device_of(metric):
-        _nearest_kernel[(batch, parts * parts)](
-            per_head, unit, strength, nearest, a, b, even, odd, parts, rows_a, rows_b, *per_head.stride()[:3],
-            H=heads, D=width, enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
-        selection = ranking.blocks(a)
-        _strongest_kernel[(batch,)](
-            strength, nearest, kept, source, target, a, r, even, odd, parts,
-            BLOCK_P=selection["BLOCK_P"], enable_fp_fusion=True, num_warps=selection["num_warps"],
-        )  # fmt: skip
-    return kept, source, target
+    nearest = Launch(
+        _nearest_kernel, (batch, parts * parts), a, b, even, odd, parts, rows_a, rows_b, *stride[:3],
+        H=heads, D=width, **blocks,
+    )  # fmt: skip
+    strongest = Launch(
+        _strongest_kernel, (batch,), a, r, even, odd, parts,
+        BLOCK_P=selection["BLOCK_P"], num_warps=selection["num_warps"],
+    )  # fmt: skip
+    return parts, rows_a + rows_b, nearest, strongest
 
 
 def merge_tokens(
@@ -263,13 +276,20 @@ def merge_tokens(
         return out, merged, normed
     x = x if x.stride(2) == 1 else x.contiguous()
     weight, bias, eps = layer_norm.arguments(norm, x)
-    blocks = merge_config(r, width)
-    with torch.cuda.device_of(x):
-        _merge_kernel[(batch, triton.cdiv(tokens - r, blocks["BLOCK_R"]))](
-            x, kept.contiguous(), source.contiguous(), target.contiguous(),
-            merged if size is None else size.contiguous(), out, merged, out if normed is None else normed, weight, bias,
-            tokens, r, eps,
-            x.stride(0), x.stride(1),
-            C=width, SIZED=size is not None, NORM=norm is not None, enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+    launch = _merge_launch(x.shape, x.stride(), r, size is not None, norm is not None, eps)
+    launch(
+        x, kept.contiguous(), source.contiguous(), target.contiguous(),
+        merged if size is None else size.contiguous(), out, merged, out if normed is None else normed, weight, bias,
+    )  # fmt: skip
     return out, merged, normed
+
+
+@makes_launches
+def _merge_launch(
+    shape: tuple[int, ...], stride: tuple[int, ...], r: int, sized: bool, normed: bool, eps: float
+) -> Launch:
+    (batch, tokens, width), blocks = shape, merge_config(r, shape[2])
+    return Launch(
+        _merge_kernel, (batch, triton.cdiv(tokens - r, blocks["BLOCK_R"])), tokens, r, eps, *stride[:2],
+        C=width, SIZED=sized, NORM=normed, **blocks,
+    )  # fmt: skip

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipkernels.kernels.launch import Launch, makes_launches
+
 
 @triton.jit
 def _pool(
@@ -120,20 +122,27 @@ def config(tokens: int, hidden: int, dtype: torch.dtype) -> dict[str, int]:
 
 def predict_scores(x: Tensor, weights: list[Tensor], eps: float, prefix: int) -> Tensor:
     """Launch the kernel: scores (B,P) fp32 of tokens (B,N,C), for the weights of a `reference.Mixer` in its order."""
-    batch, tokens, width = x.shape
+    batch, tokens, _ = x.shape
     scores = torch.empty(batch, tokens - prefix, dtype=torch.float32, device=x.device)
     if scores.numel() == 0:
         return scores
-    channels, hidden = weights[0].shape[0], weights[8].shape[0]
+    sizes = (weights[0].shape[0], weights[2].shape[0], weights[8].shape[0])
     x = x if x.stride(2) == 1 else x.contiguous()
-    pooled = torch.empty(batch, tokens, channels, dtype=torch.float32, device=x.device)
-    blocks = config(tokens, hidden, x.dtype)
-    with torch.cuda.device_of(x):
-        _predict_kernel[(batch,)](
-            x, *(weight.contiguous() for weight in weights), pooled, scores, tokens, prefix, eps,
-            x.stride(0), x.stride(1),
-            C=width, G=channels, HT=weights[2].shape[0], HC=hidden,
-            WIDE=not isinstance(_predict_kernel, triton.JITFunction),
-            TILES=triton.cdiv(tokens, blocks["BLOCK_N"]), enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+    pooled = torch.empty(batch, tokens, sizes[0], dtype=torch.float32, device=x.device)
+    launch = _predict_launch(x.shape, x.stride(), x.dtype, sizes, eps, prefix)
+    launch(x, *(weight.contiguous() for weight in weights), pooled, scores)
     return scores
+
+
+@makes_launches
+def _predict_launch(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, int, int], eps: float,
+    prefix: int,
+) -> Launch:  # fmt: skip
+    (batch, tokens, width), (channels, token, hidden) = shape, sizes
+    blocks = config(tokens, hidden, dtype)
+    return Launch(
+        _predict_kernel, (batch,), tokens, prefix, eps, *stride[:2], C=width, G=channels, HT=token, HC=hidden,
+        WIDE=not isinstance(_predict_kernel, triton.JITFunction), TILES=triton.cdiv(tokens, blocks["BLOCK_N"]),
+        **blocks,
+    )  # fmt: skip

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipkernels.kernels import layer_norm, ranking
+from clipkernels.kernels.launch import Launch, makes_launches
 from clipkernels.kernels.layer_norm import store_rows
 from clipkernels.kernels.ranking import choose_strongest, keys_of, load_scores, sum_heads
 
@@ -157,22 +158,32 @@ def prune_tokens(
     dropped = torch.empty(batch, splits, patches - keep, dtype=torch.int32, device=x.device) if fuse else index
     weights = torch.empty(batch, splits, patches - keep, dtype=torch.float32, device=x.device) if fuse else scores
     weight, bias, eps = layer_norm.arguments(norm, x)
-    blocks = gather_config(width)
-    gathered = prefix + keep + (fuse and norm is not None)
-    with torch.cuda.device_of(x):
-        if patches or fuse:
-            _choose_kernel[(batch, splits)](
-                x, ranking.rank_scores(scores) if by_rank else scores, index, dropped, weights, out,
-                patches, keep, prefix,
-                x.stride(0), x.stride(1),
-                C=width, H=scores.shape[1] if scores.ndim == 3 else 0, RANKS=by_rank, FUSE=int(fuse),
-                enable_fp_fusion=True, **choose_config(patches, fuse),
-            )  # fmt: skip
-        if gathered:
-            _gather_kernel[(batch, triton.cdiv(gathered, blocks["BLOCK_R"]))](
-                x, index, out, out if normed is None else normed, weight, bias,
-                keep, prefix, eps,
-                x.stride(0), x.stride(1),
-                C=width, FUSE=int(fuse), NORM=norm is not None, enable_fp_fusion=True, **blocks,
-            )  # fmt: skip
+    choose, gather = _launches(
+        x.shape, x.stride(), scores.shape[1] if scores.ndim == 3 else 0, by_rank, keep, fuse, prefix,
+        norm is not None, eps,
+    )  # fmt: skip
+    if choose is not None:
+        choose(x, ranking.rank_scores(scores) if by_rank else scores, index, dropped, weights, out)
+    if gather is not None:
+        gather(x, index, out, out if normed is None else normed, weight, bias)
     return out, index, normed
+
+
+@makes_launches
+def _launches(
+    shape: tuple[int, ...], stride: tuple[int, ...], heads: int, by_rank: bool, keep: int, fuse: bool, prefix: int,
+    normed: bool, eps: float,
+) -> tuple[Launch | None, Launch | None]:  # fmt: skip
+    """Return the launches that choose and gather, None for one that has nothing to store."""
+    batch, tokens, width = shape
+    patches, splits = tokens - prefix, splits_of(batch, width) if fuse else 1
+    gathered, blocks = prefix + keep + (fuse and normed), gather_config(width)
+    choose = Launch(
+        _choose_kernel, (batch, splits), patches, keep, prefix, *stride[:2],
+        C=width, H=heads, RANKS=by_rank, FUSE=int(fuse), **choose_config(patches, fuse),
+    )  # fmt: skip
+    gather = Launch(
+        _gather_kernel, (batch, triton.cdiv(gathered, blocks["BLOCK_R"])), keep, prefix, eps, *stride[:2],
+        C=width, FUSE=int(fuse), NORM=normed, **blocks,
+    )  # fmt: skip
+    return choose if patches or fuse else None, gather if gathered else None

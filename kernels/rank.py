@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipkernels.kernels import ranking
+from clipkernels.kernels.launch import Launch, makes_launches
 from clipkernels.kernels.ranking import sum_heads
 
 LOG2E = 1.4426950408889634
@@ -100,47 +101,52 @@ def sum_config(patches: int) -> dict[str, int]:
     return {**blocks, "num_warps": 8 if blocks["BLOCK_P"] >= 256 else 4}
 
 
-def in_units(*tensors: Tensor) -> tuple[int, list[list[int]]]:
-    """Return a unit and the strides of (B,H,N,D) tensors in that unit, without the last stride.
+def in_units(*strides: tuple[int, ...]) -> tuple[int, list[list[int]]]:
+    """Return a unit and strides of (B,H,N,D) tensors in that unit, without the last stride.
 
     The unit is 8 elements if all strides are multiples of 8, else 1.
     """
     # Triton detects strides that are multiples of 16 only, which heads of width 72 do not have. Because the kernel
     # multiplies strides by a constant unit, the compiler knows that each head begins where 16 bytes load at once.
-    strides = [tensor.stride()[:3] for tensor in tensors]
-    unit = 8 if all(stride % 8 == 0 for three in strides for stride in three) else 1
-    return unit, [[stride // unit for stride in three] for three in strides]
+    unit = 8 if all(stride % 8 == 0 for four in strides for stride in four[:3]) else 1
+    return unit, [[stride // unit for stride in four[:3]] for four in strides]
 
 
 def cls_scores(q: Tensor, k: Tensor, size: Tensor | None, prefix: int) -> Tensor:
     """Launch the kernel: the CLS row of every head's attention, (B,H,P) fp32."""
-    batch, heads, tokens, width = k.shape
+    batch, heads, tokens, _ = k.shape
     out = torch.empty(batch, heads, tokens - prefix, dtype=torch.float32, device=k.device)
-    if out.numel() == 0:
-        return out
-    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
-    blocks = config(width)
-    unit, (q_strides, k_strides) = in_units(q, k)
-    with torch.cuda.device_of(k):
-        _cls_kernel[(heads * batch,)](
-            q, k, out if size is None else size.contiguous(), out,
-            heads, tokens, prefix, LOG2E * width**-0.5,
-            *q_strides[:2], *k_strides,
-            D=width, SIZED=size is not None, UNIT=unit, TILES=triton.cdiv(tokens, blocks["BLOCK_N"]),
-            enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+    if out.numel():
+        q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+        launch = _cls_launch(k.shape, q.stride(), k.stride(), size is not None, prefix)
+        launch(q, k, out if size is None else size.contiguous(), out)
     return out
+
+
+@makes_launches
+def _cls_launch(
+    shape: tuple[int, ...], stride_q: tuple[int, ...], stride_k: tuple[int, ...], sized: bool, prefix: int
+) -> Launch:
+    (batch, heads, tokens, width), blocks = shape, config(shape[3])
+    unit, (in_q, in_k) = in_units(stride_q, stride_k)
+    return Launch(
+        _cls_kernel, (heads * batch,), heads, tokens, prefix, LOG2E * width**-0.5, *in_q[:2], *in_k,
+        D=width, SIZED=sized, UNIT=unit, TILES=triton.cdiv(tokens, blocks["BLOCK_N"]), **blocks,
+    )  # fmt: skip
 
 
 def reduce_scores(scores: Tensor, rank: bool, divisor: int) -> Tensor:
     """Launch the kernels: rows (B,R,P) fp32, or their ranks, summed over R and divided by `divisor`, (B,P) fp32."""
-    batch, rows, patches = scores.shape
+    batch, _, patches = scores.shape
     out = torch.empty(batch, patches, dtype=torch.float32, device=scores.device)
-    if out.numel() == 0:
-        return out
-    summands = ranking.rank_scores(scores) if rank else scores
-    with torch.cuda.device_of(scores):
-        _heads_kernel[(batch,)](
-            summands, out, patches, float(divisor), H=rows, RANKS=rank, enable_fp_fusion=True, **sum_config(patches)
-        )
+    if out.numel():
+        _heads_launch(scores.shape, rank, divisor)(ranking.rank_scores(scores) if rank else scores, out)
     return out
+
+
+@makes_launches
+def _heads_launch(shape: tuple[int, ...], rank: bool, divisor: int) -> Launch:
+    batch, rows, patches = shape
+    return Launch(
+        _heads_kernel, (batch,), patches, float(divisor), H=rows, RANKS=rank, **sum_config(patches)
+    )  # fmt: skip

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipkernels.kernels.launch import Launch, makes_launches
+
 LOWEST_KEY = tl.constexpr(-(2**31))
 
 
@@ -114,8 +116,11 @@ def rank_scores(scores: Tensor) -> Tensor:
     """Launch the kernel: the rank of every score in its row, (B,H,P) int32 for contiguous (B,H,P); 0 is weakest."""
     batch, heads, patches = scores.shape
     ranks = torch.empty(batch, heads, patches, dtype=torch.int32, device=scores.device)
-    if ranks.numel() == 0:
-        return ranks
-    with torch.cuda.device_of(scores):
-        _ranks_kernel[(batch * heads,)](scores, ranks, patches, enable_fp_fusion=True, **config(patches))
+    if ranks.numel():
+        _ranks_launch(batch * heads, patches)(scores, ranks)
     return ranks
+
+
+@makes_launches
+def _ranks_launch(rows: int, patches: int) -> Launch:
+    return Launch(_ranks_kernel, (rows,), patches, **config(patches))

@@ -1,7 +1,7 @@
 """Shared fixtures. Without a GPU, Triton kernels run in Triton's interpreter."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Triton reads TRITON_INTERPRET when it is imported.
@@ -80,3 +80,18 @@ def tiny() -> torch.nn.Module:
 def images() -> torch.Tensor:
     """Three random images for the bundled CLIP."""
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def set_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object, str, object], None]]:
+    """A function that sets an attribute of a module of kernels/ for one test; launches are made anew."""
+
+    from clipkernels.kernels.launch import forget_launches
+
+    def change(module: object, name: str, value: object) -> None:
+        monkeypatch.setattr(module, name, value)
+        forget_launches()
+
+    yield change
+    monkeypatch.undo()
+    forget_launches()

@@ -39,6 +39,7 @@ from bench.ops import TOWERS, check, input_sets, runner
 from bench.result_files import EXIT_DEADLINE, note_attempt, remaining, resume, stamp, write
 from bench.runners import CUDA, DEVICE
 from clipkernels.backend import interpreting
+from clipkernels.kernels.launch import forget_launches
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import measure
 from clipkernels.testing.cases import CASES
@@ -261,6 +262,8 @@ def configured(op: str, changes: Mapping[Place, int], original_numbers: dict[Pla
                 return config
 
             stack.enter_context(mock.patch.object(where, name, replaced))
+        stack.callback(forget_launches)
+        forget_launches()
         yield
 
 

@@ -15,7 +15,7 @@ from clipkernels.adapters.protocols import Tower
 from clipkernels.block import TokenState
 from clipkernels.plan import Step
 
-_KINDS = ("forward", "forward_pre", "backward", "backward_pre")
+KINDS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -32,12 +32,12 @@ def fires_hooks(tower: Tower, host: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Return true if torch calls hooks of all modules."""
-    return any(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in _KINDS)
+    return any(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in KINDS)
 
 
 def hook_attributes(module: nn.Module) -> list[str]:
     """The attributes of a module that hold hooks, such as `_forward_hooks`."""
-    return [name for name in (f"_{kind}_hooks" for kind in _KINDS) if getattr(module, name)]
+    return [name for name in (f"_{kind}_hooks" for kind in KINDS) if getattr(module, name)]
 
 
 def forward_with_hooks(

@@ -1,20 +1,21 @@
 """Read the weights of a host's norms, scales, projections and MLPs, instead of calling the modules.
 
 A module is read only if it does exactly what its class does: it has no hook, no replaced forward, and is not a
-subclass. Any other module is called.
+subclass. Its weights must have the sizes that its class gives them, because kernels do not check them again. Any other
+module is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from clipkernels import ops
 from clipkernels.adapters.hooks import has_global_hooks, has_hooks, hook_attributes
 from clipkernels.block import Branch
+from clipkernels.ops import unchecked
 from clipkernels.reference import Act, Norm
 
 _LIBRARIES = ("torch", "open_clip", "timm", "transformers", "clip")
@@ -36,7 +37,10 @@ def norm_of(module: nn.Module) -> Norm | None:
         or is_modified(module)
     ):
         return None
-    return None if module.weight is None or module.bias is None else (module.weight, module.bias, module.eps)
+    weight, bias = module.weight, module.bias
+    if weight is None or bias is None or not len(module.normalized_shape) == weight.ndim == bias.ndim == 1:
+        return None
+    return (weight, bias, module.eps) if (*weight.shape, *bias.shape) == 2 * module.normalized_shape else None
 
 
 def act_of(module: nn.Module) -> Act | None:
@@ -146,25 +150,51 @@ def qkv_of(
     return q, k, v
 
 
-def project_branch(x: Tensor, projection: nn.Module, scale: Tensor | None, fused: bool) -> Branch:
-    """scale·projection(x) as a branch.
+class PlainLinear(NamedTuple):
+    """The branch scale·(weight·x + bias) whose bias and scale are left to the sum that follows.
 
-    With `fused` and a plain projection, bias and scale are left to the sum that follows.
+    weight is (C,A), bias and scale are (C,) or None.
     """
-    if fused and is_linear(projection):
-        plain: Any = projection
-        return Branch(linear(x, plain.weight), plain.bias, scale)
-    y = projection(x)
-    return Branch(y if scale is None else y * scale)
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+
+    def branch(self, x: Tensor) -> Branch:
+        return Branch(linear(x, self.weight), self.bias, self.scale)
 
 
-def mlp_of(x: Tensor, expand: nn.Module, act: nn.Module, contract: nn.Module, scale: Tensor | None) -> Branch | None:
-    """The branch scale·contract(act(expand(x))) with its activation as a kernel; None if a module must be called."""
-    kind = act_of(act)
-    if kind is None or not is_linear(expand) or not is_linear(contract):
+class PlainMLP(NamedTuple):
+    """The branch contract(act(weight·x + bias)) with its activation as a kernel."""
+
+    weight: Tensor
+    bias: Tensor | None
+    act: Act
+    contract: PlainLinear
+
+    def branch(self, x: Tensor) -> Branch:
+        return self.contract.branch(unchecked.bias_act(linear(x, self.weight), self.bias, self.act))
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> PlainLinear | None:
+    """The branch of a projection, or None if bias and scale do not have one element per row of the weight."""
+    width = (weight.shape[0],)
+    fits = all(vector is None or tuple(vector.shape) == width for vector in (bias, scale))
+    return PlainLinear(weight, bias, scale) if fits else None
+
+
+def linear_of(projection: nn.Module, scale: Tensor | None = None) -> PlainLinear | None:
+    """The branch scale·projection, or None if the projection must be called."""
+    plain: Any = projection
+    return plain_linear(plain.weight, plain.bias, scale) if is_linear(projection) else None
+
+
+def mlp_of(expand: nn.Module, act: nn.Module, contract: nn.Module, scale: Tensor | None) -> PlainMLP | None:
+    """The branch scale·contract(act(expand)), or None if a module must be called."""
+    kind, first, second = act_of(act), linear_of(expand), linear_of(contract, scale)
+    if kind is None or first is None or second is None:
         return None
-    first: Any = expand
-    return project_branch(ops.bias_act(linear(x, first.weight), first.bias, kind), contract, scale, fused=True)
+    return PlainMLP(first.weight, first.bias, kind, second)
 
 
 def ratio_of(mlp: nn.Module, width: int) -> float:

@@ -6,6 +6,7 @@ Parts are found by attribute, never by version. The tower pools CLS, the average
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch.nn.functional import linear
 
 from clipkernels import ops
 from clipkernels.adapters.modules import (
+    PlainLinear,
+    PlainMLP,
     bypass_reason,
     is_modified,
     mlp_of,
     norm_of,
+    plain_linear,
     qkv_of,
     ratio_of,
     refuse_mask,
@@ -211,51 +215,65 @@ class OpenCLIPBlock:
     """The parts of one residual block of open_clip, or of OpenAI's clip."""
 
     def __init__(self, host: Any) -> None:
-        self.host = host
+        attn = host.attn
+        self.host, self.attn = host, attn
+        self.packed = (attn.in_proj_weight, attn.in_proj_bias, attn.num_heads)
+        self.has_query_norm = hasattr(attn, "ln_q")
 
-    @property
+    @cached_property
     def norm1(self) -> Norm | None:
         return norm_of(self.host.ln_1)
 
-    @property
+    @cached_property
     def norm2(self) -> Norm | None:
         return norm_of(self.host.ln_2)
+
+    @cached_property
+    def _plain_projection(self) -> PlainLinear | None:
+        """The attention branch, or None if a module of it must be called."""
+        readable, scale = _scale(self.host, "ls_1")
+        if not readable or not isinstance(self.attn, nn.MultiheadAttention):
+            return None
+        return plain_linear(self.attn.out_proj.weight, self.attn.out_proj.bias, scale)
+
+    @cached_property
+    def _plain_mlp(self) -> PlainMLP | None:
+        """The MLP branch, or None if a module of it must be called."""
+        mlp, (readable, scale) = self.host.mlp, _scale(self.host, "ls_2")
+        if not readable or type(mlp) is not nn.Sequential or len(mlp) != 3 or is_modified(mlp):
+            return None
+        expand, act, contract = mlp
+        return mlp_of(expand, act, contract, scale)
 
     def qkv(
         self, x: Tensor, normed: Tensor | None, rows: int | None, rope: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        attn = self.host.attn
+        attn = self.attn
         x = self.host.ln_1(x) if normed is None else normed
-        q, k, v = qkv_of(x, attn.in_proj_weight, attn.in_proj_bias, attn.num_heads, rows)
-        if hasattr(attn, "ln_q"):
+        q, k, v = qkv_of(x, *self.packed, rows)
+        if self.has_query_norm:
             # Cast to v's dtype, because the norms of open_clip's own Attention may be wider than its projections.
             q, k = attn.ln_q(q).to(v.dtype), attn.ln_k(k).to(v.dtype)
         return q, k, v
 
     def project(self, out: Tensor, fused: bool) -> Branch:
-        host, attn = self.host, self.host.attn
+        host, attn = self.host, self.attn
+        if fused and self._plain_projection is not None:
+            return self._plain_projection.branch(out.transpose(1, 2).flatten(2))
         if getattr(attn, "head_scale", None) is not None:
             out = out * attn.head_scale
         x = out.transpose(1, 2).flatten(2)
-        if not isinstance(attn, nn.MultiheadAttention):
-            x = attn.out_drop(attn.out_proj(attn.ln_inner(x)))
-            return Branch(_apply_optional(host, "ls_1", _apply_optional(host, "ln_attn", x)))
-        weight, bias = attn.out_proj.weight, attn.out_proj.bias
-        readable, scale = _scale(host, "ls_1")
-        if fused and readable:
-            return Branch(linear(x, weight), bias, scale)
-        return Branch(_apply_optional(host, "ls_1", linear(x, weight, bias)))
+        if isinstance(attn, nn.MultiheadAttention):
+            return Branch(_apply_optional(host, "ls_1", linear(x, attn.out_proj.weight, attn.out_proj.bias)))
+        x = attn.out_drop(attn.out_proj(attn.ln_inner(x)))
+        return Branch(_apply_optional(host, "ls_1", _apply_optional(host, "ln_attn", x)))
 
     def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
-        host, mlp = self.host, self.host.mlp
+        host = self.host
         x = host.ln_2(x) if normed is None else normed
-        readable, scale = _scale(host, "ls_2")
-        if fused and readable and type(mlp) is nn.Sequential and len(mlp) == 3 and not is_modified(mlp):
-            expand, act, contract = mlp
-            branch = mlp_of(x, expand, act, contract, scale)
-            if branch is not None:
-                return branch
-        return Branch(_apply_optional(host, "ls_2", mlp(x)))
+        if fused and self._plain_mlp is not None:
+            return self._plain_mlp.branch(x)
+        return Branch(_apply_optional(host, "ls_2", host.mlp(x)))
 
 
 def _scale(host: Any, name: str) -> tuple[bool, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from clipkernels.adapters.modules import (
+    PlainLinear,
+    PlainMLP,
     is_linear,
     is_modified,
     is_noop,
+    linear_of,
     mlp_of,
     norm_of,
-    project_branch,
     qkv_of,
     scale_of,
     split_heads,
@@ -40,13 +43,29 @@ class TimmBlock:
         self.host = host
         self.post = isinstance(host, (ResPostBlock, EvaBlockPostNorm))
 
-    @property
+    @cached_property
     def norm1(self) -> Norm | None:
         return None if self.post else norm_of(self.host.norm1)
 
-    @property
+    @cached_property
     def norm2(self) -> Norm | None:
         return None if self.post else norm_of(self.host.norm2)
+
+    @cached_property
+    def _plain_projection(self) -> PlainLinear | None:
+        """The attention branch, or None if a module of it must be called."""
+        attn, (readable, scale) = self.host.attn, self._scale(1)
+        return linear_of(attn.proj, scale) if readable and is_noop(attn.proj_drop) else None
+
+    @cached_property
+    def _plain_mlp(self) -> PlainMLP | None:
+        """The MLP branch, or None if a module of it must be called."""
+        mlp, (readable, scale) = self.host.mlp, self._scale(2)
+        if not readable or type(mlp) is not Mlp or is_modified(mlp):
+            return None
+        if not all(is_noop(module) for module in (mlp.drop1, mlp.norm, mlp.drop2)):
+            return None
+        return mlp_of(mlp.fc1, mlp.act, mlp.fc2, scale)
 
     def qkv(
         self, x: Tensor, normed: Tensor | None, rows: int | None, rope: Tensor | None
@@ -63,28 +82,22 @@ class TimmBlock:
 
     def project(self, out: Tensor, fused: bool) -> Branch:
         attn = self.host.attn
-        return self._branch(1, attn.norm(out.transpose(1, 2).flatten(2)), attn.proj, attn.proj_drop, fused)
+        x = attn.norm(out.transpose(1, 2).flatten(2))
+        if fused and self._plain_projection is not None:
+            return self._plain_projection.branch(x)
+        return self._branch(1, attn.proj_drop(attn.proj(x)))
 
     def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
-        host, mlp = self.host, self.host.mlp
+        host = self.host
         if not self.post:
             x = host.norm2(x) if normed is None else normed
-        readable, scale = self._scale(2)
-        is_plain = type(mlp) is Mlp and all(is_noop(module) for module in (mlp.drop1, mlp.norm, mlp.drop2))
-        if fused and readable and is_plain and not is_modified(mlp):
-            branch = mlp_of(x, mlp.fc1, mlp.act, mlp.fc2, scale)
-            if branch is not None:
-                return branch
-        return self._branch(2, x, mlp, None, fused=False)
+        if fused and self._plain_mlp is not None:
+            return self._plain_mlp.branch(x)
+        return self._branch(2, host.mlp(x))
 
-    def _branch(self, half: int, x: Tensor, module: Any, drop: nn.Module | None, fused: bool) -> Branch:
-        """Branch 1 (attention) or 2 (MLP) on x: module, dropout, layer scale or post-norm, stochastic depth."""
+    def _branch(self, half: int, x: Tensor) -> Branch:
+        """Branch 1 (attention) or 2 (MLP) of its last module's output: layer scale or post-norm, stochastic depth."""
         host = self.host
-        readable, scale = self._scale(half)
-        if readable and (drop is None or is_noop(drop)):
-            return project_branch(x, module, scale, fused)
-        x = module(x)
-        x = x if drop is None else drop(x)
         if self.post:
             x = (host.norm1 if half == 1 else host.norm2)(x)
         elif hasattr(host, f"ls{half}"):

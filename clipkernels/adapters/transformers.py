@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,16 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from clipkernels.adapters.advice import describe
-from clipkernels.adapters.modules import bypass_reason, is_modified, mlp_of, norm_of, project_branch, ratio_of
+from clipkernels.adapters.modules import (
+    PlainLinear,
+    PlainMLP,
+    bypass_reason,
+    is_modified,
+    linear_of,
+    mlp_of,
+    norm_of,
+    ratio_of,
+)
 from clipkernels.adapters.packing import separate_qkv
 from clipkernels.adapters.protocols import UnsupportedTower
 from clipkernels.block import Branch
@@ -288,13 +298,26 @@ class TransformersBlock:
     def __init__(self, host: Any) -> None:
         self.host = host
 
-    @property
+    @cached_property
     def norm1(self) -> Norm | None:
         return norm_of(self.host.layer_norm1)
 
-    @property
+    @cached_property
     def norm2(self) -> Norm | None:
         return norm_of(self.host.layer_norm2)
+
+    @cached_property
+    def _plain_projection(self) -> PlainLinear | None:
+        """The attention branch, or None if a module of it must be called."""
+        return linear_of(self.host.self_attn.out_proj)
+
+    @cached_property
+    def _plain_mlp(self) -> PlainMLP | None:
+        """The MLP branch, or None if a module of it must be called."""
+        mlp = self.host.mlp
+        if is_modified(mlp) or not all(part in mlp._modules for part in ("fc1", "activation_fn", "fc2")):
+            return None
+        return mlp_of(mlp.fc1, mlp.activation_fn, mlp.fc2, None)
 
     def qkv(
         self, x: Tensor, normed: Tensor | None, rows: int | None, rope: Tensor | None
@@ -304,13 +327,13 @@ class TransformersBlock:
         return separate_qkv(_projections(attn), x, attn.num_heads, rows)
 
     def project(self, out: Tensor, fused: bool) -> Branch:
-        return project_branch(out.transpose(1, 2).flatten(2), self.host.self_attn.out_proj, None, fused)
+        x = out.transpose(1, 2).flatten(2)
+        if fused and self._plain_projection is not None:
+            return self._plain_projection.branch(x)
+        return Branch(self.host.self_attn.out_proj(x))
 
     def mlp(self, x: Tensor, normed: Tensor | None, fused: bool) -> Branch:
-        mlp = self.host.mlp
         x = self.host.layer_norm2(x) if normed is None else normed
-        if fused and all(part in mlp._modules for part in ("fc1", "activation_fn", "fc2")) and not is_modified(mlp):
-            branch = mlp_of(x, mlp.fc1, mlp.activation_fn, mlp.fc2, None)
-            if branch is not None:
-                return branch
-        return Branch(mlp(x))
+        if fused and self._plain_mlp is not None:
+            return self._plain_mlp.branch(x)
+        return Branch(self.host.mlp(x))

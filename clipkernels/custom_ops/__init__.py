@@ -7,6 +7,8 @@ operator without a gradient has a backward that raises. Each kernel file has one
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,18 +21,24 @@ from clipkernels.reference import Norm
 # `Library.define` costs half the call overhead of `torch.library.custom_op`.
 _LIBRARY = torch.library.Library("clipkernels", "DEF")
 _KEYS = ("CUDA", "CPU") if interpreting() else ("CUDA",)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def can_skip_dispatcher(*tensors: Tensor | None) -> bool:
     """Return true if a launcher may be called directly: plain tensors, no gradient, no tracer, no dispatch mode."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
         return False
-    if torch.jit.is_tracing():
-        return False
-    present = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
-        return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in present)
+    needs_grad = torch.is_grad_enabled()
+    for tensor in tensors:  # a loop, because every launch passes here and a generator takes three times as long
+        if tensor is not None and (type(tensor) not in _PLAIN or (needs_grad and tensor.requires_grad)):
+            return False
+    return True
+
+
+@cache
+def kernels(stem: str) -> Any:
+    """The module of kernels/ of a stem, imported by its first launch: triton is optional."""
+    return import_module(f"clipkernels.kernels.{stem}")
 
 
 def register(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import can_skip_dispatcher, register
+from clipkernels.custom_ops import can_skip_dispatcher, kernels, register
 
 
 def affinity(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, weights: Tensor | None) -> Tensor:
@@ -15,9 +15,7 @@ def affinity(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, wei
 
 
 def _launch(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, weights: Tensor | None) -> Tensor:
-    from clipkernels.kernels.affinity import affinity as launch
-
-    return launch(queries, support, offsets, beta, weights)
+    return kernels("affinity").affinity(queries, support, offsets, beta, weights)
 
 
 def _fake(queries: Tensor, support: Tensor, offsets: Tensor, beta: float, weights: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipkernels import reference
-from clipkernels.custom_ops import can_skip_dispatcher, register
+from clipkernels.custom_ops import can_skip_dispatcher, kernels, register
 from clipkernels.reference.attention import ROWS, hide_absent, probabilities
 from clipkernels.reference.precision import autocast_disabled, upcast
 
@@ -41,9 +41,7 @@ def rank_tokens(q: Tensor, k: Tensor, heads: str, query: str, size: Tensor | Non
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, signal: str, prefix: int) -> tuple[Tensor, Tensor]:
-    from clipkernels.kernels.attention import attention as launch
-
-    return launch(q, k, v, size, signal or None, prefix)
+    return kernels("attention").attention(q, k, v, size, signal or None, prefix)
 
 
 def _attention_fake(
@@ -55,10 +53,9 @@ def _attention_fake(
 
 
 def _scores(q: Tensor, k: Tensor, size: Tensor | None, signal: str, prefix: int) -> Tensor:
-    from clipkernels.kernels.attention import attention as launch
-    from clipkernels.kernels.rank import cls_scores
-
-    return cls_scores(q, k, size, prefix) if signal == "cls" else launch(q, k, None, size, signal, prefix)[1]
+    if signal == "cls":
+        return kernels("rank").cls_scores(q, k, size, prefix)
+    return kernels("attention").attention(q, k, None, size, signal, prefix)[1]
 
 
 def _scores_fake(q: Tensor, k: Tensor, size: Tensor | None, signal: str, prefix: int) -> Tensor:
@@ -80,11 +77,9 @@ def _scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _rank(q: Tensor, k: Tensor, size: Tensor | None, heads: str, query: str, prefix: int) -> Tensor:
-    from clipkernels.kernels.rank import reduce_scores
-
     if query == "all":
         return _scores(q, k, size, "received", prefix)
-    return reduce_scores(_scores(q, k, size, "cls", prefix), heads == "rank", q.shape[1])
+    return kernels("rank").reduce_scores(_scores(q, k, size, "cls", prefix), heads == "rank", q.shape[1])
 
 
 def _rank_fake(q: Tensor, k: Tensor, size: Tensor | None, heads: str, query: str, prefix: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import call_with_norm, flatten_norm, norm_backward, register
+from clipkernels.custom_ops import call_with_norm, flatten_norm, kernels, norm_backward, register
 from clipkernels.reference import Condensed, Norm, reduce_heads
 from clipkernels.reference.ranking import rows_at
 
@@ -29,9 +29,7 @@ def condense_tokens(
 
 
 def _launch(*arguments: Any) -> Any:
-    from clipkernels.kernels.condense import condense_tokens as launch
-
-    return launch(*arguments)
+    return kernels("condense").condense_tokens(*arguments)
 
 
 def _fake(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import can_skip_dispatcher, register
+from clipkernels.custom_ops import can_skip_dispatcher, kernels, register
 from clipkernels.reference import CrossAttended
 
 
@@ -20,9 +20,7 @@ def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> T
 
 
 def _attend(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    from clipkernels.kernels.cross_attention import attend as launch
-
-    return launch(rows, columns, alpha)
+    return kernels("cross_attention").attend(rows, columns, alpha)
 
 
 def _attend_fake(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
@@ -31,9 +29,7 @@ def _attend_fake(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
 
 
 def _terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> Tensor:
-    from clipkernels.kernels.cross_attention import calip_terms as launch
-
-    return launch(visual, pooled, text, alpha)
+    return kernels("cross_attention").calip_terms(visual, pooled, text, alpha)
 
 
 def _terms_fake(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> Tensor:

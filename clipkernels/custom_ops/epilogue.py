@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import call_with_norm, can_skip_dispatcher, flatten_norm, norm_backward, register
+from clipkernels.custom_ops import call_with_norm, can_skip_dispatcher, flatten_norm, kernels, norm_backward, register
 from clipkernels.reference import Added, Norm
 
 
@@ -22,9 +22,7 @@ def add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | None, no
 
 
 def _launch_bias_act(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    from clipkernels.kernels.epilogue import bias_act as launch
-
-    return launch(x, bias, act)
+    return kernels("epilogue").bias_act(x, bias, act)
 
 
 def _bias_act_fake(x: Tensor, bias: Tensor | None, act: str) -> Tensor:
@@ -49,9 +47,7 @@ def _bias_act_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _launch_add_norm(*arguments: Any) -> Any:
-    from clipkernels.kernels.epilogue import add_norm as launch
-
-    return launch(*arguments)
+    return kernels("epilogue").add_norm(*arguments)
 
 
 def _add_norm_fake(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import call_with_norm, can_skip_dispatcher, flatten_norm, norm_backward, register
+from clipkernels.custom_ops import call_with_norm, can_skip_dispatcher, flatten_norm, kernels, norm_backward, register
 from clipkernels.reference import Match, Merged, Norm
 
 
@@ -24,9 +24,7 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
 
 
 def _launch_match(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    from clipkernels.kernels.merge import match_tokens as launch
-
-    return launch(metric, r, prefix)
+    return kernels("merge").match_tokens(metric, r, prefix)
 
 
 def _match_fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,9 +36,7 @@ def _match_fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Te
 
 
 def _launch_merge(*arguments: Any) -> Any:
-    from clipkernels.kernels.merge import merge_tokens as launch
-
-    return launch(*arguments)
+    return kernels("merge").merge_tokens(*arguments)
 
 
 def _merge_fake(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import can_skip_dispatcher, register
+from clipkernels.custom_ops import can_skip_dispatcher, kernels, register
 from clipkernels.reference import Mixer
 
 
@@ -16,9 +16,7 @@ def predict_scores(x: Tensor, mixer: Mixer, prefix: int) -> Tensor:
 
 
 def _predict(x: Tensor, weights: list[Tensor], eps: float, prefix: int) -> Tensor:
-    from clipkernels.kernels.predict import predict_scores as launch
-
-    return launch(x, weights, eps, prefix)
+    return kernels("predict").predict_scores(x, weights, eps, prefix)
 
 
 def _fake(x: Tensor, weights: list[Tensor], eps: float, prefix: int) -> Tensor:

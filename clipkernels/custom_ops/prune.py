@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import call_with_norm, flatten_norm, norm_backward, register
+from clipkernels.custom_ops import call_with_norm, flatten_norm, kernels, norm_backward, register
 from clipkernels.reference import Norm, Pruned, reduce_heads
 
 
@@ -18,9 +18,7 @@ def prune_tokens(
 
 
 def _launch(*arguments: Any) -> Any:
-    from clipkernels.kernels.prune import prune_tokens as launch
-
-    return launch(*arguments)
+    return kernels("prune").prune_tokens(*arguments)
 
 
 def _fake(

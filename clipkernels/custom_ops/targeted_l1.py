@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipkernels.custom_ops import can_skip_dispatcher, register
+from clipkernels.custom_ops import can_skip_dispatcher, kernels, register
 
 
 def targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
@@ -21,9 +21,7 @@ def targeted_l1(student: Tensor, teacher: Tensor, projection: Tensor, weights: T
 def _launch(
     student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor, learns: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from clipkernels.kernels.targeted_l1 import targeted_l1 as launch
-
-    return launch(student, teacher, projection, weights, mask, learns)
+    return kernels("targeted_l1").targeted_l1(student, teacher, projection, weights, mask, learns)
 
 
 def _fake(
@@ -63,9 +61,7 @@ def _refuse(ctx: Any, *grads: Tensor) -> Any:
 
 
 def _launch_student(projection: Tensor, scale: Tensor, signs: Tensor, order: Tensor) -> Tensor:
-    from clipkernels.kernels.targeted_l1 import student_gradient as launch
-
-    return launch(projection, scale, signs, order)
+    return kernels("targeted_l1").student_gradient(projection, scale, signs, order)
 
 
 def _fake_student(projection: Tensor, scale: Tensor, signs: Tensor, order: Tensor) -> Tensor:
@@ -73,9 +69,7 @@ def _fake_student(projection: Tensor, scale: Tensor, signs: Tensor, order: Tenso
 
 
 def _launch_projection(student: Tensor, scale: Tensor, signs: Tensor, order: Tensor, embedding: int) -> Tensor:
-    from clipkernels.kernels.targeted_l1 import projection_gradient as launch
-
-    return launch(student, scale, signs, order, embedding)
+    return kernels("targeted_l1").projection_gradient(student, scale, signs, order, embedding)
 
 
 def _fake_projection(student: Tensor, scale: Tensor, signs: Tensor, order: Tensor, embedding: int) -> Tensor:

@@ -25,7 +25,7 @@ from clipkernels.plan import Signal
 from clipkernels.reference import Heads
 
 # Wider heads would spill registers, so they run on SDPA.
-_HEAD_WIDTH = 128
+HEAD_WIDTH = 128
 
 
 def attention(
@@ -75,11 +75,16 @@ def attention(
     chosen = _heads_backend(backend, q, "attention", patches)
     if chosen == "reference":
         return reference.attention(q, k, v, size, signal, prefix)
+    return _attention.attention(q, k, v, size, signal, prefix, prefers_fused(q, size, signal, backend))
+
+
+def prefers_fused(q: Tensor, size: Tensor | None, signal: Signal | None, backend: Backend = "auto") -> bool:
+    """Return true if one kernel is to compute attention and signal, false if SDPA and a score kernel are."""
     # A prediction, no GPU has been measured: SDPA and a score kernel are faster, unless a size bias slows SDPA down or
     # "received" makes the second kernel compute QKᵀ again.
-    prefer_fused = q.dtype != torch.float32 and (size is not None or signal == "received")
-    fused = prefer_fused or _backend.requested_backend(backend) == "triton"
-    return _attention.attention(q, k, v, size, signal, prefix, fused)
+    if q.dtype != torch.float32 and (size is not None or signal == "received"):
+        return True
+    return _backend.requested_backend(backend) == "triton"
 
 
 def rank_tokens(
@@ -155,5 +160,5 @@ def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
 def _heads_backend(backend: Backend, q: Tensor, op: str, patches: int) -> str:
     """Return the backend for queries (B,H,M,D) and scores of that many patches to reduce over heads."""
     width = q.shape[-1]
-    refusal = None if width <= _HEAD_WIDTH else f"takes heads of at most {_HEAD_WIDTH} elements, got {width}"
+    refusal = None if width <= HEAD_WIDTH else f"takes heads of at most {HEAD_WIDTH} elements, got {width}"
     return _backend.choose(backend, q.device, q.dtype, op, refusal, scores=patches)

@@ -64,7 +64,8 @@ def add_norm(
     Source: the pre-norm transformer block; LayerScale, arXiv 2103.17239.
     """
     _check_add_norm(x, y, bias, scale, norm)
-    chosen = _backend.choose(backend, x.device, torch.promote_types(x.dtype, y.dtype), "add_norm", width=x.shape[-1])
+    dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
+    chosen = _backend.choose(backend, x.device, dtype, "add_norm", width=x.shape[-1])
     return (reference.add_norm if chosen == "reference" else _epilogue.add_norm)(x, y, bias, scale, norm)
 
 
@@ -81,10 +82,9 @@ def _check_add_norm(x: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor | N
     check_tensors(x=x, y=y)
     if x.ndim == 0:
         raise ValueError(f"x must be (…,C), got {shape_of(x)}")
-    check_floating(x=x)
     if y.shape != x.shape:
         raise ValueError(f"y must be {shape_of(x)} like x, got {shape_of(y)}")
-    check_floating(y=y)
+    check_floating(x=x, y=y)
     if y.device != x.device:
         raise ValueError(f"y must be on {x.device} like x, got {y.device}")
     check_vectors(x, bias=bias, scale=scale)

@@ -91,19 +91,21 @@ def _check_merge(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     check_tokens(x)
     if not isinstance(match, Match):
         raise TypeError(f"match must be an ops.Match, got {describe(match)}: call ops.match_tokens")
-    check_tensors(**{f"match's {name}": index for name, index in zip(Match._fields, match, strict=True)})
-    batch, tokens = x.shape[:2]
-    r = match.source.shape[-1] if match.source.ndim else 0
+    kept, source, target = match
+    check_tensors(**{"match's kept": kept, "match's source": source, "match's target": target})
+    batch, tokens, _ = x.shape
+    r = source.shape[-1] if source.ndim else 0
     expected = ((batch, (tokens + 1) // 2 - r), (batch, r), (batch, r))
-    actual = tuple(tuple(index.shape) for index in match)
+    actual = (kept.shape, source.shape, target.shape)
     if actual != expected:
-        raise ValueError(f"match must hold kept, source, target of shapes {expected} for x {shape_of(x)}, got {actual}")
-    if any(index.dtype != torch.int64 or index.device != x.device for index in match):
-        raise ValueError(f"match must be int64 on {x.device}, got {[(i.dtype, str(i.device)) for i in match]}")
+        shapes = tuple(map(tuple, actual))
+        raise ValueError(f"match must hold kept, source, target of shapes {expected} for x {shape_of(x)}, got {shapes}")
+    for index in match:
+        if index.dtype != torch.int64 or index.device != x.device:
+            raise ValueError(f"match must be int64 on {x.device}, got {[(i.dtype, str(i.device)) for i in match]}")
     check_size(size, x, batch, tokens)
     check_norm(norm, x)
     if values_are_readable(*match):
-        kept, source, target = match
         even = torch.cat([kept, source], 1).sort(1).values
         if not torch.equal(even, torch.arange(even.shape[1]).expand_as(even)):
             raise ValueError(f"match's kept and source must hold each of the {even.shape[1]} even tokens once")

@@ -26,10 +26,10 @@ PACKAGE = ROOT / "clipkernels"
 
 # Files without an operation of their own, by folder.
 HELPERS = {
-    "ops": set(),
+    "ops": {"unchecked"},
     "reference": {"precision", "ranking"},
     "custom_ops": set(),
-    "kernels": {"layer_norm", "rank", "ranking"},
+    "kernels": {"launch", "layer_norm", "rank", "ranking"},
 }
 # Imports go from a later row to an earlier one, or within a row.
 LAYERS = (

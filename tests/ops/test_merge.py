@@ -313,10 +313,10 @@ def test_the_kernel_gives_the_matches_of_the_reference(device, triton, tokens, p
 
 
 @pytest.mark.parametrize("programs", [1, 8, 50])
-def test_an_image_in_any_number_of_parts_has_the_same_match(device, triton, monkeypatch, programs):
+def test_an_image_in_any_number_of_parts_has_the_same_match(device, triton, set_kernels, programs):
     from clipkernels.kernels import merge as kernels
 
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    set_kernels(kernels, "PROGRAMS", programs)
     for metric in (normal(device, 2, 161, 16, seed=28), duplicates(device, 2, 161, 16)):
         actual, expected = (ck.ops.match_tokens(metric, 40, backend=name) for name in (triton, "reference"))
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -150,13 +150,13 @@ def test_an_image_has_the_same_bits_alone_and_in_a_batch(device, batch, triton):
 
 
 @pytest.mark.parametrize("programs", [1, 5, 256])
-def test_the_fused_token_has_the_same_bits_from_any_programs(device, triton, monkeypatch, programs):
+def test_the_fused_token_has_the_same_bits_from_any_programs(device, triton, set_kernels, programs):
     from clipkernels.kernels import prune as kernels
 
     x, scores = inputs(device, tokens=101, width=300)
     norm = (torch.ones(300, device=device), torch.zeros(300, device=device), 1e-5)
     expected = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend=triton)
-    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    set_kernels(kernels, "PROGRAMS", programs)
     actual = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend=triton)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     exact, _ = naive(x, scores, 20, True, 1)

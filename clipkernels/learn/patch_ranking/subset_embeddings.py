@@ -11,11 +11,12 @@ from torch import Tensor
 
 from clipkernels import block
 from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.adapters.blocks import refuse
 from clipkernels.adapters.hooks import fires_hooks
-from clipkernels.backend import use_epilogue_kernels
+from clipkernels.backend import use_kernels
 from clipkernels.plan import Plan
 from clipkernels.reference import Norm
-from clipkernels.tower import Reads, TowerInput, refuse, run
+from clipkernels.tower import Reads, TowerInput, run
 
 
 class BlockInput(NamedTuple):
@@ -83,9 +84,7 @@ def embed_subsets(tower: Tower, block_input: BlockInput, image: Tensor, tokens: 
     rows = tower.prefix if tower.pools_cls else None
     after, last = block_input.block + 1, block_input.block == len(tower.blocks) - 1
     state = block.TokenState(x)
-    x = block.forward(
-        parts, state, None, tower.prefix, rows=rows if last else None, fused=use_epilogue_kernels(x)
-    ).state.x
+    x = block.forward(parts, state, None, tower.prefix, rows=rows if last else None, fused=use_kernels(x)).state.x
     plan = _dense_plan(tower, tokens.shape[1])
     return tower.pool(run(tower, TowerInput(x, rope), plan, Reads(rows), first=after).x)
 
