@@ -373,8 +373,8 @@ def spill_stores(sass: str) -> int:
 def count_instructions(code: str) -> tuple[int, int]:
     """The instructions of a disassembled program, and of its longest innermost loop; 0 without a loop.
 
-    A loop is a branch to an earlier instruction: to an address in NVIDIA's code, to a label in AMD's. Branches back from
-    behind the end of the program, where rare cases lie, are none.
+    A loop is a branch to an earlier instruction: to an address in NVIDIA's code, a label in AMD's. A branch back from
+    code behind the program's end, where rare cases lie, is none.
     """
     places: dict[str, int] = {}
     branches, ends, count = [], [], 0
