@@ -19,6 +19,16 @@ from clipkernels.kernels.layer_norm import store_rows
 
 
 @triton.jit
+def _swish(x, slope, HALF: tl.constexpr):
+    """Return x / (1 + 2^-slope), which is x·sigmoid(y) for slope = y log2 e; to a few units of fp32 if not HALF."""
+    denominator = 1.0 + tl.exp2(-slope)
+    if HALF:  # an approximate inverse square root is one instruction, and a division eight
+        inverse = tl.rsqrt(denominator)
+        return x * inverse * inverse
+    return x / denominator
+
+
+@triton.jit
 def _bias_act_kernel(
     x_ptr, bias_ptr, out_ptr,
     rows, C,
@@ -31,12 +41,13 @@ def _bias_act_kernel(
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
-    if ACT == "quick_gelu":
-        x *= tl.sigmoid(1.702 * x)
+    half = out_ptr.dtype.element_ty != tl.float32
+    if ACT == "quick_gelu":  # 1.702 log2 e
+        x = _swish(x, 2.4554669595930156 * x, half)
     elif ACT == "gelu":
         x *= 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:  # 0.5 (1 + tanh u) = sigmoid(2 u), u = √(2/π) (x + 0.044715 x³)
-        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:  # 0.5 (1 + tanh u) = sigmoid(2 u), u = √(2/π) (x + 0.044715 x³); 2 √(2/π) log2 e
+        x = _swish(x, 2.302208198144325 * (x + 0.044715 * x * x * x), half)
     tl.store(out_ptr + offs, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -19,45 +19,7 @@ from clipkernels.kernels.ranking import sum_heads
 
 LOG2E = 1.4426950408889634
 # The lowest fp32. A maximum begins here, because -inf - -inf is NaN where no key has a size.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-
-@triton.jit
-def cls_row(
-    q_ptr, k_ptr, size_ptr, row_ptr, N, prefix, scale, stride_kn,
-    D: tl.constexpr, SIZED: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Store the softmax of one query over N keys, without the prefix columns; logits are in units of log2."""
-    offs_d = tl.arange(0, BLOCK_D)
-    q = tl.load(q_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32) * scale
-    most, total = tl.cast(LOWEST, tl.float32), 0.0
-    for tile in range(TILES):
-        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
-        k = tl.load(k_ptr + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :], mask=mask, other=0.0)
-        logit = tl.sum(k.to(tl.float32) * q[None, :], 1)  # [BLOCK_N]
-        there = offs_n < N
-        if SIZED:
-            size = tl.load(size_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-            there = size > 0.0
-        logit = tl.where(there, logit, float("-inf"))
-        tl.store(row_ptr + offs_n - prefix, logit, mask=(offs_n >= prefix) & (offs_n < N))
-        higher = tl.maximum(most, tl.max(logit, 0))
-        p = tl.exp2(logit - higher)
-        if SIZED:  # exp(s + log size) = size·exp(s)
-            p *= size
-        total = total * tl.exp2(most - higher) + tl.sum(p, 0)
-        most = higher
-    if SIZED:  # without a key the sum is 0, and so are all results
-        total = tl.where(total == 0.0, 1.0, total)
-    tl.debug_barrier()  # the logits that a thread reads next were stored by others
-    for tile in range(TILES):
-        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        mine = (offs_n >= prefix) & (offs_n < N)
-        p = tl.exp2(tl.load(row_ptr + offs_n - prefix, mask=mine, other=float("-inf")) - most)
-        if SIZED:
-            p *= tl.load(size_ptr + offs_n, mask=mine, other=0.0).to(tl.float32)
-        tl.store(row_ptr + offs_n - prefix, p / total, mask=mine)
+LOWEST = tl.constexpr(-1e38)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -68,14 +30,45 @@ def _cls_kernel(
     D: tl.constexpr, SIZED: tl.constexpr, UNIT: tl.constexpr,
     TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Store the softmax of one query over N keys, without the prefix columns; logits are in units of log2."""
     head, batch = tl.program_id(0) % H, tl.program_id(0).to(tl.int64) // H
     q_ptr += (batch * stride_qb + head.to(tl.int64) * stride_qh) * UNIT
     k_ptr += (batch * stride_kb + head.to(tl.int64) * stride_kh) * UNIT
-    row_ptr = out_ptr + (batch * H + head) * (N - prefix)
-    cls_row(
-        q_ptr, k_ptr, size_ptr + batch * N, row_ptr, N, prefix, scale, tl.cast(stride_kn, tl.int64) * UNIT,
-        D, SIZED, TILES, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    stride_kn = tl.cast(stride_kn, tl.int64) * UNIT
+    size_ptr += batch * N
+    row_ptr = out_ptr + (batch * H + head) * (N - prefix) - prefix
+    offs_d = tl.arange(0, BLOCK_D)
+    q = tl.load(q_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32) * scale
+    most, total = tl.cast(LOWEST, tl.float32), 0.0
+    for tile in range(TILES):
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        mask = mask_n[:, None] & (offs_d < D)[None, :]
+        k = tl.load(k_ptr + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :], mask=mask, other=0.0)
+        logit = tl.sum(k.to(tl.float32) * q[None, :], 1)  # [BLOCK_N]
+        visible = mask_n
+        if SIZED:
+            size = tl.load(size_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            visible = size > 0.0
+        logit = tl.where(visible, logit, float("-inf"))
+        tl.store(row_ptr + offs_n, logit, mask=(offs_n >= prefix) & mask_n)
+        higher = tl.maximum(most, tl.max(logit, 0))
+        p = tl.exp2(logit - higher)
+        if SIZED:  # exp(s + log size) = size·exp(s)
+            p *= size
+        total = total * tl.exp2(most - higher) + tl.sum(p, 0)
+        most = higher
+    if SIZED:  # without a key the sum is 0, and so are all results
+        total = tl.where(total == 0.0, 1.0, total)
+    share = 1.0 / total
+    tl.debug_barrier()  # the logits that a thread reads next were stored by others
+    for tile in range(TILES):
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (offs_n >= prefix) & (offs_n < N)
+        p = tl.exp2(tl.load(row_ptr + offs_n, mask=mask, other=float("-inf")) - most)
+        if SIZED:
+            p *= tl.load(size_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
+        tl.store(row_ptr + offs_n, p * share, mask=mask)
 
 
 @triton.jit(do_not_specialize=["P"])

@@ -15,6 +15,9 @@ may take 64 bytes of stack.
 
 Stack and spills are bytes of one thread, read from the compiled code. The stack is the size of the frame. Spills are
 the widths of all instructions that store into it, each counted once, as in the log of `ptxas -v`.
+
+Instructions are of the first launch of each kernel, the one with the fewest options: those of its program, those of its
+longest innermost loop, and how many of the loop's (without a loop, of the program's) a thread takes per element.
 """
 
 import argparse
@@ -108,12 +111,24 @@ WIDE_LOADS = {
 }
 MATRIX = {"_affinity_kernel", "_attend_kernel", "_attention_kernel", "_predict_kernel"}
 MATRIX |= {"_distance_kernel", "_student_kernel", "_projection_kernel"}
+# The constants whose product is the number of elements that one turn of the inner loop, or a program without a loop,
+# computes: logits, products of a key, activations.
+ELEMENTS = {
+    "_attention_kernel": ("BLOCK_M", "BLOCK_N"),
+    "_cls_kernel": ("BLOCK_N", "BLOCK_D"),
+    "_bias_act_kernel": ("BLOCK_R", "BLOCK_C"),
+}
+# The most instructions per logit of 64 channels in half precision, on sm_90.
+PER_LOGIT = 8.0
 # A student's and a teacher's width without wide loads: every element has its own address.
 NARROW = (771, 515)
 
 
 class CompiledKernel(NamedTuple):
-    """The resources and instructions of one compiled launch; stack and spilled in bytes of a thread."""
+    """The resources and instructions of one compiled launch; stack and spilled in bytes of a thread.
+
+    Instructions are counted for the first launch of a kernel only.
+    """
 
     kernel: str
     configuration: str
@@ -123,6 +138,9 @@ class CompiledKernel(NamedTuple):
     spilled: int
     wide_loads: bool
     matrix: str
+    program: int = 0
+    loop: int = 0
+    per_element: float = 0.0
 
 
 def main() -> None:
@@ -194,6 +212,7 @@ def launches(tower: str, dtype: torch.dtype) -> None:
         for signal in (None, "cls", "received"):
             attention.attention(q, k, v, sized, signal, prefix)
         attention.attention(q, k, None, sized, "received", prefix)
+        attention.attention(q[:, :, :1], k, v, sized, None, prefix)
         rank.cls_scores(q, k, sized, prefix)
     for by_rank in (False, True):
         rank.reduce_scores(per_head, by_rank, h)
@@ -259,12 +278,15 @@ def compile_for(target: str, tower: str, dtype: str, stems: list[str]) -> list[C
 
     triton.JITFunction.run = record
     cross_attention.shared_memory = lambda device: TARGETS[target][1]
+    attention.is_hopper = lambda device: target == "sm_90"
     launches(tower, DTYPES[dtype])
-    return [
-        build(kernel, values, options, TARGETS[target][0])
-        for kernel, values, options in records.values()
-        if not stems or Path(kernel.fn.__code__.co_filename).stem in stems
-    ]
+    compiled: dict[str, list[CompiledKernel]] = {}
+    for kernel, values, options in records.values():
+        if not stems or Path(kernel.fn.__code__.co_filename).stem in stems:
+            counted = kernel.__name__ not in compiled
+            built = build(kernel, values, options, TARGETS[target][0], counted)
+            compiled.setdefault(kernel.__name__, []).append(built)
+    return [kernel for kernels in compiled.values() for kernel in kernels]
 
 
 def describe(value: object) -> object:
@@ -275,9 +297,9 @@ def describe(value: object) -> object:
 
 
 def build(
-    kernel: triton.JITFunction, values: dict[str, object], options: dict[str, object], target: GPUTarget
+    kernel: triton.JITFunction, values: dict[str, object], options: dict[str, object], target: GPUTarget, counted: bool
 ) -> CompiledKernel:
-    """One launch, compiled as triton's own launcher would specialise it."""
+    """One launch, compiled as triton's own launcher would specialise it; its instructions only if `counted`."""
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value, key = values[parameter.name], (place,)
@@ -300,13 +322,18 @@ def build(
             for field in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
         )
         spilled = 4 * stores  # each stores one register of 32 bits
+        program, loop = count_instructions(code) if counted else (0, 0)
         wide, matrix = "dwordx4" in code or "_b128" in code, "mfma" * ("v_mfma" in code)
     else:
         ptx = binary.asm["ptx"]
-        registers, stack, spilled = resources(binary.asm["cubin"])
+        registers, stack, sass = resources(binary.asm["cubin"], counted)
+        spilled = spill_stores(sass)
+        program, loop = count_instructions(sass) if counted else (0, 0)
         wide = bool(re.search(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.c[ag][.\w]* \[[^]]*\], \[[^]]*\], 0x10", ptx))
         matrix = " ".join(sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))))
     constants = {kernel.arg_names[place]: value for (place,), value in constants.items()}
+    elements = math.prod(constants[name] for name in ELEMENTS.get(kernel.__name__, ()))
+    threads = target.warp_size * options["num_warps"]
     return CompiledKernel(
         kernel=kernel.__name__,
         configuration=" ".join(f"{name}={value}" for name, value in (constants | options).items()),
@@ -316,11 +343,14 @@ def build(
         spilled=spilled,
         wide_loads=wide,
         matrix=matrix,
+        program=program,
+        loop=loop,
+        per_element=round((loop or program) * threads / elements, 2) if kernel.__name__ in ELEMENTS else 0.0,
     )
 
 
-def resources(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, bytes of stack and bytes of spill stores of a thread."""
+def resources(cubin: bytes, disassemble: bool) -> tuple[int, int, str]:
+    """Registers and bytes of stack of a thread, and the disassembly if there is a stack or it is asked for."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
@@ -330,8 +360,8 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
 
         usage = dump("-res-usage")
         registers, stack = int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
-        # Disassembling takes as long as compiling, and without a stack there is nothing to find.
-        return registers, stack, spill_stores(dump("-sass")) if stack else 0
+        # Disassembling takes as long as compiling.
+        return registers, stack, dump("-sass") if stack or disassemble else ""
 
 
 def spill_stores(sass: str) -> int:
@@ -340,8 +370,36 @@ def spill_stores(sass: str) -> int:
     return sum(int(bits) // 8 if bits else 4 for bits in widths)
 
 
+def count_instructions(code: str) -> tuple[int, int]:
+    """The instructions of a disassembled program, and of its longest innermost loop; 0 without a loop.
+
+    A loop is a branch to an earlier instruction: to an address in NVIDIA's code, a label in AMD's. A branch back from
+    code behind the program's end, where rare cases lie, is none.
+    """
+    places: dict[str, int] = {}
+    branches, ends, count = [], [], 0
+    for line in code.splitlines():
+        if match := re.match(r"(\.LBB\w+):", line):
+            places[match[1]] = count
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);|\t([a-z]+_.*)", line):
+            if match[1]:
+                places[f"0x{int(match[1], 16):x}"] = count
+            if branch := re.search(r"\bBRA\b.*(0x[0-9a-f]+)|s_c?branch\w*\s+(\.LBB\w+)", match[2] or match[3]):
+                branches.append((count, branch[1] or branch[2]))
+            if re.match(r"EXIT|RET|s_endpgm", match[2] or match[3]):
+                ends.append(count)
+            count += 1
+    loops = [(places[target], at) for at, target in branches if places.get(target, at) < at]
+    loops = [(start, end) for start, end in loops if not any(start <= end_of_program < end for end_of_program in ends)]
+    inner = [
+        (start, end) for start, end in loops
+        if not any(start <= first and last <= end for first, last in loops if (first, last) != (start, end))
+    ]  # fmt: skip
+    return count, max((end - start + 1 for start, end in inner), default=0)
+
+
 def summarize(kernels: list[CompiledKernel]) -> list[dict[str, object]]:
-    """One row per kernel: the number of its configurations, and the most that any of them takes."""
+    """One row per kernel: its configurations, the most that any of them takes, and the instructions of the first."""
     table = []
     for name in sorted({record.kernel for record in kernels}):
         records = [record for record in kernels if record.kernel == name]
@@ -349,7 +407,9 @@ def summarize(kernels: list[CompiledKernel]) -> list[dict[str, object]]:
         most = {key: max(getattr(record, key) for record in records) for key in figures}
         matrix = " ".join(sorted({record.matrix for record in records} - {""}))
         wide = all(record.wide_loads or is_narrow(record) for record in records)
-        table.append({"kernel": name, "configurations": len(records), **most, "wide_loads": wide, "matrix": matrix})
+        counts = {key: getattr(records[0], key) or "" for key in ("program", "loop", "per_element")}
+        row = {"kernel": name, "configurations": len(records), **most, "wide_loads": wide, "matrix": matrix}
+        table.append(row | counts)
     return table
 
 
@@ -403,6 +463,9 @@ def find_faults(kernel: CompiledKernel, target: str, dtype: str, budget: dict[st
         faults.append("no loads of 16 bytes")
     if dtype != "fp32" and kernel.kernel in MATRIX and not kernel.matrix:
         faults.append("no matrix instructions")
+    logits = kernel.kernel == "_attention_kernel" and " D=64 " in kernel.configuration
+    if target == "sm_90" and dtype != "fp32" and logits and kernel.per_element > PER_LOGIT:
+        faults.append(f"{kernel.per_element} instructions per logit, at most {PER_LOGIT}")
     return faults
 
 

@@ -434,3 +434,70 @@ def test_the_kernels_support_strides_beyond_32_bits(tmp_path, triton):
     assert torch.equal(
         ck.ops.rank_tokens(*strided[:2], backend=triton), ck.ops.rank_tokens(*strided[:2].clone(), backend=triton)
     )
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=SLOW)], ids=["other", "hopper"])
+def tiles(request, monkeypatch):
+    """The kernel's tiles on a device: those of Hopper GPUs, or the others."""
+    kernel = pytest.importorskip("clipkernels.kernels.attention", reason="triton is not installed")
+    monkeypatch.setattr(kernel, "is_hopper", lambda device: request.param)
+
+
+@pytest.mark.parametrize("signal", ["cls", "received"])
+@pytest.mark.parametrize("width", [64, 72])
+@pytest.mark.parametrize("tokens", [16, 64, 81, *(pytest.param(n, marks=SLOW) for n in (128, 129, 193, 400))])
+def test_every_number_of_tiles_is_right_in_the_kernel(device, triton, tiles, tokens, width, signal):
+    q, k, v = qkv(device, 1, 1, tokens, width, torch.float16)
+    exact = full_attention(q, k)
+    eager, fp32 = ((x(q) @ x(k).mT * width**-0.5).softmax(-1) for x in (torch.Tensor.half, torch.Tensor.float))
+    out, scores = ck.ops.attention(q, k, v, signal=signal, prefix=0, backend=triton)
+    assert_within_budget(out, exact @ v.double(), eager @ v)
+    exact, fp32 = ((x[:, :, 0] if signal == "cls" else x.mean((1, 2))) for x in (exact, fp32))
+    assert_within_budget(scores, exact, fp32)
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), pytest.param(-float("inf"), marks=SLOW)])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=SLOW)])
+@pytest.mark.parametrize("width", [64, pytest.param(72, marks=SLOW)])
+def test_a_key_of_size_zero_may_hold_anything_in_the_kernel(device, triton, tiles, width, dtype, junk):
+    q, k, v = qkv(device, 2, 1, 70, width, dtype)
+    size = torch.ones(2, 70, device=device)
+    size[0, [0, 5, 69]] = 0  # of each tile, and query 0 itself
+    size[1] = 0
+    dirty_k, dirty_v = k.clone(), v.clone()
+    dirty_k[size[:, None] == 0] = junk
+    dirty_v[size[:, None] == 0] = junk
+    for signal in (None, "cls", "received"):
+        clean = ck.ops.attention(q, k, v, size, signal, backend=triton)
+        dirty = ck.ops.attention(q, dirty_k, dirty_v, size, signal, backend=triton)
+        for expected, actual in zip(clean, dirty, strict=True):
+            if expected is not None:
+                assert torch.equal(actual, expected) and actual[0].any() and not actual[1].any()
+    for query in ("cls", "all"):
+        expected, actual = (ck.ops.rank_tokens(q, x, query=query, size=size, backend=triton) for x in (k, dirty_k))
+        assert torch.equal(actual, expected) and actual[0].any() and not actual[1].any()
+
+
+def test_low_logits_do_not_vanish_beside_a_key_of_size_zero_in_the_kernel(device, triton, tiles):
+    q, k, v = qkv(device, 1, 1, 70, 64)
+    k = k - 400 * 8 * q[:, :, :1] / q[:, :, :1].square().sum()  # query 0 has logits of -400 nats
+    k[:, :, [3, 69]] = 0
+    size = torch.ones(1, 70, device=device)
+    size[:, [3, 69]] = 0
+    out, scores = ck.ops.attention(q, k, v, size, "cls", prefix=0, backend=triton)
+    exact = full_attention(q, k, size)
+    torch.testing.assert_close(scores.double(), exact[:, :, 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out[:, :, 0].double(), (exact @ v.double())[:, :, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "share"), [(197, 64, 0.73), (257, 64, 0.63), (577, 64, 0.88), (729, 72, 0.85), (729, 80, 0.94)]
+)
+def test_tiles_compute_few_products_in_vain(tokens, width, share):
+    kernel = pytest.importorskip("clipkernels.kernels.attention", reason="triton is not installed")
+    blocks = kernel.config(tokens, tokens, width, torch.bfloat16, None, True)
+    rows = -(-tokens // blocks["BLOCK_M"]) * blocks["BLOCK_M"]
+    keys = (tokens - 1) // blocks["BLOCK_N"] * blocks["BLOCK_N"] + blocks["TAIL"]
+    products = rows * keys * (blocks["BLOCK_D"] + blocks["REST"])
+    assert keys >= tokens and blocks["BLOCK_D"] + blocks["REST"] >= width
+    assert round(tokens * tokens * width / products, 2) == share

@@ -118,6 +118,49 @@ def test_spill_stores_are_counted_by_their_widths(compile_kernels: ModuleType) -
     assert compile_kernels.spill_stores(sass) == 4 + 8 + 16 + 1
 
 
+def test_instructions_of_nvidia_code_are_counted_by_program_and_loop(compile_kernels: ModuleType) -> None:
+    sass = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;        /* 0x00000a0000017a02 */
+                                                                 /* 0x000fe20000000f00 */
+        /*0010*/                   MOV R2, RZ ;                  /* 0x000000ff00027202 */
+        /*0020*/                   MOV R3, RZ ;                  /* 0x000000ff00037202 */
+        /*0030*/                   FADD R4, R4, R2 ;             /* 0x0000000204047221 */
+        /*0040*/                   IADD3 R3, R3, 0x1, RZ ;       /* 0x0000000103037810 */
+        /*0050*/               @P0 BRA 0x30 ;                    /* 0xffffffc000f40947 */
+        /*0060*/               @P1 BRA 0x90 ;                    /* 0x0000000000041947 */
+        /*0070*/                   IADD3 R2, R2, 0x1, RZ ;       /* 0x0000000102027810 */
+        /*0080*/              @!P2 BRA 0x20 ;                    /* 0xffffffc000f40947 */
+        /*0090*/                   STG.E [R6.64], R4 ;           /* 0x0000000406007986 */
+        /*00a0*/                   EXIT ;                        /* 0x000000000000794d */
+        /*00b0*/                   BRA 0x90 ;                    /* 0xfffffffc00fc7947 */
+        /*00c0*/                   BRA 0xc0;                     /* 0xfffffffc00fc7947 */
+    """
+    assert compile_kernels.count_instructions(sass) == (13, 3)
+
+
+def test_instructions_of_amd_code_are_counted_by_program_and_loop(compile_kernels: ModuleType) -> None:
+    lines = [
+        ".LBB0_0:",
+        "\ts_mov_b32 s0, 0",
+        "\t.p2align 8",
+        ".LBB0_1:        ; =>This Inner Loop",
+        "\tv_add_f32_e32 v0, v0, v1",
+    ]
+    lines += ["\ts_add_i32 s0, s0, 1", "\ts_cbranch_scc1 .LBB0_1", "; %bb.2:", "\ts_cbranch_execz .LBB0_4", ".LBB0_3:"]
+    lines += ["\ts_endpgm", ".LBB0_4:", "\tv_mov_b32_e32 v0, 0", "\ts_branch .LBB0_3"]
+    assert compile_kernels.count_instructions("\n".join(lines)) == (8, 3)
+
+
+def test_a_logit_may_take_eight_instructions_on_sm_90(compile_kernels: ModuleType) -> None:
+    record = compiled_kernel(compile_kernels)
+    kernel = compile_kernels.CompiledKernel(*record)._replace(
+        kernel="_attention_kernel", configuration="SIZED=False D=64 OUT=True", matrix="wgmma.mma_async"
+    )
+    assert compile_kernels.find_faults(kernel._replace(per_element=8.0), "sm_90", "bf16", None) == []
+    (fault,) = compile_kernels.find_faults(kernel._replace(per_element=8.02), "sm_90", "bf16", None)
+    assert fault == "8.02 instructions per logit, at most 8.0"
+
+
 def test_a_table_is_committed_for_each_triton_with_exact_budgets() -> None:
     assert list(TABLES) == ["3.6.0", "3.8.0", "3.9.0"]
 
