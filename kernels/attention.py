@@ -6,7 +6,7 @@ A key of size 0 takes no part, whatever its k and v hold. If all have size 0, ev
 
 Reads Q, K, V once (3·B·N·C) and writes B·N·C. The CLS row adds B·H·P fp32: the program that holds query 0 stores its
 logits as it meets the keys, and its softmax at the end. `received` needs the final row sums first: each program keeps
-the probabilities of two tiles of keys and computes QKᵀ again for the tiles between them (none up to 256 keys, K from
+the probabilities of two tiles of keys and computes QKᵀ again for the tiles between them (none up to 128 keys, K from
 cache). It stores its column sums, and a second launch adds them in a fixed order. Takes 4·B·N²·C operations, up to
 6·B·N²·C with `received`.
 """
@@ -237,8 +237,6 @@ def config(rows: int, keys: int, width: int, dtype: torch.dtype, signal: str | N
             block_m, warps = 16 if rows <= 16 else 64, 4
         else:
             block_m, warps = 128, 4 if hopper and not wide else 8
-        if signal == "received" and hopper and not wide and 0 < keys % 128 <= 64 < keys:
-            block_n = 128  # two tiles of probabilities hold more keys
     tail = max(16, triton.next_power_of_2((keys - 1) % block_n + 1))
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "TAIL": tail, "BLOCK_D": block_d, "REST": rest,
