@@ -154,7 +154,7 @@ def test_instructions_of_amd_code_are_counted_by_program_and_loop(compile_kernel
 def test_a_logit_may_take_eight_instructions_on_sm_90(compile_kernels: ModuleType) -> None:
     record = compiled_kernel(compile_kernels)
     kernel = compile_kernels.CompiledKernel(*record)._replace(
-        kernel="_attention_kernel", configuration="SIZED=False D=64 OUT=True", matrix="wgmma.mma_async"
+        kernel="_attention_kernel", configuration="D=64 OUT=True BLOCK_M=128 BLOCK_N=64", matrix="wgmma.mma_async"
     )
     assert compile_kernels.find_faults(kernel._replace(per_element=8.0), "sm_90", "bf16", None) == []
     (fault,) = compile_kernels.find_faults(kernel._replace(per_element=8.02), "sm_90", "bf16", None)
