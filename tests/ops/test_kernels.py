@@ -20,9 +20,7 @@ TABLES = {
 NVIDIA_SPILLS = 32
 # Before version 3.9 triton takes CUDA 12's ptxas for sm_90, which saves registers at the price of a few stores.
 SM_90_SPILLS = {
-    "3.6.0": {"_cluster_kernel": 4},
     "3.8.0": {"_affinity_kernel": 16, "_cls_kernel": 4, "_distance_kernel": 16, "_merge_kernel": 4},
-    "3.9.0": {"_cls_kernel": 8},  # heads of 72 and 112 channels, padded to 128
 }
 
 
