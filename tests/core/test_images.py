@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, features
@@ -116,7 +117,8 @@ def test_without_exif_the_stored_pixels_are_returned() -> None:
         # Other tags are broken; Pillow's exif_transpose raises TypeError and struct.error for these two.
         (exif_of([(274, 3, 1, 6), (700, 12, 1, 8)]), True),
         (exif_of([(274, 3, 1, 6), (0xA005, 2, 2, 0x4141)]), True),
-        (exif_of([(270, 2, 100, 0x7FFFFFFF), (274, 3, 1, 6)]), True),
+        # Before version 13 Pillow reads no tag that follows one outside of the block.
+        (exif_of([(270, 2, 100, 0x7FFFFFFF), (274, 3, 1, 6)]), int(PIL.__version__.split(".")[0]) >= 13),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of a corrupt EXIF block
