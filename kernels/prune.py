@@ -79,7 +79,8 @@ def _choose_kernel(
     offs = tl.arange(0, BLOCK_P)
     scores = load_reduced(scores_ptr, batch, offs, P, H, RANKS, BLOCK_P, BLOCK_H)
     chosen, before = choose_strongest(keys_of(scores, offs, P), keep)
-    tl.store(index_ptr + batch * keep + before, offs.to(tl.int64), mask=chosen & (split == 0))
+    if split == 0:
+        tl.store(index_ptr + batch * keep + before, offs.to(tl.int64), mask=chosen)
     if FUSE:
         count, splits = P - keep, tl.num_programs(1)
         list_at = (batch * splits + split) * count
