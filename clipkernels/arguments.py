@@ -85,9 +85,9 @@ def check_choice(name: str, value: Any, *choices: str | None) -> None:
 
 
 def check_path(**values: Any) -> None:
-    """Raise TypeError unless every value is a path or None."""
+    """Raise TypeError unless every value is a path."""
     for name, value in values.items():
-        if value is not None and not isinstance(value, (str, os.PathLike)):
+        if not isinstance(value, (str, os.PathLike)):
             raise TypeError(f"{name} must be a path, got {describe(value)}")
 
 

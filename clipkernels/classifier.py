@@ -188,7 +188,7 @@ def prompts_of(classes: Sequence[str], templates: Sequence[str] | Mapping[str, S
     return check_prompt_lists({name: templates.get(name, ()) for name in classes}, "templates")
 
 
-def check_prompt_lists(prompts: Any, name: str = "prompts") -> dict[str, list[str]]:
+def check_prompt_lists(prompts: Any, name: str = "prompts", noun: str = "prompts") -> dict[str, list[str]]:
     """The prompts of each class, as lists; raise unless they are a mapping of lists that hold strings.
 
     Raises:
@@ -200,7 +200,7 @@ def check_prompt_lists(prompts: Any, name: str = "prompts") -> dict[str, list[st
         raise ValueError(f"{name} must hold at least one class, got none")
     for key, group in prompts.items():
         if not is_list(group) or not group or not all(isinstance(prompt, str) for prompt in group):
-            raise ValueError(f"{name} must hold a list of prompts for {key!r}, got {describe(group)}")
+            raise ValueError(f"{name} must hold a list of {noun} for {key!r}, got {describe(group)}")
     return {key: list(group) for key, group in prompts.items()}
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from clipkernels import adapters
@@ -34,14 +33,6 @@ class Encoded(NamedTuple):
     cls_path: Tensor | None = None
     source: Tensor | None = None
     prefix: int = 1
-
-
-def image_shape(model: nn.Module, preprocess: Callable[[Image.Image], Tensor]) -> tuple[int, ...]:
-    """The shape (3,S,S) of the images that a model takes; of a ResNet, the shape that the preprocessing gives."""
-    try:
-        return (3, *adapters.find_tower(model).image_size)
-    except UnsupportedTower:
-        return tuple(preprocess(Image.new("RGB", (320, 240))).shape)
 
 
 def encode_image(

@@ -9,6 +9,7 @@ from torch import nn
 
 from clipkernels.adapters.advice import describe
 from clipkernels.adapters.protocols import ResNet, Tower, UnsupportedTower
+from clipkernels.arguments import check_model
 
 __all__ = ["ResNet", "Tower", "UnsupportedTower", "find_resnet", "find_tower", "outputs_only_cls"]
 
@@ -25,8 +26,7 @@ def find_tower(model: nn.Module) -> Tower:
         UnsupportedTower: the model has no supported tower, or more than one; the message names them.
         TypeError: the model is not a torch module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module with an image tower, got {type(model).__name__}")
+    check_model(model)
     tower = _find_in_library(model)
     if tower is not None:
         return tower

@@ -35,10 +35,9 @@ from clipkernels.cli.parts.options import (
     template_option,
 )
 from clipkernels.cli.parts.output import opened, progress, schedule
-from clipkernels.encode import image_shape
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
-from clipkernels.images import Pictures, Reader, collate, draw_images
+from clipkernels.images import Pictures, Reader, collate, draw_images, image_shape
 from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import quantity, skip_message

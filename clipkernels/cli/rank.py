@@ -36,8 +36,7 @@ from clipkernels.cli.parts.options import (
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_results
 from clipkernels.cli.parts.plot import RankedImage, draw_rankings, plot_format
 from clipkernels.data import Preprocess
-from clipkernels.encode import image_shape
-from clipkernels.images import Pictures, Reader, draw_images
+from clipkernels.images import Pictures, Reader, draw_images, image_shape
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
 from clipkernels.measure.towers import DTYPES
@@ -209,12 +208,13 @@ class Ranked(NamedTuple):
         images = f"{quantity(len(self.places), 'image')} of {quantity(self.patches, 'patch')}"
         parts = [f"{images}, {new} ranked in {self.seconds:.2f} s"]
         parts[0] += "" if self.speed is None else f": {self.speed:.2f} images/s"
-        counts = {
-            f"{different - new} ranked before": different - new,
-            quantity(len(self.places) - different, "duplicate"): len(self.places) - different,
-            f"{quantity(self.failures, 'file')} skipped": self.failures,
-        }
-        return "; ".join([*parts, *(text for text, count in counts.items() if count)])
+        if different > new:
+            parts.append(f"{different - new} ranked before")
+        if len(self.places) > different:
+            parts.append(quantity(len(self.places) - different, "duplicate"))
+        if self.failures:
+            parts.append(f"{quantity(self.failures, 'file')} skipped")
+        return "; ".join(parts)
 
 
 class Images(Sequence[Tensor | None]):

@@ -1,6 +1,6 @@
 """Image files: the one walker that finds them and the one reader that opens them."""
 
-from clipkernels.images.batches import Loaded, Pictures, collate
+from clipkernels.images.batches import Loaded, Pictures, collate, image_shape
 from clipkernels.images.formats import is_image_name, readable_formats
 from clipkernels.images.reader import Reader, read_bytes
 from clipkernels.images.walker import Found, draw_images, find_images, images_below, names_in
@@ -13,6 +13,7 @@ __all__ = [
     "collate",
     "draw_images",
     "find_images",
+    "image_shape",
     "images_below",
     "is_image_name",
     "names_in",

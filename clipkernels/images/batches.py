@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from clipkernels import adapters
+from clipkernels.adapters import UnsupportedTower
 from clipkernels.images.reader import Reader
 
 
@@ -26,7 +28,7 @@ class Pictures(Dataset[tuple[int, Tensor | str]]):
 
     paths: the image files.
     preprocess: a callable from a PIL image to a tensor of that shape.
-    shape: the shape (3,S,S) that the model takes, as `clipkernels.encode.image_shape` gives it.
+    shape: the shape (3,S,S) that the model takes, as `image_shape` gives it.
     exif: turn an image as its EXIF orientation says.
     """
 
@@ -53,3 +55,11 @@ def collate(items: Sequence[tuple[int, Tensor | str]]) -> Loaded:
     failed = [(index, reason) for index, reason in items if isinstance(reason, str)]
     images = torch.stack([image for _, image in good]) if good else None
     return Loaded([index for index, _ in good], images, failed)
+
+
+def image_shape(model: nn.Module, preprocess: Callable[[Image.Image], Tensor]) -> tuple[int, ...]:
+    """The shape (3,S,S) of the images that a model takes; of a ResNet, the shape that the preprocessing gives."""
+    try:
+        return (3, *adapters.find_tower(model).image_size)
+    except UnsupportedTower:
+        return tuple(preprocess(Image.new("RGB", (320, 240))).shape)

@@ -16,7 +16,7 @@ from clipkernels.ops.prune import check_prune
 from clipkernels.reference import Condensed, Heads, Norm
 
 # A program holds a tile of all merging patches in registers; of more than these it would spill most.
-_MAX_MERGE = 512
+MAX_MERGE = 512
 
 
 def condense_tokens(
@@ -69,7 +69,7 @@ def condense_tokens(
     dtypes = (tensor.dtype for tensor in (x, scores, weights) if tensor is not None)
     dtype = reduce(torch.promote_types, dtypes)
     patches, width = x.shape[1] - prefix, x.shape[2]
-    refusal = None if merge <= _MAX_MERGE else f"merges at most {_MAX_MERGE} patches, got {merge}"
+    refusal = None if merge <= MAX_MERGE else f"merges at most {MAX_MERGE} patches, got {merge}"
     chosen = _backend.choose(backend, x.device, dtype, "condense_tokens", refusal, scores=patches, width=width)
     run = reference.condense_tokens if chosen == "reference" else _condense.condense_tokens
     return run(x, scores, keep, merge, centers, weights, heads, prefix, first, norm)

@@ -123,7 +123,10 @@ def retrieve(
     if minimum is not None:
         check_range("minimum", minimum, -1, 1)
     check_flags(shared=shared, exif=exif)
-    check_path(cache=cache, collection=None if isinstance(collection, tuple) else collection)
+    if cache is not None:
+        check_path(cache=cache)
+    if not isinstance(collection, tuple):
+        check_path(collection=collection)
     check_names(name=name, pretrained=pretrained)
     check_callable(progress=progress)
     check_calls(report=report, note=note)

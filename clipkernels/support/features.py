@@ -30,11 +30,11 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.arguments import check_calls, check_model
 from clipkernels.classifier import eval_mode
 from clipkernels.data import Preprocess
-from clipkernels.encode import encode_image, image_shape
+from clipkernels.encode import encode_image
 from clipkernels.files import digest_table
 from clipkernels.fingerprint import fingerprint
 from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
-from clipkernels.images import Reader, read_bytes
+from clipkernels.images import Reader, image_shape, read_bytes
 from clipkernels.messages import reason_of, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of

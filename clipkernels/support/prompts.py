@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clipkernels import classifier
 from clipkernels.adapters.tokenizers import Tokenizer
-from clipkernels.arguments import check_int, describe, is_list
-from clipkernels.classifier import check_classes, check_templates, prompts_of
+from clipkernels.arguments import check_int, describe
+from clipkernels.classifier import check_classes, check_prompt_lists, check_templates, prompts_of
 from clipkernels.formats import parse_object
 from clipkernels.images import read_bytes
 from clipkernels.messages import list_names
@@ -148,10 +148,7 @@ def check_prompts(prompts: Prompts) -> dict[str, list[str]]:
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError(f"prompts must be a mapping of classes to sentences, got {describe(prompts)}")
     check_classes(list(prompts))
-    for name, sentences in prompts.items():
-        if not is_list(sentences) or not sentences or not all(isinstance(sentence, str) for sentence in sentences):
-            raise ValueError(f"prompts must hold a list of sentences for {name!r}, got {describe(sentences)}")
-    return {name: list(sentences) for name, sentences in prompts.items()}
+    return check_prompt_lists(prompts, noun="sentences")
 
 
 def _ask(

@@ -49,12 +49,12 @@ def test_an_operation_replays_from_a_cuda_graph(op):
 @pytest.mark.parametrize("op", CASES)
 @torch.inference_mode()
 def test_a_later_launch_computes_what_a_first_one_does(op):
+    from clipkernels.kernels.launch import forget_launches
+
     case, source = CASES[op], InputFactory(SHAPES["B-16"], 2, torch.bfloat16, CUDA)
     inputs, new_inputs = case.inputs(source), case.inputs(source)
     case.call(source, "triton", *inputs)
     later = flat(case.call(source, "triton", *new_inputs))
-    from clipkernels.kernels.launch import forget_launches
-
     forget_launches()
     first = flat(case.call(source, "triton", *new_inputs))
     assert all(torch.equal(one, other) for one, other in zip(later, first, strict=True))

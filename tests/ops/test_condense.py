@@ -6,6 +6,7 @@ import torch
 import clipkernels as ck
 from bench.naive.tca import condense, ranks
 from clipkernels.backend import interpreting
+from clipkernels.ops import unchecked
 from clipkernels.testing import assert_same, assert_within_budget, with_gaps
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -327,11 +328,18 @@ def test_the_kernel_supports_strides_beyond_32_bits(tmp_path, triton):
     assert torch.equal(actual.tokens, torch.stack([values[:, 0], values[:, 2], values[:, 1], values[:, 3] / 8], 1))
 
 
-def test_more_merging_patches_than_a_kernel_holds_take_the_reference(device, triton):
+def test_more_merging_patches_than_a_kernel_holds_take_the_reference(device, triton, monkeypatch):
     x, scores = inputs(device, batch=1, tokens=530, width=4)
     with pytest.raises(RuntimeError, match="the kernel of condense_tokens merges at most 512 patches, got 513"):
         ck.ops.condense_tokens(x, scores, 5, 513, 2, backend=triton)
-    assert ck.ops.condense_tokens(x, scores, 5, 513, 2).tokens.shape == (1, 9, 4)
+    expected = ck.ops.condense_tokens(x, scores, 5, 513, 2)
+    assert expected.tokens.shape == (1, 9, 4)
+    # The entry of towers has the same limit.
+    arguments = (x, scores, 5, 513, 2, None, "mean", 1, 0, None)
+    assert all(map(torch.equal, unchecked.condense_tokens(*arguments)[:3], expected[:3]))
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="the kernel of condense_tokens merges at most 512 patches, got 513"):
+        unchecked.condense_tokens(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from clipkernels.arguments import check_callable, check_device, check_flags, check_int, describe
+from clipkernels.arguments import check_callable, check_device, check_flags, check_int, check_path, describe
 from clipkernels.classifier import PROMPTS_PER_BATCH
 from clipkernels.files import TEMPORARY, sweep
 from clipkernels.learn.distill import feature_files
@@ -67,8 +67,7 @@ class TeacherCache:
         *,
         batch_size: int = 64,
     ) -> None:
-        if not isinstance(folder, (str, os.PathLike)):
-            raise TypeError(f"folder must be a path, got {describe(folder)}")
+        check_path(folder=folder)
         if isinstance(teacher, type) or not all(hasattr(teacher, name) for name in ("stamp", "about", "joined")):
             raise TypeError(f"teacher must be a Teacher, got {describe(teacher)}")
         if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
