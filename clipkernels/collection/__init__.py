@@ -1,0 +1,1 @@
+"""Collections of images: embed them to Parquet, search them, find duplicates."""
