@@ -105,6 +105,14 @@ def encode_image(
     )
 
 
+def tower_weight(model: nn.Module) -> Tensor:
+    """A weight that has the device and the dtype of a model's image tower.
+
+    It is the patch convolution's, because open_clip keeps other weights of a half-precision tower in fp32.
+    """
+    return next((weight for weight in model.parameters() if weight.ndim == 4), next(model.parameters()))
+
+
 def check_images(images: Tensor, size: tuple[int, int]) -> None:
     """Raise ValueError unless images are (B,3,*size), TypeError unless they are a tensor."""
     if not isinstance(images, Tensor):

@@ -93,15 +93,22 @@ class Reader:
             image = self.decode(io.BytesIO(file)) if isinstance(file, bytes) else self.read(file)
         except Exception as error:
             return reason_of(error)
-        try:
-            pixels = preprocess(image)
-        except Exception as error:
-            return f"preprocessing failed ({reason_of(error)})"
-        if not isinstance(pixels, Tensor):
-            return f"preprocessing gave no tensor but a {type(pixels).__name__}"
-        if tuple(pixels.shape) != shape:
-            return f"preprocessing gave ({join_sizes(pixels.shape)}) instead of ({join_sizes(shape)})"
-        return pixels
+        return preprocessed(image, preprocess, shape)
+
+
+def preprocessed(
+    image: Image.Image, preprocess: Callable[[Image.Image], Tensor], shape: tuple[int, ...]
+) -> Tensor | str:
+    """An image as preprocessed tensor of a `shape`, or the reason why there is none, in one line."""
+    try:
+        pixels = preprocess(image)
+    except Exception as error:
+        return f"preprocessing failed ({reason_of(error)})"
+    if not isinstance(pixels, Tensor):
+        return f"preprocessing gave no tensor but a {type(pixels).__name__}"
+    if tuple(pixels.shape) != shape:
+        return f"preprocessing gave ({join_sizes(pixels.shape)}) instead of ({join_sizes(shape)})"
+    return pixels
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

@@ -30,7 +30,7 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.arguments import check_calls, check_model
 from clipkernels.classifier import eval_mode
 from clipkernels.data import Preprocess
-from clipkernels.encode import encode_image
+from clipkernels.encode import encode_image, tower_weight
 from clipkernels.files import digest_table
 from clipkernels.fingerprint import fingerprint
 from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
@@ -171,8 +171,7 @@ def encode(
         OSError: the cache cannot be written.
     """
     known = read_features(cache, encoder)
-    # The patch convolution has the tower's precision; open_clip has other weights of a half-precision tower in fp32.
-    weights = next((weight for weight in model.parameters() if weight.ndim == 4), next(model.parameters()))
+    weights = tower_weight(model)
     waiting: dict[bytes, Tensor] = {}
     readable: list[tuple[str, bytes]] = []
     unread: list[str] = []

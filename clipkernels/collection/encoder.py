@@ -1,0 +1,125 @@
+"""The encoder of a collection: prepared batches to rows of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from clipkernels.adapters.text import find_text_encoder
+from clipkernels.adapters.tokenizers import Tokenizer, find_cut, ids_of
+from clipkernels.collection.packages import pyarrow
+from clipkernels.collection.preparation import Prepared
+from clipkernels.encode import encode_image, tower_weight
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NOT_FINITE = "the model's embedding is not finite, or zero"
+TEXT_NOT_FINITE = "the model's embedding of the text is not finite, or zero"
+
+
+class Encoder:
+    """A model that embeds prepared batches. It is in eval mode; patched or not.
+
+    Args:
+        model: a model that `ck.encode_image` takes.
+        schema: the columns of the rows, as `layout.unit_schema` gives them.
+        batch_size: the images of a whole batch.
+        normalised: divide embeddings by their length.
+        text: the column of captions, which are embedded too, or None.
+        tokenizer: as in `ck.Classifier`, for captions.
+        compiled: compile the tower with `torch.compile`. Batches that are not whole are then filled up with copies of
+            their last image, because another size would be compiled again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schema: pa.Schema,
+        batch_size: int,
+        normalised: bool,
+        text: str | None = None,
+        tokenizer: Tokenizer | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.model, self.schema, self.batch_size = model.eval(), schema, batch_size
+        self.normalised, self.text, self.tokenizer, self.compiled = normalised, text, tokenizer, compiled
+        self.weights = tower_weight(model)
+        self.cut_texts = 0
+        run: Callable[[Tensor], Tensor] = lambda images: encode_image(model, images).embedding  # noqa: E731
+        self._run = torch.compile(run, dynamic=False) if compiled else run
+
+    @torch.inference_mode()
+    def __call__(self, batch: Prepared) -> pa.Table:
+        """The rows of a batch: embeddings of the images, and the reason of each item that has none."""
+        pa = pyarrow()
+        reasons, width = list(batch.reasons), self.schema.field("embedding").type.list_size
+        vectors = np.zeros((len(batch.ids), width), np.float32)
+        rows = [row for row, reason in enumerate(reasons) if reason is None]
+        if batch.images is not None:
+            vectors[rows] = self._finish(self.embed(batch.images))
+        dtype = self.schema.field("embedding").type.value_type.to_pandas_dtype()
+        vectors = vectors.astype(dtype)
+        for row in rows:
+            if not _is_usable(vectors[row]):
+                reasons[row] = NOT_FINITE
+        columns: dict[str, Any] = {"id": batch.ids}
+        columns |= {name: [record.get(name) for record in batch.records] for name in self.schema.names}
+        columns |= {"id": batch.ids}
+        if self.text is not None:
+            texts = [record.get(self.text) for record in batch.records]
+            columns["text"] = texts
+            captions, missing = self._captions(texts, dtype, width)
+            for row, has_text in enumerate(texts):
+                if has_text and missing[row] and reasons[row] is None:
+                    reasons[row] = TEXT_NOT_FINITE
+            columns["text_embedding"] = self._vectors(captions, missing)
+        columns["reason"] = reasons
+        columns["embedding"] = self._vectors(vectors, np.array([reason is not None for reason in reasons], bool))
+        arrays = [
+            columns[field.name]
+            if isinstance(columns[field.name], pa.Array)
+            else pa.array(columns[field.name], field.type)
+            for field in self.schema
+        ]
+        return pa.Table.from_arrays(arrays, schema=self.schema)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The embeddings (B,E) fp32 of preprocessed images (B,3,S,S), as the tower gives them."""
+        count = len(images)
+        if self.compiled and count < self.batch_size:
+            images = torch.cat([images, images[-1:].expand(self.batch_size - count, *images.shape[1:])])
+        images = images.to(self.weights.device, self.weights.dtype, non_blocking=True)
+        return self._run(images)[:count].float()
+
+    def _captions(self, texts: Sequence[str | None], dtype: Any, width: int) -> tuple[Any, Any]:
+        """The embeddings (B,E) of texts, and a mask of the rows that have none."""
+        vectors, rows = np.zeros((len(texts), width), np.float32), [r for r, text in enumerate(texts) if text]
+        if rows:
+            encoder, captions = find_text_encoder(self.model), [str(texts[row]) for row in rows]
+            ids = ids_of(self.tokenizer, captions, encoder.context)
+            self.cut_texts += len(find_cut(self.tokenizer, captions, ids, encoder.context))
+            vectors[rows] = self._finish(encoder.encode(ids.to(self.weights.device)).float())
+        vectors = vectors.astype(dtype)
+        return vectors, np.array([not _is_usable(vector) for vector in vectors], bool)
+
+    def _finish(self, embeddings: Tensor) -> Any:
+        """Embeddings as they are stored, but in fp32."""
+        return (normalize(embeddings) if self.normalised else embeddings).cpu().numpy()
+
+    def _vectors(self, vectors: Any, missing: Any) -> pa.Array:
+        """Vectors (B,E) as an Arrow array, null where they are missing."""
+        pa = pyarrow()
+        kind = self.schema.field("embedding").type
+        vectors[missing] = 0
+        values = pa.array(vectors.reshape(-1), kind.value_type)
+        return pa.FixedSizeListArray.from_arrays(values, type=kind, mask=pa.array(missing))
+
+
+def _is_usable(vector: Any) -> bool:
+    return bool(np.isfinite(vector).all() and vector.any())

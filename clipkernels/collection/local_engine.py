@@ -1,0 +1,98 @@
+"""The local engine: loader processes that decode, and one model per device."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from torch.utils.data import DataLoader, Sampler
+
+from clipkernels.collection.encoder import Encoder
+from clipkernels.collection.packages import pyarrow
+from clipkernels.collection.preparation import Key, UnitItems, keys_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class _Keys(Sampler[Key]):
+    """The keys of batches, as units are taken from an iterator that several loaders share."""
+
+    def __init__(self, units: Iterator[tuple[int, int]], batch_size: int) -> None:
+        self.units, self.batch_size = units, batch_size
+
+    def __iter__(self) -> Iterator[Key]:
+        return keys_of(self.units, self.batch_size)
+
+
+class _Shared(Iterator[tuple[int, int]]):
+    """An iterator that several threads share."""
+
+    def __init__(self, units: Iterable[tuple[int, int]]) -> None:
+        self.units, self.lock = iter(units), Lock()
+
+    def __next__(self) -> tuple[int, int]:
+        with self.lock:
+            return next(self.units)
+
+
+def encode_units(
+    items: UnitItems,
+    encoders: Sequence[Encoder],
+    units: Sequence[tuple[int, int]],
+    workers: int,
+    write: Callable[[int, pa.Table], None],
+    after_batch: Callable[[int, int], bool],
+) -> None:
+    """Encode units and write each as it is complete. At most 2·workers + 2 batches per encoder are in memory.
+
+    Args:
+        items: the batches by key.
+        encoders: one per device. Each takes the next unit that none has taken.
+        units: their numbers and rows.
+        workers: loader processes of each encoder; 0 decodes in this process.
+        write: called with a unit and its rows.
+        after_batch: called with the items of a batch and those without an embedding; returns true to stop.
+    """
+    pa, shared, lock = pyarrow(), _Shared(units), Lock()
+    lengths = dict(units)
+    stopped = False
+
+    def run(encoder: Encoder) -> None:
+        nonlocal stopped
+        loader = DataLoader(
+            items,
+            batch_size=None,  # a key already names a batch
+            sampler=_Keys(shared, encoder.batch_size),
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=_ignore_interruption,
+            pin_memory=encoder.weights.device.type == "cuda",
+        )
+        parts: list[pa.Table] = []
+        for batch in loader:
+            parts.append(encoder(batch))
+            unit, _, stop = batch.key
+            with lock:
+                if stop == lengths[unit]:
+                    write(unit, pa.concat_tables(parts))
+                    parts.clear()
+                failed = len(batch.ids) - (len(batch.images) if batch.images is not None else 0)
+                stopped = after_batch(len(batch.ids), failed) or stopped
+            if stopped:
+                return
+
+    if len(encoders) == 1:
+        run(encoders[0])
+        return
+    with ThreadPoolExecutor(len(encoders)) as pool:
+        for future in [pool.submit(run, encoder) for encoder in encoders]:
+            future.result()
+
+
+def _ignore_interruption(worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the process that writes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
