@@ -15,7 +15,7 @@ from torch import nn
 
 from clipkernels.collection.encoder import Encoder
 from clipkernels.collection.packages import pyarrow, required
-from clipkernels.collection.plans import write_unit
+from clipkernels.collection.units import write_unit
 from clipkernels.collection.preparation import UnitItems, keys_of
 
 MAX_BLOCKS = 4096
@@ -27,25 +27,25 @@ class UnitEncoder:
 
     Args:
         items: the batches by key.
-        model: the model, in eval mode and in its precision.
+        model: a reference to the model, in eval mode and in its precision.
         device: the device that it runs on.
         options: the other arguments of `Encoder`.
-        metadata: the metadata of a unit's file.
+        notes: of a unit's file.
         threads: of torch.
     """
 
     def __init__(
         self,
         items: UnitItems,
-        model: nn.Module,
+        model: Any,
         device: str,
         options: dict[str, Any],
-        metadata: dict[str, str],
+        notes: dict[str, str],
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        self.items, self.metadata = items, metadata
-        self.encoder = Encoder(model.to(device), **options)
+        self.items, self.notes = items, notes
+        self.encoder = Encoder(required("ray", "ray").get(model).to(device), **options)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Encode the units of a block; return their numbers, rows and rows without an embedding."""
@@ -53,7 +53,7 @@ class UnitEncoder:
         for unit, rows in zip(batch["unit"].tolist(), batch["rows"].tolist(), strict=True):
             parts = [self.encoder(self.items[key]) for key in keys_of([(unit, rows)], self.encoder.batch_size)]
             table = pa.concat_tables(parts)
-            write_unit(self.items.folder, self.items.generation, unit, table, self.metadata)
+            write_unit(self.items.folder, self.items.generation, unit, table, self.notes)
             failed.append(rows - table["reason"].null_count)
         return {"unit": batch["unit"], "rows": batch["rows"], "failed": failed}
 
@@ -67,13 +67,13 @@ def encode_units(
     actors: int,
     threads: int,
     options: dict[str, Any],
-    metadata: dict[str, str],
+    notes: dict[str, str],
     after_unit: Callable[[int, int], bool],
 ) -> None:
     """Encode units on a Ray cluster: the one that RAY_ADDRESS names, or one of this machine that ends with the call.
 
     Args:
-        items, model, device, threads, options, metadata: as in `UnitEncoder`.
+        items, model, device, threads, options, notes: as in `UnitEncoder`.
         units: their numbers and rows.
         actors: models at a time.
         after_unit: called with the rows of a unit and those without an embedding; returns true to stop.
@@ -99,7 +99,7 @@ def encode_units(
             concurrency=actors,
             num_cpus=threads,
             num_gpus=1 if device.startswith("cuda") else 0,
-            fn_constructor_args=(items, ray.put(model), device, options, metadata, threads),
+            fn_constructor_args=(items, ray.put(model), device, options, notes, threads),
         )
         for row in finished.iter_rows():
             if after_unit(int(row["rows"]), int(row["failed"])):
