@@ -121,6 +121,17 @@ def read_items(folder: str | os.PathLike[str], generation: int, unit: int) -> pa
         return table.drop_columns(["unit"])
 
 
+def unit_lengths(folder: Path, generation: int) -> list[int]:
+    """The number of items of each unit of a plan.
+
+    Raises:
+        ValueError, OSError: as `read_items`.
+    """
+    with open_parquet(plan_file(folder, generation), FORMAT) as (header, file):
+        _check(header, generation, file)
+        return [file.metadata.row_group(unit).num_rows for unit in range(header.units)]
+
+
 def read_ids(folder: Path, generation: int, first: int, last: int | None) -> pa.Table:
     """The columns id and unit of the row groups from `first` until before `last`, or to the end.
 

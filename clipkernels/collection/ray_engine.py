@@ -6,6 +6,7 @@ the bytes.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -89,14 +90,14 @@ def encode_units(
         ray.init(log_to_driver=False, logging_level="ERROR", **own)
     try:
         context = data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
+        context.enable_progress_bars = context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         rows = [{"unit": unit, "rows": length} for unit, length in units]
         blocks = data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
         finished = blocks.map_batches(
             UnitEncoder,
             batch_size=1,
-            concurrency=actors,
+            compute=data.ActorPoolStrategy(size=actors),
             num_cpus=threads,
             num_gpus=1 if device.startswith("cuda") else 0,
             fn_constructor_args=(items, ray.put(model), device, options, notes, threads),

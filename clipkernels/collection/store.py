@@ -41,6 +41,7 @@ from clipkernels.collection.plans import (
     read_ids,
     read_items,
     read_plan,
+    unit_lengths,
     write_plan,
 )
 from clipkernels.collection.replacement import Replacement
@@ -270,6 +271,14 @@ class Store:
         generation = self._plan.generation
         done = unit_files.finished_units(self.folder) | self._appended(generation)
         return [unit for unit in range(self._plan.units) if (generation, unit) not in done]
+
+    def unit_lengths(self) -> list[int]:
+        """The number of items of each unit of the plan; empty without a plan.
+
+        Raises:
+            ValueError, OSError: as `plans.read_items`.
+        """
+        return [] if self._plan is None else unit_lengths(self.folder, self._plan.generation)
 
     def items(self, unit: int) -> pa.Table:
         """The items of a unit of the plan: id, source, place, size and modified.

@@ -1,0 +1,281 @@
+"""`clipkernels embed`: the images of a collection to Parquet."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+import torch
+from rich.progress import Progress as Bars
+
+from clipkernels.adapters import UnsupportedTower
+from clipkernels.cli.parts.images import exif_option
+from clipkernels.cli.parts.methods import METHOD_HELP, read_methods
+from clipkernels.cli.parts.models import cast_towers, choose_device, load, load_clip, model_options
+from clipkernels.cli.parts.options import batch_size_option, once, precision_option
+from clipkernels.cli.parts.output import progress
+from clipkernels.collection.run import Embedded, Name, Progress
+from clipkernels.collection.run import embed as embed_collection
+from clipkernels.collection.clip_retrieval import export_clip_retrieval
+from clipkernels.collection.layout import EMBEDDINGS, ERRORS
+from clipkernels.collection.query import BUNDLED
+from clipkernels.measure.towers import DTYPES
+from clipkernels.messages import quantity
+from clipkernels.methods import Dense
+from clipkernels.patching import patch, tower_of
+
+SECONDS_BETWEEN_LINES = 30
+EXAMPLE = """\b
+Example:
+  clipkernels demo --quick --model none --save-images pictures
+  clipkernels embed pictures --out collection --method evit:0.7
+  clipkernels search collection "the handwritten digit seven" -k 5
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of the collection.")
+@model_options
+@once("--method", "spec", metavar="SPEC", help=f"{METHOD_HELP}  [default: dense; none where the tower is not supported]")
+@click.option(
+    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: the file of train-predictor."
+)
+@precision_option
+@click.option("--compile", "compiled", is_flag=True, help="Compile the tower with torch.compile.")
+@batch_size_option(32)
+@click.option("--workers", type=click.IntRange(min=0), help="Loader processes per device.  [default: up to 4]")
+@click.option("--device", help="Devices, such as cpu or cuda:0,cuda:1.  [default: every CUDA device, else cpu]")
+@click.option("--text", metavar="COLUMN", help="Also embed the captions in this column, or in files with this suffix.")
+@click.option("--column", "columns", multiple=True, help="Keep this column of the sources; may be repeated.")
+@click.option("--image-column", help="Column of images in Parquet files and datasets, if there are several.")
+@click.option("--id-column", help="Column of ids there.  [default: the path, or file and row]")
+@click.option("--raw", is_flag=True, help="Keep the length of embeddings, which is one otherwise.")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16"]), help="Of the embeddings in the files.  [default: fp32 for fp32]"
+)
+@exif_option
+@click.option("--hash", "by_content", is_flag=True, help="A file has changed if its content has, not its size or time.")
+@click.option("--prune", is_flag=True, help="Remove rows of images that the sources do not have any more.")
+@click.option("--retry", is_flag=True, help="Try again what failed before.")
+@click.option(
+    "--unit-rows", type=click.IntRange(min=1), default=1024, show_default=True, help="Images that are saved at a time."
+)
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="ray: see docs/embed.md."
+)
+@click.option("--actors", type=click.IntRange(min=1), default=1, show_default=True, help="ray: models at a time.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["parquet", "clip-retrieval"]),
+    default="parquet",
+    show_default=True,
+    help="clip-retrieval: also write its img_emb/, text_emb/ and metadata/.",
+)
+@click.pass_context
+def embed(
+    context: click.Context,
+    sources: tuple[str, ...],
+    out: str,
+    library: str,
+    name: str | None,
+    pretrained: str | None,
+    spec: str | None,
+    predictor: str | None,
+    precision: str,
+    compiled: bool,
+    batch_size: int,
+    workers: int | None,
+    device: str | None,
+    text: str | None,
+    columns: tuple[str, ...],
+    image_column: str | None,
+    id_column: str | None,
+    raw: bool,
+    dtype: str | None,
+    no_exif: bool,
+    by_content: bool,
+    prune: bool,
+    retry: bool,
+    unit_rows: int,
+    engine: str,
+    actors: int,
+    form: str,
+) -> None:
+    """Embed the images of a collection to Parquet; run it again to go on, or to bring the collection up to date.
+
+    SOURCES are folders, quoted globs, image files, text files of paths, Parquet files, WebDataset tars, folders of
+    either, and datasets that Hugging Face's datasets saved to disk.
+
+    DIR/embeddings/*.parquet has a row per image: id, embedding, sha256, width, height, size and modified. DIR/errors
+    has a row per image that has no embedding, with the reason. Only images that are new or changed are encoded. A
+    killed run loses the units in flight; Ctrl-C stops after the batch.
+
+    The exit status is 1 if images were left out, 2 if none could be read.
+    """
+    try:
+        [method] = read_methods([spec] if spec is not None else ["dense"], predictor, None)
+        devices = [choose_device(part) for part in device.split(",")] if device else every_device()
+        tokenizer = None
+        if text is None:
+            model, preprocess, _ = load(library, name, pretrained)
+        else:
+            model, preprocess, tokenizer = load_clip(library, name, pretrained)
+        if name is None:
+            click.echo("note: without --model this is the bundled model for 32×32 images, a toy", err=True)
+        model = cast_towers(model, devices[0], DTYPES[precision])
+        spec = patch_model(model, method, spec)
+        if method is not None and not isinstance(method, Dense):
+            click.echo(
+                f"note: {spec} changes embeddings: encode the images of queries with the same method, as "
+                "clipkernels search does",
+                err=True,
+            )
+        names = Name(*BUNDLED, spec) if name is None else Name(library, name, pretrained, spec)
+        with stopping() as stop, Reporter(stop) as report:
+            result = embed_collection(
+                model, sources, out, preprocess=preprocess, tokenizer=tokenizer, text=text, columns=columns,
+                image_column=image_column, id_column=id_column, batch_size=batch_size, unit_rows=unit_rows,
+                workers=min(4, os.cpu_count() or 1) if workers is None else workers, raw=raw,
+                dtype=None if dtype is None else {"fp32": "float32", "fp16": "float16"}[dtype],
+                exif=not no_exif, by_content=by_content, prune=prune, retry=retry, compiled=compiled,
+                devices=devices if len(devices) > 1 else None, engine=engine, actors=actors, name=names,
+                progress=report, report=report.line,
+            )  # fmt: skip
+        if form == "clip-retrieval" and not result.stopped:
+            export_clip_retrieval(out, out)
+    except ImportError as error:
+        raise click.UsageError(str(error)) from error
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    close(result, out, report)
+    if result.stopped:
+        context.exit(128 + stop[0])
+    if result.all_errors:
+        context.exit(1 if result.embeddings else 2)
+
+
+def every_device() -> list[torch.device]:
+    """Return all CUDA devices, or the CPU if there is none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cuda", index) for index in range(count)] or [choose_device(None)]
+
+
+def patch_model(model: Any, method: Any, spec: str | None) -> str:
+    """Patch a model with a method and return its specification; a tower that is not supported runs unpatched.
+
+    Raises:
+        UnsupportedTower: a method is given for such a tower.
+    """
+    if method is None:
+        return "none"
+    try:
+        tower_of(model)
+    except UnsupportedTower:
+        if spec is None:
+            return "none"
+        raise
+    patch(model, method)
+    return spec or "dense"
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """Yield a list that holds the signal after Ctrl-C or SIGTERM; a second signal ends the process at once."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        click.echo("stopping after this batch; a second signal stops at once", err=True)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Reporter:
+    """How far a run is: a bar on a terminal, else a line every 30 seconds.
+
+    Calling it with the progress of a run returns true once a signal has come.
+    """
+
+    def __init__(self, stop: list[int]) -> None:
+        self.stop, self.last = stop, Progress(0, 0, 0)
+        self.started = self.shown = time.monotonic()
+
+    def __enter__(self) -> Reporter:
+        self.bar: Bars = progress()
+        self.bar.start()
+        self.task = self.bar.add_task("reading the sources", total=None)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def line(self, text: str) -> None:
+        """Write a line above the bar."""
+        self.bar.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def __call__(self, state: Progress) -> bool:
+        now = time.monotonic()
+        if self.last.done == 0:
+            self.started = self.started if self.bar.disable else now
+        rate = self.rate(state, now)
+        self.last = state
+        errors = f", {quantity(state.errors, 'error')}" if state.errors else ""
+        self.bar.update(
+            self.task, description=f"embedding, {rate:.1f} images/s{errors}", completed=state.done, total=state.total
+        )
+        if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
+            self.shown = now
+            left = (state.total - state.done) / rate if rate else 0.0
+            click.echo(
+                f"{state.done} of {quantity(state.total, 'image')}, {rate:.1f} images/s{errors}, "
+                f"{duration(left)} left",
+                err=True,
+            )
+        return bool(self.stop)
+
+    def rate(self, state: Progress, now: float) -> float:
+        """Return images per second since the first batch began."""
+        return state.done / max(now - self.started, 1e-9)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: "2 h 5 min", "4 min 10 s", "12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def close(result: Embedded, out: str, report: Reporter) -> None:
+    """Say on stderr what the run did, what it left out, and where that stands."""
+    for note in result.notes:
+        click.echo(note, err=True)
+    seconds = time.monotonic() - report.started
+    done = result.encoded + result.errors
+    parts = [f"{quantity(result.encoded, 'image')} embedded in {duration(seconds)}"]
+    if done:
+        parts[0] += f", {done / max(seconds, 1e-9):.1f} images/s"
+    if result.stopped:
+        parts[0] = f"stopped after {done} of {quantity(report.last.total, 'image')}; the same command goes on"
+    parts.append(f"{quantity(result.embeddings, 'embedding')} in {os.path.join(out, EMBEDDINGS)}")
+    if result.vanished:
+        parts.append(f"{quantity(result.vanished, 'row')} whose image is gone (--prune removes them)")
+    if result.all_errors:
+        parts.append(f"{quantity(result.all_errors, 'image')} left out, see {os.path.join(out, ERRORS)} (--retry)")
+    click.echo("; ".join(parts), err=True)
