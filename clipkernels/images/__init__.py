@@ -3,7 +3,16 @@
 from clipkernels.images.batches import Loaded, Pictures, collate, image_shape
 from clipkernels.images.formats import is_image_name, readable_formats
 from clipkernels.images.reader import Reader, read_bytes
-from clipkernels.images.walker import Found, draw_images, find_images, images_below, names_in
+from clipkernels.images.walker import (
+    Found,
+    draw_images,
+    find_images,
+    images_below,
+    images_by_folder,
+    names_in,
+    no_images,
+    walk,
+)
 
 __all__ = [
     "Found",
@@ -15,8 +24,11 @@ __all__ = [
     "find_images",
     "image_shape",
     "images_below",
+    "images_by_folder",
     "is_image_name",
     "names_in",
+    "no_images",
     "read_bytes",
     "readable_formats",
+    "walk",
 ]

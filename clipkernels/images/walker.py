@@ -60,13 +60,18 @@ def find_images(sources: Sequence[str]) -> Found:
                 continue
             below = images_below(path)
             if not below.paths:
-                suffixes = ", ".join(FORMATS[name][0] for name in readable_formats())
-                reason = f": {below.note}" if below.note else ""
-                raise ValueError(f"expected images ({suffixes}, …), got none under {path!r}{reason}")
+                raise no_images(path, below)
             files.update(dict.fromkeys(below.paths))
             found.others.update(below.others)
         found.paths.extend(files)
     return found
+
+
+def no_images(folder: str, found: Found) -> ValueError:
+    """The error that a folder has no images; it says how to read those files that are images of other formats."""
+    suffixes = ", ".join(FORMATS[name][0] for name in readable_formats())
+    reason = f": {found.note}" if found.note else ""
+    return ValueError(f"expected images ({suffixes}, …), got none under {folder!r}{reason}")
 
 
 def images_below(folder: str, skip: Callable[[str], bool] | None = None) -> Found:
@@ -78,27 +83,48 @@ def images_below(folder: str, skip: Callable[[str], bool] | None = None) -> Foun
     Raises:
         OSError: a folder cannot be read.
     """
-    paths, others = [], Counter[str]()
+    found = Found([], Counter())
+    for path, names in images_by_folder(folder, found.others, skip):
+        found.paths.extend(os.path.join(path, name) for name in names)
+    found.paths.sort()
+    return found
+
+
+def images_by_folder(
+    folder: str, others: Counter[str], skip: Callable[[str], bool] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and the folders below it, in a fixed order, each with the sorted names of its image files.
+
+    Args:
+        folder: the folder.
+        others: counts the other files by suffix.
+        skip: of a folder's path: true leaves out a folder below this one.
+    Raises:
+        OSError: a folder cannot be read.
+    """
     for path, names in walk(folder, skip):
+        images = []
         for name in names:
             if is_image_name(name):
-                paths.append(os.path.join(path, name))
+                images.append(name)
             else:
                 suffix = os.path.splitext(name)[1].lower()
                 others[suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"] += 1
-    return Found(sorted(paths), others)
+        images.sort()
+        yield path, images
 
 
 def walk(folder: str, skip: Callable[[str], bool] | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yield a folder and the folders below it, links included, each with the names of its files; no hidden ones.
 
-    A link to a folder above it is skipped, so the walk ends.
+    The folders come in a fixed order, the names in that of the system. A link to a folder above it is skipped, so the
+    walk ends.
     """
     stack: list[tuple[str, tuple[str, ...]]] = [(folder, (os.path.realpath(folder),))]
     while stack:
         path, chain = stack.pop()
         names, folders = _content(path)
-        for below in folders:
+        for below in sorted(folders, reverse=True):
             real = os.path.realpath(below)
             if not any(_holds(real, visited) for visited in chain) and not (skip and skip(below)):
                 stack.append((below, (*chain, real)))
