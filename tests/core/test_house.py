@@ -47,6 +47,7 @@ LAYERS = (
     ("heads",),
     ("classifier",),
     ("support", "images"),
+    ("collection",),
     ("learn",),
     ("measure", "testing"),
     ("cli",),
