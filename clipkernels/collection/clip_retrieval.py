@@ -12,19 +12,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clipkernels.arguments import check_path
-from clipkernels.collection.layout import MANIFEST
 from clipkernels.collection.manifest import Settings, read_manifest
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.rows import BATCH_ROWS, Shard, list_shards, normalised, open_shard, vector_batches
 from clipkernels.files import atomic_write
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
 SUFFIXES = {IMAGES: ".npy", TEXTS: ".npy", METADATA: ".parquet"}
@@ -96,7 +91,8 @@ def _write_metadata(file: Path, folder: Path, shard: Shard) -> None:
     pa = pyarrow()
     with open_shard(folder, shard.name) as parquet:
         schema = parquet.schema_arrow
-        names = [name for name in schema.names if name not in ("embedding", "text_embedding", *RENAMED.values())]
+        dropped = {"embedding", "text_embedding", *(new for old, new in RENAMED.items() if old in schema.names)}
+        names = [name for name in schema.names if name not in dropped]
         fields = [pa.field(RENAMED.get(name, name), schema.field(name).type) for name in names]
         with atomic_write(file) as temporary, pa.parquet.ParquetWriter(temporary, pa.schema(fields)) as writer:
             for batch in parquet.iter_batches(BATCH_ROWS, columns=names):

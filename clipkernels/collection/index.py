@@ -13,10 +13,11 @@ import os
 import warnings
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -33,12 +34,13 @@ MANY_ROWS = 1_000_000
 """The rows above which a search says that it reads all of them."""
 COSINE_ROUNDING = 1e-5
 """Above the rounding error of a cosine in fp32."""
+Nanoseconds = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The content of index.json: shards as (name, size, modified, rows), the width of the index, and its SHA-256."""
 
-    shards: list[tuple[Line, Count, Count, Count]]
+    shards: list[tuple[Line, Count, Nanoseconds, Count]]
     width: Size
     index: Digest
 
