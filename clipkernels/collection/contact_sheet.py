@@ -1,0 +1,118 @@
+"""A contact sheet of hits: a grid of thumbnails with rank, score and id."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from clipkernels.collection.manifest import Manifest
+from clipkernels.collection.search import Hit
+from clipkernels.files import atomic_write
+from clipkernels.images import Reader, read_bytes
+from clipkernels.messages import first_line, list_names, printable, reason_of
+
+ReadImage = Callable[[str], bytes | str]
+"""A function from an id to the content of its image, or the reason why there is none."""
+
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+MAX_HITS = 100
+THUMBNAIL, MARGIN, CAPTION = 200, 12, 36  # pixels
+MAX_COLUMNS = 5
+CHARACTERS = 32
+"""Characters of an id or a reason in a line."""
+PAPER, INK, GREY = (255, 255, 255), (20, 20, 20), (225, 225, 225)
+
+
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless the name of a picture ends like a format that is written."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"expected a picture that ends in {', '.join(SUFFIXES)}, got {path}")
+
+
+def image_reader(manifest: Manifest) -> ReadImage:
+    """The images of a collection by their ids, from the sources that the manifest names."""
+
+    def read(id: str) -> bytes | str:
+        for source in manifest.sources:
+            for path in (Path(source, id), Path(source).parent / id):
+                if path.is_file():
+                    try:
+                        return read_bytes(path)
+                    except (OSError, ValueError) as error:
+                        return reason_of(error)
+        return f"no such file in {list_names(manifest.sources)}"
+
+    return read
+
+
+def draw_hits(hits: Sequence[Hit], read: ReadImage, rules: str) -> Image.Image:
+    """A picture (RGB) of the first hits, at most MAX_HITS, five in a row; a hit without an image shows the reason.
+
+    Args:
+        hits: as `search` returns them.
+        read: gives the content of an image by its id.
+        rules: the rules that images are read by, as `Reader.rules`.
+    """
+    hits = hits[:MAX_HITS]
+    columns = max(1, min(MAX_COLUMNS, math.ceil(math.sqrt(len(hits)))))
+    rows = max(1, math.ceil(len(hits) / columns))
+    width, height = THUMBNAIL + MARGIN, THUMBNAIL + CAPTION + MARGIN
+    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for place, hit in enumerate(hits):
+        x, y = MARGIN + place % columns * width, MARGIN + place // columns * height
+        thumbnail = _thumbnail(read(hit.id), Reader.of(rules))
+        if isinstance(thumbnail, str):
+            pen.rectangle((x, y, x + THUMBNAIL - 1, y + THUMBNAIL - 1), fill=GREY)
+            lines = textwrap.wrap(printable(thumbnail), CHARACTERS - 4, max_lines=8, placeholder="...")
+            _write(pen, font, (x + MARGIN, y + MARGIN), "\n".join(lines))
+        else:
+            left, top = (THUMBNAIL - thumbnail.width) // 2, (THUMBNAIL - thumbnail.height) // 2
+            sheet.paste(thumbnail, (x + left, y + top))
+        _write(pen, font, (x, y + THUMBNAIL + 4), f"{hit.rank}   {hit.score:.4f}\n{_shorten(printable(hit.id))}")
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a picture, atomically, in the format that the name ends in.
+
+    Raises:
+        ValueError: another format.
+        OSError: the file cannot be written.
+    """
+    check_suffix(path)
+    with atomic_write(path) as temporary:
+        picture.save(temporary, SUFFIXES[Path(path).suffix.lower()])
+
+
+def _thumbnail(content: bytes | str, reader: Reader) -> Image.Image | str:
+    """An image within THUMBNAIL pixels, or the reason why there is none."""
+    if isinstance(content, str):
+        return content
+    try:
+        image = reader.decode(io.BytesIO(content))
+    except Exception as error:  # Pillow's decoders raise exceptions of many kinds
+        return first_line(error)
+    scale = THUMBNAIL / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def _shorten(name: str) -> str:
+    """A name whose start is left out if it is too long for a line, because names differ at the end."""
+    return name if len(name) <= CHARACTERS else f"...{name[3 - CHARACTERS :]}"
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, at: tuple[int, int], text: str
+) -> None:
+    """Write lines; characters that the font lacks become question marks where Pillow has a bitmap font alone."""
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    pen.multiline_text(at, text, fill=INK, font=font)

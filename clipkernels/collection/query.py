@@ -1,0 +1,117 @@
+"""Queries of a search, encoded as the rows of the collection: by the same tower and, for images, the same method."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters.text import find_text_encoder
+from clipkernels.adapters.tokenizers import Tokenizer
+from clipkernels.classifier import class_embeddings, eval_mode
+from clipkernels.collection.manifest import Settings
+from clipkernels.data import Preprocess, bundled
+from clipkernels.encode import encode_image
+from clipkernels.fingerprint import check_fingerprint, fingerprint, same_tower, short_fingerprint
+from clipkernels.images import Reader, image_shape
+from clipkernels.methods import Dense
+from clipkernels.patching import method_of
+
+BUNDLED = ("clipkernels", "bundled", None)
+"""Library, model and pretrained of the bundled model in a manifest."""
+HOST = "host"
+QueryImage = str | os.PathLike[str] | bytes | Image.Image
+
+
+def check_towers(folder: object, settings: Settings, model: nn.Module, text: bool) -> None:
+    """Raise ValueError unless a model has the image tower of a collection and, for texts, its text tower if known."""
+    names = {"model": settings.model, "pretrained": settings.pretrained}
+    check_fingerprint(settings.tower, model, folder, names)
+    if text and settings.text_tower is not None:
+        current = fingerprint(model, "text")
+        if not same_tower(settings.text_tower, current):
+            expected, actual = short_fingerprint(settings.text_tower), short_fingerprint(current)
+            raise ValueError(f"expected the text tower of {folder} ({expected}), got another one ({actual})")
+
+
+def load_bundled(settings: Settings, device: torch.device | str | None) -> tuple[nn.Module, Preprocess, Tokenizer]:
+    """The bundled model in the precision of a collection that it made, its preprocessing and its tokenizer.
+
+    Raises:
+        ValueError: another model made the collection.
+    """
+    if (settings.library, settings.model, settings.pretrained) != BUNDLED:
+        name = settings.model or "a model from Python"
+        raise ValueError(f"expected a model for a collection of {name}, got none: pass model, preprocess and tokenizer")
+    model, preprocess, tokenizer = bundled()
+    return model.to(device, getattr(torch, settings.precision)), preprocess, tokenizer
+
+
+def encode_text(model: nn.Module, tokenizer: Tokenizer, text: str) -> Tensor:
+    """The embedding (E,) fp32 of a text, on the CPU.
+
+    Raises:
+        ValueError: the model has no text tower.
+    """
+    try:
+        find_text_encoder(model)
+    except UnsupportedTower as error:
+        expected = "expected a model with a text tower for a text"
+        raise ValueError(f"{expected}, got {type(model).__name__}, which has none: search with an image") from error
+    # Learnt tokens may be coupled to tokens in the text tower.
+    embed = getattr(getattr(_method(model), "tokens", None), "class_embeddings", class_embeddings)
+    return embed(model, tokenizer, {text: [text]})[0].cpu()
+
+
+@torch.no_grad()
+def encode_picture(model: nn.Module, preprocess: Preprocess, image: QueryImage, rules: str) -> Tensor:
+    """The embedding (E,) fp32 of an image, on the CPU.
+
+    Args:
+        model: a model that `ck.encode_image` takes.
+        preprocess: a callable from a PIL image to a tensor (3,S,S).
+        image: a file, its content, or a PIL image.
+        rules: the rules that files are read by, as `Reader.rules`.
+    Raises:
+        ValueError: no image that can be read.
+    """
+    shape, reader = image_shape(model, preprocess), Reader.of(rules)
+    if isinstance(image, Image.Image):
+        with io.BytesIO() as file:
+            image.convert("RGB").save(file, "PNG")
+            content: Any = file.getvalue()
+    else:
+        content = image
+    pixels = reader.prepare(content, preprocess, shape)
+    if isinstance(pixels, str):
+        name = image if isinstance(image, str | os.PathLike) else "one"
+        raise ValueError(f"expected an image that can be read, got {name}: {pixels}")
+    # The patch convolution has the tower's precision; open_clip has other weights of a half-precision tower in fp32.
+    weights = next((weight for weight in model.parameters() if weight.ndim == 4), next(model.parameters()))
+    with eval_mode(model):
+        return encode_image(model, pixels[None].to(weights.device, weights.dtype)).embedding[0].float().cpu()
+
+
+def warn_of_method(folder: object, settings: Settings, model: nn.Module) -> None:
+    """Warn if images of a collection were encoded with another method than a model is patched with."""
+    method = _method(model)
+    actual = HOST if method is None else repr(method)
+    if actual != settings.method and {actual, settings.method} != {HOST, repr(Dense())}:
+        warnings.warn(
+            f"the query is encoded with {actual}, the images of {folder} with {settings.method}: their similarities "
+            "are lower than those of images encoded alike, and other images may come first",
+            stacklevel=3,
+        )
+
+
+def _method(model: nn.Module) -> Any:
+    try:
+        return method_of(model)
+    except UnsupportedTower:  # a ResNet
+        return None
