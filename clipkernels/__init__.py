@@ -12,6 +12,8 @@ if _TYPE_CHECKING:
     from clipkernels import backend, data, heads, learn, measure, ops, support, testing
     from clipkernels.adapters import UnsupportedTower
     from clipkernels.classifier import Classifier
+    from clipkernels.collection.run import embed
+    from clipkernels.collection.search import search
     from clipkernels.data import bundled
     from clipkernels.encode import Encoded, encode_image
     from clipkernels.graphs import graphed, ungraphed
@@ -44,6 +46,7 @@ __all__ = [
     "backend",
     "bundled",
     "data",
+    "embed",
     "encode_image",
     "graphed",
     "heads",
@@ -53,6 +56,7 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "search",
     "support",
     "testing",
     "tower_of",
@@ -63,6 +67,8 @@ __all__ = [
 _NAMES = {
     "adapters": ("UnsupportedTower",),
     "classifier": ("Classifier",),
+    "collection.run": ("embed",),
+    "collection.search": ("search",),
     "data": ("bundled",),
     "encode": ("Encoded", "encode_image"),
     "graphs": ("graphed", "ungraphed"),

@@ -22,6 +22,7 @@ SHORT_HELPS = {
     "bench": "Time your tower with every method, and compare outputs.",
     "info": "Show versions, devices and backends.",
     "check": "Check every operation against fp64.",
+    "embed": "Embed a collection of images to Parquet.",
     "search": "Search a collection with a text or an image.",
     "dedup": "Find the duplicates of a collection.",
     "support": "Build a support set: images that stand for classes.",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -20,17 +20,18 @@ from clipkernels.cli.parts.methods import METHOD_HELP, read_methods
 from clipkernels.cli.parts.models import cast_towers, choose_device, load, load_clip, model_options
 from clipkernels.cli.parts.options import batch_size_option, once, precision_option
 from clipkernels.cli.parts.output import progress
-from clipkernels.collection.run import Embedded, Name, Progress
-from clipkernels.collection.run import embed as embed_collection
 from clipkernels.collection.clip_retrieval import export_clip_retrieval
 from clipkernels.collection.layout import EMBEDDINGS, ERRORS
 from clipkernels.collection.query import BUNDLED
+from clipkernels.collection.run import Embedded, Name, Progress
+from clipkernels.collection.run import embed as embed_collection
 from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import quantity
 from clipkernels.methods import Dense
 from clipkernels.patching import patch, tower_of
 
 SECONDS_BETWEEN_LINES = 30
+DTYPE_NAMES: dict[str | None, Any] = {None: None, "fp32": "float32", "fp16": "float16"}
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
@@ -43,7 +44,9 @@ Example:
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of the collection.")
 @model_options
-@once("--method", "spec", metavar="SPEC", help=f"{METHOD_HELP}  [default: dense; none where the tower is not supported]")
+@once(
+    "--method", "spec", metavar="SPEC", help=f"{METHOD_HELP}  [default: dense; none where the tower is not supported]"
+)
 @click.option(
     "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: the file of train-predictor."
 )
@@ -144,9 +147,9 @@ def embed(
                 model, sources, out, preprocess=preprocess, tokenizer=tokenizer, text=text, columns=columns,
                 image_column=image_column, id_column=id_column, batch_size=batch_size, unit_rows=unit_rows,
                 workers=min(4, os.cpu_count() or 1) if workers is None else workers, raw=raw,
-                dtype=None if dtype is None else {"fp32": "float32", "fp16": "float16"}[dtype],
+                dtype=DTYPE_NAMES[dtype],
                 exif=not no_exif, by_content=by_content, prune=prune, retry=retry, compiled=compiled,
-                devices=devices if len(devices) > 1 else None, engine=engine, actors=actors, name=names,
+                devices=devices if len(devices) > 1 else None, engine=cast(Any, engine), actors=actors, name=names,
                 progress=report, report=report.line,
             )  # fmt: skip
         if form == "clip-retrieval" and not result.stopped:
@@ -242,8 +245,7 @@ class Reporter:
             self.shown = now
             left = (state.total - state.done) / rate if rate else 0.0
             click.echo(
-                f"{state.done} of {quantity(state.total, 'image')}, {rate:.1f} images/s{errors}, "
-                f"{duration(left)} left",
+                f"{state.done} of {quantity(state.total, 'image')}, {rate:.1f} images/s{errors}, {duration(left)} left",
                 err=True,
             )
         return bool(self.stop)

@@ -78,7 +78,10 @@ def search(
             hits = find(folder, text, image=image, k=k, **options)
             write(hits, {"folder": folder, "text": text, "image": image}, form, stream)
         if picture is not None:
-            save_picture(draw_hits(hits, image_reader(manifest), manifest.settings.reader), picture)
+            save_picture(
+                draw_hits(hits, image_reader(manifest, [hit.id for hit in hits[:MAX_HITS]]), manifest.settings.reader),
+                picture,
+            )
     except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     click.echo(f"{quantity(len(hits), 'hit')} in {printable(folder)}", err=True)

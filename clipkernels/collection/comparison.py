@@ -80,13 +80,10 @@ def compare(
             vanished.append(table["id"].take(pyarrow().array(absent)))
     counts = np.bincount(state, minlength=5)
     _refuse_duplicates(listing["id"], np.flatnonzero(state == NEW))
-    return Comparison(
-        np.flatnonzero((state == NEW) | (state == RETRIED)),
-        np.concatenate([*replacing, np.zeros(0, np.int64)]).astype(np.int64),
-        *(int(counts[number]) for number in (NEW, RETRIED, FAILED, KNOWN)),
-        num_vanished,
-        vanished,
-    )
+    new, retried, failed, unchanged = (int(counts[number]) for number in (NEW, RETRIED, FAILED, KNOWN))
+    appended = np.flatnonzero((state == NEW) | (state == RETRIED))
+    replaced = np.concatenate([*replacing, np.zeros(0, np.int64)]).astype(np.int64)
+    return Comparison(appended, replaced, new, retried, failed, unchanged, num_vanished, vanished)
 
 
 def _match(listed: Any, known: Any, state: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

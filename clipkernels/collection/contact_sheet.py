@@ -7,15 +7,18 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from clipkernels.collection.manifest import Manifest
+from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.search import Hit
+from clipkernels.collection.sources import Source, find_sources
 from clipkernels.files import atomic_write
-from clipkernels.images import Reader, read_bytes
-from clipkernels.messages import first_line, list_names, printable, reason_of
+from clipkernels.images import Reader
+from clipkernels.messages import first_line, list_names, printable
 
 ReadImage = Callable[[str], bytes | str]
 """A function from an id to the content of its image, or the reason why there is none."""
@@ -35,18 +38,29 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"expected a picture that ends in {', '.join(SUFFIXES)}, got {path}")
 
 
-def image_reader(manifest: Manifest) -> ReadImage:
-    """The images of a collection by their ids, from the sources that the manifest names."""
+def image_reader(manifest: Manifest, ids: Sequence[str]) -> ReadImage:
+    """The images of a collection by their ids, as the sources that the manifest names have them now.
 
-    def read(id: str) -> bytes | str:
-        for source in manifest.sources:
-            for path in (Path(source, id), Path(source).parent / id):
-                if path.is_file():
-                    try:
-                        return read_bytes(path)
-                    except (OSError, ValueError) as error:
-                        return reason_of(error)
-        return f"no such file in {list_names(manifest.sources)}"
+    Args:
+        manifest: of the collection.
+        ids: the ids that will be read.
+    """
+    pa, settings = pyarrow(), manifest.settings
+    places: dict[str, tuple[Source, int]] = {}
+    for name in manifest.sources:
+        with suppress(ValueError, OSError):  # a source that is gone, or empty
+            [source] = find_sources([name], image_column=settings.image_column, id_column=settings.id_column)
+            for batch in source.list():
+                rows = batch.filter(pa.compute.is_in(batch["id"], value_set=pa.array(ids, pa.string())))
+                for key, place in zip(rows["id"].to_pylist(), rows["place"].to_pylist(), strict=True):
+                    places.setdefault(key, (source, place))
+
+    def read(key: str) -> bytes | str:
+        if key not in places:
+            return f"not in {list_names(manifest.sources)}"
+        source, place = places[key]
+        [item] = source.fetch([key], [place], [])
+        return item if isinstance(item, str) else item.content
 
     return read
 

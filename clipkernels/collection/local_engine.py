@@ -57,7 +57,7 @@ def encode_units(
         write: called with a unit and its rows.
         after_batch: called with the items of a batch and those without an embedding; returns true to stop.
     """
-    pa, shared, lock = pyarrow(), _Shared(units), Lock()
+    shared, lock = _Shared(units), Lock()
     lengths = dict(units)
     stopped = False
 
@@ -78,7 +78,7 @@ def encode_units(
             unit, _, stop = batch.key
             with lock:
                 if stop == lengths[unit]:
-                    write(unit, pa.concat_tables(parts))
+                    write(unit, pyarrow().concat_tables(parts))
                     parts.clear()
                 failed = len(batch.ids) - (len(batch.images) if batch.images is not None else 0)
                 stopped = after_batch(len(batch.ids), failed) or stopped

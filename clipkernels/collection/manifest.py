@@ -25,8 +25,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     precision: dtype of the tower.
     preprocess, reader: the preprocessing, and the rules that files are read by.
     width, dtype, normalised: of an embedding: its width, its dtype, and whether its length is one.
-    text: the source's column of captions, or None.
-    columns: other columns of the source, with their Arrow types.
+    image_column, id_column: the sources' columns of images and of ids, where they were named.
+    text: the sources' column of captions, or None.
+    columns: other columns of the sources, with their Arrow types.
     """
 
     library: Line | None
@@ -42,6 +43,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     width: Size
     dtype: Literal["float32", "float16"]
     normalised: bool
+    image_column: Line | None = None
+    id_column: Line | None = None
     text: Line | None
     columns: dict[Line, Line]
 

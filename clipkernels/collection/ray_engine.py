@@ -16,8 +16,8 @@ from torch import nn
 
 from clipkernels.collection.encoder import Encoder
 from clipkernels.collection.packages import pyarrow, required
-from clipkernels.collection.units import write_unit
 from clipkernels.collection.preparation import UnitItems, keys_of
+from clipkernels.collection.units import write_unit
 
 MAX_BLOCKS = 4096
 """Blocks of a pipeline, each of which is a task to schedule."""

@@ -13,9 +13,10 @@ from copy import deepcopy
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from warnings import warn
 
+import msgspec
 import torch
 from torch import nn
 
@@ -179,6 +180,7 @@ def embed(
     name = name or Name()
     with eval_mode(model):
         settings = _settings(model, preprocess, Reader(exif), name, raw, dtype, text, kept)
+        settings = msgspec.structs.replace(settings, image_column=image_column, id_column=id_column)
         encoder: dict[str, Any] = {
             "schema": unit_schema(settings.width, settings.dtype, text is not None, kept),
             "batch_size": batch_size, "normalised": not raw, "text": text, "tokenizer": tokenizer, "compiled": compiled,
@@ -322,7 +324,7 @@ def _settings(
     return Settings(
         library=name.library, model=name.model, pretrained=name.pretrained,
         tower=about.tower, text_tower=None if text is None else fingerprint(model, "text"),
-        method=about.method, tokens=tokens, precision=str(weight.dtype).removeprefix("torch."),
+        method=about.method, tokens=tokens, precision=cast(Any, str(weight.dtype).removeprefix("torch.")),
         preprocess=about.preprocess, reader=about.reader,
         width=width, dtype=dtype or ("float32" if weight.dtype in (torch.float32, torch.float64) else "float16"),
         normalised=not raw, text=text, columns={column: str(kind) for column, kind in columns.items()},
@@ -353,7 +355,6 @@ def _check_all_named(folder: Path, sources: Sequence[str]) -> None:
 
 def _changed_content(sources: Sequence[Source], items: pa.Table) -> pa.Table:
     """The items whose content has another SHA-256 than their row, or cannot be read."""
-    pa = pyarrow()
 
     def differs(part: pa.RecordBatch) -> list[bool]:
         ids, places, digests = (part.column(name).to_pylist() for name in ("id", "place", "sha256"))
@@ -365,4 +366,4 @@ def _changed_content(sources: Sequence[Source], items: pa.Table) -> pa.Table:
 
     with ThreadPoolExecutor(THREADS) as pool:
         flags = [flag for part in pool.map(differs, items.to_batches(max_chunksize=64)) for flag in part]
-    return items.filter(pa.array(flags, pa.bool_()))
+    return items.filter(pyarrow().array(flags, pyarrow().bool_()))

@@ -207,16 +207,15 @@ def known_rows(folder: Path, numbers: Iterable[int], columns: list[str], rows: i
         ValueError: a shard is not as it was written.
         OSError: a file cannot be read.
     """
-    pa = pyarrow()
     parts: list[pa.Table] = []
     for number in numbers:
         with open_parquet(shard_file(folder, number), FORMAT) as (_, file):
             parts.append(file.read(columns=columns, use_threads=False).replace_schema_metadata())
         if sum(map(len, parts)) >= rows:
-            yield pa.concat_tables(parts)
+            yield pyarrow().concat_tables(parts)
             parts = []
     if parts:
-        yield pa.concat_tables(parts)
+        yield pyarrow().concat_tables(parts)
 
 
 def read_known(folder: str | os.PathLike[str]) -> pa.Table:
@@ -233,4 +232,4 @@ def read_known(folder: str | os.PathLike[str]) -> pa.Table:
     flags = [pa.repeat(pa.scalar(table is tables[-1]), len(table)) for table in tables]
     schema = pa.schema([pa.field(field.name, field.type) for field in errors.select(columns).schema])
     marked = [table.cast(schema).append_column("failed", flag) for table, flag in zip(tables, flags, strict=True)]
-    return pa.concat_tables(marked)
+    return pyarrow().concat_tables(marked)
