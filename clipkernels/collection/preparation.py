@@ -87,7 +87,7 @@ class UnitItems(Dataset[Prepared]):
         for item, (size, modified) in zip(items, stamps, strict=True):
             record: dict[str, Any] = {"size": size, "modified": modified}
             if isinstance(item, Item):
-                record |= {"size": item.size, "modified": item.modified, **item.values}
+                record = {**item.values, "size": item.size, "modified": item.modified}
                 image = self._image(item.content, record)
             else:
                 image = item
