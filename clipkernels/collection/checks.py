@@ -88,10 +88,9 @@ def check_apart(out: str | os.PathLike[str], sources: Sequence[str]) -> None:
         if not glob.has_magic(source) or os.path.lexists(source):
             pattern = glob.escape(os.path.realpath(pattern))
         if _may_overlap(Path(pattern).parts, folder):
-            raise ValueError(
-                f"expected a folder of its own for the collection, got {printable(os.fspath(out))}, which overlaps with "
-                f"the source {printable(source)}: choose another folder"
-            )
+            expected = "expected a folder of its own for the collection"
+            actual = f"{printable(os.fspath(out))}, which overlaps with the source {printable(source)}"
+            raise ValueError(f"{expected}, got {actual}: choose another folder")
 
 
 def _may_overlap(pattern: Sequence[str], folder: Sequence[str]) -> bool:
