@@ -56,7 +56,10 @@ def check_devices(devices: Any) -> list[torch.device] | None:
         return None
     if not isinstance(devices, list | tuple) or not devices:
         raise ValueError(f"devices must be a list of devices, got {describe(devices)}")
-    return [check_device(device) for device in devices]
+    try:
+        return [check_device(device) for device in devices]
+    except ValueError as error:
+        raise ValueError(f"devices must be a list of devices, in which each {error}") from error
 
 
 def check_columns(text: str | None, columns: Sequence[str], types: Mapping[str, Any]) -> None:

@@ -568,7 +568,7 @@ def test_a_folder_of_something_else_is_refused(embed: Any, photos: Path, tmp_pat
         ({"text": "txt"}, "text needs a tokenizer"),
         ({"devices": "cpu"}, "devices must be a list"),
         ({"devices": []}, "devices must be a list"),
-        ({"devices": ["nowhere"]}, "device must be"),
+        ({"devices": ["nowhere"]}, "devices must be a list of devices, in which each device must be"),
         ({"name": "me"}, "name must be a Name"),
         ({"progress": 3}, "progress must be callable"),
         ({"report": None}, "report must be callable"),
