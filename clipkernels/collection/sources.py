@@ -64,9 +64,11 @@ def find_sources(
     sources = [_find_source(name, image_column, id_column) for name in names]
     tables = [source for source in sources if isinstance(source, ParquetSource | DatasetSource)]
     if id_column is not None and not tables:
-        raise ValueError(f"expected Parquet files or datasets for id_column={id_column!r}, got {list_names(names)}")
+        raise ValueError(
+            f"expected Parquet files or datasets for id_column={list_names([id_column])}, got {list_names(names)}"
+        )
     if image_column is not None and not tables and not any(isinstance(source, TarSource) for source in sources):
-        expected = f"Parquet files, tars or datasets for image_column={image_column!r}"
+        expected = f"Parquet files, tars or datasets for image_column={list_names([image_column])}"
         raise ValueError(f"expected {expected}, got {list_names(names)}")
     return sources
 

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from PIL import Image
 from torch import nn
 
 import clipkernels as ck
-from clipkernels.collection import encoder
+from clipkernels.collection import encoder, run
 from clipkernels.collection.run import Embedded, Progress
+from clipkernels.collection.store import Store
 from clipkernels.images import Reader
 from tests.collection.pictures import broken_files, draw_pictures, folder_bytes, read_rows
 
@@ -43,10 +45,10 @@ def photos(tmp_path: Path) -> Path:
 def embed(bundled: tuple[nn.Module, Any, Any], photos: Path, tmp_path: Path) -> Callable[..., Embedded]:
     """A run of `ck.embed` over the pictures into DIR, in units of 8 and batches of 4."""
 
-    def run(sources: Any = photos, out: Path = tmp_path / "DIR", model: Any = bundled[0], **options: Any) -> Embedded:
+    def call(sources: Any = photos, out: Path = tmp_path / "DIR", model: Any = bundled[0], **options: Any) -> Embedded:
         return ck.embed(model, sources, out, **{"preprocess": bundled[1], **STILL, **options})
 
-    return run
+    return call
 
 
 def refused(call: Callable[[], object], folder: Path, kind: type[Exception] = ValueError) -> str:
@@ -457,6 +459,45 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(batches: int, embed: Any, pho
     else:
         assert embed()[2:4] == total[2:4]
     assert rows_bytes(tmp_path / "one") == rows_bytes(tmp_path / "DIR")
+
+
+def test_the_order_of_units_does_not_change_a_byte(
+    embed: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_files(photos)
+    embed(out=tmp_path / "one", unit_rows=4)
+    pending = Store.pending
+    monkeypatch.setattr(Store, "pending", lambda self: pending(self)[::-1])
+    embed(out=tmp_path / "DIR", unit_rows=4)
+    assert rows_bytes(tmp_path / "one") == rows_bytes(tmp_path / "DIR")
+
+
+def test_small_shards_are_written_on_the_way(
+    embed: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Store", partial(Store, shard_rows=4))
+    seen: list[int] = []
+
+    def progress(state: Progress) -> None:
+        seen.append(len(list((tmp_path / "DIR" / "embeddings").iterdir())))
+
+    assert embed(unit_rows=2, batch_size=2, progress=progress).embeddings == 10
+    assert seen == [0, 1, 1, 2, 2]
+    rows = [len(pa.parquet.read_table(file)) for file in sorted((tmp_path / "DIR" / "embeddings").iterdir())]
+    assert rows == [4, 4, 2] and [row["id"] for row in read_rows(tmp_path / "DIR")] == [
+        f"{n:02}.png" for n in range(10)
+    ]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines", b"[a-z]*", "日本".encode(), b"%s {x} \\"])
+def test_sources_of_odd_names(name: bytes, embed: Any, photos: Path, tmp_path: Path) -> None:
+    source = os.fsdecode(os.path.join(os.fsencode(tmp_path), name))
+    photos.rename(source)
+    assert embed(source, progress=lambda state: True).stopped
+    assert embed(source).embeddings == 10
+    assert embed(source, prune=True).encoded == 0
+    os.unlink(os.path.join(source, "00.png"))
+    assert embed(source, prune=True).embeddings == 9
 
 
 def test_an_error_of_one_device_stops_the_others(embed: Any, photos: Path, tmp_path: Path, bundled: Any) -> None:
