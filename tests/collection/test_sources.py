@@ -228,10 +228,11 @@ def test_sources_without_items_are_refused(tmp_path: Path) -> None:
         ("blank.txt", "expected a file of paths, one a line, got .* without any"),
         ("gone.png", "expected a file, a folder or a glob, got .*, which matches nothing"),
         ("a.tar.gz", "expected an uncompressed tar, got .*: decompress it"),
+        ("notes/*.md", "expected images, got none that match"),
         ("a.tgz", "expected an uncompressed tar, got .*: decompress it"),
     ):
         with pytest.raises(ValueError, match=message):
-            listing_of(tmp_path / name)
+            listing_of(tmp_path / name, columns=["md"] if "*" in name else [])
     with pytest.raises(ValueError, match="expected 1 to 32767 sources, got 0"):
         find_sources([])
     for option in ("image_column", "id_column"):

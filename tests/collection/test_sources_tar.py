@@ -47,7 +47,7 @@ def test_a_key_ends_at_the_first_dot_of_the_base_name(tmp_path: Path) -> None:
     assert ids_of(listing) == ["00000.tar/a", "00000.tar/v1.0/0002", "00000.tar/./0003"]
     assert contents_of(listing) == [A, B, C]
     assert listing.notes == [
-        f"{tmp_path / '00000.tar'}: skipped in tars: 2 members without a key and a suffix, 1 samples without an image"
+        f"{tmp_path / '00000.tar'}: skipped members without a key and a suffix (2), samples without an image (1)"
     ]
     status = os.stat(tmp_path / "00000.tar")
     assert listing.table.column("size").to_pylist() == [len(A), len(B), len(C)]
@@ -106,7 +106,7 @@ def test_links_folders_and_sparse_members_are_left_out(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(A))
     listing = listing_of(tmp_path / "a.tar")
     assert ids_of(listing) == ["a.tar/d/a"] and contents_of(listing) == [A]
-    assert listing.notes[0].endswith("skipped in tars: 1 devices and FIFOs, 2 links, 1 sparse members")
+    assert listing.notes[0].endswith("skipped devices and FIFOs (1), links (2), sparse members (1)")
 
 
 def test_a_folder_and_a_glob_of_tars_are_one_source(tmp_path: Path) -> None:
@@ -119,6 +119,13 @@ def test_a_folder_and_a_glob_of_tars_are_one_source(tmp_path: Path) -> None:
         assert contents_of(listing) == [A, B, C]
     with pytest.raises(ValueError, match=r"got '00000\.tar/1' in '.*/t/00000\.tar' and '.*/sub/00000\.tar'"):
         listing_of(tmp_path / "t" / "00000.tar", tmp_path / "t" / "sub" / "00000.tar")
+
+
+def test_a_folder_with_compressed_tars_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("1.png", A)])
+    (tmp_path / "1.TAR.gz").touch()
+    with pytest.raises(ValueError, match=r"expected an uncompressed tar, got 1\.TAR\.gz: decompress it"):
+        listing_of(tmp_path)
 
 
 def test_a_sample_with_two_images_asks_for_one(tmp_path: Path) -> None:
@@ -150,7 +157,7 @@ def test_broken_tars_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"expected an uncompressed tar, got .*a\.tar"):
             print(kind, ids_of(listing_of(tmp_path / "a.tar")))
     write_tar(tmp_path / "a.tar", [("1.txt", b"")])
-    with pytest.raises(ValueError, match=r"expected images, got none in .*: skipped in tars: 1 samples without"):
+    with pytest.raises(ValueError, match=r"expected images, got none in .*: skipped samples without an image"):
         listing_of(tmp_path / "a.tar")
 
 
