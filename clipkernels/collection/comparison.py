@@ -83,9 +83,12 @@ def compare(
     return Comparison(
         np.flatnonzero((state == NEW) | (state == RETRIED)),
         np.concatenate([*replacing, np.zeros(0, np.int64)]).astype(np.int64),
-        *(int(counts[number]) for number in (NEW, RETRIED, FAILED, KNOWN)),
-        num_vanished,
-        vanished,
+        new=int(counts[NEW]),
+        retried=int(counts[RETRIED]),
+        failed=int(counts[FAILED]),
+        unchanged=int(counts[KNOWN]),
+        num_vanished=num_vanished,
+        vanished=vanished,
     )
 
 

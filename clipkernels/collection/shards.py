@@ -208,7 +208,7 @@ def known_rows(folder: Path, numbers: Iterable[int], columns: list[str], rows: i
         OSError: a file cannot be read.
     """
     pa = pyarrow()
-    parts: list[pa.Table] = []
+    parts: list[Any] = []
     for number in numbers:
         with open_parquet(shard_file(folder, number), FORMAT) as (_, file):
             parts.append(file.read(columns=columns, use_threads=False).replace_schema_metadata())
