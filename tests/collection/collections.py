@@ -84,10 +84,12 @@ def encode(folder: Path, diff: Diff, unit: int) -> None:
     write_unit(folder, diff.generation, unit, rows_of(read_items(folder, diff.generation, unit)))
 
 
-def run(folder: Path, items: Mapping[str, int] | Sequence[str], seed: int = 0, **options: Any) -> list[Diff]:
+def run(
+    folder: Path, items: Mapping[str, int] | Sequence[str], seed: int = 0, *, unit_rows: int = 4, **options: Any
+) -> list[Diff]:
     """Embed a listing to the end, its units in a random order; return the plans."""
     order, diffs = random.Random(seed), []
-    with open_store(folder) as store:
+    with open_store(folder, unit_rows=unit_rows) as store:
         while (diff := store.plan(listing(items), **options)).generation is not None:
             diffs.append(diff)
             pending = store.pending()
