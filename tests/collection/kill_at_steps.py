@@ -1,8 +1,8 @@
 """Kill a run before every single change of a file, go on, and compare the result with an uninterrupted run.
 
-    python -m tests.collection.kill_at_steps FOLDER
+    python -m tests.collection.kill_at_steps FOLDER [STRIDE]
 
-Each run is a forked child, so that the packages are imported once. It prints the number of kills.
+With a stride above 1, only every STRIDE-th change is tried. Each run is a forked child, so that the packages are imported once. It prints the number of kills.
 """
 
 from __future__ import annotations
@@ -83,8 +83,14 @@ def killed_run(folder: Path, step: int, items: dict[str, int], seed: int, **opti
     return status != 0
 
 
-def kill_everywhere(root: Path, before: dict[str, int] | None, items: dict[str, int], **options: Any) -> int:
-    """Kill the run of a listing at each step in turn, each time from the same state; then run it again."""
+def kill_everywhere(
+    root: Path, before: dict[str, int] | None, items: dict[str, int], stride: int, **options: Any
+) -> int:
+    """Kill the run of a listing at each step in turn, each time from the same state; then run it again.
+
+    Returns:
+        The number of kills.
+    """
     start, whole, folder = root / "start", root / "whole", root / "killed"
     start.mkdir(parents=True)
     if before is not None:
@@ -94,18 +100,19 @@ def kill_everywhere(root: Path, before: dict[str, int] | None, items: dict[str, 
     uninterrupted = tables(whole)
     kept = dict(items) if options.get("prune") or before is None else {**before, **items}
     assert (embedded(whole), failed(whole)) == expected(kept)
-    step = 0
-    while True:
+    kills = 0
+    for step in range(1, 10_000, stride):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start, folder)
-        step += 1
         killed = killed_run(folder, step, items, seed=step, **options)
         if not killed:
-            return step - 1
+            break
+        kills += 1
         if is_finished(folder, kept):  # nothing is left but files of units, and the errors would be tried once more
             options = {**options, "retry": False}
         run(folder, items, seed=-step, **options)
         assert tables(folder) == uninterrupted, f"step {step}"
+    return kills
 
 
 def kill_often(root: Path, rounds: int) -> int:
@@ -126,16 +133,16 @@ def kill_often(root: Path, rounds: int) -> int:
     return kills
 
 
-def main(root: Path) -> None:
+def main(root: Path, stride: int) -> None:
     os.fsync = lambda number: None  # a killed process loses no written data; without this, the disk takes all the time
     kills = [
-        kill_everywhere(root / "first", None, FIRST),
-        kill_everywhere(root / "second", FIRST, SECOND, prune=True, retry=True),
-        kill_everywhere(root / "kept", FIRST, SECOND),
-        kill_often(root / "often", 8),
+        kill_everywhere(root / "first", None, FIRST, stride),
+        kill_everywhere(root / "second", FIRST, SECOND, stride, prune=True, retry=True),
+        kill_everywhere(root / "kept", FIRST, SECOND, stride),
+        kill_often(root / "often", 8 if stride == 1 else 1),
     ]
     print(*kills)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)

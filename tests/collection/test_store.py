@@ -334,9 +334,9 @@ def test_a_late_unit_of_an_earlier_generation_is_ignored(tmp_path: Path) -> None
     assert embedded(tmp_path) == {**ITEMS, "new": 0}
 
 
-def run_module(module: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_module(module: str, *arguments: Path | int) -> subprocess.CompletedProcess[str]:
     """Run a module in a process that imports the packages and forks."""
-    command = [sys.executable, "-m", module, str(folder)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=Path(__file__).parents[2])
 
 
@@ -348,7 +348,9 @@ def test_a_full_disk_or_folder_without_permission_is_named(tmp_path: Path) -> No
     assert {"manifest", "plans", "units", "embeddings", "errors"} <= set(result.stdout.split())
 
 
-def test_a_kill_before_any_change_of_a_file_loses_nothing(tmp_path: Path) -> None:
-    result = run_module("tests.collection.kill_at_steps", tmp_path)
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 17])
+def test_a_kill_before_any_change_of_a_file_loses_nothing(tmp_path: Path, stride: int) -> None:
+    result = run_module("tests.collection.kill_at_steps", tmp_path, stride)
     assert result.returncode == 0, result.stderr
-    assert all(int(count) > 20 for count in result.stdout.split())
+    *everywhere, often = map(int, result.stdout.split())
+    assert min(everywhere) > 100 // stride and often > 1
