@@ -2,7 +2,8 @@
 
     python -m tests.collection.kill_at_steps FOLDER [STRIDE]
 
-With a stride above 1, only every STRIDE-th change is tried. Each run is a forked child, so that the packages are imported once. It prints the number of kills.
+With a stride above 1, only every STRIDE-th change is tried. Each run is a forked child, so that the packages are
+imported once. It prints the number of kills.
 """
 
 from __future__ import annotations

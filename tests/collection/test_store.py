@@ -51,8 +51,8 @@ def test_a_listing_is_embedded_once(tmp_path: Path) -> None:
 
 def test_a_shard_ends_with_the_unit_that_fills_it(tmp_path: Path) -> None:
     run(tmp_path, ITEMS)
-    found = [shards.read_shard(tmp_path, number, settings(), schema()) for number in shards.shard_numbers(tmp_path)]
-    assert [(shard.rows, shard.header.units) for shard in found] == [(12, [(1, 0, 2)]), (11, [(1, 3, 5)])]
+    filled = [shards.read_shard(tmp_path, number, settings(), schema()) for number in shards.shard_numbers(tmp_path)]
+    assert [(shard.rows, shard.header.units) for shard in filled] == [(12, [(1, 0, 2)]), (11, [(1, 3, 5)])]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -114,14 +114,14 @@ def test_errors_are_tried_again_when_asked(tmp_path: Path) -> None:
 def test_a_vanished_item_stays_unless_pruned(tmp_path: Path) -> None:
     items = {**ITEMS, "z?": 1, "y?": 1}
     run(tmp_path, items)
-    left = {name: time for name, time in items.items() if name not in (NAMES[0], NAMES[22], "z?")}
-    assert run(tmp_path, left) == [Diff(None, failed=1, unchanged=21, vanished=3)]
+    rest = {name: time for name, time in items.items() if name not in (NAMES[0], NAMES[22], "z?")}
+    assert run(tmp_path, rest) == [Diff(None, failed=1, unchanged=21, vanished=3)]
     assert embedded(tmp_path) == ITEMS
-    first, _ = run(tmp_path, left, prune=True)
+    first, _ = run(tmp_path, rest, prune=True)
     assert (first.dropped, first.vanished) == (3, 3)
-    assert (embedded(tmp_path), failed(tmp_path)) == expected(left)
+    assert (embedded(tmp_path), failed(tmp_path)) == expected(rest)
     assert sorted(tables(tmp_path))[-1] == "manifest.json"
-    assert run(tmp_path, left, prune=True) == [Diff(None, failed=1, unchanged=21)]
+    assert run(tmp_path, rest, prune=True) == [Diff(None, failed=1, unchanged=21)]
 
 
 def test_everything_may_vanish_and_come_back(tmp_path: Path) -> None:
@@ -148,17 +148,17 @@ def test_a_unit_may_hold_errors_alone(tmp_path: Path) -> None:
 
 def test_content_tells_which_items_changed(tmp_path: Path) -> None:
     run(tmp_path, {**ITEMS, "z?": 1})
-    seen: list[pa.Table] = []
+    calls: list[pa.Table] = []
 
     def changed(items: pa.Table) -> pa.Table:
-        seen.append(items)
+        calls.append(items)
         return items.slice(2, 1)
 
     touched = dict.fromkeys(NAMES, 9)
     first, _ = run(tmp_path, {**touched, "z?": 1}, changed=changed)
     assert (first.changed, first.unchanged, first.failed) == (1, 22, 1)
     assert embedded(tmp_path) == {**ITEMS, NAMES[2]: 9}
-    (items,) = seen
+    (items,) = calls
     assert items["id"].to_pylist() == NAMES and items["modified"].to_pylist() == [9] * 23
     assert items["sha256"].to_pylist() == rows_of(listing(ITEMS))["sha256"].to_pylist()
 
