@@ -136,7 +136,7 @@ def _write(faiss: Any, index: Any, below: Path, shards: list[Shard], width: int)
     file = below / f"{digest.hexdigest()}{SUFFIX}"
     with atomic_write(file) as temporary:
         faiss.write_index(index, temporary)
-    header = Header(shards=[tuple(shard) for shard in shards], width=width, index=digest.hexdigest())
+    header = Header(shards=[(*shard,) for shard in shards], width=width, index=digest.hexdigest())
     text = encode_header(FORMAT, header, {}, limit=MAX_BYTES, indent=1)
     with atomic_write(below / JSON) as temporary:
         Path(temporary).write_text(f"{text}\n", encoding="utf-8")
