@@ -111,6 +111,9 @@ def _cached(faiss: Any, folder: Path, shards: list[Shard], width: int) -> Any | 
 def _build(faiss: Any, folder: Path, shards: list[Shard], width: int) -> Any:
     """The index of shards; it is written to the folder if that can be written to."""
     index = faiss.IndexFlatIP(width)
+    # A vector keeps its capacity when it shrinks; one that grows takes twice its size.
+    index.codes.resize(sum(shard.rows for shard in shards) * index.code_size)
+    index.codes.resize(0)
     for shard in shards:
         for vectors in vector_batches(folder, shard, width):
             index.add(normalised(vectors))
