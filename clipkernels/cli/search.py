@@ -28,7 +28,7 @@ Example:
   clipkernels demo --quick --model none --save-images pictures
   clipkernels embed pictures --out collection
   clipkernels search collection "the handwritten digit three" -k 5
-  clipkernels search collection --image pictures/digits/three/0009.png \\
+  clipkernels search collection --image pictures/digits/three/0035.png \\
     --picture hits.png
 """
 
