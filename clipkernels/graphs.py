@@ -25,13 +25,11 @@ from clipkernels.backend import transform_obstacle
 from clipkernels.custom_ops import can_skip_dispatcher
 from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
 from clipkernels.messages import first_line, join_sizes
-from clipkernels.snapshot import Snapshot
+from clipkernels.snapshot import GRAPHS, Snapshot
 from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
 
 Model = TypeVar("Model", bound=nn.Module)
-
-GRAPHS = "_clipkernels_graphs"
 
 
 def graphed(model: Model, batch_sizes: Iterable[int] = (1, 8, 32), pad: bool = True) -> Model:
@@ -197,7 +195,7 @@ class Graphs:
         self.snapshot: Snapshot | None = None
         self.recorder: cuda_graph.Recorder | None = None
         self.inputs: Tensor | None = None
-        self.failed = False
+        self.capturing = self.failed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, (self.batch_sizes, self.pad, self.root)
@@ -215,6 +213,8 @@ class Graphs:
         if size is None:
             return eager(*args, **kwargs)
         with self.lock:
+            if self.capturing:  # a class that others derived since may have the layer twice
+                return eager(*args, **kwargs)
             output = self._replay(size, root, images, args, kwargs)
             if output is None and self._prepare(size, root, eager, args, kwargs):
                 output = self._replay(size, root, images, args, kwargs)
@@ -226,7 +226,7 @@ class Graphs:
         with self.lock, torch.no_grad():
             snapshot = self._current_snapshot(root)
             for size in reversed(self.batch_sizes) if snapshot.is_idle(root) else ():
-                self._capture(size, below.__call__, snapshot)  # the largest first, whose memory the others use again
+                self._capture(size, root, below.__call__, snapshot)  # the largest first: others use its memory again
 
     def drop(self) -> None:
         """Free all graphs. The next call captures again."""
@@ -257,7 +257,7 @@ class Graphs:
         if self.failed or size in self.captures or not snapshot.serves(root, args, kwargs):
             return False
         try:
-            self._capture(size, eager, snapshot)
+            self._capture(size, root, eager, snapshot)
         except Exception as error:  # of the tower or of the device
             self.failed = True
             warnings.warn(f"the tower runs without CUDA graphs, because {_reason(error)}", stacklevel=4)
@@ -276,7 +276,7 @@ class Graphs:
             self.snapshot = Snapshot(adapters.find_tower(root))
         return self.snapshot
 
-    def _capture(self, size: int, eager: Callable[..., Any], snapshot: Snapshot) -> None:
+    def _capture(self, size: int, root: nn.Module, eager: Callable[..., Any], snapshot: Snapshot) -> None:
         """Capture a batch size."""
         if self.recorder is None or self.inputs is None:
             self.recorder = cuda_graph.Recorder(snapshot.device)
@@ -285,7 +285,12 @@ class Graphs:
                     self.batch_sizes[-1], *snapshot.shape, dtype=snapshot.dtype, device=snapshot.device
                 )
         inputs = self.inputs[:size]
-        replay, output = self.recorder.capture(partial(eager, inputs))
+        self.capturing = True
+        try:
+            replay, output = self.recorder.capture(partial(eager, inputs))
+        finally:
+            self.capturing = False
+        snapshot.remember_constants(root)
         self.captures[size] = Capture(inputs, replay, *_pytree.tree_flatten(output))
 
 
