@@ -603,10 +603,22 @@ def test_a_later_capture_that_fails_is_one_warning(tower, images, counts):
     assert counts.take() == ([3], 1)
 
 
-@pytest.mark.parametrize("sizes", [(), 8, (0,), (1, 2.0), (True,), "8"])
-def test_batch_sizes_must_be_positive_ints(tiny, counts, sizes):
-    with pytest.raises(ValueError, match=r"batch_sizes must be positive ints such as \(1, 8, 32\), got"):
+@pytest.mark.parametrize(
+    ("sizes", "actual"),
+    [((), "()"), (8, "8"), ((0,), "(0,)"), ([1, 2.0], "(1, 2.0)"), ({True}, "(True,)"), ("8", "'8'"), ({1: 2}, "dict")],
+)
+def test_batch_sizes_must_be_positive_ints(tiny, counts, sizes, actual):
+    with pytest.raises(ValueError, match=r"batch_sizes must be positive ints such as \(1, 8, 32\), got ") as error:
         ck.graphed(tiny, batch_sizes=sizes)
+    assert str(error.value).endswith(f"got {actual}")
+
+
+@pytest.mark.parametrize(
+    "sizes", [[2, 1, 2], {1, 2}, frozenset({1, 2}), range(1, 3), iter((1, 2)), {1: 0, 2: 0}.keys()]
+)
+def test_batch_sizes_may_be_any_iterable(tiny, counts, sizes):
+    ck.graphed(tiny, batch_sizes=sizes)
+    assert counts.take() == ([2, 1], 0)
 
 
 def test_a_tower_that_is_not_supported_is_refused(resnet, counts):
