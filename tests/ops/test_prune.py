@@ -255,6 +255,7 @@ def test_the_operator_compiles_into_one_graph(device):
     ("change", "message"),
     [
         ({"x": torch.randn(2, 17)}, r"x must be \(B,N,C\), got \(2,17\)"),
+        ({"x": torch.randn(2, 17, 0)}, r"x must be \(B,N,C\) with C of at least 1, got \(2,17,0\)"),
         ({"scores": torch.rand(2, 15)}, r"scores must be \(B,P\) = \(2,16\) or \(B,H,P\), got \(2,15\)"),
         ({"scores": torch.rand(2, 0, 16)}, r"got \(2,0,16\)"),
         ({"scores": torch.ones(2, 16, dtype=torch.int64)}, "scores must be float32"),
