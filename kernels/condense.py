@@ -102,6 +102,7 @@ def cluster(
     for number in range(K):
         member = (joined == number) & mask_m
         mass = tl.where(member, tl.sum(tl.where(member, inverse, 0.0), 0), mass)
+    mass = tl.where(mass > 0.0, mass, 1.0)  # 0 if the centre is not finite
     tl.store(share_ptr + offs_m, tl.div_rn(inverse, mass), mask=mask_m)
     tl.store(source_ptr + patch, (first_row + joined).to(tl.int64), mask=mask_m)
 
@@ -144,11 +145,12 @@ def _condense_kernel(
             patch = tl.load(order_ptr + keep + offs, mask=offs < merge, other=0).to(tl.int64)
             joined = tl.load(source_ptr + batch * P + patch, mask=offs < merge, other=-1) == center_row
             share = tl.load(share_ptr + batch * merge + offs, mask=joined, other=0.0)
+            joined = share > 0.0  # a patch that is not finite has no share, but 0·NaN would spoil the sum
             piece_ptr = x_ptr + (prefix + patch)[:, None] * stride_xn + offs_c[None, :]
             piece = tl.load(piece_ptr, mask=joined[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
             acc += tl.sum(share[:, None] * piece, 0)
             members += tl.sum(joined.to(tl.int32), 0)
-        if members == 0:  # a centre without patches coincides with another and yields its own token
+        if members == 0:  # a centre without patches coincides with another, or is not finite: it yields its own token
             patch = tl.load(index_ptr + batch * (keep + K) + keep + center)
             acc = tl.load(x_ptr + (prefix + patch) * stride_xn + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
         offs_1 = center_row + tl.arange(0, 1)

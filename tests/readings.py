@@ -91,7 +91,8 @@ def fused(x: Floats, scores: Floats, patches: list[int]) -> Floats:
     total = np.zeros(x.shape[1])
     for patch in patches:
         score = scores[patch]
-        total = total + (0.0 if math.isnan(score) or score == -math.inf else score) * x[patch]
+        if not (math.isnan(score) or score in (-math.inf, 0)):
+            total = total + score * x[patch]
     return total
 
 

@@ -171,6 +171,64 @@ def test_a_merging_token_of_nan_spoils_only_merged_tokens(device, backend):
     assert sorted(actual.source[0].tolist())[:5] == [1, 2, 3, 4, 5] and actual.source.max() == 8
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("place", [1, 3, 5])
+def test_a_merging_token_that_is_not_finite_has_no_share(device, backend, place, value):
+    x, scores = inputs(device, batch=2)
+    patch = scores[0].argsort(descending=True)[5 + place]
+    x[0, 1 + patch, 3] = value
+    tokens = ck.ops.condense_tokens(x, scores, 5, 6, 1, backend=backend).tokens[:1]
+    others = torch.arange(17, device=device) != 1 + patch
+    expected = ck.ops.condense_tokens(x[:1, others], scores[:1, others[1:]], 5, 5, 1, backend=backend).tokens
+    torch.testing.assert_close(tokens, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("place", "first"), [(0, 0), (4, 4), (3, 0)])
+def test_a_centre_that_is_not_finite_yields_its_own_token(device, backend, place, first, value):
+    x, scores = inputs(device, batch=2)
+    patch = scores[0].argsort(descending=True)[5 + place]
+    x[0, 1 + patch, 3] = value
+    condensed = ck.ops.condense_tokens(x, scores, 5, 6, 3, first=first, backend=backend)
+    rows = 6 + (condensed.index[0, 5:] == patch).nonzero()[:, 0]  # several, because no centre is nearer to it
+    expected = x[0, 1 + patch].expand(len(rows), -1)
+    assert len(rows) and torch.equal(condensed.tokens[0, rows].nan_to_num(7), expected.nan_to_num(7))
+    assert condensed.tokens.isfinite().sum() == condensed.tokens.numel() - len(rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [float("nan"), float("-inf"), 0.0, -0.0])
+def test_a_patch_of_weight_zero_may_hold_anything(device, backend, weight, value):
+    x, scores = inputs(device)
+    weights, patch = scores.clone(), scores[0].argsort(descending=True)[13]
+    weights[0, patch] = weight
+    results = []
+    for held in (value, 0.0):
+        x[0, 1 + patch, 3] = held
+        leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        tokens = ck.ops.condense_tokens(leaves[0], scores, 5, 6, 2, leaves[1], backend=backend).tokens
+        results.append((tokens, *torch.autograd.grad(tokens.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        assert expected.isfinite().all() and torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("place", [1, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_merging_token_without_a_share_changes_no_gradient(device, backend, place, value):
+    x, scores = inputs(device, batch=1)
+    patch = 1 + scores[0].argsort(descending=True)[5 + place]
+    others = torch.arange(17, device=device) != patch
+    x[0, patch, 3] = value
+    whole, rest = x.clone().requires_grad_(), x[:, others].requires_grad_()
+    weights = torch.linspace(-1, 1, 24, device=device)
+    tokens = ck.ops.condense_tokens(whole, scores, 5, 6, 1, backend=backend).tokens
+    (actual,) = torch.autograd.grad((tokens * weights).sum(), whole)
+    tokens = ck.ops.condense_tokens(rest, scores[:, others[1:]], 5, 5, 1, backend=backend).tokens
+    (expected,) = torch.autograd.grad((tokens * weights).sum(), rest)
+    torch.testing.assert_close(actual[:, others], expected)
+    assert not actual[:, patch].any()
+
+
 def test_normed_is_the_layer_norm_of_the_tokens(device, backend):
     x, scores = inputs(device, width=40)
     weight, bias = torch.randn(2, 40, generator=torch.Generator().manual_seed(3)).to(device)

@@ -156,6 +156,15 @@ def _absent_token(device, at, value):
     return x.requires_grad_(), match, size
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
+def test_sizes_of_any_dtype_weigh_alike(device, backend, dtype):
+    x, size = normal(device, 2, 9, 4, seed=21), torch.tensor([[1, 0, 1, 1, 1, 0, 1, 1, 1]], device=device).expand(2, -1)
+    match = ck.ops.match_tokens(x, 3, backend=backend)
+    expected = ck.ops.merge_tokens(x, match, size.float(), backend=backend)
+    actual = ck.ops.merge_tokens(x, match, size.to(dtype), backend=backend)
+    assert torch.equal(actual.tokens, expected.tokens) and torch.equal(actual.size, expected.size)
+
+
 def test_sizes_sum_to_the_initial_number_of_tokens(device, backend):
     x = normal(device, 3, 65, 16, seed=5)
     size = None

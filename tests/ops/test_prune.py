@@ -78,6 +78,39 @@ def test_nan_and_infinite_scores_still_keep_the_exact_count(device, backend, kee
     torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("score", [float("nan"), float("-inf"), 0.0, -0.0])
+def test_a_patch_of_weight_zero_may_hold_anything(device, backend, score, value):
+    x, scores = inputs(device, batch=2, tokens=9)
+    scores[0, 4] = score
+    results = []
+    for held in (value, 0.0):
+        x[0, 5, 3] = held
+        leaves = x.clone().requires_grad_(), scores.clone().requires_grad_()
+        tokens = ck.ops.prune_tokens(*leaves, 3, fuse=True, backend=backend).tokens
+        results.append((tokens, *torch.autograd.grad(tokens.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        assert expected.isfinite().all() and torch.equal(actual, expected)
+
+
+def test_the_gradient_of_a_score_of_zero_is_that_of_its_patch(device, backend):
+    x, scores = inputs(device, batch=1, tokens=9)
+    scores[0, 4] = 0
+    fused = ck.ops.prune_tokens(x, scores.requires_grad_(), 3, fuse=True, backend=backend).tokens[0, -1]
+    torch.testing.assert_close(torch.autograd.grad(fused.sum(), scores)[0][0, 4], x[0, 5].sum())
+
+
+def test_a_patch_that_is_not_finite_spoils_only_its_row(device, backend):
+    x, scores = inputs(device, batch=1, tokens=9)
+    order = scores[0].argsort(descending=True) + 1
+    x[0, order[0], 2], x[0, order[6], 3] = float("nan"), float("inf")
+    scores.requires_grad_()
+    tokens = ck.ops.prune_tokens(x, scores, 3, fuse=True, backend=backend).tokens[0]
+    assert tokens[-1, 3] == float("inf") and tokens.isfinite().sum() == tokens.numel() - 2
+    gradient = torch.autograd.grad(tokens[-1, 5:].sum(), scores)[0][0]
+    assert gradient[order[:3] - 1].tolist() == [0, 0, 0]
+
+
 def test_keeping_all_patches_appends_a_row_of_zeros(device, backend):
     x, scores = inputs(device)
     actual = ck.ops.prune_tokens(x, scores, 16, fuse=True, backend=backend)
@@ -222,6 +255,7 @@ def test_the_operator_compiles_into_one_graph(device):
     ("change", "message"),
     [
         ({"x": torch.randn(2, 17)}, r"x must be \(B,N,C\), got \(2,17\)"),
+        ({"x": torch.randn(2, 17, 0)}, r"x must be \(B,N,C\) with C of at least 1, got \(2,17,0\)"),
         ({"scores": torch.rand(2, 15)}, r"scores must be \(B,P\) = \(2,16\) or \(B,H,P\), got \(2,15\)"),
         ({"scores": torch.rand(2, 0, 16)}, r"got \(2,0,16\)"),
         ({"scores": torch.ones(2, 16, dtype=torch.int64)}, "scores must be float32"),
