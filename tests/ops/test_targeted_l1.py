@@ -23,7 +23,7 @@ LAUNCHERS = ("targeted_l1", "student_gradient", "projection_gradient")
 
 
 @pytest.fixture
-def triton(triton, monkeypatch, request):
+def triton(triton, monkeypatch, set_kernels, request):
     """Poison what launchers allocate, and shrink the chunks of rows under the interpreter.
 
     A mode of the caller does not reach into operators, so each launcher is wrapped.
@@ -31,7 +31,7 @@ def triton(triton, monkeypatch, request):
     # The interpreter takes the same time for every chunk, full or not.
     kernels = importlib.import_module("clipkernels.kernels.targeted_l1")
     if interpreting() and not request.node.get_closest_marker("slow"):
-        monkeypatch.setattr(kernels, "CHUNK", 64)
+        set_kernels(kernels, "CHUNK", 64)
 
     def poisoned(launch):
         @wraps(launch)
@@ -166,10 +166,10 @@ def test_any_selection_works(device, backend, selection, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_projection_gradient_adds_every_chunk_of_every_group(device, dtype, triton, monkeypatch):
+def test_the_projection_gradient_adds_every_chunk_of_every_group(device, dtype, triton, set_kernels):
     kernels = importlib.import_module("clipkernels.kernels.targeted_l1")
-    monkeypatch.setattr(kernels, "CHUNK", 32)
-    monkeypatch.setattr(kernels, "GROUPS", 2)
+    set_kernels(kernels, "CHUNK", 32)
+    set_kernels(kernels, "GROUPS", 2)
     check(inputs(device, n=65, dtype=dtype, keep=0.6), triton)  # four chunks, the last of which is not full
 
 
