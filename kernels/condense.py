@@ -90,12 +90,12 @@ def cluster(
             mask = mask_m[:, None] & (offs_c < C)[None, :]
             x = tl.load(rows_ptr[:, None] + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
             c = tl.load(center_row_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-            apart = tl.where(mask, x - c[None, :], 0.0)
-            squares += tl.sum(apart * apart, 1)
-        away = tl.sqrt_rn(squares)
-        closer = away < distance  # the earlier of equally near centres stays; NaN is never closer
+            difference = tl.where(mask, x - c[None, :], 0.0)
+            squares += tl.sum(difference * difference, 1)
+        center_distance = tl.sqrt_rn(squares)
+        closer = center_distance < distance  # the earlier of equally near centres stays; NaN is never closer
         joined = tl.where(closer, number, joined)
-        distance = tl.where(closer, away, distance)
+        distance = tl.where(closer, center_distance, distance)
         place = tl.argmax(tl.where(mask_m, distance, -1.0), 0).to(tl.int32)
     inverse = tl.div_rn(1.0, tl.where(distance == 0.0, 1.0, distance))
     mass = tl.full([BLOCK_M], 1.0, dtype=tl.float32)

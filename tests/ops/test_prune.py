@@ -1,4 +1,4 @@
-"""prune_tokens on both backends, compared with a naive loop in fp64."""
+"""prune_tokens on both backends, compared with the reading in fp64."""
 
 import itertools
 
@@ -8,26 +8,10 @@ import torch
 import clipkernels as ck
 from clipkernels.backend import interpreting
 from clipkernels.testing import assert_same, assert_within_budget, with_gaps
+from tests import readings
+from tests.readings import read
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def naive(x, scores, keep, fuse, prefix):
-    """Return tokens and kept indices, computed in fp64 one image and one token at a time."""
-    rows, keep_indices = [], []
-    for image, row in zip(x.double(), scores.double(), strict=True):
-        strength = [float("-inf") if value != value else value for value in row.tolist()]
-        order = sorted(range(len(strength)), key=lambda i: (-strength[i], i))
-        keep_index, drop_index = sorted(order[:keep]), order[keep:]
-        parts = [image[:prefix], image[prefix:][keep_index]]
-        if fuse:
-            fused = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
-            for i in drop_index:
-                fused += (strength[i] if strength[i] > float("-inf") else 0) * image[prefix + i]
-            parts.append(fused[None])
-        rows.append(torch.cat(parts))
-        keep_indices.append(keep_index)
-    return torch.stack(rows), torch.tensor(keep_indices, dtype=torch.int64, device=x.device).view(len(x), keep)
 
 
 def inputs(device, batch=2, tokens=17, width=24, prefix=1, dtype=torch.float32, seed=0):
@@ -52,7 +36,7 @@ def test_the_577_tokens_of_a_336_pixel_tower_prune(device, backend):
 
 def check(backend, x, scores, keep, prefix):
     actual = ck.ops.prune_tokens(x, scores, keep, fuse=True, prefix=prefix, backend=backend)
-    exact, index = naive(x, scores, keep, True, prefix)
+    exact, index, _ = read(readings.prune_tokens, x, scores, keep, True, prefix=prefix)
     assert torch.equal(actual.index, index)
     assert torch.equal(actual.tokens[:, :-1].double(), exact[:, :-1])
     dropped = torch.ones_like(scores).scatter(1, index, 0)
@@ -73,7 +57,7 @@ def test_nan_and_infinite_scores_still_keep_the_exact_count(device, backend, kee
     inf, nan = float("inf"), float("nan")
     scores = torch.tensor([[nan, 1, -inf, inf, nan, 0, -inf, -1], [nan] * 8], device=device)
     actual = ck.ops.prune_tokens(x, scores, keep, fuse=keep > 0, backend=backend)
-    exact, index = naive(x, scores, keep, keep > 0, 1)
+    exact, index, _ = read(readings.prune_tokens, x, scores, keep, keep > 0)
     assert torch.equal(actual.index, index)
     torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
@@ -123,15 +107,8 @@ def test_per_head_scores_are_reduced_first(device, backend, heads):
     x, _ = inputs(device)
     # Multiples of 1/8 with four heads have exact sums, so that both backends see the same ties.
     scores = (torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(2)) * 8).round().div(8).to(device)
-    if heads == "mean":
-        reduced = scores.mean(1)
-    else:
-        later = torch.arange(16, device=device)
-        higher = scores[..., :, None] > scores[..., None, :]
-        tied = (scores[..., :, None] == scores[..., None, :]) & (later[:, None] < later)
-        reduced = (higher | tied).sum(-1).sum(1) / 4
     actual = ck.ops.prune_tokens(x, scores, 7, True, heads, backend=backend)
-    exact, index = naive(x, reduced, 7, True, 1)
+    exact, index, _ = read(readings.prune_tokens, x, scores, 7, True, heads)
     assert torch.equal(actual.index, index)
     torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-4, rtol=1e-5)
 
@@ -192,7 +169,7 @@ def test_the_fused_token_has_the_same_bits_from_any_programs(device, triton, set
     set_kernels(kernels, "PROGRAMS", programs)
     actual = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend=triton)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    exact, _ = naive(x, scores, 20, True, 1)
+    exact, _, _ = read(readings.prune_tokens, x, scores, 20, True)
     torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
 
@@ -294,7 +271,7 @@ def test_scores_may_have_another_dtype_than_the_tokens():
         (torch.float16, torch.float32),
     ):
         actual = ck.ops.prune_tokens(x.to(x_dtype), scores.to(dtype), 5, fuse=True)
-        exact, index = naive(x.to(x_dtype), scores, 5, True, 1)
+        exact, index, _ = read(readings.prune_tokens, x.to(x_dtype), scores.to(dtype), 5, True)
         assert torch.equal(actual.index, index) and actual.tokens.dtype == x_dtype
         torch.testing.assert_close(
             actual.tokens.double(), exact, atol=2e-3 if x_dtype == torch.float16 else 1e-6, rtol=1e-3
