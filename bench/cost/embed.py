@@ -105,9 +105,8 @@ def measure(model: Any, preprocess: Any, files: list[Path], arguments: argparse.
         wall = time.perf_counter()
         whole(workers=2)
         walls["loaders"].append((time.perf_counter() - wall) / len(files))
-    gains = [
-        (whole_ - read) / run for whole_, read, run in zip(seconds["embed"], seconds["reading"], seconds["tower"], strict=True)
-    ]  # fmt: skip
+    rounds = zip(seconds["embed"], seconds["reading"], seconds["tower"], strict=True)
+    gains = [(total - read) / run for total, read, run in rounds]
     noise = [a / b for a, b in zip(seconds["tower_again"], seconds["tower"], strict=True)]
     return {
         **{f"{name}_ms": round(1e3 * statistics.median(values), 2) for name, values in seconds.items()},

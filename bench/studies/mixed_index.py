@@ -23,7 +23,12 @@ from bench.result_files import header_of, write
 from bench.studies.ranking import preprocess_photos
 from bench.studies.tiny_clip import read
 
-METHODS = {"ToMe(r=4)": ck.ToMe(4), "ToMe(r=7)": ck.ToMe(7), "EViT(keep=0.7)": ck.EViT(0.7), "TCA(rate=0.1)": ck.TCA(0.1)}
+METHODS: dict[str, ck.Method] = {
+    "ToMe(r=4)": ck.ToMe(4),
+    "ToMe(r=7)": ck.ToMe(7),
+    "EViT(keep=0.7)": ck.EViT(0.7),
+    "TCA(rate=0.1)": ck.TCA(0.1),
+}
 NEIGHBOURS = 10
 EVERY = 10
 """One photograph in so many is a query."""
@@ -76,7 +81,7 @@ def search(queries: Tensor, index: Tensor) -> Tensor:
 def compare(found: Tensor, reference: Tensor, labels: Tensor) -> dict[str, Any]:
     """Return the figures of a search, against the dense one."""
     same = (found[:, :, None] == reference[:, None, :]).any(2).double().mean()
-    classes = labels[:: EVERY][:, None] == labels[found]
+    classes = labels[::EVERY][:, None] == labels[found]
     return {
         "neighbours": round(float(same), 3),
         "first": round(float((found[:, 0] == reference[:, 0]).double().mean()), 3),

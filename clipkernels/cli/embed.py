@@ -137,8 +137,8 @@ def embed(
         spec = patch_model(model, method, spec)
         if method is not None and not isinstance(method, Dense):
             click.echo(
-                f"note: {spec} changes embeddings, and which images are nearest: clipkernels search encodes the images of "
-                "queries alike; docs/embed.md has a table of what that changes",
+                f"note: {spec} changes embeddings, and so which images are nearest: clipkernels search encodes a query "
+                "image alike; docs/embed.md has a table of what that changes",
                 err=True,
             )
         names = Name(*BUNDLED, spec) if name is None else Name(library, name, pretrained, spec)

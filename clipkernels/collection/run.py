@@ -113,7 +113,7 @@ def embed(
     devices: Sequence[torch.device | str] | None = None,
     engine: Literal["local", "ray"] = "local",
     actors: int = 1,
-    name: Name | None = None,
+    name: Name | tuple[str | None, ...] | None = None,
     progress: Callable[[Progress], bool | None] | None = None,
     report: Callable[[str], object] = warn,
 ) -> Embedded:
@@ -146,7 +146,8 @@ def embed(
         devices: the devices that a copy of the model runs on each; by default, the one that it is on.
         engine: "local" for this process, "ray" for the cluster that RAY_ADDRESS names, or one of this machine.
         actors: models of the Ray engine.
-        name: names for the manifest, by which `ck.search` loads the model again.
+        name: library, model, pretrained and method, as the command line spells them, for the manifest:
+            `clipkernels search` loads the model by them.
         progress: called after each batch, with the Ray engine after each unit; a true result stops the run.
         report: called with a line about what a reader should know.
     Returns:
@@ -177,7 +178,7 @@ def embed(
     listing = list_items(find(names), wanted)
     kept = {column: listing.types[column] for column in columns}
     _check_columns(kept)
-    name = name or Name()
+    name = Name(*(name or ()))
     with eval_mode(model):
         settings = _settings(model, preprocess, Reader(exif), name, raw, dtype, text, kept)
         settings = msgspec.structs.replace(settings, image_column=image_column, id_column=id_column)
