@@ -132,10 +132,10 @@ def check_mapping(**values: Any) -> None:
 
 
 def check_tokens(x: Tensor) -> None:
-    """Raise unless x is (B,N,C) of a supported float dtype."""
+    """Raise unless x is (B,N,C) of a supported float dtype, with at least one channel."""
     check_tensors(x=x)
-    if x.ndim != 3:
-        raise ValueError(f"x must be (B,N,C), got {shape_of(x)}")
+    if x.ndim != 3 or not x.shape[2]:
+        raise ValueError(f"x must be (B,N,C){' with C of at least 1' if x.ndim == 3 else ''}, got {shape_of(x)}")
     check_floating(x=x)
 
 

@@ -49,7 +49,8 @@ def choose(
     """
     backend_name = requested_backend(backend) if isinstance(backend, str) else type(backend).__name__
     if backend_name not in ("auto", "triton", "reference"):
-        raise ValueError(f'backend must be "auto", "triton" or "reference", got {backend_name!r:.80}')
+        name = "CLIPKERNELS_BACKEND" if isinstance(backend, str) and backend == "auto" else "backend"
+        raise ValueError(f'{name} must be "auto", "triton" or "reference", got {backend_name!r:.80}')
     if backend_name == "reference":
         return backend_name
     refusal = refusal or _exceeded(scores, pairs, width)
@@ -81,9 +82,9 @@ def _exceeded(scores: int, pairs: int, width: int) -> str | None:
 
 
 def requested_backend(backend: str) -> str:
-    """The argument itself, or CLIPKERNELS_BACKEND in place of "auto"."""
+    """The argument itself, or CLIPKERNELS_BACKEND in place of "auto"; an empty variable counts as unset."""
     automatic = isinstance(backend, str) and backend == "auto"
-    return os.environ.get("CLIPKERNELS_BACKEND", "auto") if automatic else backend
+    return (os.environ.get("CLIPKERNELS_BACKEND") or "auto") if automatic else backend
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -101,7 +102,7 @@ def use_kernels(x: Tensor) -> bool:
 
 def explain(device: torch.device) -> tuple[str, str]:
     """The backend that `auto` takes for tensors on a device, and the reason in one sentence."""
-    override = os.environ.get("CLIPKERNELS_BACKEND", "auto")
+    override = requested_backend("auto")
     if override != "auto":
         try:
             return choose("auto", device, torch.float32, "any op"), f"CLIPKERNELS_BACKEND={override} is set"

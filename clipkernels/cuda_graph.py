@@ -63,8 +63,10 @@ class Recorder:
         """Run the body's work on the current stream after that of the previous body, on whatever stream that was."""
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self.end)
-        yield
-        self.end.record(stream)
+        try:
+            yield
+        finally:  # the graph may run although no output was copied, as when memory runs out
+            self.end.record(stream)
 
     def wait(self) -> None:
         """Wait until no graph runs, before their memory is freed."""

@@ -20,18 +20,16 @@ from torch.utils import _pytree
 
 from clipkernels import adapters, cuda_graph
 from clipkernels.adapters.hooks import has_global_hooks
-from clipkernels.arguments import check_flags, check_model, describe, is_list
+from clipkernels.arguments import check_flags, check_model, describe
 from clipkernels.backend import transform_obstacle
 from clipkernels.custom_ops import can_skip_dispatcher
 from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
 from clipkernels.messages import first_line, join_sizes
-from clipkernels.snapshot import Snapshot
+from clipkernels.snapshot import GRAPHS, Snapshot
 from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
 
 Model = TypeVar("Model", bound=nn.Module)
-
-GRAPHS = "_clipkernels_graphs"
 
 
 def graphed(model: Model, batch_sizes: Iterable[int] = (1, 8, 32), pad: bool = True) -> Model:
@@ -39,18 +37,19 @@ def graphed(model: Model, batch_sizes: Iterable[int] = (1, 8, 32), pad: bool = T
 
     The tower may be patched or not. One graph is captured for each batch size, at once in eval mode, otherwise at the
     first call in eval mode. All share one pool of memory. They are captured again, at the next call that needs them,
-    after `ck.patch`, `ck.unpatch`, `load_state_dict(assign=True)`, `.to()` or another change of modules or of the
-    addresses of weights. Weights that change in place need no new capture.
+    after `ck.patch`, `ck.unpatch`, `load_state_dict(assign=True)`, `.to()` or another change of the modules, of the
+    numbers, texts and containers among their attributes, or of the addresses of weights. Weights that change in place
+    need no new capture.
 
     A graph serves a call of the tower, such as the model's own `encode_image` or `get_image_features`, with images
-    alone, of the tower's size, dtype and device. Every other call runs as without graphs: in training mode; if a
+    alone, of the tower's size, dtype and device. Every other call runs without graphs: in training mode; if a
     gradient is needed (so call under `torch.inference_mode()` or `torch.no_grad()`); under autocast, a compiler, a
     tracer or another capture; with a hook on any module of the tower; by `ck.encode_image`, which composes the forward
     itself.
 
     The output is a copy. Calls from several threads or streams run one after the other. A deep copy and a pickle of the
     model are graphed too, and capture at their first calls. On a device without CUDA graphs the model is returned
-    unchanged, with a warning. A warning also tells of a later capture that fails; the tower then runs without graphs
+    unchanged, with a warning. If a later capture fails, a warning gives the reason, and the tower runs without graphs
     until it changes.
 
     Args:
@@ -105,9 +104,11 @@ def ungraphed(model: Model) -> Model:
 
 def _check_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
     """Batch sizes in ascending order. Raise ValueError unless they are positive ints, at least one."""
-    sizes = tuple(batch_sizes) if is_list(batch_sizes) or isinstance(batch_sizes, (range, set)) else ()
+    countable = isinstance(batch_sizes, Iterable) and not isinstance(batch_sizes, (str, bytes, Mapping, Tensor))
+    sizes = tuple(batch_sizes) if countable else ()
     if not sizes or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(f"batch_sizes must be positive ints such as (1, 8, 32), got {describe(batch_sizes)}")
+        actual = f"{sizes!r:.80}" if countable else describe(batch_sizes)
+        raise ValueError(f"batch_sizes must be positive ints such as (1, 8, 32), got {actual}")
     return tuple(sorted(set(sizes)))
 
 
@@ -197,7 +198,7 @@ class Graphs:
         self.snapshot: Snapshot | None = None
         self.recorder: cuda_graph.Recorder | None = None
         self.inputs: Tensor | None = None
-        self.failed = False
+        self.capturing = self.failed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, (self.batch_sizes, self.pad, self.root)
@@ -215,6 +216,8 @@ class Graphs:
         if size is None:
             return eager(*args, **kwargs)
         with self.lock:
+            if self.capturing:  # a class that others derived since may have the layer twice
+                return eager(*args, **kwargs)
             output = self._replay(size, root, images, args, kwargs)
             if output is None and self._prepare(size, root, eager, args, kwargs):
                 output = self._replay(size, root, images, args, kwargs)
@@ -226,7 +229,7 @@ class Graphs:
         with self.lock, torch.no_grad():
             snapshot = self._current_snapshot(root)
             for size in reversed(self.batch_sizes) if snapshot.is_idle(root) else ():
-                self._capture(size, below.__call__, snapshot)  # the largest first, whose memory the others use again
+                self._capture(size, root, below.__call__, snapshot)  # the largest first: others use its memory again
 
     def drop(self) -> None:
         """Free all graphs. The next call captures again."""
@@ -257,7 +260,7 @@ class Graphs:
         if self.failed or size in self.captures or not snapshot.serves(root, args, kwargs):
             return False
         try:
-            self._capture(size, eager, snapshot)
+            self._capture(size, root, eager, snapshot)
         except Exception as error:  # of the tower or of the device
             self.failed = True
             warnings.warn(f"the tower runs without CUDA graphs, because {_reason(error)}", stacklevel=4)
@@ -276,7 +279,7 @@ class Graphs:
             self.snapshot = Snapshot(adapters.find_tower(root))
         return self.snapshot
 
-    def _capture(self, size: int, eager: Callable[..., Any], snapshot: Snapshot) -> None:
+    def _capture(self, size: int, root: nn.Module, eager: Callable[..., Any], snapshot: Snapshot) -> None:
         """Capture a batch size."""
         if self.recorder is None or self.inputs is None:
             self.recorder = cuda_graph.Recorder(snapshot.device)
@@ -285,7 +288,12 @@ class Graphs:
                     self.batch_sizes[-1], *snapshot.shape, dtype=snapshot.dtype, device=snapshot.device
                 )
         inputs = self.inputs[:size]
-        replay, output = self.recorder.capture(partial(eager, inputs))
+        self.capturing = True
+        try:
+            replay, output = self.recorder.capture(partial(eager, inputs))
+        finally:
+            self.capturing = False
+        snapshot.remember_constants(root)
         self.captures[size] = Capture(inputs, replay, *_pytree.tree_flatten(output))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import copy
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -18,8 +19,14 @@ from clipkernels.adapters import Tower
 from clipkernels.backend import requested_backend
 from clipkernels.tower import SLOT, pool_of
 
+GRAPHS = "_clipkernels_graphs"
+
 # Entries of a transformers configuration that change the output of a forward; the second has either name.
 _OUTPUTS = ("output_hidden_states", "output_attentions", "_output_attentions", "return_dict")
+# Attributes that all modules have, and those of patched and graphed ones. They are compared otherwise or not at all.
+_COMPARED = frozenset({*vars(nn.Module()), "forward", SLOT, GRAPHS})
+# An object of another type may be a new one after every forward.
+_CONSTANTS = frozenset({bool, int, float, str, type(None), tuple, list, dict, set})
 
 
 class Snapshot:
@@ -43,6 +50,9 @@ class Snapshot:
         self.hooks = [hooks for module in parts for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.adapter: Any = type(tower)
         self.settings = _settings(tower)
+        self.children = modules[1:]
+        self.classes = list(map(type, self.children))
+        self.remember_constants(root)
         self.arguments = _arguments(root)
         self.shape, self.dtype, self.device = (3, *tower.image_size), tower.like.dtype, tower.like.device
 
@@ -54,8 +64,32 @@ class Snapshot:
             and sum(map(len, self.tables)) == len(self.values)
             and all(map(is_, chain.from_iterable(map(dict.values, self.tables)), self.values))
             and list(map(Tensor.data_ptr, self.plain)) == self.addresses
+            and list(map(type, self.children)) == self.classes
             and _settings(tower) == self.settings
+            and self._has_constants(root)
         )
+
+    def remember_constants(self, root: nn.Module) -> None:
+        """Take the present numbers, texts and containers among the attributes of the modules for the snapshot's.
+
+        Examples are `eps`, and the names of the adapters of PEFT that are in use. A forward may change some, as a
+        counter of its calls, so this follows each capture.
+        """
+        self.sizes = list(map(len, self.states))
+        places = [(state, name) for state in self.states for name in _constants_of(state)]
+        self.places = [state for state, _ in places], [name for _, name in places]
+        self.constants = [copy(state[name]) for state, name in places]
+        self.root_constants = {name: copy(vars(root)[name]) for name in _constants_of(vars(root))}
+
+    def _has_constants(self, root: nn.Module) -> bool:
+        """Return true if the numbers, texts and containers among the attributes are those of the snapshot."""
+        state = vars(root)
+        try:
+            same = list(map(dict.get, *self.places)) == self.constants
+            same = same and all(state.get(name) == value for name, value in self.root_constants.items())
+        except Exception:  # a container of tensors, or whatever else cannot be compared
+            return False
+        return same and list(map(len, self.states)) == self.sizes
 
     def is_idle(self, root: nn.Module) -> bool:
         """Return true if no module trains, has a hook or a replaced forward, and no gradient is needed."""
@@ -84,6 +118,11 @@ class Snapshot:
         images = args[0] if args else kwargs[name]
         alike = (images.dtype, images.device) == (self.dtype, self.device)
         return alike and images.shape[1:] == self.shape
+
+
+def _constants_of(state: Mapping[str, Any]) -> list[str]:
+    """The names of a module's attributes that are numbers, texts or containers, without those of every module."""
+    return [name for name, value in state.items() if type(value) in _CONSTANTS and name not in _COMPARED]
 
 
 def _settings(tower: Tower) -> tuple[Any, ...]:

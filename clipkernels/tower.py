@@ -188,8 +188,9 @@ def run(
     if reads.track:
         source = torch.arange(x.shape[1] + plan.learnt, device=x.device).expand(x.shape[0], -1)
     hosts = list(tower.blocks)[:blocks]
-    _, parts, hooked = read_blocks(tower, hosts, first) if cache is None else cache.read(tower, hosts)
     fused = use_kernels(x)
+    width = x.shape[2] if fused else None
+    _, parts, hooked = read_blocks(tower, hosts, first, width) if cache is None else cache.read(tower, hosts, width)
     for index in range(first, len(hosts)):
         step, follows = plan.steps[index], index + 1
         forward = partial(forward_with_hooks, tower, index) if hooked[index] else block.forward

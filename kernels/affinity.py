@@ -28,9 +28,9 @@ REDO = tl.constexpr(16)  # rows and elements at a time on the rare path, small t
 
 
 @triton.jit
-def _bound(offsets_ptr, classes, here, low, rows):
+def _bound(offsets_ptr, classes, mask, low, rows):
     """Return the offsets of classes relative to row `low`, clamped to 0..rows."""
-    return tl.minimum(tl.maximum(tl.load(offsets_ptr + classes, mask=here, other=0) - low, 0), rows).to(tl.int32)
+    return tl.minimum(tl.maximum(tl.load(offsets_ptr + classes, mask=mask, other=0) - low, 0), rows).to(tl.int32)
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _sums(
     offs_c = tl.arange(0, BLOCK_C)
     q_ptr += offs_t.to(tl.int64)[:, None] * stride_qt
     first = _bound(offsets_ptr, offs_c, offs_c < count, low, rows)
-    after = _bound(offsets_ptr + 1, offs_c, offs_c < count, low, rows)
+    stop = _bound(offsets_ptr + 1, offs_c, offs_c < count, low, rows)
     total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     start = 0
     while start < rows:
@@ -66,19 +66,19 @@ def _sums(
                 begins = _bound(offsets_ptr, c, True, low, rows)
                 ends = _bound(offsets_ptr + 1, c, True, low, rows)
                 if (begins < start + BLOCK_N) & (ends > start):
-                    mine = (offs_n >= begins) & (offs_n < ends)
-                    part = tl.sum(tl.where(mine[None, :], p, 0.0), 1)  # [BLOCK_T]
+                    member = (offs_n >= begins) & (offs_n < ends)
+                    part = tl.sum(tl.where(member[None, :], p, 0.0), 1)  # [BLOCK_T]
                     total += tl.where((offs_c == c)[None, :], part[:, None], 0.0)
                 c += 1
         else:  # multiply by a 0/1 matrix; p is split in two bf16 parts, which keeps 16 bits
-            mine = (offs_n[:, None] >= first[None, :]) & (offs_n[:, None] < after[None, :])
-            mine = tl.where(mine, 1.0, 0.0).to(tl.bfloat16)  # [BLOCK_N, BLOCK_C]
+            member = (offs_n[:, None] >= first[None, :]) & (offs_n[:, None] < stop[None, :])
+            member = tl.where(member, 1.0, 0.0).to(tl.bfloat16)  # [BLOCK_N, BLOCK_C]
             coarse = p.to(tl.bfloat16)
             fine = (p - coarse.to(tl.float32)).to(tl.bfloat16)
             if WIDE:
-                coarse, fine, mine = coarse.to(tl.float32), fine.to(tl.float32), mine.to(tl.float32)
-            total = tl.dot(coarse, mine, total, input_precision="ieee")
-            total = tl.dot(fine, mine, total, input_precision="ieee")
+                coarse, fine, member = coarse.to(tl.float32), fine.to(tl.float32), member.to(tl.float32)
+            total = tl.dot(coarse, member, total, input_precision="ieee")
+            total = tl.dot(fine, member, total, input_precision="ieee")
         start += BLOCK_N
     return total
 
@@ -97,9 +97,9 @@ def _affinity_kernel(
     offs_t, offs_c = tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C)
     # Group g of classes begins at row a_g, in chunk a_g // ROWS. The item of (group, chunk) is group + chunk.
     offs_g = tl.arange(0, BLOCK_G)
-    later = (offs_g > 0) & (offs_g * BLOCK_C < K)
-    a = tl.load(offsets_ptr + offs_g * BLOCK_C, mask=later, other=0)
-    group = tl.sum((later & (offs_g + a // ROWS <= item)).to(tl.int32), 0)
+    mask_g = (offs_g > 0) & (offs_g * BLOCK_C < K)
+    a = tl.load(offsets_ptr + offs_g * BLOCK_C, mask=mask_g, other=0)
+    group = tl.sum((mask_g & (offs_g + a // ROWS <= item)).to(tl.int32), 0)
     chunk = (item - group).to(tl.int64)
     offsets_ptr += group * BLOCK_C
     count = tl.minimum(BLOCK_C, K - group * BLOCK_C)
@@ -113,19 +113,19 @@ def _affinity_kernel(
         E, WEIGHED, WIDE, EXACT, BLOCK_T, BLOCK_N, BLOCK_E, BLOCK_C,
     )  # fmt: skip
     if not EXACT:
-        spoilt = tl.max((total != total).to(tl.int32), 1)  # [BLOCK_T]
-        if tl.max(spoilt, 0) > 0:  # 0·∞ is NaN, but a row that is not finite may spoil its own class only
-            again = _sums(
+        has_nan = tl.max((total != total).to(tl.int32), 1)  # [BLOCK_T]
+        if tl.max(has_nan, 0) > 0:  # 0·∞ is NaN, but a row that is not finite may spoil its own class only
+            exact = _sums(
                 q_ptr, f_ptr, weight_ptr, offsets_ptr, offs_t, low, rows, t, count, scale, stride_qt, stride_fn,
                 E, WEIGHED, WIDE, True, BLOCK_T, REDO, REDO, BLOCK_C,
             )  # fmt: skip
-            total = tl.where((spoilt > 0)[:, None], again, total)
+            total = tl.where((has_nan > 0)[:, None], exact, total)
     if SPLIT:
-        to = (item.to(tl.int64) * t + offs_t)[:, None] * BLOCK_C + offs_c[None, :]
-        tl.store(out_ptr + to, total, mask=(offs_t < t)[:, None] & (offs_c < BLOCK_C)[None, :])
+        offs = (item.to(tl.int64) * t + offs_t)[:, None] * BLOCK_C + offs_c[None, :]
+        tl.store(out_ptr + offs, total, mask=(offs_t < t)[:, None] & (offs_c < BLOCK_C)[None, :])
     else:
-        to = offs_t.to(tl.int64)[:, None] * K + (group * BLOCK_C + offs_c)[None, :]
-        tl.store(out_ptr + to, total, mask=(offs_t < t)[:, None] & (offs_c < count)[None, :])
+        offs = offs_t.to(tl.int64)[:, None] * K + (group * BLOCK_C + offs_c)[None, :]
+        tl.store(out_ptr + offs, total, mask=(offs_t < t)[:, None] & (offs_c < count)[None, :])
 
 
 @triton.jit(do_not_specialize=["t", "n", "K", "tiles"])
@@ -143,14 +143,14 @@ def _add_kernel(
     item = group + tl.minimum(tl.maximum(begins, 0), n) // ROWS
     last = group + tl.minimum(tl.maximum(ends, 0), n) // ROWS
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    here = (offs_t < t)[:, None] & (offs_k < K)[None, :]
+    mask = (offs_t < t)[:, None] & (offs_k < K)[None, :]
     while item <= last:
         offs_i = item + tl.arange(0, BLOCK_I)
         from_ptr = part_ptr + (offs_i[:, None, None] * t + offs_t[None, :, None]) * BLOCK_C + offs_c[None, None, :]
-        parts = tl.load(from_ptr, mask=(offs_i <= last)[:, None, None] & here[None, :, :], other=0.0)
+        parts = tl.load(from_ptr, mask=(offs_i <= last)[:, None, None] & mask[None, :, :], other=0.0)
         total += tl.sum(parts, 0)
         item += BLOCK_I
-    tl.store(out_ptr + offs_t.to(tl.int64)[:, None] * K + offs_k[None, :], total, mask=here)
+    tl.store(out_ptr + offs_t.to(tl.int64)[:, None] * K + offs_k[None, :], total, mask=mask)
 
 
 def config(n: int, dtype: torch.dtype) -> dict[str, int]:

@@ -175,10 +175,10 @@ def _attention_kernel(
     peak_tail = most * scale
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(full):
-        at = step * BLOCK_N
+        begin = step * BLOCK_N
         acc, acc_rest, total, most, p = _attend(
-            q, q_rest, q_ptr, k_ptr + at * stride_kn, v_ptr + at * stride_vn, size_ptr + at, row_ptr + at,
-            acc, acc_rest, total, most, tile == 0, BLOCK_N, prefix - at, scale, stride_kn, stride_vn,
+            q, q_rest, q_ptr, k_ptr + begin * stride_kn, v_ptr + begin * stride_vn, size_ptr + begin, row_ptr + begin,
+            acc, acc_rest, total, most, tile == 0, BLOCK_N, prefix - begin, scale, stride_kn, stride_vn,
             D, SIZED, SIGNAL == "cls", OUT, WIDE, False, BLOCK_N, BLOCK_D, REST,
         )  # fmt: skip
 

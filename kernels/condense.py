@@ -90,18 +90,19 @@ def cluster(
             mask = mask_m[:, None] & (offs_c < C)[None, :]
             x = tl.load(rows_ptr[:, None] + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
             c = tl.load(center_row_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-            apart = tl.where(mask, x - c[None, :], 0.0)
-            squares += tl.sum(apart * apart, 1)
-        away = tl.sqrt_rn(squares)
-        closer = away < distance  # the earlier of equally near centres stays; NaN is never closer
+            difference = tl.where(mask, x - c[None, :], 0.0)
+            squares += tl.sum(difference * difference, 1)
+        center_distance = tl.sqrt_rn(squares)
+        closer = center_distance < distance  # the earlier of equally near centres stays; NaN is never closer
         joined = tl.where(closer, number, joined)
-        distance = tl.where(closer, away, distance)
+        distance = tl.where(closer, center_distance, distance)
         place = tl.argmax(tl.where(mask_m, distance, -1.0), 0).to(tl.int32)
     inverse = tl.div_rn(1.0, tl.where(distance == 0.0, 1.0, distance))
     mass = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
     for number in range(K):
         member = (joined == number) & mask_m
         mass = tl.where(member, tl.sum(tl.where(member, inverse, 0.0), 0), mass)
+    mass = tl.where(mass > 0.0, mass, 1.0)  # 0 if the centre is not finite
     tl.store(share_ptr + offs_m, tl.div_rn(inverse, mass), mask=mask_m)
     tl.store(source_ptr + patch, (first_row + joined).to(tl.int64), mask=mask_m)
 
@@ -144,11 +145,12 @@ def _condense_kernel(
             patch = tl.load(order_ptr + keep + offs, mask=offs < merge, other=0).to(tl.int64)
             joined = tl.load(source_ptr + batch * P + patch, mask=offs < merge, other=-1) == center_row
             share = tl.load(share_ptr + batch * merge + offs, mask=joined, other=0.0)
+            joined = share > 0.0  # a patch that is not finite has no share, but 0·NaN would spoil the sum
             piece_ptr = x_ptr + (prefix + patch)[:, None] * stride_xn + offs_c[None, :]
             piece = tl.load(piece_ptr, mask=joined[:, None] & (offs_c < C)[None, :], other=0.0).to(tl.float32)
             acc += tl.sum(share[:, None] * piece, 0)
             members += tl.sum(joined.to(tl.int32), 0)
-        if members == 0:  # a centre without patches coincides with another and yields its own token
+        if members == 0:  # a centre without patches coincides with another, or is not finite: it yields its own token
             patch = tl.load(index_ptr + batch * (keep + K) + keep + center)
             acc = tl.load(x_ptr + (prefix + patch) * stride_xn + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
         offs_1 = center_row + tl.arange(0, 1)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipkernels.kernels.launch import Launch, makes_launches
 from clipkernels.kernels.rank import LOG2E
 
 
@@ -48,25 +49,25 @@ def _add(a, b, c, d):
 
 
 @triton.jit
-def _put(
+def _store_attended(
     acc, total, out_ptr, sums_ptr, first, M, start,
     E: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     """Store attended rows, or their sum and their maximum."""
     offs_r, offs_e = tl.arange(0, BLOCK), start + tl.arange(0, WIDTH)
-    seen = acc / total[:, None]
-    here = (first + offs_r < M)[:, None]
+    x = acc / total[:, None]
+    mask_m = (first + offs_r < M)[:, None]
     if REDUCE:
-        tl.store(sums_ptr + offs_e, tl.sum(tl.where(here, seen, 0.0), 0), mask=offs_e < E)
-        tl.store(sums_ptr + E + offs_e, tl.max(tl.where(here, seen, float("-inf")), 0), mask=offs_e < E)
+        tl.store(sums_ptr + offs_e, tl.sum(tl.where(mask_m, x, 0.0), 0), mask=offs_e < E)
+        tl.store(sums_ptr + E + offs_e, tl.max(tl.where(mask_m, x, float("-inf")), 0), mask=offs_e < E)
     else:
-        to = out_ptr + tl.cast(first, tl.int64) * E + offs_r[:, None] * E + offs_e[None, :]
-        tl.store(to, seen.to(out_ptr.dtype.element_ty), mask=here & (offs_e < E)[None, :])
+        rows_ptr = out_ptr + tl.cast(first, tl.int64) * E + offs_r[:, None] * E + offs_e[None, :]
+        tl.store(rows_ptr, x.to(out_ptr.dtype.element_ty), mask=mask_m & (offs_e < E)[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "N", "tiles", "slices"])
 def _attend_kernel(
-    q_ptr, k_ptr, pooled_ptr, out_ptr, sums_ptr, found_ptr,
+    q_ptr, k_ptr, pooled_ptr, out_ptr, sums_ptr, stats_ptr,
     M, N, tiles, slices, scale,
     stride_qb, stride_kb, stride_pb,
     E: tl.constexpr, REDUCE: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, TILES: tl.constexpr,
@@ -82,48 +83,48 @@ def _attend_kernel(
     k_ptr += batch * stride_kb
     first = tile * BLOCK_M
     mask_m = (first + tl.arange(0, BLOCK_M) < M)[:, None]
-    found_ptr += (batch * tiles + tile) * 3 * N + 3 * tl.arange(0, BLOCK_N)
+    stats_ptr += (batch * tiles + tile) * 3 * N + 3 * tl.arange(0, BLOCK_N)
     if WHOLE:
         q = _rows(q_ptr, first, M, 0, E, BLOCK_M, BLOCK_E, WIDE)
         if REST:
             q_rest = _rows(q_ptr, first, M, BLOCK_E, E, BLOCK_M, REST, WIDE)
     if REDUCE:
-        near = tl.zeros([BLOCK_M], tl.float32)  # similarity of each row to the pooled image
+        similarity = tl.zeros([BLOCK_M], tl.float32)  # of each row to the pooled image
         for d in range(0, E, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             x = _rows(q_ptr, first, M, d, E, BLOCK_M, BLOCK_D, WIDE).to(tl.float32)
             image = tl.load(pooled_ptr + batch * stride_pb + offs_d, mask=offs_d < E, other=0.0).to(tl.float32)
-            near += tl.sum(x * image[None, :], 1)
+            similarity += tl.sum(x * image[None, :], 1)
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     if REST:
         acc_rest = tl.zeros([BLOCK_M, REST], tl.float32)
     for column in range(TILES):
-        left = column * BLOCK_N
-        offs_n = left + tl.arange(0, BLOCK_N)
-        k = _rows(k_ptr, left, N, start, E, BLOCK_N, BLOCK_E, WIDE)
+        first_n = column * BLOCK_N
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        k = _rows(k_ptr, first_n, N, start, E, BLOCK_N, BLOCK_E, WIDE)
         if WHOLE:
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             if REST:
-                k_rest = _rows(k_ptr, left, N, BLOCK_E, E, BLOCK_N, REST, WIDE)
+                k_rest = _rows(k_ptr, first_n, N, BLOCK_E, E, BLOCK_N, REST, WIDE)
                 s = tl.dot(q_rest, tl.trans(k_rest), s, input_precision="ieee")
         else:
             s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for d in range(0, E, BLOCK_D):
                 a = _rows(q_ptr, first, M, d, E, BLOCK_M, BLOCK_D, WIDE)
-                b = _rows(k_ptr, left, N, d, E, BLOCK_N, BLOCK_D, WIDE)
+                b = _rows(k_ptr, first_n, N, d, E, BLOCK_N, BLOCK_D, WIDE)
                 s = tl.dot(a, tl.trans(b), s, input_precision="ieee")
         s *= scale
         if REDUCE and start == 0:  # this tile's part of the softmax over the rows
-            there = tl.where(mask_m, s, float("-inf"))
-            top = tl.max(there, 0)
-            p = tl.exp2(there - top[None, :])
-            tl.store(found_ptr, top, mask=offs_n < N)
-            mass, weighted = tl.reduce((p, p * near[:, None]), 0, _add)
-            tl.store(found_ptr + 1, mass, mask=offs_n < N)
-            tl.store(found_ptr + 2, weighted, mask=offs_n < N)
-            found_ptr += 3 * BLOCK_N
+            logits = tl.where(mask_m, s, float("-inf"))
+            top = tl.max(logits, 0)
+            p = tl.exp2(logits - top[None, :])
+            tl.store(stats_ptr, top, mask=offs_n < N)
+            mass, weighted = tl.reduce((p, p * similarity[:, None]), 0, _add)
+            tl.store(stats_ptr + 1, mass, mask=offs_n < N)
+            tl.store(stats_ptr + 2, weighted, mask=offs_n < N)
+            stats_ptr += 3 * BLOCK_N
         s = tl.where((offs_n < N)[None, :], s, float("-inf"))
         higher = tl.maximum(most, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
@@ -135,14 +136,14 @@ def _attend_kernel(
             acc_rest = tl.dot(p.to(k.dtype), k_rest, acc_rest * shrink[:, None], input_precision="ieee")
     out_ptr += batch * M * E
     sums_ptr += (batch * tiles + tile) * 2 * E
-    _put(acc, total, out_ptr, sums_ptr, first, M, start, E, BLOCK_M, BLOCK_E, REDUCE)
+    _store_attended(acc, total, out_ptr, sums_ptr, first, M, start, E, BLOCK_M, BLOCK_E, REDUCE)
     if REST:
-        _put(acc_rest, total, out_ptr, sums_ptr, first, M, BLOCK_E, E, BLOCK_M, REST, REDUCE)
+        _store_attended(acc_rest, total, out_ptr, sums_ptr, first, M, BLOCK_E, E, BLOCK_M, REST, REDUCE)
 
 
 @triton.jit(do_not_specialize=["B", "P", "K", "tiles"])
 def _terms_kernel(
-    text_ptr, pooled_ptr, sums_ptr, found_ptr, out_ptr,
+    text_ptr, pooled_ptr, sums_ptr, stats_ptr, out_ptr,
     B, P, K, tiles,
     stride_pb,
     E: tl.constexpr, TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -161,9 +162,9 @@ def _terms_kernel(
         total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         most = tl.full([BLOCK_B, BLOCK_D], float("-inf"), tl.float32)
         for tile in range(TILES):
-            at = sums_ptr + ((offs_b * TILES + tile) * 2 * E)[:, None] + offs_d[None, :]
-            total += tl.load(at, mask=mask, other=0.0)
-            most = tl.maximum(most, tl.load(at + E, mask=mask, other=0.0))
+            tile_ptr = sums_ptr + ((offs_b * TILES + tile) * 2 * E)[:, None] + offs_d[None, :]
+            total += tl.load(tile_ptr, mask=mask, other=0.0)
+            most = tl.maximum(most, tl.load(tile_ptr + E, mask=mask, other=0.0))
         text = tl.trans(_rows(text_ptr, first_k, K, d, E, BLOCK_K, BLOCK_D, True))
         first = tl.dot(image, text, first, input_precision="ieee")
         third = tl.dot(total / P + most, text, third, input_precision="ieee")
@@ -172,17 +173,17 @@ def _terms_kernel(
     total = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
     second = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
     for tile in range(TILES):
-        at = found_ptr + ((offs_b * TILES + tile) * K)[:, None] * 3 + offs_k[None, :] * 3
-        own = tl.load(at, mask=mask, other=0.0)
-        higher = tl.maximum(top, own)
-        shrink, grow = tl.exp2(top - higher), tl.exp2(own - higher)
-        total = total * shrink + tl.load(at + 1, mask=mask, other=1.0) * grow
-        second = second * shrink + tl.load(at + 2, mask=mask, other=0.0) * grow
+        tile_stats_ptr = stats_ptr + ((offs_b * TILES + tile) * K)[:, None] * 3 + offs_k[None, :] * 3
+        tile_top = tl.load(tile_stats_ptr, mask=mask, other=0.0)
+        higher = tl.maximum(top, tile_top)
+        shrink, grow = tl.exp2(top - higher), tl.exp2(tile_top - higher)
+        total = total * shrink + tl.load(tile_stats_ptr + 1, mask=mask, other=1.0) * grow
+        second = second * shrink + tl.load(tile_stats_ptr + 2, mask=mask, other=0.0) * grow
         top = higher
-    to = out_ptr + offs_b[:, None] * K + offs_k[None, :]
-    tl.store(to, 100 * first, mask=mask)
-    tl.store(to + tl.cast(B, tl.int64) * K, 100 * (second / total), mask=mask)
-    tl.store(to + 2 * tl.cast(B, tl.int64) * K, 100 * third, mask=mask)
+    logits_ptr = out_ptr + offs_b[:, None] * K + offs_k[None, :]
+    tl.store(logits_ptr, 100 * first, mask=mask)
+    tl.store(logits_ptr + tl.cast(B, tl.int64) * K, 100 * (second / total), mask=mask)
+    tl.store(logits_ptr + 2 * tl.cast(B, tl.int64) * K, 100 * third, mask=mask)
 
 
 def config(columns: int, width: int, dtype: torch.dtype, shared: int) -> dict[str, int | bool]:
@@ -192,14 +193,14 @@ def config(columns: int, width: int, dtype: torch.dtype, shared: int) -> dict[st
         block_e = max(16, 1 << (width.bit_length() - 1))
         rest = max(16, triton.next_power_of_2(width - block_e)) if width > block_e else 0
         block_e, rest = (2 * block_e, 0) if rest == block_e else (block_e, rest)
-        held = block_e + rest
+        span = block_e + rest
         # The most that fits eight warps. A warp computes eight columns, so with 32 columns each is computed twice. With
         # 32 rows of 1024 no registers are left for masks or unrolling.
         wide = 1024 if width == 1024 and columns > 96 else 768
         for block_m, block_n, least, most in ((32, 64, 0, 512), (32, 32, 0, wide), (16, 32, 513, 1536)):
             for stages in (3, 2):
-                needed = 2 * (held * (block_m + block_n * (stages - 1)) + block_m * block_n)
-                if least <= held <= most and needed <= shared:
+                size = 2 * (span * (block_m + block_n * (stages - 1)) + block_m * block_n)
+                if least <= span <= most and size <= shared:
                     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": block_e, "REST": rest, "BLOCK_D": 64}
                     return {"WHOLE": True, **blocks, "num_warps": 8, "num_stages": stages}
         blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_E": 256, "REST": 0, "BLOCK_D": 64}
@@ -229,20 +230,14 @@ def attend(rows: Tensor, columns: Tensor, alpha: float) -> Tensor:
 
 def calip_terms(visual: Tensor, pooled: Tensor, text: Tensor, alpha: float) -> Tensor:
     """Launch the kernels: the three terms of the logits, each × 100, (3,B,K) fp32."""
-    batch, patches, width = visual.shape
-    classes = len(text)
-    terms = torch.empty(3, batch, classes, dtype=torch.float32, device=visual.device)
+    batch, patches, _ = visual.shape
+    terms = torch.empty(3, batch, len(text), dtype=torch.float32, device=visual.device)
     if batch == 0:
         return terms
     pooled, text = pooled if pooled.stride(1) == 1 else pooled.contiguous(), text.contiguous()
-    _, sums, found = _attend(visual, text, pooled, alpha)
-    blocks = terms_config()
-    tiles = triton.cdiv(classes, blocks["BLOCK_K"])
-    with torch.cuda.device_of(visual):
-        _terms_kernel[(triton.cdiv(batch, blocks["BLOCK_B"]) * tiles,)](
-            text, pooled, sums, found, terms, batch, patches, classes, tiles, pooled.stride(0),
-            E=width, TILES=sums.shape[1], enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
+    _, sums, stats = _attend(visual, text, pooled, alpha)
+    launch = _terms_launch(batch, patches, text.shape, pooled.stride(0), sums.shape[1])
+    launch(text, pooled, sums, stats, terms)
     return terms
 
 
@@ -253,27 +248,47 @@ def _attend(rows: Tensor, columns: Tensor, pooled: Tensor | None, alpha: float) 
     (B,T,2,E) and, for each column, the maximum similarity, the sum and the weighted sum of the exponentials (B,T,N,3).
     The results that are not computed are empty.
     """
-    (*batches, m, width), n = rows.shape, columns.shape[-2]
-    batch = batches[0] if batches else len(columns)
-    blocks = config(n, width, rows.dtype, shared_memory(rows.device))
-    tiles, slices = triton.cdiv(m, blocks["BLOCK_M"]), 1 if blocks["WHOLE"] else triton.cdiv(width, blocks["BLOCK_E"])
+    (m, width), n = rows.shape[-2:], columns.shape[-2]
+    batch = len(rows) if rows.ndim == 3 else len(columns)
+    # The rows of an image must be contiguous, because the kernel is compiled for a row stride of E.
+    rows, columns = (x if x.stride()[-2:] == (width, 1) else x.contiguous() for x in (rows, columns))
+    tiles, launch = _attend_launch(
+        batch, (m, n, width), rows.stride(0) if rows.ndim == 3 else 0, columns.stride(0) if columns.ndim == 3 else 0,
+        None if pooled is None else pooled.stride(0), rows.dtype, alpha, shared_memory(rows.device),
+    )  # fmt: skip
     reduce = pooled is not None
     out = rows.new_empty((0,) if reduce else (batch, m, width))
-    sums, found = (
+    sums, stats = (
         torch.empty((batch, tiles, *size) if reduce else (0,), dtype=torch.float32, device=rows.device)
         for size in ((2, width), (n, 3))
     )
-    if batch == 0:
-        return out, sums, found
-    # The rows of an image must be contiguous, because the kernel is compiled for a row stride of E.
-    rows, columns = (x if x.stride()[-2:] == (width, 1) else x.contiguous() for x in (rows, columns))
-    with torch.cuda.device_of(rows):
-        _attend_kernel[(batch * tiles * slices,)](
-            rows, columns, rows if pooled is None else pooled, out, sums, found,
-            m, n, tiles, slices, LOG2E / alpha,
-            rows.stride(0) if rows.ndim == 3 else 0, columns.stride(0) if columns.ndim == 3 else 0,
-            0 if pooled is None else pooled.stride(0),
-            E=width, REDUCE=reduce, WIDE=not isinstance(_attend_kernel, triton.JITFunction),
-            TILES=triton.cdiv(n, blocks["BLOCK_N"]), enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
-    return out, sums, found
+    if batch:
+        launch(rows, columns, rows if pooled is None else pooled, out, sums, stats)
+    return out, sums, stats
+
+
+@makes_launches
+def _attend_launch(
+    batch: int, sizes: tuple[int, int, int], stride_rows: int, stride_columns: int, stride_pooled: int | None,
+    dtype: torch.dtype, alpha: float, shared: int,
+) -> tuple[int, Launch]:  # fmt: skip
+    """Return the number of tiles of rows and the launch, for sizes (M, N, E); a stride of `pooled` if it reduces."""
+    (m, n, width), blocks = sizes, config(sizes[1], sizes[2], dtype, shared)
+    tiles, slices = triton.cdiv(m, blocks["BLOCK_M"]), 1 if blocks["WHOLE"] else triton.cdiv(width, blocks["BLOCK_E"])
+    return tiles, Launch(
+        _attend_kernel, (batch * tiles * slices,), m, n, tiles, slices, LOG2E / alpha,
+        stride_rows, stride_columns, stride_pooled or 0,
+        E=width, REDUCE=stride_pooled is not None, WIDE=not isinstance(_attend_kernel, triton.JITFunction),
+        TILES=triton.cdiv(n, blocks["BLOCK_N"]), **blocks,
+    )  # fmt: skip
+
+
+@makes_launches
+def _terms_launch(batch: int, patches: int, shape: tuple[int, int], stride_pooled: int, parts: int) -> Launch:
+    """Return the launch that adds the numbers of `parts` tiles of patches, for classes (K,E)."""
+    (classes, width), blocks = shape, terms_config()
+    tiles = triton.cdiv(classes, blocks["BLOCK_K"])
+    return Launch(
+        _terms_kernel, (triton.cdiv(batch, blocks["BLOCK_B"]) * tiles,), batch, patches, classes, tiles, stride_pooled,
+        E=width, TILES=parts, **blocks,
+    )  # fmt: skip

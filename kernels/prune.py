@@ -47,7 +47,8 @@ def store_fused(
 ):  # fmt: skip
     """Store Σ weight·x over `count` listed patches, in every `splits`-th piece of BLOCK_K channels from `split` on.
 
-    A patch stands at its `place` in the list, which this program alone writes and reads. -inf counts as 0.
+    A patch stands at its `place` in the list, which this program alone writes and reads. -inf counts as 0. A patch of
+    weight 0 adds nothing, even if it is NaN.
     """
     tl.store(patch_ptr + place, tl.arange(0, BLOCK_P), mask=listed)
     tl.store(weight_ptr + place, tl.where(weights > float("-inf"), weights, 0.0), mask=listed)
@@ -61,7 +62,7 @@ def store_fused(
             weight = tl.load(weight_ptr + offs, mask=offs < count, other=0.0)
             mask = (offs < count)[:, None] & (offs_c < C)[None, :]
             x = tl.load(x_ptr + patch[:, None] * stride_xn + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-            total += weight[:, None] * x
+            total += tl.where((weight != 0.0)[:, None], weight[:, None] * x, 0.0)
         fused = tl.sum(total, 0).to(fused_ptr.dtype.element_ty)
         tl.store(fused_ptr + offs_c, fused, mask=offs_c < C)
 

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipkernels.kernels.launch import Launch, makes_launches
+
 SIGNS = tl.constexpr(16)  # signs per word
 GROUPS = 8  # number of partial sums of the gradient of P
 CHUNK = 512  # rows that a group processes at a time
@@ -74,26 +76,26 @@ def _distance_kernel(
     offs_r, offs_e = first + tl.arange(0, BLOCK), tile * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(order_ptr + rows)
     if first < total:
-        here, mask_e = offs_r < total, offs_e < E
-        index = tl.load(order_ptr + offs_r, mask=here, other=0)  # [BLOCK]
+        mask_r, mask_e = offs_r < total, offs_e < E
+        index = tl.load(order_ptr + offs_r, mask=mask_r, other=0)  # [BLOCK]
         row_ptr = _rows(student_ptr, index, n, stride_sb, stride_sn)
         v = tl.zeros([BLOCK, BLOCK], tl.float32)
         for start in range(0, D, STEP):
             offs_d = start + tl.arange(0, STEP)
-            h = _tile(row_ptr, offs_d, here, D, WIDE)  # [BLOCK, STEP]
+            h = _tile(row_ptr, offs_d, mask_r, D, WIDE)  # [BLOCK, STEP]
             p = _tile(projection_ptr + offs_e.to(tl.int64) * D, offs_d, mask_e, D, WIDE)  # [BLOCK, STEP]
             v = tl.dot(h, tl.trans(p), v, input_precision="ieee")  # [BLOCK, BLOCK]
-        g = _tile(_rows(teacher_ptr, index, n, stride_tb, stride_tn), offs_e, here, E, True)  # [BLOCK, BLOCK]
+        g = _tile(_rows(teacher_ptr, index, n, stride_tb, stride_tn), offs_e, mask_r, E, True)  # [BLOCK, BLOCK]
         v = tl.where(mask_e[None, :], v - g, 0.0)
-        tl.store(part_ptr + tile.to(tl.int64) * rows + index, tl.sum(tl.abs(v), 1), mask=here)
+        tl.store(part_ptr + tile.to(tl.int64) * rows + index, tl.sum(tl.abs(v), 1), mask=mask_r)
         if LEARNS:
             codes = (v > 0).to(tl.int32) + 2 * (v < 0).to(tl.int32)
             codes = tl.reshape(codes, [BLOCK, BLOCK // SIGNS, SIGNS]) << (2 * tl.arange(0, SIGNS))[None, None, :]
             WORDS: tl.constexpr = (E + SIGNS - 1) // SIGNS
             offs_w = tile * (BLOCK // SIGNS) + tl.arange(0, BLOCK // SIGNS)
-            to = signs_ptr + offs_r.to(tl.int64)[:, None] * WORDS + offs_w[None, :]
+            word_ptr = signs_ptr + offs_r.to(tl.int64)[:, None] * WORDS + offs_w[None, :]
             words = tl.sum(codes, 2).to(tl.int64).to(tl.int32)  # the interpreter of triton 3.2 sums to int64
-            tl.store(to, words, mask=here[:, None] & (offs_w < WORDS)[None, :])
+            tl.store(word_ptr, words, mask=mask_r[:, None] & (offs_w < WORDS)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
@@ -136,8 +138,8 @@ def _student_kernel(
     index = tl.load(order_ptr + offs_r, mask=offs_r < rows, other=0)  # [BLOCK]
     scale = tl.load(scale_ptr + index, mask=offs_r < total, other=0.0)
     grad = tl.where((offs_r < total)[:, None], grad * scale[:, None], 0.0)
-    to = grad_ptr + index.to(tl.int64)[:, None] * D + offs_d[None, :]
-    tl.store(to, grad.to(grad_ptr.dtype.element_ty), mask=(offs_r < rows)[:, None] & (offs_d < D)[None, :])
+    rows_ptr = grad_ptr + index.to(tl.int64)[:, None] * D + offs_d[None, :]
+    tl.store(rows_ptr, grad.to(grad_ptr.dtype.element_ty), mask=(offs_r < rows)[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "n", "groups"])
@@ -158,16 +160,16 @@ def _projection_kernel(
     while begin < total:
         for start in range(0, CHUNK, STEP):
             offs_r = begin + start + tl.arange(0, STEP)
-            here = offs_r < total
-            index = tl.load(order_ptr + offs_r, mask=here, other=0)  # [STEP]
-            h = _tile(_rows(student_ptr, index, n, stride_sb, stride_sn), offs_d, here, D, WIDE)  # [STEP, BLOCK]
-            scale = tl.load(scale_ptr + index, mask=here, other=0.0)
+            mask_r = offs_r < total
+            index = tl.load(order_ptr + offs_r, mask=mask_r, other=0)  # [STEP]
+            h = _tile(_rows(student_ptr, index, n, stride_sb, stride_sn), offs_d, mask_r, D, WIDE)  # [STEP, BLOCK]
+            scale = tl.load(scale_ptr + index, mask=mask_r, other=0.0)
             factor = _unpack(signs_ptr, offs_r, total, first, E, STEP, BLOCK) * scale[:, None]  # [STEP, BLOCK]
             factor = factor.to(student_ptr.dtype.element_ty).to(h.dtype)  # rounded even if h was widened
             grad = tl.dot(tl.trans(factor), h, grad, input_precision="ieee")  # [BLOCK, BLOCK]
         begin += groups * CHUNK
-    to = part_ptr + (group.to(tl.int64) * E + offs_e)[:, None] * D + offs_d[None, :]
-    tl.store(to, grad, mask=(offs_e < E)[:, None] & (offs_d < D)[None, :])
+    rows_ptr = part_ptr + (group.to(tl.int64) * E + offs_e)[:, None] * D + offs_d[None, :]
+    tl.store(rows_ptr, grad, mask=(offs_e < E)[:, None] & (offs_d < D)[None, :])
 
 
 def config(width: int, embedding: int, dtype: torch.dtype, over_rows: bool = False) -> dict[str, int]:
@@ -189,67 +191,86 @@ def targeted_l1(
 
     Without `learns` the signs have no rows. The interpreter multiplies in fp32, because it has no bf16 arithmetic.
     """
-    (batch, tokens, width), embedding = student.shape, teacher.shape[2]
-    rows, blocks = batch * tokens, config(width, embedding, student.dtype)
+    (batch, tokens, _), embedding = student.shape, teacher.shape[2]
+    rows = batch * tokens
     order = torch.empty(rows + 1, dtype=torch.int32, device=student.device)
     signs = order.new_empty(rows if learns else 0, triton.cdiv(embedding, SIGNS.value))
     if rows == 0:
         return student.new_zeros(batch, dtype=torch.float32), signs, order.zero_()
     student, teacher = (x if x.stride(2) == 1 else x.contiguous() for x in (student, teacher))
-    mask, tiles = mask.contiguous(), triton.cdiv(embedding, blocks["BLOCK"])
+    mask = mask.contiguous()
+    tiles, sort, measure, add = _launches(
+        student.shape, embedding, student.stride(), teacher.stride(), student.dtype, learns
+    )  # fmt: skip
     out, part = (torch.empty(size, dtype=torch.float32, device=student.device) for size in (batch, (tiles, rows)))
-    with torch.cuda.device_of(student):
-        _order_kernel[(triton.cdiv(rows, 1024),)](
-            mask.view(-1).cumsum(0, dtype=torch.int32), order, rows, BLOCK=1024, enable_fp_fusion=True, num_warps=4
-        )
-        _distance_kernel[(triton.cdiv(rows, blocks["BLOCK"]) * tiles,)](
-            student, teacher, projection.contiguous(), order, part, signs, rows, tokens,
-            student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
-            D=width, E=embedding, LEARNS=learns, WIDE=not isinstance(_distance_kernel, triton.JITFunction),
-            enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
-        _add_kernel[(batch,)](
-            part, weights.contiguous(), mask.view(torch.uint8), out, rows, tokens,
-            E=embedding, TILES=tiles, BLOCK=128, enable_fp_fusion=True, num_warps=4,
-        )  # fmt: skip
+    sort(mask.view(-1).cumsum(0, dtype=torch.int32), order)
+    measure(student, teacher, projection.contiguous(), order, part, signs)
+    add(part, weights.contiguous(), mask.view(torch.uint8), out)
     return out, signs, order
+
+
+@makes_launches
+def _launches(
+    shape: tuple[int, int, int], embedding: int, stride_s: tuple[int, ...], stride_t: tuple[int, ...],
+    dtype: torch.dtype, learns: bool,
+) -> tuple[int, Launch, Launch, Launch]:  # fmt: skip
+    """Return the number of tiles of E, and the launches that order rows, measure distances and add them."""
+    (batch, tokens, width), blocks = shape, config(shape[2], embedding, dtype)
+    rows, tiles = batch * tokens, triton.cdiv(embedding, blocks["BLOCK"])
+    sort = Launch(_order_kernel, (triton.cdiv(rows, 1024),), rows, BLOCK=1024, num_warps=4)
+    measure = Launch(
+        _distance_kernel, (triton.cdiv(rows, blocks["BLOCK"]) * tiles,), rows, tokens, *stride_s[:2], *stride_t[:2],
+        D=width, E=embedding, LEARNS=learns, WIDE=not isinstance(_distance_kernel, triton.JITFunction), **blocks,
+    )  # fmt: skip
+    add = Launch(_add_kernel, (batch,), rows, tokens, E=embedding, TILES=tiles, BLOCK=128, num_warps=4)
+    return tiles, sort, measure, add
 
 
 def student_gradient(projection: Tensor, scale: Tensor, signs: Tensor, order: Tensor) -> Tensor:
     """Launch the kernel: gradient (B,n,d) of student, like projection; scale (B,n) fp32 multiplies a token's signs."""
     embedding, width = projection.shape
     grad = torch.empty(*scale.shape, width, dtype=projection.dtype, device=projection.device)
-    if grad.numel() == 0:
-        return grad
-    rows, blocks = scale.numel(), config(width, embedding, projection.dtype)
-    with torch.cuda.device_of(projection):
-        _student_kernel[(triton.cdiv(rows, blocks["BLOCK"]) * triton.cdiv(width, blocks["BLOCK"]),)](
-            signs, projection.contiguous(), scale.contiguous(), order, grad, rows,
-            D=width, E=embedding, WIDE=not isinstance(_student_kernel, triton.JITFunction), enable_fp_fusion=True,
-            **blocks,
-        )  # fmt: skip
+    if grad.numel():
+        launch = _student_launch(scale.numel(), width, embedding, projection.dtype)
+        launch(signs, projection.contiguous(), scale.contiguous(), order, grad)
     return grad
+
+
+@makes_launches
+def _student_launch(rows: int, width: int, embedding: int, dtype: torch.dtype) -> Launch:
+    blocks = config(width, embedding, dtype)
+    return Launch(
+        _student_kernel, (triton.cdiv(rows, blocks["BLOCK"]) * triton.cdiv(width, blocks["BLOCK"]),), rows,
+        D=width, E=embedding, WIDE=not isinstance(_student_kernel, triton.JITFunction), **blocks,
+    )  # fmt: skip
 
 
 def projection_gradient(student: Tensor, scale: Tensor, signs: Tensor, order: Tensor, embedding: int) -> Tensor:
     """Launch the kernel: gradient (E,d) of projection, like student; scale (B,n) fp32 multiplies a token's signs."""
     batch, tokens, width = student.shape
-    rows, blocks = batch * tokens, config(width, embedding, student.dtype, over_rows=True)
-    if rows == 0:
+    if batch * tokens == 0:
         return student.new_zeros(embedding, width)
     short = student.dtype == torch.float16  # its range is short, so the largest factor is scaled to 1
     if short:
         most = scale.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
         scale = scale / most
     student = student if student.stride(2) == 1 else student.contiguous()
+    groups, launch = _projection_launch(student.shape, embedding, student.stride(), student.dtype)
+    part = torch.empty(groups, embedding, width, dtype=torch.float32, device=student.device)
+    launch(signs, student, scale.contiguous(), order, part)
+    return (part.sum(0) * most if short else part.sum(0)).to(student.dtype)
+
+
+@makes_launches
+def _projection_launch(
+    shape: tuple[int, int, int], embedding: int, stride: tuple[int, ...], dtype: torch.dtype
+) -> tuple[int, Launch]:
+    """Return the number of groups of rows, and the launch."""
+    batch, tokens, width = shape
+    rows, blocks = batch * tokens, config(width, embedding, dtype, over_rows=True)
     groups = min(GROUPS, triton.cdiv(rows, CHUNK))
     tiles = triton.cdiv(embedding, blocks["BLOCK"]) * triton.cdiv(width, blocks["BLOCK"])
-    part = torch.empty(groups, embedding, width, dtype=torch.float32, device=student.device)
-    with torch.cuda.device_of(student):
-        _projection_kernel[(tiles * groups,)](
-            signs, student, scale.contiguous(), order, part, rows, tokens, groups,
-            student.stride(0), student.stride(1),
-            D=width, E=embedding, WIDE=not isinstance(_projection_kernel, triton.JITFunction), CHUNK=CHUNK,
-            enable_fp_fusion=True, **blocks,
-        )  # fmt: skip
-    return (part.sum(0) * most if short else part.sum(0)).to(student.dtype)
+    return groups, Launch(
+        _projection_kernel, (tiles * groups,), rows, tokens, groups, *stride[:2],
+        D=width, E=embedding, WIDE=not isinstance(_projection_kernel, triton.JITFunction), CHUNK=CHUNK, **blocks,
+    )  # fmt: skip

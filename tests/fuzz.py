@@ -28,6 +28,7 @@ from torch import Tensor
 from clipkernels import ops
 from clipkernels.testing import exact_interpreter_dot
 from tests import readings
+from tests.readings import plain
 
 DTYPES = (torch.float32, torch.float16)
 EPS = 16
@@ -137,13 +138,6 @@ class Draw:
             wide[::2] = tensor
             return wide[::2]
         return tensor
-
-
-def plain(value: Any) -> Any:
-    """Return the arguments of an operation as those of its reading: tensors as arrays, floats in fp64."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().double().numpy() if value.is_floating_point() else value.cpu().numpy()
-    return tuple(plain(part) for part in value) if isinstance(value, tuple) else value
 
 
 def largest(*arrays: Any) -> float:

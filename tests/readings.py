@@ -1,7 +1,7 @@
 """Every operation once more, in numpy and fp64, written from its docstring and from the papers, one row at a time.
 
 They share nothing with the reference in torch. Choices follow the rules that docstrings state: ties go to the lower
-index, NaN counts as -inf.
+index, NaN counts as -inf. `read` takes and returns tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -23,6 +25,25 @@ ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
     "gelu": lambda z: z * 0.5 * (1 + ERF(z / math.sqrt(2))),
     "gelu_tanh": lambda z: z * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
 }
+
+
+def read(reading: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """The results of a reading called like its operation: tensors in fp64 on the device of the first argument."""
+    results = reading(*plain(arguments), **plain(named))
+
+    def tensor(array: Any) -> Tensor | None:
+        return None if array is None else torch.from_numpy(np.asarray(array)).to(arguments[0].device)
+
+    return tuple(map(tensor, results)) if isinstance(results, tuple) else tensor(results)
+
+
+def plain(value: Any) -> Any:
+    """The arguments of an operation as those of its reading: tensors as arrays, floats in fp64."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().double().numpy() if value.is_floating_point() else value.cpu().numpy()
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    return tuple(plain(part) for part in value) if isinstance(value, tuple) else value
 
 
 def softmax(logits: Floats, size: Floats | None = None) -> Floats:
@@ -91,12 +112,19 @@ def fused(x: Floats, scores: Floats, patches: list[int]) -> Floats:
     total = np.zeros(x.shape[1])
     for patch in patches:
         score = scores[patch]
-        total = total + (0.0 if math.isnan(score) or score == -math.inf else score) * x[patch]
+        if not (math.isnan(score) or score in (-math.inf, 0)):
+            total = total + score * x[patch]
     return total
 
 
 def prune_tokens(
-    x: Floats, scores: Floats, keep: int, fuse: bool, heads: str, prefix: int, norm: NormArgs
+    x: Floats,
+    scores: Floats,
+    keep: int,
+    fuse: bool = False,
+    heads: str = "mean",
+    prefix: int = 1,
+    norm: NormArgs = None,
 ) -> tuple[Floats, Ints, Floats | None]:
     tokens, index = [], []
     for image, score in zip(x, scores, strict=True):
@@ -116,11 +144,11 @@ def condense_tokens(
     keep: int,
     merge: int,
     centers: int,
-    weights: Floats | None,
-    heads: str,
-    prefix: int,
-    first: int,
-    norm: NormArgs,
+    weights: Floats | None = None,
+    heads: str = "mean",
+    prefix: int = 1,
+    first: int = 0,
+    norm: NormArgs = None,
 ) -> tuple[Floats, Ints, Ints, Floats | None]:
     tokens, sources, indices = [], [], []
     for b, image in enumerate(x):
@@ -154,7 +182,7 @@ def condense_tokens(
     return rows, np.stack(sources), np.array(indices, np.int64), layer_norm(rows, norm)
 
 
-def match_tokens(metric: Floats, r: int, prefix: int) -> tuple[Ints, Ints, Ints]:
+def match_tokens(metric: Floats, r: int, prefix: int = 1) -> tuple[Ints, Ints, Ints]:
     metric = metric.mean(1) if metric.ndim == 4 else metric
     kept, source, target = [], [], []
     for rows in metric:
@@ -174,7 +202,7 @@ def match_tokens(metric: Floats, r: int, prefix: int) -> tuple[Ints, Ints, Ints]
 
 
 def merge_tokens(
-    x: Floats, match: tuple[Ints, Ints, Ints], size: Floats | None, norm: NormArgs
+    x: Floats, match: tuple[Ints, Ints, Ints], size: Floats | None = None, norm: NormArgs = None
 ) -> tuple[Floats, Floats, Floats | None]:
     size = np.ones(x.shape[:2]) if size is None else size
     tokens, sizes = [], []
@@ -222,17 +250,23 @@ def add_norm(
     return total, layer_norm(total, norm)
 
 
-def cross_attention(visual: Floats, text: Floats, alpha: float) -> tuple[Floats, Floats]:
+def cross_attention(visual: Floats, text: Floats, alpha: float = 0.5) -> tuple[Floats, Floats]:
     logits = visual @ text.T / alpha
-    patches = np.stack([np.stack([softmax(row) @ text for row in image]) for image in logits])
+    patches = [np.stack([softmax(row) for row in image]) @ text for image in logits]
     classes = [
-        np.stack([softmax(column) @ rows for column in image.T]) for image, rows in zip(logits, visual, strict=True)
+        np.stack([softmax(column) for column in image.T]) @ rows for image, rows in zip(logits, visual, strict=True)
     ]
-    return patches, np.stack(classes)
+    return np.stack(patches), np.stack(classes)
 
 
 def calip_logits(
-    visual: Floats, pooled: Floats, text: Floats, alpha: float, beta2: float, beta3: float, terms: bool
+    visual: Floats,
+    pooled: Floats,
+    text: Floats,
+    alpha: float = 0.5,
+    beta2: float = 1.12,
+    beta3: float = 0.02,
+    terms: bool = False,
 ) -> Floats:
     patches, classes = cross_attention(visual, text, alpha)
     image = patches.mean(1) + patches.max(1)
@@ -242,7 +276,7 @@ def calip_logits(
 
 
 def affinity(
-    queries: Floats, support: Floats, labels: Ints, classes: int, beta: float, weights: Floats | None
+    queries: Floats, support: Floats, labels: Ints, classes: int, beta: float, weights: Floats | None = None
 ) -> Floats:
     total = np.zeros((len(queries), classes))
     for j, label in enumerate(labels):
@@ -259,3 +293,16 @@ def targeted_l1(
     for b, i in np.argwhere(mask):
         total[b] += weights[b, i] * np.abs(projection @ student[b, i] - teacher[b, i]).sum() / len(projection)
     return total
+
+
+def targeted_l1_gradients(
+    student: Floats, teacher: Floats, projection: Floats, weights: Floats, mask: NDArray[np.bool_], grad: Floats
+) -> tuple[Floats, Floats]:
+    """The gradients of student (B,n,d) and projection (E,d) for the gradients (B,) of the distances."""
+    to_student, to_projection = np.zeros(student.shape), np.zeros(projection.shape)
+    for b, i in np.argwhere(mask):
+        signs = np.sign(projection @ student[b, i] - teacher[b, i])
+        factor = grad[b] * weights[b, i] / len(projection)
+        to_student[b, i] = factor * signs @ projection
+        to_projection += factor * np.outer(signs, student[b, i])
+    return to_student, to_projection

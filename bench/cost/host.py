@@ -83,8 +83,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def operations() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Return, by name, the public call and the call inside a tower of operations at the sizes of a B/16, batch 1."""
+def operations() -> dict[str, tuple[Callable[[], object], Callable[[], object] | None]]:
+    """Return, by name, the public call of operations at the sizes of a B/16, batch 1, and the call inside a tower.
+
+    Operations that no tower takes have a public call alone.
+    """
     from clipkernels import ops
     from clipkernels.ops import unchecked
 
@@ -97,6 +100,9 @@ def operations() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]
     scores, size = torch.rand(1, heads, tokens - 1), torch.ones(1, tokens)
     even = (tokens + 1) // 2
     match = ops.Match(*(torch.zeros(1, count, dtype=torch.int64) for count in (even - r, r, r)))
+    visual, pooled, classes = (torch.randn(size).to(HALF) for size in ((1, tokens - 1, 512), (1, 512), (10, 512)))
+    teacher, projection = torch.randn(1, tokens, 512).to(HALF), torch.randn(512, width).to(HALF)
+    importance, mask = torch.rand(1, tokens), torch.rand(1, tokens) < 0.4
     calls = {
         "add_norm": ("add_norm", (x, y, bias, None, norm)),
         "bias_act": ("bias_act", (hidden, wide_bias, "quick_gelu")),
@@ -106,13 +112,19 @@ def operations() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]
         "match_tokens": ("match_tokens", (k, r, 1)),
         "merge_tokens, size, norm": ("merge_tokens", (x, match, size, norm)),
         "condense_tokens, rank, norm": ("condense_tokens", (x, scores, 90, 60, 2, scores, "rank", 1, 0, norm)),
+        "cross_attention": ("cross_attention", (visual, classes)),
+        "calip_logits": ("calip_logits", (visual, pooled, classes)),
+        "targeted_l1": ("targeted_l1", (x, teacher, projection, importance, mask)),
     }
 
     def bound(module: Any, name: str, values: tuple[Any, ...]) -> Callable[[], object]:
         run = getattr(module, name)
         return lambda: run(*values)
 
-    return {name: (bound(ops, op, values), bound(unchecked, op, values)) for name, (op, values) in calls.items()}
+    return {
+        name: (bound(ops, op, values), bound(unchecked, op, values) if hasattr(unchecked, op) else None)
+        for name, (op, values) in calls.items()
+    }
 
 
 @torch.inference_mode()
@@ -123,8 +135,10 @@ def operations_table(stub: StubDriver, rounds: int, calls: int = 200) -> Table:
     launches = {}
     for name, (public, internal) in operations().items():
         public()
-        launches[name] = count(stub, internal).total()
-        runs |= {name: public, f"{name} inside": internal}
+        launches[name] = count(stub, internal or public).total()
+        runs[name] = public
+        if internal is not None:
+            runs[f"{name} inside"] = internal
     times = measure({name: repeat(run, calls) for name, run in runs.items()}, rounds, warmup=2, clock="process")
     title = "Host time of an operation, B/16, batch 1, bf16; ×: in units of torch.add"
     table = Table("operation", "launches", "public µs", "×", "in a tower µs", "×", title=title, title_justify="left")
@@ -133,10 +147,9 @@ def operations_table(stub: StubDriver, rounds: int, calls: int = 200) -> Table:
     for name, number in launches.items():
         figures = []
         for variant in (name, f"{name} inside"):
-            figures += [
-                f"{1e6 * times.of(variant).median / calls:.1f}",
-                f"{1 / times.ratio(variant, YARDSTICK)[0]:.1f}",
-            ]
+            if variant in runs:
+                figures.append(f"{1e6 * times.of(variant).median / calls:.1f}")
+                figures.append(f"{1 / times.ratio(variant, YARDSTICK)[0]:.1f}")
         table.add_row(name, str(number), *figures)
     return table
 

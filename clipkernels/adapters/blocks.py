@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from clipkernels.adapters.hooks import KINDS, fires_hooks, has_global_hooks, has_hooks
 from clipkernels.adapters.protocols import Tower, UnsupportedTower
@@ -59,20 +60,22 @@ class BlockCache:
     """The blocks that a patched tower ran last. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self._last: tuple[Blocks, _State] | None = None
+        self._last: tuple[Blocks, _State, int | None] | None = None
 
-    def read(self, tower: Tower, hosts: list[nn.Module]) -> Blocks:
+    def read(self, tower: Tower, hosts: list[nn.Module], width: int | None = None) -> Blocks:
         """Read the blocks of a tower, or return the last reading if none of them has changed. See `read_blocks`."""
         # A compiler would guard every attribute, and a replica of DataParallel lives for one forward.
         if torch.compiler.is_compiling() or "_is_replica" in tower.owner.__dict__:
-            return read_blocks(tower, hosts)
+            return read_blocks(tower, hosts, width=width)
         last = self._last
-        if last is not None and last[0].hosts == hosts and last[1].is_current():
+        if last is not None and last[0].hosts == hosts and width in (None, last[2]) and last[1].is_current():
             return last[0]
         state = _state_of(tower, hosts)
-        blocks = read_blocks(tower, hosts)
-        # Parts that were read beside hooks may differ when the hooks are gone.
-        self._last = None if any(state.hooks) or has_global_hooks() else (blocks, state)
+        blocks = read_blocks(tower, hosts, width=width)
+        # Parts that were read beside hooks may differ when the hooks are gone. A parametrized weight is computed anew
+        # at every access, from others that change in place.
+        fleeting = any(state.hooks) or has_global_hooks() or any(map(is_parametrized, state.modules))
+        self._last = None if fleeting else (blocks, state, width)
         return blocks
 
     def clear(self) -> None:
@@ -83,15 +86,25 @@ class BlockCache:
         return BlockCache, ()
 
 
-def read_blocks(tower: Tower, hosts: list[nn.Module], first: int = 0) -> Blocks:
+def read_blocks(tower: Tower, hosts: list[nn.Module], first: int = 0, width: int | None = None) -> Blocks:
     """Read the blocks `hosts` of a tower from index `first` on.
 
+    Args:
+        tower: the tower.
+        hosts: its blocks.
+        first: index of the first block to check.
+        width: channels of the tokens whose norms are computed by kernels, which do not check them again; None for none.
     Raises:
-        UnsupportedTower: a block's parts would skip something that its own forward does.
+        UnsupportedTower: a block's parts would skip something that its own forward does, or its norms have another
+            width.
     """
     for index in range(first, len(hosts)):
         refuse(tower, hosts[index], index)
     parts = [tower.parts(host) for host in hosts]
+    for index, part in enumerate(parts if width is not None else ()):
+        for norm in (part.norm1, part.norm2):
+            if norm is not None and norm[0].shape[0] != width:
+                raise UnsupportedTower(f"block {index}: expected norms of width {width}, got {norm[0].shape[0]}")
     return Blocks(hosts, parts, [has_hooks(host) and fires_hooks(tower, host) for host in hosts])
 
 

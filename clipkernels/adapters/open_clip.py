@@ -43,6 +43,8 @@ def find(visual: Any) -> OpenCLIPTower | None:
     attributes = ("transformer", "_embeds", "_pool", "ln_post", "class_embedding", "positional_embedding")
     if not all(hasattr(visual, attribute) for attribute in attributes) or not hasattr(visual.transformer, "resblocks"):
         return None
+    if "transformer" not in visual._modules:  # a wrapper, which forwards attributes to the tower inside it
+        return None
     if getattr(visual, "attn_pool_contrastive", None) is not None:
         raise UnsupportedTower(
             f"expected one attentional pooler, got {type(visual).__name__} with a {visual.attn_pool_type} pair"

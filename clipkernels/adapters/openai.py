@@ -22,6 +22,8 @@ def find(visual: Any) -> OpenAITower | None:
     attributes = (*embedding, "transformer", "ln_post", "input_resolution")
     if not all(hasattr(visual, attribute) for attribute in attributes) or not hasattr(visual.transformer, "resblocks"):
         return None
+    if "transformer" not in visual._modules:  # a wrapper, which forwards attributes to the tower inside it
+        return None
     return OpenAITower(visual)
 
 

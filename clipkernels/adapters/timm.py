@@ -42,6 +42,8 @@ def find(visual: Any) -> TimmTower | None:
     trunk = getattr(visual, "trunk", visual)
     if not isinstance(trunk, (VisionTransformer, Eva)):
         return None
+    if trunk is not visual and "trunk" not in visual._modules:  # a wrapper, which forwards attributes to a TimmModel
+        return None
     kind: Any = getattr(type(trunk), "_host", type(trunk))
     base: Any = VisionTransformer if isinstance(trunk, VisionTransformer) else Eva
     for name in ("forward", "forward_features", "forward_intermediates"):

@@ -45,7 +45,8 @@ def find(model: Any) -> TransformersTower | None:
     while hasattr(vision, "vision_model"):
         projection = getattr(vision, "visual_projection", projection)
         vision = vision.vision_model
-    if not all(hasattr(vision, part) for part in ("embeddings", "encoder", "post_layernorm")):
+    # A wrapper forwards attributes to the model inside it, which is the tower.
+    if not all(part in getattr(vision, "_modules", ()) for part in ("embeddings", "encoder", "post_layernorm")):
         return None
     if not hasattr(vision.encoder, "layers") or not hasattr(vision.embeddings, "position_embedding"):
         return None

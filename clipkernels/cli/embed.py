@@ -137,8 +137,8 @@ def embed(
         spec = patch_model(model, method, spec)
         if method is not None and not isinstance(method, Dense):
             click.echo(
-                f"note: {spec} changes embeddings: encode the images of queries with the same method, as "
-                "clipkernels search does",
+                f"note: {spec} changes embeddings, and so which images are nearest: clipkernels search encodes a query "
+                "image alike; docs/embed.md has a table of what that changes",
                 err=True,
             )
         names = Name(*BUNDLED, spec) if name is None else Name(library, anywhere(name), anywhere(pretrained), spec)

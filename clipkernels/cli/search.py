@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
+import msgspec
 import torch
 from rich.table import Table
 from rich.text import Text
 
-from clipkernels.cli.parts.methods import read_methods
+from clipkernels.cli.parts.methods import METHOD_HELP, read_methods
 from clipkernels.cli.parts.models import cast_towers, choose_device, load, load_clip
-from clipkernels.cli.parts.options import device_option, format_option, output_option
+from clipkernels.cli.parts.options import device_option, format_option, once, output_option
 from clipkernels.cli.parts.output import PathCell, check_file, opened, refuse_same, write_results
 from clipkernels.collection.contact_sheet import MAX_HITS, check_suffix, draw_hits, image_reader, save_picture
 from clipkernels.collection.manifest import Manifest, read_manifest
@@ -28,7 +29,7 @@ Example:
   clipkernels demo --quick --model none --save-images pictures
   clipkernels embed pictures --out collection
   clipkernels search collection "the handwritten digit three" -k 5
-  clipkernels search collection --image pictures/digits/three/0009.png \\
+  clipkernels search collection --image pictures/digits/three/0035.png \\
     --picture hits.png
 """
 
@@ -37,6 +38,12 @@ Example:
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
 @click.argument("text", required=False)
 @click.option("--image", type=click.Path(exists=True, dir_okay=False), help="Search with this image, not with a text.")
+@once(
+    "--method",
+    "spec",
+    metavar="SPEC",
+    help=f"Of a query image: {METHOD_HELP}  [default: that of the collection]",
+)
 @click.option("-k", type=click.IntRange(min=1), default=20, show_default=True, help="Number of hits.")
 @click.option(
     "--picture",
@@ -50,6 +57,7 @@ def search(
     folder: str,
     text: str | None,
     image: str | None,
+    spec: str | None,
     k: int,
     picture: str | None,
     device: str | None,
@@ -72,6 +80,10 @@ def search(
             check_file(picture, "--picture")
         if (text is None) == (image is None):
             raise click.UsageError(f"expected a text or --image, got {'neither' if text is None else 'both'}")
+        if spec is not None:
+            if image is None:
+                raise click.UsageError(f"expected --image with --method {spec}, got a text")
+            manifest = msgspec.structs.replace(manifest, spec=spec)
         model, preprocess, tokenizer = load_model(folder, manifest, choose_device(device), image is not None)
         with opened(output) as stream:
             options: dict[str, Any] = {"model": model, "preprocess": preprocess, "tokenizer": tokenizer}

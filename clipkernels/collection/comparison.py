@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ def compare(
     replacing: list[np.ndarray] = []
     vanished: list[Any] = []
     num_vanished = 0
-    for table in (*rows, errors):
+    for table in chain(rows, [errors]):
         places, index, absent = _match(listing["id"], table["id"], state)
         if changed is None or table is errors:
             differs = _other_stamps(stamps, places, table, index)
@@ -80,10 +81,16 @@ def compare(
             vanished.append(table["id"].take(pyarrow().array(absent)))
     counts = np.bincount(state, minlength=5)
     _refuse_duplicates(listing["id"], np.flatnonzero(state == NEW))
-    new, retried, failed, unchanged = (int(counts[number]) for number in (NEW, RETRIED, FAILED, KNOWN))
-    appended = np.flatnonzero((state == NEW) | (state == RETRIED))
-    replaced = np.concatenate([*replacing, np.zeros(0, np.int64)]).astype(np.int64)
-    return Comparison(appended, replaced, new, retried, failed, unchanged, num_vanished, vanished)
+    return Comparison(
+        np.flatnonzero((state == NEW) | (state == RETRIED)),
+        np.concatenate([*replacing, np.zeros(0, np.int64)]).astype(np.int64),
+        new=int(counts[NEW]),
+        retried=int(counts[RETRIED]),
+        failed=int(counts[FAILED]),
+        unchanged=int(counts[KNOWN]),
+        num_vanished=num_vanished,
+        vanished=vanished,
+    )
 
 
 def _match(listed: Any, known: Any, state: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,9 +24,18 @@ from clipkernels.messages import first_line, printable, reason_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-STATE, SPLITS = "state.json", "dataset_dict.json"
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 READ_ROWS = 16
 """Rows that are read together."""
+
+
+def is_dataset(folder: str) -> bool:
+    """Return true for a folder that `save_to_disk` made."""
+
+    def exists(name: str) -> bool:
+        return os.path.exists(os.path.join(folder, name))
+
+    return exists(SPLITS) or (exists(STATE) and exists(INFO))
 
 
 class Split(NamedTuple):

@@ -87,8 +87,12 @@ class GlobSource:
         names, suffixes = found.paths, tuple(f".{column}" for column in columns)
         for index, path in enumerate(names):
             names[index] = path.removeprefix(self.root)
-        # A glob such as photos/* also matches the sidecars.
-        yield from batches_of_files(self.root, (name for name in names if not name.endswith(suffixes)))
+        names = [name for name in names if not name.endswith(suffixes)]  # photos/* also matches the sidecars
+        if not names:
+            raise ValueError(f"expected images, got none that match {self.name!r}")
+        yield from batches_of_files(self.root, names)
+        for suffix in suffixes:
+            del found.others[suffix.lower()]
         self.note = found.note
 
     def columns(self) -> dict[str, pa.DataType]:

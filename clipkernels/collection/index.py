@@ -111,6 +111,9 @@ def _cached(faiss: Any, folder: Path, shards: list[Shard], width: int) -> Any | 
 def _build(faiss: Any, folder: Path, shards: list[Shard], width: int) -> Any:
     """The index of shards; it is written to the folder if that can be written to."""
     index = faiss.IndexFlatIP(width)
+    # A vector keeps its capacity when it shrinks; one that grows takes twice its size.
+    index.codes.resize(sum(shard.rows for shard in shards) * index.code_size)
+    index.codes.resize(0)
     for shard in shards:
         for vectors in vector_batches(folder, shard, width):
             index.add(normalised(vectors))
@@ -136,11 +139,7 @@ def _write(faiss: Any, index: Any, below: Path, shards: list[Shard], width: int)
     file = below / f"{digest.hexdigest()}{SUFFIX}"
     with atomic_write(file) as temporary:
         faiss.write_index(index, temporary)
-    header = Header(
-        shards=[(shard.name, shard.size, shard.modified, shard.rows) for shard in shards],
-        width=width,
-        index=digest.hexdigest(),
-    )
+    header = Header(shards=[(*shard,) for shard in shards], width=width, index=digest.hexdigest())
     text = encode_header(FORMAT, header, {}, limit=MAX_BYTES, indent=1)
     with atomic_write(below / JSON) as temporary:
         Path(temporary).write_text(f"{text}\n", encoding="utf-8")

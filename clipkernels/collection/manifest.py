@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from clipkernels.collection.layout import MANIFEST
-from clipkernels.files import atomic_write, open_named
+from clipkernels.files import atomic_write, naming, open_named
 from clipkernels.formats import Fingerprint, Format, Line, Size, decode_header, encode_header
 
 MAX_BYTES = 1 << 22
@@ -72,7 +72,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         OSError: the file cannot be written.
     """
     text = encode_header(FORMAT, manifest, {}, limit=MAX_BYTES, indent=1)
-    with atomic_write(folder / MANIFEST) as temporary:
+    file = folder / MANIFEST
+    with naming(file), atomic_write(file) as temporary:
         Path(temporary).write_text(text + "\n", encoding="utf-8")
 
 

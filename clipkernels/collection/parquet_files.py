@@ -24,9 +24,17 @@ MAX_HEADER_BYTES = 1 << 22
 
 
 @contextmanager
-def parquet_writer(path: Path, schema: pa.Schema, form: Format, header: msgspec.Struct) -> Iterator[Any]:
+def parquet_writer(
+    path: Path, schema: pa.Schema, form: Format, header: msgspec.Struct, *, sync: bool = True
+) -> Iterator[Any]:
     """Yield a writer of row groups; the file replaces `path` on success. Equal tables give equal files.
 
+    Args:
+        path: the file.
+        schema: the columns.
+        form, header: the format, and the header in it.
+        sync: wait until the disk has the content, because other files are deleted for it. Without, a crash of the
+            system may damage the file, which is then refused when it is read.
     Raises:
         OSError: the file cannot be written. It names `path`, and leaves no temporary file.
     """
@@ -40,7 +48,8 @@ def parquet_writer(path: Path, schema: pa.Schema, form: Format, header: msgspec.
         finally:
             writer.close()
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 @contextmanager

@@ -114,12 +114,12 @@ class ParquetSource:
         path = self.files[name]
 
         def make(stream: IO[bytes]) -> ParquetRows:
-            return ParquetRows(stream, name, path, self.image_column, self.id_column, columns)
+            try:
+                return ParquetRows(stream, name, path, self.image_column, self.id_column, columns)
+            except (pyarrow().ArrowException, OSError) as error:
+                raise _unreadable(path, error) from error
 
-        try:
-            return stamped(path, KIND, make, (self.image_column, self.id_column, *columns))
-        except pyarrow().ArrowException as error:
-            raise _unreadable(path, error) from error
+        return stamped(path, KIND, make, (self.image_column, self.id_column, *columns))
 
 
 def _unreadable(path: str, error: Exception) -> ValueError:

@@ -17,7 +17,7 @@ from clipkernels.adapters.tokenizers import Tokenizer
 from clipkernels.classifier import class_embeddings, eval_mode
 from clipkernels.collection.manifest import Settings
 from clipkernels.data import Preprocess, bundled
-from clipkernels.encode import encode_image
+from clipkernels.encode import encode_image, tower_weight
 from clipkernels.fingerprint import check_fingerprint, fingerprint, same_tower, short_fingerprint
 from clipkernels.images import Reader, image_shape
 from clipkernels.methods import Dense
@@ -92,8 +92,7 @@ def encode_picture(model: nn.Module, preprocess: Preprocess, image: QueryImage, 
     if isinstance(pixels, str):
         name = image if isinstance(image, str | os.PathLike) else "one"
         raise ValueError(f"expected an image that can be read, got {name}: {pixels}")
-    # The patch convolution has the tower's precision; open_clip has other weights of a half-precision tower in fp32.
-    weights = next((weight for weight in model.parameters() if weight.ndim == 4), next(model.parameters()))
+    weights = tower_weight(model)
     with eval_mode(model):
         return encode_image(model, pixels[None].to(weights.device, weights.dtype)).embedding[0].float().cpu()
 

@@ -20,7 +20,7 @@ from clipkernels.messages import first_line
 if TYPE_CHECKING:
     import pyarrow as pa
 
-BATCH_ROWS = 8192
+BATCH_ROWS = 2048
 REMEDY = "delete it, then run clipkernels embed again"
 
 

@@ -132,7 +132,7 @@ def embed(
     devices: Sequence[torch.device | str] | None = None,
     engine: Literal["local", "ray"] = "local",
     actors: int = 1,
-    name: Name | None = None,
+    name: Name | tuple[str | None, ...] | None = None,
     progress: Callable[[Progress], bool | None] | None = None,
     report: Callable[[str], object] = warn,
 ) -> Embedded:
@@ -165,7 +165,8 @@ def embed(
         devices: the devices that a copy of the model runs on each; by default, the one that it is on.
         engine: "local" for this process, "ray" for the cluster that RAY_ADDRESS names, or one of this machine.
         actors: models of the Ray engine.
-        name: names for the manifest, by which `ck.search` loads the model again.
+        name: library, model, pretrained and method, as the command line spells them, for the manifest:
+            `clipkernels search` loads the model by them.
         progress: called after each batch, with the Ray engine after each unit; a true result stops the run.
         report: called with a line about what a reader should know.
     Returns:
@@ -189,8 +190,9 @@ def embed(
     check_choice("engine", engine, "local", "ray")
     check_choice("dtype", dtype, "float32", "float16", None)
     devices = check_devices(devices)
-    if not isinstance(name, Name | None):
-        raise TypeError(f"name must be a Name or None, got {describe(name)}")
+    if name is not None and not (isinstance(name, tuple) and len(name) <= len(Name._fields)):
+        raise TypeError(f"name must be a tuple of {len(Name._fields)} names or None, got {describe(name)}")
+    check_names(**{f"name's {field}": value for field, value in zip(Name._fields, name or (), strict=False)})
     if text is not None and tokenizer is None:
         raise ValueError("text needs a tokenizer, got none")
     names, columns = source_names(sources), column_names(columns)
@@ -200,7 +202,7 @@ def embed(
     listing = list_items(find(names), wanted)
     check_columns(text, columns, listing.types)
     kept = {column: listing.types[column] for column in columns}
-    name = name or Name()
+    name = Name(*(name or ()))
     with eval_mode(model):
         settings = _settings(model, preprocess, Reader(exif), name, raw, dtype, text, kept)
         settings = msgspec.structs.replace(settings, image_column=image_column, id_column=id_column)

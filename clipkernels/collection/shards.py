@@ -207,15 +207,16 @@ def known_rows(folder: Path, numbers: Iterable[int], columns: list[str], rows: i
         ValueError: a shard is not as it was written.
         OSError: a file cannot be read.
     """
-    parts: list[pa.Table] = []
+    pa = pyarrow()
+    parts: list[Any] = []
     for number in numbers:
         with open_parquet(shard_file(folder, number), FORMAT) as (_, file):
             parts.append(file.read(columns=columns, use_threads=False).replace_schema_metadata())
         if sum(map(len, parts)) >= rows:
-            yield pyarrow().concat_tables(parts)
+            yield pa.concat_tables(parts)
             parts = []
     if parts:
-        yield pyarrow().concat_tables(parts)
+        yield pa.concat_tables(parts)
 
 
 def read_known(folder: str | os.PathLike[str]) -> pa.Table:
@@ -232,4 +233,4 @@ def read_known(folder: str | os.PathLike[str]) -> pa.Table:
     flags = [pa.repeat(pa.scalar(table is tables[-1]), len(table)) for table in tables]
     schema = pa.schema([pa.field(field.name, field.type) for field in errors.select(columns).schema])
     marked = [table.cast(schema).append_column("failed", flag) for table, flag in zip(tables, flags, strict=True)]
-    return pyarrow().concat_tables(marked)
+    return pa.concat_tables(marked)

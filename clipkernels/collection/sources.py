@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from clipkernels.collection.containers import PARQUET, TAR
-from clipkernels.collection.dataset_source import SPLITS, STATE, DatasetSource
+from clipkernels.collection.dataset_source import DatasetSource, is_dataset
 from clipkernels.collection.folder_source import FileSource, FolderSource, GlobSource, ListSource
 from clipkernels.collection.items import Answers, Item, Source
 from clipkernels.collection.layout import listing_schema
@@ -76,13 +76,13 @@ def find_sources(
 def _find_source(name: str, image_column: str | None, id_column: str | None) -> Source:
     lower = name.lower()
     if os.path.isdir(name):
-        if any(os.path.exists(os.path.join(name, state)) for state in (STATE, SPLITS)):
+        if is_dataset(name):
             return DatasetSource(name, os.path.abspath(name), image_column, id_column)
         suffixes = _suffixes_below(name)
         if suffixes is None:
             return FolderSource(name, os.path.abspath(name))
     elif lower.endswith(COMPRESSED_TARS):
-        raise ValueError(f"expected an uncompressed tar, got {printable(name)}: decompress it, such as by gunzip")
+        raise _compressed(name)
     elif lower.endswith(PARQUET):
         suffixes = PARQUET
     elif lower.endswith(TAR):
@@ -105,18 +105,26 @@ def _suffixes_below(folder: str) -> tuple[str, ...] | None:
     """The kind of containers below a folder, by their suffixes; None for a folder with images.
 
     Raises:
-        ValueError: neither, or Parquet files and tars.
+        ValueError: neither; Parquet files and tars; compressed tars.
     """
     kinds = set[tuple[str, ...]]()
+    compressed = None
     for _, names in walk(folder):
         if any(map(is_image_name, names)):
             return None
+        compressed = compressed or next((name for name in names if name.lower().endswith(COMPRESSED_TARS)), None)
         kinds |= {kind for kind in (PARQUET, TAR) if any(name.lower().endswith(kind) for name in names)}
+    if compressed is not None:
+        raise _compressed(compressed)
     if len(kinds) == 2:
         raise ValueError(f"expected images, Parquet files or tars, got {folder!r} with Parquet files and tars")
     if not kinds:
         raise no_images(folder, images_below(folder))
     return kinds.pop()
+
+
+def _compressed(name: str) -> ValueError:
+    return ValueError(f"expected an uncompressed tar, got {printable(name)}: decompress it, such as with gunzip")
 
 
 def list_items(sources: Sequence[Source], columns: Sequence[str] = ()) -> Listing:

@@ -63,8 +63,8 @@ class TarSource:
                 keys = [f"{escape(name)}/{escape(sample.key)}" for sample, _, _ in chunk]
                 offsets, sizes = [sample.offset for sample, _, _ in chunk], [size for _, size, _ in chunk]
                 yield make_batch(keys, offsets, sizes, [time for _, _, time in chunk])
-        counts = [f"{count} {kind}" for kind, count in sorted(self.skipped.items())]
-        self.note = f"skipped in tars: {', '.join(counts)}" if counts else None
+        counts = [f"{kind} ({count})" for kind, count in sorted(self.skipped.items())]
+        self.note = f"skipped {', '.join(counts)}" if counts else None
         if empty:
             raise ValueError(f"expected images, got none in {printable(self.name)}{_because(self.note)}")
 

@@ -59,7 +59,7 @@ def write_unit(
         raise ValueError("expected an embedding or a reason in each row of a unit, got a row with both or neither")
     errors = compute.sum(failed).as_py() or 0
     header = UnitHeader(generation, unit, table.num_rows - errors, errors, dict(notes or {}))
-    with parquet_writer(unit_file(folder, generation, unit), table.schema, FORMAT, header) as writer:
+    with parquet_writer(unit_file(folder, generation, unit), table.schema, FORMAT, header, sync=False) as writer:
         writer.write_table(table, row_group_size=max(table.num_rows, 1))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clipkernels.custom_ops import call_with_norm, flatten_norm, kernels, norm_backward, register
 from clipkernels.reference import Condensed, Norm, reduce_heads
+from clipkernels.reference.prune import hide_unweighed
 from clipkernels.reference.ranking import rows_at
 
 
@@ -68,16 +69,17 @@ def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Any,
     patches, center = x[:, ctx.prefix :].float(), index[:, ctx.keep :]
     # A row is the sum of its patches times their coefficients, …
     pull = total.gather(1, source[..., None].expand(-1, -1, x.shape[2]))
-    along = (patches * pull).sum(-1)  # the gradients of the coefficients
     joined = source[:, None] == torch.arange(first, first + ctx.centers, device=x.device)[:, None]  # (B,K,P)
-    share, grad_patches = _shares_and_gradient(patches, joined, center, along)
     fuse_weights, by_rank = (scores, ctx.heads == "rank") if weights is None else (weights, False)
     if fuse_weights.ndim == 3:
         reduced = reduce_heads(fuse_weights, "rank" if by_rank else "mean")
     else:
         reduced, by_rank = fuse_weights.float(), False
     fused = (source == first + ctx.centers) & (reduced > float("-inf"))
-    coefficient = torch.where(source < first, 1.0, share + torch.where(fused, reduced, 0.0))
+    fused_weights = torch.where(fused, reduced, 0.0)
+    along = (hide_unweighed(patches, fused_weights) * pull).sum(-1)  # the gradients of the coefficients
+    joined, share, grad_patches = _shares_and_gradient(patches, joined, center, along)
+    coefficient = torch.where(source < first, 1.0, share + fused_weights)
     grad_patches = grad_patches + coefficient[..., None] * pull
     # … except that a centre without patches yields its own token.
     alone = total[:, first:-1] * ~joined.any(2, keepdim=True)
@@ -93,10 +95,13 @@ def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Any,
     return grad_x, grad_scores, None, None, None, grad_weights, None, None, None, grad_weight, grad_bias, None
 
 
-def _shares_and_gradient(patches: Tensor, joined: Tensor, center: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
-    """The share (B,P) of each patch in its centre's token, and the gradient (B,P,C) of the patches through the shares.
+def _shares_and_gradient(
+    patches: Tensor, joined: Tensor, center: Tensor, along: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The patches that have a share (B,K,P), each one's share (B,P), and the gradient (B,P,C) through the shares.
 
-    A share falls with the distance to the centre, unless that is 0, and with the other shares of the cluster.
+    A share falls with the distance to the centre, unless that is 0, and with the other shares of the cluster. A patch
+    at a distance that is not finite has none.
 
     Args:
         patches: (B,P,C) fp32.
@@ -106,7 +111,9 @@ def _shares_and_gradient(patches: Tensor, joined: Tensor, center: Tensor, along:
     """
     merged, cluster = joined.any(1), joined.int().argmax(1)
     apart = torch.where(merged[..., None], patches - rows_at(patches, center.gather(1, cluster)), 0.0)
-    distance = torch.linalg.vector_norm(apart, dim=-1).nan_to_num(float("inf"), float("inf"))
+    merged = merged & apart.square().sum(-1).isfinite()
+    joined, apart = joined & merged[:, None], torch.where(merged[..., None], apart, 0.0)
+    distance = torch.linalg.vector_norm(apart, dim=-1)
     at_center = distance == 0
     distance = torch.where(at_center, 1, distance)
     weight = torch.where(merged, 1 / distance, 0.0)
@@ -116,7 +123,7 @@ def _shares_and_gradient(patches: Tensor, joined: Tensor, center: Tensor, along:
     mean = (joined * pull[:, None]).sum(2).gather(1, cluster)
     slope = torch.where(at_center, 0.0, (share * mean - pull) / distance)
     grad = slope[..., None] * (apart / distance[..., None])
-    return share, grad.scatter_add(1, center[..., None].expand(-1, -1, grad.shape[2]), -(joined.float() @ grad))
+    return joined, share, grad.scatter_add(1, center[..., None].expand(-1, -1, grad.shape[2]), -(joined.float() @ grad))
 
 
 register(

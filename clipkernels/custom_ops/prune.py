@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clipkernels.custom_ops import call_with_norm, flatten_norm, kernels, norm_backward, register
 from clipkernels.reference import Norm, Pruned, reduce_heads
+from clipkernels.reference.prune import hide_unweighed
 
 
 def prune_tokens(
@@ -48,12 +49,14 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None, grad_normed: Tens
     patches = patches.scatter(1, index[..., None].expand_as(kept), kept)
     if ctx.fuse:
         fused = total[:, -1:]
-        dropped = torch.ones_like(patches[..., 0]).scatter(1, index, 0.0)
         reduced = reduce_heads(scores, ctx.heads) if scores.ndim == 3 else scores.float()
-        counts = dropped * (reduced > float("-inf"))
-        patches = patches + (reduced.nan_to_num(0.0) * counts)[..., None] * fused
+        counts = (reduced > float("-inf")).scatter(1, index, False)
+        weights = torch.where(counts, reduced, 0.0)
+        patches = patches + weights[..., None] * fused
         if ctx.heads == "mean" or scores.ndim == 2:
-            grad_scores = (x[:, ctx.prefix :].float() * fused).sum(-1) * counts
+            grad_scores = torch.where(
+                counts, (hide_unweighed(x[:, ctx.prefix :].float(), weights) * fused).sum(-1), 0.0
+            )
             if scores.ndim == 3:
                 grad_scores = (grad_scores / scores.shape[1])[:, None].expand_as(scores)
             grad_scores = grad_scores.to(scores.dtype)

@@ -149,6 +149,8 @@ def _check_queries(q: Tensor, k: Tensor, prefix: int) -> None:
     check_tensors(q=q, k=k)
     if q.ndim != 4 or not q.shape[2]:
         raise ValueError(f"q must be (B,H,M,D) with at least one query, got {shape_of(q)}")
+    if not q.shape[3]:
+        raise ValueError(f"q must be (B,H,M,D) with D of at least 1, got {shape_of(q)}")
     check_floating(q=q)
     if k.ndim != 4 or (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]) or k.shape[2] < q.shape[2]:
         expected = (*q.shape[:2], "N", q.shape[3])

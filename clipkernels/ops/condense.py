@@ -38,7 +38,8 @@ def condense_tokens(
     K-centre greedy chooses the centres: each next centre is the patch farthest (Euclidean) from its nearest centre so
     far. Every merging patch joins its nearest centre. A centre's token is Σ wᵢxᵢ / Σ wᵢ over the patches that joined
     it, with wᵢ = 1/‖xᵢ-c‖, or 1 at distance 0. Of equally far patches the one with the higher score becomes the centre;
-    of equally near centres a patch joins the earlier one. A centre that no patch joins yields its own token.
+    of equally near centres a patch joins the earlier one. A patch at a distance that is not finite is farthest and adds
+    nothing to a centre's token. A centre that no patch joins, or that is not finite, yields its own token.
 
     Args:
         x: (B,N,C) tokens.
@@ -47,7 +48,8 @@ def condense_tokens(
         merge: number of patches to merge, 1 to P - keep.
         centers: number of tokens that they merge into, 1 to merge.
         weights: (B,P), or per head (B,H,P) and then averaged: weight of each patch in the fused token Σ weightᵢ·xᵢ,
-            not renormalised. None is the reduced scores. A weight of NaN or -inf counts as 0.
+            not renormalised. None is the reduced scores. A weight of NaN or -inf counts as 0, and a patch that counts
+            as 0 adds nothing, whatever it holds.
         heads: "mean" or "rank", as in `rank_tokens`.
         prefix: leading tokens that are always kept.
         first: rank of the first centre among the merging patches in descending score; 0 is the highest score.

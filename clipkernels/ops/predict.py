@@ -84,8 +84,8 @@ def predict_scores(x: Tensor, mixer: Mixer, prefix: int = 1, *, backend: Backend
 
 def _check_predict(x: Tensor, mixer: Mixer, prefix: int) -> None:
     check_tokens(x)
-    if not x.shape[1] or not x.shape[2]:
-        raise ValueError(f"x must be (B,N,C) with N and C of at least 1, got {shape_of(x)}")
+    if not x.shape[1]:
+        raise ValueError(f"x must be (B,N,C) with N of at least 1, got {shape_of(x)}")
     check_prefix(prefix, x.shape[1])
     if not isinstance(mixer, Mixer):
         raise TypeError(f"mixer must be an ops.Mixer, got {describe(mixer)}")

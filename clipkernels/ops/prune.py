@@ -39,7 +39,8 @@ def prune_tokens(
         scores: (B,P), or per head (B,H,P) and then reduced by `heads`; any float dtype.
         keep: number of patches to keep, 0 to P.
         fuse: append Σ scoreᵢ·xᵢ over the dropped patches, not renormalised, accumulated in fp32. A score of NaN or -inf
-            counts as 0 in this sum. With keep = P the sum is a row of zeros.
+            counts as 0 in this sum. A patch that counts as 0 adds nothing, whatever it holds. With keep = P the sum is
+            a row of zeros.
         heads: "mean" or "rank", as in `rank_tokens`.
         prefix: leading tokens that are always kept.
         norm: (weight (C,), bias (C,), eps): also return the LayerNorm of the result.

@@ -44,7 +44,7 @@ def condense_tokens(
     candidates = rows_at(x, middle + prefix)
     center, cluster = _cluster(candidates.detach(), centers, first)
     with autocast_disabled(x):
-        merged = (_shares(candidates, center, cluster) @ upcast(candidates)).to(x.dtype)
+        merged = _means(candidates, center, cluster).to(x.dtype)
     tokens = torch.cat([x[:, :prefix], rows_at(x, best + prefix), merged, fuse_rows(x, weights, rest, prefix)], 1)
     rows = torch.arange(prefix, prefix + keep, device=x.device).expand_as(best)
     row = torch.cat([rows, cluster + prefix + keep, torch.full_like(rest, prefix + keep + centers)], 1)
@@ -68,8 +68,8 @@ def _cluster(x: Tensor, centers: int, first: int) -> tuple[Tensor, Tensor]:
     return torch.stack(chosen, 1), cluster
 
 
-def _shares(x: Tensor, center: Tensor, cluster: Tensor) -> Tensor:
-    """Return each centre's weights (B,K,M) of tokens (B,M,C): inverse to the distance, with the sum one."""
+def _means(x: Tensor, center: Tensor, cluster: Tensor) -> Tensor:
+    """Return each centre's token (B,K,C): the mean of its tokens among (B,M,C), weighted by the inverse distance."""
     wide, centers = upcast(x), center.shape[1]
     apart = wide - rows_at(wide, center.gather(1, cluster))
     squares = apart.detach().square().sum(-1)
@@ -81,7 +81,9 @@ def _shares(x: Tensor, center: Tensor, cluster: Tensor) -> Tensor:
     logits = logits[:, None].masked_fill(
         cluster[:, None] != torch.arange(centers, device=x.device)[:, None], float("-inf")
     )
-    # A centre that no token joins coincides with another one. It yields its own token.
-    alone = torch.arange(x.shape[1], device=x.device) == center[..., None]
     is_empty = logits.isneginf().all(2, keepdim=True)
-    return torch.where(is_empty, 0.0, logits).masked_fill(is_empty & ~alone, float("-inf")).softmax(2)
+    shares = logits.masked_fill(is_empty, 0).softmax(2)
+    # A token that is not finite has no share in any mean, but 0·NaN would spoil them all.
+    means = shares @ wide.masked_fill(~wide.isfinite(), 0)
+    # A centre that no token joins coincides with another one, or is not finite. It yields its own token.
+    return torch.where(is_empty, rows_at(wide, center), means)

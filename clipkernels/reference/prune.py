@@ -10,6 +10,7 @@ from torch import Tensor
 from clipkernels.reference.epilogue import Norm, norm_rows
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import Heads, reduce_heads, rows_at, strongest_first
+from clipkernels.reference.targeted_l1 import needs_static_shapes
 
 
 class Pruned(NamedTuple):
@@ -40,5 +41,18 @@ def fuse_rows(x: Tensor, scores: Tensor, patches: Tensor, prefix: int) -> Tensor
     # NaN and -inf mark a patch that does not exist, so it must not contribute.
     weights = weights.masked_fill(weights.isnan() | weights.isneginf(), 0)
     dtype = torch.promote_types(weights.dtype, upcast(x).dtype)
+    rows = hide_unweighed(rows_at(x, patches + prefix).to(dtype), weights)
     with autocast_disabled(x):
-        return (weights[:, None].to(dtype) @ rows_at(x, patches + prefix).to(dtype)).to(x.dtype)
+        return (weights[:, None].to(dtype) @ rows).to(x.dtype)
+
+
+def hide_unweighed(x: Tensor, weights: Tensor) -> Tensor:
+    """Return rows x (B,n,C) with zeros for values that are not finite in rows of weight 0; weights (B,n).
+
+    A product would not do, because 0·NaN is NaN. Finite values stay, because the gradient of a weight needs them.
+    """
+    absent = weights == 0
+    # Mostly there is none, and a copy of x costs time. A GPU would have to be waited for.
+    if x.device.type == "cpu" and not needs_static_shapes(x, weights) and not absent.any():
+        return x
+    return x.masked_fill(absent[..., None] & ~x.isfinite(), 0)

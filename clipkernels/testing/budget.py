@@ -77,6 +77,8 @@ class GuardedAllocations(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func not in (torch.empty, torch.empty_like, Tensor.new_empty) or not result.is_contiguous():
             return result
+        if result.dtype == torch.bool:  # no value of it could reveal a store
+            return result
         size = result.numel()
         poison = float("nan") if result.is_floating_point() else torch.iinfo(result.dtype).max
         buffer = torch.full((size + 2 * self.GUARD,), poison, dtype=result.dtype, device=result.device)

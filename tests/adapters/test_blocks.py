@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 pytest.importorskip("open_clip", reason="open_clip is not installed, which defines the towers")
 
 import clipkernels as ck
 from clipkernels.adapters.blocks import Blocks
 from clipkernels.adapters.modules import linear_of, norm_of
-from clipkernels.testing import open_clip_tower, timm_tower, transformers_tower
+from clipkernels.testing import open_clip_tower, randomized, timm_tower, transformers_tower
 from clipkernels.tower import SLOT
 
 SMALL = {"width": 64, "image_size": 32, "patch_size": 16}
+EVA = {"embed_dim": 64, "num_heads": 2, "img_size": 32, "num_classes": 24, "init_values": 0.5}
 
 
 @pytest.fixture
@@ -267,3 +269,52 @@ def test_weights_of_another_size_are_left_to_their_module() -> None:
     norm.weight = nn.Parameter(torch.ones(1))
     assert norm_of(norm) is None and linear_of(projection) is None
     assert norm_of(nn.LayerNorm((2, 4))) is None
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+PARAMETRIZED = {
+    "attn.in_proj_weight": "open_clip",
+    "attn.out_proj.weight": "open_clip",
+    "ls_2.gamma": "open_clip",
+    "gamma_1": "timm",
+    "mlp.fc2.bias": "timm",
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_a_parametrized_weight_is_computed_anew(name: str, when: str, device: Any, on_triton: None) -> None:
+    if PARAMETRIZED[name] == "timm":
+        model: Any = timm_tower("eva02_base_patch16_clip_224", **EVA)
+    else:
+        model = open_clip_tower("ViT-B-32", 2, **SMALL, ls_init_value=0.5).visual
+    images = torch.randn(2, 3, 32, 32, device=device)
+    model = randomized(model).to(device)
+    path, _, attribute = name.rpartition(".")
+    owner = ck.tower_of(model).blocks[1].get_submodule(path)
+    if when == "after":
+        ck.patch(model, ck.Dense())(images)
+    register_parametrization(owner, attribute, Double())
+    if when == "before":
+        ck.patch(model, ck.Dense())
+    for _ in range(2):
+        model(images).sum().backward()
+        with torch.no_grad():
+            owner.parametrizations[attribute].original.mul_(1.5)  # type: ignore[index, union-attr, operator]
+    with torch.no_grad():
+        actual = model(images)
+        expected = ck.unpatch(model)(images)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_norm_of_another_width_is_refused(model: nn.Module, device: Any, on_triton: None) -> None:
+    images = torch.randn(2, 3, 32, 32, device=device)
+    model.to(device).encode_image(images)
+    block_of(model).ln_2 = nn.LayerNorm(32, device=device)
+    with pytest.raises(ck.UnsupportedTower, match="block 1: expected norms of width 64, got 32"):
+        model.encode_image(images)

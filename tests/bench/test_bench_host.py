@@ -51,6 +51,7 @@ def test_the_bench_prints_a_row_for_each_operation_and_tower() -> None:
     assert figures["torch.add of 4 elements"][2] == "1.0"
     launches = {name: cells[0] for name, cells in figures.items()}
     assert launches["attention, cls"] == "1" and launches["prune_tokens, heads, fuse, norm"] == "2"
+    assert launches["cross_attention"] == launches["calip_logits"] == "2" and launches["targeted_l1"] == "3"
     assert launches["open_clip eager"] == "0" and launches["Dense()"] == "48"
 
 

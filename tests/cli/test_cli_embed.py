@@ -164,7 +164,7 @@ def test_another_run_than_the_collections_is_refused(photos: Path, tmp_path: Pat
 
 def test_a_reducing_method_asks_for_queries_encoded_alike(photos: Path, tmp_path: Path) -> None:
     result = succeed("embed", photos, "--out", tmp_path / "DIR", "--method", "tome:4", *FAST)
-    assert "note: tome:4 changes embeddings: encode the images of queries with the same method" in result.stderr
+    assert "note: tome:4 changes embeddings, and so which images are nearest: " in result.stderr
     model, preprocess, _ = ck.bundled()
     ck.patch(model, ck.ToMe(4))
     files = sorted(photos.glob("*.png"))

@@ -26,7 +26,7 @@ from clipkernels.collection import index as index_module  # noqa: E402
 from clipkernels.collection import search as search_module  # noqa: E402
 from clipkernels.collection.layout import INDEX  # noqa: E402
 from clipkernels.collection.manifest import read_manifest  # noqa: E402
-from clipkernels.collection.rows import list_shards, vector_batches  # noqa: E402
+from clipkernels.collection.rows import _vectors, list_shards, vector_batches  # noqa: E402
 from clipkernels.collection.search import Hit, find_hits, search  # noqa: E402
 from tests.collection.finished import manifest_for, unit_vectors, write_collection, write_shard  # noqa: E402
 
@@ -134,6 +134,25 @@ def test_batches_are_the_rows_of_a_shard(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("clipkernels.collection.rows.BATCH_ROWS", 8)  # of other sizes than the row groups
     batches = list(vector_batches(folder, list_shards(folder)[0], WIDTH))
     assert max(map(len, batches)) <= 8 and np.array_equal(np.concatenate(batches), vectors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_slice_of_a_column_is_its_own_rows(dtype: str) -> None:
+    import pyarrow as pa
+
+    vectors = unit_vectors(20, WIDTH).astype(dtype)
+    flat, absent = pa.array(vectors.reshape(-1)), np.zeros(20, bool)
+    column = pa.FixedSizeListArray.from_arrays(flat, WIDTH)
+    actual, missing = _vectors(column[5:17], WIDTH)
+    assert np.array_equal(actual, vectors[5:17]) and not missing.any()
+    absent[[6, 16, 19]] = True
+    column = pa.FixedSizeListArray.from_arrays(flat, type=column.type, mask=pa.array(absent))
+    actual, missing = _vectors(column[5:17], WIDTH)
+    assert missing.tolist() == absent[5:17].tolist()
+    assert np.array_equal(actual, np.where(absent[:, None], 0, vectors)[5:17])
+    half = pa.array([None if place == 7 else value for place, value in enumerate(vectors[:2].reshape(-1))], flat.type)
+    actual, missing = _vectors(pa.FixedSizeListArray.from_arrays(half, WIDTH), WIDTH)
+    assert missing.tolist() == [True, False] and np.array_equal(actual[1], vectors[1])
 
 
 # The index in the folder.

@@ -111,7 +111,13 @@ def test_explain_gives_the_backend_and_a_reason(monkeypatch):
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "reference")
     assert backend.explain(CUDA) == ("reference", "CLIPKERNELS_BACKEND=reference is set")
     monkeypatch.setenv("CLIPKERNELS_BACKEND", "fast")
-    assert backend.explain(CPU) == ("none", 'backend must be "auto", "triton" or "reference", got \'fast\'')
+    assert backend.explain(CPU) == (
+        "none",
+        'CLIPKERNELS_BACKEND must be "auto", "triton" or "reference", got \'fast\'',
+    )
+    monkeypatch.setenv("CLIPKERNELS_BACKEND", "")
+    assert choose("auto") == "reference"
+    assert backend.explain(CPU) == ("reference", "on the CPU the PyTorch reference is the fast path")
 
 
 def test_an_error_names_the_environment_variable_that_caused_it(monkeypatch):

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from open_clip.timm_model import TimmModel
 from PIL import Image
 
 import clipkernels as ck
-from clipkernels.testing import randomized, transformers_tower
+from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 METHODS = [ck.Dense(), ck.EViT(0.5), ck.ToMe(8), ck.TCA(0.1)]
@@ -106,3 +107,43 @@ def test_a_model_inside_a_wrapper_is_found(tiny, images):
     assert ck.method_of(tiny) == ck.EViT(0.5) == ck.method_of(parallel)
     compiled = torch.compile(tiny, backend="eager")
     assert ck.method_of(compiled) == ck.EViT(0.5)
+
+
+class Forwarding(torch.nn.Module):
+    """A wrapper that looks like the model inside it, as PEFT's do."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs)
+
+
+@pytest.mark.parametrize("host", ["open_clip", "open_clip with timm", "timm", "OpenAI", "transformers"])
+@torch.no_grad()
+def test_a_wrapper_that_forwards_attributes_is_not_the_tower(host):
+    if host == "OpenAI":
+        pytest.importorskip("clip.model", reason="OpenAI's clip is not installed")
+    small = {"embed_dim": 64, "num_heads": 2, "img_size": 32, "num_classes": 24}
+    tower = {
+        "open_clip": lambda: open_clip_tower("ViT-B-32", width=64, head_width=32, image_size=32, patch_size=8).visual,
+        "open_clip with timm": lambda: TimmModel("vit_tiny_patch16_224", 24).eval(),
+        "timm": lambda: timm_tower("vit_base_patch8_224", **small),
+        "OpenAI": lambda: openai_tower(2, 32, 8, 64, 24).visual,
+        "transformers": lambda: transformers_tower("CLIPVisionModel", **{**SIZES, "image_size": 32}),
+    }[host]()
+    root = ck.tower_of(tower).root
+    images = torch.randn(2, 3, *ck.tower_of(tower).image_size)
+    for wrapper in (Forwarding(tower), Forwarding(Forwarding(tower)), torch.compile(tower, backend="eager")):
+        assert ck.tower_of(wrapper).root is root
+        ck.patch(wrapper, ck.EViT(0.5))
+        assert ck.method_of(tower) == ck.EViT(0.5)
+        embedding = ck.encode_image(wrapper, images).embedding
+        assert torch.equal(embedding, ck.encode_image(tower, images).embedding)

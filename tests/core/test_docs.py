@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 GUIDES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 # Extra packages that a block needs, by a word in the block.
 PACKAGES = {"torch.onnx": "onnxscript", "support.retrieve": "faiss", "from peft": "peft"}
+PACKAGES |= {"duckdb": "duckdb", '"collection"': "pyarrow", "ck.search": "faiss"}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
 # As deep as the real tower and with as many tokens, but narrow.
 B16 = {"image_size": 224, "layers": 12, "width": 64, "patch_size": 16}
@@ -73,6 +75,10 @@ def test_a_python_block_of_the_guides_runs_alone(block: str, guide_folder: None)
     for word, package in PACKAGES.items():
         if word in block:
             pytest.importorskip(package, reason=f"{package} is not installed")
+    if "collection" in block and "ck.embed" not in block:
+        model, preprocess, _ = ck.bundled()
+        ck.embed(model, ["photos"], "collection", preprocess=preprocess)
+        shutil.copy(next(Path("photos").rglob("*.png")), "query.png")
     exec(block, {})
 
 

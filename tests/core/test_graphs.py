@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -255,6 +256,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "fewer blocks": lambda model: model.visual.transformer.resblocks.__delitem__(3),
     "new parameter": lambda model: model.visual.ln_post.register_parameter("extra", nn.Parameter(torch.zeros(1))),
     "new pool": lambda model: setattr(model.visual, "pool_type", "avg"),
+    "another eps": lambda model: setattr(model.visual.ln_post, "eps", 0.5),
+    "another attribute": lambda model: setattr(model.visual.transformer.resblocks[1].mlp, "is_switched_off", True),
+    "another class": lambda model: setattr(model.visual.transformer.resblocks[1].mlp.gelu, "__class__", nn.Identity),
 }
 
 
@@ -270,6 +274,68 @@ def test_a_changed_tower_is_captured_again(tower, images, counts, change):
     assert torch.equal(tower.encode_image(images), actual)
     assert counts.take() == ([], 1)
     assert torch.equal(ck.ungraphed(tower).encode_image(images), actual)
+
+
+class Counter(nn.Module):
+    """A module that counts its calls, as a user's may."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+@torch.no_grad()
+def test_an_attribute_that_a_capture_changes_is_part_of_it(tower, counts):
+    counter = Counter().eval()
+    tower.visual.transformer.resblocks[0].mlp.append(counter)
+    ck.graphed(tower, batch_sizes=[1, 3])
+    assert counts.take() == ([3, 1], 0) and counter.calls == 2
+    # A stub's replay would count too.
+    assert vars(tower.visual)[graphs.GRAPHS].snapshot.is_current(tower.visual)
+
+
+class Adapted(nn.Module):
+    """A projection with a term that can be switched off or scaled, as PEFT's."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.term = base, nn.Linear(base.in_features, base.out_features)
+        self.scaling, self.merged = {"default": 1.0}, list[str]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) if self.merged else self.base(x) + self.scaling["default"] * self.term(x)
+
+
+ADAPTER_CHANGES: dict[str, Callable[[Any], object]] = {
+    "scaled": lambda adapted: adapted.scaling.update(default=2.0),
+    "merged": lambda adapted: adapted.merged.append("default"),
+}
+
+
+@pytest.mark.parametrize("change", ADAPTER_CHANGES)
+@torch.no_grad()
+def test_an_adapter_that_changes_is_captured_again(tower, images, counts, change):
+    mlp = tower.visual.transformer.resblocks[1].mlp
+    mlp.c_fc = Adapted(mlp.c_fc).eval()
+    before = tower.encode_image(images)
+    counts.take()
+    ADAPTER_CHANGES[change](mlp.c_fc)
+    actual = tower.encode_image(images)
+    assert counts.take() == ([3], 1)
+    assert not torch.equal(actual, before)
+    assert torch.equal(ck.ungraphed(tower).encode_image(images), actual)
+
+
+@torch.no_grad()
+def test_graphs_of_a_class_that_others_derived_are_captured_once(tower, images, counts):
+    expected = tower.encode_image(images)
+    parametrize.register_parametrization(tower.visual, "proj", nn.Identity())
+    counts.take()
+    ck.graphed(tower.eval(), batch_sizes=[3])  # below the parametrized class too
+    assert counts.take() == ([3], 0)
+    assert torch.equal(ck.ungraphed(tower).encode_image(images), expected)
 
 
 @torch.no_grad()
@@ -537,10 +603,22 @@ def test_a_later_capture_that_fails_is_one_warning(tower, images, counts):
     assert counts.take() == ([3], 1)
 
 
-@pytest.mark.parametrize("sizes", [(), 8, (0,), (1, 2.0), (True,), "8"])
-def test_batch_sizes_must_be_positive_ints(tiny, counts, sizes):
-    with pytest.raises(ValueError, match=r"batch_sizes must be positive ints such as \(1, 8, 32\), got"):
+@pytest.mark.parametrize(
+    ("sizes", "actual"),
+    [((), "()"), (8, "8"), ((0,), "(0,)"), ([1, 2.0], "(1, 2.0)"), ({True}, "(True,)"), ("8", "'8'"), ({1: 2}, "dict")],
+)
+def test_batch_sizes_must_be_positive_ints(tiny, counts, sizes, actual):
+    with pytest.raises(ValueError, match=r"batch_sizes must be positive ints such as \(1, 8, 32\), got ") as error:
         ck.graphed(tiny, batch_sizes=sizes)
+    assert str(error.value).endswith(f"got {actual}")
+
+
+@pytest.mark.parametrize(
+    "sizes", [[2, 1, 2], {1, 2}, frozenset({1, 2}), range(1, 3), iter((1, 2)), {1: 0, 2: 0}.keys()]
+)
+def test_batch_sizes_may_be_any_iterable(tiny, counts, sizes):
+    ck.graphed(tiny, batch_sizes=sizes)
+    assert counts.take() == ([2, 1], 0)
 
 
 def test_a_tower_that_is_not_supported_is_refused(resnet, counts):
@@ -578,3 +656,23 @@ def test_a_graphed_model_is_freed_without_the_garbage_collector(counts):
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_a_replay_that_raises_is_waited_for(monkeypatch):
+    events: list[str] = []
+
+    class Event:
+        def record(self, stream: str) -> None:
+            events.append(f"record on {stream}")
+
+    class Stream(str):
+        def wait_event(self, event: Event) -> None:
+            events.append(f"wait on {self}")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("one"))
+    recorder = cuda_graph.Recorder(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="out of memory"), recorder.in_turn():
+        raise RuntimeError("out of memory")
+    assert events == ["wait on one", "record on one"]

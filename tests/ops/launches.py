@@ -1,9 +1,10 @@
 """Print, as JSON, what launches of kernels do under a driver that launches nothing. Run without TRITON_INTERPRET.
 
-With --layouts, compare the later launches of every operation of a tower with those that triton itself makes.
+With --layouts, compare the later launches of every operation with those that triton itself makes.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,21 +15,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bench import stub_driver
-from clipkernels.kernels import affinity, attention, condense, epilogue, launch, merge, predict, prune, rank
+from clipkernels.kernels import (
+    affinity,
+    attention,
+    condense,
+    cross_attention,
+    epilogue,
+    launch,
+    merge,
+    predict,
+    prune,
+    rank,
+    targeted_l1,
+)
 from clipkernels.kernels.launch import forget_launches
 
 STUB = stub_driver.install()
 WIDTH = 64
-through_triton: list[bool] = []
+through_triton: list[Any] = []
 
 
 def count_runs() -> None:
-    """Let every launch by `JITFunction.run` note itself."""
+    """Let every launch by `JITFunction.run` note its kernel."""
     run = triton.JITFunction.run
 
-    def counted(*arguments: Any, **options: Any) -> Any:
-        through_triton.append(True)
-        return run(*arguments, **options)
+    def counted(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        through_triton.append(kernel)
+        return run(kernel, *arguments, **options)
 
     triton.JITFunction.run = counted
 
@@ -151,11 +164,14 @@ def elsewhere(kernel: Any) -> Any:
     return [devices, STUB.device]
 
 
-def layouts() -> dict[str, list[Callable[[], object]]]:
-    """Calls of every launcher of a tower, by operation, that differ in sizes, strides, dtypes, options or flags."""
+def layouts(offset: int = 0) -> dict[str, list[Callable[[], object]]]:
+    """Calls of every launcher, by operation, that differ in sizes, strides, dtypes, options or flags.
+
+    offset: elements by which tensors are moved from a multiple of 16 bytes.
+    """
 
     def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(math.prod(shape) + offset, dtype=dtype)[offset:].view(shape)
 
     def qkv(tokens: int = 9, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
         return list(tensor(2, tokens, 96, dtype=dtype).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind(0))
@@ -169,6 +185,9 @@ def layouts() -> dict[str, list[Callable[[], object]]]:
     mixer = [tensor(*shape) for shape in ((16,), (16,), (16, 9), (16,), (9, 16), (9,), (16,), (16,), (128, 16), (128,))]
     mixer += [tensor(*shape) for shape in ((16, 128), (16,), (16,), (1,))]
     support, offsets = tensor(40, 64), torch.tensor([0, 20, 40])
+    text, pooled, weights = tensor(3, WIDTH), tensor(2, WIDTH), tensor(2, 9, dtype=torch.float32)
+    teacher, projection, mask = tensor(2, 9, 40), tensor(40, WIDTH), tensor(2, 9, dtype=torch.bool)
+    signs, order = tensor(18, 3, dtype=torch.int32), tensor(19, dtype=torch.int32)
     return {
         "attention": [
             lambda: attention.attention(q, k, v, None, None, 1),
@@ -235,10 +254,36 @@ def layouts() -> dict[str, list[Callable[[], object]]]:
             lambda: affinity.affinity(tensor(3, 64), support, offsets, 1.0, tensor(40)),
             lambda: affinity.affinity(tensor(3, 64), tensor(600, 64), offsets, 5.5, None),
         ],
+        "cross_attention": [
+            lambda: cross_attention.attend(x, text, 0.5),
+            lambda: cross_attention.attend(text, x, 0.5),
+            lambda: cross_attention.attend(x[:, 1:], text, 0.5),
+            lambda: cross_attention.attend(strided, text, 0.5),
+            lambda: cross_attention.attend(x, text, 0.25),
+            lambda: cross_attention.attend(x, tensor(66, WIDTH), 0.5),
+            lambda: cross_attention.attend(x.float(), text.float(), 0.5),
+            lambda: cross_attention.calip_terms(x, pooled, text, 0.5),
+            lambda: cross_attention.calip_terms(x, tensor(2, 2 * WIDTH)[:, :WIDTH], text, 0.5),
+            lambda: cross_attention.calip_terms(longer, pooled, text, 0.5),
+            lambda: cross_attention.calip_terms(x.half(), pooled.half(), text.half(), 0.5),
+        ],
+        "targeted_l1": [
+            lambda: targeted_l1.targeted_l1(x, teacher, projection, weights, mask, False),
+            lambda: targeted_l1.targeted_l1(x, teacher, projection, weights, mask, True),
+            lambda: targeted_l1.targeted_l1(strided, teacher, projection, weights, mask, True),
+            lambda: targeted_l1.targeted_l1(x, teacher.float(), projection, weights.half(), mask, True),
+            lambda: targeted_l1.targeted_l1(x, tensor(2, 9, 36), tensor(36, WIDTH), weights, mask, True),
+            lambda: targeted_l1.targeted_l1(x.float(), teacher, projection.float(), weights, mask, True),
+            lambda: targeted_l1.student_gradient(projection, weights, signs, order),
+            lambda: targeted_l1.student_gradient(projection.half(), weights, signs, order),
+            lambda: targeted_l1.projection_gradient(x, weights, signs, order, 40),
+            lambda: targeted_l1.projection_gradient(strided, weights, signs, order, 40),
+            lambda: targeted_l1.projection_gradient(x.float(), weights, signs, order, 40),
+        ],
     }
 
 
-def described(call: Callable[[], object]) -> list[object]:
+def described(call: Callable[[], object]) -> list[tuple[Any, ...]]:
     """The launches of a call: kernel, signature and arguments, tensors by their dtypes and strides."""
     STUB.records = []
     call()
@@ -255,21 +300,52 @@ def described(call: Callable[[], object]) -> list[object]:
     ]
 
 
-def compare_layouts() -> dict[str, list[bool]]:
-    """By operation: later launches are those that triton makes of the same call, and none goes through triton."""
+def compare_layouts() -> dict[str, dict[str, bool]]:
+    """By operation, whether its later launches are those that triton makes of the same calls."""
     compared = {}
-    for name, calls in layouts().items():
-        expected = []
-        for call in calls:
-            forget_launches()
-            expected.append(described(call))
+    for (name, calls), unaligned in zip(layouts().items(), layouts(offset=1).values(), strict=True):
+        through_triton.clear()
+        expected = [alone(call) for call in calls]
+        kernels = set(through_triton)
+        expected_unaligned = [alone(call) for call in unaligned]
         forget_launches()
         for call in calls:
             call()
         through_triton.clear()
-        actual = [described(call) for call in reversed(calls)][::-1]
-        compared[name] = [actual == expected, not through_triton]
+        same = [described(call) for call in reversed(calls)][::-1] == expected
+        direct = not through_triton
+        later_unaligned = [described(call) for call in unaligned]
+        unaligned_same = later_unaligned == expected_unaligned and bool(through_triton)
+        for kernel in kernels:
+            kernel.device_caches.clear()
+        through_triton.clear()
+        cleared = [described(calls[0]), described(calls[0])] == [expected[0]] * 2
+        cleared &= len(through_triton) == len(expected[0])
+        hooks = calls_hooks(calls[0])
+        compared[name] = {
+            "same": same,
+            "direct": direct,
+            "unaligned": unaligned_same,
+            "cleared": cleared,
+            "hooks": hooks,
+        }
     return compared
+
+
+def alone(call: Callable[[], object]) -> list[tuple[Any, ...]]:
+    """The launches of a call that triton makes, because none is kept."""
+    forget_launches()
+    return described(call)
+
+
+def calls_hooks(call: Callable[[], object]) -> bool:
+    """True if each launch of a call enters a hook with the name of its kernel."""
+    entered: list[Any] = []
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(entered.append)
+    launches = described(call)
+    hooks.remove(entered.append)
+    return bool(launches) and [entry.get()["name"] for entry in entered] == [kernel for kernel, *_ in launches]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""affinity, compared with a naive loop over the rows of the support in fp64."""
+"""affinity, compared with the reading in fp64."""
 
 import pytest
 import torch
@@ -11,19 +11,10 @@ from clipkernels.backend import interpreting
 from clipkernels.reference.affinity import ROWS
 from clipkernels.testing import assert_same, assert_within_budget, with_gaps
 from clipkernels.testing.fp64 import REFERENCE_EPS
+from tests import readings
+from tests.readings import read
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def naive(queries, support, labels, classes, beta, weights=None):
-    """Return affinities (t,K), computed in fp64 one support row at a time."""
-    total = torch.zeros(len(queries), classes, dtype=torch.float64)
-    queries, support = queries.cpu().double(), support.cpu().double()
-    weights = torch.ones(len(labels)) if weights is None else weights.cpu()
-    for row, label, weight in zip(support, labels.tolist(), weights.tolist(), strict=True):
-        if 0 <= label < classes:
-            total[:, label] += weight * torch.exp(-beta * (1 - queries @ row))
-    return total
 
 
 def eager(queries, support, labels, classes, beta, weights=None):
@@ -31,7 +22,7 @@ def eager(queries, support, labels, classes, beta, weights=None):
     inside = (labels >= 0) & (labels < classes)
     affinities = (-beta * (1 - queries @ support.T)).exp()
     affinities = affinities if weights is None else affinities * weights.to(affinities.dtype)
-    return (affinities @ (one_hot(labels * inside, classes) * inside[:, None]).to(affinities.dtype)).cpu()
+    return affinities @ (one_hot(labels * inside, classes) * inside[:, None]).to(affinities.dtype)
 
 
 def inputs(device, t=16, n=65, width=24, classes=10, dtype=torch.float32, seed=0):
@@ -50,11 +41,11 @@ def check(queries, support, labels, classes, beta=5.5, weights=None, *, backend)
     actual = ck.ops.affinity(queries, support, labels, classes, beta, weights, backend=backend)
     assert actual.dtype == torch.float32 and actual.shape == (len(queries), classes) and actual.is_contiguous()
     arguments = (queries, support, labels, classes, beta, weights)
-    exact = naive(*arguments)
-    error = (actual.cpu() - exact).abs().max()
+    exact = read(readings.affinity, *arguments)
+    error = (actual - exact).abs().max()
     if backend == "reference" and error <= REFERENCE_EPS * torch.finfo(actual.dtype).eps * exact.abs().max():
         return actual  # it sums row after row, eager's product by tiles
-    assert_within_budget(actual.cpu(), exact, eager(*arguments))
+    assert_within_budget(actual, exact, eager(*arguments))
     return actual
 
 
@@ -221,7 +212,7 @@ def test_the_affinities_are_never_entirely_in_memory(device):
 def test_the_reference_keeps_fp64(device):
     queries, support, labels = inputs(device, dtype=torch.float64)
     actual = ck.ops.affinity(queries, support, labels, 10, 5.5)
-    torch.testing.assert_close(actual.cpu(), naive(queries, support, labels, 10, 5.5))
+    torch.testing.assert_close(actual, read(readings.affinity, queries, support, labels, 10, 5.5))
 
 
 def test_the_reference_is_differentiable_in_queries_rows_and_weights():

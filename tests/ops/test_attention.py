@@ -162,6 +162,7 @@ def test_the_lower_index_of_equal_scores_ranks_higher(device, backend):
     ("change", "message"),
     [
         ({"q": torch.randn(2, 3, 8)}, r"q must be \(B,H,M,D\)"),
+        ({"q": torch.randn(2, 3, 8, 0)}, r"q must be \(B,H,M,D\) with D of at least 1, got \(2,3,8,0\)"),
         ({"k": torch.randn(2, 3, 8, 32)}, r"k must be \(B,H,N,D\) = \(2,3,N,64\) with N ≥ 8, got \(2,3,8,32\)"),
         ({"v": torch.randn(2, 3, 7, 64)}, r"v must be \(B,H,N,D\) = \(2,3,8,64\) like k, got \(2,3,7,64\)"),
         ({"v": torch.randn(2, 3, 8, 64).half()}, "v must be torch.float32 on cpu, got torch.float16 on cpu"),

@@ -1,4 +1,4 @@
-"""condense_tokens on both backends, compared with a naive loop over images and tokens in fp64."""
+"""condense_tokens on both backends, compared with the reading in fp64."""
 
 import pytest
 import torch
@@ -8,16 +8,10 @@ from bench.naive.tca import condense, ranks
 from clipkernels.backend import interpreting
 from clipkernels.ops import unchecked
 from clipkernels.testing import assert_same, assert_within_budget, with_gaps
+from tests import readings
+from tests.readings import read
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def naive(x, scores, keep, merge, centers, weights=None, prefix=1, first=0):
-    """Return tokens, the row of each patch, and the patch of each kept row and centre, one image at a time."""
-    x, scores, weights = x.double(), scores.double(), (scores if weights is None else weights).double()
-    results = [condense(*row, keep, merge, centers, prefix, first) for row in zip(x, scores, weights, strict=True)]
-    tokens, rows, index = zip(*results, strict=True)
-    return torch.stack(tokens), torch.tensor(rows), torch.tensor(index)
 
 
 def inputs(device, batch=2, tokens=17, width=24, prefix=1, dtype=torch.float32, seed=0):
@@ -58,12 +52,10 @@ def _sweep():
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "keep", "merge", "centers", "dtype"), list(_sweep()))
-def test_rows_match_a_naive_loop(device, backend, tokens, prefix, keep, merge, centers, dtype):
+def test_rows_match_the_reading(device, backend, tokens, prefix, keep, merge, centers, dtype):
     x, scores = inputs(device, tokens=tokens, prefix=prefix, dtype=dtype)
     actual = ck.ops.condense_tokens(x, scores, keep, merge, centers, prefix=prefix, backend=backend)
-    exact, source, index = (
-        part.to(device) for part in naive(x.cpu(), scores.cpu(), keep, merge, centers, None, prefix)
-    )
+    exact, source, index, _ = read(readings.condense_tokens, x, scores, keep, merge, centers, prefix=prefix)
     assert torch.equal(actual.source, source) and torch.equal(actual.index, index)
     assert torch.equal(actual.tokens[:, : prefix + keep].double(), exact[:, : prefix + keep])
     eager_result = eager(x, exact, source, index, scores, keep, centers, prefix)
@@ -74,9 +66,9 @@ def test_weights_weigh_the_fused_token_and_scores_choose(device, backend):
     x, scores = inputs(device)
     weights = torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(1)).to(device)
     actual = ck.ops.condense_tokens(x, scores, 5, 6, 2, weights, backend=backend)
-    exact, source, _ = naive(x.cpu(), scores.cpu(), 5, 6, 2, weights.mean(1).cpu())
-    assert torch.equal(actual.source.cpu(), source)
-    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+    exact, source, _, _ = read(readings.condense_tokens, x, scores, 5, 6, 2, weights)
+    assert torch.equal(actual.source, source)
+    torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("heads", ["mean", "rank"])
@@ -84,16 +76,10 @@ def test_per_head_scores_with_ties_are_reduced_first(device, backend, heads):
     x, _ = inputs(device)
     # Multiples of 1/8 with four heads have exact sums, so that both backends see the same ties.
     scores = (torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(2)) * 8).round().div(8).to(device)
-    reduced = scores.mean(1)
-    if heads == "rank":
-        later = torch.arange(16, device=device)
-        higher = scores[..., :, None] > scores[..., None, :]
-        tied = (scores[..., :, None] == scores[..., None, :]) & (later[:, None] < later)
-        reduced = (higher | tied).sum(-1).sum(1) / 4
     actual = ck.ops.condense_tokens(x, scores, 4, 7, 3, heads=heads, backend=backend)
-    exact, source, index = naive(x.cpu(), reduced.cpu(), 4, 7, 3)
-    assert torch.equal(actual.source.cpu(), source) and torch.equal(actual.index.cpu(), index)
-    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-4, rtol=1e-5)
+    exact, source, index, _ = read(readings.condense_tokens, x, scores, 4, 7, 3, heads=heads)
+    assert torch.equal(actual.source, source) and torch.equal(actual.index, index)
+    torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("centers", [2, 4])
@@ -107,9 +93,10 @@ def test_duplicate_tokens_and_tied_scores_follow_the_paper(device, backend, head
     counts = (step.keep, step.merge, centers)
     actual = ck.ops.condense_tokens(x, scores.to(device), *counts, scores.to(device), heads, backend=backend)
     reduced = torch.stack([ranks(image) for image in scores]) if heads == "rank" else scores.mean(1)
-    exact, source, index = naive(x.cpu(), reduced, *counts, scores.mean(1))
-    assert torch.equal(actual.source.cpu(), source) and torch.equal(actual.index.cpu(), index)
-    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+    images = zip(x.cpu().double(), reduced.double(), scores.double().mean(1), strict=True)
+    exact, source, index = zip(*(condense(*image, *counts) for image in images), strict=True)
+    assert actual.source.tolist() == list(source) and actual.index.tolist() == list(index)
+    torch.testing.assert_close(actual.tokens.double().cpu(), torch.stack(exact), atol=1e-5, rtol=1e-5)
 
 
 def test_ties_go_to_the_higher_score_and_the_earlier_centre(device, backend):
@@ -146,9 +133,9 @@ def test_duplicates_of_a_centre_weigh_as_much_as_the_centre(device, backend):
 def test_first_chooses_the_first_centre(device, backend, first):
     x, scores = inputs(device)
     actual = ck.ops.condense_tokens(x, scores, 5, 6, 3, first=first, backend=backend)
-    exact, source, index = naive(x.cpu(), scores.cpu(), 5, 6, 3, first=first)
-    assert torch.equal(actual.index.cpu(), index) and torch.equal(actual.source.cpu(), source)
-    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+    exact, source, index, _ = read(readings.condense_tokens, x, scores, 5, 6, 3, first=first)
+    assert torch.equal(actual.index, index) and torch.equal(actual.source, source)
+    torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 12])
@@ -157,9 +144,9 @@ def test_nan_and_infinite_scores_still_write_the_exact_rows(device, backend, kee
     inf, nan = float("inf"), float("nan")
     scores = torch.tensor([[nan, 1, -inf, 2, nan, 0, -inf, -1] * 2, [nan] * 16], device=device)
     actual = ck.ops.condense_tokens(x, scores, keep, 4, 2, backend=backend)
-    exact, source, index = naive(x.cpu(), scores.cpu(), keep, 4, 2)
-    assert torch.equal(actual.source.cpu(), source) and torch.equal(actual.index.cpu(), index)
-    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+    exact, source, index, _ = read(readings.condense_tokens, x, scores, keep, 4, 2)
+    assert torch.equal(actual.source, source) and torch.equal(actual.index, index)
+    torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_a_merging_token_of_nan_spoils_only_merged_tokens(device, backend):
@@ -169,6 +156,64 @@ def test_a_merging_token_of_nan_spoils_only_merged_tokens(device, backend):
     actual = ck.ops.condense_tokens(x, scores, 5, 6, 2, backend=backend)
     assert actual.tokens[0, [0, 1, 2, 3, 4, 5, 8]].isfinite().all() and actual.tokens[0, 6:8].isnan().any()
     assert sorted(actual.source[0].tolist())[:5] == [1, 2, 3, 4, 5] and actual.source.max() == 8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("place", [1, 3, 5])
+def test_a_merging_token_that_is_not_finite_has_no_share(device, backend, place, value):
+    x, scores = inputs(device, batch=2)
+    patch = scores[0].argsort(descending=True)[5 + place]
+    x[0, 1 + patch, 3] = value
+    tokens = ck.ops.condense_tokens(x, scores, 5, 6, 1, backend=backend).tokens[:1]
+    others = torch.arange(17, device=device) != 1 + patch
+    expected = ck.ops.condense_tokens(x[:1, others], scores[:1, others[1:]], 5, 5, 1, backend=backend).tokens
+    torch.testing.assert_close(tokens, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("place", "first"), [(0, 0), (4, 4), (3, 0)])
+def test_a_centre_that_is_not_finite_yields_its_own_token(device, backend, place, first, value):
+    x, scores = inputs(device, batch=2)
+    patch = scores[0].argsort(descending=True)[5 + place]
+    x[0, 1 + patch, 3] = value
+    condensed = ck.ops.condense_tokens(x, scores, 5, 6, 3, first=first, backend=backend)
+    rows = 6 + (condensed.index[0, 5:] == patch).nonzero()[:, 0]  # several, because no centre is nearer to it
+    expected = x[0, 1 + patch].expand(len(rows), -1)
+    assert len(rows) and torch.equal(condensed.tokens[0, rows].nan_to_num(7), expected.nan_to_num(7))
+    assert condensed.tokens.isfinite().sum() == condensed.tokens.numel() - len(rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [float("nan"), float("-inf"), 0.0, -0.0])
+def test_a_patch_of_weight_zero_may_hold_anything(device, backend, weight, value):
+    x, scores = inputs(device)
+    weights, patch = scores.clone(), scores[0].argsort(descending=True)[13]
+    weights[0, patch] = weight
+    results = []
+    for held in (value, 0.0):
+        x[0, 1 + patch, 3] = held
+        leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        tokens = ck.ops.condense_tokens(leaves[0], scores, 5, 6, 2, leaves[1], backend=backend).tokens
+        results.append((tokens, *torch.autograd.grad(tokens.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        assert expected.isfinite().all() and torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("place", [1, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_merging_token_without_a_share_changes_no_gradient(device, backend, place, value):
+    x, scores = inputs(device, batch=1)
+    patch = 1 + scores[0].argsort(descending=True)[5 + place]
+    others = torch.arange(17, device=device) != patch
+    x[0, patch, 3] = value
+    whole, rest = x.clone().requires_grad_(), x[:, others].requires_grad_()
+    weights = torch.linspace(-1, 1, 24, device=device)
+    tokens = ck.ops.condense_tokens(whole, scores, 5, 6, 1, backend=backend).tokens
+    (actual,) = torch.autograd.grad((tokens * weights).sum(), whole)
+    tokens = ck.ops.condense_tokens(rest, scores[:, others[1:]], 5, 5, 1, backend=backend).tokens
+    (expected,) = torch.autograd.grad((tokens * weights).sum(), rest)
+    torch.testing.assert_close(actual[:, others], expected)
+    assert not actual[:, patch].any()
 
 
 def test_normed_is_the_layer_norm_of_the_tokens(device, backend):
@@ -256,8 +301,8 @@ def test_the_fused_token_has_the_same_bits_from_any_programs(device, triton, set
     set_kernels(kernels, "PROGRAMS", programs)
     actual = ck.ops.condense_tokens(x, scores, 20, 30, 3, norm=norm, backend=triton)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    exact, _, _ = naive(x.cpu(), scores.cpu(), 20, 30, 3)
-    torch.testing.assert_close(actual.tokens.double().cpu(), exact, atol=1e-5, rtol=1e-5)
+    exact, _, _, _ = read(readings.condense_tokens, x, scores, 20, 30, 3)
+    torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -1,4 +1,4 @@
-"""cross_attention and calip_logits on both backends, compared with a naive loop over images in fp64."""
+"""cross_attention and calip_logits on both backends, compared with their readings in fp64."""
 
 import importlib
 
@@ -10,28 +10,16 @@ from torch.overrides import TorchFunctionMode
 import clipkernels as ck
 from clipkernels.backend import interpreting
 from clipkernels.testing import assert_same, assert_within_budget, with_gaps
+from tests import readings
+from tests.readings import read
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # An import statement would find the function of the same name.
 REFERENCE = importlib.import_module("clipkernels.reference.cross_attention")
 
 
-def naive(visual, pooled, text, alpha=0.5):
+def eager(visual, pooled, text, alpha=0.5):
     """Return attended patches (B,P,E), attended classes (B,K,E) and the terms (3,B,K), in the dtype of the inputs."""
-    attended_visual, attended_text, terms = [], [], []
-    for image, pooled_image in zip(visual, pooled, strict=True):
-        logits = image @ text.T / alpha
-        attended_visual.append(logits.softmax(1) @ text)
-        attended_text.append(logits.softmax(0).T @ image)
-        summary = attended_visual[-1].mean(0) + attended_visual[-1].max(0).values
-        terms.append(
-            torch.stack([100 * text @ pooled_image, 100 * attended_text[-1] @ pooled_image, 100 * text @ summary])
-        )
-    return torch.stack(attended_visual), torch.stack(attended_text), torch.stack(terms, 1)
-
-
-def eager(visual, pooled, text, alpha):
-    """Return the results of `naive`, computed for the batch at once."""
     logits = visual @ text.T / alpha
     attended_visual, attended_text = logits.softmax(2) @ text, logits.softmax(1).mT @ visual
     summary = attended_visual.mean(1) + attended_visual.amax(1)
@@ -48,9 +36,14 @@ def inputs(device, batch=2, patches=9, classes=5, width=24, dtype=torch.float32,
     return tuple(normalize(x, dim=-1).to(dtype).to(device) for x in (visual, pooled, text))
 
 
+def read_terms(*arguments):
+    """Return the terms (3,B,K) of the logits, read in fp64."""
+    return read(readings.calip_logits, *arguments, terms=True)
+
+
 def check(visual, pooled, text, alpha=0.5, backend="auto"):
     """Assert that all results of the two operations are within their budgets."""
-    exact = naive(visual.double(), pooled.double(), text.double(), alpha)
+    exact = *read(readings.cross_attention, visual, text, alpha), read_terms(visual, pooled, text, alpha)
     eager_result = eager(visual, pooled, text, alpha)
     attended = ck.ops.cross_attention(visual, text, alpha, backend=backend)
     assert attended.visual.dtype == attended.text.dtype == visual.dtype
@@ -82,7 +75,7 @@ def _sweep():
 
 
 @pytest.mark.parametrize(("batch", "patches", "classes", "width", "dtype"), list(_sweep()))
-def test_results_match_a_naive_loop(device, backend, batch, patches, classes, width, dtype):
+def test_results_match_the_readings(device, backend, batch, patches, classes, width, dtype):
     check(*inputs(device, batch, patches, classes, width, dtype), backend=backend)
 
 
@@ -143,7 +136,7 @@ def test_small_alphas_and_rows_of_any_length_work(device, backend, alpha, dtype)
 def test_large_logits_do_not_overflow(device, backend):
     visual, pooled, text = inputs(device, 1, 6, 4, 16)
     terms = ck.ops.calip_logits(visual * 100, pooled, text * 100, 0.1, terms=True, backend=backend)
-    exact = naive(visual.double() * 100, pooled.double(), text.double() * 100, 0.1)[2]
+    exact = read_terms(visual * 100, pooled, text * 100, 0.1)
     torch.testing.assert_close(terms.double(), exact, atol=1e-1, rtol=1e-4)
     attended_text = ck.ops.cross_attention(visual * 100, text * 100, 0.1, backend=backend).text
     nearest = (visual[0] @ text.T).argmax(0)
@@ -153,12 +146,12 @@ def test_large_logits_do_not_overflow(device, backend):
 @pytest.mark.parametrize("backend", ["reference"])
 def test_fp64_stays_fp64_and_the_kernels_raise(backend):
     visual, pooled, text = inputs("cpu", 3, 17, 7, 16, torch.float64)
-    expected_visual, expected_text, terms = naive(visual, pooled, text)
+    expected_visual, expected_text = read(readings.cross_attention, visual, text)
     attended = ck.ops.cross_attention(visual, text, backend=backend)
     torch.testing.assert_close(attended.visual, expected_visual, atol=1e-14, rtol=1e-14)
     torch.testing.assert_close(attended.text, expected_text, atol=1e-14, rtol=1e-14)
     actual_terms = ck.ops.calip_logits(visual, pooled, text, terms=True, backend=backend)
-    torch.testing.assert_close(actual_terms, terms, atol=1e-12, rtol=1e-14)
+    torch.testing.assert_close(actual_terms, read_terms(visual, pooled, text), atol=1e-12, rtol=1e-14)
     with pytest.raises(ValueError, match="takes float32, float16 or bfloat16, got float64"):
         ck.ops.cross_attention(visual, text, backend="triton")
     with pytest.raises(ValueError, match="takes float32, float16 or bfloat16, got float64"):
@@ -328,7 +321,7 @@ def test_the_reference_has_the_gradients_of_the_formula(monkeypatch):
         return tuple(ck.ops.cross_attention(visual, text))
 
     assert torch.autograd.gradcheck(terms, arguments) and torch.autograd.gradcheck(attended, arguments)
-    exact = naive(*arguments)
+    exact = eager(*arguments)
     actual = (*ck.ops.cross_attention(arguments[0], arguments[2]), ck.ops.calip_logits(*arguments, terms=True))
     grad_outputs = [torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1)) for x in exact]
     grads = [

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+OPERATIONS = ["attention", "rank", "prune", "match", "merge", "condense", "epilogue", "predict", "affinity"]
+OPERATIONS += ["cross_attention", "targeted_l1"]
 
 
 def observe(*options: str) -> dict[str, Any]:
@@ -76,10 +78,21 @@ def test_debugging_goes_through_triton(tried: dict[str, Any]) -> None:
     assert tried["debug"] == [False, False]
 
 
+@pytest.fixture(scope="module")
+def compared() -> dict[str, Any]:
+    """The launches of every operation in every layout, compared with triton's."""
+    return observe("--layouts")
+
+
 @pytest.mark.slow
-def test_later_launches_are_those_of_triton_for_every_layout(tried: dict[str, Any]) -> None:
-    operations = ["attention", "rank", "prune", "match", "merge", "condense", "epilogue", "predict", "affinity"]
-    assert observe("--layouts") == {name: [True, True] for name in operations}
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_later_launches_are_those_of_triton_for_every_layout(tried: dict[str, Any], compared: Any, name: str) -> None:
+    assert compared[name] == {"same": True, "direct": True, "unaligned": True, "cleared": True, "hooks": True}
+
+
+@pytest.mark.slow
+def test_every_operation_has_layouts(tried: dict[str, Any], compared: dict[str, Any]) -> None:
+    assert list(compared) == OPERATIONS
 
 
 @pytest.mark.parametrize("case", ["untried", "amd"])

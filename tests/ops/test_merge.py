@@ -1,4 +1,4 @@
-"""match_tokens and merge_tokens, compared with naive loops over tokens in fp64."""
+"""match_tokens and merge_tokens, compared with their readings in fp64."""
 
 import pytest
 import torch
@@ -6,35 +6,10 @@ import torch
 import clipkernels as ck
 from clipkernels.backend import interpreting
 from clipkernels.testing import assert_within_budget, with_gaps
+from tests import readings
+from tests.readings import read
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def naive_match(metric, r, prefix):
-    """Return kept, source and target of one image (N,D), computed one edge at a time."""
-    unit = metric.double() / metric.double().norm(dim=-1, keepdim=True)
-    even, odd = range(0, len(metric), 2), range(1, len(metric), 2)
-    edges = []
-    for a in even:
-        similarity = [float("-inf") if a < prefix or b < prefix else float(unit[a] @ unit[b]) for b in odd]
-        similarity = [float("-inf") if value != value else value for value in similarity]
-        best = max(similarity)
-        edges.append((best, similarity.index(best)))
-    order = sorted(range(len(edges)), key=lambda i: (-edges[i][0], i))
-    source = sorted(order[:r])
-    return sorted(order[r:]), source, [edges[i][1] for i in source]
-
-
-def naive_merge(x, kept, source, target, size):
-    """Return tokens and sizes of one image, in fp64."""
-    x, size = x.double(), size.double()
-    tokens, sizes = [x[2 * i] for i in kept], [size[2 * i] for i in kept]
-    for b in range(len(x) // 2):
-        group = [2 * b + 1] + [2 * s for s, t in zip(source, target, strict=True) if t == b]
-        weight = sum(size[i] for i in group)
-        tokens.append(sum(size[i] * x[i] for i in group) / weight)
-        sizes.append(weight)
-    return torch.stack(tokens), torch.stack(sizes)
 
 
 def normal(device, *shape, seed=0, dtype=torch.float32):
@@ -53,21 +28,18 @@ def duplicates(device, batch=3, tokens=16, width=8):
     ("tokens", "prefix", "r"),
     [(2, 1, 0), (3, 1, 1), (4, 0, 2), (63, 1, 31), (64, 0, 32), (65, 1, 13), (65, 5, 30), (257, 1, 16)],
 )
-def test_matching_random_tokens_matches_a_naive_loop(tokens, prefix, r):
+def test_matching_random_tokens_matches_the_reading(tokens, prefix, r):
     metric = torch.randn(2, tokens, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     match = ck.ops.match_tokens(metric, r, prefix)
-    for image in range(2):
-        expected = naive_match(metric[image], r, prefix)
-        assert [index[image].tolist() for index in match] == list(expected)
+    assert all(map(torch.equal, match, read(readings.match_tokens, metric, r, prefix)))
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 @pytest.mark.parametrize("r", [0, 1, 4, 7])
-def test_matching_duplicate_tokens_matches_a_naive_loop(device, backend, prefix, r):
+def test_matching_duplicate_tokens_matches_the_reading(device, backend, prefix, r):
     metric = duplicates(device)
     match = ck.ops.match_tokens(metric, r, prefix, backend=backend)
-    for image in range(len(metric)):
-        assert [index[image].tolist() for index in match] == list(naive_match(metric[image], r, prefix))
+    assert all(map(torch.equal, match, read(readings.match_tokens, metric, r, prefix)))
 
 
 def test_prefix_tokens_neither_merge_nor_are_merged_into(device, backend):
@@ -81,7 +53,7 @@ def test_a_nan_similarity_counts_as_minus_infinity(device, backend):
     metric = normal(device, 1, 8, 4, seed=2)
     metric[0, 2] = float("nan")
     match = ck.ops.match_tokens(metric, 2, prefix=0, backend=backend)
-    assert [index[0].tolist() for index in match] == list(naive_match(metric[0], 2, 0))
+    assert all(map(torch.equal, match, read(readings.match_tokens, metric, 2, 0)))
     assert 1 in match.kept[0].tolist()
 
 
@@ -110,12 +82,10 @@ def test_merging_is_the_size_weighted_mean(device, backend, tokens, r, sized, dt
     size = torch.randint(1, 9, (2, tokens), generator=generator).float().to(device) if sized else None
     match = ck.ops.match_tokens(normal(device, 2, tokens, 8, seed=5), r, backend=backend)
     merged = ck.ops.merge_tokens(x, match, size, backend=backend)
-    ones = torch.ones(2, tokens, device=device)
-    for image in range(2):
-        indices = [index[image].tolist() for index in match]
-        exact, sizes = naive_merge(x[image], *indices, (ones if size is None else size)[image])
-        assert_within_budget(merged.tokens[image], exact, exact.to(dtype))
-        assert torch.equal(merged.size[image].double(), sizes)
+    exact, sizes, _ = read(readings.merge_tokens, x, match, size)
+    assert torch.equal(merged.size.double(), sizes)
+    for actual, image in zip(merged.tokens, exact, strict=True):
+        assert_within_budget(actual, image, image.to(dtype))
 
 
 def test_of_two_tokens_of_size_zero_the_target_remains(device, backend):
@@ -154,6 +124,15 @@ def _absent_token(device, at, value):
     x[0, at], size[0, at] = value, 0
     match = ck.ops.Match(*(torch.tensor([index], device=device) for index in ([0], [1, 2], [0, 1])))
     return x.requires_grad_(), match, size
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
+def test_sizes_of_any_dtype_weigh_alike(device, backend, dtype):
+    x, size = normal(device, 2, 9, 4, seed=21), torch.tensor([[1, 0, 1, 1, 1, 0, 1, 1, 1]], device=device).expand(2, -1)
+    match = ck.ops.match_tokens(x, 3, backend=backend)
+    expected = ck.ops.merge_tokens(x, match, size.float(), backend=backend)
+    actual = ck.ops.merge_tokens(x, match, size.to(dtype), backend=backend)
+    assert torch.equal(actual.tokens, expected.tokens) and torch.equal(actual.size, expected.size)
 
 
 def test_sizes_sum_to_the_initial_number_of_tokens(device, backend):
@@ -234,13 +213,11 @@ def test_a_target_takes_many_sources_at_a_time(device, backend, hubs, sized):
     target = torch.tensor(hubs)[torch.randint(len(hubs), (2, r), generator=generator)].to(device)
     match = ck.ops.Match(kept, source, target)
     merged = ck.ops.merge_tokens(x, match, size, (weight, bias, 1e-5), backend=backend)
-    for image in range(2):
-        sizes = torch.ones(65, device=device) if size is None else size[image]
-        exact, exact_sizes = naive_merge(x[image], *(index[image].tolist() for index in match), sizes)
-        assert_within_budget(merged.tokens[image], exact, exact.float())
-        assert torch.equal(merged.size[image].double(), exact_sizes)
-        normed = torch.nn.functional.layer_norm(exact, (40,), weight.double(), bias.double(), 1e-5)
-        torch.testing.assert_close(merged.normed[image].double(), normed, atol=1e-5, rtol=1e-5)
+    exact, sizes, normed = read(readings.merge_tokens, x, match, size, (weight, bias, 1e-5))
+    assert torch.equal(merged.size.double(), sizes)
+    for actual, image in zip(merged.tokens, exact, strict=True):
+        assert_within_budget(actual, image, image.float())
+    torch.testing.assert_close(merged.normed.double(), normed, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])

@@ -1,4 +1,4 @@
-"""prune_tokens on both backends, compared with a naive loop in fp64."""
+"""prune_tokens on both backends, compared with the reading in fp64."""
 
 import itertools
 
@@ -8,26 +8,10 @@ import torch
 import clipkernels as ck
 from clipkernels.backend import interpreting
 from clipkernels.testing import assert_same, assert_within_budget, with_gaps
+from tests import readings
+from tests.readings import read
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def naive(x, scores, keep, fuse, prefix):
-    """Return tokens and kept indices, computed in fp64 one image and one token at a time."""
-    rows, keep_indices = [], []
-    for image, row in zip(x.double(), scores.double(), strict=True):
-        strength = [float("-inf") if value != value else value for value in row.tolist()]
-        order = sorted(range(len(strength)), key=lambda i: (-strength[i], i))
-        keep_index, drop_index = sorted(order[:keep]), order[keep:]
-        parts = [image[:prefix], image[prefix:][keep_index]]
-        if fuse:
-            fused = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
-            for i in drop_index:
-                fused += (strength[i] if strength[i] > float("-inf") else 0) * image[prefix + i]
-            parts.append(fused[None])
-        rows.append(torch.cat(parts))
-        keep_indices.append(keep_index)
-    return torch.stack(rows), torch.tensor(keep_indices, dtype=torch.int64, device=x.device).view(len(x), keep)
 
 
 def inputs(device, batch=2, tokens=17, width=24, prefix=1, dtype=torch.float32, seed=0):
@@ -52,7 +36,7 @@ def test_the_577_tokens_of_a_336_pixel_tower_prune(device, backend):
 
 def check(backend, x, scores, keep, prefix):
     actual = ck.ops.prune_tokens(x, scores, keep, fuse=True, prefix=prefix, backend=backend)
-    exact, index = naive(x, scores, keep, True, prefix)
+    exact, index, _ = read(readings.prune_tokens, x, scores, keep, True, prefix=prefix)
     assert torch.equal(actual.index, index)
     assert torch.equal(actual.tokens[:, :-1].double(), exact[:, :-1])
     dropped = torch.ones_like(scores).scatter(1, index, 0)
@@ -73,9 +57,42 @@ def test_nan_and_infinite_scores_still_keep_the_exact_count(device, backend, kee
     inf, nan = float("inf"), float("nan")
     scores = torch.tensor([[nan, 1, -inf, inf, nan, 0, -inf, -1], [nan] * 8], device=device)
     actual = ck.ops.prune_tokens(x, scores, keep, fuse=keep > 0, backend=backend)
-    exact, index = naive(x, scores, keep, keep > 0, 1)
+    exact, index, _ = read(readings.prune_tokens, x, scores, keep, keep > 0)
     assert torch.equal(actual.index, index)
     torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("score", [float("nan"), float("-inf"), 0.0, -0.0])
+def test_a_patch_of_weight_zero_may_hold_anything(device, backend, score, value):
+    x, scores = inputs(device, batch=2, tokens=9)
+    scores[0, 4] = score
+    results = []
+    for held in (value, 0.0):
+        x[0, 5, 3] = held
+        leaves = x.clone().requires_grad_(), scores.clone().requires_grad_()
+        tokens = ck.ops.prune_tokens(*leaves, 3, fuse=True, backend=backend).tokens
+        results.append((tokens, *torch.autograd.grad(tokens.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        assert expected.isfinite().all() and torch.equal(actual, expected)
+
+
+def test_the_gradient_of_a_score_of_zero_is_that_of_its_patch(device, backend):
+    x, scores = inputs(device, batch=1, tokens=9)
+    scores[0, 4] = 0
+    fused = ck.ops.prune_tokens(x, scores.requires_grad_(), 3, fuse=True, backend=backend).tokens[0, -1]
+    torch.testing.assert_close(torch.autograd.grad(fused.sum(), scores)[0][0, 4], x[0, 5].sum())
+
+
+def test_a_patch_that_is_not_finite_spoils_only_its_row(device, backend):
+    x, scores = inputs(device, batch=1, tokens=9)
+    order = scores[0].argsort(descending=True) + 1
+    x[0, order[0], 2], x[0, order[6], 3] = float("nan"), float("inf")
+    scores.requires_grad_()
+    tokens = ck.ops.prune_tokens(x, scores, 3, fuse=True, backend=backend).tokens[0]
+    assert tokens[-1, 3] == float("inf") and tokens.isfinite().sum() == tokens.numel() - 2
+    gradient = torch.autograd.grad(tokens[-1, 5:].sum(), scores)[0][0]
+    assert gradient[order[:3] - 1].tolist() == [0, 0, 0]
 
 
 def test_keeping_all_patches_appends_a_row_of_zeros(device, backend):
@@ -90,15 +107,8 @@ def test_per_head_scores_are_reduced_first(device, backend, heads):
     x, _ = inputs(device)
     # Multiples of 1/8 with four heads have exact sums, so that both backends see the same ties.
     scores = (torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(2)) * 8).round().div(8).to(device)
-    if heads == "mean":
-        reduced = scores.mean(1)
-    else:
-        later = torch.arange(16, device=device)
-        higher = scores[..., :, None] > scores[..., None, :]
-        tied = (scores[..., :, None] == scores[..., None, :]) & (later[:, None] < later)
-        reduced = (higher | tied).sum(-1).sum(1) / 4
     actual = ck.ops.prune_tokens(x, scores, 7, True, heads, backend=backend)
-    exact, index = naive(x, reduced, 7, True, 1)
+    exact, index, _ = read(readings.prune_tokens, x, scores, 7, True, heads)
     assert torch.equal(actual.index, index)
     torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-4, rtol=1e-5)
 
@@ -159,7 +169,7 @@ def test_the_fused_token_has_the_same_bits_from_any_programs(device, triton, set
     set_kernels(kernels, "PROGRAMS", programs)
     actual = ck.ops.prune_tokens(x, scores, 20, True, norm=norm, backend=triton)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    exact, _ = naive(x, scores, 20, True, 1)
+    exact, _, _ = read(readings.prune_tokens, x, scores, 20, True)
     torch.testing.assert_close(actual.tokens.double(), exact, atol=1e-5, rtol=1e-5)
 
 
@@ -222,6 +232,7 @@ def test_the_operator_compiles_into_one_graph(device):
     ("change", "message"),
     [
         ({"x": torch.randn(2, 17)}, r"x must be \(B,N,C\), got \(2,17\)"),
+        ({"x": torch.randn(2, 17, 0)}, r"x must be \(B,N,C\) with C of at least 1, got \(2,17,0\)"),
         ({"scores": torch.rand(2, 15)}, r"scores must be \(B,P\) = \(2,16\) or \(B,H,P\), got \(2,15\)"),
         ({"scores": torch.rand(2, 0, 16)}, r"got \(2,0,16\)"),
         ({"scores": torch.ones(2, 16, dtype=torch.int64)}, "scores must be float32"),
@@ -260,7 +271,7 @@ def test_scores_may_have_another_dtype_than_the_tokens():
         (torch.float16, torch.float32),
     ):
         actual = ck.ops.prune_tokens(x.to(x_dtype), scores.to(dtype), 5, fuse=True)
-        exact, index = naive(x.to(x_dtype), scores, 5, True, 1)
+        exact, index, _ = read(readings.prune_tokens, x.to(x_dtype), scores.to(dtype), 5, True)
         assert torch.equal(actual.index, index) and actual.tokens.dtype == x_dtype
         torch.testing.assert_close(
             actual.tokens.double(), exact, atol=2e-3 if x_dtype == torch.float16 else 1e-6, rtol=1e-3

@@ -1,4 +1,4 @@
-"""targeted_l1 and its gradients, compared with a naive loop over tokens in fp64."""
+"""targeted_l1 and its gradients, compared with their readings in fp64."""
 
 import importlib
 from contextlib import nullcontext
@@ -16,6 +16,8 @@ import clipkernels as ck
 from clipkernels.backend import interpreting
 from clipkernels.testing import GuardedAllocations, assert_same, assert_within_budget, with_gaps
 from clipkernels.testing.fp64 import REFERENCE_EPS
+from tests import readings
+from tests.readings import read
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 QUICK_DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
@@ -23,7 +25,7 @@ LAUNCHERS = ("targeted_l1", "student_gradient", "projection_gradient")
 
 
 @pytest.fixture
-def triton(triton, monkeypatch, request):
+def triton(triton, monkeypatch, set_kernels, request):
     """Poison what launchers allocate, and shrink the chunks of rows under the interpreter.
 
     A mode of the caller does not reach into operators, so each launcher is wrapped.
@@ -31,7 +33,7 @@ def triton(triton, monkeypatch, request):
     # The interpreter takes the same time for every chunk, full or not.
     kernels = importlib.import_module("clipkernels.kernels.targeted_l1")
     if interpreting() and not request.node.get_closest_marker("slow"):
-        monkeypatch.setattr(kernels, "CHUNK", 64)
+        set_kernels(kernels, "CHUNK", 64)
 
     def poisoned(launch):
         @wraps(launch)
@@ -46,19 +48,10 @@ def triton(triton, monkeypatch, request):
     return triton
 
 
-def naive(student, teacher, projection, weights, mask, grad_output):
-    """Return distances (B,) and both gradients for `grad_output` (B,), computed one token at a time in fp64."""
-    student, teacher, projection, weights, grad_output = (
-        x.detach().cpu().double() for x in (student, teacher, projection, weights, grad_output)
-    )
-    distances, to_student, to_projection = grad_output.new_zeros(len(grad_output)), student * 0, projection * 0
-    for image, token in mask.cpu().nonzero().tolist():
-        difference = projection @ student[image, token] - teacher[image, token]
-        weight = weights[image, token] / len(projection)
-        distances[image] += weight * difference.abs().sum()
-        to_student[image, token] = grad_output[image] * weight * difference.sign() @ projection
-        to_projection += grad_output[image] * weight * torch.outer(difference.sign(), student[image, token])
-    return distances, to_student, to_projection
+def exact_results(arguments, grad_output):
+    """Return distances (B,) and both gradients for `grad_output` (B,), read in fp64."""
+    gradients = read(readings.targeted_l1_gradients, *arguments, grad_output)
+    return read(readings.targeted_l1, *arguments), *gradients
 
 
 def eager(student, teacher, projection, weights, mask):
@@ -112,19 +105,19 @@ def check(arguments, backend):
     assert [x.dtype for x in actual[1:]] == [student.dtype, projection.dtype]
     assert (actual[1][~mask] == 0).all()
     for result, exact, eager_result in zip(
-        actual, naive(*arguments, grad_output), differentiate(eager, arguments, grad_output), strict=True
+        actual, exact_results(arguments, grad_output), differentiate(eager, arguments, grad_output), strict=True
     ):
         if backend == "reference":  # it sums chunk after chunk, and eager's product by tiles
             assert result.shape == exact.shape
             allowed = REFERENCE_EPS * torch.finfo(result.dtype).eps * exact.abs()
-            assert not result.numel() or (result.cpu() - exact).abs().max() <= allowed.max()
+            assert not result.numel() or (result - exact).abs().max() <= allowed.max()
         else:
-            assert_within_budget(result.cpu(), exact, eager_result.cpu())
+            assert_within_budget(result, exact, eager_result)
     return actual
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_targeted_l1_matches_a_naive_loop(device, backend, dtype):
+def test_targeted_l1_matches_the_reading(device, backend, dtype):
     arguments = inputs(device, n=65, dtype=dtype)
     distances, _, _ = check(arguments, backend)
     torch.testing.assert_close(ck.ops.targeted_l1(*arguments, backend=backend), distances, rtol=0, atol=0)
@@ -166,10 +159,10 @@ def test_any_selection_works(device, backend, selection, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_projection_gradient_adds_every_chunk_of_every_group(device, dtype, triton, monkeypatch):
+def test_the_projection_gradient_adds_every_chunk_of_every_group(device, dtype, triton, set_kernels):
     kernels = importlib.import_module("clipkernels.kernels.targeted_l1")
-    monkeypatch.setattr(kernels, "CHUNK", 32)
-    monkeypatch.setattr(kernels, "GROUPS", 2)
+    set_kernels(kernels, "CHUNK", 32)
+    set_kernels(kernels, "GROUPS", 2)
     check(inputs(device, n=65, dtype=dtype, keep=0.6), triton)  # four chunks, the last of which is not full
 
 
@@ -283,12 +276,12 @@ def test_factors_beyond_fp16_range_reach_the_projection_gradient(device, backend
     student, *arguments = inputs(device, dtype=dtype)
     teacher, projection, weights, mask = arguments
     student, grad_output = student * size, torch.full((3,), grad_output, device=device)
-    exact = naive(student, *arguments, grad_output)[2]
+    _, exact = read(readings.targeted_l1_gradients, student, *arguments, grad_output)
     projection.requires_grad_()
     distances = ck.ops.targeted_l1(student, teacher, projection, weights, mask, backend=backend)
     (actual,) = torch.autograd.grad(distances, projection, grad_output)
     units = 4 if dtype == torch.float32 else 1
-    assert (actual.cpu() - exact).abs().max() <= units * torch.finfo(dtype).eps * exact.abs().max()
+    assert (actual - exact).abs().max() <= units * torch.finfo(dtype).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", QUICK_DTYPES)
@@ -375,8 +368,8 @@ def test_the_reference_never_holds_all_projected_tokens(device, monkeypatch):
     with LargestAllocation(arguments[0].shape) as largest:
         actual = differentiate(run_on("reference"), arguments, torch.ones(3, device=device))
     assert 0 < largest.elements <= 40 * 24  # the projection's gradient
-    for result, exact in zip(actual, naive(*arguments, torch.ones(3)), strict=True):
-        torch.testing.assert_close(result.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+    for result, exact in zip(actual, exact_results(arguments, torch.ones(3)), strict=True):
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("CPU_CHUNK_ELEMENTS", 2**17), ("DEVICE_CHUNK_ELEMENTS", 2**21)])
@@ -415,7 +408,7 @@ def test_the_reference_keeps_fp64_and_passes_gradcheck():
     arguments[3] = arguments[3].double()
     actual = differentiate(run_on("reference"), arguments, torch.ones(2))
     assert [x.dtype for x in actual] == [torch.float64] * 3
-    torch.testing.assert_close(actual, naive(*arguments, torch.ones(2)))
+    torch.testing.assert_close(actual, exact_results(arguments, torch.ones(2)))
     student, teacher, projection, weights, mask = arguments
     leaves = (student.requires_grad_(), projection.requires_grad_())
     assert torch.autograd.gradcheck(lambda h, p: run_on("reference")(h, teacher, p, weights, mask), leaves)

@@ -1,0 +1,62 @@
+"""Opening of a collection's folder: what it may hold, and what killed writers left in it."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from clipkernels.collection.layout import EMBEDDINGS, ERRORS, INDEX, LOCK, MANIFEST, PLANS, UNITS
+from clipkernels.collection.manifest import Manifest, differences, read_manifest
+
+TEMPORARY = re.compile(r"\.(manifest\.json|[0-9-]+\.parquet)\.[a-z0-9_]{8}")
+"""Names of the temporary files of `files.atomic_write`. None ends in .parquet, so a glob for shards has none."""
+FOLDERS = (EMBEDDINGS, ERRORS, PLANS, UNITS)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise ValueError if a folder holds something, but no collection."""
+    names = set(os.listdir(folder))
+    others = {name for name in names - {*FOLDERS, INDEX, LOCK} if not TEMPORARY.fullmatch(name)}
+    if others and MANIFEST not in names and not names.issuperset(FOLDERS):
+        raise ValueError(
+            f"expected a new or empty folder or a collection, got {folder} with {min(others)!r} and no {MANIFEST}: "
+            "choose another folder"
+        )
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of killed writers; the lock tells that no other one is at work."""
+    for name in os.listdir(folder):
+        if TEMPORARY.fullmatch(name):
+            with suppress(FileNotFoundError):
+                os.unlink(folder / name)
+
+
+def merge_manifest(folder: Path, manifest: Manifest) -> tuple[Manifest, bool]:
+    """The manifest of a run, whose sources join those of earlier runs, and whether it differs from the file.
+
+    Raises:
+        ValueError: the settings differ from the collection's, or the file is not as it was written.
+        OSError: the file cannot be read.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        return manifest, True
+    known = read_manifest(folder)
+    if known.settings != manifest.settings:
+        changes = "; ".join(differences(known.settings, manifest.settings))
+        raise ValueError(f"expected the settings of {folder}, got others: {changes}: choose another folder")
+    names = [*known.sources, *(name for name in manifest.sources if name not in known.sources)]
+    merged = msgspec.structs.replace(manifest, sources=names)
+    return merged, merged != known
+
+
+def prepare(folder: Path) -> None:
+    """Make the folders of a collection, and remove temporary files. The lock tells that no other writer is at work."""
+    for name in FOLDERS:
+        (folder / name).mkdir(exist_ok=True)
+        sweep(folder / name)
+    sweep(folder)
