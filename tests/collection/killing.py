@@ -1,0 +1,141 @@
+"""Runs of `ck.embed` in processes of their own, to be killed, and the state that they must end in."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+ENDING_SECONDS = 30
+"""The time that the children of a killed process have to end by themselves."""
+
+
+def write_images(folder: Path, count: int) -> dict[str, str]:
+    """Write images of noise, some broken; return the ids of the broken ones, each with a word of its reason."""
+    rng = np.random.default_rng(25)
+    broken: dict[str, str] = {}
+    for start in range(0, count, 100):
+        (folder / f"{start:05d}").mkdir(parents=True)
+        for number in range(start, min(start + 100, count)):
+            name = f"{start:05d}/{number:05d}.png"
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / name, compress_level=1)
+            if number % 97 == 5:
+                content = (folder / name).read_bytes()
+                (folder / name).write_bytes(content[: (0, 40, 1000)[number % 3]])
+                broken[name] = ("not an image", "not an image", "truncated")[number % 3]
+    return broken
+
+
+class Run:
+    """A process that embeds a folder, in a process group of its own.
+
+    Args:
+        source, out: the images and the collection.
+        options: of `embedding_process.main`.
+    """
+
+    def __init__(self, source: Path, out: Path, **options: Any) -> None:
+        arguments = {"source": str(source), "out": str(out), **options}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        self.errors = (out.parent / f"{out.name}.stderr").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests/collection/embedding_process.py", json.dumps(arguments)],
+            stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def kill_after(self, units: int, delay: float) -> int:
+        """Kill the process a moment after some units; return the units that it wrote, or the code if it ended."""
+        assert self.process.stdout is not None
+        written = 0
+        for line in self.process.stdout:
+            written += line == "unit\n"
+            if written == units:
+                break
+        time.sleep(delay)
+        self.process.kill()
+        return written
+
+    def wait(self) -> int:
+        """Wait for the end of the process; return its exit status."""
+        self.process.communicate()
+        self.errors.close()
+        return self.process.returncode
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the run, which must succeed; return the fields of its `Embedded`."""
+        output, _ = self.process.communicate()
+        self.errors.seek(0)
+        assert self.process.returncode == 0, self.errors.read()
+        self.errors.close()
+        result = json.loads(output.splitlines()[-1].removeprefix("done "))
+        assert isinstance(result, dict)
+        return result
+
+
+def await_end(runs: list[Run]) -> list[str]:
+    """Wait until no process of the groups of killed runs is left; return the command lines of those that do not end."""
+    groups, deadline = {run.process.pid for run in runs}, time.monotonic() + ENDING_SECONDS
+    while (left := _commands(groups)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for run in runs if left else []:
+        os.killpg(run.process.pid, signal.SIGKILL)
+    return left
+
+
+def _commands(groups: set[int]) -> list[str]:
+    commands = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if entry.name.isdigit() and int(group) in groups and state != "Z":
+                commands.append((entry / "cmdline").read_text())
+        except (OSError, ValueError):
+            continue
+    return commands
+
+
+def kill_and_finish(source: Path, out: Path, kills: int, seed: int, **options: Any) -> dict[str, Any]:
+    """Kill runs, each a moment after one to three new units, and start the next at once; return the result of the last.
+
+    No process of a killed run may be left a while after.
+    """
+    rng, runs = random.Random(seed), list[Run]()
+    for _ in range(kills):
+        run = Run(source, out, **options)
+        wanted = rng.randint(1, 3)
+        assert run.kill_after(wanted, rng.random() / 20) == wanted, run.wait()
+        run.process.poll()
+        runs.append(run)
+    result = Run(source, out, **options).finish()
+    assert [run.wait() for run in runs] == [-signal.SIGKILL] * kills
+    assert await_end(runs) == []
+    return result
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of a collection by name, without its manifest, which names the sources."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "manifest.json")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def check_ids(folder: Path, source: Path, broken: dict[str, str]) -> None:
+    """Check that each image's id is there once: in the errors if it is broken, else in the shards."""
+    ids = pq.read_table(folder / "embeddings", columns=["id"])["id"].to_pylist()
+    errors = pq.read_table(folder / "errors").to_pydict()
+    names = {str(file.relative_to(source)) for file in source.rglob("*.png")}
+    assert len(ids) == len(set(ids)) and set(ids) == names - set(broken)
+    assert errors["id"] == sorted(broken)
+    for name, reason in zip(errors["id"], errors["reason"], strict=True):
+        assert broken[name] in reason
