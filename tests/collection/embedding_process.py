@@ -4,25 +4,59 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
 import clipkernels as ck
-from clipkernels.collection import run, store
+from clipkernels.collection import ray_engine, run, store
+from clipkernels.collection.plans import plan_file
+
+
+def break_actors(fault: str, model: nn.Module, preprocess: Callable[[Image.Image], Tensor]) -> Any:
+    """Break what the Ray engine's actors need: the "model", the "plan", or the "disk", which is full after 20,000 bytes
+    of a file; return the preprocessing."""
+    driver, encode_units = os.getpid(), ray_engine.encode_units
+
+    def check(module: nn.Module, arguments: Any) -> None:
+        if os.getpid() != driver:
+            raise RuntimeError("the model is broken")
+
+    def limit(image: Image.Image) -> Tensor:
+        if os.getpid() != driver:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return preprocess(image)
+
+    def encode(items: Any, *arguments: Any, **options: Any) -> None:
+        plan_file(items.folder, items.generation).write_bytes(b"nothing")
+        encode_units(items, *arguments, **options)
+
+    if fault == "model":
+        for module in model.modules():
+            module.register_forward_pre_hook(check)
+    elif fault == "plan":
+        ray_engine.encode_units = encode
+    return limit if fault == "disk" else preprocess
 
 
 def main(options: dict[str, Any]) -> None:
     """Embed `source` to `out`; print "unit" after each unit, "compacted" after each shard and "done" at the end.
 
     `shard_rows` are the rows of a complete shard. `die` kills the process in the middle of its first compaction
-    ("appending"), or after the shard and before the units are deleted ("appended"). The other options are those of
-    `ck.embed`.
+    ("appending"), or after the shard and before the units are deleted ("appended"). `fault` is of `break_actors`. The
+    other options are those of `ck.embed`.
     """
     torch.set_num_threads(1)
+    model, preprocess, _ = ck.bundled()
+    if fault := options.pop("fault", None):
+        preprocess = break_actors(fault, model, preprocess)
     die = options.pop("die", None)
     run.Store = partial(store.Store, shard_rows=options.pop("shard_rows"))  # type: ignore[misc, assignment]
     append_units = store.append_units
@@ -47,7 +81,6 @@ def main(options: dict[str, Any]) -> None:
             done.append(unit)
             print("unit", flush=True)
 
-    model, preprocess, _ = ck.bundled()
     source, out = options.pop("source"), options.pop("out")
     result = run.embed(model, [source], out, preprocess=preprocess, progress=report, **options)
     print("done", json.dumps(result._asdict()), flush=True)

@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+MARK = "CLIPKERNELS_TEST_RUN"
 ROOT = Path(__file__).parents[2]
 ENDING_SECONDS = 30
 """The time that the children of a killed process have to end by themselves."""
@@ -38,22 +41,25 @@ def write_images(folder: Path, count: int) -> dict[str, str]:
 
 
 class Run:
-    """A process that embeds a folder, in a process group of its own.
+    """A process that embeds a folder. It and its children have a mark in their environment.
 
     Args:
         source, out: the images and the collection.
+        environment: further variables.
         options: of `embedding_process.main`.
     """
 
-    def __init__(self, source: Path, out: Path, **options: Any) -> None:
+    def __init__(self, source: Path, out: Path, environment: dict[str, str] | None = None, **options: Any) -> None:
+        self.mark = uuid4().hex
         arguments = {"source": str(source), "out": str(out), **options}
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        self.errors = (out.parent / f"{out.name}.stderr").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, ROOT / "tests/collection/embedding_process.py", json.dumps(arguments)],
-            stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", MARK: self.mark, **(environment or {})}
+        self.errors = out.parent / f"{self.mark}.stderr"
+        command = [sys.executable, ROOT / "tests/collection/embedding_process.py", json.dumps(arguments)]
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **variables}
+            )
 
     def kill_after(self, units: int, delay: float) -> int:
         """Kill the process a moment after some units; return the units that it wrote, or the code if it ended."""
@@ -70,46 +76,47 @@ class Run:
     def wait(self) -> int:
         """Wait for the end of the process; return its exit status."""
         self.process.communicate()
-        self.errors.close()
         return self.process.returncode
+
+    def words(self) -> str:
+        """All that the process has written to stderr."""
+        return self.errors.read_text()
 
     def finish(self) -> dict[str, Any]:
         """Wait for the run, which must succeed; return the fields of its `Embedded`."""
         output, _ = self.process.communicate()
-        self.errors.seek(0)
-        assert self.process.returncode == 0, self.errors.read()
-        self.errors.close()
+        assert self.process.returncode == 0, self.words()
         result = json.loads(output.splitlines()[-1].removeprefix("done "))
         assert isinstance(result, dict)
         return result
 
 
-def await_end(runs: list[Run]) -> list[str]:
-    """Wait until no process of the groups of killed runs is left; return the command lines of those that do not end."""
-    groups, deadline = {run.process.pid for run in runs}, time.monotonic() + ENDING_SECONDS
-    while (left := _commands(groups)) and time.monotonic() < deadline:
+def await_end(runs: Sequence[Run]) -> list[str]:
+    """Wait until no process that runs started is left; kill those that do not end, and return their command lines."""
+    marks, deadline = [run.mark for run in runs], time.monotonic() + ENDING_SECONDS
+    while (left := _processes(marks)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    for run in runs if left else []:
-        os.killpg(run.process.pid, signal.SIGKILL)
-    return left
+    for number in left:
+        os.kill(number, signal.SIGKILL)
+    return list(left.values())
 
 
-def _commands(groups: set[int]) -> list[str]:
-    commands = []
+def _processes(marks: Sequence[str]) -> dict[int, str]:
+    """The command lines of the processes whose environment holds a mark, by their numbers."""
+    wanted, processes = [f"{MARK}={mark}".encode() for mark in marks], dict[int, str]()
     for entry in Path("/proc").iterdir():
         try:
-            state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-            if entry.name.isdigit() and int(group) in groups and state != "Z":
-                commands.append((entry / "cmdline").read_text())
-        except (OSError, ValueError):
+            if entry.name.isdigit() and set(wanted) & set((entry / "environ").read_bytes().split(b"\0")):
+                processes[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has ended
             continue
-    return commands
+    return processes
 
 
 def kill_and_finish(source: Path, out: Path, kills: int, seed: int, **options: Any) -> dict[str, Any]:
     """Kill runs, each a moment after one to three new units, and start the next at once; return the result of the last.
 
-    No process of a killed run may be left a while after.
+    Their processes must end by themselves. `options` are of `Run`.
     """
     rng, runs = random.Random(seed), list[Run]()
     for _ in range(kills):
