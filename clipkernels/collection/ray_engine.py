@@ -5,7 +5,8 @@ the bytes.
 
 An actor may outlive its killed driver for a while, and Ray may encode a unit twice. A file that comes late does no
 harm: it replaces one with the same rows, or it belongs to a unit that a shard holds or to a plan that has ended, and
-the store ignores and deletes those.
+the store ignores and deletes those. The folder may also hold a new collection by then, whose plan has the same number;
+so an actor writes only as long as the plan is the file that its driver saw.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from torch import nn
 
 from clipkernels.collection.encoder import Encoder
 from clipkernels.collection.packages import pyarrow, required
+from clipkernels.collection.plans import plan_file
 from clipkernels.collection.preparation import UnitItems, keys_of
 from clipkernels.collection.units import write_unit
 from clipkernels.messages import first_line
 
 MAX_BLOCKS = 4096
 """Blocks of a pipeline, each of which is a task to schedule."""
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Variables of Ray that are set unless they are set already: no telemetry, no warning about accelerators."""
 
 
 class UnitEncoder:
@@ -35,6 +42,7 @@ class UnitEncoder:
 
     Args:
         items: the batches by key.
+        plan: the stamp of the plan's file (`plan_stamp`).
         model: a reference to the model on the CPU, in eval mode and in its precision.
         device: the kind of device that it runs on.
         options: the other arguments of `Encoder`.
@@ -45,6 +53,7 @@ class UnitEncoder:
     def __init__(
         self,
         items: UnitItems,
+        plan: tuple[int, int],
         model: Any,
         device: str,
         options: dict[str, Any],
@@ -52,14 +61,15 @@ class UnitEncoder:
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        self.items, self.model, self.device, self.options, self.notes = items, model, device, options, notes
+        self.items, self.plan, self.notes = items, plan, notes
+        self.model, self.device, self.options = model, device, options
         self._encoder: Encoder | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Encode the unit of a batch.
 
         Returns:
-            Lists of one item: the unit's rows, those without an embedding, captions that were cut, and the pickled
+            Lists of one item: the unit, its rows, those without an embedding, captions that were cut, and the pickled
             exception if there was one, else no bytes.
         """
         failed, cut, error = 0, 0, b""
@@ -68,7 +78,7 @@ class UnitEncoder:
             failed, cut = self._encode(unit, rows)
         except Exception as exception:
             error = _pickled(exception)
-        return {"rows": [rows], "failed": [failed], "cut": [cut], "error": [error]}
+        return {"unit": [unit], "rows": [rows], "failed": [failed], "cut": [cut], "error": [error]}
 
     def _encode(self, unit: int, rows: int) -> tuple[int, int]:
         if self._encoder is None:
@@ -77,8 +87,20 @@ class UnitEncoder:
         before = self._encoder.cut_texts
         parts = [self._encoder(self.items[key]) for key in keys_of([(unit, rows)], self._encoder.batch_size)]
         table = pyarrow().concat_tables(parts)
+        if plan_stamp(self.items) != self.plan:
+            raise ValueError(f"expected {self.items.folder} to have one writer, got a new plan: stop the other run")
         write_unit(self.items.folder, self.items.generation, unit, table, self.notes)
         return rows - table["reason"].null_count, self._encoder.cut_texts - before
+
+
+def plan_stamp(items: UnitItems) -> tuple[int, int]:
+    """The number and the modification time of the plan's file; a plan that is written again has others.
+
+    Raises:
+        OSError: there is no plan any more.
+    """
+    status = os.stat(plan_file(items.folder, items.generation))
+    return status.st_ino, status.st_mtime_ns
 
 
 def _pickled(error: Exception) -> bytes:
@@ -114,38 +136,45 @@ def encode_units(
             to stop.
     Raises:
         Exception: the exception of an actor.
-        RuntimeError: Ray cannot start, or loses an actor.
+        RuntimeError: Ray loses its actors and finishes no unit between.
         ValueError: no machine of the cluster has as many CPUs as an actor has threads.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     ray = required("ray", "ray")
     data = required("ray.data", "ray")
     started = not ray.is_initialized()
     try:
         if started:
-            ray.init(log_to_driver=False, logging_level="ERROR", **_cluster(actors * threads))
+            ray.init(log_to_driver=False, logging_level="CRITICAL", **_cluster(actors * threads))
         _check_threads(ray.nodes(), threads)
         context = data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        rows = [{"unit": unit, "rows": length} for unit, length in units]
-        blocks = data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-        finished = blocks.map_batches(
-            UnitEncoder,
-            batch_size=1,
-            compute=data.ActorPoolStrategy(size=actors),
-            num_cpus=threads,
-            num_gpus=1 if device.type == "cuda" else 0,
-            fn_constructor_args=(items, ray.put(deepcopy(model).cpu()), device.type, options, notes, threads),
-        )
-        for row in finished.iter_rows():
-            if row["error"]:
-                raise pickle.loads(row["error"])
-            if after_unit(int(row["rows"]), int(row["failed"]), int(row["cut"])):
-                return
-    except ray.exceptions.RayError as error:
-        raise RuntimeError(f"Ray stopped: {type(error).__name__}: {first_line(error)}") from None
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        arguments = items, plan_stamp(items), ray.put(deepcopy(model).cpu()), device.type, options, notes, threads
+        left = dict(units)
+        while left:
+            before = len(left)
+            rows = [{"unit": unit, "rows": length} for unit, length in left.items()]
+            finished = data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
+                UnitEncoder,
+                batch_size=1,
+                compute=data.ActorPoolStrategy(size=actors),
+                num_cpus=threads,
+                num_gpus=1 if device.type == "cuda" else 0,
+                max_restarts=0,  # Ray warns on stderr about restarts of its own actors
+                fn_constructor_args=arguments,
+            )
+            try:
+                for row in finished.iter_rows():
+                    if row["error"]:
+                        raise pickle.loads(row["error"])
+                    left.pop(int(row["unit"]), None)
+                    if after_unit(int(row["rows"]), int(row["failed"]), int(row["cut"])):
+                        return
+            except ray.exceptions.RayError as error:  # a machine is lost, or its memory is full
+                if len(left) == before:
+                    raise RuntimeError(f"Ray stopped: {type(error).__name__}: {first_line(error)}") from None
     finally:
         if started:
             ray.shutdown()

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,18 +21,36 @@ from clipkernels.collection import ray_engine, run, store
 from clipkernels.collection.plans import plan_file
 
 
-def break_actors(fault: str, model: nn.Module, preprocess: Callable[[Image.Image], Tensor]) -> Any:
-    """Break what the Ray engine's actors need: the "model", the "plan", or the "disk", which is full after 20,000 bytes
-    of a file; return the preprocessing."""
+def break_actors(fault: str, out: str, model: nn.Module, preprocess: Callable[[Image.Image], Tensor]) -> Any:
+    """Break what the Ray engine's actors need; return the preprocessing.
+
+    fault: "model"; "plan"; "disk", which is full after 20,000 bytes of a file; "folder", which has a newer plan;
+        "crash" of one process while two units are there; "crashes" of all.
+    """
     driver, encode_units = os.getpid(), ray_engine.encode_units
 
     def check(module: nn.Module, arguments: Any) -> None:
         if os.getpid() != driver:
             raise RuntimeError("the model is broken")
 
+    def crash(image: Image.Image) -> Tensor:
+        if os.getpid() != driver:
+            if fault == "crash" and len(os.listdir(f"{out}/units")) == 2:
+                with suppress(FileExistsError):
+                    os.mkdir(f"{out}/../crashed")
+                    os.kill(os.getpid(), signal.SIGKILL)
+            elif fault == "crashes":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return preprocess(image)
+
     def limit(image: Image.Image) -> Tensor:
         if os.getpid() != driver:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return preprocess(image)
+
+    def renew(image: Image.Image) -> Tensor:
+        if os.getpid() != driver:
+            os.utime(plan_file(out, 1))
         return preprocess(image)
 
     def encode(items: Any, *arguments: Any, **options: Any) -> None:
@@ -39,11 +58,10 @@ def break_actors(fault: str, model: nn.Module, preprocess: Callable[[Image.Image
         encode_units(items, *arguments, **options)
 
     if fault == "model":
-        for module in model.modules():
-            module.register_forward_pre_hook(check)
+        ck.tower_of(model).blocks[0].register_forward_pre_hook(check)
     elif fault == "plan":
         ray_engine.encode_units = encode
-    return limit if fault == "disk" else preprocess
+    return {"disk": limit, "folder": renew, "crash": crash, "crashes": crash}.get(fault, preprocess)
 
 
 def main(options: dict[str, Any]) -> None:
@@ -56,7 +74,7 @@ def main(options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     model, preprocess, _ = ck.bundled()
     if fault := options.pop("fault", None):
-        preprocess = break_actors(fault, model, preprocess)
+        preprocess = break_actors(fault, options["out"], model, preprocess)
     die = options.pop("die", None)
     run.Store = partial(store.Store, shard_rows=options.pop("shard_rows"))  # type: ignore[misc, assignment]
     append_units = store.append_units
