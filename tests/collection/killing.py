@@ -24,8 +24,12 @@ ENDING_SECONDS = 30
 """The time that the children of a killed process have to end by themselves."""
 
 
-def write_images(folder: Path, count: int) -> dict[str, str]:
-    """Write images of noise, some broken; return the ids of the broken ones, each with a word of its reason."""
+def write_images(folder: Path, count: int, caption: str = "") -> dict[str, str]:
+    """Write images of noise, some broken, with a caption in a file of text if there is one.
+
+    Returns:
+        The ids of the broken images, each with a word of its reason.
+    """
     rng = np.random.default_rng(25)
     broken: dict[str, str] = {}
     for start in range(0, count, 100):
@@ -33,6 +37,8 @@ def write_images(folder: Path, count: int) -> dict[str, str]:
         for number in range(start, min(start + 100, count)):
             name = f"{start:05d}/{number:05d}.png"
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / name, compress_level=1)
+            if caption:
+                (folder / name).with_suffix(".txt").write_text(caption)
             if number % 97 == 5:
                 content = (folder / name).read_bytes()
                 (folder / name).write_bytes(content[: (0, 40, 1000)[number % 3]])
@@ -75,8 +81,7 @@ class Run:
 
     def wait(self) -> int:
         """Wait for the end of the process; return its exit status."""
-        self.process.communicate()
-        return self.process.returncode
+        return self.process.wait()
 
     def words(self) -> str:
         """All that the process has written to stderr."""

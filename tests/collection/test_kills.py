@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.collection.killing import Run, check_ids, files_of, kill_and_finish, write_images
+from tests.collection.killing import Run, await_end, check_ids, files_of, kill_and_finish, write_images
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a system with SIGKILL")
 
@@ -28,10 +28,12 @@ def test_killed_runs_end_in_the_bytes_of_one_run(images: int, kills: int, shard_
 @pytest.mark.slow
 @pytest.mark.parametrize("die", ["appending", "appended"])
 def test_a_run_that_is_killed_while_it_compacts(die: str, tmp_path: Path) -> None:
-    broken = write_images(source := tmp_path / "images", 1000)
-    options = {"batch_size": 64, "unit_rows": 128, "workers": 2, "shard_rows": 300}
+    """The captions fill the loaders' pipe, which nobody reads any more."""
+    broken = write_images(source := tmp_path / "images", 1000, "a caption " * 400)
+    options = {"batch_size": 64, "unit_rows": 128, "workers": 2, "shard_rows": 300, "columns": ["txt"]}
     for _ in range(2):
-        assert Run(source, tmp_path / "killed", die=die, **options).wait() == -signal.SIGKILL
+        run = Run(source, tmp_path / "killed", die=die, **options)
+        assert run.wait() == -signal.SIGKILL and await_end([run]) == []
     Run(source, tmp_path / "killed", **options).finish()
     check_ids(tmp_path / "killed", source, broken)
     Run(source, tmp_path / "whole", **options).finish()
