@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -155,16 +156,7 @@ def encode_units(
         left = dict(units)
         while left:
             before = len(left)
-            rows = [{"unit": unit, "rows": length} for unit, length in left.items()]
-            finished = data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
-                UnitEncoder,
-                batch_size=1,
-                compute=data.ActorPoolStrategy(size=actors),
-                num_cpus=threads,
-                num_gpus=1 if device.type == "cuda" else 0,
-                max_restarts=0,  # Ray warns on stderr about restarts of its own actors
-                fn_constructor_args=arguments,
-            )
+            finished = _pipeline(data, left, actors, threads, device, arguments)
             try:
                 for row in finished.iter_rows():
                     if row["error"]:
@@ -178,6 +170,25 @@ def encode_units(
     finally:
         if started:
             ray.shutdown()
+
+
+def _pipeline(
+    data: Any, units: Mapping[int, int], actors: int, threads: int, device: torch.device, arguments: tuple[Any, ...]
+) -> Any:
+    """A dataset of the results of units. An actor that dies is an error, because Ray would start it again for ever."""
+    rows = [{"unit": unit, "rows": length} for unit, length in units.items()]
+    blocks = data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # max_restarts; it has no successor
+        return blocks.map_batches(
+            UnitEncoder,
+            batch_size=1,
+            compute=data.ActorPoolStrategy(size=actors),
+            num_cpus=threads,
+            num_gpus=1 if device.type == "cuda" else 0,
+            max_restarts=0,
+            fn_constructor_args=arguments,
+        )
 
 
 def _cluster(cpus: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,27 @@ from torch import Tensor, nn
 import clipkernels as ck
 from clipkernels.collection import ray_engine, run, store
 from clipkernels.collection.plans import plan_file
+
+
+class Preceded:
+    """A preprocessing that calls a function before each image, in an actor only.
+
+    Args:
+        first: the function.
+        preprocess: the preprocessing.
+    """
+
+    def __init__(self, first: Callable[[], object], preprocess: Callable[[Image.Image], Tensor]) -> None:
+        self.first, self.preprocess, self.driver = first, preprocess, os.getpid()
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The preprocessed image."""
+        if os.getpid() != self.driver:
+            self.first()
+        return self.preprocess(image)
+
+    def __repr__(self) -> str:
+        return repr(self.preprocess)
 
 
 def break_actors(fault: str, out: str, model: nn.Module, preprocess: Callable[[Image.Image], Tensor]) -> Any:
@@ -33,25 +53,12 @@ def break_actors(fault: str, out: str, model: nn.Module, preprocess: Callable[[I
         if os.getpid() != driver:
             raise RuntimeError("the model is broken")
 
-    def crash(image: Image.Image) -> Tensor:
-        if os.getpid() != driver:
-            if fault == "crash" and len(os.listdir(f"{out}/units")) == 2:
-                with suppress(FileExistsError):
-                    os.mkdir(f"{out}/../crashed")
-                    os.kill(os.getpid(), signal.SIGKILL)
-            elif fault == "crashes":
-                os.kill(os.getpid(), signal.SIGKILL)
-        return preprocess(image)
-
-    def limit(image: Image.Image) -> Tensor:
-        if os.getpid() != driver:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        return preprocess(image)
-
-    def renew(image: Image.Image) -> Tensor:
-        if os.getpid() != driver:
-            os.utime(plan_file(out, 1))
-        return preprocess(image)
+    def crash() -> None:
+        if fault == "crash":
+            if len(os.listdir(f"{out}/units")) != 2 or os.path.exists(f"{out}/../crashed"):
+                return
+            os.mkdir(f"{out}/../crashed")
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def encode(items: Any, *arguments: Any, **options: Any) -> None:
         plan_file(items.folder, items.generation).write_bytes(b"nothing")
@@ -61,7 +68,10 @@ def break_actors(fault: str, out: str, model: nn.Module, preprocess: Callable[[I
         ck.tower_of(model).blocks[0].register_forward_pre_hook(check)
     elif fault == "plan":
         ray_engine.encode_units = encode
-    return {"disk": limit, "folder": renew, "crash": crash, "crashes": crash}.get(fault, preprocess)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    renew = partial(os.utime, plan_file(out, 1))
+    first: dict[str, Callable[[], object]] = {"disk": limit, "folder": renew, "crash": crash, "crashes": crash}
+    return Preceded(first[fault], preprocess) if fault in first else preprocess
 
 
 def main(options: dict[str, Any]) -> None:
