@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ def compare(
     replacing: list[np.ndarray] = []
     vanished: list[Any] = []
     num_vanished = 0
-    for table in (*rows, errors):
+    for table in chain(rows, [errors]):
         places, index, absent = _match(listing["id"], table["id"], state)
         if changed is None or table is errors:
             differs = _other_stamps(stamps, places, table, index)
