@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEMPORARY = re.compile(r"\.(manifest\.json|[0-9-]+\.parquet)\.[a-z0-9_]{8}")
-KNOWN_ROWS = 250_000
+KNOWN_ROWS = 125_000
 """Known rows that are compared with a listing at a time."""
 
 
@@ -208,7 +208,7 @@ class Store:
         if self._planned:
             return Diff(None)
         columns = ["id", "size", "modified", *(["sha256"] if changed else [])]
-        rows = max(KNOWN_ROWS, len(listing) // 4)
+        rows = max(KNOWN_ROWS, len(listing) // 8)
         known = known_rows(self.folder, [shard.number for shard in self._shards], columns, rows)
         errors, _ = read_errors(self.folder)
         result = compare(
