@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Preceded:
 def break_actors(fault: str, out: str, model: nn.Module, preprocess: Callable[[Image.Image], Tensor]) -> Any:
     """Break what the Ray engine's actors need; return the preprocessing.
 
-    fault: "model"; "plan"; "disk", which is full after 20,000 bytes of a file; "folder", which has a newer plan;
+    fault: "model"; "plan"; "disk", which is full; "folder", which has a newer plan;
         "crash" of one process while two units are there; "crashes" of all.
     """
     driver, encode_units = os.getpid(), ray_engine.encode_units
@@ -52,6 +52,12 @@ def break_actors(fault: str, out: str, model: nn.Module, preprocess: Callable[[I
     def check(module: nn.Module, arguments: Any) -> None:
         if os.getpid() != driver:
             raise RuntimeError("the model is broken")
+
+    def fill() -> None:
+        def fsync(number: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        os.fsync = fsync  # type: ignore[assignment]
 
     def crash() -> None:
         if fault == "crash":
@@ -68,9 +74,8 @@ def break_actors(fault: str, out: str, model: nn.Module, preprocess: Callable[[I
         ck.tower_of(model).blocks[0].register_forward_pre_hook(check)
     elif fault == "plan":
         ray_engine.encode_units = encode
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     renew = partial(os.utime, plan_file(out, 1))
-    first: dict[str, Callable[[], object]] = {"disk": limit, "folder": renew, "crash": crash, "crashes": crash}
+    first: dict[str, Callable[[], object]] = {"disk": fill, "folder": renew, "crash": crash, "crashes": crash}
     return Preceded(first[fault], preprocess) if fault in first else preprocess
 
 

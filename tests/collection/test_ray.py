@@ -50,7 +50,7 @@ def test_killed_ray_runs_end_in_the_bytes_of_one_local_run(tmp_path: Path) -> No
     ("fault", "expected"),
     [
         ("model", "RuntimeError: the model is broken"),
-        ("disk", "OSError: [Errno 27] File too large: "),
+        ("disk", "OSError: [Errno 28] No space left on device: '{out}/units/"),
         ("folder", "ValueError: expected {out} to have one writer, got a new plan: stop the other run"),
         ("crashes", "RuntimeError: Ray stopped: ActorDiedError: "),
         ("plan", "ValueError: expected a plan of a collection (clipkernels.plan.1), got "),
