@@ -61,7 +61,7 @@ class Run:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", MARK: self.mark, **(environment or {})}
         self.errors = out.parent / f"{self.mark}.stderr"
-        command = [sys.executable, ROOT / "tests/collection/embedding_process.py", json.dumps(arguments)]
+        command = [sys.executable, str(ROOT / "tests/collection/embedding_process.py"), json.dumps(arguments)]
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **variables}

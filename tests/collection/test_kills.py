@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a 
 )
 def test_killed_runs_end_in_the_bytes_of_one_run(images: int, kills: int, shard_rows: int, tmp_path: Path) -> None:
     broken = write_images(source := tmp_path / "images", images)
-    options = {"batch_size": 64, "unit_rows": 128, "workers": 2, "shard_rows": shard_rows}
+    options: dict[str, Any] = {"batch_size": 64, "unit_rows": 128, "workers": 2, "shard_rows": shard_rows}
     result = kill_and_finish(source, tmp_path / "killed", kills, seed=images, **options)
     assert result["all_errors"] == len(broken) and result["embeddings"] == images - len(broken)
     check_ids(tmp_path / "killed", source, broken)
@@ -30,7 +31,7 @@ def test_killed_runs_end_in_the_bytes_of_one_run(images: int, kills: int, shard_
 def test_a_run_that_is_killed_while_it_compacts(die: str, tmp_path: Path) -> None:
     """The captions fill the loaders' pipe, which nobody reads any more."""
     broken = write_images(source := tmp_path / "images", 1000, "a caption " * 400)
-    options = {"batch_size": 64, "unit_rows": 128, "workers": 2, "shard_rows": 300, "columns": ["txt"]}
+    options: dict[str, Any] = {"batch_size": 64, "unit_rows": 128, "workers": 2, "shard_rows": 300, "columns": ["txt"]}
     for _ in range(2):
         run = Run(source, tmp_path / "killed", die=die, **options)
         assert run.wait() == -signal.SIGKILL and await_end([run]) == []
