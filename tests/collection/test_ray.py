@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -77,26 +78,26 @@ def test_actors_that_crash_are_started_again(tmp_path: Path) -> None:
 
 
 @contextmanager
-def cluster() -> Iterator[str]:
-    """Yield the address of a cluster that another process of this machine has started."""
+def cluster() -> Iterator[dict[str, str]]:
+    """Yield the variables that name a cluster of another process of this machine, which has a token of its own."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex}
     code = (
         "import ray; print(ray.init('local', num_cpus=4, include_dashboard=False).address_info['gcs_address']); input()"
     )
     command = [sys.executable, "-u", "-c", code]
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **token}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        yield {"RAY_ADDRESS": process.stdout.readline().strip(), **token}
         process.communicate("\n")
     assert process.returncode == 0
 
 
 def test_ray_joins_the_cluster_of_its_address(tmp_path: Path) -> None:
     broken = write_images(source := tmp_path / "images", 1000)
-    with cluster() as address:
-        environment = {"RAY_ADDRESS": address}
+    with cluster() as environment:
         run = Run(source, tmp_path / "joined", environment, **RAY)
         run.finish()
         assert run.words() == ""
