@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from functools import partial
+from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +20,9 @@ from clipkernels.collection.preparation import Key, UnitItems, keys_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+SECONDS_BETWEEN_LOOKS = 1.0
+"""The time after which a loader process looks again whether its parent lives."""
 
 
 class _Keys(Sampler[Key]):
@@ -78,7 +84,7 @@ def encode_units(
             sampler=_Keys(shared, encoder.batch_size),
             num_workers=workers,
             prefetch_factor=2 if workers else None,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             generator=torch.Generator(),  # a loader draws a seed, which must not move the caller's generator
             pin_memory=encoder.weights.device.type == "cuda",
         )
@@ -106,7 +112,18 @@ def encode_units(
             stopped = True
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which may reach every process of a group, to the process that writes."""
+def _start_worker(parent: int, worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may reach all of a group, to the process that writes, and end with that one.
+
+    A loader process that torch has started notices a killed parent too, but then waits until a batch has gone through a
+    full pipe that nobody reads.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)

@@ -219,8 +219,8 @@ def embed(
                 check_all_named(store.folder, paths)
             changed = partial(_changed_content, listing.sources) if by_content else None
             items = partial(
-                UnitItems, store.folder, columns=wanted, preprocess=preprocess, shape=image_shape(model, preprocess),
-                exif=exif,
+                UnitItems, Path(os.path.abspath(out)), columns=wanted, preprocess=preprocess,
+                shape=image_shape(model, preprocess), exif=exif,
             )  # fmt: skip
             run = _Run(store, model, encoder, notes, progress)
             vanished, all_named = 0, not missing_sources(store.folder, paths)
@@ -289,12 +289,13 @@ class _Run:
     def with_ray(self, items: UnitItems, actors: int) -> None:
         """Encode the pending units on a Ray cluster."""
 
-        def after_unit(rows: int, errors: int) -> bool:
+        def after_unit(rows: int, errors: int, cut_texts: int) -> bool:
+            self.cut_texts += cut_texts
             self._after_unit()
             return self._after_batch(rows, errors)
 
         ray_engine.encode_units(
-            items, self.model, self._pending(), device=str(tower_weight(self.model).device), actors=actors,
+            items, self.model, self._pending(), device=tower_weight(self.model).device, actors=actors,
             threads=torch.get_num_threads(), options=self.encoder, notes=self.notes, after_unit=after_unit,
         )  # fmt: skip
         self.store.compact(final=True)

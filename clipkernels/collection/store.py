@@ -23,7 +23,7 @@ from clipkernels.collection.units import finished_units
 if TYPE_CHECKING:
     import pyarrow as pa
 
-KNOWN_ROWS = 250_000
+KNOWN_ROWS = 125_000
 """Known rows that are compared with a listing at a time."""
 
 
@@ -141,7 +141,7 @@ class Store:
         if self._planned:
             return Diff(None)
         columns = ["id", "size", "modified", *(["sha256"] if changed else [])]
-        rows = max(KNOWN_ROWS, len(listing) // 4)
+        rows = max(KNOWN_ROWS, len(listing) // 8)
         known = known_rows(self.folder, [shard.number for shard in self._rows.shards], columns, rows)
         errors, _ = read_errors(self.folder)
         result = compare(
