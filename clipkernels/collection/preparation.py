@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipkernels.collection.plans import read_items
 from clipkernels.collection.sources import Item, Source
+from clipkernels.collection.store.plans import read_items
 from clipkernels.images import Reader
 from clipkernels.images.reader import preprocessed
 from clipkernels.messages import reason_of

@@ -24,9 +24,9 @@ from torch import nn
 
 from clipkernels.collection.encoder import Encoder
 from clipkernels.collection.packages import pyarrow, required
-from clipkernels.collection.plans import plan_file
 from clipkernels.collection.preparation import UnitItems, keys_of
-from clipkernels.collection.units import write_unit
+from clipkernels.collection.store.plans import plan_file
+from clipkernels.collection.store.units import write_unit
 from clipkernels.messages import first_line
 
 MAX_BLOCKS = 4096

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 from warnings import warn
 
@@ -36,7 +37,6 @@ from clipkernels.arguments import (
 )
 from clipkernels.classifier import eval_mode
 from clipkernels.collection import local_engine, ray_engine
-from clipkernels.collection.absent_source import find_planned
 from clipkernels.collection.checks import (
     check_all_named,
     check_apart,
@@ -52,8 +52,9 @@ from clipkernels.collection.manifest import Manifest, Settings
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.preparation import UnitItems
 from clipkernels.collection.sources import Source, find_sources, list_items
+from clipkernels.collection.sources.absent import find_planned
 from clipkernels.collection.store import Store
-from clipkernels.collection.units import write_unit
+from clipkernels.collection.store.units import write_unit
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.fingerprint import fingerprint

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import clipkernels as ck
-from clipkernels.collection import ray_engine, run, store
-from clipkernels.collection.plans import plan_file
+from clipkernels.collection import ray_engine, run
+from clipkernels.collection.store import Store, compaction
+from clipkernels.collection.store.plans import plan_file
 
 
 class Preceded:
@@ -91,8 +92,8 @@ def main(options: dict[str, Any]) -> None:
     if fault := options.pop("fault", None):
         preprocess = break_actors(fault, options["out"], model, preprocess)
     die = options.pop("die", None)
-    run.Store = partial(store.Store, shard_rows=options.pop("shard_rows"))  # type: ignore[misc, assignment]
-    append_units = store.append_units
+    run.Store = partial(Store, shard_rows=options.pop("shard_rows"))  # type: ignore[misc, assignment]
+    append_units = compaction.append_units
 
     def append(folder: Any, shard: Any, schema: Any, units: Any, tables: Any) -> Any:
         def dying() -> Any:
@@ -105,7 +106,7 @@ def main(options: dict[str, Any]) -> None:
         print("compacted", flush=True)
         return result
 
-    store.append_units = append
+    compaction.append_units = append
     done: list[int] = []
 
     def report(progress: run.Progress) -> None:

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 import clipkernels as ck
-from clipkernels.collection import encoder, run, store
-from clipkernels.collection.items import BATCH_ROWS, Answers, Item, make_batch
+from clipkernels.collection import encoder, run
+from clipkernels.collection.sources.items import BATCH_ROWS, Answers, Item, make_batch
+from clipkernels.collection.store import folders
 from clipkernels.encode import Encoded
 from clipkernels.images import Reader
 
@@ -93,7 +94,7 @@ def main(out: str, items: int, workers: int) -> None:
     Reader.decode = lambda self, content: IMAGE  # type: ignore[method-assign]
     run.find_sources = lambda *_, **__: [Synthetic(items)]
     run.encode_image = encoder.encode_image = encode_image  # type: ignore[attr-defined]
-    store.read_manifest, run.list_items = timed("manifest", store.read_manifest), timed("list", run.list_items)
+    folders.read_manifest, run.list_items = timed("manifest", folders.read_manifest), timed("list", run.list_items)
     run.write_unit = timed("unit", run.write_unit)
     model, _, _ = ck.bundled()
     started = time.process_time()

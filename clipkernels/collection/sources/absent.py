@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from clipkernels.collection.items import Answers, Source
 from clipkernels.collection.sources import find_sources
+from clipkernels.collection.sources.items import Answers, Source
 from clipkernels.messages import first_line, printable
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from clipkernels.collection.containers import PARQUET, TAR
-from clipkernels.collection.dataset_source import DatasetSource, is_dataset
-from clipkernels.collection.folder_source import FileSource, FolderSource, GlobSource, ListSource
-from clipkernels.collection.items import Answers, Item, Source
 from clipkernels.collection.layout import listing_schema
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.parquet_source import ParquetSource
-from clipkernels.collection.tar_source import TarSource
+from clipkernels.collection.sources.containers import PARQUET, TAR
+from clipkernels.collection.sources.dataset import DatasetSource, is_dataset
+from clipkernels.collection.sources.folder import FileSource, FolderSource, GlobSource, ListSource
+from clipkernels.collection.sources.items import Answers, Item, Source
+from clipkernels.collection.sources.parquet import ParquetSource
+from clipkernels.collection.sources.tar import TarSource
 from clipkernels.images import images_below, is_image_name, no_images, walk
 from clipkernels.messages import list_names, printable
 

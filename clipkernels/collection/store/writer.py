@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from clipkernels.collection.compaction import Compaction
-from clipkernels.collection.comparison import Changed, Comparison, compare
-from clipkernels.collection.folders import merge_manifest, prepare, refuse_foreign
 from clipkernels.collection.layout import SHARD_ROWS
-from clipkernels.collection.lock import Lock
 from clipkernels.collection.manifest import Manifest, write_manifest
-from clipkernels.collection.plans import PlanHeader, read_items, unit_lengths, write_plan
-from clipkernels.collection.shards import known_rows, read_errors
-from clipkernels.collection.units import finished_units
+from clipkernels.collection.store.compaction import Compaction
+from clipkernels.collection.store.comparison import Changed, Comparison, compare
+from clipkernels.collection.store.folders import merge_manifest, prepare, refuse_foreign
+from clipkernels.collection.store.lock import Lock
+from clipkernels.collection.store.plans import PlanHeader, read_items, unit_lengths, write_plan
+from clipkernels.collection.store.shards import known_rows, read_errors
+from clipkernels.collection.store.units import finished_units
 
 if TYPE_CHECKING:
     import pyarrow as pa
