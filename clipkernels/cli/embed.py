@@ -54,7 +54,7 @@ Example:
 @click.option("--compile", "compiled", is_flag=True, help="Compile the tower with torch.compile.")
 @batch_size_option(32)
 @click.option("--workers", type=click.IntRange(min=0), help="Loader processes per device.  [default: up to 4]")
-@click.option("--device", help="Devices, such as cpu or cuda:0,cuda:1.  [default: every CUDA device, else cpu]")
+@click.option("--devices", help="Devices, such as cpu or cuda:0,cuda:1.  [default: every CUDA device, else cpu]")
 @click.option("--text", metavar="COLUMN", help="Also embed the captions in this column, or in files with this suffix.")
 @click.option("--column", "columns", multiple=True, help="Keep this column of the sources; may be repeated.")
 @click.option("--image-column", help="Column of images in Parquet files and datasets, if there are several.")
@@ -96,7 +96,7 @@ def embed(
     compiled: bool,
     batch_size: int,
     workers: int | None,
-    device: str | None,
+    devices: str | None,
     text: str | None,
     columns: tuple[str, ...],
     image_column: str | None,
@@ -125,7 +125,7 @@ def embed(
     """
     try:
         [method] = read_methods([spec] if spec is not None else ["dense"], predictor, None)
-        devices = [choose_device(part) for part in device.split(",")] if device else every_device()
+        places = [choose_device(part) for part in devices.split(",")] if devices else every_device()
         tokenizer = None
         if text is None:
             model, preprocess, _ = load(library, name, pretrained)
@@ -133,7 +133,7 @@ def embed(
             model, preprocess, tokenizer = load_clip(library, name, pretrained)
         if name is None:
             click.echo("note: without --model this is the bundled model for 32×32 images, a toy", err=True)
-        model = cast_towers(model, devices[0], DTYPES[precision])
+        model = cast_towers(model, places[0], DTYPES[precision])
         spec = patch_model(model, method, spec)
         if method is not None and not isinstance(method, Dense):
             click.echo(
@@ -149,7 +149,7 @@ def embed(
                 workers=min(4, os.cpu_count() or 1) if workers is None else workers, raw=raw,
                 dtype=DTYPE_NAMES[dtype],
                 exif=not no_exif, by_content=by_content, prune=prune, retry=retry, compiled=compiled,
-                devices=devices if len(devices) > 1 else None, engine=cast(Any, engine), actors=actors, name=names,
+                devices=places if len(places) > 1 else None, engine=cast(Any, engine), actors=actors, name=names,
                 progress=report, report=report.line,
             )  # fmt: skip
         if form == "clip-retrieval" and not result.stopped:

@@ -39,7 +39,7 @@ pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 TOY = "note: without --model this is the bundled model for 32×32 images, a toy"
-FAST = ("--workers", 0, "--device", "cpu")
+FAST = ("--workers", 0, "--devices", "cpu")
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_collection_without_a_readable_image_is_exit_two(tmp_path: Path) -> No
         (("PHOTOS", "PHOTOS/00.png"), "'00.png'"),
         (("PHOTOS", "--method", "evit:7"), "evit:7"),
         (("PHOTOS", "--method", "patch-ranking"), "--predictor"),
-        (("PHOTOS", "--device", "tpu:9"), "tpu:9"),
+        (("PHOTOS", "--devices", "tpu:9"), "tpu:9"),
         (("PHOTOS", "--text", "json"), "'json'"),
         (("PHOTOS", "--column", "width"), "expected columns of the sources ('txt'), got 'width'"),
         (("PHOTOS", "--id-column", "key"), "id_column='key'"),
@@ -219,7 +219,7 @@ def test_containers_hold_the_same_images_as_a_folder(photos: Path, tmp_path: Pat
     model, preprocess, _ = ck.bundled()
     expected = embeddings_of(model, preprocess, sorted(photos.glob("*.png")))
     for kind, source in containers(photos, tmp_path).items():
-        options = ("--text", "caption", "--workers", 1 if kind == "datasets" else 0, "--device", "cpu")
+        options = ("--text", "caption", "--workers", 1 if kind == "datasets" else 0, "--devices", "cpu")
         succeed("embed", source, "--out", tmp_path / f"DIR {kind}", *options)
         rows = read_rows(tmp_path / f"DIR {kind}")
         assert np.array_equal(np.float32([row["embedding"] for row in rows]), expected), kind
@@ -357,7 +357,7 @@ def wait_for_units(folder: Path, count: int, process: subprocess.Popen[str]) -> 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_after_the_batch(number: signal.Signals, status: int, photos: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / "DIR", ("--batch-size", 1, "--unit-rows", 1, "--device", "cpu")
+    out, options = tmp_path / "DIR", ("--batch-size", 1, "--unit-rows", 1, "--devices", "cpu")
     with slowly(0.4, 0, "embed", photos, "--out", out, *options, "--workers", 1) as process:
         wait_for_units(out, 2, process)
         other = error_of_lock(run("embed", photos, "--out", out, *options))
@@ -385,7 +385,7 @@ def error_of_lock(result: Any) -> str:
 
 
 def test_a_second_signal_stops_at_once(photos: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / "DIR", ("--batch-size", 2, "--unit-rows", 2, "--device", "cpu")
+    out, options = tmp_path / "DIR", ("--batch-size", 2, "--unit-rows", 2, "--devices", "cpu")
     with slowly(60, 0, "embed", photos, "--out", out, *options, "--workers", 0) as process:
         wait_for_units(out, 1, process)
         process.send_signal(signal.SIGTERM)
@@ -397,7 +397,7 @@ def test_a_second_signal_stops_at_once(photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_the_rerun_goes_on(photos: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / "DIR", ("--batch-size", 4, "--unit-rows", 4, "--device", "cpu", "--workers", 0)
+    out, options = tmp_path / "DIR", ("--batch-size", 4, "--unit-rows", 4, "--devices", "cpu", "--workers", 0)
     with slowly(0, 9000, "embed", photos, "--out", out, *options) as process:
         _, stderr = process.communicate(timeout=120)
     line = stderr.splitlines()[-1]
