@@ -101,6 +101,18 @@ def test_an_item_changes_into_an_error_and_back(tmp_path: Path) -> None:
         assert (embedded(tmp_path), failed(tmp_path)) == expected(items)
 
 
+@pytest.mark.parametrize("listed", [["a", "b", "c"], ["b"]])
+@pytest.mark.parametrize("prune", [False, True])
+def test_a_shard_that_was_copied_is_refused(listed: list[str], prune: bool, tmp_path: Path) -> None:
+    run(tmp_path, ["a", "b", "c"])
+    shards = tmp_path / "embeddings"
+    (shards / "00001.parquet").write_bytes((shards / "00000.parquet").read_bytes())
+    before = tables(tmp_path)
+    with pytest.raises(ValueError, match="expected each id once in a collection, got 'a' in two of its files: delete"):
+        run(tmp_path, listed, prune=prune)
+    assert tables(tmp_path) == before
+
+
 def test_errors_are_tried_again_when_asked(tmp_path: Path) -> None:
     items = {"a?": 1, "b": 0}
     run(tmp_path, items)
