@@ -177,8 +177,8 @@ def embed(
     Returns:
         Embedded.
     Raises:
-        ValueError: an empty path, an id that is there twice, a source that holds no images or cannot be read, a folder that overlaps
-            with a source, of other settings or of something else, or one that another process writes.
+        ValueError: an empty path, an id that is there twice, a source that holds no images or cannot be read, a folder
+            that overlaps with a source, of other settings or of something else, or one that another process writes.
         TypeError: an argument of another type.
         OSError: a file cannot be written.
         ImportError: pyarrow or ray is not installed.

@@ -70,8 +70,8 @@ class Store:
         shard_rows: the rows from which on a shard is complete.
         forgotten, complete: as in `folders.merge_manifest`.
     Raises, on entering:
-        ValueError: another process writes there, the settings or the sources are not the expected ones, the folder holds something else, or a file of the
-            collection is not as it was written.
+        ValueError: another process writes there, the settings or the sources are not the expected ones, the folder
+            holds something else, or a file of the collection is not as it was written.
         OSError: a file cannot be read or written.
     """
 
