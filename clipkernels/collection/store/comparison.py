@@ -106,9 +106,11 @@ def _match(listed: Any, known: Any, state: np.ndarray) -> tuple[np.ndarray, np.n
     if len(again):
         raise ValueError(_known_twice(listed[int(again[0])].as_py()))
     absent = np.flatnonzero(~present)
-    first = pyarrow().compute.index_in(known.take(pyarrow().array(absent)), value_set=known).to_numpy()
-    if (repeated := absent[first != absent]).size:
-        raise ValueError(_known_twice(known[int(repeated[0])].as_py()))
+    if len(absent):  # a row that is there twice matches its first place alone
+        first = pyarrow().compute.index_in(known.take(pyarrow().array(absent)), value_set=known).to_numpy()
+        repeated = absent[first != absent]
+        if len(repeated):
+            raise ValueError(_known_twice(known[int(repeated[0])].as_py()))
     return places, index, absent
 
 
