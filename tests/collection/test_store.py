@@ -229,7 +229,7 @@ def test_other_settings_are_refused_with_the_differences(tmp_path: Path) -> None
     other = manifest(method="ToMe(r=8)", precision="float16")
     expected_message = (
         f'expected the settings of {tmp_path}, got others: method: "host" became "ToMe(r=8)"; '
-        'precision: "float32" became "float16": choose another folder'
+        'precision: "float32" became "float16": repeat its options, or choose another folder'
     )
     with pytest.raises(ValueError) as error, Store(tmp_path, other, schema(), 4):
         pass
