@@ -239,7 +239,7 @@ def prompt_embeddings(model: Any, tokenizer: Tokenizer, prompts: Mapping[str, Se
     if cut:
         warnings.warn(
             f"the tokenizer cuts prompts of {list_names(list(dict.fromkeys(cut)))}, which are too long for the text "
-            "tower: use shorter class names or templates",
+            "tower: shorten them",
             stacklevel=3,
         )
     return list(torch.cat(embeddings).split([len(group) for group in prompts.values()]))

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -20,17 +21,21 @@ from clipkernels.cli.parts.methods import METHOD_HELP, read_methods
 from clipkernels.cli.parts.models import cast_towers, choose_device, load, load_clip, model_options
 from clipkernels.cli.parts.options import batch_size_option, once, precision_option
 from clipkernels.cli.parts.output import progress
+from clipkernels.collection.checks import check_apart
 from clipkernels.collection.clip_retrieval import export_clip_retrieval
 from clipkernels.collection.layout import EMBEDDINGS, ERRORS
 from clipkernels.collection.query import BUNDLED
 from clipkernels.collection.run import Embedded, Name, Progress
 from clipkernels.collection.run import embed as embed_collection
+from clipkernels.collection.sources import find_sources
+from clipkernels.collection.store.shards import read_errors
 from clipkernels.measure.towers import DTYPES
-from clipkernels.messages import quantity
+from clipkernels.messages import one_line, quantity, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import patch, tower_of
 
 SECONDS_BETWEEN_LINES = 30
+MAX_REASONS = 3
 DTYPE_NAMES: dict[str | None, Any] = {None: None, "fp32": "float32", "fp16": "float16"}
 EXAMPLE = """\b
 Example:
@@ -66,6 +71,12 @@ Example:
 @exif_option
 @click.option("--hash", "by_content", is_flag=True, help="A file has changed if its content has, not its size or time.")
 @click.option("--prune", is_flag=True, help="Remove rows of images that the sources do not have any more.")
+@click.option(
+    "--forget",
+    multiple=True,
+    metavar="SOURCE",
+    help="With --prune: also remove rows of this source of earlier runs, which need not be there; may be repeated.",
+)
 @click.option("--retry", is_flag=True, help="Try again what failed before.")
 @click.option(
     "--unit-rows", type=click.IntRange(min=1), default=1024, show_default=True, help="Images that are saved at a time."
@@ -106,6 +117,7 @@ def embed(
     no_exif: bool,
     by_content: bool,
     prune: bool,
+    forget: tuple[str, ...],
     retry: bool,
     unit_rows: int,
     engine: str,
@@ -125,6 +137,8 @@ def embed(
     """
     try:
         [method] = read_methods([spec] if spec is not None else ["dense"], predictor, None)
+        check_apart(out, sources)
+        find_sources(sources, image_column=image_column, id_column=id_column)  # before a model is downloaded
         places = [choose_device(part) for part in devices.split(",")] if devices else every_device()
         tokenizer = None
         if text is None:
@@ -148,7 +162,7 @@ def embed(
                 image_column=image_column, id_column=id_column, batch_size=batch_size, unit_rows=unit_rows,
                 workers=min(4, os.cpu_count() or 1) if workers is None else workers, raw=raw,
                 dtype=DTYPE_NAMES[dtype],
-                exif=not no_exif, by_content=by_content, prune=prune, retry=retry, compiled=compiled,
+                exif=not no_exif, by_content=by_content, prune=prune, forget=forget, retry=retry, compiled=compiled,
                 devices=places if len(places) > 1 else None, engine=cast(Any, engine), actors=actors, name=names,
                 progress=report, report=report.line,
             )  # fmt: skip
@@ -156,7 +170,7 @@ def embed(
             export_clip_retrieval(out, out)
     except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
-    close(result, out, report)
+    close(result, out, report, retry)
     if result.stopped:
         context.exit(128 + stop[0])
     if result.all_errors:
@@ -269,10 +283,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def close(result: Embedded, out: str, report: Reporter) -> None:
+def close(result: Embedded, out: str, report: Reporter, retried: bool) -> None:
     """Say on stderr what the run did, what it left out, and where that stands."""
     for note in result.notes:
         click.echo(note, err=True)
+    if result.all_errors:
+        errors, _ = read_errors(Path(out))
+        for error in errors.slice(0, MAX_REASONS).to_pylist():
+            click.echo(skip_message(error["id"], one_line(error["reason"])), err=True)
+        if result.all_errors > MAX_REASONS:
+            click.echo(f"skipped {result.all_errors - MAX_REASONS} more", err=True)
     seconds = time.monotonic() - report.started
     done = result.encoded + result.errors
     parts = [f"{quantity(result.encoded, 'image')} embedded in {duration(seconds)}"]
@@ -281,8 +301,11 @@ def close(result: Embedded, out: str, report: Reporter) -> None:
     if result.stopped:
         parts[0] = f"stopped after {done} of {quantity(report.last.total, 'image')}; the same command goes on"
     parts.append(f"{quantity(result.embeddings, 'embedding')} in {os.path.join(out, EMBEDDINGS)}")
+    if result.removed:
+        parts.append(f"{quantity(result.removed, 'row')} removed")
     if result.vanished:
         parts.append(f"{quantity(result.vanished, 'row')} whose image is not there any more (--prune)")
     if result.all_errors:
-        parts.append(f"{quantity(result.all_errors, 'image')} left out, see {os.path.join(out, ERRORS)} (--retry)")
+        hint = "" if retried else " (--retry)"
+        parts.append(f"{quantity(result.all_errors, 'image')} left out, see {os.path.join(out, ERRORS)}{hint}")
     click.echo("; ".join(parts), err=True)

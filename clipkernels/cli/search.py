@@ -24,6 +24,8 @@ from clipkernels.collection.search import search as find
 from clipkernels.messages import first_line, printable, quantity
 from clipkernels.patching import patch
 
+MAX_CAPTION = 80
+"""Characters of a caption in a table."""
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
@@ -145,7 +147,7 @@ def write(hits: Sequence[Hit], query: dict[str, Any], form: str, stream: Any) ->
         captions = any("text" in hit.values for hit in hits)
         table = Table("rank", "score", "id", *(["text"] if captions else []))
         for hit in hits:
-            cells = [Text(printable(str(hit.values["text"] or "")))] if captions else []
+            cells = [Text(shorten_caption(str(hit.values["text"] or "")))] if captions else []
             table.add_row(str(hit.rank), f"{hit.score:.4f}", PathCell(printable(hit.id)), *cells)
         yield table
 
@@ -153,6 +155,12 @@ def write(hits: Sequence[Hit], query: dict[str, Any], form: str, stream: Any) ->
         stream.write("rank,id,score\n")
     else:
         write_results(form, stream, records, {**query, "hits": records}, draw)
+
+
+def shorten_caption(caption: str) -> str:
+    """Return the start of a caption in one line; csv and json have all of it."""
+    text = printable(caption[: MAX_CAPTION + 1])
+    return text if len(text) <= MAX_CAPTION else f"{text[: MAX_CAPTION - 1]}…"
 
 
 def plain(value: Any) -> Any:

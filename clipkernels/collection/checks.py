@@ -18,18 +18,21 @@ from clipkernels.collection.packages import pyarrow
 from clipkernels.messages import list_names, printable
 
 
-def source_names(sources: Any) -> list[str]:
+def source_names(sources: Any, argument: str = "sources") -> list[str]:
     """The names of sources: of one path, or of several.
 
     Raises:
         TypeError: something else.
+        ValueError: an empty path, as of a shell's variable that is not set.
     """
     if isinstance(sources, str | os.PathLike):
         sources = [sources]
     names = list(sources) if isinstance(sources, Iterable) and not isinstance(sources, torch.Tensor) else [sources]
     for name in names:
         if not isinstance(name, str | os.PathLike) or not isinstance(os.fspath(name), str):
-            raise TypeError(f"sources must be paths, got {describe(name)}")
+            raise TypeError(f"{argument} must be paths, got {describe(name)}")
+        if not os.fspath(name):
+            raise ValueError(f"expected a path for {argument}, got an empty text")
     return list(map(os.fspath, names))
 
 
@@ -106,10 +109,18 @@ def _may_overlap(pattern: Sequence[str], folder: Sequence[str]) -> bool:
     return True
 
 
-def check_all_named(folder: Path, sources: Sequence[str]) -> None:
-    """Raise ValueError unless all sources of a collection are named, because rows of the others would be removed."""
-    if missing := missing_sources(folder, sources):
-        raise ValueError(f"expected all sources of {folder} with prune, got none of {list_names(missing)}")
+def forgotten_sources(forget: Any, sources: Sequence[str], prune: bool) -> list[str]:
+    """The absolute paths of sources to forget.
+
+    Raises:
+        TypeError, ValueError: as in `source_names`; no `prune`, or a path that is among the sources.
+    """
+    names = [os.path.abspath(name) for name in source_names(forget, "forget")]
+    if names and not prune:
+        raise ValueError(f"expected prune with forget, got forget={list_names(names)} alone: their rows are removed")
+    if both := [name for name in names if name in sources]:
+        raise ValueError(f"expected each path in sources or in forget, got {list_names(both)} in both")
+    return names
 
 
 def missing_sources(folder: Path, sources: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from clipkernels.arguments import check_callable, check_path, check_range
 from clipkernels.collection.manifest import read_manifest
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.rows import Shard, list_shards, normalised, open_shard, vector_batches
+from clipkernels.collection.rows import Shard, list_shards, normalised, open_shard, vector_batches, warn_of_unfinished
 from clipkernels.files import atomic_write
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def find_duplicates(
     check_range("threshold", threshold, -1, 1)
     check_callable(progress=progress)
     folder, settings = Path(folder), read_manifest(folder).settings
+    warn_of_unfinished(folder)
     shards = list_shards(folder)
     vectors = _read_vectors(folder, shards, settings.width)
     names = _read_names(folder, shards)

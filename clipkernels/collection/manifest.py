@@ -11,6 +11,7 @@ import msgspec
 
 from clipkernels.collection.layout import MANIFEST
 from clipkernels.files import atomic_write, naming, open_named
+from clipkernels.fingerprint import same_tower
 from clipkernels.formats import Fingerprint, Format, Line, Size, decode_header, encode_header
 
 MAX_BYTES = 1 << 22
@@ -102,7 +103,25 @@ def differences(expected: Settings, actual: Settings) -> list[str]:
     pairs: list[tuple[str, Any, Any]] = [
         (field, getattr(expected, field), getattr(actual, field)) for field in Settings.__struct_fields__
     ]
-    return [f"{field}: {_short(old)} became {_short(new)}" for field, old, new in pairs if old != new]
+    different = {field for field, old, new in pairs if old != new}
+    different -= _consequences(expected, actual, different)
+    return [f"{field}: {_short(old)} became {_short(new)}" for field, old, new in pairs if field in different]
+
+
+def _consequences(expected: Settings, actual: Settings, different: set[str]) -> set[str]:
+    """The settings that differ because others do, which say more to a reader."""
+    follow = set[str]()
+    if "text" in different:
+        follow.add("text_tower")
+    if different & {"method", "model", "pretrained", "library"}:
+        follow.add("tokens")
+    if different & {"model", "pretrained", "library"}:
+        follow |= {"tower", "text_tower"}
+    if "precision" in different:
+        follow.add("dtype")
+        if same_tower(expected.tower, actual.tower):
+            follow.add("tower")
+    return follow
 
 
 def _short(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from clipkernels.collection.layout import EMBEDDINGS
+from clipkernels.collection.layout import EMBEDDINGS, PLANS
 from clipkernels.collection.packages import pyarrow
 from clipkernels.files import naming, open_regular
 from clipkernels.messages import first_line
@@ -31,6 +32,17 @@ class Shard(NamedTuple):
     size: int
     modified: int
     rows: int
+
+
+def warn_of_unfinished(folder: Path) -> None:
+    """Warn if a run has not ended, because readers of the shards do not see its units."""
+    plans = folder / PLANS
+    if plans.is_dir() and any(name.endswith(".parquet") for name in os.listdir(plans)):
+        warnings.warn(
+            f"a run of clipkernels embed has not ended in {folder}, and its last images are not in {EMBEDDINGS} yet: "
+            "repeat its command to finish it",
+            stacklevel=3,
+        )
 
 
 def list_shards(folder: Path) -> list[Shard]:
@@ -65,7 +77,9 @@ def open_shard(folder: Path, name: str) -> Iterator[Any]:
             with open_regular(file) as stream, pa.parquet.ParquetFile(stream) as parquet:
                 yield parquet
         except pa.ArrowInvalid as error:
-            raise ValueError(f"expected a shard of embeddings, got {file}: {first_line(error)}: {REMEDY}") from error
+            raise ValueError(
+                f"expected a shard of embeddings, got {file}: {first_line(error).rstrip('.')}: {REMEDY}"
+            ) from error
 
 
 def vector_batches(

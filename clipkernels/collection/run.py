@@ -38,11 +38,11 @@ from clipkernels.arguments import (
 from clipkernels.classifier import eval_mode
 from clipkernels.collection import local_engine, ray_engine
 from clipkernels.collection.checks import (
-    check_all_named,
     check_apart,
     check_columns,
     check_devices,
     column_names,
+    forgotten_sources,
     missing_sources,
     source_names,
 )
@@ -98,6 +98,7 @@ class Embedded(NamedTuple):
     vanished: rows whose item is not in the sources any more; they stay without `prune`. 0 unless all sources are named.
     notes: lines about files that the sources left out and captions that were cut.
     stopped: true if the run was stopped before its end.
+    removed: rows that this run removed, with `prune`.
     """
 
     encoded: int
@@ -107,6 +108,7 @@ class Embedded(NamedTuple):
     vanished: int
     notes: tuple[str, ...]
     stopped: bool
+    removed: int = 0
 
 
 def embed(
@@ -128,6 +130,7 @@ def embed(
     exif: bool = True,
     by_content: bool = False,
     prune: bool = False,
+    forget: Sequence[str | os.PathLike[str]] = (),
     retry: bool = False,
     compiled: bool = False,
     devices: Sequence[torch.device | str] | None = None,
@@ -161,6 +164,7 @@ def embed(
         exif: turn an image as its EXIF orientation says.
         by_content: a file has changed if its SHA-256 has; all files are read. By default, if its size or time has.
         prune: remove the rows of items that the sources do not have any more. All sources must be named.
+        forget: sources of earlier runs that are not there any more. They need not be named; `prune` removes their rows.
         retry: try again what is in DIR/errors. A file that has changed is tried again anyway.
         compiled: compile the tower with `torch.compile`.
         devices: the devices that a copy of the model runs on each; by default, the one that it is on.
@@ -173,8 +177,8 @@ def embed(
     Returns:
         Embedded.
     Raises:
-        ValueError: an id that is there twice, a source that holds no images or cannot be read, a folder that overlaps
-            with a source, of other settings or of something else, or one that another process writes.
+        ValueError: an empty path, an id that is there twice, a source that holds no images or cannot be read, a folder
+            that overlaps with a source, of other settings or of something else, or one that another process writes.
         TypeError: an argument of another type.
         OSError: a file cannot be written.
         ImportError: pyarrow or ray is not installed.
@@ -197,6 +201,9 @@ def embed(
     if text is not None and tokenizer is None:
         raise ValueError("text needs a tokenizer, got none")
     names, columns = source_names(sources), column_names(columns)
+    source_names(out, "out")
+    paths = [os.path.abspath(source) for source in names]
+    forgotten = forgotten_sources(forget, paths, prune)
     check_apart(out, names)
     find = partial(find_sources, image_column=image_column, id_column=id_column)
     wanted = list(dict.fromkeys([*([text] if text is not None else []), *columns]))
@@ -212,23 +219,23 @@ def embed(
             "batch_size": batch_size, "normalised": not raw, "text": text, "tokenizer": tokenizer, "compiled": compiled,
         }  # fmt: skip
         notes = _notes(model, batch_size, compiled)
-        paths = [os.path.abspath(source) for source in names]
         manifest = Manifest(settings=settings, sources=paths, spec=name.method, run={**notes, "engine": engine})
         rows = -(-unit_rows // batch_size) * batch_size
-        with Store(out, manifest, encoder["schema"], rows) as store:
-            if prune:
-                check_all_named(store.folder, paths)
+        with Store(out, manifest, encoder["schema"], rows, forgotten=forgotten, complete=prune) as store:
             changed = partial(_changed_content, listing.sources) if by_content else None
             items = partial(
                 UnitItems, Path(os.path.abspath(out)), columns=wanted, preprocess=preprocess,
                 shape=image_shape(model, preprocess), exif=exif,
             )  # fmt: skip
             run = _Run(store, model, encoder, notes, progress)
-            vanished, all_named = 0, not missing_sources(store.folder, paths)
+            vanished = removed = dropped = 0
+            all_named = not missing_sources(store.folder, paths)
             while True:
                 diff = store.plan(listing.table, prune=prune, retry=retry, changed=changed)
                 if all_named and not prune:
                     vanished = diff.vanished or vanished
+                if not run.stopped:
+                    removed, dropped = removed + dropped, diff.dropped
                 if diff.damaged:
                     report(f"{quantity(diff.damaged, 'unit')} of an earlier run were damaged and are encoded again")
                 if diff.generation is None or run.stopped:
@@ -244,7 +251,7 @@ def embed(
     notes_of_texts = [f"the tokenizer cut {quantity(cut, 'caption')}, too long for the text tower"] if cut else []
     return Embedded(
         run.done - run.errors, run.errors, counts.embeddings, counts.errors, vanished,
-        (*listing.notes, *notes_of_texts), run.stopped,
+        (*listing.notes, *notes_of_texts), run.stopped, removed,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from clipkernels.collection.query import (
     load_bundled,
     warn_of_method,
 )
-from clipkernels.collection.rows import list_shards, take_rows, value_columns
+from clipkernels.collection.rows import list_shards, take_rows, value_columns, warn_of_unfinished
 from clipkernels.data import Preprocess
 
 ATTEMPTS = 3
@@ -85,6 +85,7 @@ def search(
     if text is not None and (not isinstance(text, str) or not text.strip()):
         raise ValueError(f"expected a text that is not empty, got {describe(text)}")
     settings = read_manifest(folder).settings
+    warn_of_unfinished(Path(folder))
     if model is None:
         model, preprocess, tokenizer = load_bundled(settings, device)
     elif device is not None:

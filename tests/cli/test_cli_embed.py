@@ -96,7 +96,18 @@ def test_a_rerun_says_that_nothing_is_left_to_do(photos: Path, tmp_path: Path) -
         in succeed("embed", photos, "--out", tmp_path / "DIR").stderr
     )
     result = succeed("embed", photos, "--out", tmp_path / "DIR", "--prune", *FAST)
-    assert "9 embeddings in" in result.stderr and "--prune" not in result.stderr
+    assert result.stderr.splitlines()[-1].endswith(f"; 9 embeddings in {tmp_path}/DIR/embeddings; 1 row removed")
+
+
+def test_a_source_that_is_not_there_is_forgotten(photos: Path, tmp_path: Path) -> None:
+    other = photos.rename(tmp_path / "old")
+    succeed("embed", other, "--out", tmp_path / "DIR", *FAST)
+    other.rename(tmp_path / "new")
+    options = (tmp_path / "new", "--out", tmp_path / "DIR", "--prune", *FAST)
+    assert "forget those" in run("embed", *options).stderr.splitlines()[-1]
+    result = succeed("embed", *options, "--forget", other)
+    assert "0 images embedded" in result.stderr and "10 embeddings" in result.stderr
+    assert "removed" not in result.stderr
 
 
 def test_images_that_are_left_out_are_exit_one(photos: Path, tmp_path: Path) -> None:
@@ -105,7 +116,12 @@ def test_images_that_are_left_out_are_exit_one(photos: Path, tmp_path: Path) -> 
     assert result.exit_code == 1
     line = result.stderr.splitlines()[-1]
     assert line.endswith(f"; {len(reasons)} images left out, see {tmp_path}/DIR/errors (--retry)")
-    assert run("embed", photos, "--out", tmp_path / "DIR", *FAST).exit_code == 1
+    first = min(reasons)
+    *_, named, more, _ = result.stderr.splitlines()
+    assert f"skipped {first}: {reasons[first]}" in result.stderr and named.startswith("skipped ")
+    assert more == f"skipped {len(reasons) - 3} more"
+    result = run("embed", photos, "--out", tmp_path / "DIR", "--retry", *FAST)
+    assert result.exit_code == 1 and result.stderr.endswith(f"{tmp_path}/DIR/errors\n")
 
 
 def test_a_collection_without_a_readable_image_is_exit_two(tmp_path: Path) -> None:
@@ -143,6 +159,11 @@ def test_a_wrong_call_is_one_line_and_exit_two(
     lines = [line for line in result.stderr.splitlines() if line != TOY]
     assert result.exit_code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]
     assert not (tmp_path / "DIR").exists()
+
+
+def test_sources_are_found_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipkernels.cli.embed.load", lambda *arguments: pytest.fail("a model is loaded"))
+    assert "matches nothing" in run("embed", tmp_path / "nowhere", "--out", tmp_path / "DIR").stderr
 
 
 def test_another_run_than_the_collections_is_refused(photos: Path, tmp_path: Path) -> None:

@@ -189,6 +189,33 @@ def test_an_empty_collection_has_no_hits(tmp_path: Path) -> None:
     assert result.stderr == f"0 hits in {folder}\n" and (tmp_path / "hits.png").is_file()
 
 
+@pytest.mark.parametrize("verb", [("search", "a"), ("dedup",)])
+def test_a_run_that_has_not_ended_is_a_warning(verb: tuple[str, ...], collection: Path) -> None:
+    (collection / "plans").mkdir(exist_ok=True)
+    (collection / "plans" / "000000.parquet").touch()
+    name, *arguments = verb
+    warning, *_ = succeed(name, collection, *arguments).stderr.splitlines()
+    assert warning.startswith(f"warning: a run of clipkernels embed has not ended in {collection}, ")
+
+
+def test_a_long_caption_is_cut_in_the_table_alone(tmp_path: Path, photos: Path) -> None:
+    captions = [f"{number} " + "word " * 10_000 for number in range(COUNT)]
+    succeed("embed", with_captions(tmp_path, photos, captions), "--out", tmp_path / "DIR", "--text", "txt", "--devices", "cpu")
+    result = succeed("search", tmp_path / "DIR", "a", "-k", 1)
+    assert max(map(len, result.stdout.splitlines())) < 120 and "…" in result.stdout
+    [hit] = json.loads(succeed("search", tmp_path / "DIR", "a", "-k", 1, "--format", "json").stdout)["hits"]
+    assert hit["text"] in captions
+
+
+def with_captions(root: Path, photos: Path, captions: list[str]) -> Path:
+    folder = root / "captioned"
+    folder.mkdir()
+    for number, caption in enumerate(captions):
+        (folder / f"{number}.png").write_bytes((photos / f"{number}.png").read_bytes())
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
 # The picture.
 
 

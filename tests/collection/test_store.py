@@ -101,6 +101,18 @@ def test_an_item_changes_into_an_error_and_back(tmp_path: Path) -> None:
         assert (embedded(tmp_path), failed(tmp_path)) == expected(items)
 
 
+@pytest.mark.parametrize("listed", [["a", "b", "c"], ["b"]])
+@pytest.mark.parametrize("prune", [False, True])
+def test_a_shard_that_was_copied_is_refused(listed: list[str], prune: bool, tmp_path: Path) -> None:
+    run(tmp_path, ["a", "b", "c"])
+    shards = tmp_path / "embeddings"
+    (shards / "00001.parquet").write_bytes((shards / "00000.parquet").read_bytes())
+    before = tables(tmp_path)
+    with pytest.raises(ValueError, match="expected each id once in a collection, got 'a' in two of its files: delete"):
+        run(tmp_path, listed, prune=prune)
+    assert tables(tmp_path) == before
+
+
 def test_errors_are_tried_again_when_asked(tmp_path: Path) -> None:
     items = {"a?": 1, "b": 0}
     run(tmp_path, items)
@@ -217,7 +229,7 @@ def test_other_settings_are_refused_with_the_differences(tmp_path: Path) -> None
     other = manifest(method="ToMe(r=8)", precision="float16")
     expected_message = (
         f'expected the settings of {tmp_path}, got others: method: "host" became "ToMe(r=8)"; '
-        'precision: "float32" became "float16": choose another folder'
+        'precision: "float32" became "float16": repeat its options, or choose another folder'
     )
     with pytest.raises(ValueError) as error, Store(tmp_path, other, schema(), 4):
         pass

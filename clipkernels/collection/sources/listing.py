@@ -164,9 +164,9 @@ def _check_unique(table: pa.Table, hashes: np.ndarray, sources: Sequence[Source]
         key, index = table.column("id")[row].as_py(), table.column("source")[row].as_py()
         if key in known:
             names = list(dict.fromkeys(repr(sources[number].name) for number in (known[key], index)))
-            where = f"{names[0]} and {names[1]}" if len(names) == 2 else f"twice in {names[0]}"
+            where = f"in {names[0]} and {names[1]}" if len(names) == 2 else f"twice in {names[0]}"
             remedy = "name a folder above both, or a column of ids by id_column"
-            raise ValueError(f"expected ids that differ, got {key!r} in {where}: {remedy}")
+            raise ValueError(f"expected ids that differ, got {key!r} {where}: {remedy}")
         known[key] = index
 
 

@@ -104,9 +104,18 @@ def _match(listed: Any, known: Any, state: np.ndarray) -> tuple[np.ndarray, np.n
         raise ValueError(_listed_twice(listed, places))
     again = places[state[places] != NEW]
     if len(again):
-        name = listed[int(again[0])].as_py()
-        raise ValueError(f"expected each id once in a collection, got {name!r} in two of its files: delete one of them")
-    return places, index, np.flatnonzero(~present)
+        raise ValueError(_known_twice(listed[int(again[0])].as_py()))
+    absent = np.flatnonzero(~present)
+    if len(absent):  # a row that is there twice matches its first place alone
+        first = pyarrow().compute.index_in(known.take(pyarrow().array(absent)), value_set=known).to_numpy()
+        repeated = absent[first != absent]
+        if len(repeated):
+            raise ValueError(_known_twice(known[int(repeated[0])].as_py()))
+    return places, index, absent
+
+
+def _known_twice(name: str) -> str:
+    return f"expected each id once in a collection, got {name!r} in two of its files: delete one of them"
 
 
 def _listed_twice(listed: Any, places: np.ndarray) -> str:

@@ -77,7 +77,7 @@ def open_parquet(path: Path, form: Format) -> Iterator[tuple[Any, Any]]:
 
 
 def _refusal(path: Path, form: Format, error: BaseException) -> ValueError:
-    reason = first_line(error)
+    reason = first_line(error).rstrip(".")
     advice = "" if REMEDY in reason else f": {REMEDY} by the same command"
     return ValueError(f"expected {form.title} ({form.name}), got {path} with {reason}{advice}")
 

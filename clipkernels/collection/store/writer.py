@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -68,9 +68,10 @@ class Store:
         schema: `layout.unit_schema` of the settings.
         unit_rows: the items of a unit, a multiple of the batch size.
         shard_rows: the rows from which on a shard is complete.
+        forgotten, complete: as in `folders.merge_manifest`.
     Raises, on entering:
-        ValueError: another process writes there, the settings differ, the folder holds something else, or a file of the
-            collection is not as it was written.
+        ValueError: another process writes there, the settings or the sources are not the expected ones, the folder
+            holds something else, or a file of the collection is not as it was written.
         OSError: a file cannot be read or written.
     """
 
@@ -82,9 +83,12 @@ class Store:
         unit_rows: int,
         *,
         shard_rows: int = SHARD_ROWS,
+        forgotten: Sequence[str] = (),
+        complete: bool = False,
     ) -> None:
         self.folder, self.manifest, self.schema = Path(folder), manifest, schema
         self.unit_rows, self.shard_rows = unit_rows, shard_rows
+        self._forgotten, self._complete = forgotten, complete
         self._planned = self._retried = False
 
     def __enter__(self) -> Store:
@@ -92,7 +96,7 @@ class Store:
         refuse_foreign(self.folder)
         self._lock = Lock(self.folder)
         try:
-            merged, differs = merge_manifest(self.folder, self.manifest)
+            merged, differs = merge_manifest(self.folder, self.manifest, self._forgotten, complete=self._complete)
             prepare(self.folder)
             self._rows = Compaction(self.folder, self.manifest.settings, self.schema, self.shard_rows)
             if differs:  # not before the shards are known to have these settings
