@@ -200,7 +200,16 @@ def test_a_run_that_has_not_ended_is_a_warning(verb: tuple[str, ...], collection
 
 def test_a_long_caption_is_cut_in_the_table_alone(tmp_path: Path, photos: Path) -> None:
     captions = [f"{number} " + "word " * 10_000 for number in range(COUNT)]
-    succeed("embed", with_captions(tmp_path, photos, captions), "--out", tmp_path / "DIR", "--text", "txt", "--devices", "cpu")
+    succeed(
+        "embed",
+        with_captions(tmp_path, photos, captions),
+        "--out",
+        tmp_path / "DIR",
+        "--text",
+        "txt",
+        "--devices",
+        "cpu",
+    )
     result = succeed("search", tmp_path / "DIR", "a", "-k", 1)
     assert max(map(len, result.stdout.splitlines())) < 120 and "…" in result.stdout
     [hit] = json.loads(succeed("search", tmp_path / "DIR", "a", "-k", 1, "--format", "json").stdout)["hits"]
