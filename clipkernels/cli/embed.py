@@ -21,10 +21,12 @@ from clipkernels.cli.parts.models import cast_towers, choose_device, load, load_
 from clipkernels.cli.parts.options import batch_size_option, once, precision_option
 from clipkernels.cli.parts.output import progress
 from clipkernels.collection.clip_retrieval import export_clip_retrieval
+from clipkernels.collection.engines import Progress
 from clipkernels.collection.layout import EMBEDDINGS, ERRORS
 from clipkernels.collection.query import BUNDLED
-from clipkernels.collection.run import Embedded, Name, Progress
+from clipkernels.collection.run import Embedded
 from clipkernels.collection.run import embed as embed_collection
+from clipkernels.collection.settings import Name
 from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import quantity
 from clipkernels.methods import Dense

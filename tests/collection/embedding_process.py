@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import clipkernels as ck
-from clipkernels.collection import ray_engine, run
+from clipkernels.collection import engines, ray_engine, run
 from clipkernels.collection.store import Store, compaction
 from clipkernels.collection.store.plans import plan_file
 
@@ -109,7 +109,7 @@ def main(options: dict[str, Any]) -> None:
     compaction.append_units = append
     done: list[int] = []
 
-    def report(progress: run.Progress) -> None:
+    def report(progress: engines.Progress) -> None:
         unit = progress.done // options["unit_rows"]
         if unit > len(done):
             done.append(unit)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from clipkernels.collection.manifest import Settings
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.store import units as unit_files
-from clipkernels.collection.store.plans import PlanHeader, plan_file, plan_generations, read_ids, read_plan
+from clipkernels.collection.store.plans import PlanHeader, delete_plan, plan_generations, read_ids, read_plan
 from clipkernels.collection.store.replacement import Replacement
 from clipkernels.collection.store.shards import (
     Shard,
@@ -139,7 +139,7 @@ class Compaction:
                 self.shards[index] = replace_rows(self.folder, shard, self.schema, plan.generation, ids, change)
             failed = replacement.errors(range(plan.appended, plan.units))
             self.num_errors = merge_errors(self.folder, self.settings, plan.generation, ids, failed)
-        os.unlink(plan_file(self.folder, plan.generation))
+        delete_plan(self.folder, plan.generation)
         self.plan = None
         self.load_plan()
 
