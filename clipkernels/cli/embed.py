@@ -148,7 +148,7 @@ def embed(
             result = embed_collection(
                 model, sources, out, preprocess=preprocess, tokenizer=tokenizer, text=text, columns=columns,
                 image_column=image_column, id_column=id_column, batch_size=batch_size, unit_rows=unit_rows,
-                workers=min(4, os.cpu_count() or 1) if workers is None else workers, raw=raw,
+                workers=default_workers() if workers is None else workers, raw=raw,
                 dtype=DTYPE_NAMES[dtype],
                 exif=not no_exif, by_content=by_content, prune=prune, retry=retry, compiled=compiled,
                 devices=devices if len(devices) > 1 else None, engine=cast(Any, engine), actors=actors, name=names,
@@ -169,6 +169,11 @@ def every_device() -> list[torch.device]:
     """Return all CUDA devices, or the CPU if there is none."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [torch.device("cuda", index) for index in range(count)] or [choose_device(None)]
+
+
+def default_workers() -> int:
+    """Return the CPUs that this process may use, at most 4."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def anywhere(name: str | None) -> str | None:

@@ -60,7 +60,7 @@ class Run:
         encoders = [Encoder(model, **self.encoder) for model in models]
 
         def write(unit: int, table: pa.Table) -> None:
-            write_unit(items.folder, items.generation, unit, table, self.notes)
+            write_unit(items.folder, items.settings, items.generation, unit, table, self.notes)
             self._after_unit()
 
         local_engine.encode_units(items, encoders, self._pending(), workers, write, self._after_batch)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from clipkernels.collection.encoder import Encoder
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.preparation import Key, UnitItems, keys_of
+from clipkernels.collection.preparation import Key, Prepared, UnitItems, keys_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +33,13 @@ class _Keys(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         return keys_of(self.units, self.batch_size)
+
+
+class _Loader(DataLoader[Prepared]):
+    """A loader that leaves the number of its processes to the caller."""
+
+    def check_worker_number_rationality(self) -> None:
+        """No warning of torch about more processes than CPUs, which a slow disk is reason enough for."""
 
 
 class _Shared(Iterator[tuple[int, int]]):
@@ -78,7 +85,7 @@ def encode_units(
 
     def encode(encoder: Encoder) -> None:
         nonlocal stopped
-        loader = DataLoader(
+        loader = _Loader(
             items,
             batch_size=None,  # a key already names a batch
             sampler=_Keys(shared, encoder.batch_size),

@@ -53,6 +53,7 @@ class UnitItems(Dataset[Prepared]):
 
     Args:
         folder: the collection.
+        settings: the digest of its settings.
         generation: of the plan.
         sources: the sources, by their index in the plan.
         columns: the columns that are read with an item.
@@ -64,6 +65,7 @@ class UnitItems(Dataset[Prepared]):
     def __init__(
         self,
         folder: Path,
+        settings: str,
         generation: int,
         sources: Sequence[Source],
         columns: Sequence[str],
@@ -71,7 +73,8 @@ class UnitItems(Dataset[Prepared]):
         shape: tuple[int, ...],
         exif: bool,
     ) -> None:
-        self.folder, self.generation, self.sources, self.columns = folder, generation, sources, list(columns)
+        self.folder, self.settings, self.generation = folder, settings, generation
+        self.sources, self.columns = sources, list(columns)
         self.preprocess, self.shape, self.reader = preprocess, shape, Reader(exif)
         self._unit: tuple[int, pa.Table] | None = None
 

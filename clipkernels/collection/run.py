@@ -187,7 +187,7 @@ def embed(
                 check_all_named(store.folder, paths)
             changed = partial(changed_content, present) if by_content else None
             items = partial(
-                UnitItems, Path(os.path.abspath(out)), columns=wanted, preprocess=preprocess,
+                UnitItems, Path(os.path.abspath(out)), settings.digest, columns=wanted, preprocess=preprocess,
                 shape=image_shape(model, preprocess), exif=exif,
             )  # fmt: skip
             run = Run(store, model, encoder, notes, progress)

@@ -95,12 +95,12 @@ def main(options: dict[str, Any]) -> None:
     run.Store = partial(Store, shard_rows=options.pop("shard_rows"))  # type: ignore[misc, assignment]
     append_units = compaction.append_units
 
-    def append(folder: Any, shard: Any, schema: Any, units: Any, tables: Any) -> Any:
+    def append(folder: Any, shard: Any, schema: Any, units: Any, tables: Any, notes: Any) -> Any:
         def dying() -> Any:
             yield from tables
             os.kill(os.getpid(), signal.SIGKILL)
 
-        result = append_units(folder, shard, schema, units, dying() if die == "appending" else tables)
+        result = append_units(folder, shard, schema, units, dying() if die == "appending" else tables, notes)
         if die == "appended":
             os.kill(os.getpid(), signal.SIGKILL)
         print("compacted", flush=True)
