@@ -15,8 +15,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -184,14 +186,20 @@ def _pipeline(
     """A dataset of the results of units."""
     rows = [{"unit": unit, "rows": length} for unit, length in units.items()]
     blocks = data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
-    return blocks.map_batches(
-        UnitEncoder,
-        batch_size=1,
-        compute=data.ActorPoolStrategy(size=actors),
-        num_cpus=threads,
-        num_gpus=1 if device.type == "cuda" else 0,
-        fn_constructor_args=arguments,
-    )
+    # Ray 2.64 is to remove extra arguments; an actor that is started again then says so by itself (UnitEncoder).
+    kinds = {parameter.kind for parameter in signature(blocks.map_batches).parameters.values()}
+    no_restarts = {"max_restarts": 0} if Parameter.VAR_KEYWORD in kinds else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        return blocks.map_batches(
+            UnitEncoder,
+            batch_size=1,
+            compute=data.ActorPoolStrategy(size=actors),
+            num_cpus=threads,
+            num_gpus=1 if device.type == "cuda" else 0,
+            fn_constructor_args=arguments,
+            **no_restarts,
+        )
 
 
 def _cluster(cpus: int) -> dict[str, Any]:

@@ -44,9 +44,10 @@ def checksum_of(place: int) -> int:
     return place >> ROW_BITS
 
 
-def names_by_checksum(names: Iterable[str]) -> dict[int, list[str]]:
+def names_by_checksum(names: Iterable[str]) -> dict[int, tuple[str, ...]]:
     """The containers by the checksums of their names: one for each, unless two checksums are equal."""
-    result: dict[int, list[str]] = {}
+    result: dict[int, tuple[str, ...]] = {}
     for name in names:
-        result.setdefault(checksum_of(place_of(name, 0)), []).append(name)
+        checksum = checksum_of(place_of(name, 0))
+        result[checksum] = (*result.get(checksum, ()), name)
     return result

@@ -86,7 +86,7 @@ class ParquetSource:
         return answers
 
     @cached_property
-    def _names(self) -> dict[int, list[str]]:
+    def _names(self) -> dict[int, tuple[str, ...]]:
         return names_by_checksum(self.files)
 
     def _fetch_row(
