@@ -75,16 +75,7 @@ def encode_units(
     lengths = dict(units)
     stopped = False
 
-    def run(encoder: Encoder) -> None:
-        nonlocal stopped
-        try:
-            encode(encoder)
-        except BaseException:
-            stopped = True  # the other devices
-            raise
-
-    def encode(encoder: Encoder) -> None:
-        nonlocal stopped
+    def load(encoder: Encoder) -> Iterator[Prepared]:
         loader = _Loader(
             items,
             batch_size=None,  # a key already names a batch
@@ -95,8 +86,20 @@ def encode_units(
             generator=torch.Generator(),  # a loader draws a seed, which must not move the caller's generator
             pin_memory=encoder.weights.device.type == "cuda",
         )
+        return iter(loader)
+
+    def run(encoder: Encoder, batches: Iterator[Prepared]) -> None:
+        nonlocal stopped
+        try:
+            encode(encoder, batches)
+        except BaseException:
+            stopped = True  # the other devices
+            raise
+
+    def encode(encoder: Encoder, batches: Iterator[Prepared]) -> None:
+        nonlocal stopped
         parts: list[pa.Table] = []
-        for batch in loader:
+        for batch in batches:
             rows = encoder(batch)
             parts.append(rows)
             unit, _, stop = batch.key
@@ -108,12 +111,14 @@ def encode_units(
             if stopped:
                 return
 
+    # The processes of all loaders start before a thread does: one that is forked beside busy threads may die at once.
+    batches = [load(encoder) for encoder in encoders]
     if len(encoders) == 1:
-        run(encoders[0])
+        run(encoders[0], batches[0])
         return
     with ThreadPoolExecutor(len(encoders)) as pool:
         try:
-            for future in [pool.submit(run, encoder) for encoder in encoders]:
+            for future in [pool.submit(run, *pair) for pair in zip(encoders, batches, strict=True)]:
                 future.result()
         finally:  # an interruption of the thread that waits
             stopped = True
