@@ -23,10 +23,12 @@ from clipkernels.cli.parts.options import batch_size_option, once, precision_opt
 from clipkernels.cli.parts.output import progress
 from clipkernels.collection.checks import check_apart
 from clipkernels.collection.clip_retrieval import export_clip_retrieval
+from clipkernels.collection.engines import Progress
 from clipkernels.collection.layout import EMBEDDINGS, ERRORS
 from clipkernels.collection.query import BUNDLED
-from clipkernels.collection.run import Embedded, Name, Progress
+from clipkernels.collection.run import Embedded
 from clipkernels.collection.run import embed as embed_collection
+from clipkernels.collection.settings import Name
 from clipkernels.collection.sources import find_sources
 from clipkernels.collection.store.shards import read_errors
 from clipkernels.measure.towers import DTYPES
@@ -160,7 +162,7 @@ def embed(
             result = embed_collection(
                 model, sources, out, preprocess=preprocess, tokenizer=tokenizer, text=text, columns=columns,
                 image_column=image_column, id_column=id_column, batch_size=batch_size, unit_rows=unit_rows,
-                workers=min(4, os.cpu_count() or 1) if workers is None else workers, raw=raw,
+                workers=default_workers() if workers is None else workers, raw=raw,
                 dtype=DTYPE_NAMES[dtype],
                 exif=not no_exif, by_content=by_content, prune=prune, forget=forget, retry=retry, compiled=compiled,
                 devices=places if len(places) > 1 else None, engine=cast(Any, engine), actors=actors, name=names,
@@ -181,6 +183,11 @@ def every_device() -> list[torch.device]:
     """Return all CUDA devices, or the CPU if there is none."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [torch.device("cuda", index) for index in range(count)] or [choose_device(None)]
+
+
+def default_workers() -> int:
+    """Return the CPUs that this process may use, at most 4."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def anywhere(name: str | None) -> str | None:

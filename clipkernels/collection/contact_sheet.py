@@ -51,6 +51,8 @@ def image_reader(manifest: Manifest, ids: Sequence[str]) -> ReadImage:
         with suppress(ValueError, OSError):  # a source that is gone, or empty
             [source] = find_sources([name], image_column=settings.image_column, id_column=settings.id_column)
             for batch in source.list():
+                if len(places) == len(set(ids)):
+                    break
                 rows = batch.filter(pa.compute.is_in(batch["id"], value_set=pa.array(ids, pa.string())))
                 for key, place in zip(rows["id"].to_pylist(), rows["place"].to_pylist(), strict=True):
                     places.setdefault(key, (source, place))

@@ -101,7 +101,7 @@ def find_duplicates(
     forest = Forest(len(vectors))
     forest.join(torch.from_numpy(earlier), torch.arange(len(vectors)))
     compared = (~known).nonzero()[:, 0]
-    _join_similar(forest, vectors[compared] if known.any() else vectors, compared, threshold, device, progress)
+    _join_similar(forest, vectors, compared, threshold, device, progress)
     table = _table(forest.roots(torch.arange(len(vectors))), vectors, names)
     table = table.replace_schema_metadata({"clipkernels.threshold": repr(float(threshold))})
     with atomic_write(folder / DUPLICATES) as temporary:
@@ -172,15 +172,17 @@ def _join_similar(
     device: torch.device | str | None,
     progress: Progress | None,
 ) -> None:
-    """Join the rows of all pairs of vectors (m,E) that have a cosine of at least the threshold."""
+    """Join those of the rows (m,) that have a cosine of at least the threshold, by the vectors (n,E) of all rows.
+
+    Only the rows of a tile are copied, because the vectors may take half of the memory.
+    """
     vectors = vectors.to(device or "cpu")
-    starts = range(0, len(vectors), TILE_ROWS)
-    done, total = 0, len(starts) * (len(starts) + 1) // 2
-    for above in starts:
-        left, left_rows = vectors[above : above + TILE_ROWS], rows[above : above + TILE_ROWS]
-        for start in starts[above // TILE_ROWS :]:
-            right, right_rows = vectors[start : start + TILE_ROWS], rows[start : start + TILE_ROWS]
-            _join_tile(forest, left, left_rows, right, right_rows, threshold)
+    parts = rows.split(TILE_ROWS) if len(rows) else ()
+    done, total = 0, len(parts) * (len(parts) + 1) // 2
+    for above, left_rows in enumerate(parts):
+        left = vectors[left_rows.to(vectors.device)]
+        for right_rows in parts[above:]:
+            _join_tile(forest, left, left_rows, vectors[right_rows.to(vectors.device)], right_rows, threshold)
             done += 1
             if progress is not None:
                 progress(done, total)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from clipkernels.collection.encoder import Encoder
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.preparation import Key, UnitItems, keys_of
+from clipkernels.collection.preparation import Key, Prepared, UnitItems, keys_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +33,13 @@ class _Keys(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         return keys_of(self.units, self.batch_size)
+
+
+class _Loader(DataLoader[Prepared]):
+    """A loader that leaves the number of its processes to the caller."""
+
+    def check_worker_number_rationality(self) -> None:
+        """No warning of torch about more processes than CPUs, which a slow disk is reason enough for."""
 
 
 class _Shared(Iterator[tuple[int, int]]):
@@ -68,17 +75,8 @@ def encode_units(
     lengths = dict(units)
     stopped = False
 
-    def run(encoder: Encoder) -> None:
-        nonlocal stopped
-        try:
-            encode(encoder)
-        except BaseException:
-            stopped = True  # the other devices
-            raise
-
-    def encode(encoder: Encoder) -> None:
-        nonlocal stopped
-        loader = DataLoader(
+    def load(encoder: Encoder) -> Iterator[Prepared]:
+        loader = _Loader(
             items,
             batch_size=None,  # a key already names a batch
             sampler=_Keys(shared, encoder.batch_size),
@@ -88,8 +86,20 @@ def encode_units(
             generator=torch.Generator(),  # a loader draws a seed, which must not move the caller's generator
             pin_memory=encoder.weights.device.type == "cuda",
         )
+        return iter(loader)
+
+    def run(encoder: Encoder, batches: Iterator[Prepared]) -> None:
+        nonlocal stopped
+        try:
+            encode(encoder, batches)
+        except BaseException:
+            stopped = True  # the other devices
+            raise
+
+    def encode(encoder: Encoder, batches: Iterator[Prepared]) -> None:
+        nonlocal stopped
         parts: list[pa.Table] = []
-        for batch in loader:
+        for batch in batches:
             rows = encoder(batch)
             parts.append(rows)
             unit, _, stop = batch.key
@@ -101,12 +111,14 @@ def encode_units(
             if stopped:
                 return
 
+    # The processes of all loaders start before a thread does: one that is forked beside busy threads may die at once.
+    batches = [load(encoder) for encoder in encoders]
     if len(encoders) == 1:
-        run(encoders[0])
+        run(encoders[0], batches[0])
         return
     with ThreadPoolExecutor(len(encoders)) as pool:
         try:
-            for future in [pool.submit(run, encoder) for encoder in encoders]:
+            for future in [pool.submit(run, *pair) for pair in zip(encoders, batches, strict=True)]:
                 future.result()
         finally:  # an interruption of the thread that waits
             stopped = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     id_column: Line | None = None
     text: Line | None
     columns: dict[Line, Line]
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the settings, hexadecimal."""
+        return sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -53,6 +53,7 @@ class UnitItems(Dataset[Prepared]):
 
     Args:
         folder: the collection.
+        settings: the digest of its settings.
         generation: of the plan.
         sources: the sources, by their index in the plan.
         columns: the columns that are read with an item.
@@ -64,6 +65,7 @@ class UnitItems(Dataset[Prepared]):
     def __init__(
         self,
         folder: Path,
+        settings: str,
         generation: int,
         sources: Sequence[Source],
         columns: Sequence[str],
@@ -71,15 +73,14 @@ class UnitItems(Dataset[Prepared]):
         shape: tuple[int, ...],
         exif: bool,
     ) -> None:
-        self.folder, self.generation, self.sources, self.columns = folder, generation, sources, list(columns)
+        self.folder, self.settings, self.generation = folder, settings, generation
+        self.sources, self.columns = sources, list(columns)
         self.preprocess, self.shape, self.reader = preprocess, shape, Reader(exif)
         self._unit: tuple[int, pa.Table] | None = None
 
     def __getitem__(self, key: Key) -> Prepared:
         unit, start, stop = key
-        if self._unit is None or self._unit[0] != unit:
-            self._unit = unit, read_items(self.folder, self.generation, unit)
-        rows = self._unit[1].slice(start, stop - start)
+        rows = self._items_of(unit).slice(start, stop - start)
         ids: list[str] = rows["id"].to_pylist()
         items = self._fetch(ids, rows["source"].to_pylist(), rows["place"].to_pylist())
         stamps = zip(rows["size"].to_pylist(), rows["modified"].to_pylist(), strict=True)
@@ -96,6 +97,13 @@ class UnitItems(Dataset[Prepared]):
             if isinstance(image, Tensor):
                 images.append(image)
         return Prepared(key, ids, torch.stack(images) if images else None, reasons, records)
+
+    def _items_of(self, unit: int) -> pa.Table:
+        """The items of a unit; the last one is kept. Threads may share this object, so the attribute is read once."""
+        last = self._unit
+        if last is None or last[0] != unit:
+            last = self._unit = unit, read_items(self.folder, self.generation, unit)
+        return last[1]
 
     def _fetch(self, ids: Sequence[str], sources: Sequence[int], places: Sequence[int]) -> list[Item | str]:
         """The content of items, or the reason why there is none; one call for each source."""

@@ -5,8 +5,9 @@ the bytes.
 
 An actor may outlive its killed driver for a while, and Ray may encode a unit twice. A file that comes late does no
 harm: it replaces one with the same rows, or it belongs to a unit that a shard holds or to a plan that has ended, and
-the store ignores and deletes those. The folder may also hold a new collection by then, whose plan has the same number;
-so an actor writes only as long as the plan is the file that its driver saw.
+the store ignores and deletes those. The folder may also hold a new collection by then, whose plan has the same number.
+So an actor writes only as long as the plan is the file that its driver saw. Between that look and the file's renaming
+the plan may change still; a unit of other items or settings is then refused when the store reads it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -62,6 +64,7 @@ class UnitEncoder:
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
+        self.restarted = bool(required("ray", "ray").get_runtime_context().was_current_actor_reconstructed)
         self.items, self.plan, self.notes = items, plan, notes
         self.model, self.device, self.options = model, device, options
         self._encoder: Encoder | None = None
@@ -70,16 +73,18 @@ class UnitEncoder:
         """Encode the unit of a batch.
 
         Returns:
-            Lists of one item: the unit, its rows, those without an embedding, captions that were cut, and the pickled
-            exception if there was one, else no bytes.
+            Lists of one item: the unit, its rows, those without an embedding, captions that were cut, the pickled
+            exception if there was one, else no bytes, and true if the actor died before, and encoded nothing now.
         """
         failed, cut, error = 0, 0, b""
         [unit], [rows] = batch["unit"].tolist(), batch["rows"].tolist()
         try:
-            failed, cut = self._encode(unit, rows)
+            if not self.restarted:  # else Ray would start an actor that always dies again for ever
+                failed, cut = self._encode(unit, rows)
         except Exception as exception:
             error = _pickled(exception)
-        return {"unit": [unit], "rows": [rows], "failed": [failed], "cut": [cut], "error": [error]}
+        result = {"unit": unit, "rows": rows, "failed": failed, "cut": cut, "error": error, "died": self.restarted}
+        return {name: [value] for name, value in result.items()}
 
     def _encode(self, unit: int, rows: int) -> tuple[int, int]:
         if self._encoder is None:
@@ -90,7 +95,7 @@ class UnitEncoder:
         table = pyarrow().concat_tables(parts)
         if plan_stamp(self.items) != self.plan:
             raise ValueError(f"expected {self.items.folder} to have one writer, got a new plan: stop the other run")
-        write_unit(self.items.folder, self.items.generation, unit, table, self.notes)
+        write_unit(self.items.folder, self.items.settings, self.items.generation, unit, table, self.notes)
         return rows - table["reason"].null_count, self._encoder.cut_texts - before
 
 
@@ -155,18 +160,21 @@ def encode_units(
         arguments = items, plan_stamp(items), ray.put(deepcopy(model).cpu()), device.type, options, notes, threads
         left = dict(units)
         while left:
-            before = len(left)
-            finished = _pipeline(data, left, actors, threads, device, arguments)
+            before, reason = len(left), "it gave no result"
             try:
-                for row in finished.iter_rows():
+                for row in _pipeline(data, left, actors, threads, device, arguments).iter_rows():
+                    if row["died"]:  # the next pipeline has new actors
+                        reason = "an actor died"
+                        break
                     if row["error"]:
                         raise pickle.loads(row["error"])
                     left.pop(int(row["unit"]), None)
                     if after_unit(int(row["rows"]), int(row["failed"]), int(row["cut"])):
                         return
             except ray.exceptions.RayError as error:  # a machine is lost, or its memory is full
-                if len(left) == before:
-                    raise RuntimeError(f"Ray stopped: {type(error).__name__}: {first_line(error)}") from None
+                reason = f"{type(error).__name__}: {first_line(error)}"
+            if len(left) == before:
+                raise RuntimeError(f"Ray stopped: {reason}, and no unit was finished since the last time")
     finally:
         if started:
             ray.shutdown()
@@ -175,19 +183,22 @@ def encode_units(
 def _pipeline(
     data: Any, units: Mapping[int, int], actors: int, threads: int, device: torch.device, arguments: tuple[Any, ...]
 ) -> Any:
-    """A dataset of the results of units. An actor that dies is an error, because Ray would start it again for ever."""
+    """A dataset of the results of units."""
     rows = [{"unit": unit, "rows": length} for unit, length in units.items()]
     blocks = data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
+    # Ray 2.64 is to remove extra arguments; an actor that is started again then says so by itself (UnitEncoder).
+    kinds = {parameter.kind for parameter in signature(blocks.map_batches).parameters.values()}
+    no_restarts = {"max_restarts": 0} if Parameter.VAR_KEYWORD in kinds else {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # max_restarts; it has no successor
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         return blocks.map_batches(
             UnitEncoder,
             batch_size=1,
             compute=data.ActorPoolStrategy(size=actors),
             num_cpus=threads,
             num_gpus=1 if device.type == "cuda" else 0,
-            max_restarts=0,
             fn_constructor_args=arguments,
+            **no_restarts,
         )
 
 

@@ -29,7 +29,7 @@ import clipkernels as ck
 from clipkernels.cli import embed as verb
 from clipkernels.cli import main
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
-from clipkernels.collection.run import Progress
+from clipkernels.collection.engines import Progress
 from clipkernels.images import Reader
 from tests.cli.commands import run, succeed
 from tests.collection.pictures import broken_files, draw_pictures, folder_bytes, read_rows

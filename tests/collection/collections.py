@@ -29,6 +29,9 @@ def settings(**changes: Any) -> Settings:
     return Settings(**(values | changes))
 
 
+DIGEST = settings().digest
+
+
 def manifest(**changes: Any) -> Manifest:
     return Manifest(settings=settings(**changes), sources=["photos"], spec=None, run={"threads": 1})
 
@@ -81,7 +84,7 @@ def open_store(folder: Path, **changes: Any) -> Store:
 
 def encode(folder: Path, diff: Diff, unit: int) -> None:
     assert diff.generation is not None
-    write_unit(folder, diff.generation, unit, rows_of(read_items(folder, diff.generation, unit)))
+    write_unit(folder, DIGEST, diff.generation, unit, rows_of(read_items(folder, diff.generation, unit)))
 
 
 def run(

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import clipkernels as ck
-from clipkernels.collection import ray_engine, run
+from clipkernels.collection import engines, ray_engine, run
 from clipkernels.collection.store import Store, compaction
 from clipkernels.collection.store.plans import plan_file
 
@@ -95,12 +95,12 @@ def main(options: dict[str, Any]) -> None:
     run.Store = partial(Store, shard_rows=options.pop("shard_rows"))  # type: ignore[misc, assignment]
     append_units = compaction.append_units
 
-    def append(folder: Any, shard: Any, schema: Any, units: Any, tables: Any) -> Any:
+    def append(folder: Any, shard: Any, schema: Any, units: Any, tables: Any, notes: Any) -> Any:
         def dying() -> Any:
             yield from tables
             os.kill(os.getpid(), signal.SIGKILL)
 
-        result = append_units(folder, shard, schema, units, dying() if die == "appending" else tables)
+        result = append_units(folder, shard, schema, units, dying() if die == "appending" else tables, notes)
         if die == "appended":
             os.kill(os.getpid(), signal.SIGKILL)
         print("compacted", flush=True)
@@ -109,7 +109,7 @@ def main(options: dict[str, Any]) -> None:
     compaction.append_units = append
     done: list[int] = []
 
-    def report(progress: run.Progress) -> None:
+    def report(progress: engines.Progress) -> None:
         unit = progress.done // options["unit_rows"]
         if unit > len(done):
             done.append(unit)

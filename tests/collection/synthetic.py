@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import clipkernels as ck
-from clipkernels.collection import encoder, run
+from clipkernels.collection import encoder, engines, run, settings
 from clipkernels.collection.sources.items import BATCH_ROWS, Answers, Item, make_batch
 from clipkernels.collection.store import folders
 from clipkernels.encode import Encoded
@@ -76,7 +76,7 @@ def main(out: str, items: int, workers: int) -> None:
     times: dict[str, float] = {}
     workers_peak = 0
 
-    def progress(state: run.Progress) -> None:
+    def progress(state: engines.Progress) -> None:
         nonlocal workers_peak
         times.setdefault("first_batch", time.process_time())
         if state.done % 64 == 0:
@@ -93,9 +93,9 @@ def main(out: str, items: int, workers: int) -> None:
 
     Reader.decode = lambda self, content: IMAGE  # type: ignore[method-assign]
     run.find_sources = lambda *_, **__: [Synthetic(items)]
-    run.encode_image = encoder.encode_image = encode_image  # type: ignore[attr-defined]
+    settings.encode_image = encoder.encode_image = encode_image  # type: ignore[attr-defined]
     folders.read_manifest, run.list_items = timed("manifest", folders.read_manifest), timed("list", run.list_items)
-    run.write_unit = timed("unit", run.write_unit)
+    engines.write_unit = timed("unit", engines.write_unit)
     model, _, _ = ck.bundled()
     started = time.process_time()
     result = run.embed(

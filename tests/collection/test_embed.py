@@ -20,8 +20,9 @@ from torch import nn
 
 import clipkernels as ck
 from clipkernels.collection import encoder, run
+from clipkernels.collection.engines import Progress
 from clipkernels.collection.manifest import read_manifest
-from clipkernels.collection.run import Embedded, Progress
+from clipkernels.collection.run import Embedded
 from clipkernels.collection.store import Store
 from clipkernels.images import Reader
 from tests.collection.pictures import broken_files, draw_pictures, folder_bytes, read_rows

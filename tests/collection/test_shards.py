@@ -32,7 +32,7 @@ def embed(folder: Path, dtype: str) -> np.ndarray:
         diff = store.plan(items)
         assert diff.generation is not None
         for unit in store.pending():
-            write_unit(folder, diff.generation, unit, rows_of(store.items(unit), dtype))
+            write_unit(folder, settings(dtype=dtype).digest, diff.generation, unit, rows_of(store.items(unit), dtype))
         store.compact(final=True)
     (folder / "embeddings" / ".00001.parquet.abcd1234").write_bytes(b"PAR1 half")
     return np.stack(rows_of(items.slice(0, 23), dtype)["embedding"].to_pylist()).astype(dtype)
@@ -94,7 +94,7 @@ def test_null_and_nested_columns_keep_their_values(tmp_path: Path) -> None:
             with Store(folder, manifest(dtype="float32"), columns, 4, shard_rows=100) as store:
                 store.plan(items)
                 for unit in step:
-                    write_unit(folder, 1, unit, table.slice(4 * unit, 4))
+                    write_unit(folder, settings(dtype="float32").digest, 1, unit, table.slice(4 * unit, 4))
                 store.compact(final=True)
     contents = [(tmp_path / name / "embeddings" / "00000.parquet").read_bytes() for name in ("a", "b")]
     assert contents[0] == contents[1]
@@ -103,7 +103,8 @@ def test_null_and_nested_columns_keep_their_values(tmp_path: Path) -> None:
     changed = table.slice(1, 2)
     with Store(tmp_path / "a", manifest(dtype="float32"), columns, 4, shard_rows=100) as store:
         store.plan(listing({**dict.fromkeys(NAMES[:12], 0), NAMES[1]: 1, NAMES[2]: 1}))
-        write_unit(tmp_path / "a", 2, 0, changed.set_column(0, columns.field("id"), pa.array(NAMES[1:3])))
+        changed = changed.set_column(0, columns.field("id"), pa.array(NAMES[1:3]))
+        write_unit(tmp_path / "a", settings(dtype="float32").digest, 2, 0, changed)
         store.compact(final=True)
     assert pq.read_table(tmp_path / "a" / "embeddings" / "00000.parquet").to_pylist() == read.to_pylist()
 
@@ -115,7 +116,7 @@ def test_replacing_reads_each_unit_about_once(tmp_path: Path, monkeypatch: pytes
     from clipkernels.collection.store import units
 
     read_unit = units.read_unit
-    monkeypatch.setattr(units, "read_unit", lambda *arguments: (reads.append(arguments[2]), read_unit(*arguments))[1])
+    monkeypatch.setattr(units, "read_unit", lambda *arguments: (reads.append(arguments[3]), read_unit(*arguments))[1])
     later = {name: int(name) % 3 for name in reversed(items)}
     run(tmp_path, later)
     assert embedded(tmp_path) == later and [*embedded(tmp_path)] == [*items]

@@ -1,25 +1,18 @@
-"""Files that hold many items, such as Parquet files and tars: the files of a source, and those that are open."""
+"""Files that hold many items, such as Parquet files and tars: the files of a source, and places in them."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import IO, Any
+from collections.abc import Iterable, Sequence
 from zlib import crc32
 
 from clipkernels.collection.sources.folder import fixed_part
-from clipkernels.files import open_regular
 from clipkernels.images import find_images, walk
-from clipkernels.messages import printable
 
 PARQUET = (".parquet", ".parq", ".pq")
 TAR = (".tar",)
-MAX_OPEN = 4
-"""Containers that stay open in a thread."""
 ROW_BITS = 31
 CHANGED = "its container changed since it was listed"
-_OPEN = threading.local()
 
 
 def containers_of(name: str, suffixes: Sequence[str]) -> dict[str, str]:
@@ -46,57 +39,15 @@ def row_of(place: int) -> int:
     return place & ((1 << ROW_BITS) - 1)
 
 
-def names_at(place: int, names: Iterable[str]) -> list[str]:
-    """The containers that a place may lie in: one, unless the checksums of their names are equal."""
-    return [name for name in names if crc32(os.fsencode(name)) == place >> ROW_BITS]
+def checksum_of(place: int) -> int:
+    """The checksum of the name of a place's container."""
+    return place >> ROW_BITS
 
 
-def stamped(path: str, kind: str, make: Callable[[IO[bytes]], Any], key: object = None) -> tuple[Any, int, int]:
-    """Something made of an open container, with the container's size and the time of its last change.
-
-    It is kept for this thread of this process, because others must not share its position, until the file changes.
-
-    Args:
-        path: the container, a regular file.
-        kind: the kind of file that is expected, for errors.
-        make: a function of the open file, which stays open.
-        key: tells things apart that are made of one file.
-    Raises:
-        ValueError, OSError: no regular file; it cannot be opened.
-    """
-    if getattr(_OPEN, "process", None) != os.getpid():
-        _OPEN.process, _OPEN.made = os.getpid(), {}
-    made: dict[Any, tuple[Any, tuple[int, ...], IO[bytes]]] = _OPEN.made
-    stamp = _stamp(os.stat(path))
-    if (path, key) in made and made[path, key][1] == stamp:
-        made[path, key] = made.pop((path, key))  # the last one used is dropped last
-    else:
-        _drop((path, key))
-        try:
-            stream = open_regular(path)
-        except ValueError as error:
-            raise ValueError(f"expected {kind}, got {printable(path)}, which is {error}") from error
-        try:
-            made[path, key] = make(stream), _stamp(os.fstat(stream.fileno())), stream
-        except BaseException:
-            stream.close()
-            raise
-        while len(made) > MAX_OPEN:
-            _drop(next(iter(made)))
-    thing, (size, modified, *_), _ = made[path, key]
-    return thing, size, modified
-
-
-def forget(path: str) -> None:
-    """Drop what this thread keeps of a container, because its state is unknown after an error."""
-    for pair in [pair for pair in getattr(_OPEN, "made", {}) if pair[0] == path]:
-        _drop(pair)
-
-
-def _drop(pair: Any) -> None:
-    if pair in _OPEN.made:
-        _OPEN.made.pop(pair)[2].close()
-
-
-def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+def names_by_checksum(names: Iterable[str]) -> dict[int, tuple[str, ...]]:
+    """The containers by the checksums of their names: one for each, unless two checksums are equal."""
+    result: dict[int, tuple[str, ...]] = {}
+    for name in names:
+        checksum = checksum_of(place_of(name, 0))
+        result[checksum] = (*result.get(checksum, ()), name)
+    return result

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clipkernels.collection.sources.containers import CHANGED, names_at, place_of, row_of, stamped
+from clipkernels.collection.open_files import stamped
+from clipkernels.collection.sources.containers import CHANGED, checksum_of, place_of, row_of
 from clipkernels.collection.sources.image_columns import (
     ImageColumn,
     check_id_column,
@@ -92,7 +93,8 @@ class DatasetSource:
             return [reason_of(error)] * len(ids)
         answers: Answers = [CHANGED] * len(ids)
         for name, split in splits.items():
-            at = [index for index, place in enumerate(places) if name in names_at(place, [name])]
+            checksum = checksum_of(place_of(name, 0))
+            at = [index for index, place in enumerate(places) if checksum_of(place) == checksum]
             at = sorted((index for index in at if row_of(places[index]) < len(split.rows)), key=places.__getitem__)
             for start in range(0, len(at), READ_ROWS):
                 chunk = at[start : start + READ_ROWS]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import IO, TYPE_CHECKING
 
+from clipkernels.collection.open_files import forget, stamped
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.sources.containers import (
     CHANGED,
     PARQUET,
+    checksum_of,
     containers_of,
-    forget,
-    names_at,
+    names_by_checksum,
     place_of,
     row_of,
-    stamped,
 )
 from clipkernels.collection.sources.image_columns import plain_types, read_cell
 from clipkernels.collection.sources.items import Answers, Item, make_batch
@@ -78,11 +79,15 @@ class ParquetSource:
         answers: Answers = [CHANGED] * len(ids)
         broken: dict[tuple[str, int], str] = {}  # row groups
         for index in sorted(range(len(ids)), key=places.__getitem__):
-            for name in names_at(places[index], self.files):
+            for name in self._names.get(checksum_of(places[index]), ()):
                 answer = self._fetch_row(name, ids[index], row_of(places[index]), columns, broken)
                 if answer is not None:
                     answers[index] = answer
         return answers
+
+    @cached_property
+    def _names(self) -> dict[int, tuple[str, ...]]:
+        return names_by_checksum(self.files)
 
     def _fetch_row(
         self, name: str, key: str, row: int, columns: Sequence[str], broken: dict[tuple[str, int], str]

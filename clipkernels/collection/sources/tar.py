@@ -7,10 +7,12 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from clipkernels.collection.sources.containers import CHANGED, TAR, containers_of, stamped
+from clipkernels.collection.open_files import stamped
+from clipkernels.collection.sources.containers import CHANGED, TAR, containers_of
 from clipkernels.collection.sources.folder import MAX_SIDECAR, column_type, column_value
 from clipkernels.collection.sources.items import BATCH_ROWS, Answers, Item, escape, make_batch
 from clipkernels.files import open_named
@@ -111,20 +113,24 @@ class TarSource:
     def fetch(self, ids: Sequence[str], places: Sequence[int], columns: Sequence[str]) -> Answers:
         """Read samples by the offsets of their first members."""
         answers: Answers = []
-        names = {escape(name): name for name in self.files}
         for key, place in zip(ids, places, strict=True):
             # A key may hold slashes, and so may a name.
-            heads = [key[:index] for index, letter in enumerate(key) if letter == "/" and key[:index] in names]
+            heads = [key[:index] for index, letter in enumerate(key) if letter == "/" and key[:index] in self._names]
             answer: Item | str = CHANGED
             for head in heads:
                 try:
-                    answer = self._fetch_sample(names[head], key[len(head) + 1 :], place, columns)
+                    answer = self._fetch_sample(self._names[head], key[len(head) + 1 :], place, columns)
                 except Exception as error:
                     answer = reason_of(error)
                 if not isinstance(answer, str):
                     break
             answers.append(answer)
         return answers
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The names of the tars by the form that they have in ids."""
+        return {escape(name): name for name in self.files}
 
     def _fetch_sample(self, name: str, key: str, place: int, columns: Sequence[str]) -> Item | str:
         stream, size, modified = stamped(self.files[name], KIND, lambda stream: stream)

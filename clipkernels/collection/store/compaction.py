@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from clipkernels.collection.manifest import Settings
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.store import units as unit_files
-from clipkernels.collection.store.plans import PlanHeader, plan_file, plan_generations, read_ids, read_plan
+from clipkernels.collection.store.plans import PlanHeader, delete_plan, plan_generations, read_ids, read_plan
 from clipkernels.collection.store.replacement import Replacement
 from clipkernels.collection.store.shards import (
     Shard,
@@ -95,7 +95,7 @@ class Compaction:
         if self.shards and self.shards[-1].rows < self.shard_rows:
             return self.shards[-1]
         number = self.shards[-1].number + 1 if self.shards else 0
-        return Shard(number, 0, ShardHeader(self.settings, 0, []))
+        return Shard(number, 0, ShardHeader(self.settings, 0, [], []))
 
     def next_batch(self, final: bool) -> range:
         """The next units that follow each other and complete a shard, or, at the end, all that are there."""
@@ -116,15 +116,18 @@ class Compaction:
         pa, plan = pyarrow(), self._current()
         errors = []
         ids = read_ids(self.folder, plan.generation, batch.start, batch.stop)["id"]
-        for unit in batch:
-            if unit_files.read_unit_header(self.folder, plan.generation, unit).errors:
+        headers = [unit_files.read_unit_header(self.folder, plan.generation, unit) for unit in batch]
+        for unit, header in zip(batch, headers, strict=True):
+            if header.errors:
                 table = self.read_unit(unit)
                 errors.append(table.filter(table["reason"].is_valid()))
         failed = pa.concat_tables(errors) if errors else None
         if errors or self.num_errors:
             self.num_errors = merge_errors(self.folder, self.settings, plan.generation, ids, failed)
         span, old = (plan.generation, batch.start, batch.stop - 1), self._open_shard()
-        shard = append_units(self.folder, old, self.schema, span, map(self.read_unit, batch))
+        shard = append_units(
+            self.folder, old, self.schema, span, map(self.read_unit, batch), (header.notes for header in headers)
+        )
         self.shards = [*(other for other in self.shards if other.number != shard.number), shard]
         for unit in batch:
             self.unlink(plan.generation, unit)
@@ -134,12 +137,13 @@ class Compaction:
         plan = self._current()
         replacement = Replacement(read_ids(self.folder, plan.generation, plan.appended, None), self.read_unit)
         if len(replacement.ids):
-            ids, change = replacement.ids, replacement.apply
+            ids, change, units = replacement.ids, replacement.apply, range(plan.appended, plan.units)
+            notes = [unit_files.read_unit_header(self.folder, plan.generation, unit).notes for unit in units]
             for index, shard in enumerate(self.shards):
-                self.shards[index] = replace_rows(self.folder, shard, self.schema, plan.generation, ids, change)
-            failed = replacement.errors(range(plan.appended, plan.units))
+                self.shards[index] = replace_rows(self.folder, shard, self.schema, plan.generation, ids, change, notes)
+            failed = replacement.errors(units)
             self.num_errors = merge_errors(self.folder, self.settings, plan.generation, ids, failed)
-        os.unlink(plan_file(self.folder, plan.generation))
+        delete_plan(self.folder, plan.generation)
         self.plan = None
         self.load_plan()
 
@@ -151,7 +155,7 @@ class Compaction:
         """The rows of a finished unit of the plan."""
         generation = self._current().generation
         ids = read_ids(self.folder, generation, unit, unit + 1)["id"]
-        return unit_files.read_unit(self.folder, generation, unit, self.schema, ids)
+        return unit_files.read_unit(self.folder, self.settings.digest, generation, unit, self.schema, ids)
 
     def unlink(self, generation: int, unit: int) -> None:
         """Delete the file of a unit, if it is there."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
@@ -60,16 +60,30 @@ def open_parquet(path: Path, form: Format) -> Iterator[tuple[Any, Any]]:
         ValueError: another kind of file, or not as it was written; also for what is read within the context.
         OSError: the file cannot be read.
     """
-    arrow = pyarrow()
+    with refusing(path, form), open_named(path, form.title) as stream:
+        yield read_head(stream, form)
+
+
+def read_head(stream: IO[bytes], form: Format) -> tuple[Any, Any]:
+    """The header of an open file, and the file as a pyarrow.parquet.ParquetFile.
+
+    Raises:
+        ValueError, OSError, pyarrow.ArrowException, MemoryError: another kind of file, or not as it was written.
+    """
+    file = pyarrow().parquet.ParquetFile(stream, page_checksum_verification=True)
+    text = (file.metadata.metadata or {}).get(METADATA_KEY.encode())
+    if text is None:
+        raise ValueError("no header of clipkernels")
+    header, _ = decode_header(form, text.decode())
+    return header, file
+
+
+@contextmanager
+def refusing(path: Path, form: Format) -> Iterator[None]:
+    """Raise ValueError, with the file and a remedy, for each error of a file that is not as it was written."""
     try:
-        with open_named(path, form.title) as stream:
-            file = arrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-            text = (file.metadata.metadata or {}).get(METADATA_KEY.encode())
-            if text is None:
-                raise ValueError("no header of clipkernels")
-            header, _ = decode_header(form, text.decode())
-            yield header, file
-    except (ValueError, OSError, arrow.ArrowException, MemoryError) as error:
+        yield
+    except (ValueError, OSError, pyarrow().ArrowException, MemoryError) as error:
         # Arrow reports a page with another checksum as an OSError without a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -13,14 +13,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from clipkernels.collection.layout import PLANS, listing_schema
+from clipkernels.collection.open_files import forget, stamped
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.store.parquet_files import no_tensors, open_parquet, parquet_writer
+from clipkernels.collection.store.parquet_files import no_tensors, parquet_writer, read_head, refusing
+from clipkernels.files import naming
 from clipkernels.formats import Count, Format, Line
 
 if TYPE_CHECKING:
@@ -98,9 +101,7 @@ def read_plan(folder: Path, generation: int) -> PlanHeader:
         ValueError: no plan, or not as it was written.
         OSError: the file cannot be read.
     """
-    with open_parquet(plan_file(folder, generation), FORMAT) as (header, file):
-        _check(header, generation, file)
-        assert isinstance(header, PlanHeader)
+    with _open_plan(folder, generation) as (header, _):
         return header
 
 
@@ -111,8 +112,7 @@ def read_items(folder: str | os.PathLike[str], generation: int, unit: int) -> pa
         ValueError: no such unit, or a plan that is not as it was written.
         OSError: the plan cannot be read.
     """
-    with open_parquet(plan_file(folder, generation), FORMAT) as (header, file):
-        _check(header, generation, file)
+    with _open_plan(folder, generation) as (header, file):
         if not 0 <= unit < header.units:
             raise ValueError(f"{header.units} units and no unit {unit}")
         table = file.read_row_group(unit, use_threads=False)
@@ -127,8 +127,7 @@ def unit_lengths(folder: Path, generation: int) -> list[int]:
     Raises:
         ValueError, OSError: as `read_items`.
     """
-    with open_parquet(plan_file(folder, generation), FORMAT) as (header, file):
-        _check(header, generation, file)
+    with _open_plan(folder, generation) as (header, file):
         return [file.metadata.row_group(unit).num_rows for unit in range(header.units)]
 
 
@@ -138,11 +137,37 @@ def read_ids(folder: Path, generation: int, first: int, last: int | None) -> pa.
     Raises:
         ValueError, OSError: as `read_items`.
     """
-    with open_parquet(plan_file(folder, generation), FORMAT) as (_, file):
+    with _open_plan(folder, generation) as (_, file):
         groups = range(first, file.num_row_groups if last is None else last)
         return file.read_row_groups(list(groups), columns=["id", "unit"], use_threads=False)
 
 
-def _check(header: Any, generation: int, file: Any) -> None:
-    if header.generation != generation or file.num_row_groups < header.units:
-        raise ValueError(f"{file.num_row_groups} row groups of generation {header.generation}")
+def delete_plan(folder: Path, generation: int) -> None:
+    """Delete the file of a plan.
+
+    Raises:
+        OSError: the file cannot be deleted.
+    """
+    path = plan_file(folder, generation)
+    forget(str(path))
+    os.unlink(path)
+
+
+@contextmanager
+def _open_plan(folder: str | os.PathLike[str], generation: int) -> Iterator[tuple[PlanHeader, Any]]:
+    """Yield the header and the file of a plan. It stays open, because the footer of many row groups is slow to read.
+
+    Raises:
+        ValueError: no plan, or not as it was written; also for what is read within the context.
+        OSError: the file cannot be read.
+    """
+    path = plan_file(folder, generation)
+    with refusing(path, FORMAT), naming(path):
+        try:
+            (header, file), *_ = stamped(str(path), FORMAT.title, lambda stream: read_head(stream, FORMAT))
+            if header.generation != generation or file.num_row_groups < header.units:
+                raise ValueError(f"{file.num_row_groups} row groups of generation {header.generation}")
+            yield header, file
+        except BaseException:
+            forget(str(path))
+            raise

@@ -19,7 +19,7 @@ from clipkernels.collection.layout import EMBEDDINGS, ERRORS, error_schema, shar
 from clipkernels.collection.manifest import Settings, differences
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.store.parquet_files import no_tensors, open_parquet, parquet_writer
-from clipkernels.formats import Count, Format
+from clipkernels.formats import Count, Format, Line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,11 +28,15 @@ NAME = re.compile(r"(\d{5,})\.parquet")
 
 
 class ShardHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The settings of a shard's rows, the last generation that wrote it, and (generation, first, last) of its units."""
+    """The settings of a shard's rows, the last generation that wrote it, and (generation, first, last) of its units.
+
+    notes: the notes of its units, such as threads, batch size and versions, each once.
+    """
 
     settings: Settings
     generation: Count
     units: list[tuple[Count, Count, Count]]
+    notes: list[dict[Line, Line]]
 
 
 class ErrorHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,10 +90,19 @@ def read_shard(folder: Path, number: int, settings: Settings, unit_schema: pa.Sc
 
 
 def append_units(
-    folder: Path, shard: Shard, unit_schema: pa.Schema, units: tuple[int, int, int], tables: Iterable[pa.Table]
+    folder: Path,
+    shard: Shard,
+    unit_schema: pa.Schema,
+    units: tuple[int, int, int],
+    tables: Iterable[pa.Table],
+    notes: Iterable[dict[str, str]],
 ) -> Shard:
     """Replace a shard by itself and the embeddings of further units, streaming; a shard of no units has no file yet.
 
+    Args:
+        folder, shard, unit_schema: the shard.
+        units: generation, first and last of the units.
+        tables, notes: their rows and their notes.
     Raises:
         ValueError: the shard is not as it was written.
         OSError: the file cannot be written.
@@ -100,7 +113,7 @@ def append_units(
         ranges[-1] = (units[0], ranges[-1][1], units[2])
     else:
         ranges.append(units)
-    header = ShardHeader(shard.header.settings, units[0], ranges)
+    header = ShardHeader(shard.header.settings, units[0], ranges, _each_once(shard.header.notes, notes))
     path, rows = shard_file(folder, shard.number), 0
     with parquet_writer(path, schema, FORMAT, header) as writer:
         for table in _row_groups(path) if shard.header.units else ():
@@ -117,6 +130,7 @@ def replace_rows(
     generation: int,
     ids: pa.ChunkedArray,
     apply: Callable[[pa.Table, np.ndarray], pa.Table],
+    notes: Iterable[dict[str, str]],
 ) -> Shard:
     """Rewrite a shard with new rows in place of those of some ids; to do it again gives the same file.
 
@@ -125,6 +139,7 @@ def replace_rows(
         generation: number of the generation that does it.
         ids: the ids whose rows change.
         apply: the new rows for a table of rows and the index of each among `ids`, -1 for a row that stays.
+        notes: of the units of the new rows.
     Raises:
         ValueError: the shard is not as it was written.
         OSError: the file cannot be written.
@@ -135,7 +150,7 @@ def replace_rows(
     index = pa.compute.index_in(present, value_set=ids).fill_null(-1).to_numpy()
     if not (index >= 0).any():
         return shard
-    header = ShardHeader(shard.header.settings, generation, shard.header.units)
+    header = ShardHeader(shard.header.settings, generation, shard.header.units, _each_once(shard.header.notes, notes))
     start = rows = 0
     with parquet_writer(path, shard_schema(unit_schema), FORMAT, header) as writer:
         for table in _row_groups(path):
@@ -145,6 +160,14 @@ def replace_rows(
                 table = apply(table, part)
             rows += _write(writer, table)
     return Shard(shard.number, rows, header)
+
+
+def _each_once(known: Iterable[dict[str, str]], added: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    notes: list[dict[str, str]] = []
+    for note in (*known, *added):
+        if note not in notes:
+            notes.append(note)
+    return notes
 
 
 def _row_groups(path: Path) -> Iterator[pa.Table]:

@@ -13,7 +13,7 @@ import msgspec
 from clipkernels.collection.layout import UNITS
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.store.parquet_files import no_tensors, open_parquet, parquet_writer, read_header
-from clipkernels.formats import Count, Format, Line
+from clipkernels.formats import Count, Digest, Format, Line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,8 +22,12 @@ NAME = re.compile(r"(\d{6,})-(\d{5,})\.parquet")
 
 
 class UnitHeader(msgspec.Struct, forbid_unknown_fields=True):
-    """The place of a unit, the rows in it with and without an embedding, and notes such as the threads."""
+    """The place of a unit, the rows in it with and without an embedding, and notes such as the threads.
 
+    settings: the digest of the settings that the rows are made with.
+    """
+
+    settings: Digest
     generation: Count
     unit: Count
     embeddings: Count
@@ -40,12 +44,18 @@ def unit_file(folder: str | os.PathLike[str], generation: int, unit: int) -> Pat
 
 
 def write_unit(
-    folder: str | os.PathLike[str], generation: int, unit: int, table: pa.Table, notes: Mapping[str, str] | None = None
+    folder: str | os.PathLike[str],
+    settings: str,
+    generation: int,
+    unit: int,
+    table: pa.Table,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write a finished unit, atomically. Equal rows give equal files; any process may call it.
 
     Args:
         folder: the collection.
+        settings: `Settings.digest` of the rows.
         generation, unit: the place of the unit.
         table: a row of `layout.unit_schema` for each item, in the order of `read_items`.
         notes: kept in the file's metadata, until a shard holds the unit.
@@ -58,21 +68,25 @@ def write_unit(
     if not compute.all(compute.equal(failed, compute.is_null(table["embedding"]))).as_py():
         raise ValueError("expected an embedding or a reason in each row of a unit, got a row with both or neither")
     errors = compute.sum(failed).as_py() or 0
-    header = UnitHeader(generation, unit, table.num_rows - errors, errors, dict(notes or {}))
+    header = UnitHeader(settings, generation, unit, table.num_rows - errors, errors, dict(notes or {}))
     with parquet_writer(unit_file(folder, generation, unit), table.schema, FORMAT, header, sync=False) as writer:
         writer.write_table(table, row_group_size=max(table.num_rows, 1))
 
 
-def read_unit(folder: Path, generation: int, unit: int, schema: pa.Schema, ids: pa.ChunkedArray) -> pa.Table:
+def read_unit(
+    folder: Path, settings: str, generation: int, unit: int, schema: pa.Schema, ids: pa.ChunkedArray
+) -> pa.Table:
     """The rows of a finished unit, which must be those of the plan.
 
     Raises:
-        ValueError: the unit is not as it was written, or holds other columns or items.
+        ValueError: the unit is not as it was written, or holds other columns or items, or rows of other settings.
         OSError: the file cannot be read.
     """
     with open_parquet(unit_file(folder, generation, unit), FORMAT) as (header, file):
         if (header.generation, header.unit) != (generation, unit):
             raise ValueError(f"unit {header.unit} of generation {header.generation}")
+        if header.settings != settings:
+            raise ValueError("other settings than the collection's")
         if not file.schema_arrow.equals(schema):
             raise ValueError("other columns than the collection's")
         table = file.read(use_threads=False)

@@ -130,13 +130,14 @@ class Store:
         until `generation` is None.
 
         Args:
-            listing: items of `layout.listing_schema`; `source` counts `manifest.sources` of this store.
+            listing: items of `layout.listing_schema`, whose ids differ; `source` counts `manifest.sources` of this
+                store. Nothing of it is needed after a new plan is written, because the plan's file holds it.
             prune: drop rows that are not listed.
             retry: try errors again; those of a plan that tried them already stay.
             changed: tells the items whose content changed, of a table of those that have a row; it has the listing's
                 columns and sha256. By default they have another size or modification time.
         Raises:
-            ValueError: an id is listed twice, or a file is not as it was written.
+            ValueError: an id of a row is listed twice, or a file is not as it was written.
             OSError: a file cannot be read or written.
         """
         if self._plan is not None:
