@@ -1,0 +1,328 @@
+"""`clipkernels.show`: images as a tower sees them, and the patches that methods leave of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.arguments import check_int
+from clipkernels.data import Preprocess
+from clipkernels.encode import encode_image, tower_weight
+from clipkernels.images import Loaded, Pictures, collate, image_shape, to_rgb
+from clipkernels.images.reader import preprocessed
+from clipkernels.messages import printable, quantity, skip_message
+from clipkernels.method_names import short_name
+from clipkernels.methods import Dense, Method
+from clipkernels.patching import patched, tower_of
+from clipkernels.pictures.panel import Geometry, colour, draw_panel
+from clipkernels.pictures.patches import Patches, choose_blocks, describe_blocks, patches_by_block, untouched
+from clipkernels.pictures.sheet import LEGEND, Layout, Panel, Row, draw_sheet
+from clipkernels.plan import Plan
+from clipkernels.tower import make_plan
+
+MAX_IMAGES = 16
+"""Images that are shown without `worst`."""
+MAX_WORST = 64
+BATCH = 32
+Methods = Method | Sequence[Method] | Mapping[str, Method]
+
+
+class Moves(NamedTuple):
+    """Cosines (n,M) of the embeddings of n images under M methods with the dense ones, not finite counting as 0.
+
+    indices: the places of the n images among all that were given.
+    failed: the places of the images that cannot be used, with the reasons.
+    """
+
+    indices: list[int]
+    cosines: np.ndarray
+    failed: list[tuple[int, str]]
+
+    def worst(self, count: int) -> Moves:
+        """The `count` images with the least cosine under any method, least first; ties stay in order."""
+        order = self.cosines.min(1).argsort(kind="stable")[:count]
+        return Moves([self.indices[place] for place in order], self.cosines[order], self.failed)
+
+
+def show(
+    model: nn.Module,
+    images: Any,
+    methods: Methods,
+    *,
+    preprocess: Preprocess,
+    worst: int | None = None,
+    all_steps: bool = False,
+    names: Sequence[str] | None = None,
+) -> Image.Image:
+    """A picture of images as the tower sees them, and of the patches that methods leave.
+
+    A kept patch shows its own pixels. Merged patches have the mean colour and one outline per token, fused ones are
+    hatched, dropped ones blank. One image has a row per method, and a column for each of at most four blocks. Several
+    images have a row each, with what every method leaves at the end.
+
+    Args:
+        model: a model that `patch` takes; what it is patched with stays as it is and counts for nothing here.
+        images: an image or a list of images: paths, PIL images or preprocessed tensors (3,S,S); at most 16 of them
+            unless `worst` is given.
+        methods: a method, a list of them, or a dict from the names that are shown to methods.
+        preprocess: the model's, from a PIL image to a tensor (3,S,S); it tells the colours too.
+        worst: show this many images, at most 64, those whose embedding moved most.
+        all_steps: show the patches after every block that has a step.
+        names: of the images, instead of their file names.
+    Returns:
+        A PIL image, RGB. Each pixel of an image is a square of whole pixels.
+    Raises:
+        ValueError: no images, too many of them, one that cannot be read, or a method that does not fit the tower.
+        UnsupportedTower: as in `patch`, or patches that are no grid.
+    """
+    images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
+    images = [images] if isinstance(images, Tensor) and images.ndim == 3 else list(images)
+    named = name_methods(methods)
+    check_counts(len(images), worst)
+    if names is None:
+        names = [
+            os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {place}"
+            for place, image in enumerate(images)
+        ]
+    elif len(names) != len(images):
+        raise ValueError(f"names must be one per image, {len(images)} here, got {len(names)}")
+    dataset = _Images(images, preprocess, image_shape(model, preprocess))
+    moves = measure_moves(model, batches_of(dataset), named)
+    for place, reason in moves.failed:
+        raise ValueError(f"expected images, got {skip_message(names[place], reason)}")
+    return draw_moves(model, dataset, moves if worst is None else moves.worst(worst), named, names, all_steps)
+
+
+class _Images(Pictures):
+    """As `Pictures`, of paths, PIL images and preprocessed tensors (3,S,S)."""
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        item: Any = self.paths[index]
+        if isinstance(item, Tensor):
+            return index, item.float().cpu() if tuple(item.shape) == self.shape else f"a tensor {tuple(item.shape)}"
+        if isinstance(item, Image.Image):
+            return index, preprocessed(item.convert("RGB"), self.preprocess, self.shape)
+        return super().__getitem__(index)
+
+
+def name_methods(methods: Methods) -> dict[str, Method]:
+    """Methods by name.
+
+    Raises:
+        ValueError: no methods.
+    """
+    if isinstance(methods, Mapping):
+        named = dict(methods)
+    else:
+        listed = list(methods) if isinstance(methods, (list, tuple)) else [methods]
+        named = {short_name(method): method for method in listed}  # type: ignore[arg-type]
+    if not named:
+        raise ValueError("methods must hold at least one method such as ck.ToMe(r=8), got none")
+    return named
+
+
+def check_counts(images: int, worst: int | None) -> None:
+    """Raise ValueError for a number of images that cannot be shown."""
+    if not images:
+        raise ValueError("images must hold at least one image, got none")
+    if worst is not None:
+        check_int("worst", worst, 1, MAX_WORST)
+    elif images > MAX_IMAGES:
+        raise ValueError(f"expected at most {MAX_IMAGES} images, got {images}: show the worst {MAX_IMAGES} of them")
+
+
+def batches_of(dataset: Pictures, size: int = BATCH) -> Iterator[Loaded]:
+    """The images of a data set in batches."""
+    items = (dataset[index] for index in range(len(dataset)))
+    while batch := list(islice(items, size)):
+        yield collate(batch)
+
+
+@torch.no_grad()
+def measure_moves(
+    model: nn.Module,
+    batches: Iterable[Loaded],
+    methods: Mapping[str, Method],
+    after_batch: Callable[[Loaded], object] = lambda batch: None,
+) -> Moves:
+    """The cosines of embeddings under methods with the dense ones.
+
+    Args:
+        model: as in `show`.
+        batches: preprocessed images, and the reasons why there are no others.
+        methods: by name.
+        after_batch: called with each batch.
+    """
+    indices, cosines, failed = [], [np.empty((0, len(methods)))], []
+    weight = tower_weight(model)
+    with patched(model, Dense()):
+        for batch in batches:
+            failed += batch.failed
+            if batch.images is not None:
+                images = batch.images.to(weight)
+                dense = encode_image(model, images).embedding.double()
+                columns = []
+                for method in methods.values():
+                    with patched(model, method):
+                        embedding = encode_image(model, images).embedding.double()
+                    columns.append(cosine_similarity(embedding, dense).nan_to_num(0).clamp(-1, 1))
+                cosines.append(torch.stack(columns, 1).cpu().numpy())
+                indices += batch.indices
+            after_batch(batch)
+    return Moves(indices, np.concatenate(cosines), failed)
+
+
+class _Subject(NamedTuple):
+    """An image that is drawn: pixels (H,W,3) uint8, its name, and per method the cosine and the patches by block."""
+
+    pixels: np.ndarray
+    name: str
+    cosines: Sequence[float]
+    patches: Sequence[Sequence[Patches]]
+
+
+def draw_moves(
+    model: nn.Module,
+    dataset: Pictures,
+    moves: Moves,
+    methods: Mapping[str, Method],
+    names: Sequence[str],
+    all_steps: bool = False,
+) -> Image.Image:
+    """The picture of the images of `moves`, as `show` describes it.
+
+    Args:
+        model: as in `show`.
+        dataset: all images that were given.
+        moves: at least one image.
+        methods: by name, as the columns of the cosines.
+        names: of all images that were given.
+        all_steps: as in `show`.
+    """
+    tower = tower_of(model)
+    plans = {name: make_plan(method, tower, tower.num_tokens) for name, method in methods.items()}
+    geometry = _geometry(tower, next(iter(plans.values())))
+    subjects = list(_subjects(model, dataset, moves, methods, plans, names))
+    blocks = choose_blocks(list(plans.values()), all_steps)
+    each_step = all_steps or len(subjects) == 1
+    make = _rows_by_step if each_step else _rows_by_image
+    rows = [row for subject in subjects for row in make(subject, plans, geometry, blocks)]
+    states = [
+        name
+        for name in LEGEND
+        if name == "kept" or any(getattr(last[-1], name).any() for subject in subjects for last in subject.patches)
+    ]
+    centre, side = subjects[0].pixels, geometry.patch
+    row, column = geometry.rows // 2 * side, (geometry.columns - 1) // 2 * side
+    sample = centre[row : row + side, column : column + 2 * side]
+    scale = -(-24 // side)
+    return draw_sheet(
+        rows,
+        Layout(*geometry.size),
+        states,
+        np.resize(sample, (side, 2 * side, 3)).repeat(scale, 0).repeat(scale, 1),
+        _notes(plans, geometry, blocks, each_step),
+    )
+
+
+@torch.no_grad()
+def _subjects(
+    model: nn.Module,
+    dataset: Pictures,
+    moves: Moves,
+    methods: Mapping[str, Method],
+    plans: Mapping[str, Plan],
+    names: Sequence[str],
+) -> Iterator[_Subject]:
+    """The images of `moves`, in order, each with its patches under every method."""
+    weight = tower_weight(model)
+    with patched(model, Dense()):
+        for place, cosines in zip(moves.indices, moves.cosines, strict=True):
+            image = dataset[place][1]
+            if isinstance(image, str):  # the file has changed meanwhile
+                raise ValueError(f"expected an image that can be read again, got {skip_message(names[place], image)}")
+            states = []
+            for name, method in methods.items():
+                with patched(model, method):
+                    source = encode_image(model, image[None].to(weight), source=True).source
+                assert source is not None
+                states.append(patches_by_block(source[0].cpu().numpy(), plans[name]))
+            pixels = (to_rgb(image, dataset.preprocess) * 255).round().byte().permute(1, 2, 0).numpy()
+            yield _Subject(pixels, printable(names[place]), cosines.tolist(), states)
+
+
+def _geometry(tower: Tower, plan: Plan) -> Geometry:
+    """The grid of a tower's patches.
+
+    Raises:
+        UnsupportedTower: its tokens are no such grid.
+    """
+    geometry = Geometry.of(*tower.image_size, tower.patch)
+    if geometry.rows * geometry.columns != plan.entry - plan.prefix:
+        expected = f"expected a tower with a grid of {geometry.rows} × {geometry.columns} patches"
+        raise UnsupportedTower(f"{expected}, got {plan.entry - plan.prefix}")
+    return geometry
+
+
+def _rows_by_step(
+    subject: _Subject, plans: Mapping[str, Plan], geometry: Geometry, blocks: Sequence[int]
+) -> Iterator[Row]:
+    """A row per method: the image, and its patches after each of the blocks."""
+    for (name, plan), cosine, states in zip(plans.items(), subject.cosines, subject.patches, strict=True):
+        if not any(plan.steps):
+            yield Row(
+                f"{name}:  no steps, {quantity(plan.entry, 'token')} to the end", [_whole(subject, plan, geometry)]
+            )
+            continue
+        panels, outlines = [_whole(subject, plan, geometry)], None
+        for place, block in enumerate(blocks):
+            colouring = colour(subject.pixels, states[block], geometry, outlines)
+            outlines = colouring.outlines
+            caption = [f"after block {block}: {quantity(states[block].tokens, 'token')}", states[block].describe()]
+            if place and states[block] is states[blocks[place - 1]]:
+                caption[1] = f"no step since block {blocks[place - 1]}"
+            panels.append(Panel(draw_panel(subject.pixels, states[block], colouring, geometry), caption))
+        yield Row(f"{name}:  {plan.entry} to {plan.tokens[-1]} tokens,  cosine to dense {cosine:.4f}", panels)
+
+
+def _rows_by_image(
+    subject: _Subject, plans: Mapping[str, Plan], geometry: Geometry, blocks: Sequence[int]
+) -> Iterator[Row]:
+    """One row: the image, and what each method leaves of it."""
+    panels = [_whole(subject, next(iter(plans.values())), geometry)]
+    for name, cosine, states in zip(plans, subject.cosines, subject.patches, strict=True):
+        last = states[-1]
+        drawn = draw_panel(subject.pixels, last, colour(subject.pixels, last, geometry), geometry)
+        panels.append(Panel(drawn, [name, f"{quantity(last.tokens, 'token')}, cosine to dense {cosine:.4f}"]))
+    yield Row(subject.name, panels)
+
+
+def _whole(subject: _Subject, plan: Plan, geometry: Geometry) -> Panel:
+    """The whole image."""
+    patches = untouched(plan)
+    drawn = draw_panel(subject.pixels, patches, colour(subject.pixels, patches, geometry), geometry)
+    return Panel(drawn, [f"as the tower sees it: {quantity(plan.entry, 'token')}", subject.name])
+
+
+def _notes(plans: Mapping[str, Plan], geometry: Geometry, blocks: Sequence[int], each_step: bool) -> Iterator[str]:
+    """The lines below the legend."""
+    first = next(iter(plans.values()))
+    others = f" and {first.prefix} more, which no step touches" if first.prefix else ""
+    patches = f"{geometry.rows} x {geometry.columns} patches of {geometry.patch} pixels"
+    yield (
+        f"The {first.entry} tokens are {patches}{others}. "
+        f"The {len(first.steps)} blocks are counted from 0. The cosine is that of the embedding with the dense one."
+    )
+    for name, plan in plans.items():
+        own = {block for block, step in enumerate(plan.steps) if step is not None}
+        hidden = each_step and len(own - set(blocks))
+        yield f"{name}: {describe_blocks(plan)}{'; --all-steps or all_steps=True shows all' if hidden else ''}."
