@@ -114,7 +114,7 @@ def draw_panel(pixels: np.ndarray, patches: Patches, colouring: Colouring, geome
     cells[merged] = np.rint(colouring.means.reshape(*grid, 3)[merged]).astype(np.uint8)[:, None, None]
     cells[fused] = _cells(_hatch(*panel.shape[:2]), geometry.cell)[fused]
     cells[dropped] = _cross(geometry.cell)
-    line = max(1, geometry.cell // 10)
+    line = 2 if geometry.cell < 40 else 3
     colours = OUTLINES[colouring.outlines].astype(np.uint8).reshape(*grid, 3)
     rows = patches.rows.reshape(grid)
     _outline(cells, rows, merged, np.broadcast_to(np.array(HALO, np.uint8), colours.shape), line + 1)

@@ -89,16 +89,15 @@ def show(
     named = name_methods(methods)
     check_counts(len(images), worst)
     if names is None:
-        names = [
-            os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {place}"
-            for place, image in enumerate(images)
-        ]
+        names = [f"image {place}" if len(images) > 1 else "" for place in range(len(images))]
+        paths = {place: os.fspath(item) for place, item in enumerate(images) if isinstance(item, (str, os.PathLike))}
+        names = [paths.get(place, name) for place, name in enumerate(names)]
     elif len(names) != len(images):
         raise ValueError(f"names must be one per image, {len(images)} here, got {len(names)}")
     dataset = _Images(images, preprocess, image_shape(model, preprocess))
     moves = measure_moves(model, batches_of(dataset), named)
     for place, reason in moves.failed:
-        raise ValueError(f"expected images, got {skip_message(names[place], reason)}")
+        raise ValueError(f"expected images, got {skip_message(names[place] or 'the image', reason)}")
     return draw_moves(model, dataset, moves if worst is None else moves.worst(worst), named, names, all_steps)
 
 
