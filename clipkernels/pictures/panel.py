@@ -77,22 +77,27 @@ def colour(pixels: np.ndarray, patches: Patches, geometry: Geometry, previous: n
     means = cells.reshape(len(patches.rows), -1, 3).mean(1)
     outlines = np.full(len(patches.rows), -1)
     merged = patches.merged
-    groups = sorted(np.unique(patches.rows[merged]), key=lambda row: (-(patches.rows == row).sum(), row))
+    known = np.full(len(patches.rows), -1) if previous is None else previous
+
+    def order(row: int) -> tuple[bool, int, int]:
+        members = patches.rows == row
+        return bool((known[members] < 0).all()), -int(members.sum()), row
+
+    groups = sorted(np.unique(patches.rows[merged]).tolist(), key=order)
     for row in groups:
         means[patches.rows == row] = means[patches.rows == row].mean(0)
     neighbours = _neighbours(patches.rows.reshape(geometry.rows, geometry.columns))
-    costs = np.zeros(len(OUTLINES))
     chosen: dict[int, int] = {}
     for row in groups:
         members = patches.rows == row
         mean = means[members][0]
-        costs = np.linalg.norm(OUTLINES - mean, axis=1) < 2 * ALIKE
-        costs = 30.0 * costs + np.bincount(list(chosen.values()), minlength=len(OUTLINES))
+        costs = 30.0 * (np.linalg.norm(OUTLINES - mean, axis=1) < 2 * ALIKE)
+        costs += np.bincount(list(chosen.values()), minlength=len(OUTLINES))
         for other, outline in chosen.items():
             like = np.linalg.norm(means[patches.rows == other][0] - mean) < ALIKE
             costs[outline] += 1000 * ((row, other) in neighbours) + 100 * like
-        if previous is not None and (previous[members] >= 0).any():
-            costs[np.bincount(previous[members][previous[members] >= 0]).argmax()] -= 60
+        if (known[members] >= 0).any():
+            costs[np.bincount(known[members & (known >= 0)]).argmax()] -= 60
         chosen[row] = int(costs.argmin())
         outlines[members] = chosen[row]
     return Colouring(means, outlines)

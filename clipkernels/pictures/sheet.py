@@ -17,7 +17,7 @@ TITLE, CAPTION, LINE = 18, 13, 17  # pixels of a title's letters, a caption's, a
 CAPTION_LINES = 2
 LEGEND = {
     "kept": "kept: a patch with a token to itself, its pixels as the tower sees them",
-    "merged": "merged: one token, in its mean colour; colour and outline tell its parts where they lie apart",
+    "merged": "merged: one token, in its mean colour, with one outline; parts that lie apart share both",
     "fused": "fused: summed up, with many others, in one token",
     "dropped": "dropped: no token holds it",
 }
@@ -38,19 +38,29 @@ class Row(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The places of the panels of a sheet, all of one size, in pixels."""
+    """The places of the panels of a sheet, all of one size, in pixels.
+
+    width, height: of a panel.
+    titled: rows have titles.
+    """
 
     width: int
     height: int
+    titled: bool = True
 
     def at(self, row: int, column: int) -> tuple[int, int]:
         """The left upper corner of a panel."""
-        return MARGIN + column * (self.width + GAP), MARGIN + TITLE + 8 + row * self.row_height
+        return MARGIN + column * (self.width + GAP), MARGIN + self.above + row * self.row_height
+
+    @property
+    def above(self) -> int:
+        """The height of a title and the space below it."""
+        return TITLE + 8 if self.titled else 0
 
     @property
     def row_height(self) -> int:
         """The height of a row with its title and its captions."""
-        return TITLE + 8 + self.height + 6 + CAPTION_LINES * LINE + GAP
+        return self.above + self.height + 6 + CAPTION_LINES * LINE + GAP
 
 
 def draw_sheet(
@@ -76,7 +86,7 @@ def draw_sheet(
     sheet = Image.new("RGB", (width, legend + sum(heights) + 8 + LINE * len(lines) + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, row in enumerate(rows):
-        top = layout.at(number, 0)[1] - TITLE - 8
+        top = layout.at(number, 0)[1] - layout.above
         write(pen, titles, (MARGIN, top), fit(row.title, titles, width - 2 * MARGIN))
         for column, panel in enumerate(row.panels):
             x, y = layout.at(number, column)

@@ -19,7 +19,7 @@ from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.images import Loaded, Pictures, collate, image_shape, to_rgb
 from clipkernels.images.reader import preprocessed
-from clipkernels.messages import printable, quantity, skip_message
+from clipkernels.messages import printable, quantity
 from clipkernels.method_names import short_name
 from clipkernels.methods import Dense, Method
 from clipkernels.patching import patched, tower_of
@@ -32,6 +32,9 @@ from clipkernels.tower import make_plan
 MAX_IMAGES = 16
 """Images that are shown without `worst`."""
 MAX_WORST = 64
+MAX_PANELS = 6
+"""Panels in a row of several images."""
+SWATCH = 24  # pixels, at least, of a patch in the legend
 BATCH = 32
 Methods = Method | Sequence[Method] | Mapping[str, Method]
 
@@ -97,7 +100,7 @@ def show(
     dataset = _Images(images, preprocess, image_shape(model, preprocess))
     moves = measure_moves(model, batches_of(dataset), named)
     for place, reason in moves.failed:
-        raise ValueError(f"expected images, got {skip_message(names[place] or 'the image', reason)}")
+        raise ValueError(f"expected images that can be used, got {printable(names[place] or 'one')}: {reason}")
     return draw_moves(model, dataset, moves if worst is None else moves.worst(worst), named, names, all_steps)
 
 
@@ -119,11 +122,8 @@ def name_methods(methods: Methods) -> dict[str, Method]:
     Raises:
         ValueError: no methods.
     """
-    if isinstance(methods, Mapping):
-        named = dict(methods)
-    else:
-        listed = list(methods) if isinstance(methods, (list, tuple)) else [methods]
-        named = {short_name(method): method for method in listed}  # type: ignore[arg-type]
+    listed: Any = methods if isinstance(methods, (list, tuple, Mapping)) else [methods]
+    named = dict(listed) if isinstance(listed, Mapping) else {short_name(method): method for method in listed}
     if not named:
         raise ValueError("methods must hold at least one method such as ck.ToMe(r=8), got none")
     return named
@@ -213,23 +213,21 @@ def draw_moves(
     subjects = list(_subjects(model, dataset, moves, methods, plans, names))
     blocks = choose_blocks(list(plans.values()), all_steps)
     each_step = all_steps or len(subjects) == 1
-    make = _rows_by_step if each_step else _rows_by_image
-    rows = [row for subject in subjects for row in make(subject, plans, geometry, blocks)]
+    if each_step:
+        rows = [row for subject in subjects for row in _rows_by_step(subject, plans, geometry, blocks)]
+    else:
+        rows = list(_rows_by_image(subjects, plans, geometry))
     states = [
         name
         for name in LEGEND
         if name == "kept" or any(getattr(last[-1], name).any() for subject in subjects for last in subject.patches)
     ]
-    centre, side = subjects[0].pixels, geometry.patch
-    row, column = geometry.rows // 2 * side, (geometry.columns - 1) // 2 * side
-    sample = centre[row : row + side, column : column + 2 * side]
-    scale = -(-24 // side)
     return draw_sheet(
         rows,
-        Layout(*geometry.size),
+        Layout(*geometry.size, titled=each_step),
         states,
-        np.resize(sample, (side, 2 * side, 3)).repeat(scale, 0).repeat(scale, 1),
-        _notes(plans, geometry, blocks, each_step),
+        _sample(subjects[0].pixels, geometry),
+        list(_notes(plans, geometry, blocks, each_step)),
     )
 
 
@@ -248,7 +246,7 @@ def _subjects(
         for place, cosines in zip(moves.indices, moves.cosines, strict=True):
             image = dataset[place][1]
             if isinstance(image, str):  # the file has changed meanwhile
-                raise ValueError(f"expected an image that can be read again, got {skip_message(names[place], image)}")
+                raise ValueError(f"expected an image that can be read again, got {printable(names[place])}: {image}")
             states = []
             for name, method in methods.items():
                 with patched(model, method):
@@ -293,16 +291,19 @@ def _rows_by_step(
         yield Row(f"{name}:  {plan.entry} to {plan.tokens[-1]} tokens,  cosine to dense {cosine:.4f}", panels)
 
 
-def _rows_by_image(
-    subject: _Subject, plans: Mapping[str, Plan], geometry: Geometry, blocks: Sequence[int]
-) -> Iterator[Row]:
-    """One row: the image, and what each method leaves of it."""
-    panels = [_whole(subject, next(iter(plans.values())), geometry)]
-    for name, cosine, states in zip(plans, subject.cosines, subject.patches, strict=True):
-        last = states[-1]
-        drawn = draw_panel(subject.pixels, last, colour(subject.pixels, last, geometry), geometry)
-        panels.append(Panel(drawn, [name, f"{quantity(last.tokens, 'token')}, cosine to dense {cosine:.4f}"]))
-    yield Row(subject.name, panels)
+def _rows_by_image(subjects: Sequence[_Subject], plans: Mapping[str, Plan], geometry: Geometry) -> Iterator[Row]:
+    """Rows of images, each followed by what every method leaves of it; several images in a row if methods are few."""
+    panels: list[list[Panel]] = []
+    for subject in subjects:
+        panels.append([_whole(subject, next(iter(plans.values())), geometry)])
+        for name, cosine, states in zip(plans, subject.cosines, subject.patches, strict=True):
+            last = states[-1]
+            drawn = draw_panel(subject.pixels, last, colour(subject.pixels, last, geometry), geometry)
+            caption = [name, f"{quantity(last.tokens, 'token')}, cosine to dense {cosine:.4f}"]
+            panels[-1].append(Panel(drawn, caption))
+    abreast = max(1, MAX_PANELS // (1 + len(plans)))
+    for start in range(0, len(panels), abreast):
+        yield Row("", [panel for group in panels[start : start + abreast] for panel in group])
 
 
 def _whole(subject: _Subject, plan: Plan, geometry: Geometry) -> Panel:
@@ -310,6 +311,16 @@ def _whole(subject: _Subject, plan: Plan, geometry: Geometry) -> Panel:
     patches = untouched(plan)
     drawn = draw_panel(subject.pixels, patches, colour(subject.pixels, patches, geometry), geometry)
     return Panel(drawn, [f"as the tower sees it: {quantity(plan.entry, 'token')}", subject.name])
+
+
+def _sample(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """The two neighbouring patches (side,2·side,3) of the liveliest colours, enlarged for the legend."""
+    side, pairs = geometry.patch, max(1, geometry.columns // 2)
+    covered = np.resize(pixels[: geometry.rows * side], (geometry.rows * side, max(pixels.shape[1], 2 * side), 3))
+    cells = covered[:, : pairs * 2 * side].reshape(geometry.rows, side, pairs, 2 * side, 3)
+    cells = cells.transpose(0, 2, 1, 3, 4).reshape(-1, side, 2 * side, 3)
+    scale = -(-SWATCH // side)
+    return cells[cells.std((1, 2)).sum(1).argmax()].repeat(scale, 0).repeat(scale, 1)
 
 
 def _notes(plans: Mapping[str, Plan], geometry: Geometry, blocks: Sequence[int], each_step: bool) -> Iterator[str]:
