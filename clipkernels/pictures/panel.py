@@ -23,6 +23,7 @@ BLANK, CROSS = (252, 252, 252), (170, 170, 170)
 HATCH_PERIOD, HATCH_LINE = 8, 2  # pixels
 TARGET = 224  # pixels of a panel's longer side, at least two thirds of it
 MIN_CELL = 12
+FUSED = -3  # the group of fused patches; none has an outline
 ALIKE = 48
 """Colours nearer than this, in RGB, look alike."""
 
@@ -121,7 +122,7 @@ def draw_panel(pixels: np.ndarray, patches: Patches, colouring: Colouring, geome
     cells[dropped] = _cross(geometry.cell)
     line = 2 if geometry.cell < 40 else 3
     colours = OUTLINES[colouring.outlines].astype(np.uint8).reshape(*grid, 3)
-    rows = patches.rows.reshape(grid)
+    rows = np.where(patches.fused, FUSED, patches.rows).reshape(grid)  # hatched patches of a merged token are outside
     _outline(cells, rows, merged, np.broadcast_to(np.array(HALO, np.uint8), colours.shape), line + 1)
     _outline(cells, rows, merged, colours, line)
     return cells.transpose(0, 2, 1, 3, 4).reshape(panel.shape)

@@ -77,7 +77,7 @@ def test_the_worst_images_are_shown_most_moved_first(photos: Path, tmp_path: Pat
 def test_the_table_has_the_schedule_and_the_cosine(photos: Path, tmp_path: Path) -> None:
     result = succeed("show", photos / "0.png", "--method", "evit:0.5", "--out", tmp_path / "kept.jpg")
     cosine = cosines([photos / "0.png"])[0, 1]
-    assert all(text in result.stdout for text in ("EViT(keep=0.5)", "65→33→18→11", f"{cosine:.4f}", "0.png"))
+    assert all(text in result.stdout for text in ("EViT(keep=0.5)", "65→34→19→11", f"{cosine:.4f}", "0.png"))
     assert Image.open(tmp_path / "kept.jpg").format == "JPEG"
 
 

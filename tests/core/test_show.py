@@ -139,6 +139,11 @@ def test_an_outline_follows_the_borders_of_a_group_and_its_corners() -> None:
     assert (panel[20, 10] == inside).all() and (panel[30, 20] == inside).all() and not (inside == line).all()
 
 
+def test_an_outline_is_closed_where_a_fused_patch_joined_the_group() -> None:
+    panel, (_, colouring) = draw([[1, 1, 1]], [[False, False, True]])
+    assert (panel[10, 39] == OUTLINES[colouring.outlines[0]]).all() and (panel[10, 20] == panel[10, 10]).all()
+
+
 def test_neighbours_have_different_outlines_and_parts_the_same() -> None:
     _, (_, colouring) = draw([[1, 1, 2, 2], [3, 3, 4, 4], [2, 5, 5, 1]])
     outlines = colouring.outlines.reshape(3, 4)
