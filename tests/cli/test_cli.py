@@ -135,7 +135,7 @@ def test_an_option_has_one_meaning_and_every_option_has_a_help() -> None:
 def test_precisions_are_those_that_are_measured() -> None:
     assert tuple(DTYPES) == PRECISIONS
     taken = {verb for verb, name in OPTIONS if name == "--precision"}
-    assert taken == {"demo", "classify", "bench", "check", "show", "rank", "support build"}
+    assert taken == {"demo", "classify", "bench", "check", "embed", "show", "rank", "support build"}
 
 
 def test_every_verb_is_named_like_its_module() -> None:
