@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from clipkernels.files import atomic_write
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+MAX_SIDES = {"JPEG": 65_500, "WEBP": 16_383}  # pixels
 PAPER, INK, GREY = (255, 255, 255), (20, 20, 20), (225, 225, 225)
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -24,12 +25,17 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a picture, atomically, in the format that the name ends in.
 
     Raises:
-        ValueError: another format.
+        ValueError: another format, or a picture that is too large for it.
         OSError: the file cannot be written.
     """
     check_suffix(path)
+    form = SUFFIXES[Path(path).suffix.lower()]
+    limit = MAX_SIDES.get(form)
+    if limit is not None and max(picture.size) > limit:
+        actual = f"{picture.width} x {picture.height}"
+        raise ValueError(f"expected sides of at most {limit} pixels for {form}, got {actual}: write a .png")
     with atomic_write(path) as temporary:
-        picture.save(temporary, SUFFIXES[Path(path).suffix.lower()])
+        picture.save(temporary, form)
 
 
 def font_of(size: float) -> Font:

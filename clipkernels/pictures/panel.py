@@ -85,22 +85,19 @@ def colour(pixels: np.ndarray, patches: Patches, geometry: Geometry, previous: n
         return bool((known[members] < 0).all()), -int(members.sum()), row
 
     groups = sorted(np.unique(patches.rows[merged]).tolist(), key=order)
-    for row in groups:
-        means[patches.rows == row] = means[patches.rows == row].mean(0)
+    colours = np.empty((len(groups), 3))  # of the tokens
     neighbours = _neighbours(patches.rows.reshape(geometry.rows, geometry.columns))
-    chosen: dict[int, int] = {}
-    for row in groups:
+    chosen = np.empty(len(groups), int)
+    for place, row in enumerate(groups):
         members = patches.rows == row
-        mean = means[members][0]
-        costs = 30.0 * (np.linalg.norm(OUTLINES - mean, axis=1) < 2 * ALIKE)
-        costs += np.bincount(list(chosen.values()), minlength=len(OUTLINES))
-        for other, outline in chosen.items():
-            like = np.linalg.norm(means[patches.rows == other][0] - mean) < ALIKE
-            costs[outline] += 1000 * ((row, other) in neighbours) + 100 * like
+        means[members] = colours[place] = means[members].mean(0)
+        costs = 30.0 * (np.linalg.norm(OUTLINES - colours[place], axis=1) < 2 * ALIKE)
+        like = np.linalg.norm(colours[:place] - colours[place], axis=1) < ALIKE
+        beside = np.array([(row, other) in neighbours for other in groups[:place]], bool)
+        np.add.at(costs, chosen[:place], 1 + 1000 * beside + 100 * like)
         if (known[members] >= 0).any():
             costs[np.bincount(known[members & (known >= 0)]).argmax()] -= 60
-        chosen[row] = int(costs.argmin())
-        outlines[members] = chosen[row]
+        outlines[members] = chosen[place] = costs.argmin()
     return Colouring(means, outlines)
 
 

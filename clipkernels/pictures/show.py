@@ -168,13 +168,13 @@ def measure_moves(
             failed += batch.failed
             if batch.images is not None:
                 images = batch.images.to(weight)
-                dense = encode_image(model, images).embedding.double()
+                dense = encode_image(model, images).embedding.cpu().double()
                 columns = []
                 for method in methods.values():
                     with patched(model, method):
-                        embedding = encode_image(model, images).embedding.double()
+                        embedding = encode_image(model, images).embedding.cpu().double()
                     columns.append(cosine_similarity(embedding, dense).nan_to_num(0).clamp(-1, 1))
-                cosines.append(torch.stack(columns, 1).cpu().numpy())
+                cosines.append(torch.stack(columns, 1).numpy())
                 indices += batch.indices
             after_batch(batch)
     return Moves(indices, np.concatenate(cosines), failed)

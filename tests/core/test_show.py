@@ -325,3 +325,10 @@ def test_letters_need_no_freetype(tiny: nn.Module, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ImageFont, "load_default", load_default)
     assert files.fit("ünï→ 123456789", files.font_of(13), 40).startswith("...")
     ck.show(tiny, scene_images(1), ck.ToMe(8), preprocess=preprocess, names=["→.png"])
+
+
+def test_a_picture_that_is_too_large_for_its_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"at most 16383 pixels for WEBP, got 2 x 16384: write a \.png"):
+        files.save_picture(Image.new("RGB", (2, 16384)), tmp_path / "long.webp")
+    files.save_picture(Image.new("RGB", (2, 16384)), tmp_path / "long.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["long.png"]
