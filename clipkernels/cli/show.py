@@ -39,7 +39,8 @@ from clipkernels.messages import printable, quantity, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import tower_of
 from clipkernels.pictures.files import check_suffix, save_picture
-from clipkernels.pictures.show import MAX_WORST, check_counts, draw_moves, measure_moves
+from clipkernels.pictures.moves import measure_moves
+from clipkernels.pictures.show import MAX_WORST, check_counts, draw_moves
 
 MIN_IMAGES_FOR_WORKERS = 256
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.arguments import check_int
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
-from clipkernels.images import Loaded, Pictures, collate, image_shape, to_rgb
-from clipkernels.images.reader import preprocessed
+from clipkernels.images import Pictures, image_shape, to_rgb
 from clipkernels.messages import printable, quantity
 from clipkernels.method_names import short_name
 from clipkernels.methods import Dense, Method
 from clipkernels.patching import patched, tower_of
+from clipkernels.pictures.moves import Inputs, Moves, batches_of, measure_moves
 from clipkernels.pictures.panel import Geometry, colour, draw_panel
 from clipkernels.pictures.patches import Patches, choose_blocks, describe_blocks, patches_by_block, untouched
 from clipkernels.pictures.sheet import LEGEND, Layout, Panel, Row, draw_sheet
@@ -35,25 +33,7 @@ MAX_WORST = 64
 MAX_PANELS = 6
 """Panels in a row of several images."""
 SWATCH = 24  # pixels, at least, of a patch in the legend
-BATCH = 32
 Methods = Method | Sequence[Method] | Mapping[str, Method]
-
-
-class Moves(NamedTuple):
-    """Cosines (n,M) of the embeddings of n images under M methods with the dense ones, not finite counting as 0.
-
-    indices: the places of the n images among all that were given.
-    failed: the places of the images that cannot be used, with the reasons.
-    """
-
-    indices: list[int]
-    cosines: np.ndarray
-    failed: list[tuple[int, str]]
-
-    def worst(self, count: int) -> Moves:
-        """The `count` images with the least cosine under any method, least first; ties stay in order."""
-        order = self.cosines.min(1).argsort(kind="stable")[:count]
-        return Moves([self.indices[place] for place in order], self.cosines[order], self.failed)
 
 
 def show(
@@ -97,23 +77,11 @@ def show(
         names = [paths.get(place, name) for place, name in enumerate(names)]
     elif len(names) != len(images):
         raise ValueError(f"names must be one per image, {len(images)} here, got {len(names)}")
-    dataset = _Images(images, preprocess, image_shape(model, preprocess))
+    dataset = Inputs(images, preprocess, image_shape(model, preprocess))
     moves = measure_moves(model, batches_of(dataset), named)
     for place, reason in moves.failed:
         raise ValueError(f"expected images that can be used, got {printable(names[place] or 'one')}: {reason}")
     return draw_moves(model, dataset, moves if worst is None else moves.worst(worst), named, names, all_steps)
-
-
-class _Images(Pictures):
-    """As `Pictures`, of paths, PIL images and preprocessed tensors (3,S,S)."""
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        item: Any = self.paths[index]
-        if isinstance(item, Tensor):
-            return index, item.float().cpu() if tuple(item.shape) == self.shape else f"a tensor {tuple(item.shape)}"
-        if isinstance(item, Image.Image):
-            return index, preprocessed(item.convert("RGB"), self.preprocess, self.shape)
-        return super().__getitem__(index)
 
 
 def name_methods(methods: Methods) -> dict[str, Method]:
@@ -137,47 +105,6 @@ def check_counts(images: int, worst: int | None) -> None:
         check_int("worst", worst, 1, MAX_WORST)
     elif images > MAX_IMAGES:
         raise ValueError(f"expected at most {MAX_IMAGES} images, got {images}: show the worst {MAX_IMAGES} of them")
-
-
-def batches_of(dataset: Pictures, size: int = BATCH) -> Iterator[Loaded]:
-    """The images of a data set in batches."""
-    items = (dataset[index] for index in range(len(dataset)))
-    while batch := list(islice(items, size)):
-        yield collate(batch)
-
-
-@torch.no_grad()
-def measure_moves(
-    model: nn.Module,
-    batches: Iterable[Loaded],
-    methods: Mapping[str, Method],
-    after_batch: Callable[[Loaded], object] = lambda batch: None,
-) -> Moves:
-    """The cosines of embeddings under methods with the dense ones.
-
-    Args:
-        model: as in `show`.
-        batches: preprocessed images, and the reasons why there are no others.
-        methods: by name.
-        after_batch: called with each batch.
-    """
-    indices, cosines, failed = [], [np.empty((0, len(methods)))], []
-    weight = tower_weight(model)
-    with patched(model, Dense()):
-        for batch in batches:
-            failed += batch.failed
-            if batch.images is not None:
-                images = batch.images.to(weight)
-                dense = encode_image(model, images).embedding.cpu().double()
-                columns = []
-                for method in methods.values():
-                    with patched(model, method):
-                        embedding = encode_image(model, images).embedding.cpu().double()
-                    columns.append(cosine_similarity(embedding, dense).nan_to_num(0).clamp(-1, 1))
-                cosines.append(torch.stack(columns, 1).numpy())
-                indices += batch.indices
-            after_batch(batch)
-    return Moves(indices, np.concatenate(cosines), failed)
 
 
 class _Subject(NamedTuple):
