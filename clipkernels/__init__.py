@@ -20,6 +20,7 @@ if _TYPE_CHECKING:
     from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
     from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
     from clipkernels.patching import method_of, patch, patched, tower_of, unpatch
+    from clipkernels.pictures.show import show
     from clipkernels.plan import Condense, Merge, Plan, Predict, Prune
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ __all__ = [
     "patch",
     "patched",
     "search",
+    "show",
     "support",
     "testing",
     "tower_of",
@@ -75,6 +77,7 @@ _NAMES = {
     "heads": ("CALIP", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
     "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "ToMe"),
     "patching": ("method_of", "patch", "patched", "tower_of", "unpatch"),
+    "pictures.show": ("show",),
     "plan": ("Condense", "Merge", "Plan", "Predict", "Prune"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

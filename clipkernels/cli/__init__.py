@@ -20,6 +20,7 @@ SHORT_HELPS = {
     "demo": "Measure every method on the small bundled CLIP.",
     "classify": "Name the class of every image.",
     "bench": "Time your tower with every method, and compare outputs.",
+    "show": "Draw which patches of an image a method leaves.",
     "info": "Show versions, devices and backends.",
     "check": "Check every operation against fp64.",
     "embed": "Embed a collection of images to Parquet.",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast, get_args
 
 import click
-from PIL import Image
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
@@ -35,8 +34,7 @@ from clipkernels.cli.parts.options import (
 )
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_results
 from clipkernels.cli.parts.plot import RankedImage, draw_rankings, plot_format
-from clipkernels.data import Preprocess
-from clipkernels.images import Pictures, Reader, draw_images, image_shape
+from clipkernels.images import Pictures, Reader, draw_images, image_shape, to_rgb
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
 from clipkernels.measure.towers import DTYPES
@@ -272,12 +270,6 @@ def show(model: nn.Module, pictures: Pictures, place: int, ranks: Tensor) -> Ran
     name = os.fsencode(os.path.join(*Path(pictures.paths[place]).parts[-2:])).decode(errors="replace")
     covered = image[:, : height * tower.patch, : width * tower.patch]
     return RankedImage(covered, ranks.view(height, width), shorten(name, MAX_NAME_COLUMNS))
-
-
-def to_rgb(image: Tensor, preprocess: Preprocess) -> Tensor:
-    """Return a preprocessed image (3,H,W) in [0, 1] again, so that preprocessed black and white are 0 and 1."""
-    black, white = (preprocess(Image.new("RGB", (64, 64), shade)) for shade in ("black", "white"))
-    return ((image - black) / (white - black)).clamp(0, 1)
 
 
 def write(ranked: Ranked, path: str, form: str, stream: TextIO) -> None:

@@ -16,13 +16,14 @@ from clipkernels.cli.parts.methods import METHOD_HELP, read_methods
 from clipkernels.cli.parts.models import cast_towers, choose_device, load, load_clip
 from clipkernels.cli.parts.options import device_option, format_option, once, output_option
 from clipkernels.cli.parts.output import PathCell, check_file, opened, refuse_same, write_results
-from clipkernels.collection.contact_sheet import MAX_HITS, check_suffix, draw_hits, image_reader, save_picture
+from clipkernels.collection.contact_sheet import MAX_HITS, draw_hits, image_reader
 from clipkernels.collection.manifest import Manifest, read_manifest
 from clipkernels.collection.query import BUNDLED, load_bundled
 from clipkernels.collection.search import Hit
 from clipkernels.collection.search import search as find
 from clipkernels.messages import first_line, printable, quantity
 from clipkernels.patching import patch
+from clipkernels.pictures.files import check_suffix, save_picture
 
 MAX_CAPTION = 80
 """Characters of a caption in a table."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,26 +14,18 @@ from clipkernels.collection.manifest import Manifest
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.search import Hit
 from clipkernels.collection.sources import Source, find_sources
-from clipkernels.files import atomic_write
 from clipkernels.images import Reader
 from clipkernels.messages import first_line, list_names, printable
+from clipkernels.pictures.files import GREY, PAPER, write
 
 ReadImage = Callable[[str], bytes | str]
 """A function from an id to the content of its image, or the reason why there is none."""
 
-SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_HITS = 100
 THUMBNAIL, MARGIN, CAPTION = 200, 12, 36  # pixels
 MAX_COLUMNS = 5
 CHARACTERS = 32
 """Characters of an id or a reason in a line."""
-PAPER, INK, GREY = (255, 255, 255), (20, 20, 20), (225, 225, 225)
-
-
-def check_suffix(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless the name of a picture ends like a format that is written."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"expected a picture that ends in {', '.join(SUFFIXES)}, got {path}")
 
 
 def image_reader(manifest: Manifest, ids: Sequence[str]) -> ReadImage:
@@ -87,24 +77,12 @@ def draw_hits(hits: Sequence[Hit], read: ReadImage, rules: str) -> Image.Image:
         if isinstance(thumbnail, str):
             pen.rectangle((x, y, x + THUMBNAIL - 1, y + THUMBNAIL - 1), fill=GREY)
             lines = textwrap.wrap(printable(thumbnail), CHARACTERS - 4, max_lines=8, placeholder="...")
-            _write(pen, font, (x + MARGIN, y + MARGIN), "\n".join(lines))
+            write(pen, font, (x + MARGIN, y + MARGIN), "\n".join(lines))
         else:
             left, top = (THUMBNAIL - thumbnail.width) // 2, (THUMBNAIL - thumbnail.height) // 2
             sheet.paste(thumbnail, (x + left, y + top))
-        _write(pen, font, (x, y + THUMBNAIL + 4), f"{hit.rank}   {hit.score:.4f}\n{_shorten(printable(hit.id))}")
+        write(pen, font, (x, y + THUMBNAIL + 4), f"{hit.rank}   {hit.score:.4f}\n{_shorten(printable(hit.id))}")
     return sheet
-
-
-def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write a picture, atomically, in the format that the name ends in.
-
-    Raises:
-        ValueError: another format.
-        OSError: the file cannot be written.
-    """
-    check_suffix(path)
-    with atomic_write(path) as temporary:
-        picture.save(temporary, SUFFIXES[Path(path).suffix.lower()])
 
 
 def _thumbnail(content: bytes | str, reader: Reader) -> Image.Image | str:
@@ -123,12 +101,3 @@ def _thumbnail(content: bytes | str, reader: Reader) -> Image.Image | str:
 def _shorten(name: str) -> str:
     """A name whose start is left out if it is too long for a line, because names differ at the end."""
     return name if len(name) <= CHARACTERS else f"...{name[3 - CHARACTERS :]}"
-
-
-def _write(
-    pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, at: tuple[int, int], text: str
-) -> None:
-    """Write lines; characters that the font lacks become question marks where Pillow has a bitmap font alone."""
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        text = text.encode("latin-1", "replace").decode("latin-1")
-    pen.multiline_text(at, text, fill=INK, font=font)

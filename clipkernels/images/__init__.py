@@ -1,6 +1,6 @@
 """Image files: the one walker that finds them and the one reader that opens them."""
 
-from clipkernels.images.batches import Loaded, Pictures, collate, image_shape
+from clipkernels.images.batches import Loaded, Pictures, collate, image_shape, to_rgb
 from clipkernels.images.formats import is_image_name, readable_formats
 from clipkernels.images.reader import Reader, read_bytes
 from clipkernels.images.walker import (
@@ -30,5 +30,6 @@ __all__ = [
     "no_images",
     "read_bytes",
     "readable_formats",
+    "to_rgb",
     "walk",
 ]

@@ -63,3 +63,10 @@ def image_shape(model: nn.Module, preprocess: Callable[[Image.Image], Tensor]) -
         return (3, *adapters.find_tower(model).image_size)
     except UnsupportedTower:
         return tuple(preprocess(Image.new("RGB", (320, 240))).shape)
+
+
+def to_rgb(image: Tensor, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
+    """A preprocessed image (3,H,W) in [0, 1] again, so that preprocessed black and white are 0 and 1."""
+    height, width = image.shape[1:]
+    black, white = (preprocess(Image.new("RGB", (width, height), shade)) for shade in ("black", "white"))
+    return ((image - black) / (white - black)).clamp(0, 1)

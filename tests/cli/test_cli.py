@@ -129,13 +129,13 @@ def test_an_option_has_one_meaning_and_every_option_has_a_help() -> None:
         "File to write instead of stdout (-); it appears when complete."
     }
     limits = {verb: option.default for (verb, name), option in OPTIONS.items() if name == "--limit"}
-    assert limits == {"classify": None, "bench": 256, "rank": None, "support build": None}
+    assert limits == {"classify": None, "bench": 256, "show": None, "rank": None, "support build": None}
 
 
 def test_precisions_are_those_that_are_measured() -> None:
     assert tuple(DTYPES) == PRECISIONS
     taken = {verb for verb, name in OPTIONS if name == "--precision"}
-    assert taken == {"demo", "classify", "embed", "bench", "check", "rank", "support build"}
+    assert taken == {"demo", "classify", "bench", "check", "embed", "show", "rank", "support build"}
 
 
 def test_every_verb_is_named_like_its_module() -> None:

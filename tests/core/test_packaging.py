@@ -91,7 +91,7 @@ def test_the_sdist_holds_kernels_tests_benchmarks_and_guides(sdist: Path) -> Non
         names = {name.partition("/")[2] for name in archive.getnames()}
     kernels = sources("kernels")
     assert kernels
-    guides = sources("docs", "*.md") | sources("examples") | {"docs/speedup.png"}
+    guides = sources("docs", "*.md") | sources("examples") | {"docs/kept.png", "docs/speedup.png"}
     assert kernels | sources("tests") | sources("bench") | guides | {"Makefile", "LICENSE", "CHANGELOG.md"} <= names
 
 

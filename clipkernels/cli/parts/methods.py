@@ -8,7 +8,6 @@ forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import click
@@ -16,6 +15,7 @@ import click
 from clipkernels.adapters import Tower
 from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
 from clipkernels.measure.timing import HOST, gmacs_for, plan_for
+from clipkernels.method_names import short_name
 from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
 
 RANKING = "patch-ranking"
@@ -172,31 +172,8 @@ def default_methods(tower: Tower) -> dict[str, Method | None]:
 
 
 def name_of(method: Method | None) -> str:
-    """Return a method's name in tables: its class, its main argument, and others that differ from their default.
-
-    `EViT(keep=0.7)`, `ToMe(r=8, inflect=-1)`, `PatchRanking(keep=0.6)`; HOST for None, and the repr of a method that is
-    not a dataclass.
-    """
-    if method is None:
-        return HOST
-    if not is_dataclass(method):
-        return repr(method)
-    arguments = []
-    # A predictor has no short form, and its block is the method's.
-    hidden = ("predictor", "block") if isinstance(method, PatchRanking) else ()
-    for field in fields(method):
-        value = getattr(method, field.name)
-        if field.name in hidden or (value == field.default and arguments):
-            continue
-        if isinstance(value, VisualTokens):
-            value = value.count
-        arguments.append(f"{field.name}={_short(value)}")
-    return f"{type(method).__name__}({', '.join(arguments)})"
-
-
-def _short(value: object) -> str:
-    """Return a value as Python writes it, a whole float without its .0."""
-    return f"{value:g}" if isinstance(value, float) and value.is_integer() else repr(value)
+    """Return a method's name in tables: its short name, or HOST for None."""
+    return HOST if method is None else short_name(method)
 
 
 def _expected(text: str, reason: str) -> str:
