@@ -42,8 +42,7 @@ def write(
         tokenizer = ByteTokenizer(content["model_cfg"]["text_cfg"]["context_length"])
     record = _write_tokenizer(content["model_cfg"].get("text_cfg", {}), tokenizer, folder)
     own = getattr(model.visual, "preprocess_cfg", None)
-    chosen = preprocess if isinstance(preprocess, Mapping) else own or content.get("preprocess_cfg")
-    chosen = chosen or {"mean": model.visual.image_mean, "std": model.visual.image_std}
+    chosen = preprocess if isinstance(preprocess, Mapping) else own or content.get("preprocess_cfg", {})
     content["preprocess_cfg"] = {key: chosen[key] for key in PREPROCESS_KEYS if key in chosen}
     save_file(dict(state), folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

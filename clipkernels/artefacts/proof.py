@@ -125,11 +125,11 @@ def _text_answers(model: Any, device: torch.device) -> Tensor | None:
     if not has_text(model):
         return None
     encoder = find_text_encoder(model)
-    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "token" in name.split(".")[-1]]
-    tables += [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "word" in name.split(".")[-1]]
-    if not tables:
+    tables = [(name.rpartition(".")[2], part) for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
+    sizes = [part.num_embeddings for name, part in tables if "token" in name or "word" in name]
+    if not sizes:
         return None
-    last = tables[0].num_embeddings - 1
+    last = max(sizes) - 1
     ids = torch.zeros(2, encoder.context or 8, dtype=torch.int64, device=device)
     ids[:, :4] = torch.tensor([[2, 3, 1, last], [1, 2, last, 0]], device=device)
     return encoder.encode(ids)

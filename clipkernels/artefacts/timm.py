@@ -25,9 +25,7 @@ def write(model: Any, state: Mapping[str, Tensor], folder: Path, config: Any, to
     from timm.models._hub import save_config_for_hf
 
     if tokenizer is not None:
-        raise ValueError(
-            f"tokenizer must be None for timm, which has no text towers, got {describe(tokenizer)}"
-        )
+        raise ValueError(f"tokenizer must be None for timm, which has no text towers, got {describe(tokenizer)}")
     if config is not None and not isinstance(config, Mapping):
         raise ValueError(f"config must be a dict of arguments of timm.create_model, got {describe(config)}")
     model_config = {"pretrained_cfg": dict(preprocess)} if isinstance(preprocess, Mapping) else None

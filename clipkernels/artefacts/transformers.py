@@ -29,9 +29,7 @@ def write(
         ValueError: a configuration, or a tokenizer or an image processor without `save_pretrained`.
     """
     if config is not None:
-        raise ValueError(
-            f"config must be None for transformers, whose models carry their own, got {describe(config)}"
-        )
+        raise ValueError(f"config must be None for transformers, whose models carry their own, got {describe(config)}")
     if hasattr(tokenizer, "image_processor"):
         preprocess = tokenizer.image_processor if preprocess is None else preprocess
         tokenizer = tokenizer.tokenizer
