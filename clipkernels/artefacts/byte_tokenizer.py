@@ -26,7 +26,7 @@ def write(folder: Path, context_length: int) -> None:
     special = {mark: {"id": mark, "ids": [index], "tokens": [mark]} for mark, index in MARKS.items()}
     text: list[dict[str, Any]] = [{"SpecialToken": {"id": "<start>", "type_id": 0}}]
     text += [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<end>", "type_id": 0}}]
-    content = {
+    content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

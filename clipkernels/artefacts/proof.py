@@ -38,7 +38,8 @@ def prove(model: nn.Module, folder: Path, tokenizer: Any, preprocess: Any) -> No
     try:
         loaded = open_artefact(folder, tower_weight(model).device)
     except Exception as error:  # the libraries raise many types
-        raise ValueError(f"{expected}, got one that does not load: {first_line(error)}: check config") from error
+        reason = first_line(error).replace(str(folder), "it")
+        raise ValueError(f"{expected}, got one that does not load: check config: {reason}") from error
     different = first_difference(model, loaded.model)
     if different is not None:
         raise ValueError(f"{expected}, got one with another {different}: check config")

@@ -17,7 +17,7 @@ from clipkernels.artefacts.contents import Artefact
 from clipkernels.artefacts.header import Header, TokenizerRecord
 
 PROCESSOR = "preprocessor_config.json"
-OPTIONS = {"local_files_only": True, "trust_remote_code": False}
+OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def write(
@@ -59,7 +59,8 @@ def read(folder: Path, header: Header) -> Artefact:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"expected a model class of transformers, got {header.model!r:.60} in {folder}")
     dtype = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"
-    model = cls.from_pretrained(folder, **{dtype: torch.float32}, **OPTIONS)
+    precision: dict[str, Any] = {dtype: torch.float32}
+    model = cls.from_pretrained(folder, **precision, **OPTIONS)
     preprocess, tokenizer = None, None
     if PROCESSOR in header.files or "processor_config.json" in header.files:
         preprocess = partial(run_processor, AutoImageProcessor.from_pretrained(folder, **OPTIONS))
