@@ -22,6 +22,7 @@ from clipkernels.artefacts import byte_tokenizer
 from clipkernels.artefacts.contents import Artefact
 from clipkernels.artefacts.header import Header, TokenizerRecord
 from clipkernels.data.tokenizer import ByteTokenizer
+from clipkernels.messages import list_names
 
 WEIGHTS, CONFIG, BUNDLED = "open_clip_model.safetensors", "open_clip_config.json", "bundled"
 LOCAL_TOKENIZER = "local"
@@ -43,7 +44,9 @@ def write(
     record = _write_tokenizer(content["model_cfg"].get("text_cfg", {}), tokenizer, folder)
     own = getattr(model.visual, "preprocess_cfg", None)
     chosen = preprocess if isinstance(preprocess, Mapping) else own or content.get("preprocess_cfg", {})
-    content["preprocess_cfg"] = {key: chosen[key] for key in PREPROCESS_KEYS if key in chosen}
+    if unknown := set(chosen) - set(PREPROCESS_KEYS):
+        raise ValueError(f"preprocess must be a dict of {', '.join(PREPROCESS_KEYS)}, got {list_names(unknown)}")
+    content["preprocess_cfg"] = dict(chosen)
     save_file(dict(state), folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return record

@@ -71,6 +71,10 @@ def save(
     check_model(model)
     check_path(folder=folder)
     report = _report(fidelity)
+    if tokenizer is not None and not callable(tokenizer) and not hasattr(tokenizer, "image_processor"):
+        raise TypeError(f"tokenizer must be callable, or a processor of transformers, got {describe(tokenizer)}")
+    if preprocess is not None and not callable(preprocess) and not isinstance(preprocess, Mapping):
+        raise TypeError(f"preprocess must be callable, a dict or None, got {describe(preprocess)}")
     target = Path(os.path.abspath(folder))
     check_replaceable(target)
     model = unwrapped(model)

@@ -37,7 +37,7 @@ TAKEN = {
         "TargetedDistillation.text", "TargetedDistillation.visual", "TargetedDistillation.__call__.text",
         "TargetedDistillation.__call__.visual", "Teacher.__call__.images", "TeacherCache.__call__.images",
         "TeacherFeatures.align.words", "TeacherFeatures.align.regions", "RankPredictor.__call__.prefix",
-        "ByteTokenizer.__call__.context_length",
+        "ByteTokenizer.__call__.context_length", "save.config", "save.tokenizer", "save.preprocess", "fidelity",
     },
     "True": FLAGS,
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
@@ -46,7 +46,7 @@ TAKEN = {
     "infinity": {"TargetedDistillation.temperature"},
     "a list": {"grid"},
     "a tuple": {"fit_tokens.images", "golden_ranking.images"},  # three images and two labels
-    "a dict": {"about", "classes", "texts", "answers"},  # iterables of strings
+    "a dict": {"about", "classes", "texts", "answers", "fidelity"},  # iterables of strings
     "a str": {"ByteTokenizer.__call__.texts"} | PATHS,
     "a long str": {"ByteTokenizer.__call__.texts"} | PATHS,
     "a module": CALLABLE | {"ungraphed.model"},
@@ -99,6 +99,14 @@ def rankings() -> patch_ranking.Rankings:
 
 def training(**more: Any) -> dict[str, Any]:
     return {"epochs": 1, "batch_size": 2, "lr": 0.1, "seed": 0, "progress": None, **more}
+
+
+@cache
+def saved(folder: str) -> Path:
+    """An artefact of the bundled model."""
+    path = Path(folder, "saved", "other")
+    ck.save(model(), path)
+    return path
 
 
 def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -175,6 +183,15 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         ),
         "patch": (ck.patch, {"model": model(), "method": ck.Dense()}),
         **{name: (getattr(ck, name), {"model": model()}) for name in ("unpatch", "method_of", "tower_of", "ungraphed")},
+        "save": (
+            ck.save,
+            {
+                "model": model(), "folder": str(Path(folder, "saved", "tower")), "config": "bundled",
+                "tokenizer": tokenizer(), "preprocess": ck.bundled()[1], "fidelity": {"cosine": 0.9},
+            },
+        ),
+        "load": (ck.load, {"folder": str(saved(folder)), "device": "cpu"}),
+        "load_method": (ck.load_method, {"model": model(), "folder": str(saved(folder))}),
         "graphed": (ck.graphed, {"model": model(), "batch_sizes": [1], "pad": True}),
         "patched": (lambda model, method: ck.patched(model, method).__enter__(), {
             "model": model(), "method": ck.Dense(),
