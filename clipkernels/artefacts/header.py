@@ -66,13 +66,13 @@ def write_header(folder: Path, header: Header) -> None:
     """Write clipkernels.json.
 
     Raises:
-        ValueError: a fidelity report that JSON cannot hold.
+        ValueError: a fidelity report that JSON cannot hold, such as with NaN, or of more than 4 MiB.
         OSError: the file cannot be written.
     """
     try:
         text = encode_header(FORMAT, header, {}, limit=MAX_BYTES, indent=1)
-    except TypeError as error:
-        raise ValueError(f"expected a fidelity report that JSON can hold, got: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected a fidelity report that JSON can hold, got one with: {error}") from error
     with naming(folder / FILE), open(folder / FILE, "w", encoding="utf-8") as file:
         file.write(text + "\n")
 

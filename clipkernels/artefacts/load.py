@@ -27,8 +27,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Artefact:
     """The model that `ck.save` wrote, patched with its method, with its preprocessing and its tokenizer.
 
-    Its embeddings equal those of the saved model bit for bit, on the same device, with the same number of threads and
-    the same versions. Nothing is downloaded, unpickled or imported that the folder names.
+    Its embeddings equal those of the saved model bit for bit, on the same device, with the same number of threads, the
+    same versions, and as many frozen weights (the loaded model has none). Nothing is downloaded, unpickled or imported that the folder names.
 
     Args:
         folder: a folder that `ck.save` wrote.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,23 @@ def answers_of(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = tower_weight(model)
     images = torch.randn(2, 3, *_image_size(model), generator=generator).to(weight.device, weight.dtype)
-    with eval_mode(model):
+    with eval_mode(model), _frozen(model):
         answers = {"images": _encode(model)(images)}
         text = _text_answers(model, weight.device)
     return answers if text is None else answers | {"texts": text}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze all weights for the length of a `with` block; torch rounds attention otherwise where some are not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def same_ids(first: Any, second: Any, context: int | None) -> bool:

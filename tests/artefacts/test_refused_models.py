@@ -31,6 +31,10 @@ class Halve:
         return ck.Plan((ck.Prune((tokens - prefix) // 2), *[None] * (blocks - 1)), tokens, prefix)
 
 
+class Sharded(torch.Tensor):
+    """A tensor subclass, as those of DTensor and of torchao are."""
+
+
 def refused(model: Any, folder: Path, message: str, **options: Any) -> None:
     """Check that `ck.save` raises one line and leaves nothing."""
     before = sorted(os.listdir(folder))
@@ -41,9 +45,7 @@ def refused(model: Any, folder: Path, message: str, **options: Any) -> None:
 
 def test_a_method_of_a_user_is_refused(tiny: Any, tmp_path: Path) -> None:
     ck.patch(tiny, Halve())
-    refused(
-        tiny, tmp_path, "expected a built-in method .*, got Halve, which JSON cannot rebuild without running its code"
-    )
+    refused(tiny, tmp_path, "expected a built-in method .*, got Halve, which JSON cannot rebuild")
     assert ck.method_of(tiny) == Halve()
 
     @dataclass(frozen=True)
@@ -77,9 +79,11 @@ def test_a_record_reads_nothing_that_it_names(tmp_path: Path) -> None:
 
 def test_adapters_and_quantised_weights_are_refused(tiny: Any, tmp_path: Path) -> None:
     quantised = ck.bundled()[0]
-    quantised.visual.conv1 = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 4)), {nn.Linear})
-    refused(quantised, tmp_path, "expected weights in float32, float16 or bfloat16, got visual.conv1")
-    refused(tiny.double(), tmp_path, "got logit_scale as torch.float64")
+    quantised.visual.proj = nn.Parameter(quantised.visual.proj.detach().char(), requires_grad=False)
+    refused(quantised, tmp_path, "expected weights in float32, float16 or bfloat16, got visual.proj as torch.int8")
+    quantised.visual.proj = nn.Parameter(tiny.visual.proj.detach().as_subclass(Sharded))
+    refused(quantised, tmp_path, "got visual.proj as Sharded: save before quantising or sharding")
+    refused(tiny.double(), tmp_path, "expected weights in float32, .* as torch.float64")
     refused(ck.bundled()[0].to("meta"), tmp_path, "on the meta device: load them first")
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = ck.bundled()[0]
@@ -160,16 +164,19 @@ def test_an_artefact_is_replaced_whole(tiny: Any, tmp_path: Path, monkeypatch: p
             with pytest.raises(OSError, match="no space left"):
                 ck.save(ck.unpatch(tiny), folder)
         assert os.listdir(tmp_path) == ["tower"] and ck.method_of(ck.load(folder).model) is not None
-    rename = os.rename
+    rename, renamed = os.rename, []
+
+    def fail_second(before: Any, after: Any) -> None:
+        renamed.append(after)
+        if len(renamed) == 2:
+            fail()
+        rename(before, after)
+
     with monkeypatch.context() as patch:
-        calls: list[Any] = []
-        patch.setattr(
-            os,
-            "rename",
-            lambda a, b: fail() if len(calls) == 1 and not calls.append(a) else (calls.append(a), rename(a, b)),
-        )
+        patch.setattr(os, "rename", fail_second)
         with pytest.raises(OSError, match="no space left"):
             ck.save(tiny, folder)
+    assert len(renamed) == 3  # the artefact is back in its place
     assert os.listdir(tmp_path) == ["tower"] and ck.method_of(ck.load(folder).model) is not None
     ck.save(tiny, folder)
     assert os.listdir(tmp_path) == ["tower"] and "predictor.safetensors" not in os.listdir(folder)
