@@ -28,7 +28,8 @@ def load(folder: str | os.PathLike[str], *, device: torch.device | str = "cpu") 
     """The model that `ck.save` wrote, patched with its method, with its preprocessing and its tokenizer.
 
     Its embeddings equal those of the saved model bit for bit, on the same device, with the same number of threads, the
-    same versions, and as many frozen weights (the loaded model has none). Nothing is downloaded, unpickled or imported that the folder names.
+    same versions, and as many frozen weights (the loaded model has none). Nothing that the folder names is downloaded,
+    unpickled or imported.
 
     Args:
         folder: a folder that `ck.save` wrote.

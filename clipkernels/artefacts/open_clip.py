@@ -55,12 +55,11 @@ def write(
 def read(folder: Path, header: Header) -> Artefact:
     """The contents of a checkpoint, in float32."""
     import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    name, options = f"local-dir:{folder.absolute()}", {"pretrained_text": False}
-    low = "bf16" if header.precision == "bfloat16" else "fp16"
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        name, precision=low if header.fp32_norms else "fp32", **options
-    )
+    name, low = f"local-dir:{folder.absolute()}", "bf16" if header.precision == "bfloat16" else "fp16"
+    model = open_clip.create_model(name, precision=low if header.fp32_norms else "fp32", pretrained_text=False)
+    preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     if header.fp32_norms:  # low precision chooses the norms; the weights may have others
         model.float().load_state_dict(load_file(folder / WEIGHTS))
     record = header.tokenizer

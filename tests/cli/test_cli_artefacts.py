@@ -90,9 +90,7 @@ def test_a_collection_names_the_folder(
     chosen = {None: ck.method_of(ck.load(tower).model), "none": None, "tome:4": ck.ToMe(4)}[spec]
     expected = embeddings_of(tower, pictures, chosen)
     table = parquet.read_table(out / "embeddings")
-    rows = torch.tensor(table["embedding"].to_pylist())[
-        torch.tensor(sorted(range(10), key=table["id"].to_pylist().__getitem__))
-    ]
+    rows = torch.tensor(table.sort_by("id")["embedding"].to_pylist())
     torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
     monkeypatch.chdir(tmp_path)
     path = min(pictures.rglob("*.png"))
@@ -123,6 +121,7 @@ def test_rank_and_support_build_take_a_folder(tower: Path, pictures: Path, tmp_p
     source = ("--from-folder", pictures, "--cache", tmp_path / "cache", "--per-class", 1, "--classes", DIGITS)
     succeed("support", "build", tmp_path / "set", *source, "--shared", "--model", tower)
     about = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    print(about)
     assert "PatchRanking" in about["method"] and about["model"] == str(tower)
 
 
