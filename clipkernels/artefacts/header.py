@@ -53,6 +53,10 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     versions: dict[Line, Line | None]
     fidelity: dict[str, Any] | None
 
+    def __post_init__(self) -> None:
+        if (self.method is None) != (self.plan is None):
+            raise ValueError("a method without a plan, or a plan without a method")
+
 
 FORMAT = Format("clipkernels.artefact.1", "an artefact of ck.save", Header, lambda header: {})
 

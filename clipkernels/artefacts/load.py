@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from clipkernels import adapters
+from clipkernels.adapters import Tower
 from clipkernels.arguments import check_device, check_model, check_path
-from clipkernels.artefacts.contents import Artefact
-from clipkernels.artefacts.header import Header, check_files, read_header
+from clipkernels.artefacts.contents import Artefact, has_text
+from clipkernels.artefacts.header import FILE, Header, check_files, read_header
 from clipkernels.artefacts.libraries import checkpoints_of
 from clipkernels.artefacts.method_records import read_method, record_plan
 from clipkernels.artefacts.weights import restore_precisions
 from clipkernels.fingerprint import check_fingerprint, fingerprint, same_tower
 from clipkernels.learn.checkpoints import seeded
+from clipkernels.methods import Method
 from clipkernels.patching import patch, unpatch
 from clipkernels.tower import make_plan
 
@@ -76,22 +78,41 @@ def open_artefact(folder: Path, device: torch.device) -> Artefact:
         model, preprocess, tokenizer = checkpoints_of(header.library).read(folder, header)
     restore_precisions(model, header.precision, header.precisions)
     check_fingerprint(header.tower, model, folder, {"model": header.model, "pretrained": header.library})
-    if header.text_tower is not None and not same_tower(header.text_tower, fingerprint(model, "text")):
+    text = fingerprint(model, "text") if has_text(model) else {}
+    if text.keys() and not same_tower(header.text_tower or {}, text):
         raise ValueError(f"expected the text tower of {folder}, got another one")
     model = model.to(device).eval()
     return Artefact(_patch(model, folder, header), preprocess, tokenizer)
+
+
+def read_saved_method(folder: Path, header: Header, tower: Tower) -> Method | None:
+    """The method of an artefact for a tower, or None if it has none.
+
+    Raises:
+        ValueError: a method that cannot be made, or with another plan for the tower than the header's.
+        OSError: a file cannot be read.
+    """
+    if header.method is None:
+        return None
+    try:
+        method = read_method(header.method, folder)
+        plan = record_plan(make_plan(method, tower, tower.num_tokens))
+    except ValueError as error:
+        raise ValueError(f"expected a method that can be made, got {folder / FILE} with another: {error}") from error
+    if plan != header.plan:
+        raise ValueError(
+            f"expected the plan of {method}, got {folder / FILE} with another one: update clipkernels to the version "
+            f"that wrote it ({header.versions.get('clipkernels')}), or save the model again"
+        )
+    return method
 
 
 def _patch(model: Model, folder: Path, header: Header) -> Model:
     """Patch a model with the method of a header, or unpatch it if there is none."""
     if header.method is None:
         return unpatch(model) if _is_patchable(model) else model
-    method, tower = read_method(header.method, folder), adapters.find_tower(model)
-    if record_plan(make_plan(method, tower, tower.num_tokens)) != header.plan:
-        raise ValueError(
-            f"expected the plan of {method} that is in {folder}, got another one: update clipkernels to the version "
-            f"that wrote it ({header.versions.get('clipkernels')}), or save the model again"
-        )
+    method = read_saved_method(folder, header, adapters.find_tower(model))
+    assert method is not None
     return patch(model, method)
 
 

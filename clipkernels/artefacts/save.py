@@ -71,6 +71,8 @@ def save(
     check_model(model)
     check_path(folder=folder)
     report = _report(fidelity)
+    if config is not None and not isinstance(config, str | Mapping):
+        raise TypeError(f"config must be a name, a dict or None, got {describe(config)}")
     if tokenizer is not None and not callable(tokenizer) and not hasattr(tokenizer, "image_processor"):
         raise TypeError(f"tokenizer must be callable, or a processor of transformers, got {describe(tokenizer)}")
     if preprocess is not None and not callable(preprocess) and not isinstance(preprocess, Mapping):

@@ -103,7 +103,7 @@ def test_a_collection_names_the_folder(
 def test_bench_has_a_row_of_the_method_of_the_folder(tower: Path, pictures: Path) -> None:
     options = ("--model", tower, "--rounds", 1, "--format", "json", "--limit", 4)
     rows = json.loads(succeed("bench", pictures, *options).stdout)["rows"]
-    assert [row["method"] for row in rows] == ["dense (host)", "Dense()", "PatchRanking(keep=0.5)"]
+    assert [row["variant"] for row in rows] == ["dense (host)", "Dense()", "PatchRanking(keep=0.5)"]
     assert rows[0]["cosine_min"] == pytest.approx(1, abs=1e-6) > rows[2]["cosine_min"]
     assert rows[0]["weights"] == "saved" and rows[0]["tokens"][-1] == 65
 
@@ -121,7 +121,6 @@ def test_rank_and_support_build_take_a_folder(tower: Path, pictures: Path, tmp_p
     source = ("--from-folder", pictures, "--cache", tmp_path / "cache", "--per-class", 1, "--classes", DIGITS)
     succeed("support", "build", tmp_path / "set", *source, "--shared", "--model", tower)
     about = json.loads((tmp_path / "set" / "manifest.json").read_text())
-    print(about)
     assert "PatchRanking" in about["method"] and about["model"] == str(tower)
 
 
