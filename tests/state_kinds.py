@@ -134,7 +134,7 @@ def artefact(folder: Path) -> Kind:
     return Kind(
         root / "clipkernels.json", lambda: read_saved_method(root, read_header(root), tower),
         ("tower.", "files.", "versions.", "method.arguments.", "method.modules", "plan.steps.modules"),
-        ("text_tower", "tokenizer", "fidelity", "method.arguments.seed"),
+        ("text_tower", "tokenizer", "fidelity", "method.arguments.seed", "method.arguments.multiple"),
     )  # fmt: skip
 
 

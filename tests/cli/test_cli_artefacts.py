@@ -104,7 +104,7 @@ def test_bench_has_a_row_of_the_method_of_the_folder(tower: Path, pictures: Path
     options = ("--model", tower, "--rounds", 1, "--format", "json", "--limit", 4)
     rows = json.loads(succeed("bench", pictures, *options).stdout)["rows"]
     assert [row["variant"] for row in rows] == ["dense (host)", "Dense()", "PatchRanking(keep=0.5)"]
-    assert rows[0]["cosine_min"] == pytest.approx(1, abs=1e-6) > rows[2]["cosine_min"]
+    assert rows[0]["cosine_min"] > 0.99999 > rows[2]["cosine_min"]
     assert rows[0]["weights"] == "saved" and rows[0]["tokens"][-1] == 65
 
 
