@@ -94,7 +94,9 @@ def read_header(folder: str | os.PathLike[str]) -> Header:
     with open_named(file, FORMAT.title, MAX_BYTES) as stream:
         content = stream.read()
     try:
-        header, _ = decode_header(FORMAT, content.decode())
+        header, digests = decode_header(FORMAT, content.decode())
+        if digests:
+            raise ValueError("digests of tensors, of which it has none")
     except ValueError as error:
         raise ValueError(f"expected {FORMAT.title} ({FORMAT.name}), got {file} with {error}") from error
     assert isinstance(header, Header)
