@@ -56,7 +56,7 @@ def save(
         tokenizer: the model's tokenizer, which is saved or compared with the folder's. None is the library's default
             for open_clip and OpenAI's clip, and no tokenizer for transformers, whose processors hold one.
         preprocess: the model's preprocessing. transformers: its image processor, or None for none. Other libraries:
-            a dict that overrides the configuration of preprocessing, or a function from a PIL image to a tensor, which
+            its configuration as a dict, in place of the model's own, or a function from a PIL image to a tensor, which
             is compared with the folder's.
         fidelity: a report of what the method changes, which JSON can hold, such as of `clipkernels bench`.
     Raises:
