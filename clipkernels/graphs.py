@@ -24,7 +24,7 @@ from clipkernels.arguments import check_flags, check_model, describe
 from clipkernels.backend import transform_obstacle
 from clipkernels.custom_ops import can_skip_dispatcher
 from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
-from clipkernels.messages import first_line, join_sizes
+from clipkernels.messages import first_line, join_sizes, list_items
 from clipkernels.snapshot import GRAPHS, Snapshot
 from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
@@ -107,7 +107,7 @@ def _check_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
     countable = isinstance(batch_sizes, Iterable) and not isinstance(batch_sizes, (str, bytes, Mapping, Tensor))
     sizes = tuple(batch_sizes) if countable else ()
     if not sizes or not all(type(size) is int and size > 0 for size in sizes):
-        actual = f"{sizes!r:.80}" if countable else describe(batch_sizes)
+        actual = f"({list_items(map(describe, sizes))})" if countable else describe(batch_sizes)
         raise ValueError(f"batch_sizes must be positive ints such as (1, 8, 32), got {actual}")
     return tuple(sorted(set(sizes)))
 

@@ -151,7 +151,7 @@ def embed(
         elif saved:  # its own method needs no specification, because the folder holds it
             names = Name(read_header(name).library, os.path.abspath(name), None, spec)
         else:
-            names = Name(library, name, pretrained, spec)
+            names = Name(library, anywhere(name), anywhere(pretrained), spec)
         with stopping() as stop, Reporter(stop) as report:
             result = embed_collection(
                 model, sources, out, preprocess=preprocess, tokenizer=tokenizer, text=text, columns=columns,
@@ -164,9 +164,7 @@ def embed(
             )  # fmt: skip
         if form == "clip-retrieval" and not result.stopped:
             export_clip_retrieval(out, out)
-    except ImportError as error:
-        raise click.UsageError(str(error)) from error
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     close(result, out, report)
     if result.stopped:
@@ -179,6 +177,11 @@ def every_device() -> list[torch.device]:
     """Return all CUDA devices, or the CPU if there is none."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [torch.device("cuda", index) for index in range(count)] or [choose_device(None)]
+
+
+def anywhere(name: str | None) -> str | None:
+    """Return a name, that of a file or a folder as it holds in any folder."""
+    return os.path.abspath(name) if name is not None and os.path.exists(name) else name
 
 
 @contextmanager
@@ -209,6 +212,7 @@ class Reporter:
     def __init__(self, stop: list[int]) -> None:
         self.stop, self.last = stop, Progress(0, 0, 0)
         self.started = self.shown = time.monotonic()
+        self.first: tuple[float, int] | None = None
 
     def __enter__(self) -> Reporter:
         self.bar: Bars = progress()
@@ -225,8 +229,6 @@ class Reporter:
 
     def __call__(self, state: Progress) -> bool:
         now = time.monotonic()
-        if self.last.done == 0:
-            self.started = self.started if self.bar.disable else now
         rate = self.rate(state, now)
         self.last = state
         errors = f", {quantity(state.errors, 'error')}" if state.errors else ""
@@ -243,8 +245,11 @@ class Reporter:
         return bool(self.stop)
 
     def rate(self, state: Progress, now: float) -> float:
-        """Return images per second since the first batch began."""
-        return state.done / max(now - self.started, 1e-9)
+        """Return images per second after the first batch, which waits for the sources; of that one, since the start."""
+        since, before = self.first or (self.started, 0)
+        if self.first is None:
+            self.first = now, state.done
+        return (state.done - before) / max(now - since, 1e-9)
 
 
 def duration(seconds: float) -> str:
@@ -269,7 +274,7 @@ def close(result: Embedded, out: str, report: Reporter) -> None:
         parts[0] = f"stopped after {done} of {quantity(report.last.total, 'image')}; the same command goes on"
     parts.append(f"{quantity(result.embeddings, 'embedding')} in {os.path.join(out, EMBEDDINGS)}")
     if result.vanished:
-        parts.append(f"{quantity(result.vanished, 'row')} whose image is gone (--prune removes them)")
+        parts.append(f"{quantity(result.vanished, 'row')} whose image is not there any more (--prune)")
     if result.all_errors:
         parts.append(f"{quantity(result.all_errors, 'image')} left out, see {os.path.join(out, ERRORS)} (--retry)")
     click.echo("; ".join(parts), err=True)

@@ -19,9 +19,6 @@ from clipkernels.encode import encode_image, tower_weight
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NOT_FINITE = "the model's embedding is not finite, or zero"
-TEXT_NOT_FINITE = "the model's embedding of the text is not finite, or zero"
-
 
 class Encoder:
     """A model that embeds prepared batches. It is in eval mode; patched or not.
@@ -64,23 +61,22 @@ class Encoder:
         if batch.images is not None:
             vectors[rows] = self._finish(self.embed(batch.images))
         dtype = self.schema.field("embedding").type.value_type.to_pandas_dtype()
-        vectors = vectors.astype(dtype)
+        vectors, faults = _as_stored(vectors, dtype)
         for row in rows:
-            if not _is_usable(vectors[row]):
-                reasons[row] = NOT_FINITE
+            reasons[row] = faults[row] and f"the model's embedding {faults[row]}"
         columns: dict[str, Any] = {"id": batch.ids}
         columns |= {name: [record.get(name) for record in batch.records] for name in self.schema.names}
         columns |= {"id": batch.ids}
         if self.text is not None:
             texts = [record.get(self.text) for record in batch.records]
             columns["text"] = texts
-            captions, missing = self._captions(texts, dtype, width)
+            captions, faults = _as_stored(self._captions(texts, width), dtype)
             for row, has_text in enumerate(texts):
-                if has_text and missing[row] and reasons[row] is None:
-                    reasons[row] = TEXT_NOT_FINITE
-            columns["text_embedding"] = self._vectors(captions, missing)
+                if has_text and faults[row] and reasons[row] is None:
+                    reasons[row] = f"the model's embedding of the text {faults[row]}"
+            columns["text_embedding"] = self._vectors(captions, faults)
         columns["reason"] = reasons
-        columns["embedding"] = self._vectors(vectors, np.array([reason is not None for reason in reasons], bool))
+        columns["embedding"] = self._vectors(vectors, reasons)
         arrays = [
             columns[field.name]
             if isinstance(columns[field.name], pa.Array)
@@ -97,29 +93,38 @@ class Encoder:
         images = images.to(self.weights.device, self.weights.dtype, non_blocking=True)
         return self._run(images)[:count].float()
 
-    def _captions(self, texts: Sequence[str | None], dtype: Any, width: int) -> tuple[Any, Any]:
-        """The embeddings (B,E) of texts, and a mask of the rows that have none."""
+    def _captions(self, texts: Sequence[str | None], width: int) -> Any:
+        """The embeddings (B,E) fp32 of texts; zeros where there is none."""
         vectors, rows = np.zeros((len(texts), width), np.float32), [r for r, text in enumerate(texts) if text]
         if rows:
             encoder, captions = find_text_encoder(self.model), [str(texts[row]) for row in rows]
             ids = ids_of(self.tokenizer, captions, encoder.context)
             self.cut_texts += len(find_cut(self.tokenizer, captions, ids, encoder.context))
             vectors[rows] = self._finish(encoder.encode(ids.to(self.weights.device)).float())
-        vectors = vectors.astype(dtype)
-        return vectors, np.array([not _is_usable(vector) for vector in vectors], bool)
+        return vectors
 
     def _finish(self, embeddings: Tensor) -> Any:
         """Embeddings as they are stored, but in fp32."""
         return (normalize(embeddings) if self.normalised else embeddings).cpu().numpy()
 
-    def _vectors(self, vectors: Any, missing: Any) -> pa.Array:
-        """Vectors (B,E) as an Arrow array, null where they are missing."""
-        pa = pyarrow()
+    def _vectors(self, vectors: Any, faults: Sequence[str | None]) -> pa.Array:
+        """Vectors (B,E) as an Arrow array, null where they have a fault."""
+        pa, missing = pyarrow(), np.array([fault is not None for fault in faults], bool)
         kind = self.schema.field("embedding").type
         vectors[missing] = 0
         values = pa.array(vectors.reshape(-1), kind.value_type)
         return pa.FixedSizeListArray.from_arrays(values, type=kind, mask=pa.array(missing))
 
 
-def _is_usable(vector: Any) -> bool:
-    return bool(np.isfinite(vector).all() and vector.any())
+def _as_stored(vectors: Any, dtype: Any) -> tuple[Any, list[str | None]]:
+    """Vectors (B,E) fp32 in the dtype of the files, and why each is of no use there, or None."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = vectors.astype(dtype)
+    finite, fits, nonzero = np.isfinite(vectors).all(1), np.isfinite(stored).all(1), stored.any(1)
+    faults: list[str | None] = [None] * len(vectors)
+    for row in np.flatnonzero(~(fits & nonzero)).tolist():
+        if not finite[row]:
+            faults[row] = "is not finite"
+        else:
+            faults[row] = "is zero" if fits[row] else f"is too large for {np.dtype(dtype).name}"
+    return stored, faults

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from functools import partial
+from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from clipkernels.collection.encoder import Encoder
@@ -16,6 +20,9 @@ from clipkernels.collection.preparation import Key, UnitItems, keys_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+SECONDS_BETWEEN_LOOKS = 1.0
+"""The time after which a loader process looks again whether its parent lives."""
 
 
 class _Keys(Sampler[Key]):
@@ -63,25 +70,34 @@ def encode_units(
 
     def run(encoder: Encoder) -> None:
         nonlocal stopped
+        try:
+            encode(encoder)
+        except BaseException:
+            stopped = True  # the other devices
+            raise
+
+    def encode(encoder: Encoder) -> None:
+        nonlocal stopped
         loader = DataLoader(
             items,
             batch_size=None,  # a key already names a batch
             sampler=_Keys(shared, encoder.batch_size),
             num_workers=workers,
             prefetch_factor=2 if workers else None,
-            worker_init_fn=_ignore_interruption,
+            worker_init_fn=partial(_start_worker, os.getpid()),
+            generator=torch.Generator(),  # a loader draws a seed, which must not move the caller's generator
             pin_memory=encoder.weights.device.type == "cuda",
         )
         parts: list[pa.Table] = []
         for batch in loader:
-            parts.append(encoder(batch))
+            rows = encoder(batch)
+            parts.append(rows)
             unit, _, stop = batch.key
             with lock:
                 if stop == lengths[unit]:
                     write(unit, pyarrow().concat_tables(parts))
                     parts.clear()
-                failed = len(batch.ids) - (len(batch.images) if batch.images is not None else 0)
-                stopped = after_batch(len(batch.ids), failed) or stopped
+                stopped = after_batch(len(rows), len(rows) - rows["reason"].null_count) or stopped
             if stopped:
                 return
 
@@ -89,10 +105,25 @@ def encode_units(
         run(encoders[0])
         return
     with ThreadPoolExecutor(len(encoders)) as pool:
-        for future in [pool.submit(run, encoder) for encoder in encoders]:
-            future.result()
+        try:
+            for future in [pool.submit(run, encoder) for encoder in encoders]:
+                future.result()
+        finally:  # an interruption of the thread that waits
+            stopped = True
 
 
-def _ignore_interruption(worker: int) -> None:
-    """Leave Ctrl-C, which reaches every process of a terminal, to the process that writes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(parent: int, worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may reach all of a group, to the process that writes, and end with that one.
+
+    A loader process that torch has started notices a killed parent too, but then waits until a batch has gone through a
+    full pipe that nobody reads.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)

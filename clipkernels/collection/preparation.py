@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipkernels.collection.plans import read_items
 from clipkernels.collection.sources import Item, Source
+from clipkernels.collection.store.plans import read_items
 from clipkernels.images import Reader
 from clipkernels.images.reader import preprocessed
 from clipkernels.messages import reason_of
@@ -87,7 +87,7 @@ class UnitItems(Dataset[Prepared]):
         for item, (size, modified) in zip(items, stamps, strict=True):
             record: dict[str, Any] = {"size": size, "modified": modified}
             if isinstance(item, Item):
-                record |= {"size": item.size, "modified": item.modified, **item.values}
+                record = {**item.values, "size": item.size, "modified": item.modified}
                 image = self._image(item.content, record)
             else:
                 image = item

@@ -24,22 +24,42 @@ from clipkernels import __version__, adapters
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.text import find_text_encoder
 from clipkernels.adapters.tokenizers import Tokenizer
-from clipkernels.arguments import check_calls, check_flags, check_int, check_model, check_path
+from clipkernels.arguments import (
+    check_callable,
+    check_calls,
+    check_choice,
+    check_flags,
+    check_int,
+    check_model,
+    check_names,
+    check_path,
+    describe,
+)
 from clipkernels.classifier import eval_mode
 from clipkernels.collection import local_engine, ray_engine
+from clipkernels.collection.checks import (
+    check_all_named,
+    check_apart,
+    check_columns,
+    check_devices,
+    column_names,
+    missing_sources,
+    source_names,
+)
 from clipkernels.collection.encoder import Encoder
-from clipkernels.collection.layout import OWN_COLUMNS, unit_schema
-from clipkernels.collection.manifest import Manifest, Settings, read_manifest
+from clipkernels.collection.layout import unit_schema
+from clipkernels.collection.manifest import Manifest, Settings
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.preparation import UnitItems
 from clipkernels.collection.sources import Source, find_sources, list_items
+from clipkernels.collection.sources.absent import find_planned
 from clipkernels.collection.store import Store
-from clipkernels.collection.units import write_unit
+from clipkernels.collection.store.units import write_unit
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.fingerprint import fingerprint
 from clipkernels.images import Reader, image_shape
-from clipkernels.messages import list_names, quantity
+from clipkernels.messages import quantity
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of
 from clipkernels.support.features import THREADS, encoder_of
@@ -75,7 +95,7 @@ class Embedded(NamedTuple):
     encoded: items of this run that have an embedding now.
     errors: items of this run that have none; DIR/errors says why.
     embeddings, all_errors: rows of DIR/embeddings and of DIR/errors.
-    vanished: rows whose item is not in the sources any more; they stay without `prune`.
+    vanished: rows whose item is not in the sources any more; they stay without `prune`. 0 unless all sources are named.
     notes: lines about files that the sources left out and captions that were cut.
     stopped: true if the run was stopped before its end.
     """
@@ -153,8 +173,8 @@ def embed(
     Returns:
         Embedded.
     Raises:
-        ValueError: an id that is there twice, a source that holds no images or cannot be read, a folder of other
-            settings or of something else, or one that another process writes.
+        ValueError: an id that is there twice, a source that holds no images or cannot be read, a folder that overlaps
+            with a source, of other settings or of something else, or one that another process writes.
         TypeError: an argument of another type.
         OSError: a file cannot be written.
         ImportError: pyarrow or ray is not installed.
@@ -162,22 +182,27 @@ def embed(
     check_model(model)
     check_path(out=out)
     check_calls(preprocess=preprocess, report=report)
+    check_callable(tokenizer=tokenizer, progress=progress)
+    check_names(text=text, image_column=image_column, id_column=id_column)
     for argument, value, least in (("batch_size", batch_size, 1), ("unit_rows", unit_rows, 1), ("actors", actors, 1)):
         check_int(argument, value, least)
     check_int("workers", workers, 0)
     check_flags(raw=raw, exif=exif, by_content=by_content, prune=prune, retry=retry, compiled=compiled)
-    if engine not in ("local", "ray"):
-        raise ValueError(f"engine must be 'local' or 'ray', got {engine!r}")
-    if dtype not in (None, "float32", "float16"):
-        raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
+    check_choice("engine", engine, "local", "ray")
+    check_choice("dtype", dtype, "float32", "float16", None)
+    devices = check_devices(devices)
+    if name is not None and not (isinstance(name, tuple) and len(name) <= len(Name._fields)):
+        raise TypeError(f"name must be a tuple of {len(Name._fields)} names or None, got {describe(name)}")
+    check_names(**{f"name's {field}": value for field, value in zip(Name._fields, name or (), strict=False)})
     if text is not None and tokenizer is None:
         raise ValueError("text needs a tokenizer, got none")
-    names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
+    names, columns = source_names(sources), column_names(columns)
+    check_apart(out, names)
     find = partial(find_sources, image_column=image_column, id_column=id_column)
     wanted = list(dict.fromkeys([*([text] if text is not None else []), *columns]))
     listing = list_items(find(names), wanted)
+    check_columns(text, columns, listing.types)
     kept = {column: listing.types[column] for column in columns}
-    _check_columns(kept)
     name = Name(*(name or ()))
     with eval_mode(model):
         settings = _settings(model, preprocess, Reader(exif), name, raw, dtype, text, kept)
@@ -192,22 +217,23 @@ def embed(
         rows = -(-unit_rows // batch_size) * batch_size
         with Store(out, manifest, encoder["schema"], rows) as store:
             if prune:
-                _check_all_named(store.folder, paths)
+                check_all_named(store.folder, paths)
             changed = partial(_changed_content, listing.sources) if by_content else None
             items = partial(
-                UnitItems, store.folder, columns=wanted, preprocess=preprocess, shape=image_shape(model, preprocess),
-                exif=exif,
+                UnitItems, Path(os.path.abspath(out)), columns=wanted, preprocess=preprocess,
+                shape=image_shape(model, preprocess), exif=exif,
             )  # fmt: skip
             run = _Run(store, model, encoder, notes, progress)
-            vanished = 0
+            vanished, all_named = 0, not missing_sources(store.folder, paths)
             while True:
                 diff = store.plan(listing.table, prune=prune, retry=retry, changed=changed)
-                vanished = vanished if prune else diff.vanished or vanished
+                if all_named and not prune:
+                    vanished = diff.vanished or vanished
                 if diff.damaged:
                     report(f"{quantity(diff.damaged, 'unit')} of an earlier run were damaged and are encoded again")
                 if diff.generation is None or run.stopped:
                     break
-                planned = listing.sources if list(diff.sources) == paths else find(diff.sources)
+                planned = listing.sources if list(diff.sources) == paths else find_planned(diff.sources, find)
                 unit_items = items(diff.generation, planned)
                 if engine == "ray":
                     run.with_ray(unit_items, actors)
@@ -264,12 +290,13 @@ class _Run:
     def with_ray(self, items: UnitItems, actors: int) -> None:
         """Encode the pending units on a Ray cluster."""
 
-        def after_unit(rows: int, errors: int) -> bool:
+        def after_unit(rows: int, errors: int, cut_texts: int) -> bool:
+            self.cut_texts += cut_texts
             self._after_unit()
             return self._after_batch(rows, errors)
 
         ray_engine.encode_units(
-            items, self.model, self._pending(), device=str(tower_weight(self.model).device), actors=actors,
+            items, self.model, self._pending(), device=tower_weight(self.model).device, actors=actors,
             threads=torch.get_num_threads(), options=self.encoder, notes=self.notes, after_unit=after_unit,
         )  # fmt: skip
         self.store.compact(final=True)
@@ -339,19 +366,6 @@ def _notes(model: nn.Module, batch_size: int, compiled: bool) -> dict[str, Any]:
         "device": tower_weight(model).device.type, "clipkernels": __version__, "torch": str(torch.__version__),
         "pyarrow": pyarrow().__version__,
     }  # fmt: skip
-
-
-def _check_columns(columns: Mapping[str, Any]) -> None:
-    """Raise ValueError for a column whose name a collection has for its own."""
-    if taken := sorted(set(columns) & set(OWN_COLUMNS)):
-        expected = f"expected columns of other names than the collection's own ({', '.join(OWN_COLUMNS)})"
-        raise ValueError(f"{expected}, got {list_names(taken)}: rename them in the source")
-
-
-def _check_all_named(folder: Path, sources: Sequence[str]) -> None:
-    """Raise ValueError unless all sources of a collection are named, because rows of the others would be removed."""
-    if missing := [source for source in read_manifest(folder).sources if source not in sources]:
-        raise ValueError(f"expected all sources of {folder} with prune, got none of {list_names(missing)}")
 
 
 def _changed_content(sources: Sequence[Source], items: pa.Table) -> pa.Table:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkernels.adapters.tokenizers import Tokenizer
-from clipkernels.arguments import check_calls, check_int, check_model, check_path, describe
+from clipkernels.arguments import check_callable, check_calls, check_int, check_model, check_path, describe
 from clipkernels.collection.index import nearest
 from clipkernels.collection.manifest import Settings, read_manifest
 from clipkernels.collection.query import (
@@ -79,6 +79,7 @@ def search(
     """
     check_path(folder=folder)
     check_int("k", k, 1)
+    check_callable(preprocess=preprocess, tokenizer=tokenizer)
     if (text is None) == (image is None):
         raise ValueError(f"expected a text or an image, got {'neither' if text is None else 'both'}")
     if text is not None and (not isinstance(text, str) or not text.strip()):
@@ -87,7 +88,7 @@ def search(
     if model is None:
         model, preprocess, tokenizer = load_bundled(settings, device)
     elif device is not None:
-        raise ValueError(f"expected no device with a model, which stays where it is, got {device}")
+        raise ValueError(f"expected no device with a model, which stays where it is, got {describe(device)}")
     check_model(model)
     check_towers(folder, settings, model, text is not None)
     if text is not None:

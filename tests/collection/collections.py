@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from clipkernels.collection.layout import listing_schema, unit_schema
 from clipkernels.collection.manifest import Manifest, Settings
-from clipkernels.collection.plans import read_items
 from clipkernels.collection.store import Diff, Store
-from clipkernels.collection.units import write_unit
+from clipkernels.collection.store.plans import read_items
+from clipkernels.collection.store.units import write_unit
 
 WIDTH = 4
 

@@ -15,13 +15,13 @@ import pytest
 
 pytest.importorskip("pyarrow")
 
-from clipkernels.collection import lock
-from clipkernels.collection.lock import Lock
+from clipkernels.collection.store import lock
+from clipkernels.collection.store.lock import Lock
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from clipkernels.collection.lock import Lock
+from clipkernels.collection.store.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 child = os.fork() if len(sys.argv) > 2 else 0
 if not child and len(sys.argv) > 2:

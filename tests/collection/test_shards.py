@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from clipkernels.collection.layout import unit_schema
 from clipkernels.collection.store import Store
-from clipkernels.collection.units import write_unit
+from clipkernels.collection.store.units import write_unit
 from tests.collection.collections import embedded, listing, manifest, rows_of, run, schema, settings
 
 NAMES = [f"{index:02d}.jpg" for index in range(23)]
@@ -112,7 +112,7 @@ def test_replacing_reads_each_unit_about_once(tmp_path: Path, monkeypatch: pytes
     items = {f"{index:03d}": 0 for index in range(200)}
     run(tmp_path, items)
     reads = []
-    from clipkernels.collection import units
+    from clipkernels.collection.store import units
 
     read_unit = units.read_unit
     monkeypatch.setattr(units, "read_unit", lambda *arguments: (reads.append(arguments[2]), read_unit(*arguments))[1])
@@ -128,8 +128,8 @@ import os, resource, sys, time
 from pathlib import Path
 import numpy as np, pyarrow as pa
 from clipkernels.collection.layout import listing_schema, shard_schema
-from clipkernels.collection import shards
-from clipkernels.collection.parquet_files import parquet_writer
+from clipkernels.collection.store import shards
+from clipkernels.collection.store.parquet_files import parquet_writer
 from tests.collection.collections import *
 folder, number = Path(sys.argv[1]), int(sys.argv[2])
 with open_store(folder): pass

@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from clipkernels.collection import sources
-from clipkernels.collection.items import make_batch
 from clipkernels.collection.layout import listing_schema
 from clipkernels.collection.sources import find_sources, list_items
+from clipkernels.collection.sources import listing as listing_module
+from clipkernels.collection.sources.items import make_batch
 from clipkernels.images.reader import MAX_BYTES
 from tests.collection.listings import check_stamps, contents_of, fetch_all, ids_of, listing_of, write_images
 
@@ -101,7 +101,7 @@ def test_equal_ids_of_two_sources_name_both(tmp_path: Path) -> None:
 
 def test_ids_of_one_hash_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_images(tmp_path, NAMES)
-    monkeypatch.setattr(sources, "hash", lambda text: 7, raising=False)
+    monkeypatch.setattr(listing_module, "hash", lambda text: 7, raising=False)
     assert ids_of(listing_of(tmp_path)) == NAMES
     with pytest.raises(ValueError, match=r"got 'a\.png' in twice in"):
         listing_of(tmp_path, tmp_path)
@@ -271,7 +271,7 @@ def test_threads_fetch_from_one_source(tmp_path: Path) -> None:
 SCALE = """
 import resource, sys, time
 import numpy as np
-from clipkernels.collection.items import make_batch
+from clipkernels.collection.sources.items import make_batch
 from clipkernels.collection.sources import find_sources, list_items
 
 class Numbers:

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipkernels.collection import image_columns
-from clipkernels.collection.sources import Listing
+from clipkernels.collection.sources import Listing, image_columns
 from tests.collection.listings import (
     check_stamps,
     contents_of,
@@ -144,7 +143,7 @@ def test_folders_and_globs_of_parquet_files_are_one_source(tmp_path: Path) -> No
 
 
 def test_files_of_one_checksum_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clipkernels.collection import containers
+    from clipkernels.collection.sources import containers
 
     monkeypatch.setattr(containers, "crc32", lambda name: 5)
     for name, rows in (("a", [A, B]), ("b", [C])):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from clipkernels.collection import tar_source
+from clipkernels.collection.sources import tar as tar_source
 from tests.collection.listings import check_stamps, contents_of, fetch_all, ids_of, image_bytes, listing_of
 
 CHANGED = "its container changed since it was listed"

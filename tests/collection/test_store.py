@@ -16,10 +16,9 @@ pytest.importorskip("pyarrow")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkernels.collection import shards, units
 from clipkernels.collection.manifest import read_manifest
-from clipkernels.collection.shards import read_known
-from clipkernels.collection.store import Counts, Diff, Store
+from clipkernels.collection.store import Counts, Diff, Store, shards, units
+from clipkernels.collection.store.shards import read_known
 from tests.collection.collections import (
     embedded,
     encode,

@@ -25,8 +25,19 @@ WIDTH, CLASSES, PROMPTS = 8, 3, {"cat": ["a cat."], "dog": ["a dog."], "ship": [
 NUMBERS = {"alpha", "beta", "beta2", "beta3", "gamma", "strength", "bias", "scale", "margin", "weight_decay"}
 FLAGS = {"pad", "shared", "exif", "copy",
          "fuse", "proportional", "self_vote", "frozen", "exact", "cls_path", "source", "regions", "words", "coupled",
-         "held_out", "encode_image.tokens"}  # fmt: skip
-PATHS = {"folder", "cache", "collection", "cupl.source", "retrieve.name", "retrieve.pretrained"}
+         "held_out", "encode_image.tokens", "raw", "by_content", "prune", "retry", "compiled"}  # fmt: skip
+PATHS = {
+    "out",
+    "sources",
+    "search.text",
+    "search.image",
+    "folder",
+    "cache",
+    "collection",
+    "cupl.source",
+    "retrieve.name",
+    "retrieve.pretrained",
+}
 CALLABLE = {"progress", "tokenizer", "join", "head", "report", "note", "preprocess", "source"}
 TAKEN = {
     "None": {
@@ -37,7 +48,9 @@ TAKEN = {
         "TargetedDistillation.text", "TargetedDistillation.visual", "TargetedDistillation.__call__.text",
         "TargetedDistillation.__call__.visual", "Teacher.__call__.images", "TeacherCache.__call__.images",
         "TeacherFeatures.align.words", "TeacherFeatures.align.regions", "RankPredictor.__call__.prefix",
-        "ByteTokenizer.__call__.context_length", "save.config", "save.tokenizer", "save.preprocess", "fidelity",
+        "ByteTokenizer.__call__.context_length", "embed.text", "embed.tokenizer", "image_column", "id_column", "dtype",
+        "devices", "search.model", "search.preprocess", "search.tokenizer", "image",
+        "save.config", "save.tokenizer", "save.preprocess", "fidelity",
     },
     "True": FLAGS,
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
@@ -297,6 +310,30 @@ def support_calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     }
 
 
+def collection_calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The public callables that embed and search a collection, with arguments that they take; they need pyarrow."""
+    if find_spec("pyarrow") is None or find_spec("faiss") is None:
+        return {name: (lambda: None, {}) for name in ("embed", "search")}
+    (tower, preprocess, tokens), photos = ck.bundled(), Path(folder, "photos")
+    photos.mkdir()
+    Image.fromarray(digits.draw(1, 3).images[0]).save(photos / "0.png")
+    common = {"model": tower, "preprocess": preprocess, "tokenizer": tokens}
+    embed = {
+        **common, "sources": [str(photos)], "out": str(Path(folder, "collection")), "text": None, "columns": [],
+        "image_column": None, "id_column": None, "batch_size": 4, "unit_rows": 4, "workers": 0, "raw": False,
+        "dtype": None, "exif": True, "by_content": False, "prune": False, "retry": False, "compiled": False,
+        "devices": None, "engine": "local", "actors": 1, "name": None, "progress": None, "report": print,
+    }  # fmt: skip
+    ck.embed(**embed)
+    return {
+        "embed": (ck.embed, embed),
+        "search": (
+            ck.search,
+            {**common, "folder": embed["out"], "text": "a cat", "image": None, "k": 1, "device": None},
+        ),
+    }
+
+
 EXEMPT = {
     *("Dense", "Encoded", "bundled", "UnsupportedTower", "Method", "Head"),  # without arguments that can be checked
     *("Fitted", "FittedTokens", "Rankings", "Distilled", "TeacherFeatures"),  # results
@@ -305,7 +342,8 @@ EXEMPT = {
 
 @pytest.fixture(scope="module")
 def every_call(tmp_path_factory):
-    return calls(str(tmp_path_factory.mktemp("cache"))) | support_calls(str(tmp_path_factory.mktemp("support")))
+    folders = [str(tmp_path_factory.mktemp(name)) for name in ("cache", "support", "collection")]
+    return calls(folders[0]) | support_calls(folders[1]) | collection_calls(folders[2])
 
 
 def test_every_public_callable_is_tried(every_call):

@@ -605,7 +605,7 @@ def test_a_later_capture_that_fails_is_one_warning(tower, images, counts):
 
 @pytest.mark.parametrize(
     ("sizes", "actual"),
-    [((), "()"), (8, "8"), ((0,), "(0,)"), ([1, 2.0], "(1, 2.0)"), ({True}, "(True,)"), ("8", "'8'"), ({1: 2}, "dict")],
+    [((), "()"), (8, "8"), ((0,), "(0)"), ([1, 2.0], "(1, 2.0)"), ({True}, "(True)"), ("8", "'8'"), ({1: 2}, "dict")],
 )
 def test_batch_sizes_must_be_positive_ints(tiny, counts, sizes, actual):
     with pytest.raises(ValueError, match=r"batch_sizes must be positive ints such as \(1, 8, 32\), got ") as error:

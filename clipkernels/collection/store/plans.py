@@ -20,7 +20,7 @@ import msgspec
 
 from clipkernels.collection.layout import PLANS, listing_schema
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.parquet_files import no_tensors, open_parquet, parquet_writer
+from clipkernels.collection.store.parquet_files import no_tensors, open_parquet, parquet_writer
 from clipkernels.formats import Count, Format, Line
 
 if TYPE_CHECKING:

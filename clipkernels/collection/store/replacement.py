@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.plans import DROPPED
+from clipkernels.collection.store.plans import DROPPED
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import IO, TYPE_CHECKING, Any
 
-from clipkernels.collection.image_columns import (
+from clipkernels.collection.packages import pyarrow
+from clipkernels.collection.sources.image_columns import (
     ImageColumn,
     check_id_column,
     find_image_column,
     ids_of,
     row_keys,
 )
-from clipkernels.collection.items import BATCH_ROWS, stamp_of
-from clipkernels.collection.packages import pyarrow
+from clipkernels.collection.sources.items import BATCH_ROWS, stamp_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

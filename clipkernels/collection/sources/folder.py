@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from clipkernels.collection.items import Answers, Item, batches_of_files, name_of
 from clipkernels.collection.packages import pyarrow
+from clipkernels.collection.sources.items import Answers, Item, batches_of_files, name_of
 from clipkernels.files import open_named, open_regular
 from clipkernels.images import Found, find_images, images_by_folder, is_image_name, names_in, no_images, walk
 from clipkernels.images.reader import MAX_BYTES

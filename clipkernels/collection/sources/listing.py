@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from clipkernels.collection.containers import PARQUET, TAR
-from clipkernels.collection.dataset_source import DatasetSource, is_dataset
-from clipkernels.collection.folder_source import FileSource, FolderSource, GlobSource, ListSource
-from clipkernels.collection.items import Answers, Item, Source
 from clipkernels.collection.layout import listing_schema
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.parquet_source import ParquetSource
-from clipkernels.collection.tar_source import TarSource
+from clipkernels.collection.sources.containers import PARQUET, TAR
+from clipkernels.collection.sources.dataset import DatasetSource, is_dataset
+from clipkernels.collection.sources.folder import FileSource, FolderSource, GlobSource, ListSource
+from clipkernels.collection.sources.items import Answers, Item, Source
+from clipkernels.collection.sources.parquet import ParquetSource
+from clipkernels.collection.sources.tar import TarSource
 from clipkernels.images import images_below, is_image_name, no_images, walk
 from clipkernels.messages import list_names, printable
 
@@ -64,9 +64,11 @@ def find_sources(
     sources = [_find_source(name, image_column, id_column) for name in names]
     tables = [source for source in sources if isinstance(source, ParquetSource | DatasetSource)]
     if id_column is not None and not tables:
-        raise ValueError(f"expected Parquet files or datasets for id_column={id_column!r}, got {list_names(names)}")
+        raise ValueError(
+            f"expected Parquet files or datasets for id_column={list_names([id_column])}, got {list_names(names)}"
+        )
     if image_column is not None and not tables and not any(isinstance(source, TarSource) for source in sources):
-        expected = f"Parquet files, tars or datasets for image_column={image_column!r}"
+        expected = f"Parquet files, tars or datasets for image_column={list_names([image_column])}"
         raise ValueError(f"expected {expected}, got {list_names(names)}")
     return sources
 

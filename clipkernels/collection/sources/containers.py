@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Any
 from zlib import crc32
 
-from clipkernels.collection.folder_source import fixed_part
+from clipkernels.collection.sources.folder import fixed_part
 from clipkernels.files import open_regular
 from clipkernels.images import find_images, walk
 from clipkernels.messages import printable

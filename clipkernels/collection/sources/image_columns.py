@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from clipkernels.collection.folder_source import read_item
-from clipkernels.collection.items import Item, escape
 from clipkernels.collection.packages import pyarrow
+from clipkernels.collection.sources.folder import read_item
+from clipkernels.collection.sources.items import Item, escape
 from clipkernels.images import is_image_name
 from clipkernels.images.reader import MAX_BYTES
 from clipkernels.messages import list_names, printable, reason_of

@@ -23,12 +23,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipkernels.collection import units as unit_files
 from clipkernels.collection.manifest import Settings
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.plans import PlanHeader, plan_file, plan_generations, read_ids, read_plan
-from clipkernels.collection.replacement import Replacement
-from clipkernels.collection.shards import (
+from clipkernels.collection.store import units as unit_files
+from clipkernels.collection.store.plans import PlanHeader, plan_file, plan_generations, read_ids, read_plan
+from clipkernels.collection.store.replacement import Replacement
+from clipkernels.collection.store.shards import (
     Shard,
     ShardHeader,
     append_units,

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
-from clipkernels.collection.containers import (
+from clipkernels.collection.packages import pyarrow
+from clipkernels.collection.sources.containers import (
     CHANGED,
     PARQUET,
     containers_of,
@@ -17,10 +18,9 @@ from clipkernels.collection.containers import (
     row_of,
     stamped,
 )
-from clipkernels.collection.image_columns import plain_types, read_cell
-from clipkernels.collection.items import Answers, Item, make_batch
-from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.parquet_rows import ParquetRows
+from clipkernels.collection.sources.image_columns import plain_types, read_cell
+from clipkernels.collection.sources.items import Answers, Item, make_batch
+from clipkernels.collection.sources.parquet_rows import ParquetRows
 from clipkernels.messages import first_line, printable, reason_of
 
 if TYPE_CHECKING:

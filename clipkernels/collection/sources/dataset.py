@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clipkernels.collection.containers import CHANGED, names_at, place_of, row_of, stamped
-from clipkernels.collection.image_columns import (
+from clipkernels.collection.sources.containers import CHANGED, names_at, place_of, row_of, stamped
+from clipkernels.collection.sources.image_columns import (
     ImageColumn,
     check_id_column,
     find_image_column,
@@ -18,7 +18,7 @@ from clipkernels.collection.image_columns import (
     read_cell,
     row_keys,
 )
-from clipkernels.collection.items import BATCH_ROWS, Answers, Item, make_batch, stamp_of
+from clipkernels.collection.sources.items import BATCH_ROWS, Answers, Item, make_batch, stamp_of
 from clipkernels.messages import first_line, printable, reason_of
 
 if TYPE_CHECKING:

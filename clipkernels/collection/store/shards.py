@@ -18,7 +18,7 @@ import numpy as np
 from clipkernels.collection.layout import EMBEDDINGS, ERRORS, error_schema, shard_schema
 from clipkernels.collection.manifest import Settings, differences
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.parquet_files import no_tensors, open_parquet, parquet_writer
+from clipkernels.collection.store.parquet_files import no_tensors, open_parquet, parquet_writer
 from clipkernels.formats import Count, Format
 
 if TYPE_CHECKING:

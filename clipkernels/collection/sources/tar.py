@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from clipkernels.collection.containers import CHANGED, TAR, containers_of, stamped
-from clipkernels.collection.folder_source import MAX_SIDECAR, column_type, column_value
-from clipkernels.collection.items import BATCH_ROWS, Answers, Item, escape, make_batch
+from clipkernels.collection.sources.containers import CHANGED, TAR, containers_of, stamped
+from clipkernels.collection.sources.folder import MAX_SIDECAR, column_type, column_value
+from clipkernels.collection.sources.items import BATCH_ROWS, Answers, Item, escape, make_batch
 from clipkernels.files import open_named
 from clipkernels.images import is_image_name
 from clipkernels.images.reader import MAX_BYTES

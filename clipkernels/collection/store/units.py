@@ -12,7 +12,7 @@ import msgspec
 
 from clipkernels.collection.layout import UNITS
 from clipkernels.collection.packages import pyarrow
-from clipkernels.collection.parquet_files import no_tensors, open_parquet, parquet_writer, read_header
+from clipkernels.collection.store.parquet_files import no_tensors, open_parquet, parquet_writer, read_header
 from clipkernels.formats import Count, Format, Line
 
 if TYPE_CHECKING:

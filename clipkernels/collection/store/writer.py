@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from clipkernels.collection.compaction import Compaction
-from clipkernels.collection.comparison import Changed, Comparison, compare
-from clipkernels.collection.folders import merge_manifest, prepare, refuse_foreign
 from clipkernels.collection.layout import SHARD_ROWS
-from clipkernels.collection.lock import Lock
 from clipkernels.collection.manifest import Manifest, write_manifest
-from clipkernels.collection.plans import PlanHeader, read_items, unit_lengths, write_plan
-from clipkernels.collection.shards import known_rows, read_errors
-from clipkernels.collection.units import finished_units
+from clipkernels.collection.store.compaction import Compaction
+from clipkernels.collection.store.comparison import Changed, Comparison, compare
+from clipkernels.collection.store.folders import merge_manifest, prepare, refuse_foreign
+from clipkernels.collection.store.lock import Lock
+from clipkernels.collection.store.plans import PlanHeader, read_items, unit_lengths, write_plan
+from clipkernels.collection.store.shards import known_rows, read_errors
+from clipkernels.collection.store.units import finished_units
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-KNOWN_ROWS = 250_000
+KNOWN_ROWS = 125_000
 """Known rows that are compared with a listing at a time."""
 
 
@@ -141,7 +141,7 @@ class Store:
         if self._planned:
             return Diff(None)
         columns = ["id", "size", "modified", *(["sha256"] if changed else [])]
-        rows = max(KNOWN_ROWS, len(listing) // 4)
+        rows = max(KNOWN_ROWS, len(listing) // 8)
         known = known_rows(self.folder, [shard.number for shard in self._rows.shards], columns, rows)
         errors, _ = read_errors(self.folder)
         result = compare(
