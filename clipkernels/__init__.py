@@ -11,6 +11,8 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from clipkernels import backend, data, heads, learn, measure, ops, support, testing
     from clipkernels.adapters import UnsupportedTower
+    from clipkernels.artefacts.load import load, load_method
+    from clipkernels.artefacts.save import save
     from clipkernels.classifier import Classifier
     from clipkernels.collection.run import embed
     from clipkernels.collection.search import search
@@ -52,11 +54,14 @@ __all__ = [
     "graphed",
     "heads",
     "learn",
+    "load",
+    "load_method",
     "measure",
     "method_of",
     "ops",
     "patch",
     "patched",
+    "save",
     "search",
     "show",
     "support",
@@ -68,6 +73,8 @@ __all__ = [
 
 _NAMES = {
     "adapters": ("UnsupportedTower",),
+    "artefacts.load": ("load", "load_method"),
+    "artefacts.save": ("save",),
     "classifier": ("Classifier",),
     "collection.run": ("embed",),
     "collection.search": ("search",),

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 import clipkernels as ck
+from clipkernels.artefacts.header import read_header
+from clipkernels.artefacts.load import read_saved_method
 from clipkernels.fingerprint import fingerprint
 from clipkernels.learn.calip_fs import FewShotCALIP
 from clipkernels.learn.distill import TeacherCache, feature_files
@@ -125,8 +127,19 @@ def support_features(folder: Path) -> Kind:
     return Kind(root / "features.safetensors", lambda: SupportSet.load(root, model))
 
 
+def artefact(folder: Path) -> Kind:
+    root, model = folder / "tower", ck.bundled()[0]
+    ck.save(ck.patch(model, ck.EViT(0.7, blocks=(1, 3))), root, fidelity={"cosine": [0.9, 0.95]})
+    tower = ck.tower_of(model)
+    return Kind(
+        root / "clipkernels.json", lambda: read_saved_method(root, read_header(root), tower),
+        ("tower.", "files.", "versions.", "method.arguments.", "method.modules", "plan.steps.modules"),
+        ("text_tower", "tokenizer", "fidelity", "method.arguments.seed", "method.arguments.multiple"),
+    )  # fmt: skip
+
+
 KINDS: dict[str, Callable[[Path], Kind]] = {
     **{"reservoir": reservoir, "predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
     **{"CALIP-FS": few_shot, "features": collection, "teacher": teacher_cache},
-    **{"manifest": support_manifest, "support features": support_features},
+    **{"manifest": support_manifest, "support features": support_features, "artefact": artefact},
 }

@@ -36,7 +36,7 @@ from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Clock
 from clipkernels.measure.towers import TIMED_BATCHES, Row, Settings, measure
 from clipkernels.messages import quantity, skip_message
-from clipkernels.patching import tower_of
+from clipkernels.patching import method_of, tower_of, unpatch
 
 MODES = ("default", "reduce-overhead", "max-autotune")
 NOTES = (
@@ -170,7 +170,8 @@ def bench(
         loaded = load(library, name, pretrained)
         tower = tower_of(loaded.model)
         listed = [part.strip() for part in methods.split(",")] if methods is not None else []
-        chosen = methods_for(tower, [*listed, *specs], predictor, tokens)
+        chosen = methods_for(tower, [*listed, *specs], predictor, tokens, method_of(loaded.model))
+        unpatch(loaded.model)
         if paths:
             pixels, failures = read(paths, loaded.preprocess, tower, exif=not no_exif)
         else:

@@ -19,7 +19,7 @@ from clipkernels.cli.parts.classes import choose_classes, read_labels, warn_of_o
 from clipkernels.cli.parts.guesses import Guess, guess_writer
 from clipkernels.cli.parts.heads import ReservoirFile, check_head, choose_head
 from clipkernels.cli.parts.images import close, exif_option, find, warn_of_sorted
-from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods
+from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods, settle
 from clipkernels.cli.parts.models import cast_towers, choose_device, load_clip, model_options
 from clipkernels.cli.parts.options import (
     FORMATS,
@@ -173,8 +173,7 @@ def classify(
         where = choose_device(device)
         model, preprocess, tokenizer = load_clip(library, name, pretrained)
         model = cast_towers(model, where, DTYPES[precision])
-        if spec is None and not is_supported(model):
-            method = None
+        method = settle(model, spec, method)
         support_set = None if support is None else SupportSet.load(support, model)
         if support_set:
             check_reader(support_set, Reader(not no_exif))

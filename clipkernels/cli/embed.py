@@ -15,9 +15,9 @@ import click
 import torch
 from rich.progress import Progress as Bars
 
-from clipkernels.adapters import UnsupportedTower
+from clipkernels.artefacts.header import is_artefact, read_header
 from clipkernels.cli.parts.images import exif_option
-from clipkernels.cli.parts.methods import METHOD_HELP, read_methods
+from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods, settle
 from clipkernels.cli.parts.models import cast_towers, choose_device, load, load_clip, model_options
 from clipkernels.cli.parts.options import batch_size_option, once, precision_option
 from clipkernels.cli.parts.output import progress
@@ -34,7 +34,7 @@ from clipkernels.collection.store.shards import read_errors
 from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import one_line, quantity, skip_message
 from clipkernels.methods import Dense
-from clipkernels.patching import patch, tower_of
+from clipkernels.patching import patch
 
 SECONDS_BETWEEN_LINES = 30
 MAX_REASONS = 3
@@ -150,14 +150,24 @@ def embed(
         if name is None:
             click.echo("note: without --model this is the bundled model for 32×32 images, a toy", err=True)
         model = cast_towers(model, places[0], DTYPES[precision])
-        spec = patch_model(model, method, spec)
+        method = settle(model, spec, method)
+        saved = name is not None and is_artefact(name)
+        if spec is None and not saved:
+            spec = "none" if method is None else "dense"
+        if method is not None:
+            patch(model, method)
         if method is not None and not isinstance(method, Dense):
             click.echo(
-                f"note: {spec} changes embeddings, and so which images are nearest: clipkernels search encodes a query "
-                "image alike; docs/embed.md has a table of what that changes",
+                f"note: {spec or name_of(method)} changes embeddings, and so which images are nearest: clipkernels "
+                "search encodes a query image alike; docs/embed.md has a table of what that changes",
                 err=True,
             )
-        names = Name(*BUNDLED, spec) if name is None else Name(library, anywhere(name), anywhere(pretrained), spec)
+        if name is None:
+            names = Name(*BUNDLED, spec)
+        elif saved:  # its own method needs no specification, because the folder holds it
+            names = Name(read_header(name).library, os.path.abspath(name), None, spec)
+        else:
+            names = Name(library, anywhere(name), anywhere(pretrained), spec)
         with stopping() as stop, Reporter(stop) as report:
             result = embed_collection(
                 model, sources, out, preprocess=preprocess, tokenizer=tokenizer, text=text, columns=columns,
@@ -193,24 +203,6 @@ def default_workers() -> int:
 def anywhere(name: str | None) -> str | None:
     """Return a name, that of a file or a folder as it holds in any folder."""
     return os.path.abspath(name) if name is not None and os.path.exists(name) else name
-
-
-def patch_model(model: Any, method: Any, spec: str | None) -> str:
-    """Patch a model with a method and return its specification; a tower that is not supported runs unpatched.
-
-    Raises:
-        UnsupportedTower: a method is given for such a tower.
-    """
-    if method is None:
-        return "none"
-    try:
-        tower_of(model)
-    except UnsupportedTower:
-        if spec is None:
-            return "none"
-        raise
-    patch(model, method)
-    return spec or "dense"
 
 
 @contextmanager

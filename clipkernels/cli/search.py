@@ -22,7 +22,7 @@ from clipkernels.collection.query import BUNDLED, load_bundled
 from clipkernels.collection.search import Hit
 from clipkernels.collection.search import search as find
 from clipkernels.messages import first_line, printable, quantity
-from clipkernels.patching import patch
+from clipkernels.patching import patch, unpatch
 from clipkernels.pictures.files import check_suffix, save_picture
 
 MAX_CAPTION = 80
@@ -130,7 +130,7 @@ def load_model(folder: str, manifest: Manifest, device: torch.device, for_image:
     if manifest.spec is not None and for_image:
         try:
             [method] = read_methods([manifest.spec], None, None)
-            model = model if method is None else patch(model, method)
+            model = unpatch(model) if method is None else patch(model, method)
         except (click.UsageError, ValueError) as error:
             reason = error.format_message() if isinstance(error, click.UsageError) else first_line(error)
             warnings.warn(f"the method of {folder}, {settings.method}, cannot be applied: {reason}", stacklevel=2)

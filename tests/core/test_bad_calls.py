@@ -50,6 +50,7 @@ TAKEN = {
         "TeacherFeatures.align.words", "TeacherFeatures.align.regions", "RankPredictor.__call__.prefix",
         "ByteTokenizer.__call__.context_length", "embed.text", "embed.tokenizer", "image_column", "id_column", "dtype",
         "devices", "search.model", "search.preprocess", "search.tokenizer", "image",
+        "save.config", "save.tokenizer", "save.preprocess", "fidelity",
     },
     "True": FLAGS,
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
@@ -58,7 +59,7 @@ TAKEN = {
     "infinity": {"TargetedDistillation.temperature"},
     "a list": {"grid"},
     "a tuple": {"fit_tokens.images", "golden_ranking.images"},  # three images and two labels
-    "a dict": {"about", "classes", "texts", "answers"},  # iterables of strings
+    "a dict": {"about", "classes", "texts", "answers", "fidelity"},  # iterables of strings
     "a str": {"ByteTokenizer.__call__.texts"} | PATHS,
     "a long str": {"ByteTokenizer.__call__.texts"} | PATHS,
     "a module": CALLABLE | {"ungraphed.model"},
@@ -111,6 +112,14 @@ def rankings() -> patch_ranking.Rankings:
 
 def training(**more: Any) -> dict[str, Any]:
     return {"epochs": 1, "batch_size": 2, "lr": 0.1, "seed": 0, "progress": None, **more}
+
+
+@cache
+def saved(folder: str) -> Path:
+    """An artefact of the bundled model."""
+    path = Path(folder, "saved", "other")
+    ck.save(model(), path)
+    return path
 
 
 def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -187,6 +196,15 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         ),
         "patch": (ck.patch, {"model": model(), "method": ck.Dense()}),
         **{name: (getattr(ck, name), {"model": model()}) for name in ("unpatch", "method_of", "tower_of", "ungraphed")},
+        "save": (
+            ck.save,
+            {
+                "model": model(), "folder": str(Path(folder, "saved", "tower")), "config": "bundled",
+                "tokenizer": tokenizer(), "preprocess": ck.bundled()[1], "fidelity": {"cosine": 0.9},
+            },
+        ),
+        "load": (ck.load, {"folder": str(saved(folder)), "device": "cpu"}),
+        "load_method": (ck.load_method, {"model": model(), "folder": str(saved(folder))}),
         "graphed": (ck.graphed, {"model": model(), "batch_sizes": [1], "pad": True}),
         "patched": (lambda model, method: ck.patched(model, method).__enter__(), {
             "model": model(), "method": ck.Dense(),

@@ -51,6 +51,7 @@ LAYERS = (
     ("collection",),
     ("learn",),
     ("measure", "testing"),
+    ("artefacts",),
     ("cli",),
 )
 OPENERS = re.compile(r"(What|Whether|Which|Where|How|Why|Who|Of)\b")

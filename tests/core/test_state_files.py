@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clipkernels import formats, state_files
+from clipkernels.artefacts.header import FORMAT as ARTEFACT
 from clipkernels.formats import Count, Format, Line, TensorSpec
 from clipkernels.heads import reservoir_entries
 from clipkernels.learn import calip_fs
@@ -45,7 +46,7 @@ def refusal(kind: Kind) -> str:
 FORMATS: dict[str, Format] = {
     **{"reservoir": reservoir_entries.FORMAT, "predictor": predictor.FORMAT, "rankings": rankings.FORMAT},
     **{"learnt tokens": tokens.FORMAT, "CALIP-FS": calip_fs.FORMAT, "features": features.FORMAT},
-    **{"teacher": feature_files.FORMAT, "manifest": manifest.FORMAT},
+    **{"teacher": feature_files.FORMAT, "manifest": manifest.FORMAT, "artefact": ARTEFACT},
 }
 
 

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import click
+from torch import nn
 
-from clipkernels.adapters import Tower
+from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
 from clipkernels.measure.timing import HOST, gmacs_for, plan_for
 from clipkernels.method_names import short_name
 from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
+from clipkernels.patching import method_of, unpatch
 
 RANKING = "patch-ranking"
 DEFAULT_KEEP = 0.6  # of patch-ranking, for a predictor that does not say which share it was trained for
@@ -135,21 +137,43 @@ def read_methods(specs: Sequence[str], predictor: str | None, tokens: str | None
     return [_build(spec, trained, learnt) for spec in parsed]
 
 
+def settle(model: nn.Module, spec: str | None, method: Method | None) -> Method | None:
+    """Return the method that a verb runs: the specified one, else the one that a saved model came with, else `method`.
+
+    The model is unpatched if the host's own forward is specified. A tower that is not supported runs that, unless a
+    method is specified for it.
+    """
+    try:
+        own = method_of(model)
+    except UnsupportedTower:
+        return method if spec is not None else None
+    if spec is None and own is not None:
+        return own
+    if method is None:
+        unpatch(model)
+    return method
+
+
 def methods_for(
-    tower: Tower, specs: Sequence[str], predictor: str | None, tokens: str | None
+    tower: Tower,
+    specs: Sequence[str],
+    predictor: str | None,
+    tokens: str | None,
+    own: Method | None = None,
 ) -> dict[str, Method | None]:
     """Return the methods of a table by name: the host's forward (None), Dense(), then those that are specified.
 
     Args:
         tower: the tower that they run on.
         specs, predictor, tokens: as in `read_methods`; without any specification the methods are `default_methods`.
+        own: the method that a saved model came with, which takes the place of the default ones; None for none.
     Raises:
         click.UsageError: as in `read_methods`, or a method that does not fit the tower.
         ValueError: as in `read_methods`, or a predictor or tokens of another tower.
     """
     chosen = read_methods(specs, predictor, tokens)
     if not specs:
-        return default_methods(tower)
+        return default_methods(tower) if own is None else {name_of(method): method for method in (None, Dense(), own)}
     for text, method in zip(specs, chosen, strict=True):
         if isinstance(method, PatchRanking):
             method.check_tower(tower)

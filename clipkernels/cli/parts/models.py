@@ -9,15 +9,18 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import click
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
+from clipkernels.artefacts.header import is_artefact, read_header
+from clipkernels.artefacts.load import load as load_artefact
+from clipkernels.artefacts.transformers import run_processor
 from clipkernels.cli.parts.output import quietly
 from clipkernels.data import Preprocess, bundled
 from clipkernels.messages import first_line
@@ -25,7 +28,8 @@ from clipkernels.patching import tower_of
 
 LIBRARIES = ("open_clip", "transformers", "timm")
 NAME_HELP = (
-    "The library's name for the model; transformers: a folder or a name on the hub.  [default: the small bundled CLIP]"
+    "The library's name for the model; transformers: a folder or a name on the hub; or a folder of ck.save, whose "
+    "method runs too.  [default: the small bundled CLIP]"
 )
 WEIGHTS_HELP = (
     "Weights. open_clip, timm: a tag, which is downloaded, or a checkpoint file; transformers: a revision such as "
@@ -54,7 +58,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
 class Loaded(NamedTuple):
     """A model in fp32 and eval mode, its preprocessing from an image to a tensor (3,S,S), and its weights' source.
 
-    The source is "bundled", "random", a tag, a file or a model of a hub.
+    The source is "bundled", "random", "saved", a tag, a file or a model of a hub.
     """
 
     model: nn.Module
@@ -63,28 +67,35 @@ class Loaded(NamedTuple):
 
 
 def load(library: str, name: str | None, pretrained: str | None) -> Loaded:
-    """Return the bundled model, or a library's.
+    """Return the bundled model, a library's, or that of a folder of `ck.save`, patched with the folder's method.
 
     Raises:
         click.UsageError: an unknown model or tag, or a package that is not installed.
         click.ClickException: a model that cannot be downloaded or loaded.
+        ValueError: such a folder that is not as it was written.
     """
     if name is None:
         refuse_unnamed(pretrained=pretrained, library=library if library != LIBRARIES[0] else None)
         model, preprocess, _ = bundled()
         return Loaded(model, preprocess, "bundled")
+    if is_artefact(name):
+        model, preprocess, _ = load_saved(library, name, pretrained, text=False)
+        return Loaded(model, preprocess, "saved")
     loader = {"open_clip": load_open_clip, "transformers": load_transformers, "timm": load_timm}[library]
     model, preprocess, weights = loader(name, pretrained)
     return Loaded(model.float().eval(), preprocess, weights)
 
 
 def load_clip(library: str, name: str | None, pretrained: str | None) -> tuple[nn.Module, Preprocess, Any]:
-    """Return model, preprocessing and tokenizer of a whole CLIP: the bundled ones, or a library's.
+    """Return model, preprocessing and tokenizer of a whole CLIP: the bundled ones, a library's, or a folder's.
 
     Raises:
         click.UsageError: as in `load`, or timm, which has no text towers.
         click.ClickException: as in `load`, or a tokenizer that cannot be loaded.
+        ValueError: as in `load`.
     """
+    if name is not None and is_artefact(name):
+        return load_saved(library, name, pretrained, text=True)
     if name is not None and library == "timm":
         expected = "expected a model with a text tower (--library open_clip or transformers)"
         raise click.UsageError(f"{expected}, got timm's {name}: timm has no text tower")
@@ -97,6 +108,29 @@ def load_clip(library: str, name: str | None, pretrained: str | None) -> tuple[n
         with loading(name, pretrained):
             return model, preprocess, open_clip.get_tokenizer(name)
     return model, preprocess, load_transformers_tokenizer(name, pretrained)
+
+
+def load_saved(library: str, name: str, pretrained: str | None, text: bool) -> tuple[nn.Module, Preprocess, Any]:
+    """Return model, preprocessing and tokenizer of a folder of `ck.save`; the tokenizer may be None without `text`.
+
+    Raises:
+        click.UsageError: options that do not go with such a folder, a model without text, or a missing library.
+        ValueError: the folder is not as it was written.
+    """
+    header = read_header(name)
+    if pretrained not in (None, "local"):
+        raise click.UsageError(f"expected no --pretrained with {name}, which holds its weights, got {pretrained}")
+    if library not in (LIBRARIES[0], header.library):
+        raise click.UsageError(f"expected no --library with {name}, a model of {header.library}, got {library}")
+    if text and header.text_tower is None:
+        raise click.UsageError(f"expected a model with a text tower, got {name}: {header.library}'s {header.model}")
+    if text and header.tokenizer is None:
+        raise click.UsageError(f"expected {name} to hold a tokenizer, got none: pass tokenizer= to ck.save")
+    with imported(header.library), bars_on_terminals() if header.library == "transformers" else nullcontext():
+        model, preprocess, tokenizer = load_artefact(name)
+    if preprocess is None:
+        preprocess = transformers_preprocess(name, hub_options(name, "local"), tower_of(model).image_size)
+    return model.float(), preprocess, tokenizer
 
 
 def load_open_clip(name: str, pretrained: str | None) -> Loaded:
@@ -219,11 +253,6 @@ def transformers_preprocess(name: str, where: dict[str, Any], size: tuple[int, i
         reason = first_line(error)
     click.echo(f"warning: {name} has no image processor for {size}: resize and crop instead ({reason})", err=True)
     return image_transform(size, is_train=False, **statistics)
-
-
-def run_processor(processor: Any, image: Image.Image) -> Tensor:
-    """Return the pixels (3,S,S) that an image processor of transformers makes of an image."""
-    return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def refuse_unnamed(**options: str | None) -> None:

@@ -1,0 +1,1 @@
+"""Artefacts: folders with a host's own checkpoint and, beside it, the method that its tower runs."""
