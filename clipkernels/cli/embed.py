@@ -43,7 +43,6 @@ EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
   clipkernels embed pictures --out collection --method evit:0.7
-  clipkernels search collection "the handwritten digit seven" -k 5
 """
 
 

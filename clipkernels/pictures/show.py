@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipkernels.adapters import Tower, UnsupportedTower
-from clipkernels.arguments import check_int
+from clipkernels.arguments import check_calls, check_flags, check_int, check_model, describe, is_list
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.images import Pictures, image_shape, to_rgb
-from clipkernels.messages import printable, quantity
+from clipkernels.messages import list_names, printable, quantity
 from clipkernels.method_names import short_name
 from clipkernels.methods import Dense, Method
 from clipkernels.patching import patched, tower_of
@@ -67,33 +67,55 @@ def show(
         ValueError: no images, too many of them, one that cannot be read, or a method that does not fit the tower.
         UnsupportedTower: as in `patch`, or patches that are no grid.
     """
-    images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
-    images = [images] if isinstance(images, Tensor) and images.ndim == 3 else list(images)
-    named = name_methods(methods)
+    check_model(model)
+    check_calls(preprocess=preprocess)
+    check_flags(all_steps=all_steps)
+    images, named = list_images(images), name_methods(methods)
     check_counts(len(images), worst)
     if names is None:
         names = [f"image {place}" if len(images) > 1 else "" for place in range(len(images))]
         paths = {place: os.fspath(item) for place, item in enumerate(images) if isinstance(item, (str, os.PathLike))}
         names = [paths.get(place, name) for place, name in enumerate(names)]
-    elif len(names) != len(images):
-        raise ValueError(f"names must be one per image, {len(images)} here, got {len(names)}")
+    elif not is_list(names) or not all(isinstance(name, str) for name in names) or len(names) != len(images):
+        raise ValueError(f"names must be a list of one text per image, {len(images)} here, got {describe(names)}")
     dataset = Inputs(images, preprocess, image_shape(model, preprocess))
     moves = measure_moves(model, batches_of(dataset), named)
     for place, reason in moves.failed:
-        raise ValueError(f"expected images that can be used, got {printable(names[place] or 'one')}: {reason}")
+        raise ValueError(f"expected images that can be used, got {list_names([names[place] or 'one'])}: {reason}")
     return draw_moves(model, dataset, moves if worst is None else moves.worst(worst), named, names, all_steps)
+
+
+def list_images(images: Any) -> list[Any]:
+    """Images as a list; raise TypeError unless they are an image or a list of images, of a kind that is read."""
+    kinds = (str, os.PathLike, Image.Image)
+    if isinstance(images, kinds) or (isinstance(images, Tensor) and images.ndim == 3):
+        return [images]
+    listed = list(images) if is_list(images) or (isinstance(images, Tensor) and images.ndim == 4) else [None]
+    for item in listed:
+        if not isinstance(item, (*kinds, Tensor)):
+            kind = describe(images if item is None else item)
+            raise TypeError(f"images must be paths, PIL images or tensors (3,S,S), got {kind}")
+    return listed
 
 
 def name_methods(methods: Methods) -> dict[str, Method]:
     """Methods by name.
 
     Raises:
+        TypeError: a method that is none, or a name that is no text.
         ValueError: no methods.
     """
-    listed: Any = methods if isinstance(methods, (list, tuple, Mapping)) else [methods]
-    named = dict(listed) if isinstance(listed, Mapping) else {short_name(method): method for method in listed}
-    if not named:
+    listed: Any = methods if is_list(methods) or isinstance(methods, Mapping) else [methods]
+    if not listed:
         raise ValueError("methods must hold at least one method such as ck.ToMe(r=8), got none")
+    pairs = listed.items() if isinstance(listed, Mapping) else ((None, method) for method in listed)
+    named = {}
+    for name, method in pairs:
+        if isinstance(method, type) or not callable(getattr(method, "plan", None)):
+            raise TypeError(f"methods must be methods such as ck.ToMe(r=8), got {describe(method)}")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"methods must be named by texts, got {describe(name)}")
+        named[short_name(method) if name is None else name] = method
     return named
 
 

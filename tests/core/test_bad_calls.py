@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, CLASSES, PROMPTS = 8, 3, {"cat": ["a cat."], "dog": ["a dog."], "ship": ["a ship."]}
 # The arguments that take a bad value, of any callable or of one.
 NUMBERS = {"alpha", "beta", "beta2", "beta3", "gamma", "strength", "bias", "scale", "margin", "weight_decay"}
-FLAGS = {"pad", "shared", "exif", "copy",
+FLAGS = {"all_steps", "pad", "shared", "exif", "copy",
          "fuse", "proportional", "self_vote", "frozen", "exact", "cls_path", "source", "regions", "words", "coupled",
          "held_out", "encode_image.tokens", "raw", "by_content", "prune", "retry", "compiled"}  # fmt: skip
 PATHS = {
@@ -50,7 +50,7 @@ TAKEN = {
         "TeacherFeatures.align.words", "TeacherFeatures.align.regions", "RankPredictor.__call__.prefix",
         "ByteTokenizer.__call__.context_length", "embed.text", "embed.tokenizer", "image_column", "id_column", "dtype",
         "devices", "search.model", "search.preprocess", "search.tokenizer", "image",
-        "save.config", "save.tokenizer", "save.preprocess", "fidelity",
+        "save.config", "save.tokenizer", "save.preprocess", "fidelity", "show.worst", "show.names",
     },
     "True": FLAGS,
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
@@ -263,6 +263,13 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "TeacherFeatures.align": (features.align, {"words": torch.zeros(3).long(), "regions": torch.zeros(3).long()}),
         "align_words": (distill.align_words, {"student_pieces": ["a"], "teacher_pieces": ["a"]}),
         "align_grid": (distill.align_grid, {"student": (2, 2), "teacher": (3, 3)}),
+        "show": (
+            ck.show,
+            {
+                "model": model(), "images": images(), "methods": ck.ToMe(4), "preprocess": ck.bundled()[1],
+                "worst": None, "all_steps": False, "names": None,
+            },
+        ),
         "scenes.draw": (scenes.draw, {"n": 1, "seed": 0, "pairs": (0,)}),
         "digits.draw": (digits.draw, {"n": 1, "seed": 0, "held_out": True}),
         "ByteTokenizer": (ByteTokenizer, {"context_length": 8}),
@@ -321,7 +328,8 @@ def collection_calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     embed = {
         **common, "sources": [str(photos)], "out": str(Path(folder, "collection")), "text": None, "columns": [],
         "image_column": None, "id_column": None, "batch_size": 4, "unit_rows": 4, "workers": 0, "raw": False,
-        "dtype": None, "exif": True, "by_content": False, "prune": False, "retry": False, "compiled": False,
+        "dtype": None, "exif": True, "by_content": False, "prune": False, "forget": [],
+        "retry": False, "compiled": False,
         "devices": None, "engine": "local", "actors": 1, "name": None, "progress": None, "report": print,
     }  # fmt: skip
     ck.embed(**embed)
