@@ -16,7 +16,7 @@ from clipkernels.arguments import check_calls, check_flags, check_int, check_mod
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.images import Pictures, image_shape, to_rgb
-from clipkernels.messages import list_names, printable, quantity
+from clipkernels.messages import list_items, printable, quantity
 from clipkernels.method_names import short_name
 from clipkernels.methods import Dense, Method
 from clipkernels.patching import patched, tower_of
@@ -76,12 +76,16 @@ def show(
         names = [f"image {place}" if len(images) > 1 else "" for place in range(len(images))]
         paths = {place: os.fspath(item) for place, item in enumerate(images) if isinstance(item, (str, os.PathLike))}
         names = [paths.get(place, name) for place, name in enumerate(names)]
-    elif not is_list(names) or not all(isinstance(name, str) for name in names) or len(names) != len(images):
-        raise ValueError(f"names must be a list of one text per image, {len(images)} here, got {describe(names)}")
+    elif not is_list(names) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names must be a list of texts, got {describe(names)}")
+    elif len(names) != len(images):
+        raise ValueError(f"names must be one per image, {len(images)} here, got {len(names)}")
     dataset = Inputs(images, preprocess, image_shape(model, preprocess))
     moves = measure_moves(model, batches_of(dataset), named)
     for place, reason in moves.failed:
-        raise ValueError(f"expected images that can be used, got {list_names([names[place] or 'one'])}: {reason}")
+        raise ValueError(
+            f"expected images that can be used, got {list_items([printable(names[place] or 'one')])}: {reason}"
+        )
     return draw_moves(model, dataset, moves if worst is None else moves.worst(worst), named, names, all_steps)
 
 

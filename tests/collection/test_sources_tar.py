@@ -137,7 +137,7 @@ def test_a_sample_with_two_images_asks_for_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.tar: '1\.jpg' is there twice"):
         listing_of(tmp_path / "a.tar")
     write_tar(tmp_path / "a.tar", [("1.jpg", A), ("2.jpg", B), ("1.jpg", C)])
-    with pytest.raises(ValueError, match=r"expected ids that differ, got 'a\.tar/1' in twice"):
+    with pytest.raises(ValueError, match=r"expected ids that differ, got 'a\.tar/1' twice in"):
         listing_of(tmp_path / "a.tar")
 
 
