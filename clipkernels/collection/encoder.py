@@ -108,12 +108,13 @@ class Encoder:
         return (normalize(embeddings) if self.normalised else embeddings).cpu().numpy()
 
     def _vectors(self, vectors: Any, faults: Sequence[str | None]) -> pa.Array:
-        """Vectors (B,E) as an Arrow array, null where they have a fault."""
-        pa, missing = pyarrow(), np.array([fault is not None for fault in faults], bool)
-        kind = self.schema.field("embedding").type
-        vectors[missing] = 0
-        values = pa.array(vectors.reshape(-1), kind.value_type)
-        return pa.FixedSizeListArray.from_arrays(values, type=kind, mask=pa.array(missing))
+        """Vectors (B,E) as an Arrow array, zeros where they have a fault.
+
+        They are not null, because pyarrow before version 26 cannot read null lists of a fixed size from Parquet.
+        """
+        pa, kind = pyarrow(), self.schema.field("embedding").type
+        vectors[[fault is not None for fault in faults]] = 0
+        return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), kind.value_type), type=kind)
 
 
 def _as_stored(vectors: Any, dtype: Any) -> tuple[Any, list[str | None]]:

@@ -46,6 +46,8 @@ def listing_schema() -> pa.Schema:
 def unit_schema(width: int, dtype: str, texts: bool, columns: Mapping[str, Any]) -> pa.Schema:
     """The columns of a unit: those of the shards, and the reason why an item has no embedding, else null.
 
+    Embeddings are never null: zeros stand for a missing one, beside a reason or beside a text that is null or empty.
+
     Args:
         width: E, the width of an embedding.
         dtype: "float32" or "float16", of the embeddings.
@@ -55,7 +57,7 @@ def unit_schema(width: int, dtype: str, texts: bool, columns: Mapping[str, Any])
     pa = pyarrow()
     embedding = pa.list_(pa.float16() if dtype == "float16" else pa.float32(), width)
     types = {"id": pa.string(), "embedding": embedding}
-    if texts:  # null without a caption
+    if texts:
         types |= {"text": pa.string(), "text_embedding": embedding}
     types |= {"sha256": pa.string(), "width": pa.int32(), "height": pa.int32(), "size": pa.int64()}
     types |= {"modified": pa.int64(), **columns, "reason": pa.string()}

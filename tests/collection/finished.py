@@ -67,7 +67,7 @@ def write_shard(
     data |= {"size": [1] * n, "modified": [0] * n, **{key: list(values) for key, (_, values) in columns.items()}}
     data["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width)
     if texts is not None:
-        data |= {"text": list(texts), "text_embedding": list(text_vectors or [None] * n)}
+        data |= {"text": list(texts), "text_embedding": list(text_vectors or [[0] * width] * n)}
     arrays = [
         data[field.name].cast(field.type)
         if isinstance(data[field.name], pa.Array)

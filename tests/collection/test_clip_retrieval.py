@@ -62,7 +62,10 @@ def test_files_of_one_number_hold_the_same_rows(tmp_path: Path, dtype: str) -> N
 def test_captions_have_their_own_folder_and_column(tmp_path: Path) -> None:
     vectors, captions = unit_vectors(20, WIDTH), unit_vectors(20, WIDTH, seed=1)
     texts = [None if row % 4 == 0 else f"text {row}" for row in range(20)]
-    rows = [None if text is None else vector for text, vector in zip(texts, captions.tolist(), strict=True)]
+    rows = [
+        [0.0] * captions.shape[1] if text is None else vector
+        for text, vector in zip(texts, captions.tolist(), strict=True)
+    ]
     folder = write_collection(
         tmp_path / "in", [vectors], manifest_for(WIDTH, text="caption"), texts=texts, text_vectors=rows
     )

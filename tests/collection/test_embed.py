@@ -139,7 +139,7 @@ def test_captions_are_embedded_beside_the_images(bundled: Any, photos: Path, emb
     assert [row["text"] for row in rows] == captions and captions.count(None) == 4 and captions[5] == ""
     for row in rows:
         if not row["text"]:
-            assert row["text_embedding"] is None
+            assert not any(row["text_embedding"])
             continue
         with torch.inference_mode():
             expected = torch.nn.functional.normalize(model.encode_text(tokenizer([row["text"]])).float())[0]

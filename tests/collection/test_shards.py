@@ -84,7 +84,7 @@ def test_null_and_nested_columns_keep_their_values(tmp_path: Path) -> None:
     columns = unit_schema(4, "float32", True, kinds)
     items = listing(NAMES[:12])
     values: dict[str, list[Any]] = {"id": NAMES[:12], "embedding": [[i, 0, 0, 1] for i in range(12)]}
-    values |= {"text": [None, "a"] * 6, "text_embedding": [None, [0, 1, 2, 3]] * 6, "sha256": ["0" * 64] * 12}
+    values |= {"text": [None, "a"] * 6, "text_embedding": [[0] * 4, [0, 1, 2, 3]] * 6, "sha256": ["0" * 64] * 12}
     values |= {"width": [1] * 12, "height": [1] * 12, "size": [7] * 12, "modified": [0] * 12, "reason": [None] * 12}
     values |= {"tags": [None, [], ["x", None]] * 4, "box": [{"x": 0.5, "n": None}, None] * 6, "raw": [b"\0", None] * 6}
     values |= {"when": [None, 5, 6] * 4, "kind": ["b", None, "a"] * 4}

@@ -46,11 +46,12 @@ class Replacement:
         rows = len(table)
         for unit in dict.fromkeys(units[units != DROPPED].tolist()):
             places = np.flatnonzero(units == unit)
-            parts.append(self._rows(unit).take(pa.array(index[places] - self.starts[unit])).drop_columns(["reason"]))
-            order[places] = rows + np.arange(len(places))
+            rows_of_unit = self._rows(unit).take(pa.array(index[places] - self.starts[unit]))
+            failed = rows_of_unit["reason"].is_valid().to_numpy()
+            parts.append(rows_of_unit.drop_columns(["reason"]))
+            order[places] = np.where(failed, -1, rows + np.arange(len(places)))
             rows += len(places)
-        result = pa.concat_tables(parts).combine_chunks().take(pa.array(order[order >= 0]))
-        return result.filter(result["embedding"].is_valid())
+        return pa.concat_tables(parts).combine_chunks().take(pa.array(order[order >= 0]))
 
     def _rows(self, unit: int) -> pa.Table:
         if self._table is None or self._unit != unit:

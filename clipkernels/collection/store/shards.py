@@ -119,7 +119,7 @@ def append_units(
         for table in _row_groups(path) if shard.header.units else ():
             rows += _write(writer, table)
         for table in tables:
-            rows += _write(writer, table.filter(table["embedding"].is_valid()).drop_columns(["reason"]))
+            rows += _write(writer, table.filter(table["reason"].is_null()).drop_columns(["reason"]))
     return Shard(shard.number, rows, header)
 
 

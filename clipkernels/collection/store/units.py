@@ -60,12 +60,13 @@ def write_unit(
         table: a row of `layout.unit_schema` for each item, in the order of `read_items`.
         notes: kept in the file's metadata, until a shard holds the unit.
     Raises:
-        ValueError: a row with both an embedding and a reason, or with neither.
+        ValueError: a row with both an embedding and a reason, or with neither; zeros are no embedding.
         OSError: the file cannot be written.
     """
     compute = pyarrow().compute
-    failed = compute.is_valid(table["reason"])
-    if not compute.all(compute.equal(failed, compute.is_null(table["embedding"]))).as_py():
+    failed, vectors = table["reason"].is_valid(), table["embedding"].combine_chunks()
+    values = vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, vectors.type.list_size)
+    if vectors.null_count or (values.any(1) == failed.to_numpy()).any():
         raise ValueError("expected an embedding or a reason in each row of a unit, got a row with both or neither")
     errors = compute.sum(failed).as_py() or 0
     header = UnitHeader(settings, generation, unit, table.num_rows - errors, errors, dict(notes or {}))
