@@ -40,7 +40,7 @@ def test_ray_writes_the_bytes_of_local_and_no_word(tmp_path: Path) -> None:
 
 def test_killed_ray_runs_end_in_the_bytes_of_one_local_run(tmp_path: Path) -> None:
     broken = write_images(source := tmp_path / "images", 5000)
-    result = kill_and_finish(source, tmp_path / "killed", 10, seed=25, **RAY)
+    result = kill_and_finish(source, tmp_path / "killed", 10, seed=25, least=5, **RAY)
     assert result["all_errors"] == len(broken) and result["embeddings"] == 5000 - len(broken)
     check_ids(tmp_path / "killed", source, broken)
     Run(source, tmp_path / "whole", **OPTIONS).finish()
