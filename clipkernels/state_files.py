@@ -1,4 +1,4 @@
-"""State files: safetensors of a known format, signed when they are written and checked when they are read.
+"""State files: safetensors and JSON of a known format, signed when they are written and checked when they are read.
 
     digest of a tensor  SHA-256 of its name, dtype, shape and bytes
 
@@ -107,6 +107,36 @@ def read_state(
     # A copy is aligned, which a place in the file may not be: products of aligned rows are faster.
     copied = {name: tensor.clone() for name, tensor in tensors.items()} if copy else tensors
     return msgspec.to_builtins(struct), copied
+
+
+def write_json(path: str | os.PathLike[str], form: Format, header: msgspec.Struct, limit: int) -> None:
+    """Write a header of a format without tensors as a JSON file, atomically.
+
+    Raises:
+        ValueError: numbers that are not finite, or a header of more than `limit` characters.
+        OSError: the file cannot be written.
+    """
+    text = encode_header(form, header, {}, limit=limit, indent=1)
+    with naming(path), atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def read_json(path: str | os.PathLike[str], form: Format, limit: int) -> Any:
+    """The header that `write_json` wrote, as an instance of its schema.
+
+    Raises:
+        ValueError: no regular file, one of more than `limit` bytes, another format, or not as it was written.
+        OSError: the file cannot be read.
+    """
+    with open_named(path, form.title, limit) as stream:
+        content = stream.read()
+    try:
+        header, digests = decode_header(form, content.decode())
+        if digests:
+            raise ValueError("digests of tensors, of which it has none")
+    except ValueError as error:
+        raise ValueError(f"expected {form.title} ({form.name}), got {path} with {error}") from error
+    return header
 
 
 def tensor_digest(name: str, tensor: Tensor) -> str:

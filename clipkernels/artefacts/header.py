@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from clipkernels.artefacts.method_records import PlanRecord, Record
-from clipkernels.files import hash_of, naming, open_named
-from clipkernels.formats import Digest, Fingerprint, Format, Line, Precision, Size, decode_header, encode_header
+from clipkernels.files import hash_of
+from clipkernels.formats import Digest, Fingerprint, Format, Line, Precision, Size
+from clipkernels.state_files import read_json, write_json
 
 FILE = "clipkernels.json"
 MAX_BYTES = 1 << 22
@@ -74,11 +75,9 @@ def write_header(folder: Path, header: Header) -> None:
         OSError: the file cannot be written.
     """
     try:
-        text = encode_header(FORMAT, header, {}, limit=MAX_BYTES, indent=1)
+        write_json(folder / FILE, FORMAT, header, MAX_BYTES)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected a fidelity report that JSON can hold, got one with: {error}") from error
-    with naming(folder / FILE), open(folder / FILE, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
 
 
 def read_header(folder: str | os.PathLike[str]) -> Header:
@@ -91,15 +90,7 @@ def read_header(folder: str | os.PathLike[str]) -> Header:
     file = Path(folder) / FILE
     if not is_artefact(folder):
         raise ValueError(f"expected a folder that ck.save wrote, got {folder} without {FILE}")
-    with open_named(file, FORMAT.title, MAX_BYTES) as stream:
-        content = stream.read()
-    try:
-        header, digests = decode_header(FORMAT, content.decode())
-        if digests:
-            raise ValueError("digests of tensors, of which it has none")
-    except ValueError as error:
-        raise ValueError(f"expected {FORMAT.title} ({FORMAT.name}), got {file} with {error}") from error
-    assert isinstance(header, Header)
+    header: Header = read_json(file, FORMAT, MAX_BYTES)
     return header
 
 

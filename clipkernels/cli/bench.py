@@ -27,7 +27,9 @@ from clipkernels.cli.parts.options import (
     once,
     output_option,
     plot_option,
+    predictor_option,
     seed_option,
+    tokens_option,
 )
 from clipkernels.cli.parts.output import method_table, opened, progress, schedule, write_results
 from clipkernels.cli.parts.plot import draw_plot, plot_format
@@ -79,12 +81,8 @@ Example:
     help="Several at once, such as evit:0.7,tome:8. Dense always runs too.  [default: evit:0.7, evit:0.5 and tome at "
     "the cost of evit:0.7]",
 )
-@click.option(
-    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: the file of train-predictor."
-)
-@click.option(
-    "--tokens", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: learnt tokens, as fit_tokens saves."
-)
+@predictor_option
+@tokens_option
 @click.option(
     "--compile",
     "modes",

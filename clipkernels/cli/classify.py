@@ -31,8 +31,10 @@ from clipkernels.cli.parts.options import (
     once,
     output_option,
     precision_option,
+    predictor_option,
     shuffle_option,
     template_option,
+    tokens_option,
 )
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
@@ -69,12 +71,8 @@ Example:
     metavar="SPEC",
     help=f"{METHOD_HELP}  [default: dense; tca with --adapt; none where the tower is not supported]",
 )
-@click.option(
-    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: the file of train-predictor."
-)
-@click.option(
-    "--tokens", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: learnt tokens, as fit_tokens saves."
-)
+@predictor_option
+@tokens_option
 @click.option(
     "--head",
     type=click.Choice(["zero-shot", "calip", "tip", "tipx"]),

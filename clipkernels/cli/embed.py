@@ -19,7 +19,7 @@ from clipkernels.artefacts.header import is_artefact, read_header
 from clipkernels.cli.parts.images import exif_option
 from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods, settle
 from clipkernels.cli.parts.models import cast_towers, choose_device, load, load_clip, model_options
-from clipkernels.cli.parts.options import batch_size_option, once, precision_option
+from clipkernels.cli.parts.options import batch_size_option, once, precision_option, predictor_option
 from clipkernels.cli.parts.output import progress
 from clipkernels.collection.checks import check_apart
 from clipkernels.collection.clip_retrieval import export_clip_retrieval
@@ -53,9 +53,7 @@ Example:
 @once(
     "--method", "spec", metavar="SPEC", help=f"{METHOD_HELP}  [default: dense; none where the tower is not supported]"
 )
-@click.option(
-    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: the file of train-predictor."
-)
+@predictor_option
 @precision_option
 @click.option("--compile", "compiled", is_flag=True, help="Compile the tower with torch.compile.")
 @batch_size_option(32)

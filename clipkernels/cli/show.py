@@ -21,7 +21,9 @@ from clipkernels.cli.parts.options import (
     limit_option,
     output_option,
     precision_option,
+    predictor_option,
     shuffle_option,
+    tokens_option,
 )
 from clipkernels.cli.parts.output import (
     PathCell,
@@ -63,12 +65,8 @@ Example:
     metavar="SPEC",
     help=f"{METHOD_HELP} May be repeated.  [default: evit:0.7, evit:0.5 and tome at the cost of evit:0.7]",
 )
-@click.option(
-    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: the file of train-predictor."
-)
-@click.option(
-    "--tokens", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: learnt tokens, as fit_tokens saves."
-)
+@predictor_option
+@tokens_option
 @click.option(
     "--worst",
     type=click.IntRange(1, MAX_WORST),

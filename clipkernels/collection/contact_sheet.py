@@ -35,15 +35,18 @@ def image_reader(manifest: Manifest, ids: Sequence[str]) -> ReadImage:
         manifest: of the collection.
         ids: the ids that will be read.
     """
-    pa, settings = pyarrow(), manifest.settings
+    pa, settings, count = pyarrow(), manifest.settings, len(set(ids))
+    wanted = pa.array(ids, pa.string())
     places: dict[str, tuple[Source, int]] = {}
     for name in manifest.sources:
         with suppress(ValueError, OSError):  # a source that is gone, or empty
+            if len(places) == count:
+                break
             [source] = find_sources([name], image_column=settings.image_column, id_column=settings.id_column)
             for batch in source.list():
-                if len(places) == len(set(ids)):
+                if len(places) == count:
                     break
-                rows = batch.filter(pa.compute.is_in(batch["id"], value_set=pa.array(ids, pa.string())))
+                rows = batch.filter(pa.compute.is_in(batch["id"], value_set=wanted))
                 for key, place in zip(rows["id"].to_pylist(), rows["place"].to_pylist(), strict=True):
                     places.setdefault(key, (source, place))
 

@@ -64,9 +64,8 @@ class Encoder:
         vectors, faults = _as_stored(vectors, dtype)
         for row in rows:
             reasons[row] = faults[row] and f"the model's embedding {faults[row]}"
-        columns: dict[str, Any] = {"id": batch.ids}
-        columns |= {name: [record.get(name) for record in batch.records] for name in self.schema.names}
-        columns |= {"id": batch.ids}
+        columns: dict[str, Any] = {name: [record.get(name) for record in batch.records] for name in self.schema.names}
+        columns["id"] = batch.ids
         if self.text is not None:
             texts = [record.get(self.text) for record in batch.records]
             columns["text"] = texts

@@ -24,9 +24,10 @@ from torch.nn.functional import normalize
 from clipkernels.collection.layout import INDEX
 from clipkernels.collection.packages import required
 from clipkernels.collection.rows import Shard, normalised, vector_batches
-from clipkernels.files import atomic_write, hash_of, open_named, sweep
-from clipkernels.formats import Count, Digest, Format, Line, Size, decode_header, encode_header
+from clipkernels.files import atomic_write, hash_of, sweep
+from clipkernels.formats import Count, Digest, Format, Line, Size
 from clipkernels.messages import reason_of
+from clipkernels.state_files import read_json, write_json
 
 JSON, SUFFIX = "index.json", ".faiss"
 MAX_BYTES = 1 << 24
@@ -92,9 +93,7 @@ def nearest(folder: Path, shards: list[Shard], query: Tensor, k: int, width: int
 def _cached(faiss: Any, folder: Path, shards: list[Shard], width: int) -> Any | None:
     """The index in the folder, or None if it is not of these shards or not as it was written."""
     try:
-        with open_named(folder / INDEX / JSON, FORMAT.title, MAX_BYTES) as stream:
-            header, _ = decode_header(FORMAT, stream.read().decode())
-        assert isinstance(header, Header)
+        header: Header = read_json(folder / INDEX / JSON, FORMAT, MAX_BYTES)
         if header.shards != [tuple(shard) for shard in shards] or header.width != width:
             return None
         file = folder / INDEX / f"{header.index}{SUFFIX}"
@@ -140,9 +139,7 @@ def _write(faiss: Any, index: Any, below: Path, shards: list[Shard], width: int)
     with atomic_write(file) as temporary:
         faiss.write_index(index, temporary)
     header = Header(shards=[(*shard,) for shard in shards], width=width, index=digest.hexdigest())
-    text = encode_header(FORMAT, header, {}, limit=MAX_BYTES, indent=1)
-    with atomic_write(below / JSON) as temporary:
-        Path(temporary).write_text(f"{text}\n", encoding="utf-8")
+    write_json(below / JSON, FORMAT, header, MAX_BYTES)
     for other in below.glob(f"*{SUFFIX}"):
         if other != file:
             other.unlink(missing_ok=True)

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from clipkernels.collection.layout import MANIFEST
-from clipkernels.files import atomic_write, naming, open_named
 from clipkernels.fingerprint import same_tower
-from clipkernels.formats import Fingerprint, Format, Line, Size, decode_header, encode_header
+from clipkernels.formats import Fingerprint, Format, Line, Size
+from clipkernels.state_files import read_json, write_json
 
 MAX_BYTES = 1 << 22
 
@@ -78,10 +78,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    text = encode_header(FORMAT, manifest, {}, limit=MAX_BYTES, indent=1)
-    file = folder / MANIFEST
-    with naming(file), atomic_write(file) as temporary:
-        Path(temporary).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, FORMAT, manifest, MAX_BYTES)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -94,14 +91,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     file = Path(folder) / MANIFEST
     if not os.path.lexists(file):
         raise ValueError(f"expected a collection that clipkernels embed made, got {folder} without {MANIFEST}")
-    with open_named(file, FORMAT.title, MAX_BYTES) as stream:
-        content = stream.read()
-    try:
-        header, _ = decode_header(FORMAT, content.decode())
-    except ValueError as error:
-        raise ValueError(f"expected {FORMAT.title} ({FORMAT.name}), got {file} with {error}") from error
-    assert isinstance(header, Manifest)
-    return header
+    manifest: Manifest = read_json(file, FORMAT, MAX_BYTES)
+    return manifest
 
 
 def differences(expected: Settings, actual: Settings) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from clipkernels.files import atomic_write, open_named
-from clipkernels.formats import Digest, Format, Line, Size, decode_header, encode_header, to_struct
+from clipkernels.formats import Digest, Format, Line, Size, to_struct
+from clipkernels.state_files import read_json, write_json
 from clipkernels.support.features import Encoder
 from clipkernels.support.folders import FORMAT_NAME, MANIFEST
 
@@ -82,11 +82,9 @@ def write_manifest(root: Path, content: Mapping[str, Any]) -> None:
         OSError: the file cannot be written.
     """
     try:
-        text = encode_header(FORMAT, to_struct(FORMAT, content), {}, limit=MAX_BYTES, indent=1)
+        write_json(root / MANIFEST, FORMAT, to_struct(FORMAT, content), MAX_BYTES)
     except ValueError as error:
         raise ValueError(f"expected {FORMAT.title} to write to {root / MANIFEST}, got one with {error}") from error
-    with atomic_write(root / MANIFEST) as temporary:
-        Path(temporary).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(root: Path, unfinished: bool = False) -> dict[str, Any]:
@@ -100,13 +98,7 @@ def read_manifest(root: Path, unfinished: bool = False) -> dict[str, Any]:
     file = root / MANIFEST
     if not os.path.lexists(file):
         raise ValueError(f"expected a support set, got {root} without {MANIFEST}")
-    with open_named(file, FORMAT.title, MAX_BYTES) as stream:
-        content = stream.read()
-    try:
-        header, _ = decode_header(FORMAT, content.decode())
-    except ValueError as error:
-        raise ValueError(f"expected {FORMAT.title} ({FORMAT.name}), got {file} with {error}") from error
-    manifest: dict[str, Any] = msgspec.to_builtins(header)
+    manifest: dict[str, Any] = msgspec.to_builtins(read_json(file, FORMAT, MAX_BYTES))
     if manifest.get(UNFINISHED) and not unfinished:
         raise ValueError(f"expected a finished support set, got {root}, whose saving was interrupted: build it again")
     return manifest

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from click.testing import CliRunner, Result
 
 from clipkernels.cli import main
+from clipkernels.cli.parts.demo_images import QUICK, draw, save
 
 
 def run(*arguments: object) -> Result:
@@ -33,3 +36,12 @@ def error_after_warnings(result: Result, status: int = 2) -> str:
     *before, line = result.stderr.splitlines()
     assert line.startswith("error: ") and all(other.startswith("warning: ") for other in before)
     return line
+
+
+def save_a_digit_per_class(folder: Path) -> Path:
+    """Write ten of the quick demo's digits, a folder per class, and return the folder of these folders."""
+    save({"digits": draw(QUICK, seed=0)["digits"]}, folder)
+    for kind in (folder / "digits").iterdir():
+        for path in sorted(kind.iterdir())[1:]:
+            path.unlink()
+    return folder / "digits"

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 
 import clipkernels as ck
-from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import digits
 from clipkernels.testing import randomized, timm_tower
 from clipkernels.testing.towers import patch_ranking
-from tests.cli.commands import error, run, succeed
+from tests.cli.commands import error, run, save_a_digit_per_class, succeed
 from tests.local_transformers import clip_model, image_processor, save_clip_tokenizer
 
 DIGITS = ",".join(digits.CLASSES)
@@ -25,12 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten of the quick demo's digits, one per class, in a folder per class."""
-    folder = tmp_path_factory.mktemp("pictures")
-    save({"digits": draw(QUICK, seed=0)["digits"]}, folder)
-    for kind in (folder / "digits").iterdir():
-        for path in sorted(kind.iterdir())[1:]:
-            path.unlink()
-    return folder / "digits"
+    return save_a_digit_per_class(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from clipkernels.collection.manifest import read_manifest
 from clipkernels.collection.store import Counts, Diff, Store, plans, shards, units
-from clipkernels.collection.store.shards import read_known
+from clipkernels.collection.store.shards import known_rows, read_errors, shard_numbers
 from tests.collection.collections import (
     DIGEST,
     embedded,
@@ -214,12 +214,15 @@ def test_items_of_a_unit_keep_their_order_and_place(tmp_path: Path) -> None:
 
 def test_known_rows_have_their_stamps(tmp_path: Path) -> None:
     run(tmp_path, {"a": 4, "b?": 1})
-    known = read_known(tmp_path).to_pylist()
-    assert [(row["id"], row["size"], row["modified"], row["failed"]) for row in known] == [
+    columns = ["id", "size", "modified", "sha256"]
+    [known] = known_rows(tmp_path, shard_numbers(tmp_path), columns, 1)
+    errors, _ = read_errors(tmp_path)
+    rows = [(row, failed) for table, failed in ((known, False), (errors, True)) for row in table.to_pylist()]
+    assert [(row["id"], row["size"], row["modified"], failed) for row, failed in rows] == [
         ("a", 7, 4, False),
         ("b?", 7, 1, True),
     ]
-    assert all(len(row["sha256"]) == 64 for row in known)
+    assert all(len(row["sha256"]) == 64 for row, _ in rows)
 
 
 def test_other_settings_are_refused_with_the_differences(tmp_path: Path) -> None:

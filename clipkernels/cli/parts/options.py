@@ -64,6 +64,12 @@ shuffle_option = click.option(
 classes_file_option = click.option(
     "--classes-file", type=click.Path(exists=True, dir_okay=False), help="Class names, one per line."
 )
+predictor_option = click.option(
+    "--predictor", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: the file of train-predictor."
+)
+tokens_option = click.option(
+    "--tokens", type=click.Path(exists=True, dir_okay=False), help="patch-ranking: learnt tokens, as fit_tokens saves."
+)
 template_option = click.option(
     "--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated."
 )

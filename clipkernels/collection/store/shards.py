@@ -240,20 +240,3 @@ def known_rows(folder: Path, numbers: Iterable[int], columns: list[str], rows: i
             parts = []
     if parts:
         yield pa.concat_tables(parts)
-
-
-def read_known(folder: str | os.PathLike[str]) -> pa.Table:
-    """The items of a collection: id, size, modified, sha256 and failed, which is true for an error.
-
-    Raises:
-        ValueError: no collection, or a file that is not as it was written.
-        OSError: a file cannot be read.
-    """
-    pa, root = pyarrow(), Path(folder)
-    columns = ["id", "size", "modified", "sha256"]
-    errors, _ = read_errors(root)
-    tables = [*known_rows(root, shard_numbers(root), columns, 1), errors.select(columns)]
-    flags = [pa.repeat(pa.scalar(table is tables[-1]), len(table)) for table in tables]
-    schema = pa.schema([pa.field(field.name, field.type) for field in errors.select(columns).schema])
-    marked = [table.cast(schema).append_column("failed", flag) for table, flag in zip(tables, flags, strict=True)]
-    return pa.concat_tables(marked)

@@ -17,7 +17,7 @@ from clipkernels.adapters import UnsupportedTower, text
 from clipkernels.adapters.tokenizers import Marks, Tokenizer, ids_of
 from clipkernels.arguments import describe
 from clipkernels.classifier import PROMPTS_PER_BATCH, eval_mode
-from clipkernels.encode import encode_image
+from clipkernels.encode import encode_image, tower_weight
 from clipkernels.fingerprint import fingerprint, output_probe, weights_version
 from clipkernels.learn.distill.align import rows_or_zeros
 from clipkernels.learn.distill.features import Answers, TeacherFeatures, features_of
@@ -207,9 +207,7 @@ class Teacher:
 
     @property
     def _like(self) -> Tensor:
-        # The patch convolution has the tower's precision; other weights of a half-precision tower may be fp32.
-        parameters = self.model.parameters()
-        return next((weight for weight in parameters if weight.ndim == 4), next(self.model.parameters()))
+        return tower_weight(self.model)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
