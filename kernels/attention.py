@@ -232,6 +232,7 @@ def config(rows: int, keys: int, width: int, dtype: torch.dtype, signal: str | N
     wide = width > 64
     if dtype == torch.float32:  # without tensor cores, so that the selections match the reference
         block_m, block_n, warps = (16, 16, 4) if wide or signal is not None else (32, 32, 8)
+        warps = 8 if width > 80 else warps  # four spill at a width of 96
     else:
         block_n = 32 if wide and (rows <= 16 or not hopper) else 64
         if rows <= 64 or signal == "received":
