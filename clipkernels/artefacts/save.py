@@ -16,7 +16,7 @@ from clipkernels.artefacts.contents import has_text
 from clipkernels.artefacts.folders import check_replaceable, replaced_folder
 from clipkernels.artefacts.header import Header, write_header
 from clipkernels.artefacts.libraries import checkpoints_of, library_of
-from clipkernels.artefacts.method_records import record_method, record_plan, save_modules
+from clipkernels.artefacts.method_records import record_method, save_modules
 from clipkernels.artefacts.open_clip import has_fp32_norms
 from clipkernels.artefacts.proof import prove
 from clipkernels.artefacts.weights import plain_state, precisions_of, unwrapped
@@ -25,6 +25,7 @@ from clipkernels.fingerprint import fingerprint
 from clipkernels.measure.environment import versions
 from clipkernels.measure.fidelity import Fidelity
 from clipkernels.patching import method_of
+from clipkernels.plan_records import record_plan
 from clipkernels.tower import make_plan
 
 

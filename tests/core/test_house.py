@@ -36,7 +36,7 @@ LAYERS = (
     ("messages", "files", "formats", "state_files", "layered_class", "cuda_graph"),
     ("reference", "backend"),
     ("arguments", "custom_ops"),
-    ("plan",),
+    ("plan", "plan_records"),
     ("ops",),
     ("block",),
     ("adapters",),
