@@ -48,10 +48,10 @@ LAYERS = (
     ("classifier",),
     ("support", "images"),
     ("pictures",),
-    ("collection",),
     ("learn",),
     ("measure", "testing"),
     ("artefacts",),
+    ("collection",),
     ("cli",),
 )
 OPENERS = re.compile(r"(What|Whether|Which|Where|How|Why|Who|Of)\b")
