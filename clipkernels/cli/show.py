@@ -63,7 +63,7 @@ Example:
     "specs",
     multiple=True,
     metavar="SPEC",
-    help=f"{METHOD_HELP} May be repeated.  [default: evit:0.7, evit:0.5 and tome at the cost of evit:0.7]",
+    help=f"{METHOD_HELP} May be repeated.  [default: tome at the cost of evit:0.7, evit:0.7 and evit:0.5]",
 )
 @predictor_option
 @tokens_option

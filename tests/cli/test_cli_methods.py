@@ -69,7 +69,7 @@ def test_patch_ranking_takes_its_predictors_share_unless_specified(tmp_path: Pat
     [
         (
             "",
-            "tome:8, tca:0.1, patch-ranking:0.6, schedule.json, dense or none, got '': no such method",
+            "tome:8, evit:0.7, tca:0.1, patch-ranking:0.6, schedule.json, dense or none, got '': no such method",
         ),
         ("EViT", "got 'EViT': no such method"),
         ("evit:", "such as evit:0.7:blocks=3/6/9, got 'evit:': keep: expected a number, got ''"),

@@ -39,7 +39,10 @@ NOTES = (
     "row ran). Where only CLS is pooled every row but dense (host) runs the last block for CLS alone, and η counts the "
     "GMACs of both sides accordingly.",
     "Accuracy is zero-shot, among 10 captions for digits and 64 for scenes; unseen are colour-shape pairs that are not "
-    "in the training data. same: images that get the same class as with dense (host).",
+    "in the training data. same: images that get the same class as with dense (host). Below the dense rows the method "
+    "with the largest share of these comes first.",
+    "These images are drawn. On photographs the order is another: of 5000 of CIFAR-10's, the bundled model classifies "
+    "75.3 % correctly, with ToMe(r=7) 73.5 %, with EViT(keep=0.7) 67.3 %, with EViT(keep=0.5) 55.3 %.",
 )
 
 
@@ -109,7 +112,10 @@ def run(
 def bundled_rows(
     pictures: Mapping[str, LabelledImages], size: Size, precision: str, seed: int, step: Callable[[], object]
 ) -> list[Row]:
-    """Return speed, accuracy and agreement with dense of the bundled model, one row per method."""
+    """Return speed, accuracy and agreement with dense of the bundled model, one row per method.
+
+    The dense rows come first, then the others, those that agree most first.
+    """
     model, preprocess, tokenizer = bundled()
     dtype = DTYPES[precision]
     model = cast_towers(model, torch.device("cpu"), dtype)
@@ -136,7 +142,7 @@ def bundled_rows(
         accuracy = {kind: float(np.mean(predicted[kind] == pictures[kind].labels)) for kind in KINDS}
         same = np.concatenate([predicted[kind] == reference[kind] for kind in KINDS])
         rows.append(Row("bundled", precision, speed, accuracy, float(np.mean(same))))
-    return rows
+    return sorted(rows, key=lambda row: (len(set(row.speed.tokens)) > 1, -(row.agreement or 0)))
 
 
 def load_full(name: str, seed: int) -> nn.Module:
