@@ -17,7 +17,7 @@ from clipkernels.adapters import Tower
 from clipkernels.cli.parts.bench_tables import title, write
 from clipkernels.cli.parts.images import close, exif_option, find, no_images
 from clipkernels.cli.parts.methods import METHOD_HELP, methods_for
-from clipkernels.cli.parts.models import Preprocess, choose_device, load, model_options
+from clipkernels.cli.parts.models import choose_device, load, model_options
 from clipkernels.cli.parts.options import (
     PRECISIONS,
     batch_size_option,
@@ -33,6 +33,7 @@ from clipkernels.cli.parts.options import (
 )
 from clipkernels.cli.parts.output import opened, progress
 from clipkernels.cli.parts.plot import draw_plot, plot_format
+from clipkernels.data import Preprocess
 from clipkernels.images import Pictures, collate, draw_images
 from clipkernels.measure.choice import MIN_AGREEMENT, choose
 from clipkernels.measure.timing import Clock
