@@ -234,7 +234,7 @@ def test_the_demo_writes_csv_with_both_towers(few_images: None, tmp_path: Path) 
     assert (result.exit_code, result.stdout) == (0, "")
     rows = list(csv.DictReader((tmp_path / "demo.csv").open(encoding="utf-8")))
     assert [row["model"] for row in rows] == 5 * ["bundled"] + 5 * ["ViT-S-32-alt"]
-    assert rows[7]["tokens"].split()[:5] == ["50", "50", "50", "50", "37"]
+    assert rows[8]["tokens"].split()[:5] == ["50", "50", "50", "50", "37"]
     assert all(row["digits"] == row["agreement"] == "" for row in rows[5:])
 
 

@@ -171,6 +171,15 @@ def test_the_table_of_the_readme_has_the_measured_numbers() -> None:
             assert bundled.endswith(f"{100 * float(result['accuracy']):.1f} %")
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_no_table_begins_with_a_method_that_loses_much(name: str) -> None:
+    rows = re.findall(r"^\| `(?:ck\.)?(\w+)\(.*[ (](\d+\.\d) % \|$", text_of(name), flags=re.M)
+    (_, dense), *reduced = [(method, float(accuracy)) for method, accuracy in rows]
+    losses = [dense - accuracy for _, accuracy in reduced]
+    assert rows[0][0] == "Dense" and len(losses) == 5
+    assert losses[0] < 2 and losses[0] < max(losses) / 5
+
+
 def test_the_chart_is_drawn_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.setattr("sys.argv", ["speed_picture", "--batch", "1", "--out", str(tmp_path / "picture.png")])
