@@ -18,7 +18,7 @@ from clipkernels.data import scenes
 from clipkernels.pictures.files import save_picture
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "kept.png"
-METHODS = (ck.EViT(keep=0.7), ck.TCA(rate=0.1), ck.ToMe(r=(8, 8, 8, 8, 8)))
+METHODS = (ck.ToMe(r=(8, 8, 8, 8, 8)), ck.TCA(rate=0.1), ck.EViT(keep=0.7))  # the one that loses least first
 SEED = 1_000_003  # training draws no scenes of such seeds
 SCENE = 8  # a blue star
 

@@ -20,7 +20,7 @@ if _TYPE_CHECKING:
     from clipkernels.encode import Encoded, encode_image
     from clipkernels.graphs import graphed, ungraphed
     from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
-    from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
+    from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, ToMe
     from clipkernels.patching import method_of, patch, patched, tower_of, unpatch
     from clipkernels.pictures.show import show
     from clipkernels.plan import Condense, Merge, Plan, Predict, Prune
@@ -40,6 +40,7 @@ __all__ = [
     "Predict",
     "Prune",
     "Reservoir",
+    "Schedule",
     "TCA",
     "TipAdapter",
     "TipX",
@@ -82,7 +83,7 @@ _NAMES = {
     "encode": ("Encoded", "encode_image"),
     "graphs": ("graphed", "ungraphed"),
     "heads": ("CALIP", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
-    "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "ToMe"),
+    "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "ToMe"),
     "patching": ("method_of", "patch", "patched", "tower_of", "unpatch"),
     "pictures.show": ("show",),
     "plan": ("Condense", "Merge", "Plan", "Predict", "Prune"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 
-from clipkernels.methods import Method, PatchRanking
+from clipkernels.methods import Method, PatchRanking, Schedule
 
 
 def short_name(method: Method) -> str:
     """A method's class, its main argument, and others that differ from their default.
 
-    `EViT(keep=0.7)`, `ToMe(r=8, inflect=-1)`, `PatchRanking(keep=0.6)`; the repr of a method that is not a dataclass.
+    `EViT(keep=0.7)`, `ToMe(r=8, inflect=-1)`, `PatchRanking(keep=0.6)`, `Schedule(197→41, 3f2a91)`; the repr of a
+    method that is not a dataclass.
     """
+    if isinstance(method, Schedule):
+        return str(method)
     if not is_dataclass(method):
         return repr(method)
     arguments = []

@@ -133,8 +133,27 @@ def artefact(folder: Path) -> Kind:
     tower = ck.tower_of(model)
     return Kind(
         root / "clipkernels.json", lambda: read_saved_method(root, read_header(root), tower),
-        ("tower.", "files.", "versions.", "method.arguments.", "method.modules", "plan.steps.modules"),
+        ("tower.", "files.", "versions.", "method.arguments.", "method.modules"),
         ("text_tower", "tokenizer", "fidelity", "method.arguments.seed", "method.arguments.multiple"),
+    )  # fmt: skip
+
+
+def schedule(folder: Path) -> Kind:
+    file = folder / "schedule.json"
+    steps = (ck.Prune(50, signal="received"), None, ck.Condense(20, 6, 2, "mean", 3), ck.Merge(4, False))
+    ck.Schedule(steps, 65).save(file)
+    return Kind(file, lambda: ck.Schedule.load(file), free=("steps.arguments.seed",))
+
+
+def schedule_artefact(folder: Path) -> Kind:
+    root, model = folder / "tower", ck.bundled()[0]
+    depth = len(ck.tower_of(model).blocks)
+    ck.save(ck.patch(model, ck.Schedule([ck.Prune(50), *[None] * (depth - 2), ck.Merge(9)], 65)), root)
+    tower = ck.tower_of(model)
+    return Kind(
+        root / "clipkernels.json", lambda: read_saved_method(root, read_header(root), tower),
+        ("tower.", "files.", "versions.", "method.modules", "method.arguments.prefix"),
+        ("text_tower", "tokenizer", "fidelity"),
     )  # fmt: skip
 
 
@@ -142,4 +161,5 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
     **{"reservoir": reservoir, "predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
     **{"CALIP-FS": few_shot, "features": collection, "teacher": teacher_cache},
     **{"manifest": support_manifest, "support features": support_features, "artefact": artefact},
+    **{"schedule": schedule, "schedule artefact": schedule_artefact},
 }

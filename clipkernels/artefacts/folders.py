@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clipkernels.artefacts.header import FILE, read_header
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from clipkernels.artefacts.header import FILE, is_artefact, read_header
+
+NEW, OLD = ".new.", ".old."
+"""Parts of the names of hidden folders: one that is written, and one that moves aside."""
 
 
 def check_replaceable(folder: Path) -> None:
@@ -37,15 +46,17 @@ def check_replaceable(folder: Path) -> None:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`, which takes its place on success and is deleted on error.
 
-    An artefact that is there moves aside first, and back if the new one cannot take its place.
+    An artefact that is there moves aside first, and back if the new one cannot take its place. What killed writers left
+    beside it is removed first; an artefact that one had moved aside returns if its place is free.
 
     Raises:
         ValueError: as `check_replaceable`.
         OSError: no folder can be made there.
     """
-    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    _sweep(folder)
+    check_replaceable(folder)
+    temporary, lock = _make_sibling(folder)
     try:
         yield temporary
         for file in temporary.iterdir():
@@ -57,6 +68,17 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        _unlock(lock)
+
+
+def _make_sibling(folder: Path) -> tuple[Path, int | None]:
+    """A new hidden folder beside `folder`, and its lock."""
+    while True:
+        path = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{NEW}"))
+        # Before it is locked, another process may take it for one that a killed writer left.
+        with suppress(BlockingIOError, FileNotFoundError):
+            return path, _lock(path)
 
 
 def _exchange(temporary: Path, folder: Path) -> None:
@@ -64,14 +86,72 @@ def _exchange(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(temporary, folder)
         return
-    before = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    os.rename(folder, before)
+    before = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{OLD}"))
+    lock = None
+    with suppress(BlockingIOError, FileNotFoundError):
+        lock = _lock(folder)  # of the folder itself, wherever it moves
     try:
-        os.rename(temporary, folder)
-    except BaseException:
-        os.rename(before, folder)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+        os.rename(folder, before)
+        try:
+            os.rename(temporary, folder)
+        except BaseException:
+            os.rename(before, folder)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        _unlock(lock)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the folders that killed writers of `folder` left beside it; the one that lacks its artefact gets it back.
+
+    The system releases the lock of a writer however it ends. Without such locks nothing is removed.
+    """
+    pattern = re.compile(rf"{re.escape(f'.{folder.name}')}({re.escape(NEW)}|{re.escape(OLD)})[a-z0-9_]{{8}}")
+    for name in os.listdir(folder.parent):
+        match, path = pattern.fullmatch(name), folder.parent / name
+        if match is None or path.is_symlink() or not path.is_dir():
+            continue
+        lock = None
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(path)
+        if lock is None:
+            continue
+        try:
+            if match[1] == OLD and is_artefact(path) and not os.path.lexists(folder):
+                os.rename(path, folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            _unlock(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder and return the number to `_unlock`, or None on a system or a file system without locks.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        FileNotFoundError: it is not there any more.
+    """
+    if fcntl is None:
+        return None
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(number), os.stat(folder)):
+            return number
+        raise FileNotFoundError(folder)
+    except OSError as error:
+        os.close(number)
+        if isinstance(error, BlockingIOError | FileNotFoundError):
+            raise
+        return None
+
+
+def _unlock(number: int | None) -> None:
+    """Release a lock, which ends with the open folder."""
+    if number is not None:
+        os.close(number)
 
 
 def _flush(file: Path) -> None:

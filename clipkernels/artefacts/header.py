@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from clipkernels.artefacts.method_records import PlanRecord, Record
+from clipkernels.artefacts.method_records import Record
 from clipkernels.files import hash_of
 from clipkernels.formats import Digest, Fingerprint, Format, Line, Precision, Size
+from clipkernels.plan_records import PlanRecord
 from clipkernels.state_files import read_json, write_json
 
 FILE = "clipkernels.json"

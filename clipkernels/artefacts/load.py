@@ -15,12 +15,13 @@ from clipkernels.arguments import check_device, check_model, check_path
 from clipkernels.artefacts.contents import Artefact, has_text
 from clipkernels.artefacts.header import FILE, Header, check_files, read_header
 from clipkernels.artefacts.libraries import checkpoints_of
-from clipkernels.artefacts.method_records import read_method, record_plan
+from clipkernels.artefacts.method_records import read_method
 from clipkernels.artefacts.weights import restore_precisions
 from clipkernels.fingerprint import check_fingerprint, fingerprint, same_tower
 from clipkernels.learn.checkpoints import seeded
 from clipkernels.methods import Method
 from clipkernels.patching import patch, unpatch
+from clipkernels.plan_records import record_plan
 from clipkernels.tower import make_plan
 
 Model = TypeVar("Model", bound=nn.Module)

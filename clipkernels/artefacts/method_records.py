@@ -1,4 +1,4 @@
-"""Methods and plans as JSON: a name of a fixed table and the values of its fields, and modules as files.
+"""Methods as JSON: a name of a fixed table and the values of its fields, and modules as files.
 
 A record is data. Reading one constructs a class of the table, which checks its arguments, and nothing else: no name in
 a file is imported or called.
@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import nn
 
 from clipkernels.arguments import describe
-from clipkernels.formats import Count, Line, Size
+from clipkernels.formats import Line
 from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
 from clipkernels.messages import list_names
-from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, ToMe
-from clipkernels.plan import Condense, Merge, Plan, Predict, Prune
+from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, ToMe
+from clipkernels.plan import Step
+from clipkernels.plan_records import StepRecord, read_step, record_step
 
-METHODS: dict[str, Any] = {cls.__name__: cls for cls in (Dense, EViT, PatchRanking, TCA, ToMe)}
-STEPS: dict[str, Any] = {cls.__name__: cls for cls in (Condense, Merge, Predict, Prune)}
+METHODS: dict[str, Any] = {cls.__name__: cls for cls in (Dense, EViT, PatchRanking, Schedule, TCA, ToMe)}
 MODULES: dict[str, tuple[Any, str]] = {
     "predictor": (RankPredictor, "predictor.safetensors"),
     "tokens": (VisualTokens, "learnt_tokens.safetensors"),
 }
 """Of a method's argument that is a module: its class and its file."""
-Value = None | bool | int | float | Line | list[int]
+Value = None | bool | int | float | Line | list[int | StepRecord | None]
+"""Of a method's argument: a number, a text, numbers, or a step or None per block."""
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,15 +41,6 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: Line
     arguments: dict[Line, Value]
     modules: list[Line] = []
-
-
-class PlanRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A plan: the tokens that enter each block and leave the last, and the step of each block."""
-
-    tokens: list[Size]
-    prefix: Count
-    learnt: Count
-    steps: list[Record | None]
 
 
 def record_method(method: Method) -> Record:
@@ -65,17 +56,11 @@ def record_method(method: Method) -> Record:
             f"expected a built-in method ({', '.join(METHODS)}), got {describe(method)}, which JSON cannot rebuild "
             "without running its code: ck.unpatch the model, save it, and patch it after ck.load"
         )
-    for argument, (cls, _) in MODULES.items():
-        module = getattr(method, argument, None)
-        if module is not None and type(module) is not cls:
+    for argument, module in _modules_of(method).items():
+        cls, _ = MODULES[argument]
+        if type(module) is not cls:
             raise ValueError(f"expected {name} with a {cls.__name__} as {argument}, got {describe(module)}")
     return _record(method)
-
-
-def record_plan(plan: Plan) -> PlanRecord:
-    """The record of a plan."""
-    steps = [None if step is None else _record(step) for step in plan.steps]
-    return PlanRecord(list(plan.tokens), plan.prefix, plan.learnt, steps)
 
 
 def read_method(record: Record, folder: str | os.PathLike[str]) -> Method:
@@ -102,22 +87,35 @@ def read_method(record: Record, folder: str | os.PathLike[str]) -> Method:
 def save_modules(method: Method, folder: str | os.PathLike[str]) -> list[str]:
     """Write the modules of a method to a folder, and return the names of their files."""
     names = []
-    for argument, (_, file) in MODULES.items():
-        module: nn.Module | None = getattr(method, argument, None)
-        if module is not None:
-            module.save(Path(folder) / file)  # type: ignore[operator]  # RankPredictor and VisualTokens have it
-            names.append(file)
+    for argument, module in _modules_of(method).items():
+        _, file = MODULES[argument]
+        module.save(Path(folder) / file)
+        names.append(file)
     return names
 
 
-def _record(value: Any) -> Record:
-    content: Mapping[str, Any] = {field.name: getattr(value, field.name) for field in fields(value)}
-    modules = [name for name, part in content.items() if isinstance(part, nn.Module)]
+def _modules_of(method: Method) -> dict[str, Any]:
+    """The arguments of a method with weights that are modules, by name."""
+    if not hasattr(method, "weights"):
+        return {}
+    modules = {name: getattr(method, name, None) for name in MODULES}
+    return {name: module for name, module in modules.items() if module is not None}
+
+
+def _record(method: Any) -> Record:
+    content: Mapping[str, Any] = {field.name: getattr(method, field.name) for field in fields(method)}
+    modules = list(_modules_of(method))
     arguments = {
-        name: list(part) if isinstance(part, tuple) else part for name, part in content.items() if name not in modules
+        name: [record_step(item) if isinstance(item, Step) else item for item in part]
+        if isinstance(part, tuple)
+        else part
+        for name, part in content.items()
+        if name not in modules
     }
-    return Record(type(value).__name__, arguments, modules)
+    return Record(type(method).__name__, arguments, modules)
 
 
 def _from_json(value: Value) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return tuple(read_step(item) if isinstance(item, StepRecord) else item for item in value)

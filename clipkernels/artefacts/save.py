@@ -16,7 +16,7 @@ from clipkernels.artefacts.contents import has_text
 from clipkernels.artefacts.folders import check_replaceable, replaced_folder
 from clipkernels.artefacts.header import Header, write_header
 from clipkernels.artefacts.libraries import checkpoints_of, library_of
-from clipkernels.artefacts.method_records import record_method, record_plan, save_modules
+from clipkernels.artefacts.method_records import record_method, save_modules
 from clipkernels.artefacts.open_clip import has_fp32_norms
 from clipkernels.artefacts.proof import prove
 from clipkernels.artefacts.weights import plain_state, precisions_of, unwrapped
@@ -25,6 +25,7 @@ from clipkernels.fingerprint import fingerprint
 from clipkernels.measure.environment import versions
 from clipkernels.measure.fidelity import Fidelity
 from clipkernels.patching import method_of
+from clipkernels.plan_records import record_plan
 from clipkernels.tower import make_plan
 
 
@@ -39,13 +40,15 @@ def save(
 ) -> None:
     """Write a model with the method that it is patched with to a folder, which `ck.load` reads.
 
-    Without clipkernels the folder is a dense checkpoint of the model's library. `clipkernels.json` beside the weights
+    Without clipkernels the folder is a dense checkpoint of the model's library. (timm loads it with `pretrained=True`;
+    without that the weights are random, and nothing says so.) `clipkernels.json` beside the weights
     has method, plan, fingerprints, versions and the report. Predictor and learnt tokens have files of their own.
     Nothing is pickled.
 
     The folder is written under another name, loaded, and compared with the model: every weight and the embeddings of
     images and texts of noise, bit for bit. Then it takes its place, so that it is there whole or not at all. An
-    artefact that is there is replaced; between two renames the name is free for a moment.
+    artefact that is there is replaced; between two renames the name is free for a moment. A killed process leaves a
+    hidden folder beside it, which the next save to the same place removes.
 
     Args:
         model: a model of open_clip, transformers, timm or OpenAI's clip, on one device, patched or not. Wrappers of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from clipkernels.cli.parts.options import format_option, output_option, precision_option, seed_option
@@ -13,7 +15,9 @@ Example:
 
 
 @click.command(epilog=EXAMPLE)
-@click.option("--model", default="ViT-B-16", show_default=True, help="Full-size open_clip tower, or none.")
+@click.option(
+    "--model", default="ViT-B-16", show_default=True, help="Full-size open_clip tower, a folder of ck.save, or none."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
 @precision_option
 @seed_option("images, weights and order")
@@ -34,10 +38,11 @@ def demo(
     """Measure speed and accuracy of every method, with nothing downloaded.
 
     The small bundled CLIP classifies held-out digits and scenes. One full-size tower with random weights shows
-    the speed, because the small one has too few tokens for that.
+    the speed, because the small one has too few tokens for that; a folder of ck.save runs its own method there.
     """
     # Before the imports, which take seconds without a sign of life.
-    tower = "" if model == "none" else f" and {model} with random weights"
+    weights = "" if os.path.isdir(model) else " with random weights"
+    tower = "" if model == "none" else f" and {model}{weights}"
     duration = "less than a minute" if quick or model == "none" else "one to five minutes"
     click.echo(f"Timing the bundled CLIP{tower}, dense and with every method: {duration} on a CPU.", err=True)
     from clipkernels.cli.parts import demo_tables

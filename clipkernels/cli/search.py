@@ -18,10 +18,11 @@ from clipkernels.cli.parts.options import device_option, format_option, once, ou
 from clipkernels.cli.parts.output import PathCell, check_file, opened, refuse_same, write_results
 from clipkernels.collection.contact_sheet import MAX_HITS, draw_hits, image_reader
 from clipkernels.collection.manifest import Manifest, read_manifest
-from clipkernels.collection.query import BUNDLED, load_bundled
+from clipkernels.collection.query import BUNDLED, load_recorded, recorded_schedule
 from clipkernels.collection.search import Hit
 from clipkernels.collection.search import search as find
 from clipkernels.messages import first_line, printable, quantity
+from clipkernels.methods import Method
 from clipkernels.patching import patch, unpatch
 from clipkernels.pictures.files import check_suffix, save_picture
 
@@ -86,7 +87,7 @@ def search(
         if spec is not None:
             if image is None:
                 raise click.UsageError(f"expected --image with --method {spec}, got a text")
-            manifest = msgspec.structs.replace(manifest, spec=spec)
+            manifest = msgspec.structs.replace(manifest, spec=spec, schedule=msgspec.UNSET)
         model, preprocess, tokenizer = load_model(folder, manifest, choose_device(device), image is not None)
         with opened(output) as stream:
             options: dict[str, Any] = {"model": model, "preprocess": preprocess, "tokenizer": tokenizer}
@@ -115,7 +116,7 @@ def load_model(folder: str, manifest: Manifest, device: torch.device, for_image:
     settings = manifest.settings
     tokenizer: Any = None
     if (settings.library, settings.model, settings.pretrained) == BUNDLED:
-        model, preprocess, tokenizer = load_bundled(settings, device)
+        model, preprocess, tokenizer = load_recorded(manifest, device)
     elif settings.library is None or settings.model is None:
         expected = "expected a collection whose model has a name"
         raise click.UsageError(f"{expected}, got {folder}, made from Python: search with clipkernels.search")
@@ -127,9 +128,11 @@ def load_model(folder: str, manifest: Manifest, device: torch.device, for_image:
     else:
         model, preprocess, tokenizer = load_clip(settings.library, settings.model, settings.pretrained)
     model = cast_towers(model, device, getattr(torch, settings.precision))
-    if manifest.spec is not None and for_image:
+    if for_image and (manifest.spec is not None or manifest.schedule is not msgspec.UNSET):
         try:
-            [method] = read_methods([manifest.spec], None, None)
+            method: Method | None = recorded_schedule(manifest)  # whose file may be gone
+            if method is None:
+                [method] = read_methods([str(manifest.spec)], None, None)
             model = unpatch(model) if method is None else patch(model, method)
         except (click.UsageError, ValueError) as error:
             reason = error.format_message() if isinstance(error, click.UsageError) else first_line(error)

@@ -39,7 +39,7 @@ from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import printable, quantity, skip_message
 from clipkernels.methods import Dense
-from clipkernels.patching import tower_of
+from clipkernels.patching import method_of, tower_of
 from clipkernels.pictures.files import check_suffix, save_picture
 from clipkernels.pictures.moves import measure_moves
 from clipkernels.pictures.show import MAX_WORST, check_counts, draw_moves
@@ -63,7 +63,8 @@ Example:
     "specs",
     multiple=True,
     metavar="SPEC",
-    help=f"{METHOD_HELP} May be repeated.  [default: evit:0.7, evit:0.5 and tome at the cost of evit:0.7]",
+    help=f"{METHOD_HELP} May be repeated.  [default: that of a folder of ck.save, else tome at the cost of "
+    "evit:0.7, evit:0.7 and evit:0.5]",
 )
 @predictor_option
 @tokens_option
@@ -128,7 +129,8 @@ def show(
         tower = tower_of(model)
         asked = {"", *(spec.partition(":")[0] for spec in specs)}
         dense = {name_of(None): "none", name_of(Dense()): "dense"}
-        known = methods_for(tower, specs, predictor, tokens)
+        own = method_of(model)
+        known = methods_for(tower, specs, predictor, tokens, None if isinstance(own, Dense) else own)
         methods = {name: method or Dense() for name, method in known.items() if dense.get(name, "") in asked}
         dataset = Pictures(paths, preprocess, image_shape(model, preprocess), exif=not no_exif)
         workers = min(4, os.cpu_count() or 1) if len(paths) >= MIN_IMAGES_FOR_WORKERS else 0

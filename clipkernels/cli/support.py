@@ -14,7 +14,8 @@ from rich.text import Text
 from clipkernels.cli.parts.classes import read_classes, warn_of_one
 from clipkernels.cli.parts.heads import is_set
 from clipkernels.cli.parts.images import exif_option
-from clipkernels.cli.parts.models import choose_device, load_clip, loading, model_options
+from clipkernels.cli.parts.model_libraries import loading
+from clipkernels.cli.parts.models import choose_device, load_clip, model_options
 from clipkernels.cli.parts.options import (
     batch_size_option,
     classes_file_option,

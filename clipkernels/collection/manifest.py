@@ -13,6 +13,7 @@ import msgspec
 from clipkernels.collection.layout import MANIFEST
 from clipkernels.fingerprint import same_tower
 from clipkernels.formats import Fingerprint, Format, Line, Size
+from clipkernels.plan_records import PlanRecord
 from clipkernels.state_files import read_json, write_json
 
 MAX_BYTES = 1 << 22
@@ -60,12 +61,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """The content of manifest.json: settings, sources as they were named, and the last run.
 
     spec: the method as the command line spells it, such as "tome:8"; None for one from Python.
+    schedule: the plan of a `ck.Schedule`, whose file may not be there any more; absent for other methods.
     run: batch size, threads, device, compiled or not, engine and versions of the last run, for people.
     """
 
     settings: Settings
     sources: list[Line]
     spec: Line | None
+    schedule: PlanRecord | msgspec.UnsetType = msgspec.UNSET
     run: Annotated[dict[Line, Line | int | bool | None], msgspec.Meta(max_length=32)]
 
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from typing import Any
 
+import msgspec
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -14,14 +15,17 @@ from torch import Tensor, nn
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.text import find_text_encoder
 from clipkernels.adapters.tokenizers import Tokenizer
+from clipkernels.artefacts.header import is_artefact
+from clipkernels.artefacts.load import load as load_artefact
 from clipkernels.classifier import class_embeddings, eval_mode
-from clipkernels.collection.manifest import Settings
+from clipkernels.collection.manifest import Manifest, Settings
 from clipkernels.data import Preprocess, bundled
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.fingerprint import check_fingerprint, fingerprint, same_tower, short_fingerprint
 from clipkernels.images import Reader, image_shape
-from clipkernels.methods import Dense
-from clipkernels.patching import method_of
+from clipkernels.methods import Dense, Schedule
+from clipkernels.patching import method_of, patch, unpatch
+from clipkernels.plan_records import read_plan
 
 BUNDLED = ("clipkernels", "bundled", None)
 """Library, model and pretrained of the bundled model in a manifest."""
@@ -40,17 +44,55 @@ def check_towers(folder: object, settings: Settings, model: nn.Module, text: boo
             raise ValueError(f"expected the text tower of {folder} ({expected}), got another one ({actual})")
 
 
-def load_bundled(settings: Settings, device: torch.device | str | None) -> tuple[nn.Module, Preprocess, Tokenizer]:
-    """The bundled model in the precision of a collection that it made, its preprocessing and its tokenizer.
+def load_recorded(
+    manifest: Manifest, device: torch.device | str | None
+) -> tuple[nn.Module, Preprocess | None, Tokenizer | None]:
+    """The model of a collection in its precision, its preprocessing and its tokenizer, if it takes no library's name.
+
+    That is the bundled model, or the model of a folder of `ck.save`, patched with the method of the folder. It runs the
+    schedule of the manifest, if that has one.
 
     Raises:
-        ValueError: another model made the collection.
+        ValueError: another model made the collection, or the folder is not as it was written.
+        OSError: a file of the folder cannot be read.
+        ImportError: the model's library is not installed.
     """
-    if (settings.library, settings.model, settings.pretrained) != BUNDLED:
+    settings = manifest.settings
+    preprocess: Any
+    tokenizer: Any
+    if (settings.library, settings.model, settings.pretrained) == BUNDLED:
+        model, preprocess, tokenizer = bundled()
+        model = model.to(device)
+    elif is_saved(settings):
+        model, preprocess, tokenizer = load_artefact(str(settings.model), device=device or "cpu")
+    else:
         name = settings.model or "a model from Python"
         raise ValueError(f"expected a model for a collection of {name}, got none: pass model, preprocess and tokenizer")
-    model, preprocess, tokenizer = bundled()
-    return model.to(device, getattr(torch, settings.precision)), preprocess, tokenizer
+    precision = getattr(torch, settings.precision)
+    if tower_weight(model).dtype != precision:
+        model = model.to(precision)
+    schedule = recorded_schedule(manifest)
+    if schedule is not None:
+        patch(model, schedule)
+    elif settings.method == HOST and _method(model) is not None:  # the folder's own method was not wanted
+        unpatch(model)
+    return model, preprocess, tokenizer
+
+
+def is_saved(settings: Settings) -> bool:
+    """Return true if a collection's model is a folder of `ck.save`, which is there."""
+    return settings.model is not None and settings.pretrained is None and is_artefact(settings.model)
+
+
+def recorded_schedule(manifest: Manifest) -> Schedule | None:
+    """The schedule that a collection was embedded with, or None for another method.
+
+    Raises:
+        ValueError: a record that is no plan.
+    """
+    if isinstance(manifest.schedule, msgspec.UnsetType):
+        return None
+    return Schedule.from_plan(read_plan(manifest.schedule))
 
 
 def encode_text(model: nn.Module, tokenizer: Tokenizer, text: str) -> Tensor:

@@ -43,7 +43,7 @@ from clipkernels.collection.engines import Progress, Run
 from clipkernels.collection.layout import unit_schema
 from clipkernels.collection.manifest import Manifest
 from clipkernels.collection.preparation import UnitItems
-from clipkernels.collection.settings import Name, notes_of, settings_of
+from clipkernels.collection.settings import Name, notes_of, schedule_of, settings_of
 from clipkernels.collection.sources import find_sources, list_items
 from clipkernels.collection.sources.absent import find_planned
 from clipkernels.collection.sources.content import changed_content
@@ -186,7 +186,10 @@ def embed(
             "batch_size": batch_size, "normalised": not raw, "text": text, "tokenizer": tokenizer, "compiled": compiled,
         }  # fmt: skip
         notes = notes_of(model, batch_size, compiled)
-        manifest = Manifest(settings=settings, sources=paths, spec=name.method, run={**notes, "engine": engine})
+        manifest = Manifest(
+            settings=settings, sources=paths, spec=name.method, schedule=schedule_of(model),
+            run={**notes, "engine": engine},
+        )  # fmt: skip
         rows = -(-unit_rows // batch_size) * batch_size
         with Store(out, manifest, encoder["schema"], rows, forgotten=forgotten, complete=prune) as store:
             changed = partial(changed_content, present) if by_content else None

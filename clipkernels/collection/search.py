@@ -18,7 +18,7 @@ from clipkernels.collection.query import (
     check_towers,
     encode_picture,
     encode_text,
-    load_bundled,
+    load_recorded,
     warn_of_method,
 )
 from clipkernels.collection.rows import list_shards, take_rows, value_columns, warn_of_unfinished
@@ -63,11 +63,12 @@ def search(
         text: the query, or None.
         image: the query: an image file, the content of one, or a PIL image; or None.
         k: hits; fewer, if the collection has fewer rows.
-        model: the model that made the collection, patched with the method that made it, in eval mode or not; None is
-            the bundled model.
+        model: the model that made the collection, patched with the method that made it, in eval mode or not. None loads
+            the bundled model, or the folder of `ck.save` that `clipkernels embed` had as its model, with its method;
+            and a `ck.Schedule` is recorded in the collection. Other methods of the bundled model are not known here.
         preprocess: a callable from a PIL image to a tensor (3,S,S); needed with a model and an image.
         tokenizer: as in `ck.Classifier`; needed with a model and a text.
-        device: of the bundled model. A given model stays where it is.
+        device: of a model that is loaded. A given model stays where it is.
     Returns:
         At most k hits.
     Raises:
@@ -84,19 +85,27 @@ def search(
         raise ValueError(f"expected a text or an image, got {'neither' if text is None else 'both'}")
     if text is not None and (not isinstance(text, str) or not text.strip()):
         raise ValueError(f"expected a text that is not empty, got {describe(text)}")
-    settings = read_manifest(folder).settings
+    manifest = read_manifest(folder)
+    settings = manifest.settings
     warn_of_unfinished(Path(folder))
+    loaded = model is None
     if model is None:
-        model, preprocess, tokenizer = load_bundled(settings, device)
+        model, preprocess, tokenizer = load_recorded(manifest, device)
     elif device is not None:
         raise ValueError(f"expected no device with a model, which stays where it is, got {describe(device)}")
     check_model(model)
     check_towers(folder, settings, model, text is not None)
     if text is not None:
+        if loaded and tokenizer is None:
+            raise ValueError(f"expected {settings.model} to hold a tokenizer, got none: pass tokenizer= to ck.save")
         check_calls(tokenizer=tokenizer)
         assert tokenizer is not None
         query = encode_text(model, tokenizer, text)
     else:
+        if loaded and preprocess is None:
+            raise ValueError(
+                f"expected {settings.model} to hold an image processor, got none: pass model and preprocess"
+            )
         check_calls(preprocess=preprocess)
         assert preprocess is not None and image is not None
         warn_of_method(folder, settings, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
+import msgspec
 import torch
 from torch import nn
 
@@ -17,8 +18,9 @@ from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.fingerprint import fingerprint
 from clipkernels.images import Reader, image_shape
-from clipkernels.methods import Dense
+from clipkernels.methods import Dense, Schedule
 from clipkernels.patching import method_of
+from clipkernels.plan_records import PlanRecord, record_plan
 from clipkernels.support.features import encoder_of
 from clipkernels.tower import make_plan
 
@@ -67,6 +69,17 @@ def settings_of(
         width=width, dtype=dtype or ("float32" if weight.dtype in (torch.float32, torch.float64) else "float16"),
         normalised=not raw, text=text, columns={column: str(kind) for column, kind in columns.items()},
     )  # fmt: skip
+
+
+def schedule_of(model: nn.Module) -> PlanRecord | msgspec.UnsetType:
+    """The record of the plan of a model that is patched with a `ck.Schedule`; unset for another method."""
+    try:
+        method = method_of(model)
+    except UnsupportedTower:  # a ResNet
+        return msgspec.UNSET
+    if not isinstance(method, Schedule):
+        return msgspec.UNSET
+    return record_plan(method.plan(method.tokens, len(method.steps), method.prefix))
 
 
 def notes_of(model: nn.Module, batch_size: int, compiled: bool) -> dict[str, Any]:

@@ -159,6 +159,17 @@ def test_the_library_alone_loads_a_dense_checkpoint(name: str, tmp_path: Path, m
             assert torch.nn.functional.cosine_similarity(answer, own[key]).min() > 0.99
 
 
+def test_timm_reads_the_weights_only_if_they_are_asked_for(tmp_path: Path) -> None:
+    import timm
+
+    model, options = made("timm")
+    ck.save(model, tmp_path / "tower", **options)
+    expected = model.state_dict()["patch_embed.proj.weight"]
+    for pretrained in (True, False):  # as docs/deployment.md says
+        host = timm.create_model(f"local-dir:{tmp_path / 'tower'}", pretrained=pretrained)
+        assert torch.equal(host.state_dict()["patch_embed.proj.weight"], expected) is pretrained
+
+
 def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
     names = ("bundled, predictor", "timm", "OpenAI", "transformers")
     digests = {}

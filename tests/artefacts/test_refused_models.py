@@ -64,7 +64,7 @@ def test_methods_are_equal_after_json(method: Any, tmp_path: Path) -> None:
 
 
 def test_a_record_reads_nothing_that_it_names(tmp_path: Path) -> None:
-    assert set(METHODS) == {"Dense", "EViT", "PatchRanking", "TCA", "ToMe"}
+    assert set(METHODS) == {"Dense", "EViT", "PatchRanking", "Schedule", "TCA", "ToMe"}
     for record, message in (
         (Record("os.system", {"command": "true"}), "expected a built-in method .* got 'os.system'"),
         (Record("EViT", {"keep": 0.5, "tokens": 3}), "expected arguments of EViT, got 'tokens'"),

@@ -199,6 +199,26 @@ def test_json_records_the_settings() -> None:
     assert any("random noise" in note for note in result["notes"])
 
 
+def test_the_run_ends_with_what_it_takes_and_why(pictures: Path) -> None:
+    document = json.loads(bench(pictures, "--methods", "tome:8", "--precision", "fp32", "--precision", "bf16",
+                                "--format", "json").stdout)  # fmt: skip
+    assert [choice["precision"] for choice in document["choices"]] == ["fp32", "bf16"]
+    for choice in document["choices"]:  # ten images show nothing
+        assert choice["method"] in ("dense (host)", "Dense()") and choice["min_agreement"] == 0.9
+        assert choice["reason"].startswith(f"{choice['precision']}: take {choice['method']}: ")
+    table = bench(pictures, "--methods", "tome:8").stdout.splitlines()
+    assert table[-1].startswith("fp32: take ")
+    rows = bench(pictures, "--methods", "tome:8", "--format", "csv")
+    assert "take" not in rows.stdout and rows.stderr.splitlines()[-1].startswith("fp32: take ")
+    for images, reason in (
+        (["--limit", 4], "the images are random noise"),
+        ([min(pictures.iterdir())], "a single ima"),
+    ):
+        line = bench(*images, "--methods", "evit:0.1", "--batch-size", 1).stdout.splitlines()[-1]
+        assert reason in line or "no method is faster in nine rounds of ten" in line
+    assert "'--min-agreement': 1.0 is not in the range" in bench(pictures, "--min-agreement", 1).stderr
+
+
 def test_results_and_a_plot_go_to_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     result = bench("--methods", "tome:8", "--output", tmp_path / "out.txt", "--plot", tmp_path / "out.png")
@@ -448,7 +468,10 @@ def test_an_unsupported_tower_is_one_line(resnet: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "evit:0.5,prune:3"], "patch-ranking:0.6, dense or none, got 'prune:3': no such method"),
+        (
+            ["--methods", "evit:0.5,prune:3"],
+            "patch-ranking:0.6, schedule.json, dense or none, got 'prune:3': no such method",
+        ),
         (["--methods", "evit:x"], "such as evit:0.7:blocks=3/6/9, got 'evit:x': keep: expected a number, got 'x'"),
         (["--method", "evit:0.7:blocks=9"], "got 'evit:0.7:blocks=9': blocks must be ints in [0, 5]"),
         (["--methods", "evit:2"], "got 'evit:2': keep must be a number in (0, 1], got 2.0"),

@@ -67,7 +67,10 @@ def test_patch_ranking_takes_its_predictors_share_unless_specified(tmp_path: Pat
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", "such as evit:0.7, tome:8, tca:0.1, patch-ranking:0.6, dense or none, got '': no such method"),
+        (
+            "",
+            "tome:8, evit:0.7, tca:0.1, patch-ranking:0.6, schedule.json, dense or none, got '': no such method",
+        ),
         ("EViT", "got 'EViT': no such method"),
         ("evit:", "such as evit:0.7:blocks=3/6/9, got 'evit:': keep: expected a number, got ''"),
         ("evit:2", "got 'evit:2': keep must be a number in (0, 1], got 2.0"),

@@ -92,7 +92,7 @@ def test_methods_that_reduce_nothing_show_the_whole_image(photos: Path, tmp_path
 def test_without_a_method_three_are_shown_in_any_precision(photos: Path, tmp_path: Path) -> None:
     common = ("show", photos / "0.png", "--out", tmp_path / "kept.png", "--precision", "bf16", "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(succeed(*common).stdout)))
-    assert [row["method"] for row in rows] == ["EViT(keep=0.7)", "EViT(keep=0.5)", "ToMe(r=7)"]
+    assert [row["method"] for row in rows] == ["ToMe(r=7)", "EViT(keep=0.7)", "EViT(keep=0.5)"]
 
 
 def test_all_steps_make_a_wider_picture(photos: Path, tmp_path: Path) -> None:

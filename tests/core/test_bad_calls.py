@@ -134,6 +134,7 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     cache_of = distill.TeacherCache(folder, teacher())
     classifier = ck.Classifier(model(), tokenizer(), list(PROMPTS))
     sequence = {"tokens": 65, "blocks": 12, "prefix": 1}
+    schedule = ck.Schedule.from_plan(ck.EViT(0.5).plan(**sequence))
     inputs = {"images": images(), "texts": ["a", "b"], "answers": ["c"], "regions": True, "words": True}
     return {
         "EViT": (ck.EViT, {"keep": 0.5, "blocks": (1,), "fuse": True, "score": "cls", "seed": 0, "multiple": 1}),
@@ -145,7 +146,9 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             ck.PatchRanking, {"predictor": predictor, "keep": 0.5, "block": 3, "tokens": None, "multiple": 1},
         ),
         **{f"{type(method).__name__}.plan": (method.plan, sequence) for method in (
-            ck.Dense(), ck.EViT(0.5), ck.TCA(0.1), ck.ToMe(3), ck.PatchRanking(predictor))},
+            ck.Dense(), ck.EViT(0.5), ck.TCA(0.1), ck.ToMe(3), ck.PatchRanking(predictor), schedule)},
+        "Schedule": (ck.Schedule, {"steps": [ck.Merge(3), None], "tokens": 9, "prefix": 1}),
+        "Schedule.from_plan": (ck.Schedule.from_plan, {"plan": ck.Plan((None,), 9)}),
         "Prune": (ck.Prune, {"keep": 3, "fuse": True, "signal": "cls", "seed": 0}),
         "Merge": (ck.Merge, {"r": 3, "proportional": True, "signal": "keys"}),
         "Condense": (ck.Condense, {"keep": 3, "merge": 3, "centers": 2, "heads": "mean", "first": 0, "signal": "cls"}),

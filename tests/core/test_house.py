@@ -36,7 +36,7 @@ LAYERS = (
     ("messages", "files", "formats", "state_files", "layered_class", "cuda_graph"),
     ("reference", "backend"),
     ("arguments", "custom_ops"),
-    ("plan",),
+    ("plan", "plan_records"),
     ("ops",),
     ("block",),
     ("adapters",),
@@ -48,10 +48,10 @@ LAYERS = (
     ("classifier",),
     ("support", "images"),
     ("pictures",),
-    ("collection",),
     ("learn",),
     ("measure", "testing"),
     ("artefacts",),
+    ("collection",),
     ("cli",),
 )
 OPENERS = re.compile(r"(What|Whether|Which|Where|How|Why|Who|Of)\b")

@@ -25,6 +25,7 @@ from clipkernels.heads import reservoir_entries
 from clipkernels.learn import calip_fs
 from clipkernels.learn.distill import TeacherCache, feature_files
 from clipkernels.learn.patch_ranking import predictor, rankings, tokens
+from clipkernels.methods import schedule
 from clipkernels.state_files import read_state, tensor_digest, write_state
 from clipkernels.support import features, manifest
 from clipkernels.support.features import split_names
@@ -47,6 +48,7 @@ FORMATS: dict[str, Format] = {
     **{"reservoir": reservoir_entries.FORMAT, "predictor": predictor.FORMAT, "rankings": rankings.FORMAT},
     **{"learnt tokens": tokens.FORMAT, "CALIP-FS": calip_fs.FORMAT, "features": features.FORMAT},
     **{"teacher": feature_files.FORMAT, "manifest": manifest.FORMAT, "artefact": ARTEFACT},
+    "schedule": schedule.FORMAT,
 }
 
 

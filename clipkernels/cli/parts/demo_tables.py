@@ -15,17 +15,18 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
+from clipkernels.artefacts.header import is_artefact
 from clipkernels.classifier import Classifier
 from clipkernels.cli.parts import demo_images
 from clipkernels.cli.parts.demo_images import KINDS, LabelledImages, Size, draw, save
-from clipkernels.cli.parts.methods import default_methods
-from clipkernels.cli.parts.models import cast_towers
+from clipkernels.cli.parts.methods import default_methods, methods_for
+from clipkernels.cli.parts.models import LIBRARIES, cast_towers, load
 from clipkernels.cli.parts.output import method_table, opened, progress, quietly, schedule, write_results
 from clipkernels.data import bundled
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import HOST, Speed, Times, Variant, tabulate, time_variants, vary
 from clipkernels.measure.towers import DTYPES
-from clipkernels.patching import patched, tower_of
+from clipkernels.patching import method_of, patched, tower_of, unpatch
 
 METHODS = 5
 BATCH = 128
@@ -39,7 +40,10 @@ NOTES = (
     "row ran). Where only CLS is pooled every row but dense (host) runs the last block for CLS alone, and η counts the "
     "GMACs of both sides accordingly.",
     "Accuracy is zero-shot, among 10 captions for digits and 64 for scenes; unseen are colour-shape pairs that are not "
-    "in the training data. same: images that get the same class as with dense (host).",
+    "in the training data. same: images that get the same class as with dense (host). Below the dense rows the method "
+    "with the largest share of these comes first.",
+    "These images are drawn. On photographs the order is another: of 5000 of CIFAR-10's, the bundled model classifies "
+    "75.3 % correctly, with ToMe(r=7) 73.5 %, with EViT(keep=0.7) 67.3 %, with EViT(keep=0.5) 55.3 %.",
 )
 
 
@@ -81,8 +85,9 @@ def run(
     """
     import open_clip  # after the demo's first line, because it takes seconds
 
-    if name != "none" and name not in open_clip.list_models():
-        raise click.UsageError(f"expected --model to be none or one of open_clip's models, got {name!r}")
+    if name != "none" and not is_artefact(name) and name not in open_clip.list_models():
+        expected = "expected --model to be none, a folder of ck.save or one of open_clip's models"
+        raise click.UsageError(f"{expected}, got {name!r}")
     size = demo_images.QUICK if quick else demo_images.FULL
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -109,7 +114,10 @@ def run(
 def bundled_rows(
     pictures: Mapping[str, LabelledImages], size: Size, precision: str, seed: int, step: Callable[[], object]
 ) -> list[Row]:
-    """Return speed, accuracy and agreement with dense of the bundled model, one row per method."""
+    """Return speed, accuracy and agreement with dense of the bundled model, one row per method.
+
+    The dense rows come first, then the others, those that agree most first.
+    """
     model, preprocess, tokenizer = bundled()
     dtype = DTYPES[precision]
     model = cast_towers(model, torch.device("cpu"), dtype)
@@ -136,17 +144,19 @@ def bundled_rows(
         accuracy = {kind: float(np.mean(predicted[kind] == pictures[kind].labels)) for kind in KINDS}
         same = np.concatenate([predicted[kind] == reference[kind] for kind in KINDS])
         rows.append(Row("bundled", precision, speed, accuracy, float(np.mean(same))))
-    return rows
+    return sorted(rows, key=lambda row: (len(set(row.speed.tokens)) > 1, -(row.agreement or 0)))
 
 
 def load_full(name: str, seed: int) -> nn.Module:
-    """Return an open_clip model with random weights.
+    """Return the model of a folder of `ck.save`, or an open_clip model with random weights.
 
     Raises:
         UnsupportedTower: its tower cannot be patched.
     """
     import open_clip
 
+    if is_artefact(name):
+        return load(LIBRARIES[0], name, None).model
     torch.manual_seed(seed)
     with quietly():
         model = open_clip.create_model(name, pretrained_text=False).eval()
@@ -157,11 +167,12 @@ def load_full(name: str, seed: int) -> nn.Module:
 def full_rows(
     name: str, model: nn.Module, size: Size, precision: str, seed: int, step: Callable[[], object]
 ) -> list[Row]:
-    """Return the speed of a full-size tower on random images, one row per method."""
+    """Return the speed of a full-size tower on random images, one row per method; a folder's own is the only one."""
     model = cast_towers(model, torch.device("cpu"), DTYPES[precision])
     tower = tower_of(model)
     batches = torch.randn(2, size.full_batch, 3, *tower.image_size).to(DTYPES[precision]).unbind()
-    variants = vary(model, default_methods(tower))
+    methods = methods_for(tower, (), None, None, method_of(model))
+    variants = vary(unpatch(model), methods)
     times = time_with_repeat(name, variants, batches, size.full_rounds, seed, step)
     return [Row(name, precision, speed, {}, None) for speed in tabulate(times, variants, tower, size.full_batch)]
 
@@ -212,7 +223,8 @@ def draw_tables(tables: Mapping[str, Sequence[Row]]) -> Iterator[Table | str]:
     threads = torch.get_num_threads()
     for name, rows in tables.items():
         scored = rows[0].agreement is not None
-        title = "The bundled CLIP, 32×32" if scored else f"{name}, random weights"
+        weights = "saved" if is_artefact(name) else "random"
+        title = "The bundled CLIP, 32×32" if scored else f"{name}, {weights} weights"
         yield draw_speed(f"{title}, {rows[0].precision}, {threads} thread{'s' * (threads > 1)}", rows)
         if scored:
             yield draw_accuracy(rows)
