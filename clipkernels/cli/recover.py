@@ -70,9 +70,7 @@ class ShareOrCount(click.ParamType):
 
 @click.command(epilog=EXAMPLE)
 @click.argument("images", nargs=-1, required=True)
-@click.option(
-    "--out", required=True, type=click.Path(file_okay=False), help="Folder of the tower, as ck.save writes it."
-)
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of ck.save for the tower.")
 @once("--method", "spec", metavar="SPEC", help=f"{METHOD_HELP}  [default: that of the folder in --model]")
 @predictor_option
 @tokens_option
@@ -82,6 +80,13 @@ class ShareOrCount(click.ParamType):
 @click.option("--lr", type=float, default=2e-4, show_default=True, help="Largest learning rate.")
 @click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps in which it rises.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Weight decay of matrices.")
+@click.option(
+    "--contrast",
+    type=float,
+    default=0.005,
+    show_default=True,
+    help="Weight of finding the own dense embedding in a batch.",
+)
 @click.option(
     "--held-out",
     type=ShareOrCount(),
@@ -121,6 +126,7 @@ def recover(
     lr: float,
     warmup: float,
     weight_decay: float,
+    contrast: float,
     held_out: float | int,
     patience: int,
     lora: int | None,
@@ -167,13 +173,14 @@ def recover(
         with stopping() as stop, Reporter(stop, "embedding") as report:
             result = recover_tower(
                 model, Decoded(pictures), epochs=epochs, batch_size=batch_size, lr=lr, warmup=warmup,
-                weight_decay=weight_decay, held_out=held_out, patience=patience, lora=lora, seed=seed,
-                workers=default_workers() if workers is None else workers, state=folder,
+                weight_decay=weight_decay, contrast=contrast, held_out=held_out, patience=patience,
+                lora=lora, seed=seed, workers=default_workers() if workers is None else workers, state=folder,
                 progress=lambda progress: show(report, progress),
             )  # fmt: skip
         if not result.stopped:
             settings = {
                 "epochs": epochs, "batch_size": batch_size, "lr": lr, "warmup": warmup, "weight_decay": weight_decay,
+                "contrast": contrast,
                 "held_out": held_out, "patience": patience, "lora": lora, "seed": seed,
             }  # fmt: skip
             save(model, out, **parts, fidelity={"recovery": {**about(result), "settings": settings}})
