@@ -150,7 +150,7 @@ def test_images_are_read_when_they_are_needed_and_none_is_skipped() -> None:
     assert same(state_of(models[0]), state_of(models[2]))
 
 
-def test_a_training_that_comes_no_closer_ends_with_the_weights_it_began_with() -> None:
+def test_a_training_that_comes_no_closer_changes_nothing() -> None:
     model = small_tower()
     before = state_of(model)
     result = run(model, lr=0.3, epochs=9, patience=2, warmup=0.0)
