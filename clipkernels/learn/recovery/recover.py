@@ -144,6 +144,7 @@ def recover(
         original_flags(model),
         torch.autocast(tower.like.device.type, enabled=False),
     ):
+        model.requires_grad_(False)  # so that the host's attention rounds alike, whatever the flags were
         with patched(model, Dense()):
             targets = dense_targets(_encoder(model), pictures, batch_size, workers, store, report)
         if targets is None:
