@@ -284,12 +284,14 @@ def test_every_library_is_recovered(name: str, lora: int | None) -> None:
     size = ck.tower_of(model).image_size
     images = torch.randn(24, 3, *size, generator=torch.Generator().manual_seed(0))
     before, dense, types = state_of(model), embed(model, images), list(map(type, model.modules()))
+    parameters = dict(model.named_parameters())
     result = recover(model, images, method=method, epochs=2, batch_size=8, held_out=4, lora=lora,
                      lr=3e-3 if lora else 3e-4, contrast=0.0)  # fmt: skip
     assert result.before is not None and result.after is not None and result.best_step
     assert result.after.cosine > result.before.cosine and ck.method_of(model) == method
     held_out = torch.randperm(24, generator=generator_of(0, "held out"))[:4].sort().values
     assert result.after == pytest.approx(closeness_of(embed(model, images[held_out]), dense[held_out]), abs=1e-5)
+    assert all(weight is parameters[path] and weight.requires_grad for path, weight in model.named_parameters())
     changed = {name for name, tensor in state_of(model).items() if not torch.equal(tensor, before[name])}
     assert changed and not any("text" in name or name.startswith(("logit", "transformer.")) for name in changed)
     if lora is None:

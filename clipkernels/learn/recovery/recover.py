@@ -132,7 +132,7 @@ def recover(
     plan = _reducing_plan(chosen, tower)
     assert chosen is not None
     settings = Settings(
-        tower=fingerprint(fingerprinted_module(tower)), method=_name_of(chosen), plan=repr(plan), images=len(images),
+        tower=fingerprint(model), method=_name_of(chosen), plan=repr(plan), images=len(images),
         epochs=epochs, batch_size=batch_size, lr=float(lr), warmup=float(warmup), weight_decay=float(weight_decay),
         contrast=float(contrast), held_out=held_out, patience=patience, lora=lora, seed=seed,
     )  # fmt: skip
