@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 EMBEDDINGS, ERRORS, INDEX, PLANS, UNITS = "embeddings", "errors", "index", "plans", "units"
-LOCK = ".lock"
 SHARD_ROWS = 50_000
 """The rows from which on a shard is complete."""
 OWN_COLUMNS = ("id", "embedding", "text", "text_embedding", "sha256", "width", "height", "size", "modified", "reason")

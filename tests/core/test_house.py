@@ -17,6 +17,7 @@ import pytest
 import clipkernels as ck
 import clipkernels.learn.distill
 import clipkernels.learn.patch_ranking
+import clipkernels.learn.recovery
 import clipkernels.testing
 from clipkernels import learn
 from clipkernels.cli import SHORT_HELPS, main
@@ -33,7 +34,7 @@ HELPERS = {
 }
 # Imports go from a later row to an earlier one, or within a row.
 LAYERS = (
-    ("messages", "files", "formats", "state_files", "layered_class", "cuda_graph"),
+    ("messages", "files", "folder_lock", "formats", "state_files", "layered_class", "cuda_graph"),
     ("reference", "backend"),
     ("arguments", "custom_ops"),
     ("plan", "plan_records"),
@@ -178,7 +179,7 @@ def undocumented(source: str, name: str) -> list[str]:
     return [path for path, definition in [(name, node), *members] if not ast.get_docstring(definition)]
 
 
-PUBLIC = [ck, ck.ops, ck.support, ck.heads, ck.testing, learn.distill, learn.patch_ranking]
+PUBLIC = [ck, ck.ops, ck.support, ck.heads, ck.testing, learn.distill, learn.patch_ranking, learn.recovery]
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from clipkernels.collection.layout import EMBEDDINGS, ERRORS, INDEX, LOCK, MANIFEST, PLANS, UNITS
+from clipkernels.collection.layout import EMBEDDINGS, ERRORS, INDEX, MANIFEST, PLANS, UNITS
 from clipkernels.collection.manifest import Manifest, differences, read_manifest
+from clipkernels.folder_lock import LOCK
 from clipkernels.messages import list_names
 
 TEMPORARY = re.compile(r"\.(manifest\.json|[0-9-]+\.parquet)\.[a-z0-9_]{8}")

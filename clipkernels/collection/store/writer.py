@@ -15,10 +15,10 @@ from clipkernels.collection.manifest import Manifest, write_manifest
 from clipkernels.collection.store.compaction import Compaction
 from clipkernels.collection.store.comparison import Changed, Comparison, compare
 from clipkernels.collection.store.folders import merge_manifest, prepare, refuse_foreign
-from clipkernels.collection.store.lock import Lock
 from clipkernels.collection.store.plans import PlanHeader, read_items, unit_lengths, write_plan
 from clipkernels.collection.store.shards import known_rows, read_errors
 from clipkernels.collection.store.units import finished_units
+from clipkernels.folder_lock import Lock
 
 if TYPE_CHECKING:
     import pyarrow as pa

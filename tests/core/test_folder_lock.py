@@ -1,4 +1,4 @@
-"""The lock of a collection: one writer, whatever became of the last one."""
+"""The lock of a folder: one writer, whatever became of the last one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("pyarrow")
-
-from clipkernels.collection.store import lock
-from clipkernels.collection.store.lock import Lock
+from clipkernels import folder_lock as lock
+from clipkernels.folder_lock import Lock
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from clipkernels.collection.store.lock import Lock
+from clipkernels.folder_lock import Lock
 lock = Lock(Path(sys.argv[1]))
 child = os.fork() if len(sys.argv) > 2 else 0
 if not child and len(sys.argv) > 2:

@@ -1,4 +1,4 @@
-"""The lock of a collection: one process writes at a time.
+"""The lock of a folder: one process writes at a time.
 
 The file names the process: its number, its host, and when it started, because numbers are used again. The process also
 holds an advisory lock on it, which the system releases however the process ends. A file that a killed process of this
@@ -19,9 +19,9 @@ try:
 except ImportError:  # Windows: the content of the file decides alone
     fcntl = None  # type: ignore[assignment]
 
-from clipkernels.collection.layout import LOCK
 from clipkernels.files import naming
 
+LOCK = ".lock"
 MAX_BYTES = 1 << 12
 _open_numbers: set[int] = set()
 
