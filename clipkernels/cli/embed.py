@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import click
 import torch
-from rich.progress import Progress as Bars
 
 from clipkernels.artefacts.header import is_artefact, read_header
 from clipkernels.cli.parts.images import exif_option
 from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods, settle
 from clipkernels.cli.parts.models import cast_towers, choose_device, load, load_clip, model_options
-from clipkernels.cli.parts.options import batch_size_option, once, precision_option, predictor_option
-from clipkernels.cli.parts.output import progress
+from clipkernels.cli.parts.options import (
+    batch_size_option,
+    default_workers,
+    once,
+    precision_option,
+    predictor_option,
+    workers_option,
+)
+from clipkernels.cli.parts.reporter import Reporter, duration
+from clipkernels.cli.parts.stopping import stopping
 from clipkernels.collection.checks import check_apart
 from clipkernels.collection.clip_retrieval import export_clip_retrieval
-from clipkernels.collection.engines import Progress
 from clipkernels.collection.layout import EMBEDDINGS, ERRORS
 from clipkernels.collection.query import BUNDLED
 from clipkernels.collection.run import Embedded
@@ -36,7 +38,6 @@ from clipkernels.messages import one_line, quantity, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import patch
 
-SECONDS_BETWEEN_LINES = 30
 MAX_REASONS = 3
 DTYPE_NAMES: dict[str | None, Any] = {None: None, "fp32": "float32", "fp16": "float16"}
 EXAMPLE = """\b
@@ -57,7 +58,7 @@ Example:
 @precision_option
 @click.option("--compile", "compiled", is_flag=True, help="Compile the tower with torch.compile.")
 @batch_size_option(32)
-@click.option("--workers", type=click.IntRange(min=0), help="Loader processes per device.  [default: up to 4]")
+@workers_option("Loader processes per device.")
 @click.option("--devices", help="Devices, such as cpu or cuda:0,cuda:1.  [default: every CUDA device, else cpu]")
 @click.option("--text", metavar="COLUMN", help="Also embed the captions in this column, or in files with this suffix.")
 @click.option("--column", "columns", multiple=True, help="Keep this column of the sources; may be repeated.")
@@ -165,7 +166,7 @@ def embed(
             names = Name(read_header(name).library, os.path.abspath(name), None, spec)
         else:
             names = Name(library, anywhere(name), anywhere(pretrained), spec)
-        with stopping() as stop, Reporter(stop) as report:
+        with stopping() as stop, Reporter(stop, "embedding", first="reading the sources") as report:
             result = embed_collection(
                 model, sources, out, preprocess=preprocess, tokenizer=tokenizer, text=text, columns=columns,
                 image_column=image_column, id_column=id_column, batch_size=batch_size, unit_rows=unit_rows,
@@ -192,91 +193,9 @@ def every_device() -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(count)] or [choose_device(None)]
 
 
-def default_workers() -> int:
-    """Return the CPUs that this process may use, at most 4."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def anywhere(name: str | None) -> str | None:
     """Return a name, that of a file or a folder as it holds in any folder."""
     return os.path.abspath(name) if name is not None and os.path.exists(name) else name
-
-
-@contextmanager
-def stopping() -> Iterator[list[int]]:
-    """Yield a list that holds the signal after Ctrl-C or SIGTERM; a second signal ends the process at once."""
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        click.echo("stopping after this batch; a second signal stops at once", err=True)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Reporter:
-    """How far a run is: a bar on a terminal, else a line every 30 seconds.
-
-    Calling it with the progress of a run returns true once a signal has come.
-    """
-
-    def __init__(self, stop: list[int]) -> None:
-        self.stop, self.last = stop, Progress(0, 0, 0)
-        self.started = self.shown = time.monotonic()
-        self.first: tuple[float, int] | None = None
-
-    def __enter__(self) -> Reporter:
-        self.bar: Bars = progress()
-        self.bar.start()
-        self.task = self.bar.add_task("reading the sources", total=None)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def line(self, text: str) -> None:
-        """Write a line above the bar."""
-        self.bar.console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-    def __call__(self, state: Progress) -> bool:
-        now = time.monotonic()
-        rate = self.rate(state, now)
-        self.last = state
-        errors = f", {quantity(state.errors, 'error')}" if state.errors else ""
-        self.bar.update(
-            self.task, description=f"embedding, {rate:.1f} images/s{errors}", completed=state.done, total=state.total
-        )
-        if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
-            self.shown = now
-            left = (state.total - state.done) / rate if rate else 0.0
-            click.echo(
-                f"{state.done} of {quantity(state.total, 'image')}, {rate:.1f} images/s{errors}, {duration(left)} left",
-                err=True,
-            )
-        return bool(self.stop)
-
-    def rate(self, state: Progress, now: float) -> float:
-        """Return images per second after the first batch, which waits for the sources; of that one, since the start."""
-        since, before = self.first or (self.started, 0)
-        if self.first is None:
-            self.first = now, state.done
-        return (state.done - before) / max(now - since, 1e-9)
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people: "2 h 5 min", "4 min 10 s", "12 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def close(result: Embedded, out: str, report: Reporter, retried: bool) -> None:
@@ -295,7 +214,8 @@ def close(result: Embedded, out: str, report: Reporter, retried: bool) -> None:
     if done:
         parts[0] += f", {done / max(seconds, 1e-9):.1f} images/s"
     if result.stopped:
-        parts[0] = f"stopped after {done} of {quantity(report.last.total, 'image')}; the same command goes on"
+        total = 0 if report.last is None else report.last.total
+        parts[0] = f"stopped after {done} of {quantity(total, 'image')}; the same command goes on"
     parts.append(f"{quantity(result.embeddings, 'embedding')} in {os.path.join(out, EMBEDDINGS)}")
     if result.removed:
         parts.append(f"{quantity(result.removed, 'row')} removed")

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from threading import Lock, Thread
+from threading import Lock
 from typing import TYPE_CHECKING
 
-import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from clipkernels.collection.encoder import Encoder
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.preparation import Key, Prepared, UnitItems, keys_of
+from clipkernels.images.loaders import Loader
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-SECONDS_BETWEEN_LOOKS = 1.0
-"""The time after which a loader process looks again whether its parent lives."""
 
 
 class _Keys(Sampler[Key]):
@@ -33,13 +26,6 @@ class _Keys(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         return keys_of(self.units, self.batch_size)
-
-
-class _Loader(DataLoader[Prepared]):
-    """A loader that leaves the number of its processes to the caller."""
-
-    def check_worker_number_rationality(self) -> None:
-        """No warning of torch about more processes than CPUs, which a slow disk is reason enough for."""
 
 
 class _Shared(Iterator[tuple[int, int]]):
@@ -76,14 +62,11 @@ def encode_units(
     stopped = False
 
     def load(encoder: Encoder) -> Iterator[Prepared]:
-        loader = _Loader(
+        loader: Loader[Prepared] = Loader(
             items,
+            workers,
             batch_size=None,  # a key already names a batch
             sampler=_Keys(shared, encoder.batch_size),
-            num_workers=workers,
-            prefetch_factor=2 if workers else None,
-            worker_init_fn=partial(_start_worker, os.getpid()),
-            generator=torch.Generator(),  # a loader draws a seed, which must not move the caller's generator
             pin_memory=encoder.weights.device.type == "cuda",
         )
         return iter(loader)
@@ -122,20 +105,3 @@ def encode_units(
                 future.result()
         finally:  # an interruption of the thread that waits
             stopped = True
-
-
-def _start_worker(parent: int, worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which may reach all of a group, to the process that writes, and end with that one.
-
-    A loader process that torch has started notices a killed parent too, but then waits until a batch has gone through a
-    full pipe that nobody reads.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    os._exit(1)

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 import clipkernels as ck
 from clipkernels.cli import embed as verb
 from clipkernels.cli import main
+from clipkernels.cli.parts import reporter
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.collection.engines import Progress
 from clipkernels.images import Reader
@@ -440,24 +441,24 @@ def test_a_full_disk_is_one_line_and_the_rerun_goes_on(photos: Path, tmp_path: P
 def test_a_line_every_thirty_seconds_off_a_terminal(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(reporter, "SECONDS_BETWEEN_LINES", 0)
     (photos / "bad.png").write_bytes(b"")
     result = run("embed", photos, "--out", tmp_path / "DIR", "--batch-size", 4, *FAST)
     lines = [line for line in result.stderr.splitlines() if " left" in line and " of 11 images, " in line]
     assert [int(line.split()[0]) for line in lines] == [4, 8, 11]
     assert re.fullmatch(r"11 of 11 images, \d+\.\d images/s, 1 error, 0 s left", lines[2])
-    monkeypatch.setattr(verb, "SECONDS_BETWEEN_LINES", 30)
+    monkeypatch.setattr(reporter, "SECONDS_BETWEEN_LINES", 30)
     assert " of 11 images" not in run("embed", photos, "--out", tmp_path / "other", *FAST).stderr
 
 
 def test_the_rate_is_that_of_the_batches_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(verb.time, "monotonic", lambda: clock[0])
-    reporter = verb.Reporter([])
+    monkeypatch.setattr(reporter.time, "monotonic", lambda: clock[0])
+    counter = reporter.Reporter([], "embedding")
     rates = []
     for seconds, done in ((60, 32), (1, 64), (1, 128)):
         clock[0] += seconds
-        rates.append(reporter.rate(Progress(done, 1000, 0), clock[0]))
+        rates.append(counter.rate(Progress(done, 1000, 0), clock[0]))
     assert rates == pytest.approx([32 / 60, 32, 48])
 
 
@@ -492,4 +493,4 @@ def test_a_terminal_has_a_bar(photos: Path, tmp_path: Path, monkeypatch: pytest.
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (250, "4 min 10 s"), (7500, "2 h 5 min")]
 )
 def test_times_are_for_people(seconds: float, text: str) -> None:
-    assert verb.duration(seconds) == text
+    assert reporter.duration(seconds) == text

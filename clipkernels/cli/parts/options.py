@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,16 @@ def limit_option(default: int | None = None) -> Decorator:
 def batch_size_option(default: int, content: str = "Images per forward.") -> Decorator:
     """Return --batch-size with a default and its help."""
     return click.option("--batch-size", type=click.IntRange(min=1), default=default, show_default=True, help=content)
+
+
+def workers_option(content: str = "Loader processes.") -> Decorator:
+    """Return --workers, of `default_workers` unless it is given."""
+    return click.option("--workers", type=click.IntRange(min=0), help=f"{content}  [default: up to 4]")
+
+
+def default_workers() -> int:
+    """Return the CPUs that this process may use, at most 4."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def seed_option(content: str) -> Decorator:

@@ -1,0 +1,197 @@
+"""The training of a recovery.
+
+    loss 1 - cos(z, d),  z the reduced and d the dense embedding of an image;  AdamW, warm-up, then half a cosine
+
+The order of an epoch depends on the seed and the number of the epoch alone, and the learning rate on the step alone, so
+a checkpoint holds weights, moments and counts, and no state of a generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipkernels.learn.recovery.batches import Images, read_batches
+from clipkernels.learn.recovery.results import Closeness, Evaluation, Progress, best_of, closeness_of
+from clipkernels.learn.recovery.state import Checkpoint, Settings, State
+from clipkernels.learn.recovery.targets import Targets
+from clipkernels.learn.recovery.weights import flatten, write
+
+MAX_NORM = 1.0
+"""Limit of the norm of all gradients."""
+
+
+class Run(NamedTuple):
+    """Everything that a training reads.
+
+    settings: the settings.
+    encode: L2-normalised embeddings (b,E) of images (b,3,S,S), by the reduced tower.
+    weights: the weights that are trained.
+    images, targets: the images and their dense embeddings.
+    train, held_out: indices (m,) of the images that are trained on, and of the others.
+    workers: loader processes.
+    state: the folder of checkpoints.
+    progress: called after each batch; a true result stops the run.
+    """
+
+    settings: Settings
+    encode: Callable[[Tensor], Tensor]
+    weights: Sequence[nn.Parameter]
+    images: Images
+    targets: Targets
+    train: Tensor
+    held_out: Tensor
+    workers: int
+    state: State
+    progress: Callable[[Progress], bool]
+
+
+class Trained(NamedTuple):
+    """The steps and the evaluations of a training; true if `progress` stopped it."""
+
+    step: int
+    history: list[Evaluation]
+    stopped: bool
+
+
+def train(run: Run) -> Trained:
+    """Train until the last epoch, or until `patience` evaluations brought no better one; go on from a checkpoint.
+
+    The held-out images are evaluated before the first step and after each epoch.
+
+    Raises:
+        ValueError: a loss that is not finite, or images that have changed.
+    """
+    settings, errors = run.settings, len(run.images) - len(run.train) - len(run.held_out)
+    per_epoch = math.ceil(len(run.train) / settings.batch_size)
+    total = settings.epochs * per_epoch
+    optimizer = _optimizer(run.weights, settings)
+    step, loss, losses, history = 0, 0.0, 0, list[Evaluation]()
+    earlier = run.state.checkpoint()
+    if earlier is not None:
+        step, loss, losses, history = earlier.step, earlier.loss, earlier.losses, earlier.history
+        write(earlier.weights, run.weights)
+        if step:
+            _restore(optimizer, run.weights, earlier)
+
+    def save() -> None:
+        moments = (flatten(_moments(optimizer, run.weights, name)) for name in ("exp_avg", "exp_avg_sq"))
+        content = Checkpoint(step, loss, losses, history, flatten(run.weights), *moments)
+        run.state.save(content, best_of(history).step)
+
+    while True:
+        if step % per_epoch == 0 and (not history or history[-1].step != step):
+            closeness = evaluate(run, history)
+            if closeness is None:
+                if history:
+                    save()
+                return Trained(step, history, True)
+            history.append(Evaluation(step, loss / losses if losses else 0.0, closeness))
+            loss, losses = 0.0, 0
+            if best_of(history).step == step:
+                run.state.save_best(step, flatten(run.weights))
+            save()
+        if step == total or step - best_of(history).step >= settings.patience * per_epoch:
+            return Trained(step, history, False)
+        order = torch.randperm(len(run.train), generator=generator_of(settings.seed, f"epoch {step // per_epoch}"))
+        batches = run.train[order].split(settings.batch_size)[step % per_epoch :]
+        for batch in read_batches(run.images, batches, run.workers, run.targets.digests):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * rate_at(step, total, settings.warmup)
+            assert batch.images is not None
+            dense = run.targets.embeddings[batch.indices]
+            loss += _step(run, optimizer, batch.images, dense, step) * len(dense)
+            losses += len(dense)
+            step += 1
+            done = step // per_epoch * len(run.train) + step % per_epoch * settings.batch_size
+            state = Progress(
+                "training", done, settings.epochs * len(run.train), errors, loss / losses,
+                history[-1].closeness.cosine,
+            )  # fmt: skip
+            if run.progress(state):
+                save()
+                return Trained(step, history, True)
+            if run.state.is_due():
+                save()
+
+
+@torch.no_grad()
+def evaluate(run: Run, history: Sequence[Evaluation] = ()) -> Closeness | None:
+    """The closeness of the held-out images now, or None if `progress` returns true."""
+    reduced: list[Tensor] = []
+    errors, done = len(run.images) - len(run.train) - len(run.held_out), 0
+    batches = run.held_out.split(run.settings.batch_size)
+    for batch in read_batches(run.images, batches, run.workers, run.targets.digests):
+        assert batch.images is not None
+        reduced.append(run.encode(batch.images).float().cpu())
+        done += len(batch.indices)
+        cosine = history[-1].closeness.cosine if history else 0.0
+        if run.progress(Progress("measuring", done, len(run.held_out), errors, 0.0, cosine)):
+            return None
+    closeness = closeness_of(torch.cat(reduced), run.targets.embeddings[run.held_out])
+    if not math.isfinite(closeness.cosine):
+        raise ValueError(_not_finite(run.settings.lr, "the embeddings"))
+    return closeness
+
+
+def rate_at(step: int, total: int, warmup: float) -> float:
+    """The share of the learning rate in a step, from 0: linear up to 1 in the warm-up, then half a cosine to 0."""
+    warm = round(warmup * total)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def generator_of(seed: int, purpose: str) -> torch.Generator:
+    """A generator that depends on a seed and a purpose alone."""
+    digest = sha256(f"{purpose} of {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _step(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, dense: Tensor, step: int) -> float:
+    """Make one step, and return its mean loss."""
+    reduced = run.encode(images)
+    loss = (1 - (reduced * dense.to(reduced)).sum(1)).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(run.weights, MAX_NORM)
+    value = float(loss.detach())
+    if not (math.isfinite(value) and math.isfinite(float(norm))):
+        raise ValueError(_not_finite(run.settings.lr, f"the loss or its gradient in step {step + 1}"))
+    optimizer.step()
+    return value
+
+
+def _not_finite(lr: float, what: str) -> str:
+    return f"lr must keep all numbers finite, got {lr}, which makes {what} infinite or NaN: lower it"
+
+
+def _optimizer(weights: Sequence[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, whose weight decay is for matrices alone."""
+    decayed = [weight for weight in weights if weight.ndim > 1]
+    others = [weight for weight in weights if weight.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+
+
+def _moments(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], name: str) -> list[Tensor]:
+    """A moment of AdamW of each weight; zeros before the first step."""
+    return [optimizer.state[weight].get(name, torch.zeros_like(weight)) for weight in weights]
+
+
+def _restore(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], checkpoint: Checkpoint) -> None:
+    """Set the moments and the step of an optimizer to those of a checkpoint."""
+    for name, vector in (("exp_avg", checkpoint.first), ("exp_avg_sq", checkpoint.second)):
+        moments = [torch.zeros_like(weight) for weight in weights]
+        write(vector, moments)
+        for weight, moment in zip(weights, moments, strict=True):
+            optimizer.state[weight][name] = moment
+            optimizer.state[weight]["step"] = torch.tensor(float(checkpoint.step))
