@@ -1,0 +1,164 @@
+"""True forwards of plans, measured on one part of the photographs and kept as soon as they are there.
+
+effects    the first photographs of the search half, for the effects of single blocks
+search     the search half, on which plans are compared
+held out   the other half, on which the promise is checked
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from clipkernels.plan import Plan
+from clipkernels.tuning.budget import Constraint
+from clipkernels.tuning.forwards import Part
+from clipkernels.tuning.quality import Reference, bound_of, damage, figure, holds, per_image
+
+PartName = Literal["effects", "search", "held out"]
+COSINE_P1 = Constraint("cosine_p1", None, 1.0)
+LEVEL = 0.95
+Z = 1.6448536269514722
+"""The quantile LEVEL of the normal distribution."""
+
+
+class Evaluation(NamedTuple):
+    """The figures of a plan on one part of the photographs.
+
+    mean, tail: damages, as `quality.damage` returns them.
+    p1: first percentile of the cosines.
+    figures: the figure of each constraint about quality, in the order of the budget; none on "effects".
+    bounds: the side of each figure's bootstrap interval that can break the promise.
+    """
+
+    mean: float
+    tail: float
+    p1: float
+    figures: tuple[float, ...] = ()
+    bounds: tuple[float, ...] = ()
+
+
+class Store(Protocol):
+    """Keeps evaluations by part and plan."""
+
+    def get(self, part: PartName, plan: Plan) -> Evaluation | None:
+        """The evaluation that was kept, or None."""
+
+    def put(self, part: PartName, plan: Plan, evaluation: Evaluation) -> None:
+        """Keep an evaluation."""
+
+
+class Stopped(Exception):
+    """The caller's `progress` asked to stop."""
+
+
+class Evaluator:
+    """Evaluates plans, each once per part.
+
+    Args:
+        parts: the parts of the photographs; "effects" is the beginning of "search".
+        reference: the dense embeddings of all photographs, those of the search half first.
+        constraints: the constraints about quality.
+        store: keeps every evaluation.
+        seed: seed of the bootstrap.
+        after_batch: called after the forward of each batch; it may raise `Stopped`.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[PartName, Part],
+        reference: Reference,
+        constraints: Sequence[Constraint],
+        store: Store,
+        seed: int,
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.parts, self.reference, self.constraints = parts, reference, tuple(constraints)
+        self.store, self.seed, self.after_batch = store, seed, after_batch
+        first = len(parts["search"].index)
+        self.rows = {
+            "search": torch.arange(first),
+            "held out": torch.arange(first, len(reference)),
+            "effects": torch.arange(len(parts["effects"].index)),
+        }
+        self.subsets = {name: reference.subset(rows) for name, rows in self.rows.items()}
+        self.searched: dict[Plan, Evaluation] = {}
+        """The evaluations on the search half, in the order in which they were made."""
+
+    def __call__(self, part: PartName, plan: Plan) -> Evaluation:
+        """The evaluation of a plan on a part; raises `Stopped`."""
+        evaluation = self.store.get(part, plan)
+        if evaluation is None:
+            evaluation = self._measure(part, plan)
+            self.store.put(part, plan, evaluation)
+        if part == "search":
+            self.searched.setdefault(plan, evaluation)
+        return evaluation
+
+    def embed(self, part: PartName, plan: Plan) -> Tensor:
+        """Normalised embeddings (m,E) of a part; raises `Stopped`."""
+        return self.parts[part].embed(plan, self.after_batch)
+
+    def reduced(self, plan: Plan) -> Tensor:
+        """Normalised embeddings (n,E) of all photographs, those of the search half first; raises `Stopped`."""
+        return torch.cat([self.embed("search", plan), self.embed("held out", plan)])
+
+    def _measure(self, part: PartName, plan: Plan) -> Evaluation:
+        reduced = self.embed(part, plan)
+        mean, tail = (damage(reduced, self.subsets[part], kind) for kind in ("mean", "tail"))  # type: ignore[arg-type]
+        p1 = figure(COSINE_P1, per_image(COSINE_P1, reduced, self.subsets[part]))
+        if part == "effects":
+            return Evaluation(mean, tail, p1)
+        values = [self._values(constraint, part, plan, reduced) for constraint in self.constraints]
+        figures = tuple(figure(each, value) for each, value in zip(self.constraints, values, strict=True))
+        bounds = tuple(
+            bound_of(each, value, self.seed, LEVEL) for each, value in zip(self.constraints, values, strict=True)
+        )
+        return Evaluation(mean, tail, p1, figures, bounds)
+
+    def _values(self, constraint: Constraint, part: PartName, plan: Plan, reduced: Tensor) -> Tensor:
+        """Values (m,) of a part's photographs.
+
+        The gallery is all photographs where it is dense. A reduced gallery is the search half in the search, so that
+        the search reads nothing of the other half, and all photographs on the held-out half.
+        """
+        mixed = self._searches_reduced(constraint)
+        if not mixed and constraint.k is None:
+            return per_image(constraint, reduced, self.subsets[part])
+        if mixed and part == "search":
+            return per_image(constraint, reduced, self.subsets[part])
+        if mixed:
+            everything = torch.cat([self.embed("search", plan), reduced])
+        else:
+            everything = self.reference.dense.clone()
+            everything[self.rows[part]] = reduced
+        return per_image(constraint, everything, self.reference)[self.rows[part]]
+
+    def _searches_reduced(self, constraint: Constraint) -> bool:
+        against_same = constraint.name == "recall" and self.reference.against == "same"
+        return constraint.name == "text_recall" or against_same
+
+
+def keeps(constraints: Sequence[Constraint], figures: Sequence[float]) -> bool:
+    """Return true if every figure keeps its bound."""
+    return all(holds(constraint, value) for constraint, value in zip(constraints, figures, strict=True))
+
+
+def slack_of(constraints: Sequence[Constraint], evaluation: Evaluation) -> float:
+    """The least distance of a figure to its constraint's bound, in standard errors; negative if one is broken.
+
+    The standard error is that of a normal distribution with the same bootstrap bound.
+    """
+    least = math.inf
+    for constraint, value, bound in zip(constraints, evaluation.figures, evaluation.bounds, strict=True):
+        sign = 1 if constraint.direction == ">=" else -1
+        distance, error = sign * (value - constraint.bound), max(0.0, sign * (value - bound)) / Z
+        if error > 0:
+            least = min(least, distance / error)
+        elif not holds(constraint, value):
+            return -math.inf
+    return least
