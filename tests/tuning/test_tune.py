@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import clipkernels as ck
@@ -29,16 +29,8 @@ FAST: dict[str, Any] = {"cost": "gmacs", "evaluations": 24, "families": ("merge"
 def images() -> Tensor:
     """The 60 digits and 40 scenes of the quick demo, preprocessed (100,3,32,32)."""
     preprocess = ck.bundled()[1]
-    kinds = draw(QUICK, seed=0)
-    return torch.stack([preprocess(image) for kind in kinds.values() for image in pictures_of(kind)])[:100]
-
-
-def pictures_of(kind: Any) -> Iterator[Any]:
-    """The pictures of one kind of the demo."""
-    from PIL import Image
-
-    for pixels in kind.images:
-        yield Image.fromarray(pixels)
+    pixels = [image for kind in draw(QUICK, seed=0).values() for image in kind.images]
+    return torch.stack([preprocess(Image.fromarray(image)) for image in pixels])[:100]
 
 
 @pytest.fixture(scope="module")
