@@ -51,6 +51,7 @@ LAYERS = (
     ("collection",),
     ("learn",),
     ("measure", "testing"),
+    ("tuning",),
     ("artefacts",),
     ("cli",),
 )
