@@ -50,6 +50,7 @@ LAYERS = (
     ("pictures",),
     ("learn",),
     ("measure", "testing"),
+    ("tuning",),
     ("artefacts",),
     ("collection",),
     ("cli",),
