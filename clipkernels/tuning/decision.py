@@ -108,8 +108,8 @@ def _too_dear(plan: Plan, costs: Costs) -> str:
     wanted = ", ".join(constraint.text for constraint in costs.constraints)
     faster = costs(costs.dense) / costs(plan)
     return (
-        f"expected a plan that keeps {wanted}, got {costs.gmacs(plan):.4g} GMACs and a cost ×{faster:.2f} below dense by "
-        "the cheapest plan that keeps the rest of the budget"
+        f"expected a plan that keeps {wanted}, got {costs.gmacs(plan):.4g} GMACs and a cost ×{faster:.2f} below dense "
+        "by the cheapest plan that keeps the rest of the budget"
     )
 
 

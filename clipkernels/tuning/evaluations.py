@@ -22,8 +22,8 @@ from clipkernels.tuning.quality import Reference, bound_of, damage, figure, hold
 PartName = Literal["effects", "search", "held out"]
 COSINE_P1 = Constraint("cosine_p1", None, 1.0)
 LEVEL = 0.95
-Z = 1.6448536269514722
-"""The quantile LEVEL of the normal distribution."""
+SEARCH_LEVEL = 0.8413447460685429
+"""Level of the bounds on the search half: a normal distribution has it one standard error from its mean."""
 
 
 class Evaluation(NamedTuple):
@@ -32,7 +32,8 @@ class Evaluation(NamedTuple):
     mean, tail: damages, as `quality.damage` returns them.
     p1: first percentile of the cosines.
     figures: the figure of each constraint about quality, in the order of the budget; none on "effects".
-    bounds: the side of each figure's bootstrap interval that can break the promise.
+    bounds: the bound of each figure on the side that can break the promise, at LEVEL on the held-out half and at
+        SEARCH_LEVEL on the search half.
     """
 
     mean: float
@@ -115,9 +116,7 @@ class Evaluator:
             return Evaluation(mean, tail, p1)
         values = [self._values(constraint, part, plan, reduced) for constraint in self.constraints]
         figures = tuple(figure(each, value) for each, value in zip(self.constraints, values, strict=True))
-        bounds = tuple(
-            bound_of(each, value, self.seed, LEVEL) for each, value in zip(self.constraints, values, strict=True)
-        )
+        bounds = tuple(self._bound(part, each, value) for each, value in zip(self.constraints, values, strict=True))
         return Evaluation(mean, tail, p1, figures, bounds)
 
     def _values(self, constraint: Constraint, part: PartName, plan: Plan, reduced: Tensor) -> Tensor:
@@ -138,6 +137,12 @@ class Evaluator:
             everything[self.rows[part]] = reduced
         return per_image(constraint, everything, self.reference)[self.rows[part]]
 
+    def _bound(self, part: PartName, constraint: Constraint, values: Tensor) -> float:
+        if part == "held out":
+            return bound_of(constraint, values, self.seed, LEVEL)
+        # Few photographs have no bound of a percentile, but some distance to their worst.
+        return max(bound_of(constraint, values, self.seed, SEARCH_LEVEL, 500), values.min().item())
+
     def _searches_reduced(self, constraint: Constraint) -> bool:
         against_same = constraint.name == "recall" and self.reference.against == "same"
         return constraint.name == "text_recall" or against_same
@@ -151,12 +156,14 @@ def keeps(constraints: Sequence[Constraint], figures: Sequence[float]) -> bool:
 def slack_of(constraints: Sequence[Constraint], evaluation: Evaluation) -> float:
     """The least distance of a figure to its constraint's bound, in standard errors; negative if one is broken.
 
-    The standard error is that of a normal distribution with the same bootstrap bound.
+    Args:
+        constraints: those about quality.
+        evaluation: on the search half, whose bounds are one standard error from its figures.
     """
     least = math.inf
     for constraint, value, bound in zip(constraints, evaluation.figures, evaluation.bounds, strict=True):
         sign = 1 if constraint.direction == ">=" else -1
-        distance, error = sign * (value - constraint.bound), max(0.0, sign * (value - bound)) / Z
+        distance, error = sign * (value - constraint.bound), max(0.0, sign * (value - bound))
         if error > 0:
             least = min(least, distance / error)
         elif not holds(constraint, value):

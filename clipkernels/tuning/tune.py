@@ -26,7 +26,7 @@ from clipkernels.methods import Dense
 from clipkernels.patching import patched
 from clipkernels.tuning.budget import Constraint, parse_budget
 from clipkernels.tuning.cost import CostTable
-from clipkernels.tuning.costs import Costs, load_table
+from clipkernels.tuning.costs import Costs, digest_of, load_table
 from clipkernels.tuning.effects import FAMILIES
 from clipkernels.tuning.evaluations import PartName, Stopped
 from clipkernels.tuning.forwards import Part
@@ -135,7 +135,7 @@ def tune(
                 labels=digest_of_values(taken["labels"], classes),
                 captions=digest_of_values(taken["captions"], taken["caption_ids"]),
                 budget=", ".join(constraint.text for constraint in constraints), against=against,
-                cost="gmacs" if table is None else table.digest, families=list(families), evaluations=evaluations,
+                cost=digest_of(table), families=list(families), evaluations=evaluations,
                 search_share=float(search_share), batch_size=batch_size, device=tower.like.device.type,
                 precision=str(tower.like.dtype).removeprefix("torch."), seed=seed,
             )  # fmt: skip

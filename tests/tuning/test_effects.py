@@ -96,7 +96,7 @@ def test_published_schedules_are_those_of_the_methods() -> None:
     assert plans[ck.Plan((None,) * 4, 17, 1)] == "Dense()"
     merged = ck.ToMe(2).plan(17, 4).steps
     assert plans[ck.Plan((*merged[:3], None), 17, 1)] == "ToMe(r=2)"
-    assert plans[ck.Plan(ck.EViT(0.5).plan(17, 4).steps[:3] + (None,), 17, 1)] == "EViT(keep=0.5)"
+    assert plans[ck.Plan((*ck.EViT(0.5).plan(17, 4).steps[:3], None), 17, 1)] == "EViT(keep=0.5)"
     assert all(plan.steps[3] is None for plan in plans)
     few = published(Geometry(197, 1, 12, 11, True), 12)
     assert 6 <= len(few) <= 13 and "Dense()" in few.values()

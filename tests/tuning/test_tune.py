@@ -90,15 +90,16 @@ class Fixed:
     """An evaluator whose figures are fixed: of the search half, and of the held-out half."""
 
     def __init__(self, figures: dict[ck.Plan, tuple[float, float]], error: float) -> None:
-        self.figures, self.error, self.tested = figures, error, list[ck.Plan]()
+        self.figures, self.error, self.errors, self.tested = figures, error, 1.0, list[ck.Plan]()
         self.searched = {plan: self.evaluation(search) for plan, (search, _) in figures.items()}
 
     def evaluation(self, figure: float) -> Evaluation:
         """The evaluation of a figure with its error."""
-        return Evaluation(1 - figure, 1 - figure, figure, (figure,), (figure - 1.6448536 * self.error,))
+        return Evaluation(1 - figure, 1 - figure, figure, (figure,), (figure - self.errors * self.error,))
 
     def __call__(self, part: str, plan: ck.Plan) -> Evaluation:
         self.tested.append(plan)
+        self.errors = 1.6448536
         return self.evaluation(self.figures[plan][1])
 
 
