@@ -70,9 +70,7 @@ class ShareOrCount(click.ParamType):
 
 @click.command(epilog=EXAMPLE)
 @click.argument("images", nargs=-1, required=True)
-@click.option(
-    "--out", required=True, type=click.Path(file_okay=False), help="Folder of the tower, as ck.save writes it."
-)
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of ck.save for the tower.")
 @once("--method", "spec", metavar="SPEC", help=f"{METHOD_HELP}  [default: that of the folder in --model]")
 @predictor_option
 @tokens_option
@@ -82,6 +80,13 @@ class ShareOrCount(click.ParamType):
 @click.option("--lr", type=float, default=2e-4, show_default=True, help="Largest learning rate.")
 @click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps in which it rises.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Weight decay of matrices.")
+@click.option(
+    "--contrast",
+    type=float,
+    default=0.005,
+    show_default=True,
+    help="Weight of finding the own dense embedding in a batch.",
+)
 @click.option(
     "--held-out",
     type=ShareOrCount(),
@@ -121,6 +126,7 @@ def recover(
     lr: float,
     warmup: float,
     weight_decay: float,
+    contrast: float,
     held_out: float | int,
     patience: int,
     lora: int | None,
@@ -144,6 +150,7 @@ def recover(
     as an image is reported on stderr and skipped, and the exit status is then 1.
     """
     began = time.monotonic()
+    report: Reporter | None = None
     folder = Path(os.path.abspath(state if state is not None else f"{os.path.normpath(out)}.state"))
     try:
         [method] = read_methods([spec] if spec is not None else ["dense"], predictor, tokens)
@@ -167,26 +174,27 @@ def recover(
         with stopping() as stop, Reporter(stop, "embedding") as report:
             result = recover_tower(
                 model, Decoded(pictures), epochs=epochs, batch_size=batch_size, lr=lr, warmup=warmup,
-                weight_decay=weight_decay, held_out=held_out, patience=patience, lora=lora, seed=seed,
-                workers=default_workers() if workers is None else workers, state=folder,
+                weight_decay=weight_decay, contrast=contrast, held_out=held_out, patience=patience,
+                lora=lora, seed=seed, workers=default_workers() if workers is None else workers, state=folder,
                 progress=lambda progress: show(report, progress),
             )  # fmt: skip
         if not result.stopped:
             settings = {
                 "epochs": epochs, "batch_size": batch_size, "lr": lr, "warmup": warmup, "weight_decay": weight_decay,
+                "contrast": contrast,
                 "held_out": held_out, "patience": patience, "lora": lora, "seed": seed,
             }  # fmt: skip
             save(model, out, **parts, fidelity={"recovery": {**about(result), "settings": settings}})
             remove_state(folder)
     except (ValueError, ImportError) as error:
+        if report is not None and report.last is not None and report.last.errors == report.last.total:
+            name_skipped(pictures, range(len(paths)))
         raise click.UsageError(str(error)) from error
-    for index in result.skipped[:MAX_NAMED]:
-        click.echo(skip_message(paths[index], str(pictures[index][1])), err=True)
-    if len(result.skipped) > MAX_NAMED:
-        click.echo(f"skipped {len(result.skipped) - MAX_NAMED} more", err=True)
+    name_skipped(pictures, result.skipped)
     close(found)
     if result.stopped:
-        done, total = (0, 0) if report.last is None else (report.last.done, report.last.total)
+        assert report.last is not None
+        done, total = report.last.done, report.last.total
         click.echo(
             f"stopped after {report.activity} {done} of {quantity(total, 'image')}; the same command goes on", err=True
         )
@@ -210,6 +218,14 @@ class Decoded(Sequence[Tensor | None]):
     def __getitem__(self, index: Any) -> Any:
         image = self.pictures[index][1]
         return None if isinstance(image, str) else image
+
+
+def name_skipped(pictures: Pictures, indices: Sequence[int]) -> None:
+    """Say on stderr why the first of the files at indices are skipped, and count the others."""
+    for index in indices[:MAX_NAMED]:
+        click.echo(skip_message(pictures.paths[index], str(pictures[index][1])), err=True)
+    if len(indices) > MAX_NAMED:
+        click.echo(f"skipped {len(indices) - MAX_NAMED} more", err=True)
 
 
 def show(report: Reporter, progress: Progress) -> bool:
@@ -248,9 +264,8 @@ def write(result: Recovered, method: str, out: str, form: str, stream: TextIO) -
     rows = [{"tower": when, "held_out": result.held_out, **document[when]} for when in ("before", "after")]
 
     def draw() -> Iterator[Table]:
-        table = Table(
-            "tower", "cosine", "first percentile", "least", "R@1", title=f"{method}, {result.held_out} held out"
-        )
+        title = f"{method}, {quantity(result.held_out, 'image')} held out"
+        table = Table("tower", "cosine", "first percentile", "least", "R@1", title=title, title_justify="left")
         for row in rows:
             figures = (row[name] for name in ("cosine", "cosine_p1", "cosine_min", "recall_at_1"))
             table.add_row(row["tower"], *(f"{figure:.4f}" for figure in figures))

@@ -129,7 +129,8 @@ def test_an_option_has_one_meaning_and_every_option_has_a_help() -> None:
         "File to write instead of stdout (-); it appears when complete."
     }
     limits = {verb: option.default for (verb, name), option in OPTIONS.items() if name == "--limit"}
-    assert limits == {"classify": None, "bench": 256, "show": None, "rank": None, "support build": None}
+    verbs = ("classify", "show", "rank", "recover", "support build")
+    assert limits == {"bench": 256, **dict.fromkeys(verbs)}
 
 
 def test_precisions_are_those_that_are_measured() -> None:

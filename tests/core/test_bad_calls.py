@@ -14,7 +14,7 @@ import clipkernels as ck
 from clipkernels import support
 from clipkernels.data import digits, scenes
 from clipkernels.data.tokenizer import ByteTokenizer
-from clipkernels.learn import distill, patch_ranking
+from clipkernels.learn import distill, patch_ranking, recovery
 from clipkernels.learn.calip_fs import FewShotCALIP
 from clipkernels.messages import quantity
 from tests.bad_values import BAD
@@ -22,7 +22,19 @@ from tests.bad_values import BAD
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, CLASSES, PROMPTS = 8, 3, {"cat": ["a cat."], "dog": ["a dog."], "ship": ["a ship."]}
 # The arguments that take a bad value, of any callable or of one.
-NUMBERS = {"alpha", "beta", "beta2", "beta3", "gamma", "strength", "bias", "scale", "margin", "weight_decay"}
+NUMBERS = {
+    "alpha",
+    "beta",
+    "beta2",
+    "beta3",
+    "gamma",
+    "strength",
+    "bias",
+    "scale",
+    "margin",
+    "weight_decay",
+    "contrast",
+}
 FLAGS = {"all_steps", "pad", "shared", "exif", "copy",
          "fuse", "proportional", "self_vote", "frozen", "exact", "cls_path", "source", "regions", "words", "coupled",
          "held_out", "encode_image.tokens", "raw", "by_content", "prune", "retry", "compiled"}  # fmt: skip
@@ -37,6 +49,7 @@ PATHS = {
     "cupl.source",
     "retrieve.name",
     "retrieve.pretrained",
+    "recover.state",
 }
 CALLABLE = {"progress", "tokenizer", "join", "head", "report", "note", "preprocess", "source"}
 TAKEN = {
@@ -51,6 +64,7 @@ TAKEN = {
         "ByteTokenizer.__call__.context_length", "embed.text", "embed.tokenizer", "image_column", "id_column", "dtype",
         "devices", "search.model", "search.preprocess", "search.tokenizer", "image",
         "save.config", "save.tokenizer", "save.preprocess", "fidelity", "show.worst", "show.names",
+        "lora", "recover.state",
     },
     "True": FLAGS,
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
@@ -244,6 +258,13 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
                 "labels": [0, 1], "window": 8, "stride": 8, "step": 64, "block": 3, "batch_size": 4, "progress": None,
             },
         ),
+        "recover": (
+            recovery.recover,
+            training(
+                model=ck.bundled()[0], images=normal(4, 3, 32, 32), method=ck.EViT(0.5), warmup=0.0, weight_decay=0.0,
+                contrast=0.0, held_out=1, patience=1, lora=None, workers=0, state=None,
+            ),
+        ),
         "overlap": (patch_ranking.overlap, {"scores": normal(2, 9), "ranks": torch.arange(18).view(2, 9), "gone": 3}),
         "Teacher": (distill.Teacher, {"model": model(), "tokenizer": tokenizer(), "join": "{} {}"}),
         "Teacher.__call__": (teacher(), inputs),
@@ -348,6 +369,7 @@ def collection_calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
 EXEMPT = {
     *("Dense", "Encoded", "bundled", "UnsupportedTower", "Method", "Head"),  # without arguments that can be checked
     *("Fitted", "FittedTokens", "Rankings", "Distilled", "TeacherFeatures"),  # results
+    *("Closeness", "Evaluation", "Progress", "Recovered"),
 }
 
 
@@ -358,7 +380,7 @@ def every_call(tmp_path_factory):
 
 
 def test_every_public_callable_is_tried(every_call):
-    modules = (ck, ck.heads, distill, patch_ranking)
+    modules = (ck, ck.heads, distill, patch_ranking, recovery)
     public = {name for module in modules for name in module.__all__ if callable(getattr(module, name))}
     assert public - EXEMPT <= set(every_call)
     for name, (call, arguments) in every_call.items():

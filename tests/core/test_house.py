@@ -17,6 +17,7 @@ import pytest
 import clipkernels as ck
 import clipkernels.learn.distill
 import clipkernels.learn.patch_ranking
+import clipkernels.learn.recovery
 import clipkernels.testing
 from clipkernels import learn
 from clipkernels.cli import SHORT_HELPS, main
@@ -50,9 +51,9 @@ LAYERS = (
     ("pictures",),
     ("learn",),
     ("measure", "testing"),
-    ("tuning",),
     ("artefacts",),
     ("collection",),
+    ("tuning",),
     ("cli",),
 )
 OPENERS = re.compile(r"(What|Whether|Which|Where|How|Why|Who|Of)\b")
@@ -179,7 +180,7 @@ def undocumented(source: str, name: str) -> list[str]:
     return [path for path, definition in [(name, node), *members] if not ast.get_docstring(definition)]
 
 
-PUBLIC = [ck, ck.ops, ck.support, ck.heads, ck.testing, learn.distill, learn.patch_ranking]
+PUBLIC = [ck, ck.ops, ck.support, ck.heads, ck.testing, learn.distill, learn.patch_ranking, learn.recovery]
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)

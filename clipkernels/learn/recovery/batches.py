@@ -32,8 +32,8 @@ class Batch(NamedTuple):
     images: Tensor | None
 
 
-class Images(Dataset[tuple[int, bytes, Tensor | Exception]]):
-    """Images by index, each with its digest, or the error of an image that is no image of the tower.
+class Images(Dataset[tuple[int, bytes, Tensor | Exception | None]]):
+    """Images by index, each with its digest: a tensor, None, or the error of an image that the tower does not take.
 
     images: a tensor (n,3,S,S), or a sequence of (3,S,S) and None.
     size: height and width that the tower takes.

@@ -1,7 +1,7 @@
 """`ck.learn.recover`: distil a reduced tower to its own dense embeddings, on images without labels.
 
     1. dense embeddings of all images, with the weights that the tower came with
-    2. training of the reduced tower on 1 - cosine to them, evaluated on images that are held out
+    2. training of the reduced tower on the cosine to them, evaluated on images that are held out
     3. the best weights, in place
 
 An index of dense embeddings and the text tower stay valid, because the dense embeddings are the target.
@@ -52,6 +52,7 @@ def recover(
     lr: float = 2e-4,
     warmup: float = 0.05,
     weight_decay: float = 0.0,
+    contrast: float = 0.005,
     held_out: float | int = 0.05,
     patience: int = 2,
     lora: int | None = None,
@@ -63,9 +64,10 @@ def recover(
     """Train a reduced tower, in place, to give the embeddings that it gives dense, on images without labels.
 
     The targets are the dense embeddings with the weights that the tower comes with, computed once. The loss is one
-    minus the cosine to them. The optimizer is AdamW; its learning rate rises linearly and then falls along half a
-    cosine to 0, and gradients are clipped to a norm of 1. The images that are held out are evaluated before the first
-    step and after each epoch. The model keeps the weights of the largest mean cosine there, which may be the first.
+    minus the cosine to them and, in part, the cross-entropy of finding the own one in the batch. The optimizer is
+    AdamW; its learning rate rises linearly and then falls along half a cosine to 0, and gradients are clipped to a norm
+    of 1. The images that are held out are evaluated before the first step and after each epoch. The model keeps the
+    weights of the largest mean cosine there, which may be the first.
 
     All weights that the embedding of an image depends on are trained, whatever their `requires_grad`; the text tower,
     the scale of the logits and a method's modules (predictor, learnt tokens) are left as they are, bit for bit. The
@@ -79,9 +81,11 @@ def recover(
         method: the method to recover; None is the one that the model is patched with.
         epochs: passes over the images.
         batch_size: images per step and per forward.
-        lr: largest learning rate. The default suits a small tower and LoRA; large towers need less.
+        lr: largest learning rate. The default suits a small tower; large ones need less, and adapters more.
         warmup: share of the steps, in [0, 1], in which the learning rate rises.
         weight_decay: weight decay of matrices, 0 or more.
+        contrast: weight, 0 or more, of the cross-entropy of an embedding's own dense one among those of the batch, at a
+            temperature of 0.01; 0 trains on the cosine alone, which then comes out a little larger, and recall smaller.
         held_out: images that are not trained on: a share in (0, 1), or a number as an int.
         patience: epochs without a better evaluation after which the training ends.
         lora: rank of LoRA adapters on the plain linear layers of the blocks, which are trained instead of all weights
@@ -110,7 +114,8 @@ def recover(
     """
     check_training("recover", epochs, batch_size, seed, progress, lr=lr)
     check_range("warmup", warmup, 0, 1)
-    check_range("weight_decay", weight_decay, 0, math.inf, "[)")
+    for name, weight in (("weight_decay", weight_decay), ("contrast", contrast)):
+        check_range(name, weight, 0, math.inf, "[)")
     check_int("patience", patience, 1)
     check_int("workers", workers, 0)
     if lora is not None:
@@ -129,7 +134,7 @@ def recover(
     settings = Settings(
         tower=fingerprint(fingerprinted_module(tower)), method=_name_of(chosen), plan=repr(plan), images=len(images),
         epochs=epochs, batch_size=batch_size, lr=float(lr), warmup=float(warmup), weight_decay=float(weight_decay),
-        held_out=held_out, patience=patience, lora=lora, seed=seed,
+        contrast=float(contrast), held_out=held_out, patience=patience, lora=lora, seed=seed,
     )  # fmt: skip
     pictures = Images(images, tower.image_size)
     report = _reporter(progress)
@@ -139,6 +144,7 @@ def recover(
         original_flags(model),
         torch.autocast(tower.like.device.type, enabled=False),
     ):
+        model.requires_grad_(False)  # so that the host's attention rounds alike, whatever the flags were
         with patched(model, Dense()):
             targets = dense_targets(_encoder(model), pictures, batch_size, workers, store, report)
         if targets is None:

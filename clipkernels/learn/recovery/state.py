@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     lr: Positive
     warmup: Share
     weight_decay: Annotated[float, msgspec.Meta(ge=0)]
+    contrast: Annotated[float, msgspec.Meta(ge=0)]
     held_out: Size | Share
     patience: Size
     lora: Size | None

@@ -1,6 +1,9 @@
 """The training of a recovery.
 
-    loss 1 - cos(z, d),  z the reduced and d the dense embedding of an image;  AdamW, warm-up, then half a cosine
+    loss (1 - cos(z, d)) + contrast · (-log softmax(z·D/τ) at d)
+
+z is the reduced and d the dense embedding of an image, D the dense embeddings of the batch, τ = 0.01 as in CLIP. The
+second term moves z away from the neighbours of d, whose cosines may differ in the third decimal.
 
 The order of an epoch depends on the seed and the number of the epoch alone, and the learning rate on the step alone, so
 a checkpoint holds weights, moments and counts, and no state of a generator.
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from clipkernels.learn.recovery.batches import Images, read_batches
 from clipkernels.learn.recovery.results import Closeness, Evaluation, Progress, best_of, closeness_of
@@ -22,6 +26,7 @@ from clipkernels.learn.recovery.state import Checkpoint, Settings, State
 from clipkernels.learn.recovery.targets import Targets
 from clipkernels.learn.recovery.weights import flatten, write
 
+TEMPERATURE = 0.01
 MAX_NORM = 1.0
 """Limit of the norm of all gradients."""
 
@@ -139,6 +144,15 @@ def evaluate(run: Run, history: Sequence[Evaluation] = ()) -> Closeness | None:
     return closeness
 
 
+def objective(reduced: Tensor, dense: Tensor, contrast: float) -> Tensor:
+    """The mean loss of reduced embeddings (b,E), given the dense ones (b,E), the rows of both L2-normalised."""
+    loss = (1 - (reduced * dense).sum(1)).mean()
+    if not contrast:
+        return loss
+    own = torch.arange(len(dense), device=dense.device)
+    return loss + contrast * cross_entropy(reduced @ dense.T / TEMPERATURE, own)
+
+
 def rate_at(step: int, total: int, warmup: float) -> float:
     """The share of the learning rate in a step, from 0: linear up to 1 in the warm-up, then half a cosine to 0."""
     warm = round(warmup * total)
@@ -156,7 +170,7 @@ def generator_of(seed: int, purpose: str) -> torch.Generator:
 def _step(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, dense: Tensor, step: int) -> float:
     """Make one step, and return its mean loss."""
     reduced = run.encode(images)
-    loss = (1 - (reduced * dense.to(reduced)).sum(1)).mean()
+    loss = objective(reduced, dense.to(reduced), run.settings.contrast)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(run.weights, MAX_NORM)
