@@ -306,7 +306,7 @@ def test_bounds_cover_the_true_value(
 
 
 @pytest.mark.parametrize(
-    ("n", "block"), [(2000, 1 << 18), pytest.param(50_000, quality.BLOCK_VALUES, marks=pytest.mark.slow)]
+    ("n", "block"), [(2000, 1 << 18), pytest.param(20_000, quality.BLOCK_VALUES, marks=pytest.mark.slow)]
 )
 def test_a_gallery_is_never_compared_at_once(n: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "BLOCK_VALUES", block)
