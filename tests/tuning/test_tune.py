@@ -110,15 +110,15 @@ def merges(count: int) -> ck.Plan:
 
 def test_tests_go_from_safe_to_cheap_and_end_with_the_first_failure() -> None:
     constraints = parse_budget("cosine_mean>=.9")
-    figures = {merges(r): (0.99 - 0.005 * r, 0.99 - 0.005 * r) for r in range(24)}
+    figures = {merges(r): (0.992 - 0.005 * r, 0.992 - 0.005 * r) for r in range(24)}
     evaluator: Any = Fixed(figures, error=0.01)
-    assert slack_of(constraints, evaluator.searched[merges(8)]) == pytest.approx(5)
+    assert slack_of(constraints, evaluator.searched[merges(8)]) == pytest.approx(5.2)
     order = order_of_tests(evaluator, constraints, lambda plan: float(plan.tokens[-1]))
     removed = [65 - plan.tokens[-1] for plan in order]
     assert removed[0] == 2 and removed[-1] == 17 and removed == sorted(removed) and len(order) <= MAX_TESTS
     results = run_tests(evaluator, constraints, order)
-    # A bound is 1.645 errors below its figure, so .99 - .005 r - .01645 ≥ .9 up to r = 14.
-    assert [result.passed for result in results] == [count <= 14 for count in removed[: len(results)]]
+    # A bound is 1.645 errors below its figure, so .992 - .005 r - .01645 ≥ .9 up to r = 15.
+    assert [result.passed for result in results] == [count <= 15 for count in removed[: len(results)]]
     assert not results[-1].passed and sum(not result.passed for result in results) == 1
     assert evaluator.tested == order[: len(results)]
 
