@@ -9,7 +9,7 @@ from clipkernels.measure.timing import Band
 from clipkernels.plan import Plan
 from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.costs import Costs
-from clipkernels.tuning.evaluations import Evaluator, keeps, slack_of
+from clipkernels.tuning.evaluations import Evaluator, keeps, slacks_of
 from clipkernels.tuning.promise import order_of_tests, run_tests
 from clipkernels.tuning.quality import holds
 from clipkernels.tuning.results import Report
@@ -77,11 +77,11 @@ def _verified(
     evaluator: Evaluator, quality: Sequence[Constraint], costs: Costs, report: Report
 ) -> tuple[list[Plan], Decision | None]:
     """The plans that passed their tests and are affordable, the cheapest first; or why there is none."""
-    plans = order_of_tests(evaluator, quality, costs)
+    plans = order_of_tests(evaluator.searched, quality, costs)
     if not plans:
-        searched = {plan: each for plan, each in evaluator.searched.items() if any(plan.steps)}
-        nearest = max(searched, key=lambda plan: slack_of(quality, searched[plan]))
-        return [], Decision(nearest, _complaint(quality, searched[nearest].figures, "the search half"))
+        slacks = slacks_of(quality, evaluator.searched)
+        nearest = max((plan for plan in slacks if any(plan.steps)), key=slacks.__getitem__)
+        return [], Decision(nearest, _complaint(quality, evaluator.searched[nearest].figures, "the search half"))
     report.begin("promise", len(plans))
     results = run_tests(evaluator, quality, plans, report.advance)
     passed = [result.plan for result in results if result.passed]

@@ -26,6 +26,11 @@ SEARCH_LEVEL = 0.8413447460685429
 """Level of the bounds on the search half: a normal distribution has it one standard error from its mean."""
 
 
+LEAST_HARM, LEAST_ERROR = 1e-12, 1e-9
+BANDWIDTH = 0.3
+"""Difference of log harms over which figures are averaged."""
+
+
 class Evaluation(NamedTuple):
     """The figures of a plan on one part of the photographs.
 
@@ -153,19 +158,52 @@ def keeps(constraints: Sequence[Constraint], figures: Sequence[float]) -> bool:
     return all(holds(constraint, value) for constraint, value in zip(constraints, figures, strict=True))
 
 
-def slack_of(constraints: Sequence[Constraint], evaluation: Evaluation) -> float:
-    """The least distance of a figure to its constraint's bound, in standard errors; negative if one is broken.
+def harm_of(constraints: Sequence[Constraint], evaluation: Evaluation) -> float:
+    """The damage by which plans are compared: the mean, or its geometric mean with the tail for a percentile.
+
+    It is above 0, and less noisy than any figure.
+    """
+    mean = max(LEAST_HARM, evaluation.mean)
+    if any(constraint.name == "cosine_p1" for constraint in constraints):
+        return math.sqrt(mean * max(LEAST_HARM, evaluation.tail))
+    return mean
+
+
+def slacks_of(constraints: Sequence[Constraint], searched: Mapping[Plan, Evaluation]) -> dict[Plan, float]:
+    """The least distance of a figure to its bound for each plan, in standard errors; negative if one is broken.
+
+    A figure counts half as it is, and half as the plans of similar harm have it, because the largest of many noisy
+    figures is mostly luck.
 
     Args:
         constraints: those about quality.
-        evaluation: on the search half, whose bounds are one standard error from its figures.
+        searched: evaluations on the search half, whose bounds are one standard error from their figures.
     """
-    least = math.inf
-    for constraint, value, bound in zip(constraints, evaluation.figures, evaluation.bounds, strict=True):
-        sign = 1 if constraint.direction == ">=" else -1
-        distance, error = sign * (value - constraint.bound), max(0.0, sign * (value - bound))
-        if error > 0:
-            least = min(least, distance / error)
-        elif not holds(constraint, value):
-            return -math.inf
-    return least
+    harms = {plan: math.log(harm_of(constraints, evaluation)) for plan, evaluation in searched.items()}
+    slacks = {}
+    for plan, evaluation in searched.items():
+        least = math.inf
+        for place, constraint in enumerate(constraints):
+            points = [(harms[other] - harms[plan], searched[other].figures[place]) for other in searched]
+            sign = 1 if constraint.direction == ">=" else -1
+            value = (evaluation.figures[place] + _local_line(points)) / 2
+            error = max(LEAST_ERROR, sign * (evaluation.figures[place] - evaluation.bounds[place]))
+            least = min(least, sign * (value - constraint.bound) / error)
+        slacks[plan] = least
+    return slacks
+
+
+def _local_line(points: Sequence[tuple[float, float]]) -> float:
+    """The value at 0 of the line through points (x, y), which count less the farther x is from 0."""
+    total = x_sum = y_sum = xx_sum = xy_sum = 0.0
+    for x, y in points:
+        weight = math.exp(-0.5 * (x / BANDWIDTH) ** 2)
+        total += weight
+        x_sum += weight * x
+        y_sum += weight * y
+        xx_sum += weight * x * x
+        xy_sum += weight * x * y
+    spread = total * xx_sum - x_sum**2
+    if spread <= 1e-9 * total**2:
+        return y_sum / total
+    return (y_sum * xx_sum - x_sum * xy_sum) / spread

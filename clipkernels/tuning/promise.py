@@ -10,12 +10,13 @@ Source: fixed-sequence testing in Learn then Test, arXiv 2110.01052, section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from clipkernels.plan import Plan
 from clipkernels.tuning.budget import Constraint
-from clipkernels.tuning.evaluations import Evaluation, Evaluator, keeps, slack_of
+from clipkernels.tuning.costs import Costs
+from clipkernels.tuning.evaluations import Evaluation, Evaluator, harm_of, keeps, slacks_of
 
 START_SLACK = 8.0
 END_SLACK = 0.5
@@ -30,36 +31,27 @@ class Tested(NamedTuple):
     passed: bool
 
 
-def pareto(evaluator: Evaluator, cost: Callable[[Plan], float], gain: Callable[[Evaluation], float]) -> list[Plan]:
-    """The evaluated plans that no other one beats in cost and gain, by ascending cost."""
+def pareto(searched: Mapping[Plan, Evaluation], constraints: Sequence[Constraint], costs: Costs) -> list[Plan]:
+    """The evaluated plans that no other one beats in cost and harm, by ascending cost."""
+    harms = {plan: harm_of(constraints, evaluation) for plan, evaluation in searched.items()}
     plans: list[Plan] = []
-    most = -math.inf
-    searched = evaluator.searched
-    for plan in sorted(searched, key=lambda plan: (cost(plan), -gain(searched[plan]))):
-        if gain(searched[plan]) > most:
+    least = math.inf
+    for plan in sorted(searched, key=lambda plan: (costs(plan), harms[plan])):
+        if harms[plan] < least:
             plans.append(plan)
-            most = gain(searched[plan])
+            least = harms[plan]
     return plans
 
 
-def order_of_tests(
-    evaluator: Evaluator, constraints: Sequence[Constraint], cost: Callable[[Plan], float]
-) -> list[Plan]:
+def order_of_tests(searched: Mapping[Plan, Evaluation], constraints: Sequence[Constraint], costs: Costs) -> list[Plan]:
     """The plans to test, from the safest to the cheapest.
 
     It begins with the cheapest plan whose figures are START_SLACK standard errors from their bounds on the search half,
     or with the safest plan if none is, and has at most MAX_TESTS plans, of which none is closer than END_SLACK.
     """
-
-    def slack(plan: Plan) -> float:
-        return slack_of(constraints, evaluator.searched[plan])
-
-    plans = [
-        plan
-        for plan in pareto(evaluator, cost, lambda evaluation: slack_of(constraints, evaluation))
-        if slack(plan) >= END_SLACK and any(plan.steps)
-    ]
-    first = next((place for place, plan in enumerate(plans) if slack(plan) >= START_SLACK), len(plans) - 1)
+    slacks = slacks_of(constraints, searched)
+    plans = [plan for plan in pareto(searched, constraints, costs) if slacks[plan] >= END_SLACK and any(plan.steps)]
+    first = next((place for place, plan in enumerate(plans) if slacks[plan] >= START_SLACK), len(plans) - 1)
     plans = plans[: first + 1][::-1]
     if len(plans) <= MAX_TESTS:
         return plans

@@ -17,7 +17,7 @@ from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.candidates import published
 from clipkernels.tuning.costs import Costs
 from clipkernels.tuning.decision import Decision, all_kept, decide
-from clipkernels.tuning.evaluations import Evaluation, Evaluator, PartName, Stopped, slack_of
+from clipkernels.tuning.evaluations import Evaluator, PartName, Stopped
 from clipkernels.tuning.forwards import Part
 from clipkernels.tuning.promise import pareto
 from clipkernels.tuning.quality import Reference, trend
@@ -125,11 +125,9 @@ def _rows(
     chosen: Plan | None,
 ) -> tuple[Row, ...]:
     """The rows of the frontier, and of all published schedules that were run."""
-
-    def gain(evaluation: Evaluation) -> float:
-        return slack_of(quality, evaluation) if quality else -evaluation.mean
-
-    plans = dict.fromkeys([*pareto(evaluator, costs, gain), *(plan for plan in names if plan in evaluator.searched)])
+    plans = dict.fromkeys(
+        [*pareto(evaluator.searched, quality, costs), *(plan for plan in names if plan in evaluator.searched)]
+    )
     plans |= {} if chosen is None else {chosen: None}
     rows = []
     for plan in sorted(plans, key=costs, reverse=True):
