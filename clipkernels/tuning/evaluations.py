@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import mul
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -173,7 +174,7 @@ def slacks_of(constraints: Sequence[Constraint], searched: Mapping[Plan, Evaluat
     """The least distance of a figure to its bound for each plan, in standard errors; negative if one is broken.
 
     A figure counts half as it is, and half as the plans of similar harm have it, because the largest of many noisy
-    figures is mostly luck.
+    figures is mostly luck. Its error is that of the plans of similar harm.
 
     Args:
         constraints: those about quality.
@@ -182,27 +183,25 @@ def slacks_of(constraints: Sequence[Constraint], searched: Mapping[Plan, Evaluat
     harms = {plan: math.log(harm_of(constraints, evaluation)) for plan, evaluation in searched.items()}
     slacks = {}
     for plan, evaluation in searched.items():
+        weights = [math.exp(-0.5 * ((harm - harms[plan]) / BANDWIDTH) ** 2) for harm in harms.values()]
+        places = [harm - harms[plan] for harm in harms.values()]
         least = math.inf
-        for place, constraint in enumerate(constraints):
-            points = [(harms[other] - harms[plan], searched[other].figures[place]) for other in searched]
+        for number, constraint in enumerate(constraints):
+            figures = [each.figures[number] for each in searched.values()]
+            errors = [abs(each.figures[number] - each.bounds[number]) for each in searched.values()]
             sign = 1 if constraint.direction == ">=" else -1
-            value = (evaluation.figures[place] + _local_line(points)) / 2
-            error = max(LEAST_ERROR, sign * (evaluation.figures[place] - evaluation.bounds[place]))
-            least = min(least, sign * (value - constraint.bound) / error)
+            value = (evaluation.figures[number] + _local_line(places, figures, weights)) / 2
+            error = sum(map(mul, weights, errors)) / sum(weights)
+            least = min(least, sign * (value - constraint.bound) / max(LEAST_ERROR, error))
         slacks[plan] = least
     return slacks
 
 
-def _local_line(points: Sequence[tuple[float, float]]) -> float:
-    """The value at 0 of the line through points (x, y), which count less the farther x is from 0."""
-    total = x_sum = y_sum = xx_sum = xy_sum = 0.0
-    for x, y in points:
-        weight = math.exp(-0.5 * (x / BANDWIDTH) ** 2)
-        total += weight
-        x_sum += weight * x
-        y_sum += weight * y
-        xx_sum += weight * x * x
-        xy_sum += weight * x * y
+def _local_line(places: Sequence[float], values: Sequence[float], weights: Sequence[float]) -> float:
+    """The value at 0 of the weighted least-squares line through values at places."""
+    total, x_sum, y_sum = sum(weights), sum(map(mul, weights, places)), sum(map(mul, weights, values))
+    xx_sum = sum(weight * place * place for weight, place in zip(weights, places, strict=True))
+    xy_sum = sum(weight * x * y for weight, x, y in zip(weights, places, values, strict=True))
     spread = total * xx_sum - x_sum**2
     if spread <= 1e-9 * total**2:
         return y_sum / total

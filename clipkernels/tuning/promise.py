@@ -18,9 +18,9 @@ from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.costs import Costs
 from clipkernels.tuning.evaluations import Evaluation, Evaluator, harm_of, keeps, slacks_of
 
-START_SLACK = 8.0
+START_SLACK = 6.0
 END_SLACK = 0.5
-MAX_TESTS = 12
+MAX_TESTS = 9
 
 
 class Tested(NamedTuple):
@@ -47,10 +47,15 @@ def order_of_tests(searched: Mapping[Plan, Evaluation], constraints: Sequence[Co
     """The plans to test, from the safest to the cheapest.
 
     It begins with the cheapest plan whose figures are START_SLACK standard errors from their bounds on the search half,
-    or with the safest plan if none is, and has at most MAX_TESTS plans, of which none is closer than END_SLACK.
+    or with the safest plan if none is, and has at most MAX_TESTS plans. Each keeps the budget there, and none is closer
+    than END_SLACK.
     """
     slacks = slacks_of(constraints, searched)
-    plans = [plan for plan in pareto(searched, constraints, costs) if slacks[plan] >= END_SLACK and any(plan.steps)]
+    plans = [
+        plan
+        for plan in pareto(searched, constraints, costs)
+        if any(plan.steps) and slacks[plan] >= END_SLACK and keeps(constraints, searched[plan].figures)
+    ]
     first = next((place for place, plan in enumerate(plans) if slacks[plan] >= START_SLACK), len(plans) - 1)
     plans = plans[: first + 1][::-1]
     if len(plans) <= MAX_TESTS:

@@ -37,7 +37,7 @@ PROBES = 3
 """Plans of the frontier of a family that are run."""
 HOPELESS = 0.06
 """Equivalent cost of a family above the best one, over the dense cost, at which its frontier is left alone."""
-TRIES_PER_ROUND = 5
+TRIES_PER_ROUND = 8
 SIZES = (6, 3, 1)
 """Tokens that a move takes from one block to another, of 65."""
 SPREAD_SHARE = 0.2
@@ -98,7 +98,9 @@ class Search:
         self.limit = self.task.limit - reserve
         for name in self.task.families:
             self.probe(self.frontier_of(name))
-        self.improve(self.best())
+        found = [plan for plan in self.searched if plan not in self.task.published]
+        for start in dict.fromkeys([self.best(), self.best(found) if found else self.best()]):
+            self.improve(start)
         self.vary(self.best())
         self.improve(self.best())
         self.limit = self.task.limit
@@ -215,14 +217,15 @@ class Search:
 
         return value
 
-    def best(self) -> Plan:
-        """The plan of the least value; without one near the boundary, the one nearest to it."""
+    def best(self, plans: Iterable[Plan] | None = None) -> Plan:
+        """The plan of the least value, of all or of some that were run; if all are far from the budget, the nearest."""
         value = self.values()
-        plan = min(self.searched, key=value)
+        plans = [plan for plan in (self.searched if plans is None else plans) if any(plan.steps)]
+        plan = min(plans, key=value)
         if value(plan) < math.inf or not self.task.constraints:
             return plan
         edge = self.boundary().edge
-        return min((plan for plan in self.searched if any(plan.steps)), key=lambda plan: abs(self.harm(plan) - edge))
+        return min(plans, key=lambda plan: abs(self.harm(plan) - edge))
 
     def modelled(self, plan: Plan) -> float:
         """The harm of a plan by the additive model."""

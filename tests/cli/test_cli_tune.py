@@ -24,7 +24,8 @@ from tests.subprocesses import without_xdist
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
 BUDGET = ("--budget", "cosine_mean>=.97")
-FAST = ("--cost", "gmacs", "--evaluations", 20, "--families", "merge,prune", "--workers", 0, "--device", "cpu")
+COUNTED = ("--cost", "gmacs", "--workers", 0)
+FAST = (*COUNTED, "--evaluations", 20, "--families", "merge,prune", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_a_wrong_call_is_one_line_and_exit_two(
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "notes.txt").write_text("mine")
     given = [tmp_path / "state" if part == "STATE" else part for part in arguments]
-    result = run("tune", photos, *FAST, "--out", tmp_path / "schedule.json", *given)
+    result = run("tune", photos, *COUNTED, "--out", tmp_path / "schedule.json", *given)
     assert expected in error_after_notes(result)
     assert not (tmp_path / "schedule.json").exists()
 
@@ -144,7 +145,7 @@ class Process:
         arguments = ["tune", photos, *BUDGET, *FAST, "--out", out, "--threads", 1]
         self.process = subprocess.Popen(
             [sys.executable, script, str(pause), *map(str, arguments)],
-            cwd=ROOT, env=without_xdist() | {"PYTHONPATH": str(ROOT)}, text=True,
+            cwd=ROOT, env=without_xdist({**os.environ, "PYTHONPATH": str(ROOT)}), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.state = out.with_name(f"{out.name}.state")
