@@ -206,7 +206,7 @@ def tune(
         if captioned and text is not None:
             captions, ids = embed_captions(model, tokenizer, read_captions(source.paths, text))
             extras |= {"captions": captions, "caption_ids": ids}
-        with stopping("forward") as stop, Reporter(stop, "embedding", "batch") as report:
+        with stopping("forward") as stop, Reporter(stop, "embedding", "forward") as report:
             result = tune_tower(
                 model, source.images, constraints, against=against, cost=cost, families=chosen,  # type: ignore[arg-type]
                 evaluations=evaluations, batch_size=batch_size, seed=seed, state=folder,

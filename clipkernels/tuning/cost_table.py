@@ -248,7 +248,7 @@ def conditions_of(tower: Tower, batch: int) -> Conditions:
         batch=batch,
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
         kernels=use_kernels(sample),
-        versions={name: installed[name] for name in TIMED_PACKAGES},
+        versions={name: installed[name] and str(installed[name]) for name in TIMED_PACKAGES},
     )
 
 
