@@ -18,9 +18,9 @@ from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.costs import Costs
 from clipkernels.tuning.evaluations import Evaluation, Evaluator, harm_of, keeps, slacks_of
 
-START_SLACK = 6.0
+START_SLACK = 5.0
 END_SLACK = 0.5
-MAX_TESTS = 9
+MAX_TESTS = 12
 
 
 class Tested(NamedTuple):
