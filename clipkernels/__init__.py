@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     from clipkernels.patching import method_of, patch, patched, tower_of, unpatch
     from clipkernels.pictures.show import show
     from clipkernels.plan import Condense, Merge, Plan, Predict, Prune
+    from clipkernels.tuning.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "support",
     "testing",
     "tower_of",
+    "tune",
     "ungraphed",
     "unpatch",
 ]
@@ -87,6 +89,7 @@ _NAMES = {
     "patching": ("method_of", "patch", "patched", "tower_of", "unpatch"),
     "pictures.show": ("show",),
     "plan": ("Condense", "Merge", "Plan", "Predict", "Prune"),
+    "tuning.tune": ("tune",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -38,6 +38,15 @@ def error_after_warnings(result: Result, status: int = 2) -> str:
     return line
 
 
+def error_after_notes(result: Result, status: int = 2) -> str:
+    """The last line of a failed command's stderr; the lines before it are notes about the bundled model."""
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    *before, line = result.stderr.splitlines()
+    assert line.startswith("error: ") and all(other.startswith("note: ") for other in before)
+    return line
+
+
 def save_a_digit_per_class(folder: Path) -> Path:
     """Write ten of the quick demo's digits, a folder per class, and return the folder of these folders."""
     save({"digits": draw(QUICK, seed=0)["digits"]}, folder)

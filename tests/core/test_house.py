@@ -53,6 +53,7 @@ LAYERS = (
     ("measure", "testing"),
     ("artefacts",),
     ("collection",),
+    ("tuning",),
     ("cli",),
 )
 OPENERS = re.compile(r"(What|Whether|Which|Where|How|Why|Who|Of)\b")

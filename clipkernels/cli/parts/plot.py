@@ -132,6 +132,43 @@ def draw_training(
         figure.savefig(file, format=form, dpi=120)
 
 
+def draw_frontier(rows: Sequence[Any], figures: Sequence[str], title: str, file: BinaryIO, form: str) -> None:
+    """Draw the frontier of a tuning into a file: cost against quality, with the published schedules.
+
+    Args:
+        rows: rows of `clipkernels.tuning.results`.
+        figures: the constraints about quality, one panel each; without any, the mean cosine.
+        title: above all panels.
+        file: the file to write.
+        form: one of FORMATS.
+    """
+    from matplotlib.figure import Figure
+
+    panels: list[tuple[str, Any]] = [
+        (name, lambda row, place=place: row.figures[place]) for place, name in enumerate(figures)
+    ]
+    panels = panels or [("mean cosine", lambda row: row.cosine_mean)]
+    timed = rows[0].milliseconds is not None
+    figure = Figure(figsize=(1 + 5.5 * len(panels), 5), layout="constrained")
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    kinds = (
+        ("published", "C1", "s", lambda row: row.published and not row.chosen),
+        ("found here", "C0", "o", lambda row: not row.published and not row.chosen),
+        ("the schedule", "C3", "*", lambda row: row.chosen),
+    )
+    for axes, (name, read) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, colour, marker, belongs in kinds:
+            points = [(row.milliseconds if timed else row.gmacs, read(row)) for row in rows if belongs(row)]
+            size = 160 if marker == "*" else 30
+            axes.scatter(*zip(*points, strict=True), c=colour, marker=marker, s=size, label=label) if points else None
+        axes.set(xlabel="ms per batch, as measured by parts" if timed else "GMACs as executed")
+        axes.set_ylabel(f"{name}, on the photographs of the search", parse_math=False)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    with quietly():
+        figure.savefig(file, format=form, dpi=120)
+
+
 def draw_rankings(pictures: Sequence[RankedImage], title: str, file: BinaryIO, form: str) -> None:
     """Draw each image, and below it its patches, brighter the longer they are kept.
 

@@ -1,0 +1,1 @@
+"""Tuning: the plan of a tower that costs least and keeps a budget."""

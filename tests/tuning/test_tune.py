@@ -1,0 +1,294 @@
+"""`ck.tune`: its forwards, its halves, its promise, its state, and what it returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import clipkernels as ck
+from clipkernels.cli.parts.demo_images import QUICK, draw
+from clipkernels.tuning.budget import parse_budget
+from clipkernels.tuning.candidates import Geometry, published
+from clipkernels.tuning.evaluations import Evaluation, slacks_of
+from clipkernels.tuning.forwards import Part
+from clipkernels.tuning.photographs import halve
+from clipkernels.tuning.promise import MAX_TESTS, order_of_tests, run_tests
+from clipkernels.tuning.results import Progress, Tuned
+from clipkernels.tuning.state import remove_state
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAST: dict[str, Any] = {"cost": "gmacs", "evaluations": 24, "families": ("merge", "prune")}
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """The 60 digits and 40 scenes of the quick demo, preprocessed (100,3,32,32)."""
+    preprocess = ck.bundled()[1]
+    pixels = [image for kind in draw(QUICK, seed=0).values() for image in kind.images]
+    return torch.stack([preprocess(Image.fromarray(image)) for image in pixels])[:100]
+
+
+@pytest.fixture(scope="module")
+def tuned(images: Tensor) -> Tuned:
+    """The result for a budget that some plans keep."""
+    return ck.tune(ck.bundled()[0], images, "cosine_mean>=.97", **FAST)
+
+
+class Stop:
+    """Stops a run after a number of reports."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, progress: Progress) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_embeddings_of_a_part_are_those_of_the_patched_model(images: Tensor) -> None:
+    model = ck.bundled()[0]
+    index = torch.tensor([5, 3, 40, 41, 7])
+    methods = [ck.Dense(), ck.ToMe(5), ck.EViT(0.5), ck.TCA(0.1), ck.ToMe((0, 0, 8, 0, 4))]
+    with ck.patched(model, ck.Dense()):
+        tower = ck.tower_of(model)
+        part, lean = Part(tower, images, index, 2), Part(tower, list(images), index, 2, limit=0)
+        rows = [(part.embed(method.plan(65, 6)), lean.embed(method.plan(65, 6))) for method in methods]
+    for method, (kept, read_again) in zip(methods, rows, strict=True):
+        with ck.patched(model, method), torch.inference_mode():
+            expected = torch.cat([ck.encode_image(model, images[pair]).embedding for pair in index.split(2)])
+        expected = torch.nn.functional.normalize(expected, dim=1)
+        assert torch.equal(read_again, expected) and torch.allclose(kept, expected, atol=1e-5)
+
+
+def test_halves_do_not_depend_on_the_order(images: Tensor) -> None:
+    halves = halve(images, (32, 32), 0.5, 0)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    shuffled = halve(images[order], (32, 32), 0.5, 0)
+    assert torch.equal(order[shuffled.search], halves.search) and shuffled.digest == halves.digest
+    assert len(halves.search) == len(halves.held_out) == 50
+    assert set(halves.search.tolist()).isdisjoint(halves.held_out.tolist())
+    assert not torch.equal(halve(images, (32, 32), 0.5, 1).search, halves.search)
+
+
+def test_images_that_are_none_are_left_out(images: Tensor) -> None:
+    items: list[Any] = [*images[:3], None, *images[3:20]]
+    halves = halve(items, (32, 32), 0.25, 0)
+    assert halves.skipped == (3,) and len(halves.search) == 5 and len(halves.held_out) == 15
+    assert halves.digest == halve(images[:20], (32, 32), 0.25, 0).digest
+    with pytest.raises(ValueError, match="at least 8 photographs"):
+        halve(items[:8], (32, 32), 0.5, 0)
+    with pytest.raises(ValueError, match=r"images\[1\]: images must be \(B,3,32,32\), got \(1,3,16,16\)"):
+        halve([images[0], images[1, :, :16, :16]], (32, 32), 0.5, 0)
+
+
+class Fixed:
+    """An evaluator whose figures are fixed: of the search half, and of the held-out half."""
+
+    def __init__(self, figures: dict[ck.Plan, tuple[float, float]], error: float) -> None:
+        self.figures, self.error, self.errors, self.tested = figures, error, 1.0, list[ck.Plan]()
+        self.searched = {plan: self.evaluation(search) for plan, (search, _) in figures.items()}
+
+    def evaluation(self, figure: float) -> Evaluation:
+        """The evaluation of a figure with its error."""
+        return Evaluation(1 - figure, 1 - figure, figure, (figure,), (figure - self.errors * self.error,))
+
+    def __call__(self, part: str, plan: ck.Plan) -> Evaluation:
+        self.tested.append(plan)
+        self.errors = 1.6448536
+        return self.evaluation(self.figures[plan][1])
+
+
+COUNT: Any = lambda plan: float(plan.tokens[-1])  # noqa: E731
+
+
+def merges(count: int) -> ck.Plan:
+    """A plan that merges `count` tokens in the first block."""
+    return ck.Plan((ck.Merge(count) if count else None, None), 65, 1)
+
+
+def test_tests_go_from_safe_to_cheap_and_end_with_the_first_failure() -> None:
+    constraints = parse_budget("cosine_mean>=.9")
+    figures = {merges(r): (0.992 - 0.005 * r, 0.992 - 0.005 * r) for r in range(24)}
+    evaluator: Any = Fixed(figures, error=0.01)
+    assert slacks_of(constraints, evaluator.searched)[merges(8)] == pytest.approx(5.2, abs=0.1)
+    order = order_of_tests(evaluator.searched, constraints, COUNT)
+    removed = [65 - plan.tokens[-1] for plan in order]
+    assert removed[0] == 8 and removed[-1] == 17 and removed == sorted(removed) and len(order) <= MAX_TESTS
+    results = run_tests(evaluator, constraints, order)
+    # A bound is 1.645 errors below its figure, so .992 - .005 r - .01645 ≥ .9 up to r = 15.
+    assert [result.passed for result in results] == [count <= 15 for count in removed[: len(results)]]
+    assert not results[-1].passed and sum(not result.passed for result in results) == 1
+    assert evaluator.tested == order[: len(results)]
+
+
+def test_a_plan_that_another_one_beats_is_not_tested() -> None:
+    figures = {merges(4): (0.95, 0.95), merges(5): (0.96, 0.96), merges(9): (0.93, 0.93)}
+    evaluator: Any = Fixed(figures, error=0.01)
+    order = order_of_tests(evaluator.searched, parse_budget("cosine_mean>=.9"), COUNT)
+    assert order == [merges(5), merges(9)]
+
+
+def test_a_lucky_figure_is_drawn_to_those_of_similar_plans() -> None:
+    figures = {merges(r): (0.95, 0.95) for r in range(1, 9)}
+    evaluator: Any = Fixed(figures, error=0.01)
+    lucky = evaluator.searched[merges(4)]._replace(figures=(0.97,), bounds=(0.96,))
+    slacks = slacks_of(parse_budget("cosine_mean>=.9"), {**evaluator.searched, merges(4): lucky})
+    assert slacks[merges(1)] == pytest.approx(5.125) and slacks[merges(4)] == pytest.approx(6.125)
+    assert slacks[merges(4)] < (0.97 - 0.9) / 0.01
+
+
+def test_a_budget_is_kept_on_photographs_that_were_held_out(images: Tensor, tuned: Tuned) -> None:
+    assert tuned.reason is None and isinstance(tuned.schedule, ck.Schedule) and tuned.gmacs is not None
+    [promise] = tuned.promises
+    assert promise.images == 50 and promise.bound >= 0.97 and promise.figure >= promise.bound
+    model, halves = ck.bundled()[0], halve(images, (32, 32), 0.5, 0)
+    with torch.inference_mode():
+        dense = ck.encode_image(model, images[halves.held_out]).embedding
+        ck.patch(model, tuned.schedule)
+        reduced = ck.encode_image(model, images[halves.held_out]).embedding
+    cosine = torch.nn.functional.cosine_similarity(dense.double(), reduced.double()).mean()
+    assert promise.figure == pytest.approx(float(cosine), abs=1e-5)
+    assert tuned.cosines is not None and tuned.cosines[1] == pytest.approx(promise.figure)
+    assert tuned.gmacs < tuned.dense_gmacs and tuned.evaluations <= 24 and tuned.speedup is None
+
+
+def test_the_frontier_has_the_published_schedules_and_the_choice(tuned: Tuned) -> None:
+    [chosen] = [row for row in tuned.rows if row.chosen]
+    assert tuned.schedule is not None and chosen.plan.steps == tuned.schedule.steps and chosen.keeps
+    assert [row.gmacs for row in tuned.rows] == sorted((row.gmacs for row in tuned.rows), reverse=True)
+    names = {row.name for row in tuned.rows if row.published}
+    assert "Dense()" in names and any(name.startswith("ToMe") for name in names)
+    assert all(row.milliseconds is None for row in tuned.rows)
+    assert not [row for row in tuned.rows if row.gmacs < chosen.gmacs and row.cosine_mean > chosen.cosine_mean]
+
+
+def test_the_same_call_gives_the_same_schedule(images: Tensor, tuned: Tuned) -> None:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2))
+    again = ck.tune(ck.bundled()[0], images[order], "cosine_mean>=.97", **FAST)
+    assert again == tuned
+
+
+def test_the_model_is_left_as_it_was(images: Tensor) -> None:
+    model = ck.bundled()[0]
+    ck.tune(model, images[:16], "gmacs<=.03", cost="gmacs", evaluations=8, families=("merge",))
+    assert ck.method_of(model) is None and not model.training
+    ck.patch(model, ck.EViT(0.7)).train()
+    ck.tune(model, images[:16], "gmacs<=.03", cost="gmacs", evaluations=8, families=("merge",))
+    assert ck.method_of(model) == ck.EViT(0.7) and model.training
+
+
+def test_a_budget_of_operations_gives_the_least_damage_for_them(images: Tensor) -> None:
+    tuned = ck.tune(ck.bundled()[0], images, "gmacs<=.032", **FAST)
+    assert tuned.schedule is not None and tuned.gmacs is not None and tuned.gmacs <= 0.032 and tuned.promises == ()
+    [chosen] = [row for row in tuned.rows if row.chosen]
+    others = [row for row in tuned.rows if row.gmacs <= 0.032]
+    assert chosen.cosine_mean == max(row.cosine_mean for row in others)
+
+
+def test_a_budget_that_no_plan_keeps_says_so(images: Tensor) -> None:
+    tuned = ck.tune(ck.bundled()[0], images, "cosine_p1>=.99999", **FAST)
+    assert tuned.schedule is None and tuned.reason is not None and "cosine_p1>=0.99999" in tuned.reason
+    assert not [row for row in tuned.rows if row.chosen] and tuned.promises[0].bound < 0.99999
+    tuned = ck.tune(ck.bundled()[0], images, "cosine_mean>=.99, gmacs<=.01", **FAST)
+    assert tuned.schedule is None and tuned.reason is not None and "gmacs<=0.01" in tuned.reason
+
+
+def test_labels_and_captions_make_their_constraints_measurable(images: Tensor) -> None:
+    model, generator = ck.bundled()[0], torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        dense = ck.encode_image(model, images).embedding
+    classes = torch.randn(5, dense.shape[1], generator=generator)
+    labels = (dense @ classes.T).argmax(1)
+    extras: dict[str, Any] = {"labels": labels, "classes": classes, "captions": dense.clone()}
+    tuned = ck.tune(model, images, "accuracy_drop<=.3, text_recall@5>=.5", **extras, **FAST)
+    assert tuned.schedule is not None
+    drop, recall = tuned.promises
+    assert drop.figure <= drop.bound <= 0.3 and recall.figure >= recall.bound >= 0.5
+    assert list(recall.trend) == [25, 50, 100] and drop.trend == {}
+    for budget, missing in (("accuracy_drop<=.3", "labelled images"), ("text_recall@5>=.5", "captions")):
+        with pytest.raises(ValueError, match=missing):
+            ck.tune(model, images, budget, **FAST)
+
+
+@pytest.mark.parametrize("against", ["dense", "same"])
+def test_recall_is_promised_within_all_photographs(images: Tensor, against: Any) -> None:
+    tuned = ck.tune(ck.bundled()[0], images, "recall@5>=.6", against=against, **FAST)
+    assert tuned.schedule is not None
+    [promise] = tuned.promises
+    assert promise.bound >= 0.6 and list(promise.trend) == [25, 50, 100]
+
+
+@pytest.mark.parametrize("after", [1, 9, 25])
+def test_a_stopped_run_goes_on_to_the_same_result(images: Tensor, tuned: Tuned, tmp_path: Path, after: int) -> None:
+    model, state = ck.bundled()[0], tmp_path / "state"
+    stopped = ck.tune(model, images, "cosine_mean>=.97", state=state, progress=Stop(after), **FAST)
+    assert stopped.stopped and stopped.schedule is None and ck.method_of(model) is None
+    kept = {path.name: path.stat().st_mtime_ns for path in state.glob("plan-*")}
+    again = ck.tune(model, images, "cosine_mean>=.97", state=state, **FAST)
+    assert again == tuned
+    assert kept == {path.name: path.stat().st_mtime_ns for path in state.glob("plan-*") if path.name in kept}
+    remove_state(state)
+    assert not state.exists()
+
+
+def test_a_state_of_another_run_is_refused(images: Tensor, tmp_path: Path) -> None:
+    model, state = ck.bundled()[0], tmp_path / "state"
+    ck.tune(model, images, "cosine_mean>=.97", state=state, progress=Stop(9), **FAST)
+    for options, expected in (
+        ({"images": images[:90]}, "images 100 instead of 90, other pixels"),
+        ({"budget": "cosine_mean>=.98"}, "budget cosine_mean>=0.97 instead of cosine_mean>=0.98"),
+        ({"seed": 1}, "seed 0 instead of 1"),
+        ({"evaluations": 30}, "evaluations 24 instead of 30"),
+        ({"families": ("merge",)}, "families merge/prune instead of merge"),
+    ):
+        arguments = {"images": images, "budget": "cosine_mean>=.97", **FAST, **options}
+        with pytest.raises(ValueError, match="expected the run that state") as error:
+            ck.tune(model, state=state, **arguments)
+        assert expected in str(error.value)
+    with torch.no_grad():
+        model.visual.conv1.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="other tower"):
+        ck.tune(model, images, "cosine_mean>=.97", state=state, **FAST)
+
+
+def test_a_folder_of_something_else_is_refused(images: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"got .* with 'notes.txt': choose another one"):
+        ck.tune(ck.bundled()[0], images, "cosine_mean>=.97", state=tmp_path, **FAST)
+    with pytest.raises(ValueError, match=r"with 'notes.txt'"):
+        remove_state(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"budget": "recall>=.9"}, "recall@K"),
+        ({"against": "both"}, "against"),
+        ({"families": ("merges",)}, "families"),
+        ({"evaluations": 2}, "evaluations"),
+        ({"search_share": 1.0}, "search_share"),
+        ({"budget": "speedup>=1.5"}, "measured cost"),
+        ({"budget": "recall@200>=.9"}, "more than 200 images"),
+    ],
+)
+def test_wrong_arguments_are_refused(images: Tensor, options: dict[str, Any], expected: str) -> None:
+    arguments = {"budget": "cosine_mean>=.97", **FAST, **options}
+    with pytest.raises(ValueError, match=expected):
+        ck.tune(ck.bundled()[0], images, **arguments)
+
+
+def test_other_pools_and_prefixes_are_tuned() -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=0, global_pool="avg", class_token=True, img_size=48).eval()
+    images = torch.randn(16, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    tuned = ck.tune(model, images, "cosine_mean>=.5", cost="gmacs", evaluations=12, families=("merge", "prune"))
+    geometry = Geometry.of(ck.tower_of(model))
+    assert geometry.last == geometry.blocks and len(published(geometry)) > 4
+    assert tuned.schedule is not None and ck.patch(model, tuned.schedule)(images).shape == (16, 64)
