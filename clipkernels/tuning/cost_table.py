@@ -1,6 +1,6 @@
 """`CostTable`: milliseconds of the parts of a tower by number of tokens, and of a plan as their sum.
 
-    plan   embed + Σ over blocks + pool(tokens that leave)
+    plan   offset + scale · (embed + Σ over blocks + pool(tokens that leave))
     block  attention(tokens that enter) + the step's extra(tokens that enter) + mlp(tokens that leave the step)
     last   last(tokens that enter), if the tower outputs only CLS
 
@@ -79,10 +79,11 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     clock, rounds: as in `measure_cost`.
     counts: the measured numbers of tokens, ascending; the last is the number that enters the tower.
     dense: the whole dense forward, as `ck.Dense` runs it.
+    scale, offset: from the sum of parts to a forward; they make the dense forward exact.
     embed: the embedding of the patches, the same for all plans.
     attention, attention_sized, mlp: by the tokens of a block's attention, without and with sizes, and of its MLP.
     last, last_sized: the last block by the tokens that enter it, if the tower outputs only CLS.
-    pool: by the tokens that leave the last block.
+    pool: by the tokens that leave the last block; the same for all of them if the tower outputs only CLS.
     merge, prune, condense: what a step adds, by the tokens that enter its block; the matching or scoring included.
 
     All of them are non-decreasing.
@@ -93,6 +94,8 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     rounds: Size
     counts: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=1 << 12)]
     dense: Milliseconds
+    scale: Annotated[float, Meta(gt=0, le=1e3)]
+    offset: Annotated[float, Meta(ge=-1e9, le=1e9)]
     embed: Milliseconds
     attention: Curve
     attention_sized: Curve
@@ -135,12 +138,13 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             total += self.block_milliseconds(keys, rows, step, sized=sized, last=index == tower.blocks - 1)
             sized = sized or (plan.proportional and isinstance(step, Merge))
         # Merged tokens are copied back to their patches before a pool that reads these.
-        return total + self._at(self.pool, plan.entry if plan.merges else plan.tokens[-1])
+        total += self._at(self.pool, plan.entry if plan.merges else plan.tokens[-1])
+        return max(0.0, self.offset + self.scale * total)
 
     def block_milliseconds(
         self, keys: int, rows: int, step: Step | None = None, *, sized: bool = False, last: bool = False
     ) -> float:
-        """The predicted milliseconds of one block.
+        """The milliseconds of one block, neither scaled nor offset.
 
         Args:
             keys: tokens that enter it.
@@ -248,7 +252,7 @@ def conditions_of(tower: Tower, batch: int) -> Conditions:
         batch=batch,
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
         kernels=use_kernels(sample),
-        versions={name: installed[name] for name in TIMED_PACKAGES},
+        versions={name: None if installed[name] is None else str(installed[name]) for name in TIMED_PACKAGES},
     )
 
 

@@ -65,7 +65,9 @@ def cosines(a: Tensor, b: Tensor) -> np.ndarray:
 
 def nearest(row: np.ndarray, k: int, without: int | None = None) -> list[int]:
     """The k largest places; equal values count as equal up to 1e-6 and go to the lower place."""
-    order = sorted((place for place in range(len(row)) if place != without), key=lambda p: (-round(float(row[p]), 6), p))
+    order = sorted(
+        (place for place in range(len(row)) if place != without), key=lambda p: (-round(float(row[p]), 6), p)
+    )
     return order[:k]
 
 
