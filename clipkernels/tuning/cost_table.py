@@ -133,18 +133,18 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(
                 f"expected a plan without learnt tokens, whose cost is not in the table, got {plan.learnt}"
             )
-        total, sized = self.embed, False
+        total, sized = self.offset + self.scale * self.embed, False
         for index, (step, (keys, rows)) in enumerate(zip(plan.steps, plan.passes, strict=True)):
             total += self.block_milliseconds(keys, rows, step, sized=sized, last=index == tower.blocks - 1)
             sized = sized or (plan.proportional and isinstance(step, Merge))
         # Merged tokens are copied back to their patches before a pool that reads these.
-        total += self._at(self.pool, plan.entry if plan.merges else plan.tokens[-1])
-        return max(0.0, self.offset + self.scale * total)
+        total += self.scale * self._at(self.pool, plan.entry if plan.merges else plan.tokens[-1])
+        return max(0.0, total)
 
     def block_milliseconds(
         self, keys: int, rows: int, step: Step | None = None, *, sized: bool = False, last: bool = False
     ) -> float:
-        """The milliseconds of one block, neither scaled nor offset.
+        """The predicted milliseconds of one block; a forward also has the offset, the embedding and the pool.
 
         Args:
             keys: tokens that enter it.
@@ -156,13 +156,14 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             ValueError: a Predict step, or more tokens than enter the tower.
         """
         if last and self.conditions.tower.outputs_only_cls:
-            return self._at(self.last_sized if sized else self.last, keys)
+            return self.scale * self._at(self.last_sized if sized else self.last, keys)
         if isinstance(step, Predict):
             raise ValueError("expected steps without a predictor, whose cost is not in the table, got a Predict step")
         extra = 0.0
         for kind, curve in ((Merge, self.merge), (Prune, self.prune), (Condense, self.condense)):
             extra += self._at(curve, keys) if isinstance(step, kind) else 0.0
-        return self._at(self.attention_sized if sized else self.attention, keys) + extra + self._at(self.mlp, rows)
+        attention = self._at(self.attention_sized if sized else self.attention, keys)
+        return self.scale * (attention + extra + self._at(self.mlp, rows))
 
     def check(self, model: nn.Module, batch: int, source: object = "a cost table") -> None:
         """Raise ValueError unless the table is of this model's tower on its device, in its dtype, at this batch size.

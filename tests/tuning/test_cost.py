@@ -94,6 +94,7 @@ def test_parts_are_scaled_and_offset_to_forwards() -> None:
     plan = plan_of(Prune(3), None, None)
     raw = table_of().milliseconds(plan)
     assert table_of(scale=2.0, offset=-3.0).milliseconds(plan) == 2 * raw - 3
+    assert table_of(scale=2.0, offset=-3.0).block_milliseconds(9, 5, Merge(4)) == 2 * (4 + 4e3 + 20)
     assert table_of(offset=-1e6).milliseconds(plan) == 0
 
 
