@@ -20,6 +20,7 @@ from clipkernels.learn.patch_ranking import Rankings, RankPredictor, VisualToken
 from clipkernels.learn.patch_ranking.rankings import RankingStore
 from clipkernels.support import Picture, SupportSet
 from clipkernels.support.features import Encoder, join_names, read_features, write_features
+from clipkernels.tuning.cost_table import CURVES, Conditions, CostTable, TowerRecord
 from tests.mutants import Kind
 
 TOWER = {"float32": "ab" * 32, "float16": "cd" * 32}
@@ -157,9 +158,30 @@ def schedule_artefact(folder: Path) -> Kind:
     )  # fmt: skip
 
 
+def cost_table(folder: Path) -> Kind:
+    file = folder / "cost.json"
+    about: dict[str, Any] = {"library": "OpenCLIPTower", "block": "0123abcd", "tokens": 9, "blocks": 2, "prefix": 1}
+    about |= {"width": 4, "mlp_ratio": 4.0, "patch": 8, "out": 2, "outputs_only_cls": True}
+    versions: dict[str, str | None] = {"clipkernels": "0.1.0", "torch": "2.14.1", "triton": None}
+    conditions = Conditions(
+        tower=TowerRecord(**about),
+        device="a CPU",
+        dtype="float32",
+        batch=8,
+        threads=1,
+        kernels=False,
+        versions=versions,
+    )
+    curves: dict[str, Any] = dict.fromkeys(CURVES, (0.5, 0.75))
+    times: dict[str, Any] = {"dense": 4.5, "scale": 1.25, "offset": -0.5, "embed": 0.25}
+    CostTable(conditions=conditions, clock="wall", rounds=3, counts=(5, 9), **times, **curves).save(file)
+    return Kind(file, lambda: CostTable.load(file), ("conditions.versions.",))
+
+
 KINDS: dict[str, Callable[[Path], Kind]] = {
     **{"reservoir": reservoir, "predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
     **{"CALIP-FS": few_shot, "features": collection, "teacher": teacher_cache},
     **{"manifest": support_manifest, "support features": support_features, "artefact": artefact},
     **{"schedule": schedule, "schedule artefact": schedule_artefact},
+    **{"cost table": cost_table},
 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +20,8 @@ from clipkernels.backend import use_kernels
 from clipkernels.block import Branch, Parts, TokenState, gather_rope
 from clipkernels.classifier import eval_mode
 from clipkernels.encode import tower_weight
-from clipkernels.measure.timing import Clock, Times, gmacs_for, measure
-from clipkernels.methods import Dense
+from clipkernels.measure.timing import Clock, Times, gmacs_for, measure, plan_for, vary
+from clipkernels.methods import Dense, EViT, Method, ToMe
 from clipkernels.ops import unchecked
 from clipkernels.patching import patched, tower_of
 from clipkernels.plan import Condense, Merge, Plan, Prune, Step
@@ -30,6 +31,7 @@ from clipkernels.tuning.cost_table import Conditions, CostTable, conditions_of
 __all__ = ["CostTable", "gmacs_as_executed", "isotonic", "measure_cost"]
 
 MEASURED_COUNTS = 10
+MAX_SCALE = 2.0
 Progress = Callable[[int, int], None]
 
 
@@ -77,10 +79,10 @@ def measure_cost(
         generator, weight = torch.Generator().manual_seed(seed), tower_weight(model)
         images = torch.randn(batch, 3, *tower.image_size, generator=generator).to(weight)
         bench = _Bench(tower, images, generator)
-        calls: dict[str, Callable[[], object]] = {
-            "dense": partial(tower.encode, images),
-            "embed": partial(tower.embed, images),
-        }
+        halves = _halves(tower)
+        calls: dict[str, Callable[[], object]] = {"embed": partial(tower.embed, images)}
+        for name, variant in vary(model, {"dense": Dense(), **halves}).items():
+            calls[name] = partial(variant.encode, images)
         for count in tokens:
             calls |= {f"{name} {count}": call for name, call in bench.calls(count).items()}
         done, total = 0, len(calls) * (rounds + 1)
@@ -92,7 +94,8 @@ def measure_cost(
                 progress(done, total)
 
         times = measure(calls, rounds, seed=seed, clock=clock, progress=advance)
-    return _tabulate(times, conditions, tokens, bench.repeats, clock)
+    table = _tabulate(times, conditions, tokens, bench.repeats, clock)
+    return _calibrate(table, times, {name: plan_for(tower, method) for name, method in halves.items()})
 
 
 def isotonic(values: Iterable[float]) -> list[float]:
@@ -155,7 +158,10 @@ class _Bench:
         self.repeats = len(hosts) if self.x.device.type == "cuda" else 1
 
     def calls(self, count: int) -> dict[str, Callable[[], object]]:
-        """The calls at a number of tokens, by name; each runs `repeats` blocks, but `pool` once."""
+        """The calls at a number of tokens, by name; each runs `repeats` blocks, but `pool` once.
+
+        A pool of CLS is the same at all numbers of tokens, so only the largest has it.
+        """
         patches, alone = count - self.prefix, outputs_only_cls(self.tower)
         x, rope = self.x[:, :count].contiguous(), self.rope
         if rope is not None and count < self.x.shape[1]:
@@ -185,7 +191,8 @@ class _Bench:
         if alone:
             calls["last"] = self._repeat(self.parts, self._run(state, rows=self.prefix))
             calls["last sized"] = self._repeat(self.parts, self._run(sized, proportional=True, rows=self.prefix))
-        calls["pool"] = partial(self.tower.pool, x[:, : self.prefix] if alone else x)
+        if not alone or count == self.x.shape[1]:
+            calls["pool"] = partial(self.tower.pool, x[:, : self.prefix] if alone else x)
         return calls
 
     def _run(self, state: TokenState, step: Step | None = None, **options: Any) -> Callable[[Any, Any], object]:
@@ -216,40 +223,64 @@ class _Bench:
         return call
 
 
+def _halves(tower: Tower) -> dict[str, Method]:
+    """Methods that halve the patches in the first block."""
+    return {"merge half": ToMe([(tower.num_tokens - tower.prefix) // 2]), "prune half": EViT(0.5, blocks=(0,))}
+
+
 def _tabulate(times: Times, conditions: Conditions, counts: tuple[int, ...], repeats: int, clock: Clock) -> CostTable:
-    """The table of measured times.
+    """The table of measured times, as they are."""
+    tower = conditions.tower
 
-    All parts are scaled by one factor, so that they add up to the dense forward: in it a block finds other things in
-    the caches, and the host runs ahead of a GPU.
-    """
-    tower, zeros = conditions.tower, (0.0,) * len(counts)
-
-    def curve(name: str, minus: str | None = None) -> list[float]:
+    def curve(name: str, minus: str | None = None) -> tuple[float, ...]:
         """A part by count, or its difference to another."""
-        return isotonic(max(0.0, of(name, count) - (of(minus, count) if minus else 0)) for count in counts)
+        return tuple(isotonic(max(0.0, of(name, count) - (of(minus, count) if minus else 0)) for count in counts))
 
     def of(name: str, count: int) -> float:
-        return 1e3 * statistics.median(times.seconds[f"{name} {count}"]) / (1 if name == "pool" else repeats)
+        return _median(times, f"{name} {count}") / (1 if name == "pool" else repeats)
 
-    alone = tower.outputs_only_cls
-    curves: dict[str, Sequence[float]] = {
-        "attention": curve("block", minus="mlp"),
-        "attention_sized": curve("block sized", minus="mlp"),
-        "mlp": curve("mlp"),
-        "last": curve("last") if alone else zeros,
-        "last_sized": curve("last sized") if alone else zeros,
-        "pool": curve("pool"),
-        "merge": curve("merge", minus="core with sizes"),
-        "prune": curve("prune", minus="core"),
-        "condense": curve("condense", minus="core"),
-    }
-    dense, embed = (1e3 * statistics.median(times.seconds[name]) for name in ("dense", "embed"))
-    whole = curves["attention"][-1] + curves["mlp"][-1]
-    blocks = whole * (tower.blocks - 1) + (curves["last"][-1] if alone else whole)
-    scale = dense / (embed + blocks + curves["pool"][-1])
-    scaled: dict[str, Any] = {name: tuple(scale * value for value in values) for name, values in curves.items()}
-    about: dict[str, Any] = {"conditions": conditions, "clock": clock, "rounds": len(times.seconds["dense"])}
-    return CostTable(counts=counts, dense=dense, embed=scale * embed, **about, **scaled)
+    def of_last(name: str) -> tuple[float, ...]:
+        return curve(name) if tower.outputs_only_cls else (0.0,) * len(counts)
+
+    return CostTable(
+        conditions=conditions,
+        clock=clock,
+        rounds=len(times.seconds["dense"]),
+        counts=counts,
+        dense=_median(times, "dense"),
+        scale=1.0,
+        offset=0.0,
+        embed=_median(times, "embed"),
+        attention=curve("block", minus="mlp"),
+        attention_sized=curve("block sized", minus="mlp"),
+        mlp=curve("mlp"),
+        last=of_last("last"),
+        last_sized=of_last("last sized"),
+        pool=(_median(times, f"pool {counts[-1]}"),) * len(counts) if tower.outputs_only_cls else curve("pool"),
+        merge=curve("merge", minus="core with sizes"),
+        prune=curve("prune", minus="core"),
+        condense=curve("condense", minus="core"),
+    )
+
+
+def _calibrate(table: CostTable, times: Times, halves: Mapping[str, Plan]) -> CostTable:
+    """The table with the scale and the offset that make it exact for the dense forward and for the mean of others.
+
+    In a forward, a block finds other things in the caches than when it is timed alone, and the host has work of its
+    own or runs ahead of a GPU.
+    """
+    tower = table.conditions.tower
+    dense = table.milliseconds(Plan((None,) * tower.blocks, tower.tokens, tower.prefix))
+    predicted = statistics.mean(table.milliseconds(plan) for plan in halves.values())
+    measured = statistics.mean(_median(times, name) for name in halves)
+    scale = (table.dense - measured) / (dense - predicted) if dense > 1.05 * predicted else table.dense / dense
+    scale = min(max(scale, 1 / MAX_SCALE), MAX_SCALE)
+    return msgspec.structs.replace(table, scale=scale, offset=table.dense - scale * dense)
+
+
+def _median(times: Times, name: str) -> float:
+    """The median milliseconds of a call."""
+    return 1e3 * statistics.median(times.seconds[name])
 
 
 def _check_counts(counts: Any, tower: Tower) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """`CostTable`: milliseconds of the parts of a tower by number of tokens, and of a plan as their sum.
 
-    plan   embed + Σ over blocks + pool(tokens that leave)
+    plan   offset + scale · (embed + Σ over blocks + pool(tokens that leave))
     block  attention(tokens that enter) + the step's extra(tokens that enter) + mlp(tokens that leave the step)
     last   last(tokens that enter), if the tower outputs only CLS
 
@@ -79,10 +79,11 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     clock, rounds: as in `measure_cost`.
     counts: the measured numbers of tokens, ascending; the last is the number that enters the tower.
     dense: the whole dense forward, as `ck.Dense` runs it.
+    scale, offset: from the sum of parts to a forward; they make the dense forward exact.
     embed: the embedding of the patches, the same for all plans.
     attention, attention_sized, mlp: by the tokens of a block's attention, without and with sizes, and of its MLP.
     last, last_sized: the last block by the tokens that enter it, if the tower outputs only CLS.
-    pool: by the tokens that leave the last block.
+    pool: by the tokens that leave the last block; the same for all of them if the tower outputs only CLS.
     merge, prune, condense: what a step adds, by the tokens that enter its block; the matching or scoring included.
 
     All of them are non-decreasing.
@@ -93,6 +94,8 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     rounds: Size
     counts: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=1 << 12)]
     dense: Milliseconds
+    scale: Annotated[float, Meta(gt=0, le=1e3)]
+    offset: Annotated[float, Meta(ge=-1e9, le=1e9)]
     embed: Milliseconds
     attention: Curve
     attention_sized: Curve
@@ -130,17 +133,18 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(
                 f"expected a plan without learnt tokens, whose cost is not in the table, got {plan.learnt}"
             )
-        total, sized = self.embed, False
+        total, sized = self.offset + self.scale * self.embed, False
         for index, (step, (keys, rows)) in enumerate(zip(plan.steps, plan.passes, strict=True)):
             total += self.block_milliseconds(keys, rows, step, sized=sized, last=index == tower.blocks - 1)
             sized = sized or (plan.proportional and isinstance(step, Merge))
         # Merged tokens are copied back to their patches before a pool that reads these.
-        return total + self._at(self.pool, plan.entry if plan.merges else plan.tokens[-1])
+        total += self.scale * self._at(self.pool, plan.entry if plan.merges else plan.tokens[-1])
+        return max(0.0, total)
 
     def block_milliseconds(
         self, keys: int, rows: int, step: Step | None = None, *, sized: bool = False, last: bool = False
     ) -> float:
-        """The predicted milliseconds of one block.
+        """The predicted milliseconds of one block; a forward also has the offset, the embedding and the pool.
 
         Args:
             keys: tokens that enter it.
@@ -152,13 +156,14 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             ValueError: a Predict step, or more tokens than enter the tower.
         """
         if last and self.conditions.tower.outputs_only_cls:
-            return self._at(self.last_sized if sized else self.last, keys)
+            return self.scale * self._at(self.last_sized if sized else self.last, keys)
         if isinstance(step, Predict):
             raise ValueError("expected steps without a predictor, whose cost is not in the table, got a Predict step")
         extra = 0.0
         for kind, curve in ((Merge, self.merge), (Prune, self.prune), (Condense, self.condense)):
             extra += self._at(curve, keys) if isinstance(step, kind) else 0.0
-        return self._at(self.attention_sized if sized else self.attention, keys) + extra + self._at(self.mlp, rows)
+        attention = self._at(self.attention_sized if sized else self.attention, keys)
+        return self.scale * (attention + extra + self._at(self.mlp, rows))
 
     def check(self, model: nn.Module, batch: int, source: object = "a cost table") -> None:
         """Raise ValueError unless the table is of this model's tower on its device, in its dtype, at this batch size.

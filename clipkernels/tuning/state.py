@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from clipkernels.collection.store.lock import Lock
+from clipkernels.folder_lock import LOCK, Lock
 from clipkernels.formats import Count, Digest, Fingerprint, Format, Line, Size
 from clipkernels.measure.timing import Band
 from clipkernels.plan import Plan
@@ -201,7 +201,7 @@ def remove_state(folder: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    fixed = name in (RUN, ".lock")
+    fixed = name in (RUN, LOCK)
     return fixed or NAMES.fullmatch(name) is not None or TEMPORARY.fullmatch(name) is not None
 
 

@@ -29,6 +29,7 @@ from clipkernels.methods import schedule
 from clipkernels.state_files import read_state, tensor_digest, write_state
 from clipkernels.support import features, manifest
 from clipkernels.support.features import split_names
+from clipkernels.tuning.cost_table import FORMAT as COST
 from tests.mutants import DEEP, Kind, mutants, read, write
 from tests.state_kinds import KINDS, collection, golden, rank_predictor, reservoir, support_manifest, teacher_cache
 
@@ -47,7 +48,7 @@ def refusal(kind: Kind) -> str:
 FORMATS: dict[str, Format] = {
     **{"reservoir": reservoir_entries.FORMAT, "predictor": predictor.FORMAT, "rankings": rankings.FORMAT},
     **{"learnt tokens": tokens.FORMAT, "CALIP-FS": calip_fs.FORMAT, "features": features.FORMAT},
-    **{"teacher": feature_files.FORMAT, "manifest": manifest.FORMAT, "artefact": ARTEFACT},
+    **{"teacher": feature_files.FORMAT, "manifest": manifest.FORMAT, "artefact": ARTEFACT, "cost table": COST},
     "schedule": schedule.FORMAT,
 }
 
