@@ -20,7 +20,7 @@ not include the choice of the gallery. Tenths are two of each quarter, so that g
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,9 @@ def main() -> None:
     images, draws = torch.stack(list(Photos(pixels))), copies.draw(pixels, arguments.copies, arguments.seed)
     text = ck.support.class_embeddings(ck.bundled()[0], ck.bundled()[2], photo(classes))
     parts = galleries(len(images), arguments.seed)
+    header = header_of(arguments, "limit", "copies", "seed", "threads") | {
+        "towers": [name for name, _ in arguments.tower]
+    }
     thresholds: dict[float, float] = {}
     tables: dict[str, list[dict[str, Any]]] = {"": [], "-search": [], "-dedup": []}
     for name, model in towers(arguments.tower):
@@ -71,7 +74,6 @@ def main() -> None:
         tables["-search"] += search_rows(name, reduced, dense, labels, parts)
         tables["-dedup"] += copies.dedup_rows(name, reduced, dense, reencoded, draws, thresholds)
         for suffix, rows in tables.items() if arguments.out else ():
-            header = header_of(arguments, "tower", "limit", "copies", "seed", "threads")
             write(rows, header, arguments.out.with_stem(arguments.out.stem + suffix))
 
 
@@ -82,25 +84,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--copies", type=int, default=500, help="photographs of a draw; default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of galleries and copies; default %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default %(default)s")
-    parser.add_argument("--tower", action="append", default=[], metavar="NAME=FOLDER", help="of ck.save; repeatable")
+    parser.add_argument(
+        "--tower", action="append", default=[], type=saved_tower, metavar="NAME=FOLDER", help="of ck.save; repeatable"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="the rows; FILE.json adds the environment")
     return parser.parse_args()
 
 
-def towers(saved: list[str]) -> Iterator[tuple[str, nn.Module]]:
+def saved_tower(spelling: str) -> tuple[str, Path]:
+    """Return the name and the folder of NAME=FOLDER, in which the name may have more signs of equality."""
+    name, _, folder = spelling.rpartition("=")
+    if name in ("", "dense"):
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER with another name than dense, got {spelling}")
+    return name, Path(folder)
+
+
+def towers(saved: Sequence[tuple[str, Path]]) -> Iterator[tuple[str, nn.Module]]:
     """Yield the bundled CLIP densely, with each method, and the saved towers, with their names.
 
     Raises:
-        SystemExit: a tower that is not spelt NAME=FOLDER, or whose embeddings have another width.
+        SystemExit: a saved tower whose embeddings have another width.
     """
     yield "dense", ck.patch(ck.bundled()[0], ck.Dense())
     for method in METHODS:
         yield short_name(method), ck.patch(ck.bundled()[0], method)
     width = ck.tower_of(ck.bundled()[0]).out
-    for spelling in saved:
-        name, _, folder = spelling.rpartition("=")
-        if name in ("", "dense"):
-            raise SystemExit(f"error: expected --tower NAME=FOLDER, got {spelling}")
+    for name, folder in saved:
         model = ck.load(folder).model
         if ck.tower_of(model).out != width:
             raise SystemExit(f"error: expected embeddings of width {width}, got {ck.tower_of(model).out} from {folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import sys
@@ -75,9 +76,14 @@ def test_the_study_writes_three_files_and_takes_saved_towers(
     assert {row["threshold"] for row in dedup if row["chosen_for"] == "default"} == {"0.96"}
     assert len({row["threshold"] for row in dedup if (row["chosen_for"], row["aim"]) == ("dense", "0.99")}) == 1
     header = json.loads(out.with_stem("choosing-dedup").with_suffix(".json").read_text())
-    assert (header["limit"], header["copies"], header["tower"]) == (120, 30, [tower])
-    with pytest.raises(SystemExit, match="expected --tower NAME=FOLDER, got nameless"):
-        list(choosing.towers(["nameless"]))
+    assert (header["limit"], header["copies"], header["towers"]) == (120, 30, ["saved r=4"])
+
+
+@pytest.mark.parametrize("spelling", ["folder", "=folder", "dense=folder"])
+def test_a_saved_tower_needs_a_name(spelling: str) -> None:
+    assert choosing.saved_tower("EViT(keep=0.7)=folder") == ("EViT(keep=0.7)", Path("folder"))
+    with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=FOLDER"):
+        choosing.saved_tower(spelling)
 
 
 def test_the_figures_are_those_of_a_literal_search() -> None:
