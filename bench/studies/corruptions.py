@@ -58,9 +58,7 @@ def corrupted(image: Image.Image, kind: str, severity: int, rng: np.random.Gener
     if kind == "brightness":
         return ImageEnhance.Brightness(image).enhance(strength)
     if kind == "jpeg":
-        file = io.BytesIO()
-        image.save(file, "jpeg", quality=int(strength))
-        return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+        return through_jpeg(image, int(strength))
     pixels = np.asarray(image) / 255
     if kind == "noise":
         pixels = pixels + rng.normal(scale=strength, size=pixels.shape)
@@ -68,3 +66,10 @@ def corrupted(image: Image.Image, kind: str, severity: int, rng: np.random.Gener
         mean = pixels.mean((0, 1))
         pixels = (pixels - mean) * strength + mean
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def through_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """Return an image after compression by JPEG."""
+    file = io.BytesIO()
+    image.save(file, "jpeg", quality=quality)
+    return Image.open(io.BytesIO(file.getvalue())).convert("RGB")

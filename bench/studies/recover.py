@@ -34,12 +34,12 @@ from torch.nn.functional import normalize
 
 import clipkernels as ck
 from bench.result_files import header_of, write
+from bench.studies.bootstrap import interval
 from bench.studies.tiny_clip import read
 from clipkernels.artefacts.header import read_header
 from clipkernels.measure.timing import gmacs_for, plan_for
 from clipkernels.support import photo
 
-RESAMPLES = 2000
 FIGURES = ("recall_at_1", "accuracy", "cosine", "cosine_p1")
 
 
@@ -209,12 +209,10 @@ def mean(name: str, judged: Sequence[Judged], reports: Sequence[dict[str, Any]])
     """Return the row of the mean over seeds, with the lower end of the bootstrap interval of R@1."""
     every = [each.figures() for each in judged]
     found = torch.stack([each.found.double() for each in judged]).mean(0).numpy()
-    rng = np.random.default_rng(0)
-    means = [found[rng.integers(len(found), size=len(found))].mean() for _ in range(RESAMPLES)]
     first = row(name, "mean", judged[0], {})
     figures = {key: round(statistics.mean(figures[key] for figures in every), 5) for key in FIGURES}
     seconds = round(statistics.mean(report["cpu_seconds"] for report in reports), 1)
-    return {**first, **figures, "low": round(float(np.percentile(means, 2.5)), 5), "cpu_seconds": seconds}
+    return {**first, **figures, "low": round(float(interval(found)[0]), 5), "cpu_seconds": seconds}
 
 
 if __name__ == "__main__":
