@@ -16,7 +16,8 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from inspect import Parameter, signature
 from typing import Any
@@ -28,7 +29,7 @@ from clipkernels.collection.encoder import Encoder
 from clipkernels.collection.packages import pyarrow, required
 from clipkernels.collection.preparation import UnitItems, keys_of
 from clipkernels.collection.store.plans import plan_file
-from clipkernels.collection.store.units import write_unit
+from clipkernels.collection.store.units import read_unit_header, write_unit
 from clipkernels.messages import first_line
 
 MAX_BLOCKS = 4096
@@ -173,11 +174,25 @@ def encode_units(
                         return
             except ray.exceptions.RayError as error:  # a machine is lost, or its memory is full
                 reason = f"{type(error).__name__}: {first_line(error)}"
+            for unit, failed in _written_units(items, left):
+                if after_unit(left.pop(unit), failed, 0):
+                    return
             if len(left) == before:
                 raise RuntimeError(f"Ray stopped: {reason}, and no unit was finished since the last time")
     finally:
         if started:
             ray.shutdown()
+
+
+def _written_units(items: UnitItems, units: Iterable[int]) -> list[tuple[int, int]]:
+    """The units whose files are there although their results are lost, with their rows without an embedding."""
+    written = []
+    for unit in units:
+        with suppress(OSError, ValueError):  # not there, in a shard, or not whole: it is encoded again
+            header = read_unit_header(items.folder, items.generation, unit)
+            if header.settings == items.settings:
+                written.append((unit, header.errors))
+    return written
 
 
 def _pipeline(

@@ -55,10 +55,10 @@ def break_actors(fault: str, out: str, model: nn.Module, preprocess: Callable[[I
             raise RuntimeError("the model is broken")
 
     def fill() -> None:
-        def fsync(number: int) -> None:
+        def replace(source: str, target: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        os.fsync = fsync  # type: ignore[assignment]
+        os.replace = replace  # type: ignore[assignment]
 
     def crash() -> None:
         if fault == "crash":

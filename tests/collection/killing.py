@@ -20,7 +20,7 @@ from PIL import Image
 
 MARK = "CLIPKERNELS_TEST_RUN"
 ROOT = Path(__file__).parents[2]
-ENDING_SECONDS = 30
+ENDING_SECONDS = 120
 """The time that the children of a killed process have to end by themselves."""
 
 
