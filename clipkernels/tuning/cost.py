@@ -96,7 +96,7 @@ def measure_cost(
         times = measure(calls, rounds, seed=seed, clock=clock, progress=advance)
     table = _tabulate(times, conditions, tokens, bench.repeats, clock)
     ratios = [_median(times, name) / table.milliseconds(plan_for(tower, method)) for name, method in reduced.items()]
-    # In a forward a block finds other things in the caches than when it is timed alone, and the host runs ahead of a GPU.
+    # In a forward a block finds other things in the caches than when timed alone, and the host runs ahead of a GPU.
     return msgspec.structs.replace(table, scale=min(max(statistics.median(ratios), 1 / MAX_SCALE), MAX_SCALE))
 
 
