@@ -173,7 +173,7 @@ def cost_table(folder: Path) -> Kind:
         versions=versions,
     )
     curves: dict[str, Any] = dict.fromkeys(CURVES, (0.5, 0.75))
-    times: dict[str, Any] = {"dense": 4.5, "scale": 1.25, "offset": -0.5, "embed": 0.25}
+    times: dict[str, Any] = {"dense": 4.5, "scale": 1.25, "embed": 0.25}
     CostTable(conditions=conditions, clock="wall", rounds=3, counts=(5, 9), **times, **curves).save(file)
     return Kind(file, lambda: CostTable.load(file), ("conditions.versions.",))
 

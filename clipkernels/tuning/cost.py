@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -45,7 +45,7 @@ def measure_cost(
     batch: int,
     *,
     counts: Sequence[int] | None = None,
-    rounds: int = 11,
+    rounds: int = 15,
     clock: Clock = "wall",
     seed: int = 0,
     progress: Progress | None = None,
@@ -79,9 +79,9 @@ def measure_cost(
         generator, weight = torch.Generator().manual_seed(seed), tower_weight(model)
         images = torch.randn(batch, 3, *tower.image_size, generator=generator).to(weight)
         bench = _Bench(tower, images, generator)
-        halves = _halves(tower)
+        reduced = _reduced(tower)
         calls: dict[str, Callable[[], object]] = {"embed": partial(tower.embed, images)}
-        for name, variant in vary(model, {"dense": Dense(), **halves}).items():
+        for name, variant in vary(model, {"dense": Dense(), **reduced}).items():
             calls[name] = partial(variant.encode, images)
         for count in tokens:
             calls |= {f"{name} {count}": call for name, call in bench.calls(count).items()}
@@ -95,7 +95,9 @@ def measure_cost(
 
         times = measure(calls, rounds, seed=seed, clock=clock, progress=advance)
     table = _tabulate(times, conditions, tokens, bench.repeats, clock)
-    return _calibrate(table, times, {name: plan_for(tower, method) for name, method in halves.items()})
+    ratios = [_median(times, name) / table.milliseconds(plan_for(tower, method)) for name, method in reduced.items()]
+    # In a forward a block finds other things in the caches than when timed alone, and the host runs ahead of a GPU.
+    return msgspec.structs.replace(table, scale=min(max(statistics.median(ratios), 1 / MAX_SCALE), MAX_SCALE))
 
 
 def isotonic(values: Iterable[float]) -> list[float]:
@@ -223,9 +225,14 @@ class _Bench:
         return call
 
 
-def _halves(tower: Tower) -> dict[str, Method]:
-    """Methods that halve the patches in the first block."""
-    return {"merge half": ToMe([(tower.num_tokens - tower.prefix) // 2]), "prune half": EViT(0.5, blocks=(0,))}
+def _reduced(tower: Tower) -> dict[str, Method]:
+    """Methods whose forwards the sum of parts is scaled to: half of the patches go, at once or block by block."""
+    patches = tower.num_tokens - tower.prefix
+    return {
+        "merge at once": ToMe([patches // 2]),
+        "prune at once": EViT(0.5, blocks=(0,)),
+        "merge gradually": ToMe(max(1, patches // (2 * len(tower.blocks)))),
+    }
 
 
 def _tabulate(times: Times, conditions: Conditions, counts: tuple[int, ...], repeats: int, clock: Clock) -> CostTable:
@@ -249,7 +256,6 @@ def _tabulate(times: Times, conditions: Conditions, counts: tuple[int, ...], rep
         counts=counts,
         dense=_median(times, "dense"),
         scale=1.0,
-        offset=0.0,
         embed=_median(times, "embed"),
         attention=curve("block", minus="mlp"),
         attention_sized=curve("block sized", minus="mlp"),
@@ -261,21 +267,6 @@ def _tabulate(times: Times, conditions: Conditions, counts: tuple[int, ...], rep
         prune=curve("prune", minus="core"),
         condense=curve("condense", minus="core"),
     )
-
-
-def _calibrate(table: CostTable, times: Times, halves: Mapping[str, Plan]) -> CostTable:
-    """The table with the scale and the offset that make it exact for the dense forward and for the mean of others.
-
-    In a forward, a block finds other things in the caches than when it is timed alone, and the host has work of its
-    own or runs ahead of a GPU.
-    """
-    tower = table.conditions.tower
-    dense = table.milliseconds(Plan((None,) * tower.blocks, tower.tokens, tower.prefix))
-    predicted = statistics.mean(table.milliseconds(plan) for plan in halves.values())
-    measured = statistics.mean(_median(times, name) for name in halves)
-    scale = (table.dense - measured) / (dense - predicted) if dense > 1.05 * predicted else table.dense / dense
-    scale = min(max(scale, 1 / MAX_SCALE), MAX_SCALE)
-    return msgspec.structs.replace(table, scale=scale, offset=table.dense - scale * dense)
 
 
 def _median(times: Times, name: str) -> float:

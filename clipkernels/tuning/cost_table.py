@@ -1,6 +1,7 @@
 """`CostTable`: milliseconds of the parts of a tower by number of tokens, and of a plan as their sum.
 
-    plan   offset + scale · (embed + Σ over blocks + pool(tokens that leave))
+    plan   scale · (embed + Σ over blocks + pool(tokens that leave))
+    dense  measured as a whole
     block  attention(tokens that enter) + the step's extra(tokens that enter) + mlp(tokens that leave the step)
     last   last(tokens that enter), if the tower outputs only CLS
 
@@ -79,7 +80,7 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     clock, rounds: as in `measure_cost`.
     counts: the measured numbers of tokens, ascending; the last is the number that enters the tower.
     dense: the whole dense forward, as `ck.Dense` runs it.
-    scale, offset: from the sum of parts to a forward; they make the dense forward exact.
+    scale: of the parts to those of a forward, from forwards that were measured too.
     embed: the embedding of the patches, the same for all plans.
     attention, attention_sized, mlp: by the tokens of a block's attention, without and with sizes, and of its MLP.
     last, last_sized: the last block by the tokens that enter it, if the tower outputs only CLS.
@@ -95,7 +96,6 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     counts: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=1 << 12)]
     dense: Milliseconds
     scale: Annotated[float, Meta(gt=0, le=1e3)]
-    offset: Annotated[float, Meta(ge=-1e9, le=1e9)]
     embed: Milliseconds
     attention: Curve
     attention_sized: Curve
@@ -133,18 +133,19 @@ class CostTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(
                 f"expected a plan without learnt tokens, whose cost is not in the table, got {plan.learnt}"
             )
-        total, sized = self.offset + self.scale * self.embed, False
+        if not any(plan.steps):
+            return self.dense
+        total, sized = self.scale * self.embed, False
         for index, (step, (keys, rows)) in enumerate(zip(plan.steps, plan.passes, strict=True)):
             total += self.block_milliseconds(keys, rows, step, sized=sized, last=index == tower.blocks - 1)
             sized = sized or (plan.proportional and isinstance(step, Merge))
         # Merged tokens are copied back to their patches before a pool that reads these.
-        total += self.scale * self._at(self.pool, plan.entry if plan.merges else plan.tokens[-1])
-        return max(0.0, total)
+        return total + self.scale * self._at(self.pool, plan.entry if plan.merges else plan.tokens[-1])
 
     def block_milliseconds(
         self, keys: int, rows: int, step: Step | None = None, *, sized: bool = False, last: bool = False
     ) -> float:
-        """The predicted milliseconds of one block; a forward also has the offset, the embedding and the pool.
+        """The predicted milliseconds of one block; a forward also has the embedding and the pool.
 
         Args:
             keys: tokens that enter it.
