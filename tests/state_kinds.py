@@ -18,8 +18,13 @@ from clipkernels.learn.calip_fs import FewShotCALIP
 from clipkernels.learn.distill import TeacherCache, feature_files
 from clipkernels.learn.patch_ranking import Rankings, RankPredictor, VisualTokens
 from clipkernels.learn.patch_ranking.rankings import RankingStore
+from clipkernels.learn.recovery import state as recovery
+from clipkernels.learn.recovery.results import Closeness, Evaluation
+from clipkernels.measure.timing import Band
 from clipkernels.support import Picture, SupportSet
 from clipkernels.support.features import Encoder, join_names, read_features, write_features
+from clipkernels.tuning import evaluations
+from clipkernels.tuning import state as tuning
 from clipkernels.tuning.cost_table import CURVES, Conditions, CostTable, TowerRecord
 from tests.mutants import Kind
 
@@ -178,10 +183,117 @@ def cost_table(folder: Path) -> Kind:
     return Kind(file, lambda: CostTable.load(file), ("conditions.versions.",))
 
 
+RECOVERY = recovery.Settings(
+    tower=TOWER, method="EViT(keep=0.7)", plan="Plan(...)", images=40, epochs=2, batch_size=8, lr=0.5, warmup=0.25,
+    weight_decay=0.5, contrast=0.0, held_out=0.25, patience=2, lora=None, seed=0,
+)  # fmt: skip
+
+
+def recovery_run(folder: Path) -> Kind:
+    def load() -> None:
+        with recovery.State(folder / "state", RECOVERY):
+            pass
+
+    load()
+    return Kind(folder / "state" / "run.json", load, ("tower.",))
+
+
+def recovery_targets(folder: Path) -> Kind:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(3, 4, generator=generator))
+    digests = torch.randint(256, (3, 32), generator=generator, dtype=torch.uint8)
+    with recovery.State(folder / "state", RECOVERY) as state:
+        state.add_targets(0, embeddings, digests)
+
+    def load() -> None:
+        with recovery.State(folder / "state", RECOVERY) as state:
+            [(rows, hashes)] = state.targets()
+        assert torch.equal(rows, embeddings) and torch.equal(hashes, digests)
+
+    return Kind(folder / "state" / "targets-0.safetensors", load)
+
+
+def recovery_checkpoint(folder: Path) -> Kind:
+    weights, first, second = torch.rand(3, 7, generator=torch.Generator().manual_seed(0))
+    history = [
+        Evaluation(0, 0.0, Closeness(0.5, 0.25, 0.125, 0.5)),
+        Evaluation(4, 0.25, Closeness(0.75, 0.5, 0.25, 1.0)),
+    ]
+    checkpoint = recovery.Checkpoint(6, 1.5, 16, history, weights, first, second)
+    with recovery.State(folder / "state", RECOVERY) as state:
+        state.save(checkpoint, best=4)
+
+    def load() -> None:
+        with recovery.State(folder / "state", RECOVERY) as state:
+            read = state.checkpoint()
+        assert read is not None and read[:4] == checkpoint[:4]
+        assert all(map(torch.equal, read[4:], checkpoint[4:]))
+
+    unbounded = ("weights", "first", "second")
+    return Kind(folder / "state" / "checkpoint.safetensors", load, unbounded=unbounded)
+
+
+def recovery_best(folder: Path) -> Kind:
+    weights = torch.rand(7, generator=torch.Generator().manual_seed(0))
+    with recovery.State(folder / "state", RECOVERY) as state:
+        state.save_best(4, weights)
+
+    def load() -> None:
+        with recovery.State(folder / "state", RECOVERY) as state:
+            assert torch.equal(state.best(4), weights)
+
+    return Kind(folder / "state" / "best-4.safetensors", load, unbounded=("weights",))
+
+
+TUNING = tuning.Settings(
+    tower=TOWER, images=40, pixels="ab" * 32, labels="cd" * 32, captions="ef" * 32, budget="cosine_mean>=.97",
+    against="dense", cost="gmacs", families=["merge", "prune"], evaluations=20, search_share=0.5, batch_size=8,
+    device="cpu", precision="float32", seed=0,
+)  # fmt: skip
+PLAN = ck.Plan((ck.Prune(50, signal="received"), None, ck.Merge(4, False)), 65, 1)
+
+
+def tuning_run(folder: Path) -> Kind:
+    def load() -> None:
+        with tuning.State(folder / "state", TUNING):
+            pass
+
+    load()
+    return Kind(folder / "state" / "run.json", load, ("tower.",))
+
+
+def tuning_evaluation(folder: Path) -> Kind:
+    evaluation = evaluations.Evaluation(0.25, 0.5, 0.75, (0.875, 0.5), (0.75, 0.25))
+    with tuning.State(folder / "state", TUNING) as state:
+        state.put("held out", PLAN, evaluation)
+
+    def load() -> None:
+        with tuning.State(folder / "state", TUNING) as state:
+            assert state.get("held out", PLAN) == evaluation
+
+    [file] = (folder / "state").glob("plan-*")
+    return Kind(file, load, free=("plan.steps.arguments.seed",))
+
+
+def tuning_speed(folder: Path) -> Kind:
+    with tuning.State(folder / "state", TUNING) as state:
+        state.put_speed(PLAN, Band(1.5, 1.25, 1.75))
+
+    def load() -> None:
+        with tuning.State(folder / "state", TUNING) as state:
+            assert state.speed(PLAN) == Band(1.5, 1.25, 1.75)
+
+    [file] = (folder / "state").glob("speed-*")
+    return Kind(file, load, free=("plan.steps.arguments.seed",))
+
+
 KINDS: dict[str, Callable[[Path], Kind]] = {
     **{"reservoir": reservoir, "predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
     **{"CALIP-FS": few_shot, "features": collection, "teacher": teacher_cache},
     **{"manifest": support_manifest, "support features": support_features, "artefact": artefact},
     **{"schedule": schedule, "schedule artefact": schedule_artefact},
     **{"cost table": cost_table},
+    **{"recovery": recovery_run, "recovery targets": recovery_targets, "recovery checkpoint": recovery_checkpoint},
+    **{"recovery best": recovery_best},
+    **{"tuning": tuning_run, "tuning evaluation": tuning_evaluation, "tuning speed": tuning_speed},
 }

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from clipkernels.plan import Condense, Merge, Plan, Prune, Step
+from clipkernels.tuning.boundary import Boundary, Point, boundary_of
 from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.candidates import (
     Geometry,
@@ -28,8 +29,6 @@ from clipkernels.tuning.effects import FAMILIES, Curve, Family, curve_of, single
 from clipkernels.tuning.evaluations import Evaluation, Evaluator, harm_of, slacks_of
 from clipkernels.tuning.results import Report
 
-TARGET_SLACK = 2.0
-"""Standard errors between the figure of the plan that is searched for and its bound, on the search half."""
 SAFE_SLACK = 6.0
 WINDOW = 0.5
 """Largest difference of the log harms of two plans that the exchange rate compares."""
@@ -69,13 +68,6 @@ class Task(NamedTuple):
     block_cost: Callable[[Family], Callable[[int, int, int], float]]
     affordable: Callable[[Plan], bool]
     limit: int
-
-
-class Boundary(NamedTuple):
-    """The log harm at which a budget breaks, and the exchange rate there: log harm per cost, negative."""
-
-    edge: float
-    rate: float
 
 
 class Search:
@@ -177,29 +169,10 @@ class Search:
     def boundary(self) -> Boundary:
         """The boundary of the budget as it is known now."""
         slacks = slacks_of(self.task.constraints, self.searched)
-        points = sorted((self.harm(plan), slacks[plan]) for plan in self.searched if any(plan.steps))
-        # The log harm that best separates plans that keep the budget from those that break it.
-        wrong = sum(slack >= TARGET_SLACK for _, slack in points)
-        least, edge = wrong, points[0][0] - 1e-6
-        for place, (harm, slack) in enumerate(points):
-            wrong += -1 if slack >= TARGET_SLACK else 1
-            if wrong < least:
-                following = points[place + 1][0] if place + 1 < len(points) else harm + 1e-6
-                least, edge = wrong, (harm + following) / 2
-        return Boundary(edge, self.rate_at(edge))
-
-    def rate_at(self, edge: float) -> float:
-        """The slope of log harm over cost of the best plans near a log harm."""
-        pareto, least = [], math.inf
-        for harm, cost in sorted((self.harm(plan), self.task.cost(plan)) for plan in self.searched if any(plan.steps)):
-            if cost < least:
-                pareto.append((harm, cost))
-                least = cost
-        near = sorted(pareto, key=lambda point: abs(point[0] - edge))[: max(4, len(pareto) // 3)]
-        middle = sum(cost for _, cost in near) / len(near)
-        spread = sum((cost - middle) ** 2 for _, cost in near)
-        slope = sum((cost - middle) * harm for harm, cost in near) / spread if spread else 0.0
-        return min(slope, -1.0 / self.dense)
+        points = [
+            Point(self.harm(plan), self.task.cost(plan), slacks[plan]) for plan in self.searched if any(plan.steps)
+        ]
+        return boundary_of(points, self.dense)
 
     def values(self, window: float = WINDOW) -> Callable[[Plan], float]:
         """The function from an evaluated plan to its value, smaller is better, with the boundary as it is known now.

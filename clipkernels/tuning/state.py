@@ -65,6 +65,11 @@ class EvaluationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     figures: list[float]
     bounds: list[float]
 
+    def __post_init__(self) -> None:
+        read_plan(self.plan)
+        if len(self.figures) != len(self.bounds):
+            raise ValueError("other numbers of figures and of bounds")
+
 
 class SpeedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The paired speed-up of a plan over the fastest dense tower: median, 10 % and 90 % quantiles over rounds."""
@@ -73,6 +78,9 @@ class SpeedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     median: float
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        read_plan(self.plan)
 
 
 RUN_FORMAT = Format("clipkernels.tuning.1", "the state of a tuning", Settings, lambda header: {})

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import clipkernels as ck
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
+from clipkernels.tuning.cost_table import CostTable
 from tests.cli.commands import error_after_notes, run, succeed
 from tests.subprocesses import without_xdist
+from tests.tuning.fixed_times import fix_times, table_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -132,6 +135,31 @@ def test_a_wrong_call_is_one_line_and_exit_two(
     result = run("tune", photos, *COUNTED, "--out", tmp_path / "schedule.json", *given)
     assert expected in error_after_notes(result)
     assert not (tmp_path / "schedule.json").exists()
+
+
+def test_a_cost_table_is_written_and_then_read(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[CostTable] = []
+
+    def measure(model: nn.Module, batch: int, **options: Any) -> CostTable:
+        measured.append(table_of(model, batch))
+        return measured[-1]
+
+    monkeypatch.setattr("clipkernels.tuning.costs.measure_cost", measure)
+    fix_times(monkeypatch, plan=1.0)
+    out, cost = tmp_path / "schedule.json", tmp_path / "cost.json"
+    few = (photos / "zero", photos / "one", "--budget", "cosine_mean>=.5", "--families", "merge", "--evaluations", 8)
+    options = (*few, "--workers", 0, "--device", "cpu", "--cost", cost, "--out", out)
+    first = succeed("tune", *options)
+    assert [CostTable.load(cost)] == measured and measured[0].conditions.batch == 8
+    assert "measured speed-up over the fastest dense tower: ×1.50 (×1.50 to ×1.50)" in first.stdout.splitlines()
+    content, schedule = cost.read_bytes(), out.read_bytes()
+    document = json.loads(succeed("tune", *options, "--format", "json").stdout)
+    assert len(measured) == 1 and cost.read_bytes() == content and out.read_bytes() == schedule
+    dense = measured[0].milliseconds(ck.Dense().plan(65, 6))
+    assert [row["milliseconds"] for row in document["rows"] if row["plan"] == "Dense()"] == [round(dense, 4)]
+    result = run("tune", *options, "--batch-size", 4)
+    assert f"expected a cost table of batch 4 (it has 8), got {cost}: measure a new one" in error_after_notes(result)
+    assert cost.read_bytes() == content and out.read_bytes() == schedule
 
 
 class Process:

@@ -25,10 +25,12 @@ from clipkernels.heads import reservoir_entries
 from clipkernels.learn import calip_fs
 from clipkernels.learn.distill import TeacherCache, feature_files
 from clipkernels.learn.patch_ranking import predictor, rankings, tokens
+from clipkernels.learn.recovery import state as recovery
 from clipkernels.methods import schedule
 from clipkernels.state_files import read_state, tensor_digest, write_state
 from clipkernels.support import features, manifest
 from clipkernels.support.features import split_names
+from clipkernels.tuning import state as tuning
 from clipkernels.tuning.cost_table import FORMAT as COST
 from tests.mutants import DEEP, Kind, mutants, read, write
 from tests.state_kinds import KINDS, collection, golden, rank_predictor, reservoir, support_manifest, teacher_cache
@@ -50,6 +52,9 @@ FORMATS: dict[str, Format] = {
     **{"learnt tokens": tokens.FORMAT, "CALIP-FS": calip_fs.FORMAT, "features": features.FORMAT},
     **{"teacher": feature_files.FORMAT, "manifest": manifest.FORMAT, "artefact": ARTEFACT, "cost table": COST},
     "schedule": schedule.FORMAT,
+    **{"recovery": recovery.RUN_FORMAT, "recovery targets": recovery.PART_FORMAT},
+    **{"recovery checkpoint": recovery.CHECKPOINT_FORMAT, "recovery best": recovery.BEST_FORMAT},
+    **{"tuning": tuning.RUN_FORMAT, "tuning evaluation": tuning.EVALUATION_FORMAT, "tuning speed": tuning.SPEED_FORMAT},
 }
 
 

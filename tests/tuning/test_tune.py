@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image
 from torch import Tensor
 
@@ -14,12 +15,14 @@ import clipkernels as ck
 from clipkernels.cli.parts.demo_images import QUICK, draw
 from clipkernels.tuning.budget import parse_budget
 from clipkernels.tuning.candidates import Geometry, published
+from clipkernels.tuning.decision import MAX_TIMED
 from clipkernels.tuning.evaluations import Evaluation, slacks_of
 from clipkernels.tuning.forwards import Part
 from clipkernels.tuning.photographs import halve
 from clipkernels.tuning.promise import MAX_TESTS, order_of_tests, run_tests
 from clipkernels.tuning.results import Progress, Tuned
 from clipkernels.tuning.state import remove_state
+from tests.tuning.fixed_times import fix_times, table_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST: dict[str, Any] = {"cost": "gmacs", "evaluations": 24, "families": ("merge", "prune")}
@@ -188,6 +191,46 @@ def test_a_budget_of_operations_gives_the_least_damage_for_them(images: Tensor) 
     [chosen] = [row for row in tuned.rows if row.chosen]
     others = [row for row in tuned.rows if row.gmacs <= 0.032]
     assert chosen.cosine_mean == max(row.cosine_mean for row in others)
+
+
+TIMED: dict[str, Any] = {"budget": "cosine_mean>=.5, speedup>=1.2", "evaluations": 8, "families": ("merge",)}
+
+
+def test_a_measured_table_is_the_cost_of_plans(images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ck.bundled()[0]
+    table, timed = table_of(model, 8), fix_times(monkeypatch, plan=1.0)
+    arguments: dict[str, Any] = {"images": images[:16], **TIMED, "state": tmp_path / "state"}
+    tuned = ck.tune(model, cost=table, **arguments)
+    assert tuned.schedule is not None and tuned.speedup == (1.5, 1.5, 1.5) and ck.method_of(model) is None
+    [batches] = timed
+    assert [tuple(batch.shape) for batch in batches] == [(8, 3, 32, 32)] * 2
+    costs = [row.milliseconds for row in tuned.rows]
+    assert costs == [table.milliseconds(row.plan) for row in tuned.rows] and costs == sorted(costs, reverse=True)
+    [chosen] = [row for row in tuned.rows if row.chosen]
+    assert 1.05 * 1.2 * table.milliseconds(chosen.plan) <= table.milliseconds(ck.Dense().plan(65, 6))
+    # The times are kept with the forwards, and a table of other times is another run.
+    fix_times(monkeypatch, plan=1000.0)
+    assert ck.tune(model, cost=table, **arguments) == tuned
+    with pytest.raises(ValueError, match=r"expected the run that state .* cost [0-9a-f]{64} instead of "):
+        ck.tune(model, cost=replace(table, embed=1.0), **arguments)
+    with pytest.raises(ValueError, match=r"expected a cost table of batch 4 \(it has 8\), got a cost table"):
+        ck.tune(model, cost=table, batch_size=4, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("budget", "seconds", "reason"),
+    [
+        ("cosine_mean>=.5, speedup>=1.2", 1.26, "expected speedup>=1.2, got a speed-up of 1.19 "),
+        ("cosine_mean>=.5", 1.5, "expected a plan that is faster than dense, got a speed-up of 1.00 "),
+    ],
+)
+def test_a_schedule_that_is_too_slow_is_not_returned(
+    images: Tensor, budget: str, seconds: float, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, timed = ck.bundled()[0], fix_times(monkeypatch, plan=seconds)
+    tuned = ck.tune(model, images[:16], cost=table_of(model, 8), **{**TIMED, "budget": budget})
+    assert tuned.schedule is None and tuned.reason is not None and tuned.reason.startswith(reason)
+    assert 1 <= len(timed) <= MAX_TIMED and tuned.speedup is not None
 
 
 def test_a_budget_that_no_plan_keeps_says_so(images: Tensor) -> None:

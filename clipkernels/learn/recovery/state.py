@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -79,6 +79,13 @@ class BestHeader(msgspec.Struct, forbid_unknown_fields=True):
     step: Count
 
 
+def _check_history(header: CheckpointHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the steps of the evaluations rise from 0 to that of the checkpoint at most."""
+    steps = [evaluation.step for evaluation in header.history]
+    if steps[:1] != [0] or steps != sorted(set(steps)) or steps[-1] > header.step:
+        raise ValueError(f"evaluations whose steps do not rise from 0 to {header.step} at most")
+
+
 def _weights(*names: str) -> dict[str, TensorSpec]:
     return {name: TensorSpec(FLOATS, "values") for name in names}
 
@@ -98,6 +105,7 @@ CHECKPOINT_FORMAT = Format(
     "a checkpoint of a recovery",
     CheckpointHeader,
     lambda header: _weights("weights", "first", "second"),
+    _check_history,
 )
 BEST_FORMAT = Format(
     "clipkernels.recovery_best.1", "the best weights of a recovery", BestHeader, lambda header: _weights("weights")
