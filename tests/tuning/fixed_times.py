@@ -21,7 +21,7 @@ def table_of(model: nn.Module, batch: int) -> CostTable:
     fields |= dict.fromkeys(("pool", "merge", "prune", "condense"), small)
     return CostTable(
         conditions=conditions_of(tower_of(model), batch), clock="wall", rounds=3, counts=counts, dense=70.0, scale=1.0,
-        offset=0.0, embed=0.5, **fields,
+        embed=0.5, **fields,
     )  # fmt: skip
 
 
