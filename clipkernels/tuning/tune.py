@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from clipkernels import adapters
 from clipkernels.adapters import Tower
-from clipkernels.arguments import check_callable, check_choice, check_int, check_path, check_range
+from clipkernels.arguments import check_callable, check_choice, check_int, check_model, check_path, check_range
 from clipkernels.classifier import eval_mode
 from clipkernels.encode import check_images_list
 from clipkernels.fingerprint import fingerprint, fingerprinted_module
 from clipkernels.methods import Dense
 from clipkernels.patching import patched
-from clipkernels.tuning.budget import Constraint, parse_budget
+from clipkernels.tuning.arguments import check_annotations, check_cost, check_families, read_budget
+from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.cost import CostTable
 from clipkernels.tuning.costs import Costs, digest_of, load_table
 from clipkernels.tuning.effects import FAMILIES
@@ -64,7 +65,7 @@ def tune(
     """The cheapest plan of a tower that keeps a budget on photographs, as a `ck.Schedule`, with its evidence.
 
     The search sees one half of the photographs. On the other half, plans are tested from safe to cheap, each by the
-    95 % bootstrap bounds of its figures, up to the first that fails; the one before it is returned. The model is left
+    95 % bounds of its figures, up to the first that fails; the one before it is returned. The model is left
     as it was, patched or not.
 
     Args:
@@ -99,11 +100,13 @@ def tune(
         gone on, on the same machine. No generator of the caller is moved.
     Source: fixed-sequence testing, arXiv 2110.01052.
     """
-    constraints = parse_budget(budget) if isinstance(budget, str) else tuple(budget)
+    check_model(model)
+    constraints = read_budget(budget)
     check_choice("against", against, "dense", "same")
     check_images_list(images)
-    for name in families:
-        check_choice("families", name, *FAMILIES)
+    check_annotations(len(images), labels, classes, captions, caption_ids)
+    check_cost(cost)
+    check_families(families)
     check_int("evaluations", evaluations, 8)
     check_range("search_share", search_share, 0, 1, "()")
     check_int("batch_size", batch_size, 1)

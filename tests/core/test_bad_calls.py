@@ -50,6 +50,8 @@ PATHS = {
     "retrieve.name",
     "retrieve.pretrained",
     "recover.state",
+    "tune.state",
+    "tune.cost",
 }
 CALLABLE = {"progress", "tokenizer", "join", "head", "report", "note", "preprocess", "source"}
 TAKEN = {
@@ -64,7 +66,8 @@ TAKEN = {
         "ByteTokenizer.__call__.context_length", "embed.text", "embed.tokenizer", "image_column", "id_column", "dtype",
         "devices", "search.model", "search.preprocess", "search.tokenizer", "image",
         "save.config", "save.tokenizer", "save.preprocess", "fidelity", "show.worst", "show.names",
-        "lora", "recover.state",
+        "lora", "recover.state", "tune.labels", "tune.classes", "tune.captions", "tune.caption_ids", "tune.cost",
+        "tune.state",
     },
     "True": FLAGS,
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
@@ -292,6 +295,15 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             {
                 "model": model(), "images": images(), "methods": ck.ToMe(4), "preprocess": ck.bundled()[1],
                 "worst": None, "all_steps": False, "names": None,
+            },
+        ),
+        "tune": (
+            ck.tune,
+            {
+                "model": ck.bundled()[0], "images": normal(16, 3, 32, 32), "budget": "cosine_mean>=.1",
+                "against": "dense", "labels": None, "classes": None, "captions": None, "caption_ids": None,
+                "cost": "gmacs", "families": ("merge",), "evaluations": 8, "search_share": 0.5, "batch_size": 4,
+                "seed": 0, "state": None, "progress": None,
             },
         ),
         "scenes.draw": (scenes.draw, {"n": 1, "seed": 0, "pairs": (0,)}),
