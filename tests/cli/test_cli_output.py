@@ -10,8 +10,8 @@ import pytest
 from rich.cells import cell_len
 from rich.table import Table
 
-import clipkernels.cli.bench as bench
 import clipkernels.cli.check as check
+import clipkernels.cli.parts.bench_tables as bench_tables
 from clipkernels.cli.parts import demo_tables
 from clipkernels.cli.parts.guesses import Guess, guess_writer
 from clipkernels.cli.parts.output import PathCell, shorten, write_table
@@ -77,8 +77,12 @@ TABLES = {
     "demo, accuracy": [
         demo_tables.draw_accuracy([demo_tables.Row("bundled", "fp32", SPEED, dict.fromkeys(("a", "b", "c"), 1.0), 1.0)])
     ],
-    "bench, eager": [draw(BENCHED[:1]) for draw in (partial(bench.draw_speed, "a title"), bench.draw_fidelity)],
-    "bench, compiled": [draw(BENCHED) for draw in (partial(bench.draw_speed, "a title"), bench.draw_fidelity)],
+    "bench, eager": [
+        draw(BENCHED[:1]) for draw in (partial(bench_tables.draw_speed, "a title"), bench_tables.draw_fidelity)
+    ],
+    "bench, compiled": [
+        draw(BENCHED) for draw in (partial(bench_tables.draw_speed, "a title"), bench_tables.draw_fidelity)
+    ],
     "check, one backend": [check.draw_table([CHECKED | {"backend": "triton"}])],
     "check, two backends": [
         check.draw_table([CHECKED | {"shape": "L-14-336", "backend": name} for name in ("triton", "auto")])
