@@ -32,16 +32,12 @@ def tables(folder: Path) -> dict[str, list[str]]:
     hits: dict[tuple[str, str, str], list[Row]] = {}
     for row in search:  # from the largest gallery to the smallest
         hits.setdefault((row["method"], row["query"], row["index"]), []).insert(0, row)
+    pairings = [(method, *pairing) for method in EMBED_METHODS for pairing in PAIRINGS]
     return {
         "cost": [cost_row(row, dense) for row in towers],
         "neighbours": [neighbours_row(row, hits) for row in reduced],
-        "classes": [classes_row(row["method"], hits) for row in reduced],
         "dedup": [dedup_row(row["method"], dedup) for row in towers],
-        "embed": [
-            line([name(method), *pairing, f"{percent(row, 'neighbours')} %", f"{percent(row, 'precision', 1)} %"])
-            for method, pairing in [("dense", ("dense", "dense")), *((m, p) for m in EMBED_METHODS for p in PAIRINGS)]
-            for row in [hits[(method, *pairing)][-1]]
-        ],
+        "embed": [pairing_row(*key, hits) for key in (("dense", "dense", "dense"), *pairings)],
     }
 
 
@@ -61,11 +57,6 @@ def neighbours_row(row: Row, hits: dict[tuple[str, str, str], list[Row]]) -> str
     return line([name(row["method"]), f"{float(row['cosine']):.4f}", *cells])
 
 
-def classes_row(method: str, hits: dict[tuple[str, str, str], list[Row]]) -> str:
-    """Return the changes of precision in the largest gallery, by pairing."""
-    return line([name(method), *(change(hits[(method, *pairing)][-1], "precision_change") for pairing in PAIRINGS)])
-
-
 def dedup_row(method: str, rows: Sequence[Row]) -> str:
     """Return threshold, precision and recall: at dense thresholds and at others, reduced and mixed."""
     cells = []
@@ -76,6 +67,13 @@ def dedup_row(method: str, rows: Sequence[Row]) -> str:
                     threshold = row["threshold"].removeprefix("0")
                     cells.append(f"{threshold}: {percent(row, 'precision')}, {percent(row, 'recall')}")
     return line([name(method), *cells, *[""] * (4 - len(cells))])
+
+
+def pairing_row(method: str, query: str, index: str, hits: dict[tuple[str, str, str], list[Row]]) -> str:
+    """Return the neighbours and classes of a pairing in the largest gallery; the first of a method names it."""
+    row, first = hits[(method, query, index)][-1], (query, index) in (PAIRINGS[0], ("dense", "dense"))
+    figures = (f"{percent(row, 'neighbours')} %", f"{percent(row, 'precision', 1)} %")
+    return line([name(method) if first else "", query, index, *figures])
 
 
 def name(method: str) -> str:
