@@ -39,7 +39,11 @@ from clipkernels.measure.timing import gmacs_for, plan_for
 from clipkernels.method_names import short_name
 from clipkernels.support import photo
 
-METHODS = (ck.ToMe(2), ck.ToMe(4), ck.ToMe(7), ck.EViT(0.9), ck.EViT(0.7), ck.TCA(0.05), ck.TCA(0.1))
+METHODS = (
+    *(ck.ToMe(r) for r in (2, 4, 7, 10)),  # the last merges 57 tokens, as many as half of each block allows
+    *(ck.EViT(keep) for keep in (0.9, 0.7, 0.5)),
+    *(ck.TCA(rate) for rate in (0.05, 0.1)),
+)
 PAIRINGS = (("dense", "reduced"), ("reduced", "dense"), ("reduced", "reduced"))
 NEIGHBOURS = 10
 FIGURES = ("recall_at_1", "neighbours", "first", "precision", "precision_change")

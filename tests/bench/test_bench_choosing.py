@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import clipkernels as ck
-from bench.studies import choosing, copies
+from bench.studies import choosing, choosing_tables, copies
 from bench.studies.bootstrap import interval
 from bench.studies.recover import Photos, embed
 from bench.studies.tiny_clip import read
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -168,3 +169,11 @@ def test_a_threshold_is_the_lowest_that_keeps_the_precision() -> None:
     result = copies.figures([removed[8], removed[4]], [torch.tensor([0, 1])] * 2, 2)
     assert (result["precision"], result["recall"]) == (round((2 / 3 + 1) / 2, 4), 0.75)
     assert (result["recall_jpeg"], result["recall_crop"]) == (1, 0.5)
+
+
+def test_the_tables_of_the_guides_have_the_measured_numbers() -> None:
+    tables = choosing_tables.tables(ROOT / "bench" / "results" / "amd-epyc-2-cores")
+    for key, table in tables.items():
+        guide = (ROOT / "docs" / ("embed.md" if key == "embed" else "choosing.md")).read_text(encoding="utf-8")
+        assert "|\n" + "\n".join(table) + "\n\n" in guide, "python -m bench.studies.choosing_tables prints the tables"
+    assert [len(table) for table in tables.values()][-1] == 13 and len(tables["cost"]) >= 10
