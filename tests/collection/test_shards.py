@@ -143,7 +143,7 @@ def items(start, stop):
 columns = shard_schema(schema())
 for shard, start in enumerate(range(0, number, 50_000)):
     stop = min(start + 50_000, number)
-    header = shards.ShardHeader(settings(), 1, [(1, start // 1000, (stop - 1) // 1000)])
+    header = shards.ShardHeader(settings(), 1, [(1, start // 1000, (stop - 1) // 1000)], [])
     with parquet_writer(shards.shard_file(folder, shard), columns, shards.FORMAT, header) as writer:
         for first in range(start, stop, 1000):
             batch = items(first, first + 1000)
