@@ -37,7 +37,7 @@ from clipkernels.cli.parts.whole_models import check_saving, load_whole
 from clipkernels.images import Pictures, draw_images, image_shape
 from clipkernels.learn.recovery import Progress, Recovered
 from clipkernels.learn.recovery import recover as recover_tower
-from clipkernels.learn.recovery.state import check_folder, remove_state
+from clipkernels.learn.recovery.state import FOLDER
 from clipkernels.messages import printable, quantity, skip_message
 from clipkernels.patching import patch
 
@@ -155,7 +155,7 @@ def recover(
     try:
         [method] = read_methods([spec] if spec is not None else ["dense"], predictor, tokens)
         check_replaceable(Path(os.path.abspath(out)))
-        check_folder(folder)
+        FOLDER.check(folder)
         found = find(images)
         paths = draw_images(found.paths, limit, seed if limit is not None else None)
         where = choose_device(device)
@@ -185,7 +185,7 @@ def recover(
                 "held_out": held_out, "patience": patience, "lora": lora, "seed": seed,
             }  # fmt: skip
             save(model, out, **parts, fidelity={"recovery": {**about(result), "settings": settings}})
-            remove_state(folder)
+            FOLDER.remove(folder)
     except (ValueError, ImportError) as error:
         if report is not None and report.last is not None and report.last.errors == report.last.total:
             name_skipped(pictures, range(len(paths)))

@@ -47,7 +47,7 @@ from clipkernels.patching import unpatch
 from clipkernels.tuning.budget import parse_budget
 from clipkernels.tuning.effects import FAMILIES
 from clipkernels.tuning.results import Progress, Tuned
-from clipkernels.tuning.state import check_folder, remove_state
+from clipkernels.tuning.state import FOLDER
 from clipkernels.tuning.tune import tune as tune_tower
 
 DEFAULT_LIMIT = 1000
@@ -173,7 +173,7 @@ def tune(
         for path, option in ((out, "--out"), *([(cost, "--cost")] if cost not in (None, "gmacs") else [])):
             check_file(path, option)
         picture_format = plot_format(plot) if plot else None
-        check_folder(folder)
+        FOLDER.check(folder)
         found = find(images)
         labelled = any(constraint.name == "accuracy_drop" for constraint in constraints)
         captioned = any(constraint.name == "text_recall" for constraint in constraints)
@@ -213,7 +213,7 @@ def tune(
         if not result.stopped:
             if result.schedule is not None:
                 result.schedule.save(out)
-            remove_state(folder)
+            FOLDER.remove(folder)
     except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     finally:

@@ -10,27 +10,21 @@ flight. The search depends on the evaluations alone, so a run that goes on ends 
 
 from __future__ import annotations
 
-import os
-import re
-from contextlib import suppress
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
-from clipkernels.folder_lock import LOCK, Lock
 from clipkernels.formats import Count, Digest, Fingerprint, Format, Line, Size
 from clipkernels.measure.timing import Band
 from clipkernels.plan import Plan
 from clipkernels.plan_records import PlanRecord, read_plan, record_plan
+from clipkernels.run_folder import MAX_BYTES, RunFolder
 from clipkernels.state_files import read_json, write_json
 from clipkernels.tuning.evaluations import Evaluation, PartName
 
-RUN = "run.json"
-MAX_BYTES = 1 << 22
-NAMES = re.compile(r"(plan|speed)-[0-9a-f]{32}\.json")
-TEMPORARY = re.compile(r"\.(run|(plan|speed)-[0-9a-f]{32})\.json\.[a-z0-9_]{8}")
 Damage = Annotated[float, msgspec.Meta(ge=0, le=2)]
 
 
@@ -90,6 +84,23 @@ EVALUATION_FORMAT = Format(
 SPEED_FORMAT = Format("clipkernels.tuning_speed.1", "a timing of a tuning", SpeedRecord, lambda header: {})
 
 
+def _differences(names: Sequence[str], written: Settings, settings: Settings) -> list[str]:
+    """The differences of two runs: digests are long, and say little to people."""
+    digests = ("tower", "pixels", "labels", "captions")
+    return [f"other {name}" if name in digests else _difference(name, written, settings) for name in names]
+
+
+def _difference(name: str, written: Settings, settings: Settings) -> str:
+    before, now = (
+        value if isinstance(value := getattr(each, name), str | int) else "/".join(value)
+        for each in (written, settings)
+    )
+    return f"{name.replace('_', ' ')} {before} instead of {now}"
+
+
+FOLDER = RunFolder("a tuning", RUN_FORMAT, r"(plan|speed)-[0-9a-f]{32}\.json", _differences)
+
+
 class State:
     """The evaluations of one tuning, in a folder, or in memory alone for None.
 
@@ -107,43 +118,30 @@ class State:
         self.folder = folder
         self._evaluations: dict[tuple[PartName, Plan], Evaluation] = {}
         self._speeds: dict[Plan, Band] = {}
-        if folder is None:
-            return
-        check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(folder)
+        self._lock = None if folder is None else FOLDER.open(folder, settings)
         try:
-            self._open(folder, settings)
+            self._read()
         except BaseException:
-            self._lock.release()
+            self.__exit__()
             raise
 
-    def _open(self, folder: Path, settings: Settings) -> None:
-        for name in sorted(os.listdir(folder)):
-            if TEMPORARY.fullmatch(name):  # of a process that was killed, because no other one has the lock
-                with suppress(FileNotFoundError):
-                    os.unlink(folder / name)
-        if not (folder / RUN).exists():
-            write_json(folder / RUN, RUN_FORMAT, settings, MAX_BYTES)
-            return
-        _refuse_others(folder, read_json(folder / RUN, RUN_FORMAT, MAX_BYTES), settings)
-        for name in sorted(os.listdir(folder)):
-            match = NAMES.fullmatch(name)
-            if match and match[1] == "plan":
-                record = read_json(folder / name, EVALUATION_FORMAT, MAX_BYTES)
+    def _read(self) -> None:
+        for file in () if self.folder is None else sorted(self.folder.iterdir()):
+            if file.name.startswith("plan-"):
+                record = read_json(file, EVALUATION_FORMAT, MAX_BYTES)
                 evaluation = Evaluation(
                     record.mean, record.tail, record.p1, tuple(record.figures), tuple(record.bounds)
                 )
                 self._evaluations[record.part, read_plan(record.plan)] = evaluation
-            elif match:
-                record = read_json(folder / name, SPEED_FORMAT, MAX_BYTES)
+            elif file.name.startswith("speed-"):
+                record = read_json(file, SPEED_FORMAT, MAX_BYTES)
                 self._speeds[read_plan(record.plan)] = Band(record.median, record.low, record.high)
 
     def __enter__(self) -> State:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.folder is not None:
+        if self._lock is not None:
             self._lock.release()
 
     def get(self, part: PartName, plan: Plan) -> Evaluation | None:
@@ -172,63 +170,3 @@ class State:
         if self.folder is not None:
             name = f"{kind}-{sha256(key.encode()).hexdigest()[:32]}.json"
             write_json(self.folder / name, form, record, MAX_BYTES)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ValueError unless a folder is new, empty, or that of a tuning with nothing else in it.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
-    expected = "expected state to be a new or empty folder, or that of a tuning"
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{expected}, got {folder}, which is no folder: choose another one")
-    names = set(os.listdir(folder))
-    others = {name for name in names if not _is_ours(name)}
-    if others or (RUN not in names and any(NAMES.fullmatch(name) for name in names)):
-        raise ValueError(f"{expected}, got {folder} with {min(others or names)!r}: choose another one")
-
-
-def remove_state(folder: Path) -> None:
-    """Remove the folder of a tuning, if it is there; run.json goes last, so that a kill leaves a state.
-
-    Raises:
-        ValueError: a folder that holds something else; it is left as it is.
-        OSError: a file cannot be removed.
-    """
-    check_folder(folder)
-    if not folder.exists():
-        return
-    for name in sorted(os.listdir(folder), key=lambda name: (name == RUN, name)):
-        with suppress(FileNotFoundError):
-            os.unlink(folder / name)
-    with suppress(OSError):
-        folder.rmdir()
-
-
-def _is_ours(name: str) -> bool:
-    fixed = name in (RUN, LOCK)
-    return fixed or NAMES.fullmatch(name) is not None or TEMPORARY.fullmatch(name) is not None
-
-
-def _refuse_others(folder: Path, written: Settings, settings: Settings) -> None:
-    """Raise ValueError, which names what differs, unless two runs have the same settings."""
-    names = [name for name in Settings.__struct_fields__ if getattr(written, name) != getattr(settings, name)]
-    if not names:
-        return
-    digests = ("tower", "pixels", "labels", "captions")  # long, and they say little to people
-    details = [f"other {name}" if name in digests else _difference(name, written, settings) for name in names]
-    raise ValueError(
-        f"expected the run that state {folder} began, got one with {', '.join(details)}: repeat that call, or choose "
-        "another state"
-    )
-
-
-def _difference(name: str, written: Any, settings: Any) -> str:
-    before, now = (
-        value if isinstance(value := getattr(each, name), str | int) else "/".join(value)
-        for each in (written, settings)
-    )
-    return f"{name.replace('_', ' ')} {before} instead of {now}"

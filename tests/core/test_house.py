@@ -34,7 +34,7 @@ HELPERS = {
 }
 # Imports go from a later row to an earlier one, or within a row.
 LAYERS = (
-    ("messages", "files", "folder_lock", "formats", "state_files", "layered_class", "cuda_graph"),
+    ("messages", "files", "folder_lock", "formats", "run_folder", "state_files", "layered_class", "cuda_graph"),
     ("reference", "backend"),
     ("arguments", "custom_ops"),
     ("plan", "plan_records"),

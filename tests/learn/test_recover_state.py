@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import clipkernels as ck
 from clipkernels.learn.recovery import Progress, recover, targets
-from clipkernels.learn.recovery.state import check_folder, remove_state
+from clipkernels.learn.recovery.state import FOLDER
 from tests.learn.recovering import OPTIONS, noise, run, small_tower, state_of
 from tests.learn.test_recover import same
 from tests.subprocesses import without_xdist
@@ -93,7 +93,7 @@ def test_another_run_than_the_states_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_text("")
-    for call in (lambda: run(small_tower(), state=tmp_path), lambda: remove_state(tmp_path)):
+    for call in (lambda: run(small_tower(), state=tmp_path), lambda: FOLDER.remove(tmp_path)):
         with pytest.raises(ValueError, match=r"expected state to be a new or empty folder, .*'photo.png'"):
             call()
     with pytest.raises(ValueError, match="which is no folder"):
@@ -102,8 +102,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     run(small_tower(), state=folder, epochs=1)
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
-    remove_state(folder)
-    remove_state(folder)
+    FOLDER.remove(folder)
+    FOLDER.remove(folder)
     assert not folder.exists()
 
 
@@ -122,7 +122,7 @@ def test_the_best_weights_and_no_others_are_on_disk(tmp_path: Path) -> None:
     names = sorted(name for name in os.listdir(tmp_path / "s"))
     assert names == [f"best-{result.best_step}.safetensors", "checkpoint.safetensors", "run.json",
                      "targets-0.safetensors"]  # fmt: skip
-    check_folder(tmp_path / "s")
+    FOLDER.check(tmp_path / "s")
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

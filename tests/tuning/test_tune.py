@@ -21,7 +21,7 @@ from clipkernels.tuning.forwards import Part
 from clipkernels.tuning.photographs import halve
 from clipkernels.tuning.promise import MAX_TESTS, order_of_tests, run_tests
 from clipkernels.tuning.results import Progress, Tuned
-from clipkernels.tuning.state import remove_state
+from clipkernels.tuning.state import FOLDER
 from tests.tuning.fixed_times import fix_times, table_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,7 +275,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(images: Tensor, tuned: Tuned, 
     again = ck.tune(model, images, "cosine_mean>=.97", state=state, **FAST)
     assert again == tuned
     assert kept == {path.name: path.stat().st_mtime_ns for path in state.glob("plan-*") if path.name in kept}
-    remove_state(state)
+    FOLDER.remove(state)
     assert not state.exists()
 
 
@@ -304,7 +304,7 @@ def test_a_folder_of_something_else_is_refused(images: Tensor, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"got .* with 'notes.txt': choose another one"):
         ck.tune(ck.bundled()[0], images, "cosine_mean>=.97", state=tmp_path, **FAST)
     with pytest.raises(ValueError, match=r"with 'notes.txt'"):
-        remove_state(tmp_path)
+        FOLDER.remove(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

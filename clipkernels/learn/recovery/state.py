@@ -14,8 +14,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -23,17 +22,15 @@ import msgspec
 import torch
 from torch import Tensor
 
-from clipkernels.folder_lock import LOCK, Lock
 from clipkernels.formats import FLOATS, Count, Fingerprint, Format, Line, Size, TensorSpec
 from clipkernels.learn.recovery.results import Evaluation
-from clipkernels.state_files import read_json, read_state, write_json, write_state
+from clipkernels.run_folder import RunFolder
+from clipkernels.state_files import read_state, write_state
 
-RUN, CHECKPOINT = "run.json", "checkpoint.safetensors"
-MAX_BYTES = 1 << 22
+CHECKPOINT = "checkpoint.safetensors"
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 """At least; and ten times as long as a checkpoint takes to be written."""
-NAMES = re.compile(r"(targets|best)-(\d+)\.safetensors")
-TEMPORARY = re.compile(r"\.(run\.json|checkpoint\.safetensors|(targets|best)-\d+\.safetensors)\.[a-z0-9_]{8}")
+BEST = re.compile(r"best-(\d+)\.safetensors")
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -112,6 +109,20 @@ BEST_FORMAT = Format(
 )
 
 
+def _differences(names: Sequence[str], written: Settings, settings: Settings) -> list[str]:
+    """The differences of two runs: fingerprints and plans are long, and say little to people."""
+    shown = [name for name in names if name != "plan" or "method" not in names]
+    return [
+        f"another {name}"
+        if name in ("tower", "plan")
+        else f"{name} {getattr(written, name)} instead of {getattr(settings, name)}"
+        for name in shown
+    ]
+
+
+FOLDER = RunFolder("a recovery", RUN_FORMAT, r"(checkpoint|targets-\d+|best-\d+)\.safetensors", _differences)
+
+
 class Checkpoint(NamedTuple):
     """The state of a training after a step.
 
@@ -148,32 +159,13 @@ class State:
         self._best: tuple[int, Tensor] | None = None
         self._written = time.monotonic()
         self._seconds = 0.0
-        if folder is None:
-            return
-        check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(folder)
-        try:
-            self._open(folder, settings)
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _open(self, folder: Path, settings: Settings) -> None:
-        for name in os.listdir(folder):
-            if TEMPORARY.fullmatch(name):  # of a process that was killed, because no other one has the lock
-                with suppress(FileNotFoundError):
-                    os.unlink(folder / name)
-        if (folder / RUN).exists():
-            _refuse_others(folder, read_json(folder / RUN, RUN_FORMAT, MAX_BYTES), settings)
-        else:
-            write_json(folder / RUN, RUN_FORMAT, settings, MAX_BYTES)
+        self._lock = None if folder is None else FOLDER.open(folder, settings)
 
     def __enter__(self) -> State:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.folder is not None:
+        if self._lock is not None:
             self._lock.release()
 
     def targets(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -216,8 +208,8 @@ class State:
         header = {name: content.pop(name) for name in ("step", "loss", "losses", "history")}
         write_state(self.folder / CHECKPOINT, CHECKPOINT_FORMAT, header, content)
         for name in os.listdir(self.folder):
-            match = NAMES.fullmatch(name)
-            if match and match[1] == "best" and int(match[2]) != best:
+            match = BEST.fullmatch(name)
+            if match and int(match[1]) != best:
                 os.unlink(self.folder / name)
         self._written = time.monotonic()
         self._seconds = self._written - began
@@ -235,62 +227,3 @@ class State:
             assert self._best is not None and self._best[0] == step
             return self._best[1]
         return read_state(self.folder / f"best-{step}.safetensors", BEST_FORMAT)[1]["weights"]
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ValueError unless a folder is new, empty, or that of a recovery with nothing else in it.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
-    expected = "expected state to be a new or empty folder, or that of a recovery"
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{expected}, got {folder}, which is no folder: choose another one")
-    names = set(os.listdir(folder))
-    others = {name for name in names if not _is_ours(name)}
-    if others or (names - {LOCK} and RUN not in names and not all(map(TEMPORARY.fullmatch, names - {LOCK}))):
-        raise ValueError(f"{expected}, got {folder} with {min(others or names)!r}: choose another one")
-
-
-def remove_state(folder: Path) -> None:
-    """Remove the folder of a recovery, if it is there; run.json goes last, so that a kill leaves a state.
-
-    Raises:
-        ValueError: a folder that holds something else; it is left as it is.
-        OSError: a file cannot be removed.
-    """
-    check_folder(folder)
-    if not folder.exists():
-        return
-    for name in sorted(os.listdir(folder), key=lambda name: (name == RUN, name)):
-        with suppress(FileNotFoundError):
-            os.unlink(folder / name)
-    with suppress(OSError):
-        folder.rmdir()
-
-
-def _is_ours(name: str) -> bool:
-    fixed = name in (RUN, CHECKPOINT, LOCK)
-    return fixed or NAMES.fullmatch(name) is not None or TEMPORARY.fullmatch(name) is not None
-
-
-def _refuse_others(folder: Path, written: Settings, settings: Settings) -> None:
-    """Raise ValueError, which names what differs, unless two runs have the same settings."""
-    names = [name for name in Settings.__struct_fields__ if getattr(written, name) != getattr(settings, name)]
-    if not names:
-        return
-    if "method" in names and "plan" in names:
-        names.remove("plan")
-    # Fingerprints and plans are long, and say little to people.
-    details = [
-        f"another {name}"
-        if name in ("tower", "plan")
-        else f"{name} {getattr(written, name)} instead of {getattr(settings, name)}"
-        for name in names
-    ]
-    raise ValueError(
-        f"expected the run that state {folder} began, got one with {', '.join(details)}: repeat that call, or choose "
-        "another state"
-    )
