@@ -1,10 +1,11 @@
 """Study `ck.tune` on the bundled CLIP: budgets on fresh photographs, against the published schedules.
 
-    python -m bench.studies.tune --images cifar10-val.tar.gz --seeds 5 --out tune.csv
-    python -m bench.studies.tune --images cifar10-train.tar.gz --limit 6000 --seeds 2 --given 500 --fresh 500
+    python -m bench.studies.tune --images cifar10-train.tar.gz --out tune.csv
+    python -m bench.studies.tune --images cifar10-val.tar.gz --seeds 0 1 --given 500 --fresh 500
 
-For every seed, a random split gives the photographs that a tuning gets and fresh ones, on which every figure here is
-reported. Cost is GMACs as executed. A row is one budget of one seed:
+Every seed has photographs that no other has: those that a tuning gets, and as many fresh ones, on which every figure
+here is reported. Recall depends on the size of the gallery, so the two have the same. Cost is GMACs as executed. A row
+is one budget of one seed:
 
 held        the budget is kept on the fresh photographs
 gmacs       of the plan, beside those of the cheapest published schedule that keeps the same budget on the same fresh
@@ -71,10 +72,13 @@ class Photographs(NamedTuple):
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    header = header_of(arguments, "limit", "given", "search", "fresh", "seeds", "evaluations", "threads")
+    header = header_of(arguments, "given", "search", "fresh", "evaluations", "threads")
     rows = resume(arguments.out, {**header, "budgets": list(BUDGETS), "cost": "gmacs"})
     photos, classes = read(arguments.images)
-    drawn = preprocess_photos(photos, arguments.limit)
+    needed = (max(arguments.seeds) + 1) * (arguments.given + arguments.fresh)
+    if needed > len(photos.labels):
+        raise SystemExit(f"error: expected {needed} photographs for these seeds, got {len(photos.labels)}")
+    drawn = preprocess_photos(photos, needed)
     for row in cases(drawn, classes, arguments, {(row["seed"], row["budget"]) for row in rows}):
         rows.append(row)
         print(row)
@@ -87,11 +91,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="DIR|FILE.tar.gz", help="a sub-folder per class")
-    parser.add_argument("--limit", type=int, default=5000, help="photographs, drawn at random; default %(default)s")
-    parser.add_argument("--given", type=int, default=3500, help="photographs of a tuning; default %(default)s")
+    parser.add_argument("--given", type=int, default=4000, help="photographs of a tuning; default %(default)s")
     parser.add_argument("--search", type=float, default=0.3, help="share that the search sees; default %(default)s")
-    parser.add_argument("--fresh", type=int, default=1500, help="fresh photographs; default %(default)s")
-    parser.add_argument("--seeds", type=int, default=5, help="splits; default %(default)s")
+    parser.add_argument("--fresh", type=int, default=4000, help="fresh photographs; default %(default)s")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="draws; default %(default)s")
     parser.add_argument("--budgets", type=int, default=len(BUDGETS), help="the first of them; default %(default)s")
     parser.add_argument("--evaluations", type=int, default=100, help="plans of a search; default %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default %(default)s")
@@ -107,7 +110,7 @@ def cases(
     text = class_embeddings(model, tokenizer, prompts_of(classes, (TEMPLATE,)))
     budgets = BUDGETS[: arguments.budgets]
     with ck.patched(model, ck.Dense()):
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             if all((seed, budget) in done for budget in budgets):
                 continue
             split = divide(ck.tower_of(model), photos, text, arguments, seed)
@@ -118,14 +121,14 @@ def cases(
 
 def divide(tower: Any, photos: Photos, text: Tensor, arguments: argparse.Namespace, seed: int) -> Photographs:
     """Return the split of a seed, embedded densely."""
-    order = torch.randperm(len(photos.labels), generator=torch.Generator().manual_seed(seed))
-    given = order[: arguments.given]
-    first = round(arguments.search * len(given))
+    first = seed * (arguments.given + arguments.fresh)
+    given = torch.arange(first, first + arguments.given)
+    searched = round(arguments.search * len(given))
     indices = {
-        "search": given[:first],
-        "held out": given[first:],
-        "effects": given[: min(250, first // 2)],
-        "fresh": order[len(given) : len(given) + arguments.fresh],
+        "search": given[:searched],
+        "held out": given[searched:],
+        "effects": given[: min(250, searched // 2)],
+        "fresh": torch.arange(len(given), len(given) + arguments.fresh) + first,
     }
     parts = {
         name: Part(tower, photos.images, index, BATCH, limit=1 << 28, remember=True) for name, index in indices.items()
