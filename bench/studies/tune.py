@@ -35,12 +35,14 @@ from bench.studies.ranking import Photos, preprocess_photos
 from bench.studies.tiny_clip import read
 from clipkernels.classifier import class_embeddings, prompts_of
 from clipkernels.plan import Plan
+from clipkernels.tuning.bounds import figure, holds
 from clipkernels.tuning.budget import Constraint, parse_budget
 from clipkernels.tuning.candidates import Geometry, published
 from clipkernels.tuning.costs import Costs
 from clipkernels.tuning.effects import FAMILIES
 from clipkernels.tuning.forwards import Part
-from clipkernels.tuning.quality import Reference, figure, holds, per_image
+from clipkernels.tuning.quality import per_image
+from clipkernels.tuning.reference import Reference
 from clipkernels.tuning.run import Report, Run, conduct
 from clipkernels.tuning.state import State
 

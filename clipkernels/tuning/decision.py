@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from clipkernels.measure.timing import Band
 from clipkernels.plan import Plan
+from clipkernels.tuning.bounds import holds
 from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.costs import Costs
 from clipkernels.tuning.evaluations import Evaluator, keeps, slacks_of
 from clipkernels.tuning.promise import order_of_tests, run_tests
-from clipkernels.tuning.quality import holds
 from clipkernels.tuning.results import Report
 
 MAX_TIMED = 3

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from clipkernels.plan import Plan
+from clipkernels.tuning.bounds import bound_of, figure, holds
 from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.forwards import Part
-from clipkernels.tuning.quality import Reference, bound_of, damage, figure, holds, per_image
+from clipkernels.tuning.quality import damage, per_image
+from clipkernels.tuning.reference import Reference
 
 PartName = Literal["effects", "search", "held out"]
 COSINE_P1 = Constraint("cosine_p1", None, 1.0)

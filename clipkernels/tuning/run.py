@@ -20,7 +20,8 @@ from clipkernels.tuning.decision import Decision, all_kept, decide
 from clipkernels.tuning.evaluations import Evaluator, PartName, Stopped
 from clipkernels.tuning.forwards import Part
 from clipkernels.tuning.promise import pareto
-from clipkernels.tuning.quality import Reference, trend
+from clipkernels.tuning.quality import trend
+from clipkernels.tuning.reference import Reference
 from clipkernels.tuning.results import Phase, Progress, Promise, Row, Tuned
 from clipkernels.tuning.search import Search, Task
 from clipkernels.tuning.state import State

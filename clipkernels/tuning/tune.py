@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from clipkernels.fingerprint import fingerprint, fingerprinted_module
 from clipkernels.methods import Dense
 from clipkernels.patching import patched
 from clipkernels.tuning.arguments import check_annotations, check_cost, check_families, read_budget
+from clipkernels.tuning.bounds import sample_warning
 from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.cost import CostTable
 from clipkernels.tuning.costs import Costs, digest_of, load_table
@@ -32,7 +34,7 @@ from clipkernels.tuning.effects import FAMILIES
 from clipkernels.tuning.evaluations import PartName, Stopped
 from clipkernels.tuning.forwards import Part
 from clipkernels.tuning.photographs import Halves, digest_of_values, halve
-from clipkernels.tuning.quality import Reference, check_measurable
+from clipkernels.tuning.reference import Reference, check_measurable
 from clipkernels.tuning.results import Progress, Tuned
 from clipkernels.tuning.run import Report, Run, conduct
 from clipkernels.tuning.state import Settings, State
@@ -96,6 +98,8 @@ def tune(
         UnsupportedTower, TypeError: as in `ck.patch`.
         OSError: the state or the table cannot be read or written.
         On any error the model is as it was.
+    Warns:
+        UserWarning: too few photographs to prove a term of the budget, whatever the plan.
     Guarantees: the same arguments and the same cost table give the same schedule, also if the run was killed and has
         gone on, on the same machine. No generator of the caller is moved.
     Source: fixed-sequence testing, arXiv 2110.01052.
@@ -120,6 +124,10 @@ def tune(
     halves = halve(images, tower.image_size, search_share, seed)
     order = torch.cat([halves.search, halves.held_out])
     report = Report(progress, len(halves.skipped))
+    for constraint in constraints:
+        shortage = sample_warning(constraint, len(halves.held_out)) if constraint.is_quality else None
+        if shortage is not None:
+            warnings.warn(shortage, stacklevel=2)
 
     tensors = {"labels": labels, "captions": captions, "caption_ids": caption_ids}
     taken = {name: None if values is None else values.cpu()[order] for name, values in tensors.items()}

@@ -13,20 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipkernels.measure.memory import peak
-from clipkernels.tuning import quality
+from clipkernels.tuning import nearest as neighbours
+from clipkernels.tuning.bounds import bound_of, figure, holds, sample_warning
 from clipkernels.tuning.budget import Constraint, parse_budget
-from clipkernels.tuning.quality import (
-    Against,
-    Reference,
-    bound_of,
-    check_measurable,
-    damage,
-    figure,
-    holds,
-    per_image,
-    sample_warning,
-    trend,
-)
+from clipkernels.tuning.quality import damage, per_image, trend
+from clipkernels.tuning.reference import Against, Reference, check_measurable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, WIDTH, CLASSES = 41, 6, 4
@@ -97,7 +88,7 @@ def expected(constraint: Constraint, reduced: Tensor, reference: Reference) -> l
 @pytest.mark.parametrize("text", NAMES)
 @pytest.mark.parametrize("block", [1 << 23, 3 * N])
 def test_values_are_those_of_loops(text: str, against: Against, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "BLOCK_VALUES", block)
+    monkeypatch.setattr(neighbours, "BLOCK_VALUES", block)
     constraint = constraint_of(text)
     for seed in range(4):
         dense, reduced = embeddings(seed)
@@ -306,10 +297,10 @@ def test_bounds_cover_the_true_value(
 
 
 @pytest.mark.parametrize(
-    ("n", "block"), [(2000, 1 << 18), pytest.param(20_000, quality.BLOCK_VALUES, marks=pytest.mark.slow)]
+    ("n", "block"), [(2000, 1 << 18), pytest.param(20_000, neighbours.BLOCK_VALUES, marks=pytest.mark.slow)]
 )
 def test_a_gallery_is_never_compared_at_once(n: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "BLOCK_VALUES", block)
+    monkeypatch.setattr(neighbours, "BLOCK_VALUES", block)
     generator, constraint = torch.Generator().manual_seed(0), constraint_of("recall@1>=.9")
     dense = torch.randn(n, 4, generator=generator)
     reduced = dense + 0.01 * torch.randn(n, 4, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,15 @@ def test_a_budget_that_no_plan_keeps_says_so(images: Tensor) -> None:
     assert not [row for row in tuned.rows if row.chosen] and tuned.promises[0].bound < 0.99999
     tuned = ck.tune(ck.bundled()[0], images, "cosine_mean>=.99, gmacs<=.01", **FAST)
     assert tuned.schedule is None and tuned.reason is not None and "gmacs<=0.01" in tuned.reason
+
+
+def test_too_few_photographs_for_a_promise_are_a_warning(images: Tensor) -> None:
+    stop = Stop(0)
+    with pytest.warns(UserWarning, match="cosine_p1>=0.9 needs 299 held-out images for a bound at 95%, got 50"):
+        assert ck.tune(ck.bundled()[0], images, "cosine_p1>=.9", progress=stop, **FAST).stopped
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ck.tune(ck.bundled()[0], images, "cosine_mean>=.9", progress=stop, **FAST).stopped
 
 
 def test_labels_and_captions_make_their_constraints_measurable(images: Tensor) -> None:
