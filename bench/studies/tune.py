@@ -93,9 +93,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="DIR|FILE.tar.gz", help="a sub-folder per class")
-    parser.add_argument("--given", type=int, default=4000, help="photographs of a tuning; default %(default)s")
-    parser.add_argument("--search", type=float, default=0.3, help="share that the search sees; default %(default)s")
-    parser.add_argument("--fresh", type=int, default=4000, help="fresh photographs; default %(default)s")
+    parser.add_argument("--given", type=int, default=5000, help="photographs of a tuning; default %(default)s")
+    parser.add_argument("--search", type=float, default=0.25, help="share that the search sees; default %(default)s")
+    parser.add_argument("--fresh", type=int, default=5000, help="fresh photographs; default %(default)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="draws; default %(default)s")
     parser.add_argument("--budgets", type=int, default=len(BUDGETS), help="the first of them; default %(default)s")
     parser.add_argument("--evaluations", type=int, default=100, help="plans of a search; default %(default)s")

@@ -49,12 +49,33 @@ def bound_of(
     Source: Bayesian bootstrap, Rubin, 1981; the added value, Learned-Miller and Thomas, arXiv 1905.06208; order
         statistics, David and Nagaraja, Order Statistics, section 7.1.
     """
-    check_int("resamples", resamples, 1)
     check_range("level", level, 0, 1, "()")
     values = values.double().cpu()
     if constraint.name == "cosine_p1":
         rank = _rank_below_percentile(len(values), level)
         return values.sort().values[rank - 1].item() if rank else -1.0
+    means = _resampled_means(constraint, values, seed, resamples)
+    return torch.quantile(means, 1 - level if constraint.direction == ">=" else level).item()
+
+
+def risk_of(constraint: Constraint, values: Tensor, seed: int = 0, resamples: int = 2000) -> float:
+    """The greatest chance that images from a source which breaks a constraint have a figure at least as good as this.
+
+    `bound_of` at a level of 1 - risk is the constraint's own bound. Deterministic; in (0, 1].
+
+    Args: as in `bound_of`.
+    """
+    values = values.double().cpu()
+    if constraint.name == "cosine_p1":
+        broken = sum(not holds(constraint, value) for value in values.tolist())
+        return min(1.0, _shares_below_percentile(len(values))[broken].item())
+    means = _resampled_means(constraint, values, seed, resamples).tolist()
+    return (1 + sum(not holds(constraint, mean) for mean in means)) / (1 + len(means))
+
+
+def _resampled_means(constraint: Constraint, values: Tensor, seed: int, resamples: int) -> Tensor:
+    """Means (resamples,) of values (n,) and one worst value under random weights."""
+    check_int("resamples", resamples, 1)
     sign = 1 if constraint.direction == ">=" else -1
     worst = values.min().item() if constraint.name == "cosine_mean" else min(0, sign)
     sample = torch.cat([sign * values, values.new_tensor([worst])])
@@ -63,7 +84,7 @@ def bound_of(
     for start in range(0, resamples, step):
         weights = sample.new_empty(min(step, resamples - start), len(sample)).exponential_(generator=generator)
         means.append((weights @ sample) / weights.sum(1))
-    return sign * torch.quantile(torch.cat(means), 1 - level).item()
+    return sign * torch.cat(means)
 
 
 def sample_warning(constraint: Constraint, n: int, level: float = 0.95) -> str | None:
@@ -84,6 +105,11 @@ def _rank_below_percentile(n: int, level: float) -> int:
 
     0 if there is none.
     """
+    return int((_shares_below_percentile(n) <= 1 - level).sum())
+
+
+def _shares_below_percentile(n: int) -> Tensor:
+    """The chance (n+1,) of at most 0 … n values below the first percentile among n."""
     counts = torch.arange(n + 1, dtype=torch.float64)
     binomial = torch.distributions.Binomial(n, torch.tensor(PERCENTILE, dtype=torch.float64))
-    return int((binomial.log_prob(counts).exp().cumsum(0) <= 1 - level).sum())
+    return binomial.log_prob(counts).exp().cumsum(0)

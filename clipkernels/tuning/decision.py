@@ -83,10 +83,11 @@ def _verified(
         nearest = max((plan for plan in slacks if any(plan.steps)), key=slacks.__getitem__)
         return [], Decision(nearest, _complaint(quality, evaluator.searched[nearest].figures, "the search half"))
     report.begin("promise", len(plans))
-    results = run_tests(evaluator, quality, plans, report.advance)
+    results = run_tests(evaluator, plans, report.advance)
     passed = [result.plan for result in results if result.passed]
     if not passed:
-        return [], Decision(plans[0], _complaint(quality, results[0].evaluation.bounds, "held-out photographs"))
+        safest = min(results, key=lambda result: result.evaluation.risk)
+        return [], Decision(safest.plan, _complaint(quality, safest.evaluation.bounds, "held-out photographs"))
     verified = [plan for plan in passed[::-1] if costs.is_affordable(plan)]
     if not verified:
         cheapest = passed[-1]

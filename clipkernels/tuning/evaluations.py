@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipkernels.plan import Plan
-from clipkernels.tuning.bounds import bound_of, figure, holds
+from clipkernels.tuning.bounds import bound_of, figure, holds, risk_of
 from clipkernels.tuning.budget import Constraint
 from clipkernels.tuning.forwards import Part
 from clipkernels.tuning.quality import damage, per_image
@@ -42,6 +42,7 @@ class Evaluation(NamedTuple):
     figures: the figure of each constraint about quality, in the order of the budget; none on "effects".
     bounds: the bound of each figure on the side that can break the promise, at LEVEL on the held-out half and at
         SEARCH_LEVEL on the search half.
+    risk: on the held-out half, the greatest `risk_of` a constraint; 1 elsewhere.
     """
 
     mean: float
@@ -49,6 +50,7 @@ class Evaluation(NamedTuple):
     p1: float
     figures: tuple[float, ...] = ()
     bounds: tuple[float, ...] = ()
+    risk: float = 1.0
 
 
 class Store(Protocol):
@@ -125,7 +127,10 @@ class Evaluator:
         values = [self._values(constraint, part, plan, reduced) for constraint in self.constraints]
         figures = tuple(figure(each, value) for each, value in zip(self.constraints, values, strict=True))
         bounds = tuple(self._bound(part, each, value) for each, value in zip(self.constraints, values, strict=True))
-        return Evaluation(mean, tail, p1, figures, bounds)
+        if part == "search":
+            return Evaluation(mean, tail, p1, figures, bounds)
+        risks = [risk_of(each, value, self.seed) for each, value in zip(self.constraints, values, strict=True)]
+        return Evaluation(mean, tail, p1, figures, bounds, max(risks, default=0.0))
 
     def _values(self, constraint: Constraint, part: PartName, plan: Plan, reduced: Tensor) -> Tensor:
         """Values (m,) of a part's photographs.

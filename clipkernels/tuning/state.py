@@ -58,6 +58,7 @@ class EvaluationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     p1: Annotated[float, msgspec.Meta(ge=-1, le=1)]
     figures: list[float]
     bounds: list[float]
+    risk: Annotated[float, msgspec.Meta(ge=0, le=1)]
 
     def __post_init__(self) -> None:
         read_plan(self.plan)
@@ -130,7 +131,7 @@ class State:
             if file.name.startswith("plan-"):
                 record = read_json(file, EVALUATION_FORMAT, MAX_BYTES)
                 evaluation = Evaluation(
-                    record.mean, record.tail, record.p1, tuple(record.figures), tuple(record.bounds)
+                    record.mean, record.tail, record.p1, tuple(record.figures), tuple(record.bounds), record.risk
                 )
                 self._evaluations[record.part, read_plan(record.plan)] = evaluation
             elif file.name.startswith("speed-"):
@@ -153,7 +154,7 @@ class State:
         self._evaluations[part, plan] = evaluation
         figures, bounds = list(evaluation.figures), list(evaluation.bounds)
         record = EvaluationRecord(
-            part, record_plan(plan), evaluation.mean, evaluation.tail, evaluation.p1, figures, bounds
+            part, record_plan(plan), evaluation.mean, evaluation.tail, evaluation.p1, figures, bounds, evaluation.risk
         )
         self._write("plan", f"{part} {plan!r}", EVALUATION_FORMAT, record)
 

@@ -66,9 +66,9 @@ def tune(
 ) -> Tuned:
     """The cheapest plan of a tower that keeps a budget on photographs, as a `ck.Schedule`, with its evidence.
 
-    The search sees one half of the photographs. On the other half, plans are tested from safe to cheap, each by the
-    95 % bounds of its figures, up to the first that fails; the one before it is returned. The model is left
-    as it was, patched or not.
+    The search sees one half of the photographs. A few plans near the budget are tested on the other half, and the
+    cheapest that passes is returned. With 95 % confidence it keeps the budget on images from the same source. The model
+    is left as it was, patched or not.
 
     Args:
         model: a model that `ck.patch` takes, on the device and in the precision of its use.
@@ -102,7 +102,7 @@ def tune(
         UserWarning: too few photographs to prove a term of the budget, whatever the plan.
     Guarantees: the same arguments and the same cost table give the same schedule, also if the run was killed and has
         gone on, on the same machine. No generator of the caller is moved.
-    Source: fixed-sequence testing, arXiv 2110.01052.
+    Source: the fallback procedure, Wiens, 2003; Learn then Test, arXiv 2110.01052.
     """
     check_model(model)
     constraints = read_budget(budget)

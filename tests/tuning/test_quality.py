@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from clipkernels.measure.memory import peak
 from clipkernels.tuning import nearest as neighbours
-from clipkernels.tuning.bounds import bound_of, figure, holds, sample_warning
+from clipkernels.tuning.bounds import bound_of, figure, holds, risk_of, sample_warning
 from clipkernels.tuning.budget import Constraint, parse_budget
 from clipkernels.tuning.quality import damage, per_image, trend
 from clipkernels.tuning.reference import Against, Reference, check_measurable
@@ -276,6 +276,25 @@ def drop_sample(generator: torch.Generator, n: int) -> Tensor:
 
 
 @pytest.mark.slow  # thousands of resamplings; the exact values above are those that tell
+@pytest.mark.parametrize("text", ["cosine_p1>=.8", "cosine_mean>=.94", "recall@1>=.9", "accuracy_drop<=.1"])
+def test_the_bound_at_the_level_of_a_risk_is_the_budget(text: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shares = (torch.rand(800, generator=generator) < 0.92).double()
+    cosines = 1 - 0.05 * torch.empty(800, dtype=torch.float64).exponential_(generator=generator)
+    values = {"recall": shares, "accuracy_drop": 1 - shares}.get(constraint_of(text).name, cosines)
+    constraint = constraint_of(text)
+    risk = risk_of(constraint, values)
+    assert 0.001 < risk < 0.5
+    assert holds(constraint, bound_of(constraint, values, level=1 - risk - 0.002))
+    assert not holds(constraint, bound_of(constraint, values, level=1 - risk + 0.002))
+
+
+def test_perfect_values_have_the_risk_of_the_sample() -> None:
+    assert risk_of(constraint_of("cosine_p1>=.9"), torch.ones(299)) == pytest.approx(0.99**299, rel=1e-9)
+    assert risk_of(constraint_of("cosine_p1>=.9"), torch.zeros(50)) == 1
+    assert risk_of(constraint_of("recall@1>=.9"), torch.zeros(50)) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "sample", "n", "true"),
     [
