@@ -20,6 +20,7 @@ TABLES = {
 NVIDIA_SPILLS = 32
 # Before version 3.9 triton takes CUDA 12's ptxas for sm_90, which saves registers at the price of a few stores.
 SM_90_SPILLS = {
+    "3.6.0": {"_attend_kernel": 4, "_attention_kernel": 16, "_cluster_kernel": 32, "_merge_kernel": 8},
     "3.8.0": {
         "_affinity_kernel": 16,
         "_attend_kernel": 4,
