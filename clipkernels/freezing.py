@@ -24,6 +24,7 @@ Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 # Their output lies in the memory of a CUDA graph, which the next call writes again.
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 SAMPLE_SECONDS = 0.02
+_TURN = threading.local()
 
 
 class Cost(NamedTuple):
@@ -59,11 +60,13 @@ class CompiledForward:
     ) -> None:
         self.freeze, self.dynamic, self.copies = freeze, dynamic, mode in GRAPH_MODES
         self.cost: Cost | None = None
-        options: dict[str, Any] = torch._inductor.list_mode_options(mode, dynamic)
+        options: dict[str, Any] = dict(torch._inductor.list_mode_options(mode, dynamic))
         if hasattr(torch.compiler, "skip_all_guards_unsafe"):
             options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
         # Not dynamic, because all sizes would be: only the batch is marked.
-        self._run = torch.compile(_with_code_alone(function), fullgraph=True, dynamic=False, options=options)
+        self._run = torch.compile(
+            _with_code_alone(function), fullgraph=True, dynamic=False, backend=_compile_in_turn, options=options
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -72,7 +75,14 @@ class CompiledForward:
         # The graph is of ordinary tensors in one memory format.
         images = images.clone() if images.is_inference() else images.detach()
         images = images.contiguous()
-        return self._compile(images) if self.cost is None else self._call(images)
+        if self.cost is None:
+            return self._compile(images)
+        try:
+            return self._call(images)
+        except Exception as error:
+            if not isinstance(getattr(error, "inner_exception", None), _OutOfTurnError):
+                raise
+        return self._compile(images)  # torch._dynamo.reset() has deleted the graph
 
     def _call(self, images: Tensor) -> Any:
         if not self.copies:
@@ -90,6 +100,19 @@ class CompiledForward:
             seconds = time.perf_counter() - start
         self.cost = Cost(seconds, *memory)
         return output
+
+
+class _OutOfTurnError(Exception):
+    """Dynamo compiles while nothing is set for it."""
+
+
+def _compile_in_turn(graph: Any, inputs: list[Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """The backend: Inductor, but only within `_exclusive_compilation`, so that nothing is left unfrozen by chance."""
+    if not getattr(_TURN, "is_taken", False):
+        raise _OutOfTurnError
+    inductor: Any = torch._dynamo.lookup_backend("inductor")
+    compiled: Callable[..., Any] = inductor(graph, inputs, config_patches=options)
+    return compiled
 
 
 def _with_code_alone(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -113,7 +136,11 @@ def _exclusive_compilation(freeze: bool) -> Iterator[None]:
 
     # Until torch 2.13 or so, the setting is that of every thread.
     with compile_lock, config.patch(freezing=freeze):
-        yield
+        _TURN.is_taken = True
+        try:
+            yield
+        finally:
+            _TURN.is_taken = False
 
 
 @contextmanager

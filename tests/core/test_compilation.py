@@ -210,6 +210,18 @@ def test_the_setting_is_put_back_after_an_error() -> None:
     assert not is_freezing() and forward.cost is None
 
 
+def test_a_forward_that_dynamo_forgets_is_frozen_again() -> None:
+    weight = torch.ones(3, 4)
+    forward = CompiledForward(lambda images: images.mean((2, 3)) @ weight, freeze=True)
+    images, frozen = torch.ones(1, 3, 2, 2), []
+    for _ in range(2):
+        torch.testing.assert_close(forward(images), torch.full((1, 4), 3.0))
+        frozen.append(forward.cost)
+        torch._dynamo.reset()
+    assert frozen[0] is not frozen[1]
+    assert torch.equal(forward(images), forward(images)) and not is_freezing()
+
+
 def test_a_forward_takes_images_of_any_layout_and_mode() -> None:
     weight = torch.randn(3, 4)
     forward = CompiledForward(lambda images: {"pooled": images.mean((2, 3)) @ weight}, freeze=True, dynamic=True)
