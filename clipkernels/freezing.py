@@ -44,8 +44,8 @@ class Cost(NamedTuple):
 class CompiledForward:
     """A function of images (B,3,S,S) that is compiled for one shape, or for any batch size, by its first call.
 
-    Every call runs without gradients. The guards of dynamo are left out where torch can (2.11 can, 2.6 cannot), because
-    they take milliseconds on a tower of twelve blocks: the caller passes images of one size, dtype and device, and calls
+    Every call runs without gradients. The guards of dynamo, which take milliseconds on a tower of twelve blocks, are
+    left out where torch can (2.11 can, 2.6 cannot): the caller passes images of one size, dtype and device, and calls
     nothing whose weights or modules have changed since.
 
     Args:
