@@ -114,7 +114,7 @@ def compile(
         if isinstance(error, Exception) and not isinstance(error, ValueError):
             raise RuntimeError(f"torch.compile cannot compile the tower: {first_line(error)}") from error
         raise
-    return model
+    return ungraphed(model)
 
 
 def uncompile(model: Model) -> Model:

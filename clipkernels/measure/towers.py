@@ -133,6 +133,7 @@ def measure(
         rooms = len(methods) * (1 + len(settings.modes))
         with room_to_compile(rooms) if settings.modes else nullcontext():
             for mode in settings.modes:
+                observer.describe(f"compiling, {precision}")
                 compiled = compile_each(low, methods, mode, settings.batch)
                 keys |= {key: (label, name_mode(mode)) for key, label in zip(compiled, methods, strict=True)}
                 variants = {**variants, **compiled}

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from threading import Thread
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -578,8 +579,11 @@ def test_a_gpu_takes_graphs_unless_told_otherwise(
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(cuda_graph, "is_available", lambda device: True)
     monkeypatch.setattr(compilation, "graphed", lambda *arguments: calls.append(arguments))
+    ungraphed = Mock(side_effect=lambda model: model)
+    monkeypatch.setattr(compilation, "ungraphed", ungraphed)
     assert ck.compile(tiny, **arguments) is tiny
     assert calls == ([] if graphs is None else [(tiny, graphs, True)])
+    ungraphed.assert_called_with(tiny) if graphs is None else ungraphed.assert_not_called()
     compiled = ck.compilation_of(tiny)
     assert (compiled is None) == (graphs is not None)
     if compiled is not None:
