@@ -1,6 +1,7 @@
 """Measure images/s and reduction efficiency η of random-weight CLIP towers, every variant interleaved with dense.
 
     python -m bench.towers --models ViT-B-16 --batch 1 8 32 --threads 1 --clock process --out towers.csv
+    python -m bench.towers --models ViT-B-16 --dtype float32 bfloat16 --batch 1 8 --threads 1 --compile freeze
     python -m bench.towers --models ViT-L-14 --dtype bfloat16 --batch 1 256 --plain --graphs 8   # on a GPU
     python -m bench.towers --models ViT-B-16 --compile default max-autotune --compiled dense "Dense()" "EViT(keep=0.7)"
     python -m bench.towers --models ViT-B-16 --peer tome=../ToMe
@@ -53,7 +54,7 @@ from bench.runners import (
 )
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import HOST, Speed, Times, Variant, plan_for, tabulate, time_variants, vary
-from clipkernels.measure.towers import compile_each, room_to_compile
+from clipkernels.measure.towers import compile_each, name_mode, room_to_compile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_BATCHES = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
@@ -115,7 +116,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--graphs", type=int, default=0, metavar="B", help="up to this batch, also every variant from a CUDA graph"
     )
-    parser.add_argument("--compile", nargs="+", default=[], metavar="MODE", help="also variants under torch.compile")
+    parser.add_argument(
+        "--compile",
+        nargs="+",
+        default=[],
+        metavar="MODE",
+        help="also variants under torch.compile in its modes, or by ck.compile with frozen weights: freeze",
+    )
     parser.add_argument(
         "--compiled",
         nargs="+",
@@ -181,21 +188,22 @@ def paired(
     eager = vary(model, selected)
     if arguments.plain:
         eager |= {f"{label}, plain": plain(variant) for label, variant in eager.items() if label != HOST}
-    variants = eager
-    compilable = {label: eager[label] for label in selected if label.startswith(tuple(arguments.compiled))}
-    for mode in arguments.compile:
-        variants = variants | compile_each(compilable, mode)
+    compilable = {label: method for label, method in selected.items() if label.startswith(tuple(arguments.compiled))}
     graphs = in_graphs(eager, batches[0]) if batch <= arguments.graphs else {}
     complete = len(graphs) == len(eager) or batch > arguments.graphs
-    variants = {**variants, **graphs, f"{HOST} again": variants[HOST], **peers}
     # Only dense variants have an expected embedding: rounding may move a token of the others.
     with torch.inference_mode():
         dense = [label for label, method in selected.items() if method is None or isinstance(method, ck.Dense)]
         expected = {label: eager[label].encode(batches[0]) for label in dense}
     with (
         Progress(console=Console(stderr=True), transient=True) as bar,
-        room_to_compile(len(variants)) if arguments.compile else nullcontext(),
+        room_to_compile(len(eager) + len(compilable) * len(arguments.compile)) if arguments.compile else nullcontext(),
     ):
+        compiled: dict[str, Variant] = {}
+        for mode, (label, method) in product(arguments.compile, compilable.items()):
+            attempt = partial(_add_compiled, compiled, model, {label: method}, mode, batch)
+            runs_without_error(f"{label}, {name_mode(mode)}", attempt, HOST)
+        variants = {**eager, **compiled, **graphs, f"{HOST} again": eager[HOST], **peers}
         variants = {
             label: variant
             for label, variant in variants.items()
@@ -223,6 +231,11 @@ def paired(
     if peers:
         rows += tabulate(times, peers, tower, batch, baseline="timm (host)")
     return [(row, {**extras[row.name], **arithmetic(row, batch, rate)}) for row in rows], complete
+
+
+def _add_compiled(compiled: dict[str, Variant], *arguments: Any) -> None:
+    """Add the variants that `compile_each` returns."""
+    compiled.update(compile_each(*arguments))
 
 
 def arithmetic(row: Speed, batch: int, rate: float) -> dict[str, float]:

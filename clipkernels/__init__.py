@@ -16,6 +16,7 @@ if _TYPE_CHECKING:
     from clipkernels.classifier import Classifier
     from clipkernels.collection.run import embed
     from clipkernels.collection.search import search
+    from clipkernels.compilation import compilation_of, compile, uncompile
     from clipkernels.data import bundled
     from clipkernels.encode import Encoded, encode_image
     from clipkernels.graphs import graphed, ungraphed
@@ -50,6 +51,8 @@ __all__ = [
     "ZeroShot",
     "backend",
     "bundled",
+    "compilation_of",
+    "compile",
     "data",
     "embed",
     "encode_image",
@@ -70,6 +73,7 @@ __all__ = [
     "testing",
     "tower_of",
     "tune",
+    "uncompile",
     "ungraphed",
     "unpatch",
 ]
@@ -81,6 +85,7 @@ _NAMES = {
     "classifier": ("Classifier",),
     "collection.run": ("embed",),
     "collection.search": ("search",),
+    "compilation": ("compilation_of", "compile", "uncompile"),
     "data": ("bundled",),
     "encode": ("Encoded", "encode_image"),
     "graphs": ("graphed", "ungraphed"),

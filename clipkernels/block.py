@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from clipkernels import ops
 from clipkernels.ops import unchecked
+from clipkernels.ops.merge import merge_matched
 from clipkernels.plan import Condense, Merge, Predict, Prune, Step
 from clipkernels.reference import Norm
 
@@ -176,7 +177,8 @@ def forward(
         if rope is not None:
             rope = gather_rope(rope, _patches_after_merging(match, x.shape[1] - lead, prefix - lead))
         sizes = None if size is None else size[:, lead:]
-        merged = run.merge_tokens(x[:, lead:], match, sizes, None if lead else norm2)
+        merge = unchecked.merge_tokens if fused else merge_matched
+        merged = merge(x[:, lead:], match, sizes, None if lead else norm2)
         x, size, normed = merged if not lead else _prepend(x[:, :lead], merged)
     branch = parts.mlp(x, normed, fused)
     x, normed = add_norm(x, branch.y, branch.bias, branch.scale, next_norm)

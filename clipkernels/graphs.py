@@ -19,13 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from clipkernels import adapters, cuda_graph
-from clipkernels.adapters.hooks import has_global_hooks
 from clipkernels.arguments import check_flags, check_model, describe
-from clipkernels.backend import transform_obstacle
-from clipkernels.custom_ops import can_skip_dispatcher
-from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
+from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer, served_calls
 from clipkernels.messages import first_line, join_sizes, list_items
-from clipkernels.snapshot import GRAPHS, Snapshot
+from clipkernels.snapshot import GRAPHS, Snapshot, is_plain_call
 from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
 
@@ -63,7 +60,7 @@ def graphed(model: Model, batch_sizes: Iterable[int] = (1, 8, 32), pad: bool = T
         RuntimeError: the tower's forward cannot be captured.
         On any error the model is left unchanged.
     """
-    sizes = _check_batch_sizes(batch_sizes)
+    sizes = check_batch_sizes(batch_sizes)
     check_flags(pad=pad)
     tower = adapters.find_tower(model)
     refuse_replaced(tower)
@@ -102,7 +99,7 @@ def ungraphed(model: Model) -> Model:
     return model
 
 
-def _check_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
+def check_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
     """Batch sizes in ascending order. Raise ValueError unless they are positive ints, at least one."""
     countable = isinstance(batch_sizes, Iterable) and not isinstance(batch_sizes, (str, bytes, Mapping, Tensor))
     sizes = tuple(batch_sizes) if countable else ()
@@ -129,25 +126,7 @@ def _uninstall(module: nn.Module) -> None:
 
 def _graphed_call(base: Any) -> dict[str, Any]:
     """The layer of a graphed root's class: a call that replays a graph that serves it."""
-
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return base.__call__(self, *args, **kwargs)
-        graphs = vars(self).get(GRAPHS)
-        return base.__call__(self, *args, **kwargs) if graphs is None else graphs.call(self, base, args, kwargs)
-
-    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        graphs = vars(self).get(GRAPHS)
-        if graphs is not None:
-            graphs.drop()  # before the weights move, so that both need not fit
-        return base._apply(self, fn, recurse)
-
-    def extra_repr(self: Any) -> str:
-        graphs = vars(self).get(GRAPHS)
-        label = [] if graphs is None else [f"clipkernels: {graphs}"]
-        return ", ".join([*label, *filter(None, [base.extra_repr(self)])])
-
-    return {"__call__": __call__, "_apply": _apply, "extra_repr": extra_repr}
+    return served_calls(base, GRAPHS)
 
 
 class Capture(NamedTuple):
@@ -299,11 +278,4 @@ class Graphs:
 
 def _may_replay(images: Tensor) -> bool:
     """Return true if nothing around a call needs the forward itself: a tracer, a transform, autocast, a capture."""
-    return (
-        cuda_graph.is_available(images.device)
-        and can_skip_dispatcher(images)
-        and transform_obstacle() is None
-        and not torch.is_autocast_enabled(images.device.type)
-        and not has_global_hooks()
-        and not cuda_graph.is_capturing()
-    )
+    return cuda_graph.is_available(images.device) and is_plain_call(images) and not cuda_graph.is_capturing()

@@ -1,6 +1,6 @@
 """Subclasses of a host's class, made of layers that one instance gains and loses in any order.
 
-    host's class ← the loop of `ck.patch` ← the calls of `ck.graphed`
+    host's class ← the loop of `ck.patch` ← the calls of `ck.graphed` ← the calls of `ck.compile`
 
 A subclass has the name of the host's class. A copy or a pickle of an instance refers to the host's class and to the
 layers, so it needs neither to be importable.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 
@@ -42,6 +43,33 @@ def add_layer(module: nn.Module, layer: Layer) -> None:
 def remove_layer(module: nn.Module, make: Callable[..., Any]) -> None:
     """Remove the layer that `make` has made from the class of a module."""
     _set_layers(module, _layers_without(module, make))
+
+
+def served_calls(base: Any, slot: str) -> dict[str, Any]:
+    """The attributes of a layer whose calls are served by the object in a slot of the instance's `__dict__`.
+
+    The object has `call(root, base, args, kwargs)`, `drop()`, which forgets all that it knows of the weights, and a
+    representation, which that of the instance shows. A compiler sees the class below.
+    """
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return base.__call__(self, *args, **kwargs)
+        server = vars(self).get(slot)
+        return base.__call__(self, *args, **kwargs) if server is None else server.call(self, base, args, kwargs)
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        server = vars(self).get(slot)
+        if server is not None:
+            server.drop()  # before the weights move, so that both need not fit
+        return base._apply(self, fn, recurse)
+
+    def extra_repr(self: Any) -> str:
+        server = vars(self).get(slot)
+        label = [] if server is None else [f"clipkernels: {server}"]
+        return ", ".join([*label, *filter(None, [base.extra_repr(self)])])
+
+    return {"__call__": __call__, "_apply": _apply, "extra_repr": extra_repr}
 
 
 def _layers_of(module: nn.Module) -> tuple[Layer, ...]:

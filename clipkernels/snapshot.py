@@ -1,6 +1,7 @@
-"""The state of a tower that a captured forward repeats, and the check that the tower still has it.
+"""The state of a tower that a captured or compiled forward repeats, and the check that the tower still has it.
 
-A captured forward reads weights by their addresses and runs no Python. The check costs a few tens of microseconds.
+Such a forward reads weights by their addresses, or keeps them, and runs no Python. The check costs a few tens of
+microseconds.
 """
 
 from __future__ import annotations
@@ -16,21 +17,34 @@ import torch
 from torch import Tensor, nn
 
 from clipkernels.adapters import Tower
-from clipkernels.backend import requested_backend
+from clipkernels.adapters.hooks import has_global_hooks
+from clipkernels.backend import requested_backend, transform_obstacle
+from clipkernels.custom_ops import can_skip_dispatcher
 from clipkernels.tower import SLOT, pool_of
 
 GRAPHS = "_clipkernels_graphs"
+COMPILATION = "_clipkernels_compilation"
 
 # Entries of a transformers configuration that change the output of a forward; the second has either name.
 _OUTPUTS = ("output_hidden_states", "output_attentions", "_output_attentions", "return_dict")
 # Attributes that all modules have, and those of patched and graphed ones. They are compared otherwise or not at all.
-_COMPARED = frozenset({*vars(nn.Module()), "forward", SLOT, GRAPHS})
+_COMPARED = frozenset({*vars(nn.Module()), "forward", SLOT, GRAPHS, COMPILATION})
 # An object of another type may be a new one after every forward.
 _CONSTANTS = frozenset({bool, int, float, str, type(None), tuple, list, dict, set})
 
 
+def is_plain_call(images: Tensor) -> bool:
+    """Return true if nothing around a call needs the forward itself: a tracer, a transform, autocast, a global hook."""
+    return (
+        can_skip_dispatcher(images)
+        and transform_obstacle() is None
+        and not torch.is_autocast_enabled(images.device.type)
+        and not has_global_hooks()
+    )
+
+
 class Snapshot:
-    """The state of a tower that its graphs repeat."""
+    """The state of a tower that its graphs or its compiled forwards repeat."""
 
     def __init__(self, tower: Tower) -> None:
         root, self.slot = tower.root, vars(tower.owner).get(SLOT)

@@ -37,11 +37,11 @@ from clipkernels.data import Preprocess
 from clipkernels.images import Pictures, collate, draw_images
 from clipkernels.measure.choice import MIN_AGREEMENT, choose
 from clipkernels.measure.timing import Clock
-from clipkernels.measure.towers import TIMED_BATCHES, Settings, measure
+from clipkernels.measure.towers import FREEZE, TIMED_BATCHES, Settings, measure
 from clipkernels.messages import quantity, skip_message
 from clipkernels.patching import method_of, tower_of, unpatch
 
-MODES = ("default", "reduce-overhead", "max-autotune")
+MODES = (FREEZE, "default", "reduce-overhead", "max-autotune")
 NOTES = (
     "dense (host) is the library's own forward. Speed-ups and η are against the fastest dense row of the same "
     "precision, paired within rounds of all its rows in random order; JSON and CSV have their 10-90 % bands. ms is a "
@@ -90,8 +90,8 @@ Example:
     "modes",
     multiple=True,
     type=click.Choice(["none", *MODES]),
-    help="Add rows under torch.compile in this mode to the eager ones; may be repeated. reduce-overhead is CUDA "
-    "graphs, for GPUs.  [default: none]",
+    help="Add rows under torch.compile to the eager ones; may be repeated. freeze is ck.compile with frozen weights, "
+    "the fast way on a CPU; the others are torch's modes, of which reduce-overhead is CUDA graphs.  [default: none]",
 )
 @click.option(
     "--precision",

@@ -56,7 +56,7 @@ Example:
 )
 @predictor_option
 @precision_option
-@click.option("--compile", "compiled", is_flag=True, help="Compile the tower with torch.compile.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the tower, on a CPU with frozen weights.")
 @batch_size_option(32)
 @workers_option("Loader processes per device.")
 @click.option("--devices", help="Devices, such as cpu or cuda:0,cuda:1.  [default: every CUDA device, else cpu]")

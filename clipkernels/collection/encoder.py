@@ -15,6 +15,7 @@ from clipkernels.adapters.tokenizers import Tokenizer, find_cut, ids_of
 from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.preparation import Prepared
 from clipkernels.encode import encode_image, tower_weight
+from clipkernels.freezing import CompiledForward
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,8 +31,9 @@ class Encoder:
         normalised: divide embeddings by their length.
         text: the column of captions, which are embedded too, or None.
         tokenizer: as in `ck.Classifier`, for captions.
-        compiled: compile the tower with `torch.compile`. Batches that are not whole are then filled up with copies of
-            their last image, because another size would be compiled again.
+        compiled: compile the tower with `torch.compile`, on a CPU with frozen weights, which must not change then.
+            Batches that are not whole are filled up with copies of their last image, because another size would be
+            compiled again.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Encoder:
         self.weights = tower_weight(model)
         self.cut_texts = 0
         run: Callable[[Tensor], Tensor] = lambda images: encode_image(model, images).embedding  # noqa: E731
-        self._run = torch.compile(run, dynamic=False) if compiled else run
+        self._run = CompiledForward(run, freeze=self.weights.device.type == "cpu") if compiled else run
 
     @torch.inference_mode()
     def __call__(self, batch: Prepared) -> pa.Table:

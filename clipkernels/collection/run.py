@@ -133,7 +133,7 @@ def embed(
         prune: remove the rows of items that the sources do not have any more. All sources must be named.
         forget: sources of earlier runs that are not there any more. They need not be named; `prune` removes their rows.
         retry: try again what is in DIR/errors. A file that has changed is tried again anyway.
-        compiled: compile the tower with `torch.compile`.
+        compiled: compile the tower with `torch.compile`, on a CPU with frozen weights.
         devices: the devices that a copy of the model runs on each; by default, the one that it is on.
         engine: "local" for this process, "ray" for the cluster that RAY_ADDRESS names, or one of this machine.
         actors: models of the Ray engine.

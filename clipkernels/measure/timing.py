@@ -162,14 +162,23 @@ class Variant(NamedTuple):
     exact: bool
 
 
-def vary(model: nn.Module, methods: Mapping[str, Method | None]) -> dict[str, Variant]:
-    """Return one copy of the model per method, patched, or unpatched for None; all copies share its weights."""
+def vary(
+    model: nn.Module,
+    methods: Mapping[str, Method | None],
+    prepare: Callable[[nn.Module], object] | None = None,
+) -> dict[str, Variant]:
+    """Return one copy of the model per method, patched, or unpatched for None; all copies share its weights.
+
+    Each is given to `prepare` once it is patched.
+    """
     variants = {}
     for name, method in methods.items():
         memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         clone: Any = copy.deepcopy(model, memo)
         if method is not None:
             patch(clone, method)
+        if prepare is not None:
+            prepare(clone)
         tower = tower_of(clone)
         exact = method is not None and outputs_only_cls(tower)
         variants[name] = Variant(tower.encode, method or Dense(), exact)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from clipkernels.compilation import compile
 from clipkernels.measure.fidelity import Fidelity, compare, complaint
 from clipkernels.measure.memory import peak
 from clipkernels.measure.timing import HOST, Clock, Speed, Variant, tabulate, time_variants, vary
@@ -19,14 +20,14 @@ from clipkernels.methods import Method
 from clipkernels.patching import tower_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EAGER = "eager"
+EAGER, FREEZE = "eager", "freeze"
 # These modes replay CUDA graphs, whose memory is a pool that is allocated before the forward that is measured.
 GRAPH_MODES = ("compiled reduce-overhead", "compiled max-autotune")
 TIMED_BATCHES = 4
 
 
 class Settings(NamedTuple):
-    """Settings of a run; `modes` are modes of torch.compile, measured in addition to eager."""
+    """Settings of a run; `modes` are modes of torch.compile, or FREEZE, measured in addition to eager."""
 
     batch: int
     rounds: int
@@ -124,15 +125,18 @@ def measure(
     rows: list[Row] = []
     for precision in precisions:
         dtype = DTYPES[precision]
-        variants = fp32_variants if precision == "fp32" else vary(copy.deepcopy(model).to(dtype), methods)
+        low = model if precision == "fp32" else copy.deepcopy(model).to(dtype)
+        variants = fp32_variants if precision == "fp32" else vary(low, methods)
         keys = {label: (label, EAGER) for label in methods}
-        for mode in settings.modes:
-            compiled = compile_each({label: variants[label] for label in methods}, mode)
-            keys |= {key: (label, f"compiled {mode}") for key, label in zip(compiled, methods, strict=True)}
-            variants = {**variants, **compiled}
         timed = [batch.to(device, dtype) for batch in batches[:TIMED_BATCHES]]
         fidelities, peaks = {}, {}
-        with room_to_compile(len(variants)) if settings.modes else nullcontext():
+        rooms = len(methods) * (1 + len(settings.modes))
+        with room_to_compile(rooms) if settings.modes else nullcontext():
+            for mode in settings.modes:
+                observer.describe(f"compiling, {precision}")
+                compiled = compile_each(low, methods, mode, settings.batch)
+                keys |= {key: (label, name_mode(mode)) for key, label in zip(compiled, methods, strict=True)}
+                variants = {**variants, **compiled}
             for key, variant in variants.items():
                 label, mode = keys[key]
                 done = precision == "fp32" and mode == EAGER
@@ -151,12 +155,31 @@ def measure(
     return rows
 
 
-def compile_each(variants: Mapping[str, Variant], mode: str) -> dict[str, Variant]:
-    """Return the variants under torch.compile, with the mode in their names."""
+def name_mode(mode: str) -> str:
+    """Return the mode as rows name it."""
+    return "frozen" if mode == FREEZE else f"compiled {mode}"
+
+
+def compile_each(model: nn.Module, methods: Mapping[str, Method | None], mode: str, batch: int) -> dict[str, Variant]:
+    """Return the variants of a model under torch.compile, with the mode in their names.
+
+    Args:
+        model: an unpatched model.
+        methods: methods by name, or None for the host's own forward.
+        mode: a mode of torch.compile, whose variants compile at their first calls; or FREEZE: `ck.compile` with frozen
+            weights, which compiles now.
+        batch: the batch size that is compiled under FREEZE.
+    Raises:
+        RuntimeError: a variant cannot be frozen.
+    """
+    if mode == FREEZE:
+        prepare = partial(compile, freeze=True, batch_sizes=(batch,), pad=False)
+        frozen = vary(model, methods, prepare)
+        return {f"{label}, {name_mode(mode)}": variant for label, variant in frozen.items()}
     # Not dynamic, because the counts in the plan of a second method would then be compiled as symbols.
     return {
-        f"{label}, compiled {mode}": variant._replace(encode=torch.compile(variant.encode, mode=mode, dynamic=False))
-        for label, variant in variants.items()
+        f"{label}, {name_mode(mode)}": variant._replace(encode=torch.compile(variant.encode, mode=mode, dynamic=False))
+        for label, variant in vary(model, methods).items()
     }
 
 

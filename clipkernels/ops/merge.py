@@ -73,6 +73,11 @@ def merge_tokens(
     Source: ToMe, arXiv 2210.09461, section 3.
     """
     _check_merge(x, match, size, norm)
+    return merge_matched(x, match, size, norm, backend)
+
+
+def merge_matched(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None, backend: Backend = "auto") -> Merged:
+    """`merge_tokens` of a match that `match_tokens` gives: without checks, which take a quarter of the time."""
     pairs, width = match.source.shape[1], x.shape[2]
     chosen = _backend.choose(backend, x.device, x.dtype, "merge_tokens", pairs=pairs, width=width)
     return (reference.merge_tokens if chosen == "reference" else _merge.merge_tokens)(x, match, size, norm)

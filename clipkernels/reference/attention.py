@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import Heads, reduce_heads
-from clipkernels.reference.targeted_l1 import needs_static_shapes
+from clipkernels.reference.targeted_l1 import may_be_true
 
 # Rows of attention computed at once for the signal "received".
 ROWS = 128
@@ -29,7 +29,8 @@ def attention(
         # One mask row per query, because Attention of onnxruntime, opset 23, does not broadcast rows.
         mask = None if bias is None else bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
         out = scaled_dot_product_attention(q, visible_k, visible_v, attn_mask=mask)
-    out = out if empty is None else out.masked_fill(empty, 0)
+    if empty is not None and may_be_true(empty, out):
+        out = out.masked_fill(empty, 0)
     if signal == "cls":
         return out, probabilities(q[:, :, :1], k, size)[:, :, 0, prefix:]
     if signal == "received":
@@ -55,10 +56,7 @@ def hide_absent(x: Tensor, size: Tensor | None) -> Tensor:
     if size is None:
         return x
     absent = size == 0
-    # Mostly there is none, and copies of k and v cost a fifth of the attention. A GPU would have to be waited for.
-    if size.device.type == "cpu" and not needs_static_shapes(x, size) and not absent.any():
-        return x
-    return x.masked_fill(absent[:, None, :, None], 0)
+    return x.masked_fill(absent[:, None, :, None], 0) if may_be_true(absent, x, size) else x
 
 
 def _bias(size: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:

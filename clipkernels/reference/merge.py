@@ -10,7 +10,8 @@ from torch.nn.functional import normalize
 
 from clipkernels.reference.epilogue import Norm, norm_rows
 from clipkernels.reference.precision import autocast_disabled, upcast
-from clipkernels.reference.ranking import rows_at, strongest_first
+from clipkernels.reference.ranking import is_exporting, rows_at, strongest_first
+from clipkernels.reference.targeted_l1 import may_be_true
 
 
 class Match(NamedTuple):
@@ -58,10 +59,12 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
     # The mean is a correction of the target, so that equal tokens merge to themselves and others stay bit-equal.
     sums = total.gather(1, match.target)
     share = gain / sums.masked_fill(sums == 0, 1)  # of two tokens of size 0 the target remains
-    if size is not None:  # a token of size 0 adds nothing to another, not even a NaN
+    # A token of size 0 adds nothing to another, not even a NaN.
+    hides = size is not None and may_be_true(weight == 0, x)
+    if hides:
         wide = wide.masked_fill(((weight[:, 1::2] == 0) & (total > 0))[..., None], 0)
     correction = share[..., None] * (upcast(rows_at(even, match.source)) - rows_at(wide, match.target))
-    if size is not None:
+    if hides:
         correction = correction.masked_fill((gain == 0)[..., None], 0)
     merged = wide + _sum_by_target(correction, match.target, odd.shape[1])
     tokens = torch.cat([rows_at(even, match.kept), merged.to(x.dtype)], 1)
@@ -70,7 +73,7 @@ def merge_tokens(x: Tensor, match: Match, size: Tensor | None, norm: Norm | None
 
 def _sum_by_target(parts: Tensor, target: Tensor, rows: int) -> Tensor:
     """Return the sums (B,rows,C) of the parts (B,r,C) by target row."""
-    if not torch.compiler.is_compiling():
+    if not is_exporting():
         return parts.new_zeros(parts.shape[0], rows, parts.shape[2]).scatter_add(
             1, target[..., None].expand_as(parts), parts
         )

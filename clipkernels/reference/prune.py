@@ -10,7 +10,7 @@ from torch import Tensor
 from clipkernels.reference.epilogue import Norm, norm_rows
 from clipkernels.reference.precision import autocast_disabled, upcast
 from clipkernels.reference.ranking import Heads, reduce_heads, rows_at, strongest_first
-from clipkernels.reference.targeted_l1 import needs_static_shapes
+from clipkernels.reference.targeted_l1 import may_be_true
 
 
 class Pruned(NamedTuple):
@@ -52,7 +52,4 @@ def hide_unweighed(x: Tensor, weights: Tensor) -> Tensor:
     A product would not do, because 0·NaN is NaN. Finite values stay, because the gradient of a weight needs them.
     """
     absent = weights == 0
-    # Mostly there is none, and a copy of x costs time. A GPU would have to be waited for.
-    if x.device.type == "cpu" and not needs_static_shapes(x, weights) and not absent.any():
-        return x
-    return x.masked_fill(absent[..., None] & ~x.isfinite(), 0)
+    return x.masked_fill(absent[..., None] & ~x.isfinite(), 0) if may_be_true(absent, x, weights) else x

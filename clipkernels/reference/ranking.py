@@ -12,10 +12,19 @@ from clipkernels.reference.precision import upcast
 Heads = Literal["mean", "rank"]
 
 
+# Dynamo takes it for true in torch.compile too until about torch 2.13, and torch 2.6 does not have it.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def is_exporting() -> bool:
+    """Return true in a graph for other runtimes, which have no stable sort and are slow at scatters."""
+    return torch.compiler.is_compiling() and _is_exporting()
+
+
 def strongest_first(scores: Tensor) -> Tensor:
     """Return int64 indices that sort the scores in descending order; ties go to the lower index, NaN counts as -inf."""
     scores = scores.detach().nan_to_num(float("-inf"), float("inf"), float("-inf"))
-    if not torch.compiler.is_compiling():
+    if not is_exporting():
         return scores.argsort(dim=-1, descending=True, stable=True)
     # Exported graphs count instead, because ONNX has no stable sort: the number of scores that beat a score is its
     # position.
@@ -25,7 +34,7 @@ def strongest_first(scores: Tensor) -> Tensor:
 
 def inverse_of(order: Tensor) -> Tensor:
     """Return the position (…,P) of each index in an order (…,P)."""
-    if torch.compiler.is_compiling():  # exported graphs run in runtimes that are slow at scatters
+    if is_exporting():
         return order.argsort(-1)
     positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, positions)

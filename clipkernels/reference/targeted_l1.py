@@ -34,6 +34,15 @@ def needs_static_shapes(*tensors: Tensor) -> bool:
     return tensors[0].is_meta or detect_fake_mode(tensors) is not None
 
 
+def may_be_true(mask: Tensor, *tensors: Tensor) -> bool:
+    """Return false if no element of a mask is true, so that a copy of the tensors without them is not needed.
+
+    Mostly none is, and a copy costs time. On a GPU, which would have to be waited for, and in a traced graph, the
+    answer is true.
+    """
+    return mask.device.type != "cpu" or needs_static_shapes(mask, *tensors) or bool(mask.any())
+
+
 def _dense_distance(student: Tensor, teacher: Tensor, projection: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     """Return the distances (B,), computed on all tokens."""
     rows, wide = mask[..., None], upcast(projection)

@@ -22,9 +22,10 @@ import clipkernels as ck
 from bench import ops, runners, towers
 from bench.naive import tome_peer
 from bench.studies import adaptation, corruptions
-from clipkernels import backend
+from clipkernels import backend, compilation
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import scenes
+from clipkernels.freezing import Cost
 from clipkernels.testing.inputs import Shape
 from tests.subprocesses import without_xdist
 
@@ -269,6 +270,33 @@ def test_variants_can_be_selected_and_compiled(monkeypatch: pytest.MonkeyPatch, 
     compiled = ["dense (host), compiled default", "EViT(keep=0.7), compiled default"]
     assert names == [*plain, *compiled, "dense (host) again"]
     assert compile_options == [("default", False)] * 2
+
+
+def test_variants_can_be_frozen(monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path) -> None:
+    class Forward:
+        """A stand-in for a forward that is compiled, which fails on one method."""
+
+        cost = Cost(1.0, None, None)
+
+        def __init__(self, function: Any, **options: Any) -> None:
+            self.function = function
+            options_seen.append(options)
+
+        def __call__(self, images: torch.Tensor) -> Any:
+            if len(options_seen) == 2:
+                raise RuntimeError("no compiler")
+            return self.function(images)
+
+    options_seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(compilation, "CompiledForward", Forward)
+    options = ["--only", "Dense", "EViT(keep=0.7)", "--compile", "freeze", "--rounds", 1, "--threads", 1]
+    file = tmp_path / "towers.csv"
+    towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, *options, "--out", file)
+    with file.open(encoding="utf-8", newline="") as stream:
+        names = [row["variant"] for row in csv.DictReader(stream)]
+    frozen = ["dense (host), frozen", "EViT(keep=0.7), frozen"]
+    assert names == ["dense (host)", "Dense()", "EViT(keep=0.7)", *frozen, "dense (host) again"]
+    assert options_seen == [{"freeze": True, "mode": "default", "dynamic": False}] * 3
 
 
 def test_plain_variants_are_never_compiled(monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path) -> None:

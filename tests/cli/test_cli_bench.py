@@ -309,10 +309,11 @@ def test_every_mode_compiles_every_variant(monkeypatch: pytest.MonkeyPatch, regi
 
 
 @pytest.mark.slow
-def test_inductor_compiles_a_tower(pictures: Path) -> None:
-    table = rows(pictures, "--methods", "evit:0.5", "--compile", "default")
+@pytest.mark.parametrize(("mode", "name"), [("default", "compiled default"), ("freeze", "frozen")])
+def test_inductor_compiles_a_tower(pictures: Path, mode: str, name: str) -> None:
+    table = rows(pictures, "--methods", "evit:0.5", "--compile", mode)
     eager, compiled = table[2], table[5]
-    assert compiled["mode"] == "compiled default"
+    assert compiled["mode"] == name
     assert compiled["cosine_mean"] == pytest.approx(eager["cosine_mean"], abs=1e-2)
     assert 0.1 < compiled["peak_mib"] < eager["peak_mib"]
 

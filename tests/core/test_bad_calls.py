@@ -37,7 +37,8 @@ NUMBERS = {
 }
 FLAGS = {"all_steps", "pad", "shared", "exif", "copy",
          "fuse", "proportional", "self_vote", "frozen", "exact", "cls_path", "source", "regions", "words", "coupled",
-         "held_out", "encode_image.tokens", "raw", "by_content", "prune", "retry", "compiled"}  # fmt: skip
+         "held_out", "encode_image.tokens", "raw", "by_content", "prune", "retry", "compiled",
+         "freeze", "dynamic"}  # fmt: skip
 PATHS = {
     "out",
     "sources",
@@ -66,6 +67,7 @@ TAKEN = {
         "ByteTokenizer.__call__.context_length", "embed.text", "embed.tokenizer", "image_column", "id_column", "dtype",
         "devices", "search.model", "search.preprocess", "search.tokenizer", "image",
         "save.config", "save.tokenizer", "save.preprocess", "fidelity", "show.worst", "show.names",
+        "compile.freeze", "compile.mode", "compile.batch_sizes",
         "lora", "recover.state", "tune.labels", "tune.classes", "tune.captions", "tune.caption_ids", "tune.cost",
         "tune.state",
     },
@@ -79,7 +81,7 @@ TAKEN = {
     "a dict": {"about", "classes", "texts", "answers", "fidelity"},  # iterables of strings
     "a str": {"ByteTokenizer.__call__.texts"} | PATHS,
     "a long str": {"ByteTokenizer.__call__.texts"} | PATHS,
-    "a module": CALLABLE | {"ungraphed.model"},
+    "a module": CALLABLE | {"ungraphed.model", "uncompile.model"},
     "a type": CALLABLE - {"head"},
 }  # fmt: skip
 
@@ -215,7 +217,8 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             },
         ),
         "patch": (ck.patch, {"model": model(), "method": ck.Dense()}),
-        **{name: (getattr(ck, name), {"model": model()}) for name in ("unpatch", "method_of", "tower_of", "ungraphed")},
+        **{name: (getattr(ck, name), {"model": model()}) for name in (
+            "unpatch", "method_of", "tower_of", "ungraphed", "uncompile", "compilation_of")},
         "save": (
             ck.save,
             {
@@ -225,6 +228,13 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         ),
         "load": (ck.load, {"folder": str(saved(folder)), "device": "cpu"}),
         "load_method": (ck.load_method, {"model": model(), "folder": str(saved(folder))}),
+        "compile": (
+            ck.compile,
+            {
+                "model": ck.bundled()[0].train(), "freeze": True, "mode": "default", "batch_sizes": [1],
+                "dynamic": False, "max_sizes": 4, "pad": True,
+            },
+        ),
         "graphed": (ck.graphed, {"model": model(), "batch_sizes": [1], "pad": True}),
         "patched": (lambda model, method: ck.patched(model, method).__enter__(), {
             "model": model(), "method": ck.Dense(),

@@ -34,7 +34,17 @@ HELPERS = {
 }
 # Imports go from a later row to an earlier one, or within a row.
 LAYERS = (
-    ("messages", "files", "folder_lock", "formats", "run_folder", "state_files", "layered_class", "cuda_graph"),
+    (
+        "messages",
+        "files",
+        "folder_lock",
+        "formats",
+        "run_folder",
+        "state_files",
+        "layered_class",
+        "cuda_graph",
+        "freezing",
+    ),
     ("reference", "backend"),
     ("arguments", "custom_ops"),
     ("plan", "plan_records"),
@@ -43,7 +53,7 @@ LAYERS = (
     ("adapters",),
     ("methods", "method_names", "fingerprint"),
     ("tower", "verify", "snapshot"),
-    ("patching", "encode", "graphs"),
+    ("patching", "encode", "graphs", "compilation"),
     ("data",),
     ("heads",),
     ("classifier",),
