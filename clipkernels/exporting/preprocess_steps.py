@@ -64,7 +64,7 @@ def preprocess_record(preprocess: Any) -> dict[str, Any]:
 
 
 def grey_levels(steps: Sequence[Step], preprocess: Callable[[Image.Image], Any]) -> float:
-    """The largest difference of steps from a host's preprocessing on images of noise and of ramps, in grey levels.
+    """The largest difference of steps from a host's preprocessing on images of noise, ramps and blocks, in grey levels.
 
     It is infinite if the shapes differ or a pixel is NaN.
     """
@@ -74,7 +74,8 @@ def grey_levels(steps: Sequence[Step], preprocess: Callable[[Image.Image], Any])
         y, x = np.mgrid[:height, :width]
         ramps = np.stack([255 * x / width, 255 * y / height, 255 * (x + y) / (width + height)], -1)
         noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
-        for values in (ramps, noise):
+        blocks = 255 * (noise[::8, ::8] // 128).repeat(8, 0).repeat(8, 1)[:height, :width]  # a resize overshoots
+        for values in (ramps, noise, blocks):
             image = Image.fromarray(values.astype(np.uint8))
             expected, actual = np.asarray(preprocess(image), np.float32), run_steps(image, steps)
             if expected.shape != actual.shape:
