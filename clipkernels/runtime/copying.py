@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1]
 SHARED = ("files.py", "messages.py", "images/__init__.py", "images/formats.py", "images/reader.py", "images/walker.py")
 """The modules outside of the runtime that it imports."""
 FOLDER = "runtime"
-IMPORT = re.compile(r"^( *(?:from|import) )clipkernels\.(?:runtime(?=[. ])\.?)?", re.MULTILINE)
+SHARED_IMPORT = re.compile(r"^( *from )clipkernels\.(?!runtime\b)", re.MULTILINE)
+OWN_IMPORT = re.compile(r"^( *from )clipkernels\.runtime\b", re.MULTILINE)
 
 
 def copy_into(folder: Path) -> list[str]:
@@ -31,4 +32,4 @@ def copy_into(folder: Path) -> list[str]:
 
 def rewrite(source: str) -> str:
     """The text of a module of clipkernels with the imports of its copy."""
-    return IMPORT.sub(rf"\1{FOLDER}.", source).replace(f"from {FOLDER}. import", f"from {FOLDER} import")
+    return OWN_IMPORT.sub(r"\1runtime", SHARED_IMPORT.sub(r"\1clipkernels.runtime.", source))
