@@ -109,8 +109,8 @@ def _steps_of_compose(transforms: Sequence[Any]) -> Iterator[dict[str, Any]]:
             yield _normalize(transform.mean, transform.std)
         elif name != "MaybeConvertMode" and getattr(transform, "__name__", "") not in CONVERSIONS:
             raise ValueError(
-                f"expected transforms of open_clip and timm for evaluation, got {transform!r:.200}: pass preprocess= as "
-                "the library makes it for evaluation"
+                f"expected transforms of open_clip and timm for evaluation, got {transform!r:.200}: pass preprocess= "
+                "as the library makes it for evaluation"
             )
 
 
@@ -118,7 +118,7 @@ def _steps_of_processor(processor: Any) -> Iterator[dict[str, Any]]:
     """The steps of an image processor of transformers.
 
     Raises:
-        ValueError: it pads, or has another size than (height, width) or the shortest edge, or another factor than 1/255.
+        ValueError: it pads, has another size than (height, width) or the shortest edge, or another factor than 1/255.
     """
     name = type(processor).__name__
     if getattr(processor, "do_pad", None):

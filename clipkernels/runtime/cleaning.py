@@ -1,7 +1,7 @@
 """Cleaning of texts before they are split into tokens, as open_clip cleans them.
 
-ftfy repairs a text if it is installed. Otherwise the standard library does what most texts need: quotes, ligatures, width
-of letters, control characters and composed accents. It does not repair text that was decoded wrongly (mojibake).
+ftfy repairs a text if it is installed. Otherwise the standard library does what most texts need: quotes, ligatures,
+width of letters, control characters and composed accents. It does not repair text that was decoded wrongly (mojibake).
 """
 
 from __future__ import annotations
