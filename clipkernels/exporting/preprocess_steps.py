@@ -1,7 +1,7 @@
 """Preprocessing of open_clip, timm and transformers as steps of `clipkernels.runtime.preprocessing`, proved on images.
 
-The steps of a torchvision `Compose` give the host's pixels bit for bit. Image processors of transformers resize
-tensors and rescale in another order: pixels of photographs differ by one grey level at most.
+The steps of a torchvision `Compose` give the host's pixels bit for bit. Image processors of transformers rescale in
+another order: pixels differ in the last bits, and by one grey level where they resize in a way of their own.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ from clipkernels.runtime.preprocessing import FILTERS, Step
 from clipkernels.runtime.preprocessing import preprocess as run_steps
 
 SIZES = ((64, 48), (48, 64), (40, 200), (301, 211), (23, 31), (600, 1600))
-"""Widths and heights of the images that prove the steps; tall ones tell the orders of a resize apart."""
+"""Widths and heights of the images that prove the steps; tall ones tell the libraries that resize apart."""
 CONVERSIONS = ("_convert_to_rgb", "_convert_image_to_rgb")
 """The functions of open_clip and OpenAI's clip that convert an image to RGB, as every preprocessing here does first."""
-GREY_LEVELS = 2.01
-"""The largest difference of a pixel of noise, in units of 1/255 before normalisation: one for each pass of a resize.
-
-Torch resizes tensors with weights of 16 bits, so a value may be rounded the other way in both passes. Photographs
-differ by one at most.
-"""
+GREY_LEVELS = 1.01
+"""The largest difference of a pixel, in units of 1/255 before normalisation: one level, and rounding."""
 
 
 def preprocess_record(preprocess: Any) -> dict[str, Any]:
@@ -47,7 +43,7 @@ def preprocess_record(preprocess: Any) -> dict[str, Any]:
     elif hasattr(preprocess, "image_mean"):
         steps, call = list(_steps_of_processor(preprocess)), _caller(preprocess)
         # A processor resizes images or tensors, by its class and by the version of transformers.
-        candidates = [steps, [step | {"order": "horizontal"} if step["op"] == "resize" else step for step in steps]]
+        candidates = [steps, [step | {"library": "torch"} if step["op"] == "resize" else step for step in steps]]
     else:
         raise ValueError(
             "expected a preprocessing of open_clip, timm or transformers, whose steps can be read, got "
@@ -143,7 +139,7 @@ def _steps_of_processor(processor: Any) -> Iterator[dict[str, Any]]:
 
 
 def _resize(size: Any, mode: str, interpolation: str) -> dict[str, Any]:
-    return {"op": "resize", "size": size, "mode": mode, "interpolation": interpolation, "order": "pillow"}
+    return {"op": "resize", "size": size, "mode": mode, "interpolation": interpolation, "library": "pillow"}
 
 
 def _crop(size: list[int], fill: Any, offset: str) -> dict[str, Any]:

@@ -39,10 +39,18 @@ def repair(text: str) -> str:
 
 def _repair_lightly(text: str) -> str:
     """A text as ftfy repairs it, but without the repair of wrong decodings."""
+    lines, entities = [], True
+    for line in text.split("\n"):
+        entities = entities and "<" not in line  # as ftfy, which reads no entities from the first tag on
+        lines.append(_repair_line(line, entities))
+    return "\n".join(lines)
+
+
+def _repair_line(text: str, entities: bool) -> str:
     before = None
     while text != before:
         before = text
-        if "<" not in text:
+        if entities:
             text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
         text = TERMINAL_ESCAPE.sub("", text).translate(REPLACEMENTS)
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,19 +1,18 @@
 """Preprocessing as data: steps from an RGB image to the pixels (3,S,S) float32 that a tower takes.
 
-    {"op": "resize", "size": 224 | [h, w], "mode": …, "interpolation": "bicubic", "order": "pillow" | "horizontal"}
+    {"op": "resize", "size": 224 | [h, w], "mode": …, "interpolation": "bicubic", "library": "pillow" | "torch"}
         shortest  int: the shorter side becomes `size`, the longer one is rounded down; [h, w]: the smallest size of
                   the image's proportions that covers them, rounded
         longest   [h, w]: the largest size of the image's proportions that fits in them, rounded
         squash    [h, w]: exactly these
-        order     rows first, as torch resizes tensors, or as Pillow chooses: since 13.0 columns first if an image is
-                  tall, which changes pixels that leave 0 to 255 between the passes
+        library   Pillow's arithmetic, or torch's of uint8 tensors; both always filter ("antialias")
     {"op": "center_crop", "size": [h, w], "fill": 0 | [r, g, b], "offset": "round" | "floor"}
         an image that is smaller is padded with the colour `fill`
     {"op": "to_float"}
         uint8 (H,W,3) to float32 (3,H,W), divided by 255
     {"op": "normalize", "mean": [r, g, b], "std": [r, g, b]}
 
-Resizing is Pillow's, which always filters ("antialias"). The arithmetic is float32, in torchvision's order.
+The arithmetic behind a resize is float32, in torchvision's order.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from clipkernels.runtime.tensor_resize import resize_tensor
 
 Step = Mapping[str, Any]
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
@@ -61,10 +62,9 @@ def _resize(image: Image.Image, step: Step) -> Image.Image:
         height, width = round(height / ratio), round(width / ratio)
     if (width, height) == image.size:
         return image
-    resample = FILTERS[step["interpolation"]]
-    if step["order"] == "horizontal":
-        image = image.resize((width, image.height), resample)
-    return image.resize((width, height), resample)
+    if step["library"] == "torch":
+        return Image.fromarray(resize_tensor(np.asarray(image), (height, width), step["interpolation"]))
+    return image.resize((width, height), FILTERS[step["interpolation"]])
 
 
 def _center_crop(image: Image.Image, step: Step) -> Image.Image:
