@@ -51,7 +51,7 @@ def _resize_axis(image: Any, axis: int, count: int, interpolation: str) -> Any:
 def _weights(size: int, count: int, interpolation: str) -> tuple[list[int], Any, int]:
     """The first input of each of `count` outputs, the weights (count,taps) of the inputs from there, and their bits.
 
-    The weights are integers, one is 2 to the power of the bits. Weights behind the inputs that an output reads are zero.
+    The weights are integers; one is 2 to the power of the bits. Those behind the inputs that an output reads are 0.
     """
     function, radius = FILTERS[interpolation]
     scale = size / count
