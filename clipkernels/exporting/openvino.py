@@ -1,0 +1,83 @@
+"""OpenVINO graphs with a free batch size, made from those of ONNX and run on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipkernels.exporting import onnx as onnx_graphs
+from clipkernels.exporting.packages import needed
+
+SUFFIX = ".xml"
+REQUIREMENTS = ("openvino>=2026.1",)
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+"""The precision of the products that are not quantised. Without it OpenVINO takes bf16 where the CPU is fast at it."""
+
+
+def write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path, half: bool = False) -> None:
+    """Write the graph of a module from a batch to a batch, with weights in a file beside it.
+
+    Args:
+        module, example, names: as for ONNX.
+        file: the .xml file to write.
+        half: store the weights in 16 bits, which the runtime turns to bf16 once.
+    Raises:
+        ImportError: openvino, onnx or onnxscript is not installed.
+    """
+    (openvino,) = needed("openvino")
+    with TemporaryDirectory(dir=file.parent, prefix=".") as folder:
+        source = Path(folder) / "graph.onnx"
+        onnx_graphs.write(module, example, names, source)
+        save(openvino.convert_model(str(source)), file, half)
+
+
+def save(model: Any, file: Path, half: bool = False) -> None:
+    """Write an OpenVINO model."""
+    (openvino,) = needed("openvino")
+    openvino.save_model(model, str(file), compress_to_fp16=half)
+
+
+def load(file: Path, precision: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """The function of a graph, on the CPU.
+
+    Raises:
+        ImportError: openvino is not installed.
+    """
+    (openvino,) = needed("openvino")
+    return compiled(openvino.Core().read_model(str(file)), precision, threads)
+
+
+def compiled(model: Any, precision: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """The function of an OpenVINO model on the CPU, whose products that are not quantised run in a precision."""
+    (openvino,) = needed("openvino")
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision]}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    run = openvino.compile_model(model, "CPU", options)
+    return lambda batch: torch.from_numpy(run(batch.numpy())[0].copy())
+
+
+def operators(file: Path) -> Counter[str]:
+    """The number of operations of a graph by kind, those of its branches included."""
+    (openvino,) = needed("openvino")
+
+    def walk(model: Any) -> Counter[str]:
+        kinds = Counter(operation.get_type_name() for operation in model.get_ops())
+        for operation in model.get_ops():
+            if operation.get_type_name() in ("If", "Loop", "TensorIterator"):
+                bodies = (
+                    [operation.get_then_body(), operation.get_else_body()]
+                    if operation.get_type_name() == "If"
+                    else [operation.get_function()]
+                )
+                for body in bodies:
+                    kinds += walk(body)
+        return kinds
+
+    return walk(openvino.Core().read_model(str(file)))
