@@ -39,7 +39,8 @@ from clipkernels.cli.parts.options import (
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
-from clipkernels.images import Pictures, Reader, collate, draw_images, image_shape
+from clipkernels.images import Reader, draw_images
+from clipkernels.images.batches import Pictures, collate, image_shape
 from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import quantity, skip_message

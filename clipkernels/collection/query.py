@@ -22,7 +22,8 @@ from clipkernels.collection.manifest import Manifest, Settings
 from clipkernels.data import Preprocess, bundled
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.fingerprint import check_fingerprint, fingerprint, same_tower, short_fingerprint
-from clipkernels.images import Reader, image_shape
+from clipkernels.images import Reader
+from clipkernels.images.batches import image_shape
 from clipkernels.methods import Dense, Schedule
 from clipkernels.patching import method_of, patch, unpatch
 from clipkernels.plan_records import read_plan

@@ -17,7 +17,8 @@ from clipkernels.collection.packages import pyarrow
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.fingerprint import fingerprint
-from clipkernels.images import Reader, image_shape
+from clipkernels.images import Reader
+from clipkernels.images.batches import image_shape
 from clipkernels.methods import Dense, Schedule
 from clipkernels.patching import method_of
 from clipkernels.plan_records import PlanRecord, record_plan

@@ -31,14 +31,14 @@ from clipkernels.arguments import check_calls, check_model
 from clipkernels.classifier import eval_mode
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
-from clipkernels.files import digest_table
 from clipkernels.fingerprint import fingerprint
 from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
-from clipkernels.images import Reader, image_shape, read_bytes
+from clipkernels.images import Reader, read_bytes
+from clipkernels.images.batches import image_shape
 from clipkernels.messages import reason_of, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of
-from clipkernels.state_files import read_state, write_state
+from clipkernels.state_files import digest_table, read_state, write_state
 
 Progress = Callable[[str, int, int], object]
 """Called with the stage, the number of finished items and the number of all items."""
