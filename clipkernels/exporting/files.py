@@ -1,0 +1,32 @@
+"""The files of an exported folder for people and for pip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clipkernels.exporting.graphs import graphs_of
+
+GUIDE = """\
+{model} of {library}{method}, in {precision} for {runtime}, exported by clipkernels.
+`pip install -r requirements.txt`, then `python runtime photo.jpg`; or `from runtime import Runtime` beside this file.
+"""
+
+
+def write_guide(folder: Path, name: dict[str, Any], method: str | None, runtime: str, precision: str) -> None:
+    """Write README.md: the content of the folder and how to run it."""
+    titles = {"onnx": "onnxruntime", "openvino": "OpenVINO", "pt2": "torch"}
+    text = GUIDE.format(
+        model=name["config"] or name["model"], library=name["library"], method=f" with {method}" if method else "",
+        precision=precision, runtime=titles[runtime],
+    )  # fmt: skip
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_requirements(folder: Path, runtime: str, tokenizer: dict[str, Any] | None) -> None:
+    """Write requirements.txt: the packages that the runtime needs."""
+    packages = ["numpy", "pillow", *graphs_of(runtime).REQUIREMENTS]
+    if tokenizer is not None:
+        packages.append("tokenizers")
+        packages += ["ftfy"] if tokenizer["kind"] == "clip" else []
+    (folder / "requirements.txt").write_text("\n".join(sorted(packages)) + "\n", encoding="utf-8")
