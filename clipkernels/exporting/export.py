@@ -5,66 +5,40 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.logits import logits_of
 from clipkernels.arguments import check_choice, check_model, check_path, check_range, describe
-from clipkernels.artefacts.contents import has_text
 from clipkernels.artefacts.folders import check_replaceable, replaced_folder
 from clipkernels.artefacts.libraries import library_of
 from clipkernels.artefacts.weights import unwrapped
 from clipkernels.classifier import eval_mode
 from clipkernels.exporting import immich
-from clipkernels.exporting.embeddings import ImageEmbedding, TextEmbedding, example_ids
-from clipkernels.exporting.files import write_guide, write_requirements
+from clipkernels.exporting.files import installed_versions, sizes_in, write_guide, write_requirements
 from clipkernels.exporting.graphs import RUNTIMES, check_slow, count_slow, graphs_of
 from clipkernels.exporting.header import EXPORTS, write_header
 from clipkernels.exporting.images import Images, as_images, callable_preprocess, input_shape, noise, own_preprocess
 from clipkernels.exporting.memory import peak_memory
-from clipkernels.exporting.parity import BATCHES, Parity, encode_all, measure_parity
-from clipkernels.exporting.precision import (
-    IMAGE_NAMES,
-    PRECISIONS,
-    TEXT_NAMES,
-    check_precision,
-    write_image,
-    write_text,
-)
+from clipkernels.exporting.parity import BATCHES
+from clipkernels.exporting.precision import PRECISIONS, check_precision, write_image, write_text
 from clipkernels.exporting.preprocess_steps import preprocess_record
 from clipkernels.exporting.report import Report
-from clipkernels.exporting.tokenizer_files import tokenizer_record
+from clipkernels.exporting.towers import check_cosine, make_towers, prove, record_tower
 from clipkernels.fingerprint import fingerprint
-from clipkernels.measure.environment import versions
+from clipkernels.method_names import short_name
 from clipkernels.methods import Dense, Method
 from clipkernels.patching import method_of
 from clipkernels.plan_records import record_plan
 from clipkernels.runtime.copying import copy_into
 from clipkernels.tower import make_plan
-
-MIN_NEAR = {False: 1.0, True: 0.75}
-"""Least share of inputs whose embedding in fp32 differs by rounding alone, of a dense and of a reduced tower.
-
-Two tokens of an image may be nearly tied, and another runtime may choose the other one.
-"""
-MIN_MEAN = 0.9
-"""Least mean cosine in bf16 and INT8: less is another model."""
-
-
-class Tower(NamedTuple):
-    """A tower to export: its module, where its graph goes, and inputs (n,…) for the comparison."""
-
-    module: nn.Module
-    file: str
-    names: tuple[str, str]
-    inputs: Tensor
 
 
 def export(
@@ -141,7 +115,7 @@ def export(
     default = noise(sum(BATCHES), shape) if calibration is None else calibration
     images = default if check is None else as_images("check", check, run_preprocess, shape)
     with eval_mode(model), replaced_folder(target, EXPORTS) as temporary:
-        towers, tokens = _towers(model, images, tokenizer, temporary, graphs_of(to).SUFFIX, layout)
+        towers, tokens = make_towers(model, images, tokenizer, temporary, graphs_of(to).SUFFIX, layout)
         seconds, products = {}, None
         for kind, tower in towers.items():
             start = time.perf_counter()
@@ -153,57 +127,46 @@ def export(
                 write_text(tower.module, file, to, precision, tower.names, tower.inputs)
             seconds[kind] = time.perf_counter() - start
         method, plan = _method_and_plan(model)
-        nodes = count_slow(graphs_of(to).operators(temporary / towers["image"].file))
+        file = temporary / towers["image"].file
+        nodes = count_slow(graphs_of(to).operators(file))
         if method is not None:
             check_slow(nodes, str(method))
         reduced = method is not None and not isinstance(method, Dense)
         parities = {
-            kind: _prove(tower, temporary, to, precision, reduced and kind == "image") for kind, tower in towers.items()
+            kind: prove(tower, temporary, to, precision, reduced and kind == "image") for kind, tower in towers.items()
         }
-        _check_cosine(parities["image"], min_cosine)
-        records = {kind: _record(tower) for kind, tower in towers.items()}
+        check_cosine(parities["image"], min_cosine)
+        records = {kind: record_tower(tower) for kind, tower in towers.items()}
+        name = {
+            "library": library,
+            "model": type(model).__name__,
+            "config": config if isinstance(config, str) else None,
+        }
         if layout:
             length = records["text"]["context_length"] if "text" in records else None
             tokens = immich.write(temporary, steps, tokens, length, records["image"]["width"])
         else:
             copy_into(temporary)
             write_requirements(temporary, to, tokens)
-        name = {"library": library, "model": type(model).__name__, "config": config if isinstance(config, str) else None}
-        write_guide(temporary, name, None if method is None else str(method), to, precision)
+            write_guide(temporary, name, None if method is None else short_name(method), to, precision)
+        hint = graphs_of(to).HINTS[precision] if to == "openvino" else ""
         report = Report(
             folder=str(target), runtime=to, precision=precision, image=parities["image"], text=parities.get("text"),
-            products=products, nodes=nodes, sizes=_sizes(temporary), seconds=seconds,
-            peak_memory=peak_memory(to, temporary / towers["image"].file, _hint(to, precision), (BATCHES[-1], *shape)),
+            products=products, nodes=nodes, sizes=sizes_in(temporary), seconds=seconds,
+            peak_memory=peak_memory(to, file, hint, (BATCHES[-1], *shape)),
         )  # fmt: skip
         logits = logits_of(model)
         header = {
-            "runtime": to, "precision": precision, "layout": layout,
-            "image": records["image"], "text": records.get("text"), "preprocess": steps, "tokenizer": tokens,
+            "runtime": to, "precision": precision, "layout": layout, "image": records["image"],
+            "text": records.get("text"), "preprocess": steps, "tokenizer": tokens,
             "logit_scale": None if logits is None else logits.scale,
             "logit_bias": None if logits is None else logits.bias,
             "name": name, "method": None if method is None else str(method), "plan": plan,
             "tower": fingerprint(model), "text_tower": fingerprint(model, "text") if "text" in towers else None,
-            "report": report.record(), "versions": {key: value and str(value) for key, value in versions().items()},
+            "report": report.record(), "versions": installed_versions(),
         }  # fmt: skip
         write_header(temporary, header)
     return report
-
-
-def _towers(
-    model: nn.Module, images: Tensor, tokenizer: Any, folder: Path, suffix: str, layout: str | None
-) -> tuple[dict[str, Tower], dict[str, Any] | None]:
-    """The image tower and, if the model has one, the text tower; and the record of the tokenizer, which is written."""
-    unit = layout is not None  # immich compares normalised embeddings
-    file, names = (immich.IMAGE, immich.IMAGE_NAMES) if unit else (f"image{suffix}", IMAGE_NAMES)
-    towers = {"image": Tower(ImageEmbedding(model, unit), file, names, images)}
-    if not has_text(model):
-        if tokenizer is not None:
-            raise ValueError(f"tokenizer must be None for a model without text, got {describe(tokenizer)}")
-        return towers, None
-    ids = example_ids(model, tokenizer)
-    file, names = (immich.TEXT, immich.TEXT_NAMES) if unit else (f"text{suffix}", TEXT_NAMES)
-    towers["text"] = Tower(TextEmbedding(model, unit), file, names, ids.int() if unit else ids)
-    return towers, None if tokenizer is None else tokenizer_record(tokenizer, ids.shape[1], folder)
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
@@ -222,59 +185,3 @@ def _method_and_plan(model: nn.Module) -> tuple[Method | None, Any]:
         return None, None
     plan = None if method is None else record_plan(make_plan(method, tower, tower.num_tokens))
     return method, msgspec.to_builtins(plan)
-
-
-def _prove(tower: Tower, folder: Path, to: str, precision: str, reduced: bool) -> Parity:
-    """The parity of a graph that is read again.
-
-    Raises:
-        ValueError: its embeddings are not those of PyTorch.
-    """
-    encode: Callable[[Tensor], Tensor] = graphs_of(to).load(folder / tower.file, precision)
-    parity = measure_parity(encode_all(encode, tower.inputs), encode_all(tower.module, tower.inputs))
-    fails = parity.near < MIN_NEAR[reduced] if precision == "fp32" else parity.cosine_mean < MIN_MEAN
-    if fails:
-        raise ValueError(
-            f"expected PyTorch's embeddings from {tower.file}, got cosines of {parity.cosine_mean:.5f} in the mean and "
-            f"{parity.cosine_min:.5f} at least over {parity.inputs} inputs: report it, with the versions of `clipkernels "
-            "info`"
-        )
-    return parity
-
-
-def _check_cosine(parity: Parity, min_cosine: float | None) -> None:
-    """Raise ValueError if the first percentile of the cosine is below a limit."""
-    if min_cosine is not None and parity.cosine_p1 < min_cosine:
-        raise ValueError(
-            f"expected a first percentile of the cosine with fp32 of at least {min_cosine}, got {parity.cosine_p1:.5f} "
-            f"over {parity.inputs} images: calibrate with more images of your own, or lower min_cosine"
-        )
-
-
-def _record(tower: Tower) -> dict[str, Any]:
-    """The entry of a graph in export.json."""
-    with torch.no_grad():
-        width = tower.module(tower.inputs[:1]).shape[1]
-    record = {"file": tower.file, "input": tower.names[0], "output": tower.names[1], "width": width}
-    if tower.inputs.is_floating_point():
-        return {**record, "size": list(tower.inputs.shape[2:])}
-    dtype = str(tower.inputs.dtype).removeprefix("torch.")
-    return {**record, "mask": None, "context_length": tower.inputs.shape[1], "dtype": dtype}
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """The bytes of the files of a folder; the runtime's are one sum."""
-    sizes: dict[str, int] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            name = "runtime/" if name.startswith("runtime/") else name
-            sizes[name] = sizes.get(name, 0) + path.stat().st_size
-    return sizes
-
-
-def _hint(to: str, precision: str) -> str:
-    hint: str = graphs_of(to).HINTS[precision] if to == "openvino" else "f32"
-    return hint
-
-

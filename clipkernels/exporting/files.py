@@ -1,11 +1,15 @@
-"""The files of an exported folder for people and for pip."""
+"""The files of an exported folder for people and for pip, their sizes, and the versions that wrote them."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 from clipkernels.exporting.graphs import graphs_of
+from clipkernels.measure.environment import versions
+
+RUNTIMES = ("nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao")
 
 GUIDE = """\
 {model} of {library}{method}, in {precision} for {runtime}, exported by clipkernels.
@@ -30,3 +34,25 @@ def write_requirements(folder: Path, runtime: str, tokenizer: dict[str, Any] | N
         packages.append("tokenizers")
         packages += ["ftfy"] if tokenizer["kind"] == "clip" else []
     (folder / "requirements.txt").write_text("\n".join(sorted(packages)) + "\n", encoding="utf-8")
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """The bytes of the files of a folder; those of the runtime's copy are one sum."""
+    sizes: dict[str, int] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            name = "runtime/" if name.startswith("runtime/") else name
+            sizes[name] = sizes.get(name, 0) + path.stat().st_size
+    return sizes
+
+
+def installed_versions() -> dict[str, str | None]:
+    """The versions of clipkernels, Python, torch and the packages that write graphs; None for one that is absent."""
+    result: dict[str, str | None] = {name: version and str(version) for name, version in versions().items()}
+    for name in RUNTIMES:
+        try:
+            result[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            result[name] = None
+    return result

@@ -1,4 +1,4 @@
-"""What the graphs of every runtime have in common: the module of a runtime, and the operators a graph may not have."""
+"""The modules of the runtimes, and the operators that the graph of a reduced tower may not have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from importlib import import_module
 from typing import Any
 
 RUNTIMES = ("onnx", "openvino", "pt2")
-SLOW = {"scatter": ("scatter", "index_put"), "nonzero": ("nonzero",), "loop": ("loop", "scan", "tensoriterator"), "if": ("if",)}
+SLOW = {
+    "scatter": ("scatter", "index_put"),
+    "nonzero": ("nonzero",),
+    "loop": ("loop", "scan", "tensoriterator"),
+    "if": ("if",),
+}
 """Operators that are slow or make shapes depend on data, by the beginning of their names in lower case."""
 
 

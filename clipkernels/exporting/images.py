@@ -85,7 +85,9 @@ def callable_preprocess(preprocess: Any) -> Callable[[Image.Image], Tensor]:
     if hasattr(processor, "image_mean"):
         return lambda image: torch.as_tensor(run_processor(processor, image))
     if not callable(preprocess):
-        raise TypeError(f"preprocess must be callable, or an image processor of transformers, got {describe(preprocess)}")
+        raise TypeError(
+            f"preprocess must be callable, or an image processor of transformers, got {describe(preprocess)}"
+        )
     function: Callable[[Image.Image], Tensor] = preprocess
     return function
 

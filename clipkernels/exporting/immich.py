@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
 IMAGE, TEXT = "visual/model.onnx", "textual/model.onnx"
 IMAGE_NAMES, TEXT_NAMES = ("image", "embedding"), ("text", "embedding")
 PREPROCESS, TOKENIZER = "visual/preprocess_cfg.json", "textual/tokenizer_config.json"
@@ -59,11 +58,14 @@ def preprocess_cfg(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: steps that immich does not have.
     """
-    resize, *crop, to_float, normalize = steps
+    resize, *crop, _, normalize = steps
     kinds = [step["op"] for step in steps]
     modes = {("squash", 0): "squash", ("shortest", 1): "shortest"}
     mode = modes.get((resize.get("mode", ""), len(crop)))
-    if kinds not in (["resize", "to_float", "normalize"], ["resize", "center_crop", "to_float", "normalize"]) or not mode:
+    if (
+        kinds not in (["resize", "to_float", "normalize"], ["resize", "center_crop", "to_float", "normalize"])
+        or not mode
+    ):
         raise ValueError(f'expected a resize, a crop and a normalisation with layout="immich", got {", ".join(kinds)}')
     sides = crop[0]["size"] if crop else resize["size"]
     if sides[0] != sides[1] or (crop and resize["size"] not in (sides[0], list(sides))):
@@ -82,7 +84,9 @@ def pad_token(tokenizer: Mapping[str, Any], pad_id: int) -> str:
     """
     tokens = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
     vocabulary = tokenizer["model"]["vocab"]
-    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], at) for at, entry in enumerate(vocabulary))
+    pairs = (
+        vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], at) for at, entry in enumerate(vocabulary))
+    )
     tokens |= {index: token for token, index in pairs if index == pad_id}
     if pad_id not in tokens:
         raise ValueError(f'expected a token that pads with layout="immich", got the id {pad_id} without one')
@@ -93,5 +97,3 @@ def pad_token(tokenizer: Mapping[str, Any], pad_id: int) -> str:
 def _write_json(file: Path, content: Any) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-

@@ -1,15 +1,14 @@
-"""INT8 in OpenVINO by NNCF: products with a weight alone are quantised; attention and the choice of tokens stay float."""
+"""INT8 in OpenVINO by NNCF: products with a weight alone; attention and the choice of tokens stay float."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -44,19 +43,19 @@ def quantise(file: Path, calibration: Tensor, min_cosine: float | None, images: 
     openvino, nncf = needed("openvino", "nncf")
     model = openvino.Core().read_model(str(file))
     weighted = {operation.get_friendly_name() for operation in products_of(model)}
-    others = [name for name in map(lambda operation: operation.get_friendly_name(), model.get_ops()) if name not in weighted]
+    names = (operation.get_friendly_name() for operation in model.get_ops())
+    others = [name for name in names if name not in weighted]
     dataset = nncf.Dataset([image[None].numpy() for image in calibration])
     with quietly():
         quantised = nncf.quantize(
             model, dataset, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER,
             ignored_scope=nncf.IgnoredScope(names=others, validate=False),
         )  # fmt: skip
-    names: Sequence[str] = ()
+    floats: Sequence[str] = ()
     if min_cosine is not None:
-        names = _products_to_keep_float(model, quantised, min_cosine, images, fp32)
-        quantised = _reverted(model, quantised, names)
-    products = check_products(quantised, names)
-    del model  # releases the file
+        floats = _products_to_keep_float(model, quantised, min_cosine, images, fp32)
+        quantised = _reverted(model, quantised, floats)
+    products = check_products(quantised, floats)
     save(quantised, file)
     return products
 
@@ -130,7 +129,9 @@ def _products_to_keep_float(
     names.sort(key=lambda name: gains[name], reverse=True)
     low, high = 0, len(names)
     if not suffices(names):
-        raise ValueError(f"expected a graph whose cosine with fp32 can be {min_cosine}, got less with every product in float")
+        raise ValueError(
+            f"expected a graph whose cosine with fp32 can be {min_cosine}, got less with every product in float"
+        )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if suffices(names[:middle]) else (middle, high)
@@ -143,7 +144,7 @@ def _mean_cosine(model: Any, images: Tensor, fp32: Tensor) -> float:
 
 
 def _reverted(model: Any, quantised: Any, names: Sequence[str]) -> Any:
-    """A copy of a quantised model in which the named products have the inputs, weights and biases of the float model."""
+    """A copy of a quantised model in which the named products have input, weight and bias of the float model."""
     if not names:
         return quantised
     copy = quantised.clone()
@@ -194,5 +195,3 @@ def _is_quantised(product: Any) -> bool:
         return bits
 
     return _input(product, 0).get_type_name() == "FakeQuantize" and stored(_input(product, 1)) in ("i8", "u8")
-
-

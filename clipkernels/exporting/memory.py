@@ -22,7 +22,9 @@ with torch.no_grad():
     torch.export.load(file).module()(torch.from_numpy(images))
 """,
 }
-BEGIN = "import sys, numpy\nfile, hint, *shape = sys.argv[1:]\nimages = numpy.zeros([*map(int, shape)], numpy.float32)\n"
+BEGIN = (
+    "import sys, numpy\nfile, hint, *shape = sys.argv[1:]\nimages = numpy.zeros([*map(int, shape)], numpy.float32)\n"
+)
 END = """
 lines = open("/proc/self/status").read().splitlines()
 print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -38,9 +39,12 @@ def write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path
 
 
 def save(model: Any, file: Path, half: bool = False) -> None:
-    """Write an OpenVINO model."""
+    """Write an OpenVINO model; the file may be the one that it was read from, whose weights are mapped."""
     (openvino,) = needed("openvino")
-    openvino.save_model(model, str(file), compress_to_fp16=half)
+    temporary = file.with_name(f".{file.name}")
+    openvino.save_model(model, str(temporary), compress_to_fp16=half)
+    for suffix in (SUFFIX, ".bin"):
+        os.replace(temporary.with_suffix(suffix), file.with_suffix(suffix))
 
 
 def load(file: Path, precision: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:

@@ -17,8 +17,6 @@ from clipkernels.exporting.parity import encode_all
 from clipkernels.exporting.report import Products
 
 PRECISIONS = ("fp32", "bf16", "int8")
-IMAGE_NAMES, TEXT_NAMES = ("pixel_values", "image_embeds"), ("input_ids", "text_embeds")
-"""Of the input and the output, as transformers and optimum name them."""
 
 
 class HalfPrecision(nn.Module):
@@ -38,8 +36,8 @@ def check_precision(to: str, precision: str, calibrate: Any, layout: str | None)
     """Raise ValueError for a precision that a runtime does not have, or for INT8 without images to calibrate it."""
     if (to, precision) == ("onnx", "bf16"):
         raise ValueError(
-            'precision must be "fp32" or "int8" with to="onnx", got "bf16", whose products onnxruntime does not have on '
-            'a CPU: use to="openvino"'
+            'precision must be "fp32" or "int8" with to="onnx", got "bf16", whose products onnxruntime lacks on a '
+            'CPU: use to="openvino"'
         )
     if precision == "int8" and calibrate is None:
         raise ValueError("expected calibrate=, images whose activations give the scales of INT8, got None")
