@@ -31,13 +31,14 @@ from clipkernels.exporting.parity import BATCHES
 from clipkernels.exporting.precision import PRECISIONS, check_precision, write_image, write_text
 from clipkernels.exporting.preprocess_steps import preprocess_record
 from clipkernels.exporting.report import Report
-from clipkernels.exporting.towers import check_cosine, make_towers, prove, record_tower
+from clipkernels.exporting.towers import check_cosine, make_towers, prove_folder, prove_graph, record_tower
 from clipkernels.fingerprint import fingerprint
 from clipkernels.method_names import short_name
 from clipkernels.methods import Dense, Method
 from clipkernels.patching import method_of
 from clipkernels.plan_records import record_plan
 from clipkernels.runtime.copying import copy_into
+from clipkernels.runtime.engines import HINTS
 from clipkernels.tower import make_plan
 
 
@@ -133,7 +134,8 @@ def export(
             check_slow(nodes, str(method))
         reduced = method is not None and not isinstance(method, Dense)
         parities = {
-            kind: prove(tower, temporary, to, precision, reduced and kind == "image") for kind, tower in towers.items()
+            kind: prove_graph(tower, temporary, to, precision, reduced and kind == "image")
+            for kind, tower in towers.items()
         }
         check_cosine(parities["image"], min_cosine)
         records = {kind: record_tower(tower) for kind, tower in towers.items()}
@@ -149,11 +151,10 @@ def export(
             copy_into(temporary)
             write_requirements(temporary, to, tokens)
             write_guide(temporary, name, None if method is None else short_name(method), to, precision)
-        hint = graphs_of(to).HINTS[precision] if to == "openvino" else ""
         report = Report(
             folder=str(target), runtime=to, precision=precision, image=parities["image"], text=parities.get("text"),
             products=products, nodes=nodes, sizes=sizes_in(temporary), seconds=seconds,
-            peak_memory=peak_memory(to, file, hint, (BATCHES[-1], *shape)),
+            peak_memory=peak_memory(to, file, HINTS[precision], (BATCHES[-1], *shape)),
         )  # fmt: skip
         logits = logits_of(model)
         header = {
@@ -166,6 +167,7 @@ def export(
             "report": report.record(), "versions": installed_versions(),
         }  # fmt: skip
         write_header(temporary, header)
+        prove_folder(temporary, towers, run_preprocess, has_tokenizer=tokens is not None)
     return report
 
 

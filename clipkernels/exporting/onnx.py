@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +47,6 @@ def write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path
     model = onnx.load(str(file), load_external_data=False)
     _strip(model)
     onnx.save(model, str(file))
-
-
-def load(file: Path, precision: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """The function of a graph, on the CPU.
-
-    Raises:
-        ImportError: onnxruntime is not installed.
-    """
-    (onnxruntime,) = needed("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    [source], [target] = session.get_inputs(), session.get_outputs()
-    return lambda batch: torch.from_numpy(session.run([target.name], {source.name: batch.numpy()})[0])
 
 
 def operators(file: Path) -> Counter[str]:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from clipkernels.exporting import onnx as onnx_graphs
 from clipkernels.exporting.packages import needed
+from clipkernels.runtime.engines import HINTS
 
 SUFFIX = ".xml"
 REQUIREMENTS = ("openvino>=2026.1",)
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
-"""The precision of the products that are not quantised. Without it OpenVINO takes bf16 where the CPU is fast at it."""
 
 
 def write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path, half: bool = False) -> None:
@@ -47,23 +46,10 @@ def save(model: Any, file: Path, half: bool = False) -> None:
         os.replace(temporary.with_suffix(suffix), file.with_suffix(suffix))
 
 
-def load(file: Path, precision: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """The function of a graph, on the CPU.
-
-    Raises:
-        ImportError: openvino is not installed.
-    """
+def compiled(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
+    """The function of an OpenVINO model on the CPU, run as an export in a precision is."""
     (openvino,) = needed("openvino")
-    return compiled(openvino.Core().read_model(str(file)), precision, threads)
-
-
-def compiled(model: Any, precision: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """The function of an OpenVINO model on the CPU, whose products that are not quantised run in a precision."""
-    (openvino,) = needed("openvino")
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision]}
-    if threads is not None:
-        options["INFERENCE_NUM_THREADS"] = threads
-    run = openvino.compile_model(model, "CPU", options)
+    run = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": HINTS[precision]})
     return lambda batch: torch.from_numpy(run(batch.numpy())[0].copy())
 
 

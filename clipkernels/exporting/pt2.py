@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,12 +22,6 @@ def write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
         torch.export.save(program, file)
-
-
-def load(file: Path, precision: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """The function of a program, on the CPU; torch sets the number of threads."""
-    run: Callable[[Tensor], Tensor] = torch.export.load(file).module()
-    return torch.no_grad()(run)
 
 
 def operators(file: Path) -> Counter[str]:

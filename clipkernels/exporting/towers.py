@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from clipkernels.arguments import describe
 from clipkernels.artefacts.contents import has_text
 from clipkernels.exporting import immich
-from clipkernels.exporting.embeddings import ImageEmbedding, TextEmbedding, example_ids
-from clipkernels.exporting.graphs import graphs_of
+from clipkernels.exporting.embeddings import TEXTS, ImageEmbedding, TextEmbedding, example_ids
 from clipkernels.exporting.parity import Parity, encode_all, measure_parity
 from clipkernels.exporting.tokenizer_files import tokenizer_record
+from clipkernels.runtime.encoders import Runtime
+from clipkernels.runtime.engines import load_engine
 
 IMAGE_NAMES, TEXT_NAMES = ("pixel_values", "image_embeds"), ("input_ids", "text_embeds")
 """Of the input and the output, as transformers and optimum name them."""
@@ -65,13 +67,15 @@ def make_towers(
     return towers, None if tokenizer is None else tokenizer_record(tokenizer, ids.shape[1], folder)
 
 
-def prove(tower: Tower, folder: Path, to: str, precision: str, reduced: bool) -> Parity:
+def prove_graph(tower: Tower, folder: Path, to: str, precision: str, reduced: bool) -> Parity:
     """The parity of a graph that is read again.
 
     Raises:
         ValueError: its embeddings are not those of PyTorch.
     """
-    encode: Callable[[Tensor], Tensor] = graphs_of(to).load(folder / tower.file, precision)
+    graph = {"input": tower.names[0], "output": tower.names[1]}
+    run = load_engine(to, precision, folder / tower.file, graph, None)
+    encode = lambda batch: torch.from_numpy(run(batch.numpy()))  # noqa: E731
     parity = measure_parity(encode_all(encode, tower.inputs), encode_all(tower.module, tower.inputs))
     fails = parity.near < MIN_NEAR[reduced] if precision == "fp32" else parity.cosine_mean < MIN_MEAN
     if fails:
@@ -81,6 +85,32 @@ def prove(tower: Tower, folder: Path, to: str, precision: str, reduced: bool) ->
             "`clipkernels info`"
         )
     return parity
+
+
+def prove_folder(
+    folder: Path, towers: Mapping[str, Tower], preprocess: Callable[[Image.Image], Tensor], has_tokenizer: bool
+) -> None:
+    """Open a folder as its users will, and encode images and texts.
+
+    Raises:
+        ValueError: the folder cannot be read, or its embeddings are not those of PyTorch.
+    """
+    runtime = Runtime(folder)
+    colours = torch.randint(256, (2, 97, 131, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = [Image.fromarray(image.numpy()) for image in colours]
+    expected = {
+        "image": encode_all(towers["image"].module, torch.stack([preprocess(image) for image in images]).float())
+    }
+    actual = {"image": runtime.encode_image(images)}
+    if has_tokenizer:
+        expected["text"] = encode_all(towers["text"].module, towers["text"].inputs)
+        actual["text"] = runtime.encode_text(list(TEXTS))
+    for kind, embeddings in actual.items():
+        cosine = measure_parity(torch.from_numpy(embeddings), expected[kind]).cosine_mean
+        if cosine < MIN_MEAN:
+            raise ValueError(
+                f"expected PyTorch's embeddings from the folder, got a mean cosine of {cosine:.4f} ({kind})"
+            )
 
 
 def check_cosine(parity: Parity, min_cosine: float | None) -> None:
