@@ -30,11 +30,17 @@ def write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path
     Raises:
         ImportError: openvino, onnx or onnxscript is not installed.
     """
-    (openvino,) = needed("openvino")
+    needed("openvino")
     with TemporaryDirectory(dir=file.parent, prefix=".") as folder:
         source = Path(folder) / "graph.onnx"
         onnx_graphs.write(module, example, names, source)
-        save(openvino.convert_model(str(source)), file, half)
+        convert(source, file, half)
+
+
+def convert(source: Path, file: Path, half: bool = False) -> None:
+    """Write the graph of an ONNX file to an .xml file, with weights in a file beside it."""
+    (openvino,) = needed("openvino")
+    save(openvino.convert_model(str(source)), file, half)
 
 
 def save(model: Any, file: Path, half: bool = False) -> None:

@@ -39,6 +39,11 @@ def check_precision(to: str, precision: str, calibrate: Any, layout: str | None)
             'precision must be "fp32" or "int8" with to="onnx", got "bf16", whose products onnxruntime lacks on a '
             'CPU: use to="openvino"'
         )
+    if (to, precision) == ("pt2", "int8"):
+        raise ValueError(
+            'precision must be "fp32" or "bf16" with to="pt2", got "int8": quantise the patched model with torchao, or use '
+            'to="openvino"'
+        )
     if precision == "int8" and calibrate is None:
         raise ValueError("expected calibrate=, images whose activations give the scales of INT8, got None")
     if calibrate is not None and precision != "int8":

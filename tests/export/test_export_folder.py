@@ -1,4 +1,4 @@
-"""`ck.export`: the files of a folder, their parity with PyTorch, refusals, and precisions and layouts of every runtime."""
+"""`ck.export`: the files of a folder, their parity with PyTorch, refusals, precisions and layouts."""
 
 from __future__ import annotations
 
@@ -150,6 +150,10 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"precision": "fp16"}, 'precision must be "fp32", "bf16" or "int8", got "fp16"'),
     "layout": ({"layout": "rclip"}, 'layout must be None or "immich", got "rclip"'),
     "bf16": ({"precision": "bf16"}, 'got "bf16", whose products onnxruntime lacks on a CPU: use to="openvino"'),
+    "int8": (
+        {"to": "pt2", "precision": "int8"},
+        'got "int8": quantise the patched model with torchao, or use to="open',
+    ),
     "no images": ({"precision": "int8"}, "expected calibrate=, images whose activations"),
     "images": ({"calibrate": noise(2)}, 'expected precision="int8" with calibrate, got "fp32"'),
     "immich": ({"to": "openvino", "layout": "immich"}, 'expected to="onnx" with layout="immich"'),
