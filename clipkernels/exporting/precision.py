@@ -41,8 +41,8 @@ def check_precision(to: str, precision: str, calibrate: Any, layout: str | None)
         )
     if (to, precision) == ("pt2", "int8"):
         raise ValueError(
-            'precision must be "fp32" or "bf16" with to="pt2", got "int8": quantise the patched model with torchao, or use '
-            'to="openvino"'
+            'precision must be "fp32" or "bf16" with to="pt2", got "int8": quantise the patched model with torchao, or '
+            'use to="openvino"'
         )
     if precision == "int8" and calibrate is None:
         raise ValueError("expected calibrate=, images whose activations give the scales of INT8, got None")

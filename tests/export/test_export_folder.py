@@ -146,13 +146,13 @@ def test_a_folder_with_a_file_of_somebody_else_is_left_alone(exported: tuple[Any
 
 
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
-    "runtime": ({"to": "tflite"}, 'to must be "onnx", "openvino" or "pt2", got "tflite"'),
-    "precision": ({"precision": "fp16"}, 'precision must be "fp32", "bf16" or "int8", got "fp16"'),
-    "layout": ({"layout": "rclip"}, 'layout must be None or "immich", got "rclip"'),
+    "runtime": ({"to": "tflite"}, 'to must be "onnx", "openvino" or "pt2", got \'tflite\''),
+    "precision": ({"precision": "fp16"}, 'precision must be "fp32", "bf16" or "int8", got \'fp16\''),
+    "layout": ({"layout": "rclip"}, "layout must be None or \"immich\", got 'rclip'"),
     "bf16": ({"precision": "bf16"}, 'got "bf16", whose products onnxruntime lacks on a CPU: use to="openvino"'),
     "int8": (
         {"to": "pt2", "precision": "int8"},
-        'got "int8": quantise the patched model with torchao, or use to="open',
+        'got "int8": quantise the patched model with torchao, or use to="openvino"',
     ),
     "no images": ({"precision": "int8"}, "expected calibrate=, images whose activations"),
     "images": ({"calibrate": noise(2)}, 'expected precision="int8" with calibrate, got "fp32"'),
