@@ -18,6 +18,7 @@ if _TYPE_CHECKING:
     from clipkernels.collection.search import search
     from clipkernels.data import bundled
     from clipkernels.encode import Encoded, encode_image
+    from clipkernels.exporting.export import export
     from clipkernels.graphs import graphed, ungraphed
     from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
     from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, ToMe
@@ -53,6 +54,7 @@ __all__ = [
     "data",
     "embed",
     "encode_image",
+    "export",
     "graphed",
     "heads",
     "learn",
@@ -83,6 +85,7 @@ _NAMES = {
     "collection.search": ("search",),
     "data": ("bundled",),
     "encode": ("Encoded", "encode_image"),
+    "exporting.export": ("export",),
     "graphs": ("graphed", "ungraphed"),
     "heads": ("CALIP", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
     "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "ToMe"),
