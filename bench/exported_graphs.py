@@ -81,7 +81,7 @@ def export_all(
             if to == "torch":
                 file, encode = None, module
             else:
-                file, products = write_graph(module, images, to, precision, stem, folder / f"{number}.onnx")
+                file, products = write_graph(module, images, expected, to, precision, stem, folder / f"{number}.onnx")
                 encode = as_function(to, precision, file)
             figures = {"write_seconds": round(time.process_time() - start, 1)}
             figures |= figures_of(encode, model, images, expected)
@@ -93,7 +93,7 @@ def export_all(
 
 
 def write_graph(
-    module: nn.Module, images: Images, to: str, precision: str, stem: Path, source: Path
+    module: nn.Module, images: Images, expected: Tensor, to: str, precision: str, stem: Path, source: Path
 ) -> tuple[Path, Products | None]:
     """Return the file of a variant in a runtime and its products in INT8; the ONNX file is written once per variant."""
     example = images.compared[:2]
@@ -109,7 +109,7 @@ def write_graph(
     openvino.convert(source, file, half=precision == "bf16")
     if precision != "int8":
         return file, None
-    return file, int8_openvino.quantise(file, images.calibration, None, images.compared, images.compared)
+    return file, int8_openvino.quantise(file, images.calibration, None, images.compared, expected)
 
 
 def as_function(to: str, precision: str, file: Path) -> Callable[[Tensor], Tensor]:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -31,6 +29,9 @@ from clipkernels.runtime import Runtime
 from clipkernels.testing import openai_tower, randomized, timm_tower
 from tests.local_transformers import clip_model, image_processor, save_clip_tokenizer
 
+onnx, onnxruntime, _ = (
+    pytest.importorskip(name, reason=f"{name} is not installed") for name in ("onnx", "onnxruntime", "onnxscript")
+)
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["a photo of a cat.", "Ärger & co, 7 days", "x" * 300]
 METHODS = {"host": None, "Dense": ck.Dense(), "EViT": ck.EViT(0.7), "ToMe": ck.ToMe(2), "TCA": ck.TCA(0.1)}
@@ -298,6 +299,23 @@ def test_int8_of_openvino_quantises_products_with_a_weight_alone(tmp_path: Path)
     kept = ck.export(model, tmp_path / "out", tokenizer=tokens, preprocess=transform, min_cosine=limit, **options)
     assert kept.image.cosine_p1 >= limit
     assert kept.products.float_names and kept.products.quantised + len(kept.products.float_names) == 27
+
+
+@pytest.mark.slow
+def test_int8_of_onnxruntime_quantises_products_with_a_weight_alone(tmp_path: Path) -> None:
+    model, transform, tokens = ck.bundled()
+    ck.patch(model, ck.ToMe(4))
+    images = photographs(transform, 200)
+    options = {"precision": "int8", "calibrate": images[:100], "check": images[100:]}
+    report = ck.export(model, tmp_path / "out", tokenizer=tokens, preprocess=transform, **options)
+    assert report.products == (27, ()) and report.image.cosine_p1 > 0.95 and report.text.cosine_min > 0.99
+    for part, tower in (("image", model.visual), ("text", model.transformer)):
+        assert report.sizes[f"{part}.onnx"] < 1.5 * sum(parameter.numel() for parameter in tower.parameters())
+    with pytest.raises(
+        ValueError, match=r"expected a first percentile of the cosine with fp32 of at least 0\.9999, got"
+    ):
+        ck.export(model, tmp_path / "other", tokenizer=tokens, preprocess=transform, min_cosine=0.9999, **options)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
