@@ -24,19 +24,10 @@ from clipkernels.runtime import Runtime
 from clipkernels.runtime.command import main
 from clipkernels.runtime.copying import SHARED, copy_into
 from clipkernels.runtime.engines import load_engine
-from tests.export.hand_export import sign, write_export
+from tests.export.hand_export import pictures, sign
 
 ALLOWED = {"numpy", "PIL", "tokenizers", "ftfy", "pillow_heif", "onnxruntime", "openvino", "torch"}
 """Packages that a runtime may import; torch for the types of the reader and for pt2."""
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exported folder of the bundled model, patched with EViT, and three photographs beside it."""
-    folder = write_export(tmp_path_factory.mktemp("export") / "out")
-    for index, picture in enumerate(pictures()):
-        picture.save(folder.parent / f"{index}.png")
-    return folder
 
 
 @pytest.fixture
@@ -49,11 +40,6 @@ def folder(written: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def runtime(written: Path) -> Runtime:
     return Runtime(written, threads=1)
-
-
-def pictures() -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (40 + i, 50, 3)).astype(np.uint8)) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
