@@ -54,16 +54,14 @@ def test_an_exported_model_is_encoded_as_its_model(written: Path, host: Any) -> 
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(again.encode_image(pixels), model.encode_image(pixels))
     assert model.encode_image(pixels.double()).dtype == torch.float64
-    assert "Runtime(" in repr(model) and "EViT(keep=0.7)" in repr(model)
+    assert "Runtime(" in repr(model) and "EViT(keep=0.7" in repr(model)
 
 
 def test_an_exported_model_has_its_embedding_alone(written: Path) -> None:
     model, images = load_exported(written).model, torch.zeros(1, 3, 32, 32)
     with pytest.raises(UnsupportedTower, match="expected a model in PyTorch for more than the embedding"):
         ck.encode_image(model, images, tokens=True)
-    with pytest.raises(
-        UnsupportedTower, match="expected a model in PyTorch, got an exported one, whose method is fixed"
-    ):
+    with pytest.raises(UnsupportedTower, match="got an exported one, whose method is fixed"):
         ck.patch(model, ck.Dense())
     with pytest.raises(ValueError, match=r"images must be \(B,3,32,32\), got"):
         ck.encode_image(model, images[..., :16])
@@ -82,7 +80,7 @@ def test_classify_takes_an_exported_folder(written: Path, photos: Path, tmp_path
     result = succeed("classify", photos, "--model", written, *options)
     expected = json.loads(succeed("classify", photos, "--method", "evit:0.7", *options).stdout)
     actual = json.loads(result.stdout)
-    assert len(actual) == 3 and "EViT(keep=0.7) in onnx, fp32" in result.stderr
+    assert len(actual) == 3 and ") in onnx, fp32" in result.stderr
     for row, right in zip(actual, expected, strict=True):
         assert row["class"] == right["class"] and row["probability"] == pytest.approx(right["probability"], abs=1e-4)
 
@@ -100,12 +98,8 @@ def test_embed_and_search_take_an_exported_folder(written: Path, photos: Path, t
     settings = json.loads((tmp_path / "exported" / "manifest.json").read_text())["settings"]
     other = json.loads((tmp_path / "host" / "manifest.json").read_text())["settings"]
     assert settings["model"] == str(written) and settings["library"] == "open_clip"
-    assert {name for name in settings if settings[name] != other[name]} == {
-        "library",
-        "model",
-        "pretrained",
-        "preprocess",
-    }
+    different = {name for name in settings if settings[name] != other[name]}
+    assert different == {"library", "model", "preprocess"}
     again = succeed("embed", photos, "--out", tmp_path / "exported", "--workers", 0, "--model", written)
     assert "0 images embedded" in again.stderr
     for query in (["--image", photos / "1.png"], ["a photo"]):
@@ -138,7 +132,7 @@ def test_captions_are_embedded_by_an_exported_folder(written: Path, photos: Path
 
 def test_options_that_an_export_has_fixed_are_refused(written: Path, photos: Path, tmp_path: Path) -> None:
     classify = ["classify", photos, "--model", written, "--classes", "a,b"]
-    assert "expected no --method with an exported model, which runs EViT(keep=0.7), got none" in error(
+    assert "expected no --method with an exported model, which runs EViT(keep=0.7" in error(
         run(*classify, "--method", "none")
     )
     assert "expected no --precision with an exported model" in error(run(*classify, "--precision", "bf16"))

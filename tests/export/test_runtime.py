@@ -218,10 +218,12 @@ def test_every_runtime_gives_the_embeddings_of_its_graph(name: str, tmp_path: Pa
     names: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": ["image_embeds"]}
     file = tmp_path / f"graph.{'xml' if name == 'openvino' else name}"
     if name == "pt2":
-        torch.export.save(torch.export.export(Linear(), (images,), dynamic_shapes=shapes), file)
+        torch.export.save(torch.export.export(Linear().eval(), (images,), dynamic_shapes=shapes), file)
     else:
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-        program = torch.onnx.export(Linear(), (images,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+        program = torch.onnx.export(
+            Linear().eval(), (images,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names
+        )
         assert program is not None
         program.save(str(tmp_path / "graph.onnx"))
         if name == "openvino":
@@ -271,7 +273,7 @@ def test_the_folder_runs_without_clipkernels(written: Path, runtime: Runtime, tm
     assert np.allclose([probabilities["a star"], probabilities["a cat"]], expected, atol=1e-5)
     code = "import sys; sys.path.insert(0, sys.argv[1]); from runtime import Runtime; print(Runtime(sys.argv[1]))"
     result = run(["-c", code, str(written)], None, tmp_path / "process")
-    assert "EViT(keep=0.7)" in result.stdout, result.stderr
+    assert "EViT(keep=0.7" in result.stdout, result.stderr
 
 
 def test_copies_import_nothing_else(tmp_path: Path) -> None:
