@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -41,6 +42,8 @@ class Call(nn.Module):
 
 def write_export(folder: Path, text: bool = True) -> Path:
     """Write an exported folder of the bundled model in fp32, patched with EViT, and return it."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     folder.mkdir(parents=True)
     model, preprocess, tokenizer = ck.bundled()
     ck.patch(model, ck.EViT(keep=0.7))
