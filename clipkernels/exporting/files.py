@@ -8,6 +8,7 @@ from typing import Any
 
 from clipkernels.exporting.graphs import graphs_of
 from clipkernels.measure.environment import versions
+from clipkernels.runtime.cleaning import REPAIRING
 
 RUNTIMES = ("nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao")
 
@@ -32,7 +33,7 @@ def write_requirements(folder: Path, runtime: str, tokenizer: dict[str, Any] | N
     packages = ["numpy", "pillow", *graphs_of(runtime).REQUIREMENTS]
     if tokenizer is not None:
         packages.append("tokenizers")
-        packages += ["ftfy"] if tokenizer["kind"] == "clip" else []
+        packages += ["ftfy"] if tokenizer["clean"] in REPAIRING else []
     (folder / "requirements.txt").write_text("\n".join(sorted(packages)) + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -95,13 +95,17 @@ class Runtime:
             ValueError: the folder has no text tower or no tokenizer.
             TypeError: no list of texts.
         """
-        ids = self.tokenize([texts] if isinstance(texts, str) else texts)
+        embeddings = self.encode_ids(self.tokenize([texts] if isinstance(texts, str) else texts), batch_size)
+        return _unit(embeddings) if normalize else embeddings
+
+    def encode_ids(self, ids: Any, batch_size: int = 64) -> Any:
+        """The embeddings (n,E) float32 of token ids (n,L), of a folder with a text tower."""
         text = self.info["text"]
         embeddings = np.empty((len(ids), text["width"]), np.float32)
         for start in _starts(len(ids), batch_size):
             rows = slice(start, start + batch_size)
             embeddings[rows] = self._text(ids[rows].astype(text["dtype"]))
-        return _unit(embeddings) if normalize else embeddings
+        return embeddings
 
     def tokenize(self, texts: Sequence[str]) -> Any:
         """The token ids (n,L) int64 of n texts; errors as in `encode_text`."""
@@ -143,6 +147,10 @@ class Runtime:
             return 1 / (1 + np.exp(-(logits + np.float32(self.logit_bias))))
         powers = np.exp(logits - logits.max(1, keepdims=True))
         return powers / powers.sum(1, keepdims=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and other processes open the folder again."""
+        return partial(type(self), threads=self.threads, verify=False), (self.folder,)
 
     def __repr__(self) -> str:
         method = self.info["method"] or "dense"

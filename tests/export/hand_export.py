@@ -7,7 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import clipkernels as ck
@@ -17,6 +20,13 @@ from clipkernels.files import hash_of
 from clipkernels.fingerprint import fingerprint
 from clipkernels.runtime.copying import copy_into
 from clipkernels.runtime.manifest import FORMAT, digest_of
+from clipkernels.tower import make_plan
+
+
+def pictures() -> list[Image.Image]:
+    """Three images of noise."""
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (40 + i, 50, 3)).astype(np.uint8)) for i in range(3)]
 
 
 class Call(nn.Module):
@@ -32,6 +42,8 @@ class Call(nn.Module):
 
 def write_export(folder: Path, text: bool = True) -> Path:
     """Write an exported folder of the bundled model in fp32, patched with EViT, and return it."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     folder.mkdir(parents=True)
     model, preprocess, tokenizer = ck.bundled()
     ck.patch(model, ck.EViT(keep=0.7))
@@ -62,7 +74,8 @@ def write_export(folder: Path, text: bool = True) -> Path:
         "logit_scale": float(model.logit_scale.detach().exp()) if text else None,
         "logit_bias": None,
         "name": {"library": "open_clip", "model": "CLIP"},
-        "method": "EViT(keep=0.7)",
+        "method": str(ck.method_of(model)),
+        "plan": {"tokens": list(make_plan(ck.EViT(keep=0.7), ck.tower_of(model), 65).tokens)},
         "tower": fingerprint(model),
         "text_tower": fingerprint(model, "text") if text else None,
     }
