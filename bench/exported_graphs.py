@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import clipkernels as ck
 from clipkernels.classifier import class_embeddings, prompts_of
-from clipkernels.exporting import int8_openvino, onnx, openvino, pt2
+from clipkernels.exporting import int8_onnx, int8_openvino, onnx, openvino, pt2
 from clipkernels.exporting.embeddings import ImageEmbedding
 from clipkernels.exporting.graphs import check_slow, count_slow, graphs_of
 from clipkernels.exporting.memory import peak_memory
@@ -26,6 +27,7 @@ RUNTIMES = {
     "eager": ("torch", "fp32"),
     "torch.export": ("pt2", "fp32"),
     "onnxruntime": ("onnx", "fp32"),
+    "onnxruntime int8": ("onnx", "int8"),
     "openvino": ("openvino", "fp32"),
     "openvino bf16": ("openvino", "bf16"),
     "openvino int8": ("openvino", "int8"),
@@ -103,8 +105,11 @@ def write_graph(
         return file, None
     if not source.exists():
         onnx.write(module, example, IMAGE_NAMES, source)
-    if to == "onnx":
+    if to == "onnx" and precision == "fp32":
         return source, None
+    if to == "onnx":
+        file = Path(shutil.copy(source, stem.with_suffix(onnx.SUFFIX)))
+        return file, int8_onnx.quantise(file, images.calibration, None, images.compared, expected)
     file = stem.with_suffix(openvino.SUFFIX)
     openvino.convert(source, file, half=precision == "bf16")
     if precision != "int8":
