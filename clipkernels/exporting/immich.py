@@ -1,6 +1,6 @@
 """The files that immich reads: config.json, visual/ and textual/, with normalised embeddings.
 
-immich gives the graphs one image as `image` and the ids of one text as `text` (int32), and takes the first output. It
+immich gives the graphs one image as `image` and the ids of one text as `text` (int32), and takes the only output. It
 reads the length of texts from config.json, the steps before the tower from visual/preprocess_cfg.json, and the token
 that pads from textual/tokenizer_config.json. It cuts and pads texts itself, and joins white space.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 IMAGE, TEXT = "visual/model.onnx", "textual/model.onnx"
-IMAGE_NAMES, TEXT_NAMES = ("image", "embedding"), ("text", "embedding")
+IMAGE_NAMES, TEXT_NAMES = ("image", "image_embeds"), ("text", "text_embeds")
 PREPROCESS, TOKENIZER = "visual/preprocess_cfg.json", "textual/tokenizer_config.json"
 
 

@@ -60,7 +60,10 @@ def quantise(file: Path, calibration: Tensor, min_cosine: float | None, images: 
                 "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
             },
         )  # fmt: skip
-    products = check_products(onnx.load(str(temporary), load_external_data=False), names)
+    model = onnx.load(str(temporary))
+    _restore_others(model, names)
+    products = check_products(model, names)
+    onnx.save(model, str(temporary))
     os.replace(temporary, file)
     return products
 
@@ -93,9 +96,22 @@ def check_products(model: Any, names: list[str]) -> Products:
         inputs = restored & {*node.input}
         if node.name in names and len(inputs) < 2:
             raise ValueError(f"expected every product with a weight in INT8, got {node.name} in float")
-        if node.name not in names and inputs and node.op_type != "Shape":
+        if node.name not in names and inputs:
             raise ValueError(f"expected INT8 in products with a weight alone, got it in {node.op_type} {node.name}")
     return Products(len(names))
+
+
+def _restore_others(model: Any, names: list[str]) -> None:
+    """Let the other operations of a quantised model read activations before they are rounded for the products."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.name in names:
+            continue
+        for index, name in enumerate(node.input):
+            maker = makers.get(name)
+            rounded = makers.get(maker.input[0]) if maker is not None and maker.op_type == "DequantizeLinear" else None
+            if rounded is not None and rounded.op_type == "QuantizeLinear":
+                node.input[index] = rounded.input[0]
 
 
 def compress(file: Path) -> None:
