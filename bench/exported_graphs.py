@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import clipkernels as ck
 from clipkernels.classifier import class_embeddings, prompts_of
-from clipkernels.exporting import int8_openvino, onnx, openvino, pt2
+from clipkernels.exporting import int8_onnx, int8_openvino, onnx, openvino, pt2
 from clipkernels.exporting.embeddings import ImageEmbedding
 from clipkernels.exporting.graphs import check_slow, count_slow, graphs_of
 from clipkernels.exporting.memory import peak_memory
@@ -26,6 +27,7 @@ RUNTIMES = {
     "eager": ("torch", "fp32"),
     "torch.export": ("pt2", "fp32"),
     "onnxruntime": ("onnx", "fp32"),
+    "onnxruntime int8": ("onnx", "int8"),
     "openvino": ("openvino", "fp32"),
     "openvino bf16": ("openvino", "bf16"),
     "openvino int8": ("openvino", "int8"),
@@ -81,7 +83,7 @@ def export_all(
             if to == "torch":
                 file, encode = None, module
             else:
-                file, products = write_graph(module, images, to, precision, stem, folder / f"{number}.onnx")
+                file, products = write_graph(module, images, expected, to, precision, stem, folder / f"{number}.onnx")
                 encode = as_function(to, precision, file)
             figures = {"write_seconds": round(time.process_time() - start, 1)}
             figures |= figures_of(encode, model, images, expected)
@@ -93,7 +95,7 @@ def export_all(
 
 
 def write_graph(
-    module: nn.Module, images: Images, to: str, precision: str, stem: Path, source: Path
+    module: nn.Module, images: Images, expected: Tensor, to: str, precision: str, stem: Path, source: Path
 ) -> tuple[Path, Products | None]:
     """Return the file of a variant in a runtime and its products in INT8; the ONNX file is written once per variant."""
     example = images.compared[:2]
@@ -103,13 +105,16 @@ def write_graph(
         return file, None
     if not source.exists():
         onnx.write(module, example, IMAGE_NAMES, source)
-    if to == "onnx":
+    if to == "onnx" and precision == "fp32":
         return source, None
+    if to == "onnx":
+        file = Path(shutil.copy(source, stem.with_suffix(onnx.SUFFIX)))
+        return file, int8_onnx.quantise(file, images.calibration, None, images.compared, expected)
     file = stem.with_suffix(openvino.SUFFIX)
     openvino.convert(source, file, half=precision == "bf16")
     if precision != "int8":
         return file, None
-    return file, int8_openvino.quantise(file, images.calibration, None, images.compared, images.compared)
+    return file, int8_openvino.quantise(file, images.calibration, None, images.compared, expected)
 
 
 def as_function(to: str, precision: str, file: Path) -> Callable[[Tensor], Tensor]:

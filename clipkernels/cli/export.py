@@ -33,7 +33,7 @@ DEFAULT_LIMIT = 300
 NOTE = "note: without --model this is the bundled model for 32×32 images, a toy"
 EXAMPLE = """\b
 Example:
-  clipkernels export --method tome:4 --to openvino --out exported
+  clipkernels export --method tome:4 --out exported
 """
 
 

@@ -7,11 +7,11 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
@@ -27,11 +27,11 @@ from clipkernels.exporting.graphs import RUNTIMES, check_slow, count_slow, graph
 from clipkernels.exporting.header import EXPORTS, write_header
 from clipkernels.exporting.images import Images, as_images, callable_preprocess, input_shape, noise, own_preprocess
 from clipkernels.exporting.memory import peak_memory
-from clipkernels.exporting.parity import BATCHES
+from clipkernels.exporting.parity import BATCHES, Parity
 from clipkernels.exporting.precision import PRECISIONS, check_precision, write_image, write_text
 from clipkernels.exporting.preprocess_steps import preprocess_record
-from clipkernels.exporting.report import Report
-from clipkernels.exporting.towers import check_cosine, make_towers, prove_folder, prove_graph, record_tower
+from clipkernels.exporting.report import Products, Report
+from clipkernels.exporting.towers import Tower, check_cosine, make_towers, prove_folder, prove_graph, record_tower
 from clipkernels.fingerprint import fingerprint
 from clipkernels.method_names import short_name
 from clipkernels.methods import Dense, Method
@@ -40,6 +40,15 @@ from clipkernels.plan_records import record_plan
 from clipkernels.runtime.copying import copy_into
 from clipkernels.runtime.engines import HINTS
 from clipkernels.tower import make_plan
+
+
+class Settings(NamedTuple):
+    """Of an export: runtime, precision, layout, and the least first percentile of the cosine; as in `export`."""
+
+    to: str
+    precision: str
+    layout: str | None
+    min_cosine: float | None
 
 
 def export(
@@ -115,35 +124,14 @@ def export(
     calibration = None if calibrate is None else as_images("calibrate", calibrate, run_preprocess, shape)
     default = noise(sum(BATCHES), shape) if calibration is None else calibration
     images = default if check is None else as_images("check", check, run_preprocess, shape)
+    settings = Settings(to, precision, layout, min_cosine)
+    name = {"library": library, "model": type(model).__name__, "config": config if isinstance(config, str) else None}
+    method, plan = _method_and_plan(model)
     with eval_mode(model), replaced_folder(target, EXPORTS) as temporary:
         towers, tokens = make_towers(model, images, tokenizer, temporary, graphs_of(to).SUFFIX, layout)
-        seconds, products = {}, None
-        for kind, tower in towers.items():
-            start = time.perf_counter()
-            file = temporary / tower.file
-            file.parent.mkdir(exist_ok=True)
-            if kind == "image":
-                products = write_image(tower.module, file, to, precision, tower.names, images, calibration, min_cosine)
-            else:
-                write_text(tower.module, file, to, precision, tower.names, tower.inputs)
-            seconds[kind] = time.perf_counter() - start
-        method, plan = _method_and_plan(model)
-        file = temporary / towers["image"].file
-        nodes = count_slow(graphs_of(to).operators(file))
-        if method is not None:
-            check_slow(nodes, str(method))
-        reduced = method is not None and not isinstance(method, Dense)
-        parities = {
-            kind: prove_graph(tower, temporary, to, precision, reduced and kind == "image")
-            for kind, tower in towers.items()
-        }
-        check_cosine(parities["image"], min_cosine)
+        products, seconds = _write_graphs(towers, temporary, settings, calibration)
+        parities, nodes = _prove_graphs(towers, temporary, settings, method)
         records = {kind: record_tower(tower) for kind, tower in towers.items()}
-        name = {
-            "library": library,
-            "model": type(model).__name__,
-            "config": config if isinstance(config, str) else None,
-        }
         if layout:
             length = records["text"]["context_length"] if "text" in records else None
             tokens = immich.write(temporary, steps, tokens, length, records["image"]["width"])
@@ -151,10 +139,10 @@ def export(
             copy_into(temporary)
             write_requirements(temporary, to, tokens)
             write_guide(temporary, name, None if method is None else short_name(method), to, precision)
+        file, batch = temporary / towers["image"].file, (BATCHES[-1], *shape)
         report = Report(
-            folder=str(target), runtime=to, precision=precision, image=parities["image"], text=parities.get("text"),
-            products=products, nodes=nodes, sizes=sizes_in(temporary), seconds=seconds,
-            peak_memory=peak_memory(to, file, HINTS[precision], (BATCHES[-1], *shape)),
+            str(target), to, precision, parities["image"], parities.get("text"), products, nodes, sizes_in(temporary),
+            seconds, peak_memory(to, file, HINTS[precision], batch),
         )  # fmt: skip
         logits = logits_of(model)
         header = {
@@ -169,6 +157,45 @@ def export(
         write_header(temporary, header)
         prove_folder(temporary, towers, run_preprocess, has_tokenizer=tokens is not None)
     return report
+
+
+def _write_graphs(
+    towers: Mapping[str, Tower], folder: Path, settings: Settings, calibration: Tensor | None
+) -> tuple[Products | None, dict[str, float]]:
+    """Write the graphs of the towers; return the products of the image tower in INT8, and the seconds of each graph."""
+    products, seconds = None, {}
+    for kind, tower in towers.items():
+        start = time.perf_counter()
+        file = folder / tower.file
+        file.parent.mkdir(exist_ok=True)
+        to, precision = settings.to, settings.precision
+        if kind == "image":
+            inputs, limit = tower.inputs, settings.min_cosine
+            products = write_image(tower.module, file, to, precision, tower.names, inputs, calibration, limit)
+        else:
+            write_text(tower.module, file, to, precision, tower.names, tower.inputs)
+        seconds[kind] = time.perf_counter() - start
+    return products, seconds
+
+
+def _prove_graphs(
+    towers: Mapping[str, Tower], folder: Path, settings: Settings, method: Method | None
+) -> tuple[dict[str, Parity], dict[str, int]]:
+    """The parity of each graph, and the numbers of nodes of the image tower's.
+
+    Raises:
+        ValueError: a graph with slow nodes, or with other embeddings than PyTorch's.
+    """
+    nodes = count_slow(graphs_of(settings.to).operators(folder / towers["image"].file))
+    if method is not None:
+        check_slow(nodes, str(method))
+    reduced = method is not None and not isinstance(method, Dense)
+    parities = {
+        kind: prove_graph(tower, folder, settings.to, settings.precision, reduced and kind == "image")
+        for kind, tower in towers.items()
+    }
+    check_cosine(parities["image"], settings.min_cosine)
+    return parities, nodes
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

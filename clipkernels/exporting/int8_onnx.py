@@ -35,21 +35,30 @@ def quantise(file: Path, calibration: Tensor, min_cosine: float | None, images: 
         ImportError: onnx or onnxruntime is not installed.
         ValueError: the graph has other operations in INT8.
     """
-    onnx = needed("onnx", "onnxruntime")[0]
+    onnx, onnxruntime = needed("onnx", "onnxruntime")
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    model = onnx.load(str(file))
+    temporary = file.with_name(f".{file.name}")
+    with quietly():
+        options = onnxruntime.SessionOptions()
+        # Weights that are parts of others, such as a query's, become weights of their own.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(temporary)
+        onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(str(temporary))
     names = products_of(model)
     [source] = model.graph.input
     batches = iter({source.name: batch.numpy()} for batch in calibration.split(BATCH))
     reader = type("Reader", (), {"get_next": lambda self: next(batches, None)})()
-    temporary = file.with_name(f".{file.name}")
     with quietly():
         quantize_static(
             model, str(temporary), reader, quant_format=QuantFormat.QDQ, nodes_to_quantize=names, per_channel=True,
             op_types_to_quantize=list(PRODUCTS), activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT, "QDQDisableWeightAdjustForInt32Bias": True},
+            extra_options={
+                "DefaultTensorType": onnx.TensorProto.FLOAT, "QDQDisableWeightAdjustForInt32Bias": True,
+                "OpTypesToExcludeOutputQuantization": list(PRODUCTS),
+            },
         )  # fmt: skip
     products = check_products(onnx.load(str(temporary), load_external_data=False), names)
     os.replace(temporary, file)
@@ -57,9 +66,20 @@ def quantise(file: Path, calibration: Tensor, min_cosine: float | None, images: 
 
 
 def products_of(model: Any) -> list[str]:
-    """The names of the products of an ONNX model with a weight."""
+    """The names of the products of an ONNX model with a weight.
+
+    Raises:
+        ValueError: a weight that is computed from others.
+    """
     weights = {weight.name for weight in model.graph.initializer}
-    return [node.name for node in model.graph.node if node.op_type in PRODUCTS and weights & {*node.input[:2]}]
+    computed = set(weights)
+    for node in model.graph.node:
+        if all(name in computed for name in node.input):
+            computed |= {*node.output}
+    products = [node for node in model.graph.node if node.op_type in PRODUCTS and computed & {*node.input[:2]}]
+    if wrong := [node.name for node in products if not weights & {*node.input[:2]}]:
+        raise ValueError(f"expected weights that are stored, got one that is computed in {wrong[0]}")
+    return [node.name for node in products]
 
 
 def check_products(model: Any, names: list[str]) -> Products:

@@ -45,6 +45,7 @@ def write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path
         assert program is not None
         program.save(str(file))
     model = onnx.load(str(file), load_external_data=False)
+    drop_expands(model)
     _strip(model)
     onnx.save(model, str(file))
 
@@ -66,6 +67,29 @@ def operators(file: Path) -> Counter[str]:
     for function in model.functions:
         kinds += walk(function.node)
     return kinds
+
+
+def drop_expands(model: Any) -> None:
+    """Delete from an ONNX model the copies of rows before an addition that repeats them itself.
+
+    The bias of attention by sizes of tokens is such rows. With copies, OpenVINO does not recognise the attention.
+    """
+
+    def shape(value: Any) -> tuple[Any, ...]:
+        return tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim)
+
+    shapes = {value.name: shape(value) for value in (*model.graph.value_info, *model.graph.output)}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.op_type != "Add":
+            continue
+        for index, name in enumerate(node.input):
+            other = shapes.get(node.input[1 - index])
+            if name in makers and makers[name].op_type == "Expand" and other and other == shapes.get(node.output[0]):
+                node.input[index] = makers[name].input[0]
+    names = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    for node in [node for node in model.graph.node if node.op_type == "Expand" and node.output[0] not in names]:
+        model.graph.node.remove(node)
 
 
 def _strip(model: Any) -> None:

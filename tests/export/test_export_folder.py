@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -26,11 +24,16 @@ from clipkernels.exporting import export as export_module
 from clipkernels.exporting import packages, towers
 from clipkernels.exporting.header import EXPORTS
 from clipkernels.exporting.immich import pad_token, preprocess_cfg
+from clipkernels.exporting.onnx import drop_expands
+from clipkernels.exporting.openvino import operators
 from clipkernels.fingerprint import fingerprint, same_tower
 from clipkernels.runtime import Runtime
 from clipkernels.testing import openai_tower, randomized, timm_tower
 from tests.local_transformers import clip_model, image_processor, save_clip_tokenizer
 
+onnx, onnxruntime, _ = (
+    pytest.importorskip(name, reason=f"{name} is not installed") for name in ("onnx", "onnxruntime", "onnxscript")
+)
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["a photo of a cat.", "Ärger & co, 7 days", "x" * 300]
 METHODS = {"host": None, "Dense": ck.Dense(), "EViT": ck.EViT(0.7), "ToMe": ck.ToMe(2), "TCA": ck.TCA(0.1)}
@@ -206,6 +209,31 @@ def test_preprocessing_in_immichs_form() -> None:
             preprocess_cfg(steps)
 
 
+def test_copies_of_rows_are_dropped_where_an_addition_repeats_them() -> None:
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        helper.make_node("Expand", ["row", "shape"], ["rows"]),
+        helper.make_node("Add", ["x", "rows"], ["y"]),
+        helper.make_node("Add", ["small", "rows"], ["z"]),
+    ]
+    sizes = {"row": (1, 3), "small": (1, 3), "x": (2, 3), "y": (2, 3), "z": (2, 3)}
+    values = {name: helper.make_tensor_value_info(name, floats, size) for name, size in sizes.items()}
+    shape = onnx.numpy_helper.from_array(np.array([2, 3]), "shape")
+    inputs, outputs = [values["row"], values["small"], values["x"]], [values["y"], values["z"]]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [shape], value_info=inputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    feed = {name: np.random.default_rng(0).random(sizes[name], np.float32) for name in ("row", "small", "x")}
+    before = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)
+    drop_expands(model)
+    # The second addition needs the copies.
+    assert [list(node.input) for node in model.graph.node] == [["row", "shape"], ["x", "row"], ["small", "rows"]]
+    after = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)
+    assert all(np.array_equal(*pair) for pair in zip(before, after, strict=True))
+    del model.graph.node[2], model.graph.output[1]
+    drop_expands(model)
+    assert [node.op_type for node in model.graph.node] == ["Add"]
+
+
 def test_the_token_that_pads_is_found_by_its_id() -> None:
     assert pad_token({"added_tokens": [{"id": 3, "content": "<pad>"}], "model": {"vocab": {"a": 0}}}, 3) == "<pad>"
     assert pad_token({"model": {"vocab": {"!": 0, "a": 1}}}, 0) == "!"
@@ -248,6 +276,14 @@ def test_a_tower_of_every_library_keeps_its_embeddings(library: str, method: str
     assert (report.text is None) == (library == "timm")
     assert report.text is None or report.text.near == 1
     assert report.nodes["nonzero"] == report.nodes["loop"] == report.nodes["if"] == report.nodes["scatter"] == 0
+
+
+@pytest.mark.slow
+def test_openvino_recognises_the_attention_with_sizes(tmp_path: Path) -> None:
+    model = ck.patch(small(), ck.ToMe(2))
+    ck.export(model, tmp_path / "out", to="openvino", tokenizer=tokenizer(), preprocess=preprocess())
+    # The first block has no sizes yet, the second one has.
+    assert operators(tmp_path / "out" / "image.xml")["ScaledDotProductAttention"] == 2
 
 
 @pytest.mark.slow
@@ -298,6 +334,23 @@ def test_int8_of_openvino_quantises_products_with_a_weight_alone(tmp_path: Path)
     kept = ck.export(model, tmp_path / "out", tokenizer=tokens, preprocess=transform, min_cosine=limit, **options)
     assert kept.image.cosine_p1 >= limit
     assert kept.products.float_names and kept.products.quantised + len(kept.products.float_names) == 27
+
+
+@pytest.mark.slow
+def test_int8_of_onnxruntime_quantises_products_with_a_weight_alone(tmp_path: Path) -> None:
+    model, transform, tokens = ck.bundled()
+    ck.patch(model, ck.ToMe(4))
+    images = photographs(transform, 200)
+    options = {"precision": "int8", "calibrate": images[:100], "check": images[100:]}
+    report = ck.export(model, tmp_path / "out", tokenizer=tokens, preprocess=transform, **options)
+    assert report.products == (27, ()) and report.image.cosine_p1 > 0.95 and report.text.cosine_min > 0.99
+    for part, tower in (("image", model.visual), ("text", model.transformer)):
+        assert report.sizes[f"{part}.onnx"] < 1.5 * sum(parameter.numel() for parameter in tower.parameters())
+    with pytest.raises(
+        ValueError, match=r"expected a first percentile of the cosine with fp32 of at least 0\.9999, got"
+    ):
+        ck.export(model, tmp_path / "other", tokenizer=tokens, preprocess=transform, min_cosine=0.9999, **options)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
