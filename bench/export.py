@@ -1,126 +1,86 @@
-"""Export towers to ONNX and by `torch.export`: parity with PyTorch, operators, images per second and η on the CPU.
+"""Exported towers on the CPU: parity with PyTorch, fidelity of INT8, sizes, memory and, with --rounds, speed and η.
 
+    python -m bench.export --photos cifar10-val.tar.gz --out export-parity.csv
     python -m bench.export --towers open_clip timm --batch 1 8 --rounds 5 --out export.csv
-    python -m bench.export --towers clip --layers 2 --batch 1 --rounds 1
+    python -m bench.export --towers clip --layers 2 --limit 16
 
-The models are one random-weight B/16 tower of each library, unpatched and patched, with a dynamic batch:
+The towers are the bundled one, and a random-weight B/16 of each library, unpatched and patched, as `ck.export` writes
+them: one file for every batch size, in fp32, bf16 and INT8. Photographs are compared in batches of 1, 3 and 8; others
+give the scales of INT8. Without --photos both are noise. Each row has
 
-    images, shapes = torch.randn(2, 3, 224, 224), ({0: torch.export.Dim("batch", min=1, max=64)},)
-    ck.patch(model, ck.EViT(keep=0.7)).eval()
-    with torch.no_grad():
-        program = torch.export.export(model.visual, (images,), dynamic_shapes=shapes, strict=False)
-        torch.onnx.export(model.visual, (images,), "tower.onnx", dynamo=True, opset_version=20, dynamic_shapes=shapes)
+    cosine_p1, cosine_min, near   with the same method in PyTorch's fp32; `near` is the share of at least .9999
+    accuracy                      of the bundled tower, zero-shot, with the sub-folders' names as classes
+    products, float               in INT8: products with a weight that are quantised, and those that stay float
+    megabytes, peak_megabytes     of the graph's files, and of a process that encodes a batch of eight
 
-`model.visual` is the tower of open_clip and of clip. A timm model is exported itself. The `vision_model` of
-transformers can also be exported, but it returns every token and so computes all of them. This module returns
-only the embedding, so that the last block computes only its CLS row:
+A patched graph with a scatter, a NonZero or a loop stops the run, and so does a fp32 graph with other embeddings. One
+image in ten of a reduced tower may differ by more than rounding, because two of its tokens may be nearly tied.
 
-    class Embedding(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, images):
-            return ck.encode_image(self.model, images).embedding
-
-Speed-ups and η are against the fastest dense variant of the same runtime. All variants are interleaved and timed by the
-CPU time of one thread. A graph with wrong embeddings, or a patched graph with a scatter, stops the run before anything
-is timed. For a reduced tower one image in ten may differ by more than rounding, because two of its tokens may be nearly
-tied.
+Speed-ups and η are against the fastest dense variant of the same runtime. All variants of a tower are interleaved and
+timed by the CPU time of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.metadata
 import importlib.util
 import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
-import onnx
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 import clipkernels as ck
+from bench.exported_graphs import RUNTIMES, Graph, Images, export_all
 from bench.result_files import draw, resume, write
+from bench.studies.tiny_clip import read
+from clipkernels.exporting.files import installed_versions
+from clipkernels.exporting.images import noise
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import Speed, Times, Variant, measure, tabulate
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 
+BUNDLED = "bundled"
 TOWERS: dict[str, Callable[[int | None], nn.Module]] = {
+    BUNDLED: lambda layers: ck.bundled()[0],
     "open_clip": lambda layers: open_clip_tower("ViT-B-16", layers),
     "transformers": lambda layers: transformers_tower("CLIPModel", layers or 12),
     "timm": lambda layers: timm_tower("vit_base_patch16_siglip_224", layers),
     "clip": lambda layers: openai_tower(layers or 12).float(),
 }
 NAMES = {
+    BUNDLED: "tiny CLIP",
     "open_clip": "ViT-B-16",
     "transformers": "CLIPModel B/16",
     "timm": "vit_base_patch16_siglip_224",
     "clip": "ViT-B/16",
 }
-METHODS: dict[str, ck.Method | None] = {
-    "dense (host)": None,
-    "Dense()": ck.Dense(),
-    "EViT(keep=0.7)": ck.EViT(0.7),
-    "ToMe(r=13)": ck.ToMe(13),
+METHODS: dict[str, Mapping[str, ck.Method | None]] = {
+    "B/16": {
+        "dense (host)": None,
+        "Dense()": ck.Dense(),
+        "EViT(keep=0.7)": ck.EViT(0.7),
+        "ToMe(r=13)": ck.ToMe(13),
+        "TCA(rate=0.035)": ck.TCA(0.035),
+    },
+    BUNDLED: {
+        "dense (host)": None,
+        "Dense()": ck.Dense(),
+        "EViT(keep=0.7)": ck.EViT(0.7),
+        "ToMe(r=4)": ck.ToMe(4),
+        "TCA(rate=0.035)": ck.TCA(0.035),
+    },
 }
-RUNTIMES = ("eager", "torch.export", "onnxruntime")
-# Batch sizes of the parity check, in addition to 2, the size of the exported example.
-PARITY = (1, 3, 8)
-SHAPES = ({0: torch.export.Dim("batch", min=1, max=64)},)
-MAX_ERROR = 1e-4
-GRAPH = {
-    "scatter": ("Scatter", "ScatterElements", "ScatterND"),
-    "nonzero": ("NonZero",),
-    "loop": ("Loop", "Scan"),
-    "if": ("If",),
-}
-
-
-class Embedding(nn.Module):
-    """A module that returns only the embedding of images.
-
-    It calls the tower's own forward, or `ck.encode_image` for a patched tower whose forward returns tokens.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        tower = ck.tower_of(self.model)
-        if ck.method_of(self.model) is None or not tower.returns_tokens:
-            return tower.encode(images)
-        return ck.encode_image(self.model, images).embedding
-
-
-class Export(NamedTuple):
-    """One variant in one runtime.
-
-    encode: a function from images to embeddings.
-    seconds: CPU seconds of the export.
-    nodes: number of nodes of the graph by kind.
-    error: largest difference from eager PyTorch, over the largest entry.
-    cosine: smallest cosine of any image's embedding with eager PyTorch's.
-    """
-
-    encode: Callable[[Tensor], Tensor]
-    seconds: float
-    nodes: Mapping[str, int]
-    error: float
-    cosine: float
+DEFAULT_RUNTIMES = tuple(name for name in RUNTIMES if name != "torch.export")
+CALIBRATION = {"photographs": 300, "noise": 64}
+"""Images that give the scales of INT8."""
 
 
 def main() -> None:
@@ -129,39 +89,48 @@ def main() -> None:
     header = header_of(arguments)
     records = resume(arguments.out, header)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    batches: list[int | None] = [*arguments.batch] if arguments.rounds else [None]
     for name in arguments.towers:
         done = {(row["library"], row["batch"]) for row in records}
-        batches = [batch for batch in arguments.batch if (name, batch) not in done]
-        if not batches:
+        pending = [batch for batch in batches if (name, batch) not in done]
+        if not pending:
             console.print(f"{name}: skipped, the file has all its rows")
             continue
-        if importlib.util.find_spec(name) is None:
+        if name != BUNDLED and importlib.util.find_spec(name) is None:
             console.print(f"{name}: skipped, it is not installed")
             continue
         torch.manual_seed(arguments.seed)
-        model = randomized(TOWERS[name](arguments.layers), arguments.seed)
-        with torch.no_grad():
-            exports = export_all(model, name, arguments, console)
-            for batch in batches:
-                for runtime, rows in paired(model, exports, batch, arguments, console).items():
-                    console.print(draw(f"{name} {NAMES[name]}, {runtime}, batch {batch}", rows))
-                    for row in rows:
-                        case = {"library": name, "tower": NAMES[name], "runtime": runtime, "batch": batch}
-                        commit = {"commit": header["environment"]["commit"]}
-                        records.append({**case, **record(row, exports[runtime][row.name]), **commit})
+        model = TOWERS[name](arguments.layers)
+        model = model if name == BUNDLED else randomized(model, arguments.seed)
+        with torch.no_grad(), TemporaryDirectory() as folder:
+            images, methods = read_images(model, name, arguments), METHODS[BUNDLED if name == BUNDLED else "B/16"]
+            graphs = export_all(model, methods, arguments.runtimes, images, Path(folder), console.print)
+            console.print(draw_parity(name, graphs))
+            for batch in pending:
+                case = {"library": name, "tower": NAMES[name], "batch": batch}
+                records += rows_of(model, case, graphs, arguments, console, header["environment"]["commit"])
                 if arguments.out:  # an interrupted run keeps its rows
                     write(records, header, arguments.out)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS), help="libraries; default: all")
+    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS), help="default: all")
+    parser.add_argument(
+        "--runtimes", nargs="+", choices=RUNTIMES, default=list(DEFAULT_RUNTIMES), help="default: all but torch.export"
+    )
+    parser.add_argument("--photos", type=Path, metavar="DIR|FILE.tar.gz", help="a sub-folder per class")
+    parser.add_argument(
+        "--limit", type=int, default=1000, help="images of the bundled tower's comparison; default %(default)s"
+    )
+    parser.add_argument(
+        "--random-limit", type=int, default=100, help="images of a random tower's comparison; default %(default)s"
+    )
+    parser.add_argument("--rounds", type=int, default=0, help="timed rounds; default %(default)s, which times nothing")
     parser.add_argument(
         "--batch", nargs="+", type=int, default=[1, 8], metavar="B", help="images per timed batch; default: 1 8"
     )
-    parser.add_argument("--layers", type=int, metavar="L", help="cut every tower to its first L blocks")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; default %(default)s")
-    parser.add_argument("--opset", type=int, default=20, help="ONNX opset, 18 or more; default %(default)s")
+    parser.add_argument("--layers", type=int, metavar="L", help="cut every random tower to its first L blocks")
     parser.add_argument("--seed", type=int, default=0, help="random weights and images; default %(default)s")
     parser.add_argument(
         "--out",
@@ -169,115 +138,80 @@ def parse() -> argparse.Namespace:
         metavar="FILE.csv",
         help="rows; FILE.json adds the environment; existing rows are not measured again",
     )
-    arguments = parser.parse_args()
-    if arguments.opset < 18:
-        parser.error(f"expected --opset 18 or more, got {arguments.opset}")
-    return arguments
+    return parser.parse_args()
 
 
 def header_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the header of the rows: environment, package versions and options."""
-    versions = environment()
-    for name in ("onnx", "onnxruntime", "onnxscript", "timm", "transformers"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    options = {name: getattr(arguments, name) for name in ("layers", "rounds", "opset", "seed")}
-    return {"environment": versions, "clock": "process", **options}
+    options = {name: getattr(arguments, name) for name in ("layers", "rounds", "seed", "limit", "random_limit")}
+    photos = arguments.photos and arguments.photos.name
+    return {"environment": environment() | installed_versions(), "clock": "process", "photos": photos, **options}
 
 
-def export_all(
-    model: nn.Module, name: str, arguments: argparse.Namespace, console: Console
-) -> dict[str, dict[str, Export]]:
-    """Return every variant in every runtime, after checking its embeddings."""
-    generator = torch.Generator().manual_seed(arguments.seed + 1)
-    size = ck.tower_of(model).image_size
-    inputs = {batch: torch.randn(batch, 3, *size, generator=generator) for batch in (2, *PARITY)}
-    exports: dict[str, dict[str, Export]] = {runtime: {} for runtime in RUNTIMES}
-    for variant, method in METHODS.items():
-        memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        twin = copy.deepcopy(model, memo)
-        module = Embedding(twin if method is None else ck.patch(twin, method)).eval()
-        expected = {batch: module(images) for batch, images in inputs.items()}
-        exports["eager"][variant] = Export(module, 0.0, {}, 0.0, 1.0)
-        for runtime in RUNTIMES[1:]:
-            start = time.process_time()
-            if runtime == "onnxruntime":
-                encode, nodes = in_onnxruntime(module, inputs[2], arguments.opset)
-            else:
-                program = torch.export.export(module, (inputs[2],), dynamic_shapes=SHAPES, strict=False)
-                encode, nodes = program.module(), {"nodes": len(program.graph.nodes)}
-            seconds = time.process_time() - start
-            errors, cosine = compare(encode, inputs, expected)
-            error, num_wrong = errors.max().item(), int((errors > MAX_ERROR).sum())
-            exports[runtime][variant] = Export(encode, seconds, nodes, error, cosine)
-            counts = ", ".join(f"{count} {kind}" for kind, count in nodes.items())
-            difference = f"error {error:.1e}, {num_wrong} of {len(errors)} images differ"
-            console.print(f"{name}, {variant}, {runtime}: {seconds:.0f} s, {difference}, {counts}")
-            # If two choices differ by less than rounding, another runtime may make the other one.
-            max_wrong = 0 if isinstance(method or ck.Dense(), ck.Dense) else len(errors) // 10
-            assert num_wrong <= max_wrong and cosine > 0.999, (
-                f"{name} {variant} in {runtime}: {difference}, cosine {cosine:.6f}"
-            )
-            assert method is None or not nodes.get("scatter"), (
-                f"{name} {variant}: expected no scatter in the graph, got {nodes['scatter']}"
-            )
-    return exports
+def read_images(model: nn.Module, name: str, arguments: argparse.Namespace) -> Images:
+    """Return photographs, or noise without them."""
+    shape = (3, *ck.tower_of(model).image_size)
+    limit = arguments.limit if name == BUNDLED else arguments.random_limit
+    if arguments.photos is None:
+        images = noise(limit + CALIBRATION["noise"], shape)
+        return Images(images[:limit], images[limit:])
+    photos, classes = read(arguments.photos)
+    order = torch.randperm(len(photos.labels), generator=torch.Generator().manual_seed(arguments.seed))
+    order = order[: limit + (CALIBRATION["photographs"] if name == BUNDLED else CALIBRATION["noise"])]
+    preprocess = preprocess_for(shape)
+    images = torch.stack([preprocess(photos.images[index]) for index in order.tolist()])
+    labels = torch.from_numpy(photos.labels)[order[:limit]] if name == BUNDLED else None
+    return Images(images[:limit], images[limit:], labels, classes)
 
 
-def in_onnxruntime(module: nn.Module, images: Tensor, opset: int) -> tuple[Callable[[Tensor], Tensor], dict[str, int]]:
-    """Return a module exported to ONNX as a function on one CPU thread, and its number of nodes by kind."""
-    program = torch.onnx.export(
-        module, (images,), dynamo=True, opset_version=opset, dynamic_shapes=SHAPES, verbose=False
-    )
-    assert program is not None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/tower.onnx"
-        program.save(file)
-        nodes = count(onnx.load(file, load_external_data=False))
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0]), nodes
+def preprocess_for(shape: tuple[int, ...]) -> Callable[[Any], Tensor]:
+    """Return open_clip's preprocessing of pixels (H,W,3) uint8 for images of a shape."""
+    from open_clip.transform import image_transform
+    from PIL import Image
+
+    transform = ck.bundled()[1] if shape[1] == 32 else image_transform(shape[1], is_train=False)
+    return lambda pixels: transform(Image.fromarray(pixels))
 
 
-def count(model: onnx.ModelProto) -> dict[str, int]:
-    """Return an ONNX model's number of nodes, and of those that are slow or make shapes depend on data, by kind."""
-
-    def walk(nodes: Any) -> Counter[str]:
-        kinds = Counter(node.op_type for node in nodes)
-        for node in nodes:
-            for attribute in node.attribute:
-                for graph in (attribute.g, *attribute.graphs):
-                    kinds += walk(graph.node)
-        return kinds
-
-    kinds = walk(model.graph.node)
-    for function in model.functions:
-        kinds += walk(function.node)
-    return {"nodes": kinds.total(), **{name: sum(kinds[kind] for kind in group) for name, group in GRAPH.items()}}
+def draw_parity(name: str, graphs: Mapping[str, Mapping[str, Graph]]) -> Table:
+    """Return a terminal table of parity, sizes and memory."""
+    columns = ("near", "cosine_p1", "cosine_min", "accuracy", "products", "megabytes", "peak_megabytes")
+    table = Table("runtime", "variant", *columns, title=f"{name} {NAMES[name]}", title_justify="left")
+    for runtime, variants in graphs.items():
+        for variant, graph in variants.items():
+            cells = (graph.figures[column] for column in columns)
+            table.add_row(runtime, variant, *("" if cell is None else f"{cell:.5g}" for cell in cells))
+    return table
 
 
-def compare(
-    encode: Callable[[Tensor], Tensor], inputs: Mapping[int, Tensor], expected: Mapping[int, Tensor]
-) -> tuple[Tensor, float]:
-    """Return each image's largest error over the largest entry at every batch size, and the smallest cosine of all."""
-    actual = {batch: encode(images) for batch, images in inputs.items()}
-    errors = [(actual[batch] - right).abs().amax(1) / right.abs().max() for batch, right in expected.items()]
-    cosines = [cosine_similarity(actual[batch], right).min().item() for batch, right in expected.items()]
-    return torch.cat(errors), min(cosines)
+def rows_of(
+    model: nn.Module,
+    case: Mapping[str, Any],
+    graphs: Mapping[str, Mapping[str, Graph]],
+    arguments: argparse.Namespace,
+    console: Console,
+    commit: str | None,
+) -> list[dict[str, Any]]:
+    """Return the rows of a tower, timed at a batch size, or with parity alone if the batch size is None."""
+    if case["batch"] is None:
+        return [
+            {**case, "runtime": runtime, "variant": variant, **graph.figures, "commit": commit}
+            for runtime, variants in graphs.items()
+            for variant, graph in variants.items()
+        ]
+    records = []
+    for runtime, speeds in paired(model, graphs, case["batch"], arguments).items():
+        console.print(draw(f"{case['library']} {case['tower']}, {runtime}, batch {case['batch']}", speeds))
+        for speed in speeds:
+            figures = graphs[runtime][speed.name].figures
+            records.append({**case, "runtime": runtime, **speed.record(), **figures, "commit": commit})
+    return records
 
 
 def paired(
-    model: nn.Module,
-    exports: Mapping[str, Mapping[str, Export]],
-    batch: int,
-    arguments: argparse.Namespace,
-    console: Console,
+    model: nn.Module, graphs: Mapping[str, Mapping[str, Graph]], batch: int, arguments: argparse.Namespace
 ) -> dict[str, list[Speed]]:
-    """Return the rows of each runtime at one batch size, with the variants of all runtimes interleaved."""
+    """Return the speeds of each runtime at one batch size, with the variants of all runtimes interleaved."""
     tower = ck.tower_of(model)
     generator = torch.Generator().manual_seed(arguments.seed + 2)
     sets = torch.randn(3, batch, 3, *tower.image_size, generator=generator).unbind()
@@ -287,34 +221,23 @@ def paired(
         return lambda: encode(next(turn))
 
     calls = {
-        f"{runtime} {variant}": runner(export.encode)
-        for runtime, variants in exports.items()
-        for variant, export in variants.items()
+        f"{runtime} {variant}": runner(graph.encode)
+        for runtime, variants in graphs.items()
+        for variant, graph in variants.items()
     }
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"batch {batch}", total=(arguments.rounds + 1) * len(calls))
         advance = lambda: bar.advance(task)  # noqa: E731
         times = measure(calls, arguments.rounds, seed=arguments.seed, clock="process", progress=advance)
     rows = {}
-    for runtime, variants in exports.items():
+    for runtime, variants in graphs.items():
         seconds = {variant: times.seconds[f"{runtime} {variant}"] for variant in variants}
         ran = {
-            variant: Variant(export.encode, METHODS[variant] or ck.Dense(), tower.pools_cls and bool(METHODS[variant]))
-            for variant, export in variants.items()
+            variant: Variant(graph.encode, graph.method or ck.Dense(), tower.pools_cls and bool(graph.method))
+            for variant, graph in variants.items()
         }
         rows[runtime] = tabulate(Times(seconds), ran, tower, batch)
     return rows
-
-
-def record(row: Speed, export: Export) -> dict[str, Any]:
-    """Return one row as plain numbers."""
-    return {
-        **row.record(),
-        "error": float(f"{export.error:.2e}"),
-        "cosine": round(export.cosine, 7),
-        "export_seconds": round(export.seconds, 1),
-        **{kind: export.nodes.get(kind) for kind in ("nodes", *GRAPH)},
-    }
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ if _TYPE_CHECKING:
     from clipkernels.compilation import compilation_of, compile, uncompile
     from clipkernels.data import bundled
     from clipkernels.encode import Encoded, encode_image
+    from clipkernels.exporting.export import export
     from clipkernels.graphs import graphed, ungraphed
     from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
     from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, ToMe
@@ -56,6 +57,7 @@ __all__ = [
     "data",
     "embed",
     "encode_image",
+    "export",
     "graphed",
     "heads",
     "learn",
@@ -88,6 +90,7 @@ _NAMES = {
     "compilation": ("compilation_of", "compile", "uncompile"),
     "data": ("bundled",),
     "encode": ("Encoded", "encode_image"),
+    "exporting.export": ("export",),
     "graphs": ("graphed", "ungraphed"),
     "heads": ("CALIP", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
     "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "ToMe"),

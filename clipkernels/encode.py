@@ -52,7 +52,7 @@ def encode_image(
     tower do not.
 
     Args:
-        model: a model that `patch` takes, or an open_clip ResNet.
+        model: a model that `patch` takes, an open_clip ResNet, or an exported model, which gives the embedding alone.
         images: (B,3,S,S) preprocessed, in the tower's dtype and on its device.
         tokens: also return all tokens after the final norm and projection.
         cls_path: also return the CLS token after every block.
@@ -69,6 +69,13 @@ def encode_image(
         UnsupportedTower: as in `patch`; or `cls_path`, `source` or anchors are given with a ResNet.
     """
     check_flags(tokens=tokens, cls_path=cls_path, source=source)
+    exported = adapters.find_exported(model)
+    if exported is not None:
+        if tokens or cls_path or source or anchors is not None:
+            raise UnsupportedTower("expected a model in PyTorch for more than the embedding, got an exported one")
+        check_images(images, exported.image_size)
+        host: Any = model
+        return Encoded(host.encode_image(images))
     resnet = adapters.find_resnet(model)
     if resnet is not None:
         if cls_path or source or anchors is not None:

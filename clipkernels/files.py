@@ -14,9 +14,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-import torch
-from torch import Tensor
-
 STALE_SECONDS = 3600
 """Seconds without a write after which a temporary file counts as left behind."""
 TEMPORARY = r"\.[0-9a-f]{32}\.safetensors\.[a-z0-9_]{8}"
@@ -127,11 +124,6 @@ def sweep(folder: Path, names: str = r"\..*") -> None:
             with suppress(FileNotFoundError):  # another process sweeps too, or the writer has just finished
                 if time.time() - file.stat().st_mtime > STALE_SECONDS:
                     file.unlink()
-
-
-def digest_table(digests: Sequence[bytes]) -> Tensor:
-    """SHA-256 digests as rows of a tensor (n,32) uint8."""
-    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
 
 
 def write_csv(records: Sequence[Mapping[str, Any]], stream: TextIO) -> None:

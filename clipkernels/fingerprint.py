@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clipkernels.adapters import Tower
+from clipkernels.adapters import Tower, find_exported
 from clipkernels.arguments import check_model
 
 WEIGHT_VALUES, PROBE_VALUES = 4096, 32
@@ -34,9 +34,13 @@ def fingerprint(model: nn.Module, half: Literal["image", "text"] = "image") -> d
     Each digest covers the names, the shapes and up to 4,096 values of each of the tower's floating-point weights, in
     that precision, and the tower's activation modules, which tell a QuickGELU from a GELU with the same weights. The
     fingerprint does not depend on the device, nor on a patch. The text half is everything outside the image tower
-    except logit scales, logit biases and a caption decoder.
+    except logit scales, logit biases and a caption decoder. An exported model has the fingerprints of the towers that
+    it was exported from.
     """
     check_model(model)
+    exported = find_exported(model)
+    if exported is not None:
+        return dict((exported.tower if half == "image" else exported.text_tower) or {})
     states = {
         name.replace("_orig_mod.", ""): tensor
         for name, tensor in sorted(model.state_dict().items())

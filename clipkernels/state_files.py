@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -144,6 +144,11 @@ def tensor_digest(name: str, tensor: Tensor) -> str:
     digest = sha256(json.dumps([name, CODES[tensor.dtype], list(tensor.shape)]).encode())
     digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def digest_table(digests: Sequence[bytes]) -> Tensor:
+    """SHA-256 digests as rows of a tensor (n,32) uint8."""
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32)
 
 
 def _check_header_size(path: str | os.PathLike[str]) -> None:

@@ -8,10 +8,19 @@ from typing import Any
 from torch import nn
 
 from clipkernels.adapters.advice import describe
-from clipkernels.adapters.protocols import ResNet, Tower, UnsupportedTower
+from clipkernels.adapters.protocols import Exported, ResNet, Tower, UnsupportedTower
 from clipkernels.arguments import check_model
 
-__all__ = ["ResNet", "Tower", "UnsupportedTower", "find_resnet", "find_tower", "outputs_only_cls"]
+__all__ = [
+    "Exported",
+    "ResNet",
+    "Tower",
+    "UnsupportedTower",
+    "find_exported",
+    "find_resnet",
+    "find_tower",
+    "outputs_only_cls",
+]
 
 
 def outputs_only_cls(tower: Tower) -> bool:
@@ -27,6 +36,10 @@ def find_tower(model: nn.Module) -> Tower:
         TypeError: the model is not a torch module.
     """
     check_model(model)
+    if find_exported(model) is not None:
+        raise UnsupportedTower(
+            "expected a model in PyTorch, got an exported one, whose method is fixed: export another"
+        )
     tower = _find_in_library(model)
     if tower is not None:
         return tower
@@ -77,3 +90,9 @@ def find_resnet(model: nn.Module) -> ResNet | None:
     from clipkernels.adapters.open_clip import OpenCLIPResNet
 
     return OpenCLIPResNet(visual)
+
+
+def find_exported(model: nn.Module) -> Exported | None:
+    """The image tower of a model if another runtime computes it, else None."""
+    exported: Exported | None = getattr(model, "exported", None)
+    return exported if isinstance(exported, Exported) else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -137,3 +137,21 @@ class ResNet(Protocol):
 
     def tokens(self, images: Tensor) -> Tensor:
         """The pool's output (B,1+P,E) for the mean position, which is the embedding, and for every other position."""
+
+
+class Exported(NamedTuple):
+    """The image tower of a model that another runtime computes, with the method that it was exported with.
+
+    image_size: height and width of an image in pixels.
+    runtime: its runtime and precision, for people: "openvino, int8".
+    method: the method in text, None for the host's own forward.
+    tokens: tokens that enter each block and leave the last; empty if the host's own forward runs.
+    tower, text_tower: fingerprints of the towers in PyTorch; no text tower is None.
+    """
+
+    image_size: tuple[int, int]
+    runtime: str
+    method: str | None
+    tokens: tuple[int, ...]
+    tower: Mapping[str, str]
+    text_tower: Mapping[str, str] | None

@@ -17,6 +17,14 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 def write(folder: Path, context_length: int) -> None:
     """Write the tokenizer's files to a folder."""
+    (folder / FILES[0]).write_text(json.dumps(content(), ensure_ascii=False), encoding="utf-8")
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), MARKS, strict=True))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **names}
+    (folder / FILES[1]).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def content() -> dict[str, Any]:
+    """The content of tokenizer.json."""
     vocabulary = {letter: 1 + byte for byte, letter in enumerate(byte_letters())}
     added = [
         {"id": index, "content": mark, "special": True, **dict.fromkeys(("single_word", "lstrip", "rstrip"), False)}
@@ -26,7 +34,7 @@ def write(folder: Path, context_length: int) -> None:
     special = {mark: {"id": mark, "ids": [index], "tokens": [mark]} for mark, index in MARKS.items()}
     text: list[dict[str, Any]] = [{"SpecialToken": {"id": "<start>", "type_id": 0}}]
     text += [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<end>", "type_id": 0}}]
-    content: dict[str, Any] = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -45,10 +53,6 @@ def write(folder: Path, context_length: int) -> None:
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
         "model": {"type": "BPE", "vocab": {**MARKS, **vocabulary}, "merges": [], "unk_token": None},
     }
-    (folder / FILES[0]).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    names = dict(zip(("pad_token", "bos_token", "eos_token"), MARKS, strict=True))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **names}
-    (folder / FILES[1]).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def byte_letters() -> list[str]:

@@ -6,65 +6,97 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from clipkernels.artefacts.header import FILE, is_artefact, read_header
+from clipkernels.artefacts.header import FILE, read_header
 
 NEW, OLD = ".new.", ".old."
 """Parts of the names of hidden folders: one that is written, and one that moves aside."""
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raise ValueError unless a folder is new, empty, or an artefact that holds nothing else.
+class Kind(NamedTuple):
+    """A kind of folder that may be replaced.
+
+    writer: the function that writes it, for messages.
+    header: the file that marks it.
+    files: a function from a folder to the paths in it, with slashes, that its header lists; ValueError for a header
+        that is damaged.
+    """
+
+    writer: str
+    header: str
+    files: Callable[[Path], Collection[str]]
+
+
+ARTEFACTS = Kind("ck.save", FILE, lambda folder: read_header(folder).files)
+
+
+def check_replaceable(folder: Path, kind: Kind = ARTEFACTS) -> None:
+    """Raise ValueError unless a folder is new, empty, or one of a kind that holds nothing else.
+
+    Caches of Python beside the listed files do not count.
 
     Raises:
         OSError: the folder cannot be read.
     """
     if not os.path.lexists(folder):
         return
-    expected = "expected a new or empty folder, or one that ck.save wrote"
+    expected = f"expected a new or empty folder, or one that {kind.writer} wrote"
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"{expected}, got {folder}, which is no folder: choose another one")
     names = set(os.listdir(folder))
     if not names:
         return
-    if FILE not in names:
-        raise ValueError(f"{expected}, got {folder} with {min(names)!r} and no {FILE}: choose another one")
-    others = names - {FILE, *read_header(folder).files}
+    if kind.header not in names:
+        raise ValueError(f"{expected}, got {folder} with {min(names)!r} and no {kind.header}: choose another one")
+    others = _paths_in(folder) - {kind.header, *kind.files(folder)}
     if others:
         raise ValueError(f"{expected}, got {folder} with {min(others)!r} too: move it, or choose another folder")
 
 
+def _paths_in(folder: Path) -> set[str]:
+    """The files and the empty folders below a folder, as paths with slashes, without caches of Python."""
+    paths = set()
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        empty = [name for name in folders if name not in links and not os.listdir(Path(parent, name))]
+        paths |= {Path(parent, name).relative_to(folder).as_posix() for name in (*files, *links, *empty)}
+    return paths
+
+
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, kind: Kind = ARTEFACTS) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`, which takes its place on success and is deleted on error.
 
-    An artefact that is there moves aside first, and back if the new one cannot take its place. What killed writers left
-    beside it is removed first; an artefact that one had moved aside returns if its place is free.
+    A folder of the kind that is there moves aside first, and back if the new one cannot take its place. What killed
+    writers left beside it is removed first; a folder that one had moved aside returns if its place is free.
 
     Raises:
         ValueError: as `check_replaceable`.
         OSError: no folder can be made there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    check_replaceable(folder)
+    _sweep(folder, kind)
+    check_replaceable(folder, kind)
     temporary, lock = _make_sibling(folder)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _flush(file)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
-        _exchange(temporary, folder)
+        _exchange(temporary, folder, kind)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -81,8 +113,8 @@ def _make_sibling(folder: Path) -> tuple[Path, int | None]:
             return path, _lock(path)
 
 
-def _exchange(temporary: Path, folder: Path) -> None:
-    check_replaceable(folder)  # another process may have written to it meanwhile
+def _exchange(temporary: Path, folder: Path, kind: Kind) -> None:
+    check_replaceable(folder, kind)  # another process may have written to it meanwhile
     if not folder.exists():
         os.rename(temporary, folder)
         return
@@ -102,8 +134,8 @@ def _exchange(temporary: Path, folder: Path) -> None:
         _unlock(lock)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the folders that killed writers of `folder` left beside it; the one that lacks its artefact gets it back.
+def _sweep(folder: Path, kind: Kind) -> None:
+    """Remove the folders that killed writers of `folder` left beside it; a folder that had moved aside returns.
 
     The system releases the lock of a writer however it ends. Without such locks nothing is removed.
     """
@@ -118,7 +150,7 @@ def _sweep(folder: Path) -> None:
         if lock is None:
             continue
         try:
-            if match[1] == OLD and is_artefact(path) and not os.path.lexists(folder):
+            if match[1] == OLD and os.path.lexists(path / kind.header) and not os.path.lexists(folder):
                 os.rename(path, folder)
             else:
                 shutil.rmtree(path, ignore_errors=True)

@@ -34,7 +34,8 @@ from clipkernels.cli.parts.options import (
 from clipkernels.cli.parts.output import opened, progress
 from clipkernels.cli.parts.plot import draw_plot, plot_format
 from clipkernels.data import Preprocess
-from clipkernels.images import Pictures, collate, draw_images
+from clipkernels.images import draw_images
+from clipkernels.images.batches import Pictures, collate
 from clipkernels.measure.choice import MIN_AGREEMENT, choose
 from clipkernels.measure.timing import Clock
 from clipkernels.measure.towers import FREEZE, TIMED_BATCHES, Settings, measure

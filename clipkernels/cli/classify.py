@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters import UnsupportedTower, find_exported
 from clipkernels.classifier import Classifier
 from clipkernels.cli.parts.classes import choose_classes, read_labels, warn_of_one
 from clipkernels.cli.parts.guesses import Guess, guess_writer
@@ -39,7 +39,8 @@ from clipkernels.cli.parts.options import (
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
-from clipkernels.images import Pictures, Reader, collate, draw_images, image_shape
+from clipkernels.images import Reader, draw_images
+from clipkernels.images.batches import Pictures, collate, image_shape
 from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import quantity, skip_message
@@ -283,6 +284,9 @@ def run(
 
 def describe(model: nn.Module) -> str:
     """Return the method that a model runs and its token counts, for people."""
+    exported = find_exported(model)
+    if exported is not None:
+        return f"{exported.method or 'dense'} in {exported.runtime}"
     if not is_supported(model):
         return f"the host's own {type(model.visual).__name__}"
     method, tower = method_of(model), tower_of(model)

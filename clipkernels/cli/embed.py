@@ -37,6 +37,7 @@ from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import one_line, quantity, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import patch
+from clipkernels.runtime.manifest import is_export, read_export
 
 MAX_REASONS = 3
 DTYPE_NAMES: dict[str | None, Any] = {None: None, "fp32": "float32", "fp16": "float16"}
@@ -149,7 +150,7 @@ def embed(
             click.echo("note: without --model this is the bundled model for 32×32 images, a toy", err=True)
         model = cast_towers(model, places[0], DTYPES[precision])
         method = settle(model, spec, method)
-        saved = name is not None and is_artefact(name)
+        saved = name is not None and (is_artefact(name) or is_export(name))
         if spec is None and not saved:
             spec = "none" if method is None else "dense"
         if method is not None:
@@ -163,7 +164,8 @@ def embed(
         if name is None:
             names = Name(*BUNDLED, spec)
         elif saved:  # its own method needs no specification, because the folder holds it
-            names = Name(read_header(name).library, os.path.abspath(name), None, spec)
+            source = read_export(name)["name"]["library"] if is_export(name) else read_header(name).library
+            names = Name(source, os.path.abspath(name), None, spec)
         else:
             names = Name(library, anywhere(name), anywhere(pretrained), spec)
         with stopping() as stop, Reporter(stop, "embedding", first="reading the sources") as report:

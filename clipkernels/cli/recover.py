@@ -34,7 +34,8 @@ from clipkernels.cli.parts.output import opened, write_results
 from clipkernels.cli.parts.reporter import Reporter, duration
 from clipkernels.cli.parts.stopping import stopping
 from clipkernels.cli.parts.whole_models import check_saving, load_whole
-from clipkernels.images import Pictures, draw_images, image_shape
+from clipkernels.images import draw_images
+from clipkernels.images.batches import Pictures, image_shape
 from clipkernels.learn.recovery import Progress, Recovered
 from clipkernels.learn.recovery import recover as recover_tower
 from clipkernels.learn.recovery.state import FOLDER

@@ -34,7 +34,8 @@ from clipkernels.cli.parts.output import (
     schedule,
     write_results,
 )
-from clipkernels.images import Loaded, Pictures, collate, draw_images, image_shape
+from clipkernels.images import draw_images
+from clipkernels.images.batches import Loaded, Pictures, collate, image_shape
 from clipkernels.measure.timing import plan_for
 from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import printable, quantity, skip_message

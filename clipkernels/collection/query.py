@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters import UnsupportedTower, find_exported
 from clipkernels.adapters.text import find_text_encoder
 from clipkernels.adapters.tokenizers import Tokenizer
 from clipkernels.artefacts.header import is_artefact
@@ -21,11 +21,14 @@ from clipkernels.classifier import class_embeddings, eval_mode
 from clipkernels.collection.manifest import Manifest, Settings
 from clipkernels.data import Preprocess, bundled
 from clipkernels.encode import encode_image, tower_weight
+from clipkernels.exporting.exported_model import load_exported
 from clipkernels.fingerprint import check_fingerprint, fingerprint, same_tower, short_fingerprint
-from clipkernels.images import Reader, image_shape
+from clipkernels.images import Reader
+from clipkernels.images.batches import image_shape
 from clipkernels.methods import Dense, Schedule
 from clipkernels.patching import method_of, patch, unpatch
 from clipkernels.plan_records import read_plan
+from clipkernels.runtime.manifest import is_export
 
 BUNDLED = ("clipkernels", "bundled", None)
 """Library, model and pretrained of the bundled model in a manifest."""
@@ -49,8 +52,8 @@ def load_recorded(
 ) -> tuple[nn.Module, Preprocess | None, Tokenizer | None]:
     """The model of a collection in its precision, its preprocessing and its tokenizer, if it takes no library's name.
 
-    That is the bundled model, or the model of a folder of `ck.save`, patched with the method of the folder. It runs the
-    schedule of the manifest, if that has one.
+    That is the bundled model, the model of a folder of `ck.save`, patched with the method of the folder, or an exported
+    folder, which stays on the CPU. It runs the schedule of the manifest, if that has one.
 
     Raises:
         ValueError: another model made the collection, or the folder is not as it was written.
@@ -65,6 +68,8 @@ def load_recorded(
         model = model.to(device)
     elif is_saved(settings):
         model, preprocess, tokenizer = load_artefact(str(settings.model), device=device or "cpu")
+    elif is_from_export(settings):
+        model, preprocess, tokenizer = load_exported(str(settings.model))
     else:
         name = settings.model or "a model from Python"
         raise ValueError(f"expected a model for a collection of {name}, got none: pass model, preprocess and tokenizer")
@@ -82,6 +87,11 @@ def load_recorded(
 def is_saved(settings: Settings) -> bool:
     """Return true if a collection's model is a folder of `ck.save`, which is there."""
     return settings.model is not None and settings.pretrained is None and is_artefact(settings.model)
+
+
+def is_from_export(settings: Settings) -> bool:
+    """Return true if a collection's model is an exported folder, which is there."""
+    return settings.model is not None and settings.pretrained is None and is_export(settings.model)
 
 
 def recorded_schedule(manifest: Manifest) -> Schedule | None:
@@ -141,8 +151,10 @@ def encode_picture(model: nn.Module, preprocess: Preprocess, image: QueryImage, 
 
 def warn_of_method(folder: object, settings: Settings, model: nn.Module) -> None:
     """Warn if images of a collection were encoded with another method than a model is patched with."""
-    method = _method(model)
+    method, exported = _method(model), find_exported(model)
     actual = HOST if method is None else repr(method)
+    if exported is not None:
+        actual = exported.method or HOST
     if actual != settings.method and {actual, settings.method} != {HOST, repr(Dense())}:
         warnings.warn(
             f"the query is encoded with {actual}, the images of {folder} with {settings.method}: their similarities "

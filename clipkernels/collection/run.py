@@ -49,7 +49,8 @@ from clipkernels.collection.sources.absent import find_planned
 from clipkernels.collection.sources.content import changed_content
 from clipkernels.collection.store import Store
 from clipkernels.data import Preprocess
-from clipkernels.images import Reader, image_shape
+from clipkernels.images import Reader
+from clipkernels.images.batches import image_shape
 from clipkernels.messages import quantity
 
 UNIT_ROWS = 1024

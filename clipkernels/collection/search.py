@@ -64,8 +64,9 @@ def search(
         image: the query: an image file, the content of one, or a PIL image; or None.
         k: hits; fewer, if the collection has fewer rows.
         model: the model that made the collection, patched with the method that made it, in eval mode or not. None loads
-            the bundled model, or the folder of `ck.save` that `clipkernels embed` had as its model, with its method;
-            and a `ck.Schedule` is recorded in the collection. Other methods of the bundled model are not known here.
+            the bundled model, or the folder of `ck.save` or of `ck.export` that `clipkernels embed` had as its model,
+            with its method; and a `ck.Schedule` is recorded in the collection. Other methods of the bundled model are
+            not known here.
         preprocess: a callable from a PIL image to a tensor (3,S,S); needed with a model and an image.
         tokenizer: as in `ck.Classifier`; needed with a model and a text.
         device: of a model that is loaded. A given model stays where it is.

@@ -17,7 +17,8 @@ from clipkernels.collection.packages import pyarrow
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.fingerprint import fingerprint
-from clipkernels.images import Reader, image_shape
+from clipkernels.images import Reader
+from clipkernels.images.batches import image_shape
 from clipkernels.methods import Dense, Schedule
 from clipkernels.patching import method_of
 from clipkernels.plan_records import PlanRecord, record_plan
@@ -50,11 +51,12 @@ def settings_of(
         UnsupportedTower: a model that `ck.encode_image` does not take, or without a text tower for captions.
     """
     about, weight = encoder_of(model, preprocess, reader), tower_weight(model)
+    exported = adapters.find_exported(model)
     try:
         tower = adapters.find_tower(model)
         tokens = list(make_plan(method_of(model) or Dense(), tower, tower.num_tokens).tokens)
-    except UnsupportedTower:  # a ResNet
-        tokens = []
+    except UnsupportedTower:  # a ResNet, or an exported model
+        tokens = list(exported.tokens) if exported else []
     if text is not None:
         find_text_encoder(model)
     shape = image_shape(model, preprocess)

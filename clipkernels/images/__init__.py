@@ -1,6 +1,5 @@
-"""Image files: the one walker that finds them and the one reader that opens them."""
+"""Image files: the one walker that finds them and the one reader that opens them; neither imports torch."""
 
-from clipkernels.images.batches import Loaded, Pictures, collate, image_shape, to_rgb
 from clipkernels.images.formats import is_image_name, readable_formats
 from clipkernels.images.reader import Reader, read_bytes
 from clipkernels.images.walker import (
@@ -16,13 +15,9 @@ from clipkernels.images.walker import (
 
 __all__ = [
     "Found",
-    "Loaded",
-    "Pictures",
     "Reader",
-    "collate",
     "draw_images",
     "find_images",
-    "image_shape",
     "images_below",
     "images_by_folder",
     "is_image_name",
@@ -30,6 +25,5 @@ __all__ = [
     "no_images",
     "read_bytes",
     "readable_formats",
-    "to_rgb",
     "walk",
 ]

@@ -12,16 +12,18 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base
-from torch import Tensor
 
 from clipkernels.files import open_regular
 from clipkernels.images.formats import REMEDIES, SIGNATURES, readable_formats
 from clipkernels.messages import join_sizes, reason_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_BYTES = 512 * 2**20
 MAX_RATIO = 200
@@ -100,6 +102,8 @@ def preprocessed(
     image: Image.Image, preprocess: Callable[[Image.Image], Tensor], shape: tuple[int, ...]
 ) -> Tensor | str:
     """An image as preprocessed tensor of a `shape`, or the reason why there is none, in one line."""
+    from torch import Tensor  # here, because the reader alone runs without torch
+
     try:
         pixels = preprocess(image)
     except Exception as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from clipkernels.encode import encode_image, tower_weight
-from clipkernels.images import Loaded, Pictures, collate
+from clipkernels.images.batches import Loaded, Pictures, collate
 from clipkernels.images.reader import preprocessed
 from clipkernels.methods import Dense, Method
 from clipkernels.patching import patched

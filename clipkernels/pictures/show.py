@@ -15,7 +15,7 @@ from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.arguments import check_calls, check_flags, check_int, check_model, describe, is_list
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
-from clipkernels.images import Pictures, image_shape, to_rgb
+from clipkernels.images.batches import Pictures, image_shape, to_rgb
 from clipkernels.messages import list_items, printable, quantity
 from clipkernels.method_names import short_name
 from clipkernels.methods import Dense, Method

@@ -26,19 +26,19 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from clipkernels.adapters import UnsupportedTower
+from clipkernels.adapters import UnsupportedTower, find_exported
 from clipkernels.arguments import check_calls, check_model
 from clipkernels.classifier import eval_mode
 from clipkernels.data import Preprocess
 from clipkernels.encode import encode_image, tower_weight
-from clipkernels.files import digest_table
 from clipkernels.fingerprint import fingerprint
 from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
-from clipkernels.images import Reader, image_shape, read_bytes
+from clipkernels.images import Reader, read_bytes
+from clipkernels.images.batches import image_shape
 from clipkernels.messages import reason_of, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of
-from clipkernels.state_files import read_state, write_state
+from clipkernels.state_files import digest_table, read_state, write_state
 
 Progress = Callable[[str, int, int], object]
 """Called with the stage, the number of finished items and the number of all items."""
@@ -124,11 +124,14 @@ def encoder_of(model: nn.Module, preprocess: Preprocess, reader: Reader) -> Enco
     """
     check_calls(preprocess=preprocess)
     check_model(model)
+    exported = find_exported(model)
     try:
-        method = method_of(model)
+        method = None if exported else method_of(model)
     except UnsupportedTower:  # a ResNet
         method = None
     method_name = "host" if method is None or isinstance(method, Dense) else repr(method)
+    if exported is not None and exported.method is not None:
+        method_name = exported.method
     ramp = torch.arange(3 * 240 * 320).remainder(251).byte().view(240, 320, 3).numpy()
     hashes = {_bytes_hash(preprocess(Image.fromarray(ramp))) for _ in range(2)}
     if len(hashes) > 1:

@@ -152,13 +152,15 @@ def test_the_module_runs_as_a_program() -> None:
 
 
 def _verbs() -> Iterator[Any]:
-    """Every verb; the three that measure or check everything are slow and have their own tests."""
+    """Every verb; those that measure, check or export everything are slow and have their own tests."""
     for verb in sorted(SHORT_HELPS):
-        yield pytest.param(verb, marks=[pytest.mark.slow] if verb in ("bench", "check", "demo") else [])
+        yield pytest.param(verb, marks=[pytest.mark.slow] if verb in ("bench", "check", "demo", "export") else [])
 
 
 @pytest.mark.parametrize("verb", list(_verbs()))
 def test_the_examples_of_a_help_run(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if verb == "export":
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     monkeypatch.chdir(tmp_path)
     commands = list(examples(verb))
     assert commands[-1][:2] == ["clipkernels", verb]

@@ -21,7 +21,8 @@ import clipkernels as ck
 from clipkernels import support
 from clipkernels.cli.parts.demo_images import QUICK, draw, save
 from clipkernels.data import digits
-from clipkernels.images import Pictures, Reader
+from clipkernels.images import Reader
+from clipkernels.images.batches import Pictures
 from clipkernels.learn.patch_ranking import (
     Rankings,
     RankPredictor,

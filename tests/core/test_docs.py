@@ -28,7 +28,7 @@ from clipkernels.cli.parts.methods import GRAMMARS
 ROOT = Path(__file__).parents[2]
 GUIDES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 # Extra packages that a block needs, by a word in the block.
-PACKAGES = {"torch.onnx": "onnxscript", "support.retrieve": "faiss", "from peft": "peft"}
+PACKAGES = {"ck.export": "onnxscript", "torch.onnx": "onnxscript", "support.retrieve": "faiss", "from peft": "peft"}
 PACKAGES |= {"duckdb": "duckdb", '"collection"': "pyarrow", "ck.search": "faiss"}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
 # As deep as the real tower and with as many tokens, but narrow.

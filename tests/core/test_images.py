@@ -25,9 +25,7 @@ from clipkernels import files, messages
 from clipkernels.files import open_regular
 from clipkernels.images import (
     Found,
-    Pictures,
     Reader,
-    collate,
     find_images,
     formats,
     images_below,
@@ -36,6 +34,7 @@ from clipkernels.images import (
     reader,
     walker,
 )
+from clipkernels.images.batches import Pictures, collate
 
 T = Image.Transpose
 # The transposition that stores an upright image so that the tag turns it upright again.

@@ -243,7 +243,7 @@ def test_the_worst_images_come_first(tiny: nn.Module, monkeypatch: pytest.Monkey
 
 
 def test_an_embedding_that_is_not_finite_is_the_worst(tiny: nn.Module) -> None:
-    from clipkernels.images import Loaded
+    from clipkernels.images.batches import Loaded
     from clipkernels.pictures.moves import measure_moves
 
     images = torch.stack([preprocess(image) for image in scene_images(3)])

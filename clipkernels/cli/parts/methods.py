@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import click
 from torch import nn
 
-from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.adapters import Tower, UnsupportedTower, find_exported
 from clipkernels.learn.patch_ranking import RankPredictor, VisualTokens
 from clipkernels.measure.timing import HOST, gmacs_for, plan_for
 from clipkernels.messages import reason_of
@@ -145,7 +145,14 @@ def settle(model: nn.Module, spec: str | None, method: Method | None) -> Method 
 
     The model is unpatched if the host's own forward is specified. A tower that is not supported runs that, unless a
     method is specified for it.
+
+    Raises:
+        click.UsageError: a method is specified for an exported model.
     """
+    exported = find_exported(model)
+    if exported is not None and spec is not None:
+        runs = exported.method or "the host's own forward"
+        raise click.UsageError(f"expected no --method with an exported model, which runs {runs}, got {spec}")
     try:
         own = method_of(model)
     except UnsupportedTower:

@@ -28,7 +28,7 @@ from clipkernels.patching import tower_of
 class Loaded(NamedTuple):
     """A model in fp32 and eval mode, its preprocessing from an image to a tensor (3,S,S), and its weights' source.
 
-    The source is "bundled", "random", "saved", a tag, a file or a model of a hub.
+    The source is "bundled", "random", "saved", "exported", a tag, a file or a model of a hub.
     """
 
     model: nn.Module

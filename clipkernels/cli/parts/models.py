@@ -10,6 +10,7 @@ import click
 import torch
 from torch import nn
 
+from clipkernels.adapters import find_exported
 from clipkernels.artefacts.header import is_artefact, read_header
 from clipkernels.artefacts.load import load as load_artefact
 from clipkernels.cli.parts.model_libraries import (
@@ -25,13 +26,15 @@ from clipkernels.cli.parts.model_libraries import (
     transformers_preprocess,
 )
 from clipkernels.data import Preprocess, bundled
+from clipkernels.exporting.exported_model import load_exported
 from clipkernels.messages import first_line
 from clipkernels.patching import tower_of
+from clipkernels.runtime.manifest import is_export, read_export
 
 LIBRARIES = ("open_clip", "transformers", "timm")
 NAME_HELP = (
     "The library's name for the model; transformers: a folder or a name on the hub; or a folder of ck.save, whose "
-    "method runs too.  [default: the small bundled CLIP]"
+    "method runs too. classify and embed also take a folder of clipkernels export.  [default: the small bundled CLIP]"
 )
 WEIGHTS_HELP = (
     "Weights. open_clip, timm: a tag, which is downloaded, or a checkpoint file; transformers: a revision such as "
@@ -58,7 +61,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def load(library: str, name: str | None, pretrained: str | None) -> Loaded:
-    """Return the bundled model, a library's, or that of a folder of `ck.save`, patched with the folder's method.
+    """Return the bundled model, a library's, or a folder's: of `ck.save`, patched with its method, or an exported one.
 
     Raises:
         click.UsageError: an unknown model or tag, or a package that is not installed.
@@ -72,6 +75,9 @@ def load(library: str, name: str | None, pretrained: str | None) -> Loaded:
     if is_artefact(name):
         model, preprocess, _ = load_saved(library, name, pretrained, text=False)
         return Loaded(model, preprocess, "saved")
+    if is_export(name):
+        model, preprocess, _ = load_from_export(library, name, pretrained, text=False)
+        return Loaded(model, preprocess, "exported")
     loader = {"open_clip": load_open_clip, "transformers": load_transformers, "timm": load_timm}[library]
     model, preprocess, weights = loader(name, pretrained)
     return Loaded(model.float().eval(), preprocess, weights)
@@ -87,6 +93,8 @@ def load_clip(library: str, name: str | None, pretrained: str | None) -> tuple[n
     """
     if name is not None and is_artefact(name):
         return load_saved(library, name, pretrained, text=True)
+    if name is not None and is_export(name):
+        return load_from_export(library, name, pretrained, text=True)
     if name is not None and library == "timm":
         expected = "expected a model with a text tower (--library open_clip or transformers)"
         raise click.UsageError(f"{expected}, got timm's {name}: timm has no text tower")
@@ -124,6 +132,27 @@ def load_saved(library: str, name: str, pretrained: str | None, text: bool) -> t
     return model.float(), preprocess, tokenizer
 
 
+def load_from_export(library: str, name: str, pretrained: str | None, text: bool) -> tuple[nn.Module, Preprocess, Any]:
+    """Return an exported folder as a model, its preprocessing and its tokenizer, which may be None without `text`.
+
+    Raises:
+        click.UsageError: options that do not go with such a folder, one without text, or a missing package.
+        ValueError: the folder is not as it was written.
+    """
+    info = read_export(name)
+    if pretrained not in (None, "local") or library not in (LIBRARIES[0], info["name"]["library"]):
+        option = "--library" if pretrained in (None, "local") else "--pretrained"
+        value = library if option == "--library" else pretrained
+        raise click.UsageError(f"expected no {option} with {name}, which was exported with its weights, got {value}")
+    for part, noun in (("text", "text tower"), ("tokenizer", "tokenizer")) if text else ():
+        if info[part] is None:
+            raise click.UsageError(f"expected an exported folder with a {noun}, got {name} without: export it again")
+    try:
+        return load_exported(name)
+    except ImportError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def refuse_unnamed(**options: str | None) -> None:
     """Raise click.UsageError for an option about a model when no model is named."""
     for option, value in options.items():
@@ -135,7 +164,14 @@ def cast_towers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> n
     """Return a model on a device, in eval mode and in `dtype`, all but the scale and the bias of its logits.
 
     The scale is stored as its logarithm, whose rounding to bf16 may change it by more than a percent.
+
+    Raises:
+        click.UsageError: another precision than fp32 for an exported model, which has its own.
     """
+    exported = find_exported(model)
+    if exported is not None and dtype != torch.float32:
+        expected = f"expected no --precision with an exported model, which has its own ({exported.runtime})"
+        raise click.UsageError(f"{expected}, got {str(dtype).removeprefix('torch.')}")
     numbers = {name: getattr(model, name, None) for name in ("logit_scale", "logit_bias")}
     copies = {name: number.detach().clone() for name, number in numbers.items() if number is not None}
     model = model.to(device, dtype).eval()

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clipkernels.files import digest_table
 from clipkernels.fingerprint import same_probe, same_tower, short_fingerprint
 from clipkernels.formats import Fingerprint, Format, Line, TensorSpec
 from clipkernels.learn.distill.features import TeacherFeatures
 from clipkernels.messages import quantity
-from clipkernels.state_files import write_state
+from clipkernels.state_files import digest_table, write_state
 
 Kind = Literal["image", "text"]
 About = Mapping[str, Any]

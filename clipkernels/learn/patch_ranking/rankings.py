@@ -20,11 +20,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from clipkernels.files import digest_table, sweep
+from clipkernels.files import sweep
 from clipkernels.formats import Count, Fingerprint, Format, Line, Size, TensorSpec
 from clipkernels.heads import ZeroShot
 from clipkernels.messages import quantity
-from clipkernels.state_files import read_state, write_state
+from clipkernels.state_files import digest_table, read_state, write_state
 
 
 class RankingOptions(msgspec.Struct, forbid_unknown_fields=True):

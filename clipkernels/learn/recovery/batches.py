@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipkernels.encode import check_images
-from clipkernels.files import digest_table
 from clipkernels.images.loaders import Loader
+from clipkernels.state_files import digest_table
 
 DIGEST_VALUES = 4096
 ABSENT = bytes(32)
