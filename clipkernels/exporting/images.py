@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clipkernels.arguments import describe
+from clipkernels.arguments import check_path, describe
 from clipkernels.encode import check_images, check_images_list
 from clipkernels.images.batches import Pictures, collate, image_shape
 from clipkernels.images.walker import draw_images, find_images
-from clipkernels.messages import first_line, quantity
+from clipkernels.messages import first_line, quantity, skip_message
 
 Images = Tensor | Sequence[Any] | str | os.PathLike[str]
 """Preprocessed images (n,3,S,S), a sequence of (3,S,S), or files and folders."""
@@ -29,20 +30,30 @@ def as_images(name: str, images: Images, preprocess: Callable[[Image.Image], Ten
         ValueError: no images, images of another size, or files none of which is an image.
         TypeError: no images at all.
         OSError: a folder cannot be read.
+    Warns:
+        UserWarning: a file that is no image, which is left out.
     """
     if isinstance(images, str | os.PathLike):
         images = [images]
-    if not isinstance(images, Tensor) and len(images) and isinstance(images[0], str | os.PathLike):
+    if isinstance(images, Sequence) and len(images) and isinstance(images[0], str | os.PathLike):
+        for path in images:
+            check_path(**{name: path})
         paths = draw_images(find_images([os.fspath(path) for path in images]).paths, LIMIT, 0)
         pictures = Pictures(paths, preprocess, shape)
         loaded = collate([pictures[index] for index in range(len(paths))])
         if loaded.images is None:
             reason = loaded.failed[0][1] if loaded.failed else "there are no files"
             raise ValueError(f"{name} must be images, got {quantity(len(paths), 'file')} without one: {reason}")
+        for index, reason in loaded.failed:
+            warnings.warn(f"{name}: {skip_message(paths[index], reason)}", stacklevel=3)
         return loaded.images.float()
-    check_images_list(images)
-    tensor = images if isinstance(images, Tensor) else torch.stack([torch.as_tensor(image) for image in images])
-    check_images(tensor, (shape[1], shape[2]))
+    try:
+        check_images_list(images)
+        tensor = images if isinstance(images, Tensor) else torch.stack([torch.as_tensor(image) for image in images])
+        check_images(tensor, (shape[1], shape[2]))
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes that differ
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {first_line(error)}") from error
     return tensor.detach().float().cpu()
 
 

@@ -52,7 +52,7 @@ def find_images(sources: Sequence[str]) -> Found:
     for source in sources:
         matches = [source] if os.path.lexists(source) else sorted(_expand(source))
         if not matches:
-            raise ValueError(f"expected a file, a folder or a glob, got {source!r}, which matches nothing")
+            raise ValueError(f"expected a file, a folder or a glob, got {source!r:.200}, which matches nothing")
         files: dict[str, None] = {}  # a glob may match a folder and the files in it
         for path in matches:
             if not os.path.isdir(path):

@@ -53,6 +53,7 @@ PATHS = {
     "recover.state",
     "tune.state",
     "tune.cost",
+    "export.config",  # a name
 }
 CALLABLE = {"progress", "tokenizer", "join", "head", "report", "note", "preprocess", "source"}
 TAKEN = {
@@ -66,7 +67,9 @@ TAKEN = {
         "TeacherFeatures.align.words", "TeacherFeatures.align.regions", "RankPredictor.__call__.prefix",
         "ByteTokenizer.__call__.context_length", "embed.text", "embed.tokenizer", "image_column", "id_column", "dtype",
         "devices", "search.model", "search.preprocess", "search.tokenizer", "image",
-        "save.config", "save.tokenizer", "save.preprocess", "fidelity", "show.worst", "show.names",
+        "save.config", "save.tokenizer", "save.preprocess", "fidelity",
+        "export.tokenizer", "export.preprocess", "export.config", "export.layout", "calibrate", "check", "min_cosine",
+        "show.worst", "show.names",
         "compile.freeze", "compile.mode", "compile.batch_sizes",
         "lora", "recover.state", "tune.labels", "tune.classes", "tune.captions", "tune.caption_ids", "tune.cost",
         "tune.state",
@@ -78,7 +81,7 @@ TAKEN = {
     "infinity": {"TargetedDistillation.temperature"},
     "a list": {"grid"},
     "a tuple": {"fit_tokens.images", "golden_ranking.images"},  # three images and two labels
-    "a dict": {"about", "classes", "texts", "answers", "fidelity"},  # iterables of strings
+    "a dict": {"about", "classes", "texts", "answers", "fidelity", "export.config"},  # iterables of strings
     "a str": {"ByteTokenizer.__call__.texts"} | PATHS,
     "a long str": {"ByteTokenizer.__call__.texts"} | PATHS,
     "a module": CALLABLE | {"ungraphed.model", "uncompile.model"},
@@ -219,6 +222,12 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "patch": (ck.patch, {"model": model(), "method": ck.Dense()}),
         **{name: (getattr(ck, name), {"model": model()}) for name in (
             "unpatch", "method_of", "tower_of", "ungraphed", "uncompile", "compilation_of")},
+        "export": (
+            ck.export,
+            {"model": model(), "folder": str(Path(folder, "exported")), "to": "pt2", "precision": "fp32",
+             "tokenizer": None, "preprocess": ck.bundled()[1], "calibrate": None, "min_cosine": None, "config": None,
+             "layout": None, "check": images()},
+        ),
         "save": (
             ck.save,
             {

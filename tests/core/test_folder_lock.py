@@ -21,11 +21,12 @@ import os, sys, time
 from pathlib import Path
 from clipkernels.folder_lock import Lock
 lock = Lock(Path(sys.argv[1]))
-child = os.fork() if len(sys.argv) > 2 else 0
-if not child and len(sys.argv) > 2:
-    os.close(1)
+forks = len(sys.argv) > 2
+if forks and os.fork():
     time.sleep(60)
-print(child, flush=True)
+print(os.getpid() if forks else 0, flush=True)  # by the child, which has then let go of the lock
+if forks:
+    os.close(1)
 time.sleep(60)
 """
 
