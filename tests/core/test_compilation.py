@@ -281,7 +281,7 @@ def test_a_mode_of_torch_without_freezing_reads_new_weights(mode: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [None, ck.EViT(0.7), ck.ToMe(4)], ids=str)
-@torch.inference_mode()
+@torch.no_grad()
 def test_frozen_bf16_is_as_near_to_fp32_as_eager_bf16(tiny: nn.Module, method: Any) -> None:
     model: Any = tiny if method is None else ck.patch(tiny, method)
     _, preprocess, _ = ck.bundled()
