@@ -75,17 +75,21 @@ def drop_expands(model: Any) -> None:
     The bias of attention by sizes of tokens is such rows. With copies, OpenVINO does not recognise the attention.
     """
 
-    def shape(value: Any) -> tuple[Any, ...]:
-        return tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim)
+    def shape(value: Any) -> list[Any]:
+        return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
 
-    shapes = {value.name: shape(value) for value in (*model.graph.value_info, *model.graph.output)}
+    shapes = {value.name: shape(value) for value in (*model.graph.value_info, *model.graph.input)}
     makers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         if node.op_type != "Add":
             continue
         for index, name in enumerate(node.input):
-            other = shapes.get(node.input[1 - index])
-            if name in makers and makers[name].op_type == "Expand" and other and other == shapes.get(node.output[0]):
+            if name not in makers or makers[name].op_type != "Expand":
+                continue
+            row, rows, other = (shapes.get(x, []) for x in (makers[name].input[0], name, node.input[1 - index]))
+            # Sizes that are not known are 0.
+            repeated = [sizes[1:] for sizes in zip(row, rows, other, strict=False) if sizes[0] != sizes[1]]
+            if len(row) == len(rows) == len(other) > 0 and all(size and size == known for size, known in repeated):
                 node.input[index] = makers[name].input[0]
     names = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
     for node in [node for node in model.graph.node if node.op_type == "Expand" and node.output[0] not in names]:

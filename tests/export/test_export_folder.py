@@ -216,11 +216,11 @@ def test_copies_of_rows_are_dropped_where_an_addition_repeats_them() -> None:
         helper.make_node("Add", ["x", "rows"], ["y"]),
         helper.make_node("Add", ["small", "rows"], ["z"]),
     ]
-    sizes = {"row": (1, 3), "small": (1, 3), "x": (2, 3), "y": (2, 3), "z": (2, 3)}
+    sizes = {"row": (1, 3), "small": (1, 3), "x": (2, 3), "rows": (2, 3), "y": (2, 3), "z": (2, 3)}
     values = {name: helper.make_tensor_value_info(name, floats, size) for name, size in sizes.items()}
     shape = onnx.numpy_helper.from_array(np.array([2, 3]), "shape")
     inputs, outputs = [values["row"], values["small"], values["x"]], [values["y"], values["z"]]
-    graph = helper.make_graph(nodes, "g", inputs, outputs, [shape], value_info=inputs)
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [shape], value_info=[values["rows"]])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     feed = {name: np.random.default_rng(0).random(sizes[name], np.float32) for name in ("row", "small", "x")}
     before = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)
