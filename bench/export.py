@@ -1,7 +1,7 @@
-"""Exported towers on the CPU: parity with PyTorch, fidelity of INT8, sizes, memory and, with --rounds, speed and η.
+"""Towers in every runtime of a CPU: parity with PyTorch, fidelity of INT8, sizes, memory, and speed with --rounds.
 
     python -m bench.export --photos cifar10-val.tar.gz --out export-parity.csv
-    python -m bench.export --towers open_clip timm --batch 1 8 --rounds 5 --out export.csv
+    python -m bench.export --towers open_clip --batch 1 8 --rounds 15 --out runtimes.csv
     python -m bench.export --towers clip --layers 2 --limit 16
 
 The towers are the bundled one, and a random-weight B/16 of each library, unpatched and patched, as `ck.export` writes
@@ -16,8 +16,9 @@ give the scales of INT8. Without --photos both are noise. Each row has
 A patched graph with a scatter, a NonZero or a loop stops the run, and so does a fp32 graph with other embeddings. One
 image in ten of a reduced tower may differ by more than rounding, because two of its tokens may be nearly tied.
 
-Speed-ups and η are against the fastest dense variant of the same runtime. All variants of a tower are interleaved and
-timed by the CPU time of one thread.
+Speed-ups and η are against the fastest dense variant of the same runtime and precision; those of the columns best_… are
+against the fastest dense variant of any runtime in the precision. All variants of a tower are interleaved and timed by
+the CPU time of one thread; "Dense() again" is Dense() a second time.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ from bench.result_files import draw, resume, write
 from bench.studies.tiny_clip import read
 from clipkernels.exporting.files import installed_versions
 from clipkernels.exporting.images import noise
+from clipkernels.exporting.parity import BATCHES
 from clipkernels.measure.environment import environment
-from clipkernels.measure.timing import Speed, Times, Variant, measure, tabulate
+from clipkernels.measure.timing import Speed, Times, measure, tabulate
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
 
-BUNDLED = "bundled"
+BUNDLED, AGAIN = "bundled", "Dense() again"
 TOWERS: dict[str, Callable[[int | None], nn.Module]] = {
     BUNDLED: lambda layers: ck.bundled()[0],
     "open_clip": lambda layers: open_clip_tower("ViT-B-16", layers),
@@ -79,6 +81,9 @@ METHODS: dict[str, Mapping[str, ck.Method | None]] = {
     },
 }
 DEFAULT_RUNTIMES = tuple(name for name in RUNTIMES if name != "torch.export")
+BEST = ("baseline", "speedup", "speedup_p10", "speedup_p90", "efficiency", "efficiency_p10", "efficiency_p90")
+"""Columns that a row has against the fastest dense variant of any runtime, too."""
+WARMUP = 2
 CALIBRATION = {"photographs": 300, "noise": 64}
 """Images that give the scales of INT8."""
 
@@ -104,7 +109,8 @@ def main() -> None:
         model = model if name == BUNDLED else randomized(model, arguments.seed)
         with torch.no_grad(), TemporaryDirectory() as folder:
             images, methods = read_images(model, name, arguments), METHODS[BUNDLED if name == BUNDLED else "B/16"]
-            graphs = export_all(model, methods, arguments.runtimes, images, Path(folder), console.print)
+            sizes = [batch for batch in batches if batch is not None] or [BATCHES[-1]]
+            graphs = export_all(model, methods, arguments.runtimes, images, Path(folder), sizes, console.print)
             console.print(draw_parity(name, graphs))
             for batch in pending:
                 case = {"library": name, "tower": NAMES[name], "batch": batch}
@@ -200,44 +206,79 @@ def rows_of(
             for variant, graph in variants.items()
         ]
     records = []
-    for runtime, speeds in paired(model, graphs, case["batch"], arguments).items():
-        console.print(draw(f"{case['library']} {case['tower']}, {runtime}, batch {case['batch']}", speeds))
-        for speed in speeds:
-            figures = graphs[runtime][speed.name].figures
-            records.append({**case, "runtime": runtime, **speed.record(), **figures, "commit": commit})
+    speeds, best = paired(model, graphs, case["batch"], arguments)
+    for runtime, table in speeds.items():
+        console.print(draw(f"{case['library']} {case['tower']}, {runtime}, batch {case['batch']}", table))
+        for speed in table:
+            figures = graphs[runtime][speed.name.removesuffix(" again")].figures
+            overall = best[f"{runtime}: {speed.name}"].record()
+            against = {f"best_{name}": overall[name] for name in BEST}
+            precision = RUNTIMES[runtime][1]
+            row = {"runtime": runtime, "precision": precision, **speed.record(), **against, **figures}
+            records.append({**case, **row, "commit": commit})
+    console.print(draw_best(best, graphs, f"{case['library']} {case['tower']}, batch {case['batch']}"))
     return records
+
+
+def draw_best(best: Mapping[str, Speed], graphs: Mapping[str, Mapping[str, Graph]], title: str) -> Table:
+    """Return a terminal table of the fastest runtime of every variant, by precision."""
+    columns = ("precision", "variant", "fastest in", "ms", "speed-up", "η", "against")
+    table = Table(*columns, title=f"{title}: the fastest runtimes", title_justify="left")
+    for precision in dict.fromkeys(RUNTIMES[runtime][1] for runtime in graphs):
+        runtimes = [runtime for runtime in graphs if RUNTIMES[runtime][1] == precision]
+        for name in graphs[runtimes[0]]:
+            runtime = min(runtimes, key=lambda each: best[f"{each}: {name}"].seconds.median)
+            row = best[f"{runtime}: {name}"]
+            figures = (f"{1e3 * row.seconds.median:.1f}", f"×{row.speedup.median:.2f}", f"{row.efficiency.median:.2f}")
+            table.add_row(precision, name, runtime, *figures, row.baseline)
+    return table
 
 
 def paired(
     model: nn.Module, graphs: Mapping[str, Mapping[str, Graph]], batch: int, arguments: argparse.Namespace
-) -> dict[str, list[Speed]]:
-    """Return the speeds of each runtime at one batch size, with the variants of all runtimes interleaved."""
+) -> tuple[dict[str, list[Speed]], dict[str, Speed]]:
+    """Return the speeds at one batch size, with the variants of all runtimes interleaved.
+
+    Returns:
+        The speeds of each runtime, against its fastest dense variant; and those of each "runtime: variant", against the
+        fastest dense variant of any runtime in its precision.
+    """
     tower = ck.tower_of(model)
     generator = torch.Generator().manual_seed(arguments.seed + 2)
     sets = torch.randn(3, batch, 3, *tower.image_size, generator=generator).unbind()
 
-    def runner(encode: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    def runner(encode: Callable[[Tensor], Any]) -> Callable[[], Any]:
         turn = cycle(sets)
         return lambda: encode(next(turn))
 
-    calls = {
-        f"{runtime} {variant}": runner(graph.encode)
-        for runtime, variants in graphs.items()
-        for variant, graph in variants.items()
+    variants = {
+        runtime: {name: graph.variant for name, graph in named.items()}
+        | ({AGAIN: named["Dense()"].variant} if "Dense()" in named else {})
+        for runtime, named in graphs.items()
     }
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"batch {batch}", total=(arguments.rounds + 1) * len(calls))
+    calls = {
+        f"{runtime}: {name}": runner(variant.encode)
+        for runtime, named in variants.items()
+        for name, variant in named.items()
+    }
+    with Progress(console=Console(stderr=True), transient=True) as bar, torch.inference_mode():
+        task = bar.add_task(f"batch {batch}", total=(arguments.rounds + WARMUP) * len(calls))
         advance = lambda: bar.advance(task)  # noqa: E731
-        times = measure(calls, arguments.rounds, seed=arguments.seed, clock="process", progress=advance)
-    rows = {}
-    for runtime, variants in graphs.items():
-        seconds = {variant: times.seconds[f"{runtime} {variant}"] for variant in variants}
-        ran = {
-            variant: Variant(graph.encode, graph.method or ck.Dense(), tower.pools_cls and bool(graph.method))
-            for variant, graph in variants.items()
+        times = measure(calls, arguments.rounds, WARMUP, arguments.seed, "process", advance)
+    speeds = {
+        runtime: tabulate(Times({name: times.seconds[f"{runtime}: {name}"] for name in named}), named, tower, batch)
+        for runtime, named in variants.items()
+    }
+    best = {}
+    for precision in {RUNTIMES[runtime][1] for runtime in variants}:
+        same = {
+            f"{runtime}: {name}": variant
+            for runtime, named in variants.items()
+            if RUNTIMES[runtime][1] == precision
+            for name, variant in named.items()
         }
-        rows[runtime] = tabulate(Times(seconds), ran, tower, batch)
-    return rows
+        best |= {row.name: row for row in tabulate(times, same, tower, batch)}
+    return speeds, best
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Graphs of exported towers for `bench.export`: written, checked, and their figures but for speed."""
+"""Towers in every runtime for `bench.export`: written, checked, and their figures but for speed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,14 @@ from clipkernels.exporting.memory import peak_memory
 from clipkernels.exporting.parity import encode_all, measure_parity
 from clipkernels.exporting.report import Products
 from clipkernels.exporting.towers import IMAGE_NAMES
+from clipkernels.measure.timing import Variant, vary
 from clipkernels.runtime.engines import HINTS, load_engine
 
 RUNTIMES = {
     "eager": ("torch", "fp32"),
+    "eager bf16": ("torch", "bf16"),
+    "frozen": ("frozen", "fp32"),
+    "frozen bf16": ("frozen", "bf16"),
     "torch.export": ("pt2", "fp32"),
     "onnxruntime": ("onnx", "fp32"),
     "onnxruntime int8": ("onnx", "int8"),
@@ -32,6 +37,7 @@ RUNTIMES = {
     "openvino bf16": ("openvino", "bf16"),
     "openvino int8": ("openvino", "int8"),
 }
+TORCH = ("torch", "frozen")
 MIN_NEAR = {"dense": 0.99, "reduced": 0.9}
 TEMPLATE = "a photo of a {}."
 
@@ -46,10 +52,9 @@ class Images(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """A variant in a runtime: its function from images to embeddings, its method, and its figures but for speed."""
+    """A variant in a runtime: how it encodes images (B,3,S,S) float32, and its figures but for speed."""
 
-    encode: Callable[[Tensor], Tensor]
-    method: ck.Method | None
+    variant: Variant
     figures: Mapping[str, Any]
 
 
@@ -59,6 +64,7 @@ def export_all(
     runtimes: Sequence[str],
     images: Images,
     folder: Path,
+    batch_sizes: Sequence[int],
     say: Callable[[str], object],
 ) -> dict[str, dict[str, Graph]]:
     """Return every variant of a model in every runtime, after checking its embeddings and its graph.
@@ -69,10 +75,12 @@ def export_all(
         runtimes: names of RUNTIMES.
         images: for comparison and calibration.
         folder: the folder of the files, which the graphs read as long as they run.
+        batch_sizes: those that frozen towers are compiled for; smaller batches are filled up.
         say: takes a line about each graph.
     """
     graphs: dict[str, dict[str, Graph]] = {runtime: {} for runtime in runtimes}
-    for number, (variant, method) in enumerate(methods.items()):
+    tower = ck.tower_of(model)
+    for number, (name, method) in enumerate(methods.items()):
         memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         twin = copy.deepcopy(model, memo)
         module = ImageEmbedding(twin if method is None else ck.patch(twin, method)).eval()
@@ -80,18 +88,35 @@ def export_all(
         for runtime in runtimes:
             to, precision = RUNTIMES[runtime]
             start, stem, products = time.process_time(), folder / f"{number}-{precision}", None
-            if to == "torch":
-                file, encode = None, module
+            if to in TORCH:
+                file, variant = None, in_torch(model, method, to, precision, batch_sizes)
             else:
                 file, products = write_graph(module, images, expected, to, precision, stem, folder / f"{number}.onnx")
-                encode = as_function(to, precision, file)
+                exact = tower.pools_cls and method is not None
+                variant = Variant(as_function(to, precision, file), method or ck.Dense(), exact)
             figures = {"write_seconds": round(time.process_time() - start, 1)}
-            figures |= figures_of(encode, model, images, expected)
-            figures |= graph_figures(file, to, precision, images, products, variant if method else None)
-            check(figures, f"{variant} in {runtime}", precision, method)
-            graphs[runtime][variant] = Graph(encode, method, figures)
-            say(f"{variant}, {runtime}: {figures}")
+            figures |= figures_of(variant.encode, model, images, expected)
+            figures |= graph_figures(file, to, precision, images, products, name if method else None)
+            check(figures, f"{name} in {runtime}", precision, method)
+            graphs[runtime][name] = Graph(variant, figures)
+            say(f"{name}, {runtime}: {figures}")
     return graphs
+
+
+def in_torch(
+    model: nn.Module, method: ck.Method | None, way: str, precision: str, batch_sizes: Sequence[int]
+) -> Variant:
+    """Return a method on a model as PyTorch runs it, eager or by `ck.compile` with frozen weights."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = model if precision == "fp32" else copy.deepcopy(model).to(dtype)
+    freeze = partial(ck.compile, freeze=True, batch_sizes=batch_sizes)
+    variant = vary(model, {"": method}, freeze if way == "frozen" else None)[""]
+
+    def encode(images: Tensor) -> Tensor:
+        embeddings: Any = variant.encode(images.to(dtype))
+        return embeddings.float()
+
+    return variant._replace(encode=encode)
 
 
 def write_graph(
@@ -123,9 +148,7 @@ def as_function(to: str, precision: str, file: Path) -> Callable[[Tensor], Tenso
     return lambda batch: torch.from_numpy(run(batch.numpy()))
 
 
-def figures_of(
-    encode: Callable[[Tensor], Tensor], model: nn.Module, images: Images, expected: Tensor
-) -> dict[str, Any]:
+def figures_of(encode: Callable[[Tensor], Any], model: nn.Module, images: Images, expected: Tensor) -> dict[str, Any]:
     """Return the parity of embeddings with the expected ones, and the zero-shot accuracy where there are labels."""
     actual = encode_all(encode, images.compared)
     parity = measure_parity(actual, expected).record()

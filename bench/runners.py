@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from clipkernels.comparison.runtimes import RUNTIMES
 from clipkernels.measure.memory import peak
 from clipkernels.measure.timing import Clock, Variant, measure
 
@@ -165,8 +166,8 @@ def run_once(variant: Variant, images: Tensor, expected: Tensor | None = None) -
 
 @torch.inference_mode()
 def peak_mib(label: str, variant: Variant, images: Tensor) -> float | None:
-    """Return the peak MiB of one more batch of a warm variant; None for a CUDA graph, which has its own pool."""
-    if any(way in label for way in ("graph", "max-autotune", "reduce-overhead")):
+    """Return the peak MiB of one more batch of a warm variant; None for a CUDA graph and in other runtimes."""
+    if any(way in label for way in ("graph", "max-autotune", "reduce-overhead", *RUNTIMES)):
         return None
     num_bytes = peak(partial(variant.encode, images), images.device)
     return num_bytes and round(num_bytes / 2**20, 2)

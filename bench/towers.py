@@ -1,7 +1,7 @@
 """Measure images/s and reduction efficiency η of random-weight CLIP towers, every variant interleaved with dense.
 
     python -m bench.towers --models ViT-B-16 --batch 1 8 32 --threads 1 --clock process --out towers.csv
-    python -m bench.towers --models ViT-B-16 --dtype float32 bfloat16 --batch 1 8 --threads 1 --compile freeze
+    python -m bench.towers --models ViT-B-16 --dtype float32 bfloat16 --batch 1 8 --threads 1 --compile freeze openvino
     python -m bench.towers --models ViT-L-14 --dtype bfloat16 --batch 1 256 --plain --graphs 8   # on a GPU
     python -m bench.towers --models ViT-B-16 --compile default max-autotune --compiled dense "Dense()" "EViT(keep=0.7)"
     python -m bench.towers --models ViT-B-16 --peer tome=../ToMe
@@ -52,9 +52,9 @@ from bench.runners import (
     run_once,
     runs_without_error,
 )
+from clipkernels.comparison.towers import compile_each, name_mode, room_to_compile
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import HOST, Speed, Times, Variant, plan_for, tabulate, time_variants, vary
-from clipkernels.measure.towers import compile_each, name_mode, room_to_compile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_BATCHES = {"ViT-B-32": (1, 8, 32), "ViT-B-16": (1, 8), "ViT-L-14": (1,)}
@@ -121,7 +121,8 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="MODE",
-        help="also variants under torch.compile in its modes, or by ck.compile with frozen weights: freeze",
+        help="also variants under torch.compile in its modes, by ck.compile with frozen weights (freeze), or exported "
+        "to onnxruntime or openvino",
     )
     parser.add_argument(
         "--compiled",

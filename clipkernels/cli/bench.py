@@ -33,16 +33,17 @@ from clipkernels.cli.parts.options import (
 )
 from clipkernels.cli.parts.output import opened, progress
 from clipkernels.cli.parts.plot import draw_plot, plot_format
+from clipkernels.comparison.choice import MIN_AGREEMENT, choose
+from clipkernels.comparison.runtimes import RUNTIMES
+from clipkernels.comparison.towers import FREEZE, TIMED_BATCHES, Settings, measure
 from clipkernels.data import Preprocess
 from clipkernels.images import draw_images
 from clipkernels.images.batches import Pictures, collate
-from clipkernels.measure.choice import MIN_AGREEMENT, choose
 from clipkernels.measure.timing import Clock
-from clipkernels.measure.towers import FREEZE, TIMED_BATCHES, Settings, measure
 from clipkernels.messages import quantity, skip_message
 from clipkernels.patching import method_of, tower_of, unpatch
 
-MODES = (FREEZE, "default", "reduce-overhead", "max-autotune")
+MODES = (FREEZE, "default", "reduce-overhead", "max-autotune", *RUNTIMES)
 NOTES = (
     "dense (host) is the library's own forward. Speed-ups and η are against the fastest dense row of the same "
     "precision, paired within rounds of all its rows in random order; JSON and CSV have their 10-90 % bands. ms is a "
@@ -53,7 +54,7 @@ NOTES = (
     "fp32: with the one of the same method in eager fp32. same: share of the images whose nearest other image is the "
     "same under dense (host) in eager fp32.",
     "MiB: the most memory that the forward of one batch holds beyond weights and images, as PyTorch's allocator counts "
-    "it; empty under CUDA graphs, which have a memory pool of their own.",
+    "it; empty under CUDA graphs, which have a memory pool of their own, and in other runtimes.",
 )
 MEANINGLESS = {"weights": "the weights are random", "images": "the images are random noise"}
 RANDOM_WEIGHTS = (
@@ -91,8 +92,9 @@ Example:
     "modes",
     multiple=True,
     type=click.Choice(["none", *MODES]),
-    help="Add rows under torch.compile to the eager ones; may be repeated. freeze is ck.compile with frozen weights, "
-    "the fast way on a CPU; the others are torch's modes, of which reduce-overhead is CUDA graphs.  [default: none]",
+    help="Add rows of compiled towers to the eager ones; may be repeated. freeze is ck.compile with frozen weights, "
+    "the fast way on a CPU; onnxruntime and openvino run the exported tower on a CPU; the others are modes of "
+    "torch.compile, of which reduce-overhead is CUDA graphs.  [default: none]",
 )
 @click.option(
     "--precision",
@@ -212,7 +214,7 @@ def bench(
             if picture is not None and picture_format is not None:
                 draw_plot([row.record() for row in rows], title(run, settings), picture.buffer, picture_format)
         close(found)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     finally:
         torch.set_num_threads(before)

@@ -18,8 +18,8 @@ from clipkernels import backend
 from clipkernels.cli.parts.models import choose_device
 from clipkernels.cli.parts.options import PRECISIONS, device_option, format_option, once, output_option
 from clipkernels.cli.parts.output import opened, progress, write_results
+from clipkernels.comparison.towers import DTYPES
 from clipkernels.measure.environment import environment
-from clipkernels.measure.towers import DTYPES
 from clipkernels.testing import exact_interpreter_dot
 from clipkernels.testing.cases import CASES, Case
 from clipkernels.testing.fp64 import check_against_fp64, flat, is_checkable

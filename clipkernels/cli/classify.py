@@ -37,12 +37,12 @@ from clipkernels.cli.parts.options import (
     tokens_option,
 )
 from clipkernels.cli.parts.output import opened, progress, schedule
+from clipkernels.comparison.towers import DTYPES
 from clipkernels.heads import Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
 from clipkernels.images import Reader, draw_images
 from clipkernels.images.batches import Pictures, collate, image_shape
 from clipkernels.measure.timing import plan_for
-from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import quantity, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of, tower_of

@@ -33,7 +33,7 @@ from clipkernels.collection.run import embed as embed_collection
 from clipkernels.collection.settings import Name
 from clipkernels.collection.sources import find_sources
 from clipkernels.collection.store.shards import read_errors
-from clipkernels.measure.towers import DTYPES
+from clipkernels.comparison.towers import DTYPES
 from clipkernels.messages import one_line, quantity, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import patch

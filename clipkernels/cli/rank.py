@@ -34,11 +34,11 @@ from clipkernels.cli.parts.options import (
 )
 from clipkernels.cli.parts.output import PathCell, check_file, opened, progress, refuse_same, shorten, write_results
 from clipkernels.cli.parts.plot import RankedImage, draw_rankings, plot_format
+from clipkernels.comparison.towers import DTYPES
 from clipkernels.images import Reader, draw_images
 from clipkernels.images.batches import Pictures, image_shape, to_rgb
 from clipkernels.learn.patch_ranking import Rankings, golden_ranking
 from clipkernels.learn.patch_ranking.golden import Score
-from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import quantity, skip_message
 from clipkernels.patching import tower_of
 from clipkernels.support import PHOTO, photo

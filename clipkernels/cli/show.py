@@ -34,10 +34,10 @@ from clipkernels.cli.parts.output import (
     schedule,
     write_results,
 )
+from clipkernels.comparison.towers import DTYPES
 from clipkernels.images import draw_images
 from clipkernels.images.batches import Loaded, Pictures, collate, image_shape
 from clipkernels.measure.timing import plan_for
-from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import printable, quantity, skip_message
 from clipkernels.methods import Dense
 from clipkernels.patching import method_of, tower_of

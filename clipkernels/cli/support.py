@@ -29,7 +29,7 @@ from clipkernels.cli.parts.options import (
     template_option,
 )
 from clipkernels.cli.parts.output import opened, progress, write_results
-from clipkernels.measure.towers import DTYPES
+from clipkernels.comparison.towers import DTYPES
 from clipkernels.messages import quantity
 from clipkernels.support import (
     ENSEMBLE,

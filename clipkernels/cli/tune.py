@@ -39,10 +39,10 @@ from clipkernels.cli.parts.plot import draw_frontier, plot_format
 from clipkernels.cli.parts.reporter import Reporter, duration
 from clipkernels.cli.parts.stopping import stopping
 from clipkernels.cli.parts.tune_report import write_tuning
+from clipkernels.comparison.towers import DTYPES
 from clipkernels.images import draw_images
 from clipkernels.images.batches import Pictures, collate, image_shape
 from clipkernels.images.loaders import Loader
-from clipkernels.measure.towers import DTYPES
 from clipkernels.messages import quantity, skip_message
 from clipkernels.patching import unpatch
 from clipkernels.tuning.budget import parse_budget

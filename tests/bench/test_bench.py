@@ -299,6 +299,18 @@ def test_variants_can_be_frozen(monkeypatch: pytest.MonkeyPatch, small: None, tm
     assert options_seen == [{"freeze": True, "mode": "default", "dynamic": False}] * 3
 
 
+def test_variants_run_in_other_runtimes(monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    options = ["--only", "Dense", "--compile", "onnxruntime", "--rounds", 1, "--threads", 1]
+    file = tmp_path / "towers.csv"
+    towers_main(monkeypatch, "--models", "ViT-B-32", "--batch", 1, *options, "--out", file)
+    with file.open(encoding="utf-8", newline="") as stream:
+        peaks = {row["variant"]: row["peak_mib"] for row in csv.DictReader(stream)}
+    exported = ["dense (host), onnxruntime", "Dense(), onnxruntime"]
+    assert list(peaks) == ["dense (host)", "Dense()", *exported, "dense (host) again"]
+    assert [name for name, peak in peaks.items() if not peak] == exported
+
+
 def test_plain_variants_are_never_compiled(monkeypatch: pytest.MonkeyPatch, small: None, tmp_path: Path) -> None:
     monkeypatch.setattr(torch, "compile", lambda encode, mode, dynamic: encode)
     options = ["--only", "Dense()", "--compile", "default", "--plain", "--rounds", 1, "--threads", 1]

@@ -30,11 +30,11 @@ from clipkernels.cli.parts.demo_images import KINDS, QUICK, draw, save
 from clipkernels.cli.parts.methods import default_methods, name_of
 from clipkernels.cli.parts.options import PRECISIONS
 from clipkernels.cli.parts.output import opened
+from clipkernels.comparison.towers import DTYPES
 from clipkernels.data import digits, scenes
 from clipkernels.images import readable_formats
 from clipkernels.measure import environment
 from clipkernels.measure.timing import Times, gmacs_for, plan_for
-from clipkernels.measure.towers import DTYPES
 from tests.cli.commands import error, run, succeed
 
 DIGITS = ",".join(digits.CLASSES)

@@ -318,6 +318,43 @@ def test_inductor_compiles_a_tower(pictures: Path, mode: str, name: str) -> None
     assert 0.1 < compiled["peak_mib"] < eager["peak_mib"]
 
 
+@pytest.mark.parametrize(("runtime", "package"), [("onnxruntime", "onnxscript"), ("openvino", "openvino")])
+def test_a_tower_runs_in_other_runtimes(pictures: Path, registered: str, runtime: str, package: str) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    table = rows("--model", registered, pictures, "--methods", "evit:0.5", "--compile", runtime)
+    assert [row["mode"] for row in table] == ["eager"] * 3 + [runtime] * 3
+    for eager, exported in zip(table[:3], table[3:], strict=True):
+        assert exported["variant"] == eager["variant"]
+        assert exported["cosine_min"] == pytest.approx(eager["cosine_min"], abs=1e-5)
+        assert exported["gmacs_run"] == eager["gmacs_run"]
+        assert exported["peak_mib"] is None
+        assert exported["milliseconds"] > 0
+
+
+def test_openvino_runs_in_bf16(pictures: Path, registered: str) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    options = ["--methods", "evit:0.5", "--compile", "openvino", "--precision", "bf16"]
+    table = rows("--model", registered, pictures, *options)
+    assert [row["mode"] for row in table] == ["eager"] * 3 + ["openvino"] * 3
+    assert min(row["cosine_min"] for row in table[3:5]) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "message"),
+    [
+        ("onnxruntime", "bf16", "expected fp32 for onnxruntime on a CPU, got bf16"),
+        ("openvino", "fp16", "expected fp32 or bf16 for openvino on a CPU, got fp16"),
+    ],
+)
+def test_a_runtime_without_the_precision_is_one_line(runtime: str, precision: str, message: str) -> None:
+    assert message in error(bench("--compile", runtime, "--precision", precision))
+
+
+def test_a_runtime_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert "openvino" in error(bench("--compile", "openvino"))
+
+
 def test_a_variant_that_does_not_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(function: Any, **options: Any) -> Any:
         def fail(images: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,10 @@ import clipkernels.cli.parts.bench_tables as bench_tables
 from clipkernels.cli.parts import demo_tables
 from clipkernels.cli.parts.guesses import Guess, guess_writer
 from clipkernels.cli.parts.output import PathCell, shorten, write_table
+from clipkernels.comparison.towers import Row
 from clipkernels.images import draw_images
 from clipkernels.measure.fidelity import Fidelity
 from clipkernels.measure.timing import Band, Speed
-from clipkernels.measure.towers import Row
 
 
 class Terminal(io.StringIO):

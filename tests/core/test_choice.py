@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from clipkernels.measure.choice import choose, interval
+from clipkernels.comparison.choice import choose, interval
+from clipkernels.comparison.towers import EAGER, Row
 from clipkernels.measure.fidelity import Fidelity
 from clipkernels.measure.timing import HOST, Band, Speed
-from clipkernels.measure.towers import EAGER, Row
 
 
 def row(

@@ -64,6 +64,7 @@ LAYERS = (
     ("measure", "testing"),
     ("artefacts",),
     ("exporting",),
+    ("comparison",),
     ("collection",),
     ("tuning",),
     ("cli",),

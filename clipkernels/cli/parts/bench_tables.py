@@ -10,9 +10,9 @@ import torch
 from rich.table import Table
 
 from clipkernels.cli.parts.output import method_table, schedule, write_results
-from clipkernels.measure.choice import Choice, name_of
+from clipkernels.comparison.choice import Choice, name_of
+from clipkernels.comparison.towers import Row, Settings
 from clipkernels.measure.environment import environment
-from clipkernels.measure.towers import Row, Settings
 from clipkernels.messages import quantity
 
 

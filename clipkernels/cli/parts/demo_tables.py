@@ -22,10 +22,10 @@ from clipkernels.cli.parts.demo_images import KINDS, LabelledImages, Size, draw,
 from clipkernels.cli.parts.methods import default_methods, methods_for
 from clipkernels.cli.parts.models import LIBRARIES, cast_towers, load
 from clipkernels.cli.parts.output import method_table, opened, progress, quietly, schedule, write_results
+from clipkernels.comparison.towers import DTYPES
 from clipkernels.data import bundled
 from clipkernels.measure.environment import environment
 from clipkernels.measure.timing import HOST, Speed, Times, Variant, tabulate, time_variants, vary
-from clipkernels.measure.towers import DTYPES
 from clipkernels.patching import method_of, patched, tower_of, unpatch
 
 METHODS = 5

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from clipkernels.measure.towers import EAGER, Row
+from clipkernels.comparison.towers import EAGER, Row
 
 MIN_AGREEMENT = 0.9
 NORMAL_97_5 = 1.959964

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from clipkernels.comparison.runtimes import RUNTIMES, check_runtime, run_each
 from clipkernels.compilation import compile
 from clipkernels.measure.fidelity import Fidelity, compare, complaint
 from clipkernels.measure.memory import peak
@@ -27,7 +29,7 @@ TIMED_BATCHES = 4
 
 
 class Settings(NamedTuple):
-    """Settings of a run; `modes` are modes of torch.compile, or FREEZE, measured in addition to eager."""
+    """Settings of a run; `modes` are those of `compile_each`, measured in addition to eager."""
 
     batch: int
     rounds: int
@@ -98,9 +100,14 @@ def measure(
         settings: settings of the run.
         observer: receives the progress.
     Raises:
+        ValueError: a runtime that does not have a precision, or the device.
+        ImportError: a package of a runtime is not installed.
         RuntimeError: a variant does not run or compile.
     """
     n, device = len(images), settings.device
+    for mode, precision in product(settings.modes, precisions):
+        if mode in RUNTIMES:
+            check_runtime(mode, precision, device)
     # The last batch is filled up, so that only one shape is compiled.
     batches = torch.cat([images, images[:1].expand(-n % settings.batch, -1, -1, -1)]).split(settings.batch)
     per_precision = len(methods) * (1 + len(settings.modes)) * (len(batches) + settings.rounds + 1)
@@ -133,7 +140,7 @@ def measure(
         rooms = len(methods) * (1 + len(settings.modes))
         with room_to_compile(rooms) if settings.modes else nullcontext():
             for mode in settings.modes:
-                observer.describe(f"compiling, {precision}")
+                observer.describe(f"{name_mode(mode)}, {precision}")
                 compiled = compile_each(low, methods, mode, settings.batch)
                 keys |= {key: (label, name_mode(mode)) for key, label in zip(compiled, methods, strict=True)}
                 variants = {**variants, **compiled}
@@ -146,8 +153,8 @@ def measure(
                 if fault is not None:
                     observer.warn(f"{key}, {precision}: {fault}")
                 with torch.inference_mode():
-                    pooled = device.type == "cuda" and mode in GRAPH_MODES
-                    peaks[key] = None if pooled else peak(partial(variant.encode, timed[0]), device)
+                    unknown = mode in RUNTIMES or (device.type == "cuda" and mode in GRAPH_MODES)
+                    peaks[key] = None if unknown else peak(partial(variant.encode, timed[0]), device)
             observer.describe(f"timing, {precision}")
             times = time_variants(variants, timed, settings.rounds, clock=settings.clock, progress=observer.advance)
         for speed in tabulate(times, variants, tower, settings.batch):
@@ -157,21 +164,24 @@ def measure(
 
 def name_mode(mode: str) -> str:
     """Return the mode as rows name it."""
-    return "frozen" if mode == FREEZE else f"compiled {mode}"
+    return "frozen" if mode == FREEZE else mode if mode in RUNTIMES else f"compiled {mode}"
 
 
 def compile_each(model: nn.Module, methods: Mapping[str, Method | None], mode: str, batch: int) -> dict[str, Variant]:
-    """Return the variants of a model under torch.compile, with the mode in their names.
+    """Return the variants of a model, compiled or exported, with the mode in their names.
 
     Args:
         model: an unpatched model.
         methods: methods by name, or None for the host's own forward.
         mode: a mode of torch.compile, whose variants compile at their first calls; or FREEZE: `ck.compile` with frozen
-            weights, which compiles now.
+            weights, which compiles now; or a runtime of RUNTIMES, in which the exported towers run.
         batch: the batch size that is compiled under FREEZE.
     Raises:
         RuntimeError: a variant cannot be frozen.
+        ImportError: a package of the runtime is not installed.
     """
+    if mode in RUNTIMES:
+        return {f"{label}, {name_mode(mode)}": variant for label, variant in run_each(model, methods, mode).items()}
     if mode == FREEZE:
         prepare = partial(compile, freeze=True, batch_sizes=(batch,), pad=False)
         frozen = vary(model, methods, prepare)
