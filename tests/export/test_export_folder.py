@@ -93,7 +93,7 @@ def test_export_json_says_what_the_folder_holds(exported: tuple[Any, Path, Any])
         "file": "image.onnx", "input": "pixel_values", "output": "image_embeds", "width": 16, "size": [32, 32],
     }  # fmt: skip
     assert content["text"] == {
-        "file": "text.onnx", "input": "input_ids", "output": "text_embeds", "width": 16, "mask": None,
+        "file": "text.onnx", "input": "input_ids", "output": "text_embeds", "width": 16,
         "context_length": 16, "dtype": "int64",
     }  # fmt: skip
     assert content["name"] == {"library": "open_clip", "model": "CLIP", "config": "small"}
