@@ -42,6 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def export(model: Any, folder: str, **options: Any) -> Report:
         log.append({"model": model, "folder": folder, **options})
+        options["progress"]("image graph")
         products = Products(27, ("node_3",)) if options["precision"] == "int8" else None
         nodes = {"nodes": 40, "scatter": 0, "nonzero": 0, "loop": 0, "if": 0}
         sizes, seconds = {"image.xml": 2**20, "image.bin": 2**20}, {"image": 1.0}
