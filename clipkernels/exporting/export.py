@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.logits import logits_of
-from clipkernels.arguments import check_callable, check_choice, check_model, check_path, check_range, describe
+from clipkernels.arguments import check_callable, check_choice, check_model, check_path, check_range
 from clipkernels.artefacts.folders import check_replaceable, replaced_folder
 from clipkernels.artefacts.libraries import library_of
 from clipkernels.artefacts.weights import unwrapped
@@ -24,7 +24,7 @@ from clipkernels.classifier import eval_mode
 from clipkernels.exporting import immich
 from clipkernels.exporting.files import installed_versions, sizes_in, write_guide, write_requirements
 from clipkernels.exporting.graphs import RUNTIMES, check_slow, count_slow, graphs_of
-from clipkernels.exporting.header import EXPORTS, write_header
+from clipkernels.exporting.header import EXPORTS, check_config, write_header
 from clipkernels.exporting.images import Images, as_images, callable_preprocess, input_shape, noise, own_preprocess
 from clipkernels.exporting.memory import peak_memory
 from clipkernels.exporting.parity import BATCHES, Parity
@@ -114,8 +114,7 @@ def export(
     check_precision(to, precision, calibrate, layout)
     if min_cosine is not None:
         check_range("min_cosine", min_cosine, 0, 1)
-    if config is not None and not isinstance(config, str | Mapping):
-        raise TypeError(f"config must be a name, a dict or None, got {describe(config)}")
+    check_config(config)
     check_callable(progress=progress)
     tell = progress or (lambda step: None)
     target = Path(os.path.abspath(folder))
@@ -131,7 +130,7 @@ def export(
     default = noise(sum(BATCHES), shape) if calibration is None else calibration
     images = default if check is None else as_images("check", check, run_preprocess, shape)
     settings = Settings(to, precision, layout, min_cosine)
-    name = {"library": library, "model": type(model).__name__, "config": config if isinstance(config, str) else None}
+    name = {"library": library, "model": type(model).__name__, "config": config}
     method, plan = _method_and_plan(model)
     logits = logits_of(model)
     with eval_mode(model), unserved(model), replaced_folder(target, EXPORTS) as temporary:

@@ -70,7 +70,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     model = ck.patch(small(), ck.EViT(0.5, blocks=(0,)))
     folder = tmp_path_factory.mktemp("export") / "out"
     steps: list[str] = []
-    parts = {"tokenizer": tokenizer(), "preprocess": preprocess(), "config": "small"}
+    parts = {"tokenizer": tokenizer(), "preprocess": preprocess(), "config": {"layers": 2}}
     report = ck.export(model, folder, progress=steps.append, **parts)
     assert steps == ["embeddings of PyTorch", "image graph", "text graph", "comparison with PyTorch"]
     return model, folder, report
@@ -99,7 +99,7 @@ def test_export_json_says_what_the_folder_holds(exported: tuple[Any, Path, Any])
         "file": "text.onnx", "input": "input_ids", "output": "text_embeds", "width": 16,
         "context_length": 16, "dtype": "int64",
     }  # fmt: skip
-    assert content["name"] == {"library": "open_clip", "model": "CLIP", "config": "small"}
+    assert content["name"] == {"library": "open_clip", "model": "CLIP", "config": {"layers": 2}}
     assert content["method"] == str(ck.EViT(0.5, blocks=(0,)))
     assert content["plan"]["tokens"] == [17, 10, 10]
     assert content["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
@@ -165,6 +165,8 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "immich": ({"to": "openvino", "layout": "immich"}, 'expected to="onnx" with layout="immich"'),
     "limit": ({"min_cosine": 1.5}, "min_cosine must be a number in [0, 1], got 1.5"),
     "no preprocess": ({"preprocess": None}, "expected preprocess=, because this model of open_clip carries none"),
+    "length": ({"tokenizer": tokenizer(20)}, "tokenizer must give texts of at most 16 tokens, got 20"),
+    "config": ({"config": {"a": float("nan")}}, "config must be what JSON can hold, got"),
     "nan": ({"check": noise(2).log()}, "check: images must be finite, got NaN or infinity"),
     "size": ({"check": noise(2, 64)}, "images must be (B,3,32,32), got (2,3,64,64)"),
 }
