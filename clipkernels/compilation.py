@@ -25,14 +25,12 @@ from clipkernels.freezing import CompiledForward, Cost, Mode
 from clipkernels.graphs import check_batch_sizes, graphed, ungraphed
 from clipkernels.layered_class import add_server, remove_server
 from clipkernels.messages import first_line, join_sizes
-from clipkernels.snapshot import COMPILATION, Snapshot, is_plain_call
+from clipkernels.snapshot import COMPILATION, RANKS, Snapshot, is_plain_call
 from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
 
 Model = TypeVar("Model", bound=nn.Module)
 GRAPHED_SIZES = (1, 8, 32)
-RANK = 2
-"""Of the layer of a compiled root's class, whose calls run what is compiled for them."""
 INFERENCE_WEIGHTS = (
     "frozen weights must count their changes, got weights made under torch.inference_mode: make the model outside of it"
 )
@@ -106,12 +104,12 @@ def compile(
     root, previous = tower.root, vars(tower.root).get(COMPILATION)
     compilation = Compilation(freeze, mode or "default", sizes, dynamic, max_sizes, pad, WeakModule(root))
     try:
-        add_server(root, RANK, COMPILATION, compilation)
+        add_server(root, RANKS[COMPILATION], COMPILATION, compilation)
         compilation.compile_all(root)
     except BaseException as error:
         remove_server(root, COMPILATION)
         if previous is not None:
-            add_server(root, RANK, COMPILATION, previous)
+            add_server(root, RANKS[COMPILATION], COMPILATION, previous)
         if isinstance(error, Exception) and not isinstance(error, ValueError):
             raise RuntimeError(f"torch.compile cannot compile the tower: {first_line(error)}") from error
         raise

@@ -22,13 +22,11 @@ from clipkernels import adapters, cuda_graph
 from clipkernels.arguments import check_flags, check_model, describe
 from clipkernels.layered_class import add_server, remove_server
 from clipkernels.messages import first_line, join_sizes, list_items
-from clipkernels.snapshot import COMPILATION, GRAPHS, Snapshot, is_plain_call
+from clipkernels.snapshot import COMPILATION, GRAPHS, RANKS, Snapshot, is_plain_call
 from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
 
 Model = TypeVar("Model", bound=nn.Module)
-RANK = 1
-"""Of the layer of a graphed root's class, whose calls replay a graph that serves them."""
 
 
 def graphed(model: Model, batch_sizes: Iterable[int] = (1, 8, 32), pad: bool = True) -> Model:
@@ -73,20 +71,21 @@ def graphed(model: Model, batch_sizes: Iterable[int] = (1, 8, 32), pad: bool = T
         )
         return model
     root, previous = tower.root, vars(tower.root).get(GRAPHS)
+    compilation = remove_server(root, COMPILATION)
     graphs = Graphs(sizes, pad, WeakModule(root))
     try:
-        add_server(root, RANK, GRAPHS, graphs)
+        add_server(root, RANKS[GRAPHS], GRAPHS, graphs)
         graphs.capture_all(root)
     except BaseException as error:
         _uninstall(root)
-        if previous is not None:
-            add_server(root, RANK, GRAPHS, previous)
+        for slot, server in ((GRAPHS, previous), (COMPILATION, compilation)):
+            if server is not None:
+                add_server(root, RANKS[slot], slot, server)
         if isinstance(error, Exception):
             raise RuntimeError(f"a CUDA graph cannot capture the tower: {_reason(error)}") from error
         raise
     if previous is not None:
         previous.drop()
-    remove_server(root, COMPILATION)
     return model
 
 
