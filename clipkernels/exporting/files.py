@@ -14,7 +14,7 @@ RUNTIMES = ("nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao")
 
 GUIDE = """\
 {model} of {library}{method}, in {precision} for {runtime}, exported by clipkernels.
-`pip install -r requirements.txt`, then `python runtime photo.jpg`; or `from runtime import Runtime` beside this file.
+Python 3.10 or newer, `pip install -r requirements.txt`, then `python runtime photo.jpg`; or `from runtime import Runtime` beside this file.
 """
 
 

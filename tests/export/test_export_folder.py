@@ -113,7 +113,7 @@ def test_export_json_says_what_the_folder_holds(exported: tuple[Any, Path, Any])
         "runtime/__init__.py",
         "text.onnx",
     }
-    assert (folder / "requirements.txt").read_text().split() == ["numpy", "onnxruntime>=1.17", "pillow", "tokenizers"]
+    assert (folder / "requirements.txt").read_text().split() == ["numpy", "onnxruntime>=1.20", "pillow", "tokenizers"]
 
 
 def test_the_report_has_parity_sizes_memory_and_no_slow_nodes(exported: tuple[Any, Path, Any]) -> None:
