@@ -14,7 +14,8 @@ RUNTIMES = ("nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao")
 
 GUIDE = """\
 {model} of {library}{method}, in {precision} for {runtime}, exported by clipkernels.
-Python 3.10 or newer, `pip install -r requirements.txt`, then `python runtime photo.jpg`; or `from runtime import Runtime` beside this file.
+With Python 3.10 or newer, `pip install -r requirements.txt`, then `python runtime photo.jpg`; or `from runtime import
+Runtime` beside this file.
 """
 
 
