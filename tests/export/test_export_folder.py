@@ -342,6 +342,7 @@ def test_a_program_of_torch_gives_the_embeddings(precision: str, tmp_path: Path)
     actual = Runtime(tmp_path / "out").encode_image(list(noise(3).numpy()))
     expected = model.encode_image(noise(3)).numpy()
     assert np.abs(actual - expected).max() < (1e-5 if precision == "fp32" else 0.3) * np.abs(expected).max()
+    assert Runtime(tmp_path / "out").encode_image(noise(1500).numpy(), batch_size=1500).shape == (1500, 16)
 
 
 @pytest.mark.slow
