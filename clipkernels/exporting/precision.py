@@ -76,7 +76,7 @@ def write_image(
     Returns:
         The products of a graph in INT8, otherwise None.
     """
-    _write(module, noise(2, images.shape[1:]), names, file, to, precision)
+    write_graph(module, noise(2, images.shape[1:]), names, file, to, precision)
     if precision != "int8":
         return None
     assert calibration is not None
@@ -86,12 +86,15 @@ def write_image(
 
 def write_text(module: nn.Module, file: Path, to: str, precision: str, names: tuple[str, str], ids: Tensor) -> None:
     """Write the graph of a text tower from ids (n,L). In INT8 its weights alone are INT8, because texts are few."""
-    _write(module, ids[:2], names, file, to, precision)
+    write_graph(module, ids[:2], names, file, to, precision)
     if precision == "int8":
         import_module(f"clipkernels.exporting.int8_{to}").compress(file)
 
 
-def _write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path, to: str, precision: str) -> None:
+def write_graph(
+    module: nn.Module, example: Tensor, names: tuple[str, str], file: Path, to: str, precision: str
+) -> None:
+    """Write the graph of a module from a batch like the example to a batch; INT8 begins as fp32."""
     graphs = graphs_of(to)
     if precision == "bf16" and to == "pt2":
         graphs.write(HalfPrecision(module), example, names, file)
