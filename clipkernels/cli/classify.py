@@ -216,15 +216,6 @@ def check_reader(support_set: SupportSet, reader: Reader) -> None:
         )
 
 
-def is_supported(model: nn.Module) -> bool:
-    """Return true if the model's tower can be patched."""
-    try:
-        tower_of(model)
-    except UnsupportedTower:
-        return False
-    return True
-
-
 @torch.inference_mode()
 def run(
     classifier: Classifier,
