@@ -100,9 +100,10 @@ def _score(
     train = features("train", (HEADS[head] for head, shots in pairs if shots))
     val = features("val", (kind for kind in kinds if kind.tuned))
     assert test is not None
-    prompts = prompts_of(data.classes, data.templates)
+    names = list(dict.fromkeys(data.classes))  # two classes may have one name
     embed = getattr(getattr(method, "tokens", None), "class_embeddings", class_embeddings)
-    text = embed(model.model, model.tokenizer, prompts).float().cpu()
+    text = embed(model.model, model.tokenizer, prompts_of(names, data.templates)).float().cpu()
+    text = text[[names.index(each) for each in data.classes]]
     stream = partial(_stream, model, data.splits["test"], test) if anchored else None
     support = _support_of(run, data)
     read = Data(data.name, text, test, train, val, support, stream)
