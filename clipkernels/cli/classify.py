@@ -13,13 +13,13 @@ from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clipkernels.adapters import UnsupportedTower, find_exported
+from clipkernels.adapters import find_exported
 from clipkernels.classifier import Classifier
 from clipkernels.cli.parts.classes import choose_classes, read_labels, warn_of_one
 from clipkernels.cli.parts.guesses import Guess, guess_writer
 from clipkernels.cli.parts.heads import ReservoirFile, check_head, choose_head
 from clipkernels.cli.parts.images import close, exif_option, find, warn_of_sorted
-from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods, settle
+from clipkernels.cli.parts.methods import METHOD_HELP, is_supported, name_of, read_methods, settle
 from clipkernels.cli.parts.models import cast_towers, choose_device, load_clip, model_options
 from clipkernels.cli.parts.options import (
     FORMATS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from clipkernels.cli.parts.evaluation_report import draw_scores, notes_of, records_of, write_report
-from clipkernels.cli.parts.methods import METHOD_HELP, is_supported, methods_for
+from clipkernels.cli.parts.methods import METHOD_HELP, is_supported, methods_for, name_of, read_methods
 from clipkernels.cli.parts.models import cast_towers, choose_device, load_clip, model_options
 from clipkernels.cli.parts.options import (
     batch_size_option,
@@ -32,11 +32,11 @@ from clipkernels.cli.parts.reporter import Reporter, duration
 from clipkernels.cli.parts.stopping import stopping
 from clipkernels.comparison.towers import DTYPES
 from clipkernels.evaluation.captions import Captions, read_captions
-from clipkernels.evaluation.datasets import DATASETS, read_dataset
+from clipkernels.evaluation.datasets import DATASETS, Dataset, read_dataset
 from clipkernels.evaluation.evaluate import evaluate as evaluate_model
 from clipkernels.evaluation.heads import HEADS
 from clipkernels.evaluation.plan import Combinations, Model
-from clipkernels.evaluation.published import Published, find_published
+from clipkernels.evaluation.published import Figure, published_figures
 from clipkernels.evaluation.results import Progress, Row
 from clipkernels.evaluation.speed import measure_speeds, noise_batch
 from clipkernels.measure.environment import environment
@@ -79,12 +79,17 @@ Example:
     "captioned",
     multiple=True,
     metavar="[NAME=]FILE",
-    help="Captions of images, for retrieval: COCO's or Karpathy's JSON, Flickr30k's token file, or CSV; may be repeated.",
+    help="Captions for retrieval: COCO's or Karpathy's JSON, Flickr30k's token file, or CSV; may be repeated.",
 )
 @click.option(
-    "--images", "images_folder", type=click.Path(exists=True, file_okay=False), help="Folder of the images of --captions."
+    "--images",
+    "images_folder",
+    type=click.Path(exists=True, file_okay=False),
+    help="Folder of the images of --captions.  [default: beside the file]",
 )
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of the results and of their state.")
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False), help="Folder of the results and of their state."
+)
 @click.option("--method", "specs", multiple=True, metavar="SPEC", help=f"{METHOD_HELP} May be repeated.")
 @predictor_option
 @tokens_option
@@ -112,7 +117,11 @@ Example:
 )
 @batch_size_option(64)
 @click.option(
-    "--rounds", type=click.IntRange(min=0), default=10, show_default=True, help="Timed runs per method; 0 times nothing."
+    "--rounds",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Timed runs per method; 0 times nothing.",
 )
 @workers_option()
 @device_option
@@ -186,9 +195,7 @@ def evaluate(
             speeds = {}
             if rounds and not results.stopped and is_supported(model):
                 report.begin("timing")
-                speeds = measure_speeds(
-                    settings, methods, noise_batch(settings), rounds, folder / STATE, lambda: None
-                )
+                speeds = measure_speeds(settings, methods, noise_batch(settings), rounds, folder / STATE, lambda: None)
     except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     finally:
@@ -196,19 +203,20 @@ def evaluate(
     if results.stopped:
         click.echo(f"stopped in {report.activity}; the same command goes on", err=True)
         context.exit(128 + stop[0])
-    records = records_of(results, speeds, partial(published_of, name or "bundled", pretrained))
+    records = records_of(results, speeds, partial(published_of, f"{name} {pretrained}"))
     notes = notes_of(results, records, [f"{each.name}: {note}" for each in data.values() for note in each.notes])
     title = f"{name or 'the bundled CLIP'}, {precision}"
     document = {
         "environment": environment(), "model": name or "bundled", "pretrained": pretrained, "library": library,
         "precision": precision, "batch": batch_size, "seeds": seeds, "notes": notes,
-        "data": {each.name: {"layout": each.layout, "classes": len(each.classes), "templates": each.templates} for each in data.values()},
+        "data": {each.name: describe(each) for each in data.values()},
         "rows": records,
     }  # fmt: skip
     write_report(folder, records, document, notes, title)
     with opened(None) as stream:
         write_results(form, stream, records, document, lambda: [draw_scores(records, title), *notes])
-    click.echo(f"{quantity(len(records), 'row')} in {duration(time.monotonic() - began)}: {folder / 'results.md'}", err=True)
+    seconds = duration(time.monotonic() - began)
+    click.echo(f"{quantity(len(records), 'row')} in {seconds}: {folder / 'results.md'}", err=True)
     if results.skips or any(results.unread.values()):
         context.exit(1)
 
@@ -228,6 +236,12 @@ def choose_methods(
     if specs:
         raise click.UsageError(f"expected no --method for a {type(model.visual).__name__}, got {specs[0]}")
     return {HOST: None}
+
+
+def describe(data: Dataset) -> dict[str, Any]:
+    """Return what JSON says of a data set."""
+    images = {split: len(items.names) for split, items in data.splits.items()}
+    return {"layout": data.layout, "classes": len(data.classes), "templates": data.templates, "images": images}
 
 
 def choose_heads(text: str) -> list[str]:
@@ -270,11 +284,25 @@ def read_named_captions(images: str | None, name: str, path: str) -> Captions:
     return read_captions(path, images)
 
 
-def published_of(model: str, pretrained: str | None, row: Row) -> Published | None:
-    """Return the published figure of a row; of another model than OpenAI's there is none."""
-    if pretrained != "openai":
+def published_of(model: str, row: Row) -> Figure | None:
+    """Return the published figure of a row, a verified one if there is one; None if no paper printed it."""
+    figures = [
+        figure
+        for figure in published_figures()
+        if (figure.data, figure.model, figure.head, figure.shots) == (row.data, model, row.head, row.shots)
+        and figure.metric == row.metric
+        and method_name(figure.method) == row.method
+    ]
+    return min(figures, key=lambda figure: not figure.verified, default=None)
+
+
+@cache
+def method_name(spec: str) -> str | None:
+    """Return the name in rows of a published method, or None if ours computes something else."""
+    try:
+        return name_of(read_methods([spec], None, None)[0])
+    except click.UsageError:
         return None
-    return find_published(row.data, model, row.method, row.head, row.shots)
 
 
 def show(report: Reporter, progress: Progress) -> bool:

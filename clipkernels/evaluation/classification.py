@@ -70,7 +70,9 @@ def _file_of(run: Run, data: Dataset, method: Method | None, head: str, shots: i
     images = {split: (items.names, items.labels) for split, items in data.splits.items() if split in splits}
     runs = kind.runs(shots, run.combinations.seeds)
     support = run.combinations.supports.get(data.name) if kind.few_shot and not shots else None
-    digests = None if support is None else [(image.sha256, int(label)) for image, label in zip(support.images, support.labels, strict=True)]
+    digests = []
+    if support is not None:
+        digests = list(zip((image.sha256 for image in support.images), support.labels.tolist(), strict=True))
     key = key_of(data.name, data.classes, data.templates, images, repr(method), head, shots, runs, digests)
     return run.folder / f"row-{key}.json"
 

@@ -18,9 +18,7 @@ from clipkernels.patching import unpatch
 from clipkernels.support.features import encoder_of
 
 
-def evaluate(
-    combinations: Combinations, model: Model, folder: Path, progress: Callable[[Progress], bool]
-) -> Results:
+def evaluate(combinations: Combinations, model: Model, folder: Path, progress: Callable[[Progress], bool]) -> Results:
     """The scores of every combination; features and scores that are in the folder are not made again.
 
     Args:

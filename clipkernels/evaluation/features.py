@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from clipkernels.classifier import eval_mode
@@ -24,7 +24,7 @@ from clipkernels.encode import Encoded, encode_image, tower_weight
 from clipkernels.evaluation.datasets import Items
 from clipkernels.evaluation.plan import Model
 from clipkernels.formats import FLOATS, Count, Format, Line, TensorSpec
-from clipkernels.images.batches import Loaded, collate, image_shape
+from clipkernels.images.batches import collate, image_shape
 from clipkernels.images.reader import preprocessed
 from clipkernels.messages import reason_of
 from clipkernels.state_files import read_state, write_state
@@ -212,6 +212,8 @@ def _encode_part(
             for kind, values in columns.items():
                 values.append(getattr(encoded, kind).float().cpu()[finite])
         progress(done)
-    tensors = {kind: torch.cat(values) for kind, values in columns.items() if values} or {"embedding": torch.empty(0, 0)}
+    tensors = {kind: torch.cat(values) for kind, values in columns.items() if values} or {
+        "embedding": torch.empty(0, 0)
+    }
     header = {"start": places.start, "stop": places.stop, "prefix": prefix, "unread": sorted(unread)}
     write_state(file, FORMAT, header, {"index": torch.tensor(indices, dtype=torch.int64), **tensors})

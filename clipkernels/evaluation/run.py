@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from clipkernels.evaluation.features import Features, encode
 from clipkernels.evaluation.datasets import Items
+from clipkernels.evaluation.features import Features, encode
 from clipkernels.evaluation.plan import Combinations, Model
 from clipkernels.evaluation.results import Progress, Results
 from clipkernels.methods import Method

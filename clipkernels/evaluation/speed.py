@@ -47,7 +47,8 @@ def measure_speeds(
         progress: called after every run, (rounds + 1) times for each method.
     """
     tower, images = tower_of(model.model), images.to(tower_weight(model.model))
-    key = key_of({name: repr(method) for name, method in methods.items()}, list(images.shape), rounds, str(images.device))
+    names = {name: repr(method) for name, method in methods.items()}
+    key = key_of(names, list(images.shape), rounds, str(images.device), torch.get_num_threads())
     file = folder / f"speed-{key}.json"
     if not file.exists():
         variants = vary(model.model, methods)

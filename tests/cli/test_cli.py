@@ -143,6 +143,7 @@ def test_precisions_are_those_that_are_measured() -> None:
         "bench",
         "check",
         "embed",
+        "evaluate",
         "show",
         "rank",
         "support build",

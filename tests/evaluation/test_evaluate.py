@@ -1,4 +1,4 @@
-"""An evaluation: its scores are those of the heads on the images themselves; it stops, goes on, and keeps its features."""
+"""An evaluation: its scores are those of the heads on the images; it stops, goes on, and keeps its features."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_stopped_run_goes_on(
 def test_another_model_is_refused(results: tuple[Results, Path], scene_folder: Path) -> None:
     model = bundled_model()
     with torch.no_grad():
-        next(model.model.parameters()).mul_(1.01)
+        model.model.visual.conv1.weight.mul_(1.01)
     with pytest.raises(ValueError, match="another tower"):
         evaluate(combinations(scene_folder), model, results[1], never)
     with pytest.raises(ValueError, match="batch_size 32 instead of 16"):
@@ -220,9 +220,10 @@ def test_heads_without_their_data_are_named(scene_folder: Path, tmp_path: Path) 
 def test_retrieval_has_recalls_in_both_directions(scene_folder: Path, tmp_path: Path) -> None:
     files = sorted((scene_folder / "test").rglob("*.png"))
     table = tmp_path / "captions.csv"
-    lines = [f"{file},a {file.parent.name} on a cluttered background." for file in files]
+    root = scene_folder / "test"
+    lines = [f"{file.relative_to(root)},a {file.parent.name} on a cluttered background." for file in files]
     table.write_text("image,caption\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    captions = read_captions(table)
+    captions = read_captions(table, root)
     plan = combinations(scene_folder, data=[], captions={"scenes": captions}, methods={"EViT(keep=0.7)": ck.EViT(0.7)})
     rows = evaluate(plan, bundled_model(), tmp_path / "state", never).rows
     assert [row.metric for row in rows] == [
@@ -231,4 +232,3 @@ def test_retrieval_has_recalls_in_both_directions(scene_folder: Path, tmp_path: 
     recalls = [row.score.mean for row in rows]
     assert recalls[0] < recalls[1] < recalls[2] and recalls[3] <= recalls[4] <= recalls[5]
     assert all(row.score.images == 90 for row in rows)
-

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from clipkernels.cli.parts.output import quietly
 from clipkernels.evaluation.classification import ACCURACY
-from clipkernels.evaluation.published import Published
+from clipkernels.evaluation.published import Figure
 from clipkernels.evaluation.results import Results, Row
 from clipkernels.evaluation.speed import Speed
 from clipkernels.files import atomic_write, write_csv
@@ -27,7 +27,9 @@ UNVERIFIED = "?"
 """Mark of a published figure that nobody compared with its paper."""
 
 
-def records_of(results: Results, speeds: Mapping[str, Speed], published: Callable[[Row], Published | None]) -> list[dict[str, Any]]:
+def records_of(
+    results: Results, speeds: Mapping[str, Speed], published: Callable[[Row], Figure | None]
+) -> list[dict[str, Any]]:
     """Return the rows as plain numbers, and the means over data sets where there are several.
 
     Args:
@@ -55,13 +57,14 @@ def records_of(results: Results, speeds: Mapping[str, Speed], published: Callabl
     return records + means_of(records)
 
 
-def columns_of(figure: Published | None, score: float) -> dict[str, Any]:
+def columns_of(figure: Figure | None, score: float) -> dict[str, Any]:
     """Return the columns about a published figure."""
     if figure is None:
         return dict.fromkeys(("published", "difference", "paper", "table", "verified"))
+    value = round(figure.value / 100, 6)
     return {
-        "published": figure.value, "difference": round(score - figure.value, 6), "paper": figure.paper,
-        "table": figure.table, "verified": figure.verified,
+        "published": value, "difference": round(score - value, 6), "paper": figure.paper, "table": figure.table,
+        "verified": figure.verified,
     }  # fmt: skip
 
 
