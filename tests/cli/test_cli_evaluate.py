@@ -97,8 +97,8 @@ def test_more_heads_add_to_what_is_there(scene_folder: Path, complete: Path, tmp
 
 def test_a_support_set_stands_for_shots(scene_folder: Path, tmp_path: Path) -> None:
     classes = ",".join(sorted(path.name for path in (scene_folder / "train").iterdir()))
-    build = ("--from-folder", scene_folder / "train", "--classes", classes, "--per-class", 4, "--out", tmp_path / "set")
-    succeed("support", "build", *build)
+    build = ("--from-folder", scene_folder / "train", "--classes", classes, "--per-class", 4)
+    succeed("support", "build", tmp_path / "set", *build)
     options = ("--heads", "zero-shot,tipx", "--support", f"scenes={tmp_path / 'set'}")
     succeed("evaluate", "--data", f"scenes={scene_folder}", *options, *FAST, "--out", tmp_path / "out")
     assert [(row["head"], row["shots"], row["runs"]) for row in rows_of(tmp_path / "out")] == [
