@@ -42,6 +42,14 @@ def reservoir(folder: Path) -> Kind:
     )
 
 
+def tda(folder: Path) -> Kind:
+    generator, file = torch.Generator().manual_seed(0), folder / "tda.safetensors"
+    head = ck.TDA(torch.randn(3, 6, generator=generator), scale=5.0, entropy_range=(0.05, 0.65))
+    head(torch.randn(12, 6, generator=generator))
+    head.save(file)
+    return Kind(file, lambda: head.load(file))
+
+
 def rank_predictor(folder: Path) -> Kind:
     file = folder / "predictor.safetensors"
     RankPredictor(9, block=1, channels=4, token_hidden=3, channel_hidden=5, about={"tower": TOWER, "keep": 0.5}).save(
@@ -288,7 +296,8 @@ def tuning_speed(folder: Path) -> Kind:
 
 
 KINDS: dict[str, Callable[[Path], Kind]] = {
-    **{"reservoir": reservoir, "predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
+    **{"reservoir": reservoir, "TDA": tda},
+    **{"predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
     **{"CALIP-FS": few_shot, "features": collection, "teacher": teacher_cache},
     **{"manifest": support_manifest, "support features": support_features, "artefact": artefact},
     **{"schedule": schedule, "schedule artefact": schedule_artefact},

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from clipkernels import formats, state_files
 from clipkernels.artefacts.header import FORMAT as ARTEFACT
 from clipkernels.formats import Count, Format, Line, TensorSpec
-from clipkernels.heads import reservoir_entries
+from clipkernels.heads import reservoir_entries, tda_entries
 from clipkernels.learn import calip_fs
 from clipkernels.learn.distill import TeacherCache, feature_files
 from clipkernels.learn.patch_ranking import predictor, rankings, tokens
@@ -48,7 +48,8 @@ def refusal(kind: Kind) -> str:
 
 
 FORMATS: dict[str, Format] = {
-    **{"reservoir": reservoir_entries.FORMAT, "predictor": predictor.FORMAT, "rankings": rankings.FORMAT},
+    **{"reservoir": reservoir_entries.FORMAT, "TDA": tda_entries.FORMAT},
+    **{"predictor": predictor.FORMAT, "rankings": rankings.FORMAT},
     **{"learnt tokens": tokens.FORMAT, "CALIP-FS": calip_fs.FORMAT, "features": features.FORMAT},
     **{"teacher": feature_files.FORMAT, "manifest": manifest.FORMAT, "artefact": ARTEFACT, "cost table": COST},
     "schedule": schedule.FORMAT,
