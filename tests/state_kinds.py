@@ -20,6 +20,7 @@ from clipkernels.learn.patch_ranking import Rankings, RankPredictor, VisualToken
 from clipkernels.learn.patch_ranking.rankings import RankingStore
 from clipkernels.learn.recovery import state as recovery
 from clipkernels.learn.recovery.results import Closeness, Evaluation
+from clipkernels.learn.tip_f import TipAdapterF
 from clipkernels.measure.timing import Band
 from clipkernels.support import Picture, SupportSet
 from clipkernels.support.features import Encoder, join_names, read_features, write_features
@@ -69,6 +70,14 @@ def few_shot(folder: Path) -> Kind:
         FewShotCALIP(torch.randn(3, 4, generator=torch.Generator().manual_seed(0))),
         folder / "calip.safetensors",
     )
+    head.save(file)
+    return Kind(file, lambda: head.load(file))
+
+
+def tip_f(folder: Path) -> Kind:
+    file, generator = folder / "tip_f.safetensors", torch.Generator().manual_seed(0)
+    text, support = (torch.randn(rows, 4, generator=generator) for rows in (3, 5))
+    head = TipAdapterF(text, support, torch.tensor([0, 0, 1, 1, 2]))
     head.save(file)
     return Kind(file, lambda: head.load(file))
 
@@ -298,7 +307,7 @@ def tuning_speed(folder: Path) -> Kind:
 KINDS: dict[str, Callable[[Path], Kind]] = {
     **{"reservoir": reservoir, "TDA": tda},
     **{"predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
-    **{"CALIP-FS": few_shot, "features": collection, "teacher": teacher_cache},
+    **{"CALIP-FS": few_shot, "Tip-Adapter-F": tip_f, "features": collection, "teacher": teacher_cache},
     **{"manifest": support_manifest, "support features": support_features, "artefact": artefact},
     **{"schedule": schedule, "schedule artefact": schedule_artefact},
     **{"cost table": cost_table},

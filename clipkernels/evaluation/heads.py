@@ -114,8 +114,7 @@ def _stream(make: Any, presets: Any, data: Data, shots: int, seed: int, batch: i
 def _tip(make: Any, data: Data, shots: int, seed: int, batch: int) -> Tensor:
     head = make(data.text, *_support(data, shots, seed))
     if data.val is not None:
-        narrow = make is TipAdapter and data.name.startswith("imagenet")
-        head.fit(data.val.embedding, data.val.labels, NARROW_GRID if narrow else WIDE_GRID)
+        head.fit(data.val.embedding, data.val.labels, WIDE_GRID if make is TipX else _grid(data))
     return predictions(head, data.test, batch)
 
 
@@ -124,7 +123,7 @@ def _tip_f(data: Data, shots: int, seed: int, batch: int) -> Tensor:
     head = TipAdapterF(data.text, *support)
     head.fit(*support, seed=seed)
     if data.val is not None:
-        head.tune(data.val.embedding, data.val.labels)
+        head.search(data.val.embedding, data.val.labels, _grid(data))
     return predictions(head, data.test, batch)
 
 
@@ -144,6 +143,11 @@ def _support(data: Data, shots: int, seed: int) -> tuple[Tensor, Tensor]:
     assert data.train is not None
     rows = draw_shots(data.train.labels, len(data.text), shots, seed)
     return data.train.embedding[rows], data.train.labels[rows]
+
+
+def _grid(data: Data) -> tuple[float, float]:
+    """The ends of Tip-Adapter's grid."""
+    return NARROW_GRID if data.name.startswith(OTHER_DATA) else WIDE_GRID
 
 
 def _preset(data: Data, presets: Any) -> str:

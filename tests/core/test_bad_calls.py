@@ -16,6 +16,7 @@ from clipkernels.data import digits, scenes
 from clipkernels.data.tokenizer import ByteTokenizer
 from clipkernels.learn import distill, patch_ranking, recovery
 from clipkernels.learn.calip_fs import FewShotCALIP
+from clipkernels.learn.tip_f import TipAdapterF
 from clipkernels.messages import quantity
 from tests.bad_values import BAD
 
@@ -79,8 +80,8 @@ TAKEN = {
     },
     "True": FLAGS,
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
-    "-1": {"TipAdapter.alpha", "TipX.alpha", "beta", "beta2", "beta3", "gamma", "Reservoir.strength", "TDA.strength",
-           "bias", "scale", "negative_strength", "negative_beta", "inflect", "minimum"},
+    "-1": {"TipAdapter.alpha", "TipAdapterF.alpha", "TipX.alpha", "beta", "beta2", "beta3", "gamma", "bias", "scale",
+           "Reservoir.strength", "TDA.strength", "negative_strength", "negative_beta", "inflect", "minimum"},
     "infinity": {"TargetedDistillation.temperature"},
     "a list": {"grid", "entropy_range"},
     "a tuple": {"fit_tokens.images", "golden_ranking.images"},  # three images and two labels
@@ -216,6 +217,14 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "FewShotCALIP": (FewShotCALIP, {"text": text(), "alpha": 0.5, "beta2": 1.0, "beta3": 1.0, "scale": 9.0}),
         "FewShotCALIP.__call__": (FewShotCALIP(text()), {"features": encoded()}),
         "FewShotCALIP.fit": (FewShotCALIP(text()).fit, training(features=encoded(), labels=labels())),
+        "TipAdapterF": (TipAdapterF, tip()),
+        "TipAdapterF.__call__": (TipAdapterF(**tip()), {"features": normal(2, WIDTH)}),
+        "TipAdapterF.fit": (
+            TipAdapterF(**tip()).fit, training(features=normal(3, WIDTH), labels=labels()),
+        ),
+        "TipAdapterF.search": (
+            TipAdapterF(**tip()).search, {"features": normal(3, WIDTH), "labels": labels(), "grid": (2.0, 2.0)},
+        ),
         "Classifier": (
             ck.Classifier,
             {
@@ -471,6 +480,8 @@ def test_embeddings_that_are_not_finite_are_refused(value):
 def test_labels_are_int64_and_within_the_classes(wrong):
     for call, features in (
         (lambda f, y: ck.TipAdapter(text(), f, y), normal(3, WIDTH)),
+        (lambda f, y: TipAdapterF(text(), f, y), normal(3, WIDTH)),
+        (TipAdapterF(**tip()).fit, normal(3, WIDTH)),
         (ck.CALIP(text()).fit, encoded()),
         (FewShotCALIP(text()).fit, encoded()),
     ):

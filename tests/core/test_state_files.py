@@ -22,7 +22,7 @@ from clipkernels import formats, state_files
 from clipkernels.artefacts.header import FORMAT as ARTEFACT
 from clipkernels.formats import Count, Format, Line, TensorSpec
 from clipkernels.heads import reservoir_entries, tda_entries
-from clipkernels.learn import calip_fs
+from clipkernels.learn import calip_fs, tip_f
 from clipkernels.learn.distill import TeacherCache, feature_files
 from clipkernels.learn.patch_ranking import predictor, rankings, tokens
 from clipkernels.learn.recovery import state as recovery
@@ -50,6 +50,7 @@ def refusal(kind: Kind) -> str:
 FORMATS: dict[str, Format] = {
     **{"reservoir": reservoir_entries.FORMAT, "TDA": tda_entries.FORMAT},
     **{"predictor": predictor.FORMAT, "rankings": rankings.FORMAT},
+    **{"Tip-Adapter-F": tip_f.FORMAT},
     **{"learnt tokens": tokens.FORMAT, "CALIP-FS": calip_fs.FORMAT, "features": features.FORMAT},
     **{"teacher": feature_files.FORMAT, "manifest": manifest.FORMAT, "artefact": ARTEFACT, "cost table": COST},
     "schedule": schedule.FORMAT,
