@@ -23,9 +23,9 @@ from clipkernels import adapters, cuda_graph
 from clipkernels.arguments import check_choice, check_flags, check_int, check_model
 from clipkernels.freezing import CompiledForward, Cost, Mode
 from clipkernels.graphs import check_batch_sizes, graphed, ungraphed
-from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer, served_calls
+from clipkernels.layered_class import add_server, remove_server
 from clipkernels.messages import first_line, join_sizes
-from clipkernels.snapshot import COMPILATION, Snapshot, is_plain_call
+from clipkernels.snapshot import COMPILATION, RANKS, Snapshot, is_plain_call
 from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
 
@@ -99,18 +99,17 @@ def compile(
     device = tower.like.device
     if cuda_graph.is_available(device) and not freeze and mode is None and not dynamic:
         graphed(model, GRAPHED_SIZES if sizes is None else sizes, pad)
-        _uninstall(tower.root)
         return model
     freeze = device.type == "cpu" if freeze is None else freeze
     root, previous = tower.root, vars(tower.root).get(COMPILATION)
     compilation = Compilation(freeze, mode or "default", sizes, dynamic, max_sizes, pad, WeakModule(root))
     try:
-        _install(root, compilation)
+        add_server(root, RANKS[COMPILATION], COMPILATION, compilation)
         compilation.compile_all(root)
     except BaseException as error:
-        _uninstall(root)
+        remove_server(root, COMPILATION)
         if previous is not None:
-            _install(root, previous)
+            add_server(root, RANKS[COMPILATION], COMPILATION, previous)
         if isinstance(error, Exception) and not isinstance(error, ValueError):
             raise RuntimeError(f"torch.compile cannot compile the tower: {first_line(error)}") from error
         raise
@@ -125,7 +124,7 @@ def uncompile(model: Model) -> Model:
     """
     ungraphed(model)
     for module in model.modules():
-        _uninstall(module)
+        remove_server(module, COMPILATION)
     return model
 
 
@@ -137,24 +136,6 @@ def compilation_of(model: nn.Module) -> Compilation | None:
     check_model(model)
     compilation: Compilation | None = vars(adapters.find_tower(model).root).get(COMPILATION)
     return compilation
-
-
-def _install(root: nn.Module, compilation: Compilation) -> None:
-    """Make calls of a tower's root go through its compilation."""
-    add_layer(root, Layer(2, _compiled_call))
-    vars(root)[COMPILATION] = compilation
-
-
-def _uninstall(module: nn.Module) -> None:
-    """Remove the compilation of a module, if it has one."""
-    vars(module).pop(COMPILATION, None)
-    if has_layer(module, _compiled_call):
-        remove_layer(module, _compiled_call)
-
-
-def _compiled_call(base: Any) -> dict[str, Any]:
-    """The layer of a compiled root's class: a call that runs what is compiled for it."""
-    return served_calls(base, COMPILATION)
 
 
 class _State:

@@ -20,9 +20,9 @@ from torch.utils import _pytree
 
 from clipkernels import adapters, cuda_graph
 from clipkernels.arguments import check_flags, check_model, describe
-from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer, served_calls
+from clipkernels.layered_class import add_server, remove_server
 from clipkernels.messages import first_line, join_sizes, list_items
-from clipkernels.snapshot import GRAPHS, Snapshot, is_plain_call
+from clipkernels.snapshot import COMPILATION, GRAPHS, RANKS, Snapshot, is_plain_call
 from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
 
@@ -32,11 +32,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def graphed(model: Model, batch_sizes: Iterable[int] = (1, 8, 32), pad: bool = True) -> Model:
     """Run a model's image tower from CUDA graphs, in place, and return the model. Calling it again replaces the graphs.
 
-    The tower may be patched or not. One graph is captured for each batch size, at once in eval mode, otherwise at the
-    first call in eval mode. All share one pool of memory. They are captured again, at the next call that needs them,
-    after `ck.patch`, `ck.unpatch`, `load_state_dict(assign=True)`, `.to()` or another change of the modules, of the
-    numbers, texts and containers among their attributes, or of the addresses of weights. Weights that change in place
-    need no new capture.
+    The tower may be patched or not; a compilation by `ck.compile` is undone. One graph is captured for each batch size,
+    at once in eval mode, otherwise at the first call in eval mode. All share one pool of memory. They are captured
+    again, at the next call that needs them, after `ck.patch`, `ck.unpatch`, `load_state_dict(assign=True)`, `.to()` or
+    another change of the modules, of the numbers, texts and containers among their attributes, or of the addresses of
+    weights. Weights that change in place need no new capture.
 
     A graph serves a call of the tower, such as the model's own `encode_image` or `get_image_features`, with images
     alone, of the tower's size, dtype and device. Every other call runs without graphs: in training mode; if a
@@ -71,14 +71,16 @@ def graphed(model: Model, batch_sizes: Iterable[int] = (1, 8, 32), pad: bool = T
         )
         return model
     root, previous = tower.root, vars(tower.root).get(GRAPHS)
+    compilation = remove_server(root, COMPILATION)
     graphs = Graphs(sizes, pad, WeakModule(root))
     try:
-        _install(root, graphs)
+        add_server(root, RANKS[GRAPHS], GRAPHS, graphs)
         graphs.capture_all(root)
     except BaseException as error:
         _uninstall(root)
-        if previous is not None:
-            _install(root, previous)
+        for slot, server in ((GRAPHS, previous), (COMPILATION, compilation)):
+            if server is not None:
+                add_server(root, RANKS[slot], slot, server)
         if isinstance(error, Exception):
             raise RuntimeError(f"a CUDA graph cannot capture the tower: {_reason(error)}") from error
         raise
@@ -109,24 +111,11 @@ def check_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def _install(root: nn.Module, graphs: Graphs) -> None:
-    """Make calls of a tower's root go through its graphs."""
-    add_layer(root, Layer(1, _graphed_call))
-    vars(root)[GRAPHS] = graphs
-
-
 def _uninstall(module: nn.Module) -> None:
     """Remove and free the graphs of a module, if it has any."""
-    graphs = vars(module).pop(GRAPHS, None)
+    graphs = remove_server(module, GRAPHS)
     if graphs is not None:
         graphs.drop()
-    if has_layer(module, _graphed_call):
-        remove_layer(module, _graphed_call)
-
-
-def _graphed_call(base: Any) -> dict[str, Any]:
-    """The layer of a graphed root's class: a call that replays a graph that serves it."""
-    return served_calls(base, GRAPHS)
 
 
 class Capture(NamedTuple):

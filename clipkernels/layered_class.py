@@ -8,7 +8,8 @@ layers, so it needs neither to be importable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -30,19 +31,53 @@ class Layer(NamedTuple):
     arguments: tuple[Hashable, ...] = ()
 
 
-def has_layer(module: nn.Module, make: Callable[..., Any]) -> bool:
-    """Return true if the class of a module has a layer made by `make`, and was not changed by others since."""
-    return any(layer.make is make for layer in _layers_of(module))
+def has_layer(module: nn.Module, make: Callable[..., Any], *arguments: Hashable) -> bool:
+    """Return true if the class of a module has a layer made by `make`, and was not changed by others since.
+
+    With `arguments` only a layer with these counts.
+    """
+    return len(_layers_without(module, make, *arguments)) < len(_layers_of(module))
 
 
 def add_layer(module: nn.Module, layer: Layer) -> None:
-    """Add a layer to the class of a module, in place of the one that the same function has made."""
-    _set_layers(module, sorted([*_layers_without(module, layer.make), layer], key=lambda each: each.rank))
+    """Add a layer to the class of a module, in place of the one of the same rank."""
+    others = [each for each in _layers_of(module) if each.rank != layer.rank]
+    _set_layers(module, sorted([*others, layer], key=lambda each: each.rank))
 
 
-def remove_layer(module: nn.Module, make: Callable[..., Any]) -> None:
-    """Remove the layer that `make` has made from the class of a module."""
-    _set_layers(module, _layers_without(module, make))
+def remove_layer(module: nn.Module, make: Callable[..., Any], *arguments: Hashable) -> None:
+    """Remove the layer that `make` has made from the class of a module; with `arguments`, only one with these."""
+    _set_layers(module, _layers_without(module, make, *arguments))
+
+
+def add_server(module: nn.Module, rank: int, slot: str, server: Any) -> None:
+    """Let an object serve the calls of a module, by a layer of a rank; `served_calls` describes both."""
+    add_layer(module, Layer(rank, served_calls, (slot,)))
+    vars(module)[slot] = server
+
+
+def remove_server(module: nn.Module, slot: str) -> Any:
+    """Remove the object of a slot that serves the calls of a module, with its layer; return it, None without one."""
+    if has_layer(module, served_calls, slot):
+        remove_layer(module, served_calls, slot)
+    return vars(module).pop(slot, None)
+
+
+@contextmanager
+def unserved(model: nn.Module) -> Iterator[None]:
+    """Run calls of a model and of its modules in the body as without the objects that serve them."""
+    modules = [
+        (vars(part), layer.arguments[0])
+        for part in model.modules()
+        for layer in _layers_of(part)
+        if layer.make is served_calls
+    ]
+    served: list[Any] = [(attributes, slot, attributes.pop(slot)) for attributes, slot in modules if slot in attributes]
+    try:
+        yield
+    finally:
+        for attributes, slot, server in served:
+            attributes[slot] = server
 
 
 def served_calls(base: Any, slot: str) -> dict[str, Any]:
@@ -78,9 +113,11 @@ def _layers_of(module: nn.Module) -> tuple[Layer, ...]:
     return layers
 
 
-def _layers_without(module: nn.Module, make: Callable[..., Any]) -> list[Layer]:
-    """The layers of a module's class that `make` has not made."""
-    return [layer for layer in _layers_of(module) if layer.make is not make]
+def _layers_without(module: nn.Module, make: Callable[..., Any], *arguments: Hashable) -> list[Layer]:
+    """The layers of a module's class but those that `make` has made with these arguments, or with any."""
+    return [
+        layer for layer in _layers_of(module) if layer.make is not make or (arguments and layer.arguments != arguments)
+    ]
 
 
 def _set_layers(module: Any, layers: list[Layer]) -> None:

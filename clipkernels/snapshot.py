@@ -24,6 +24,8 @@ from clipkernels.tower import SLOT, pool_of
 
 GRAPHS = "_clipkernels_graphs"
 COMPILATION = "_clipkernels_compilation"
+RANKS = {GRAPHS: 1, COMPILATION: 2}
+"""The slots of the objects that serve a tower's calls, with the ranks of their layers in the class of its root."""
 
 # Entries of a transformers configuration that change the output of a forward; the second has either name.
 _OUTPUTS = ("output_hidden_states", "output_attentions", "_output_attentions", "return_dict")

@@ -16,7 +16,7 @@ from clipkernels.cli.parts.images import close, exif_option, find, no_images
 from clipkernels.cli.parts.methods import METHOD_HELP, read_methods, settle
 from clipkernels.cli.parts.models import model_options
 from clipkernels.cli.parts.options import format_option, limit_option, once, predictor_option, tokens_option
-from clipkernels.cli.parts.output import opened, quietly, write_results
+from clipkernels.cli.parts.output import opened, progress, quietly, write_results
 from clipkernels.cli.parts.whole_models import load_whole
 from clipkernels.data import Preprocess
 from clipkernels.exporting.export import export as export_model
@@ -108,10 +108,12 @@ def export(
             if paths:
                 images[option], failures = read_images(paths, model, preprocess, limit, not no_exif)
                 skipped += failures
-        with quietly():
+        with quietly(), progress() as bar:
+            task = bar.add_task("", total=None)
             report = export_model(
                 model, out, to=to, precision=precision, min_cosine=min_cosine, layout=layout,
-                tokenizer=parts.get("tokenizer"), preprocess=preprocess, config=name, **images,
+                tokenizer=parts.get("tokenizer"), preprocess=preprocess, config=name,
+                progress=lambda step: bar.update(task, advance=1, description=step), **images,
             )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error

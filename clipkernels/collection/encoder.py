@@ -16,6 +16,7 @@ from clipkernels.collection.packages import pyarrow
 from clipkernels.collection.preparation import Prepared
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.freezing import CompiledForward
+from clipkernels.messages import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,7 +52,9 @@ class Encoder:
         self.weights = tower_weight(model)
         self.cut_texts = 0
         run: Callable[[Tensor], Tensor] = lambda images: encode_image(model, images).embedding  # noqa: E731
-        self._run = CompiledForward(run, freeze=self.weights.device.type == "cpu") if compiled else run
+        self._run: Callable[[Tensor], Tensor] = (
+            CompiledForward(run, freeze=self.weights.device.type == "cpu") if compiled else run
+        )
 
     @torch.inference_mode()
     def __call__(self, batch: Prepared) -> pa.Table:
@@ -87,12 +90,24 @@ class Encoder:
         return pa.Table.from_arrays(arrays, schema=self.schema)
 
     def embed(self, images: Tensor) -> Tensor:
-        """The embeddings (B,E) fp32 of preprocessed images (B,3,S,S), as the tower gives them."""
+        """The embeddings (B,E) fp32 of preprocessed images (B,3,S,S), as the tower gives them.
+
+        Raises:
+            RuntimeError: the tower cannot be compiled.
+        """
         count = len(images)
         if self.compiled and count < self.batch_size:
             images = torch.cat([images, images[-1:].expand(self.batch_size - count, *images.shape[1:])])
         images = images.to(self.weights.device, self.weights.dtype, non_blocking=True)
-        return self._run(images)[:count].float()
+        try:
+            embeddings = self._run(images)
+        except Exception as error:  # of the tower, the compiler or the device
+            if not isinstance(self._run, CompiledForward) or self._run.cost is not None:
+                raise
+            raise RuntimeError(
+                f"torch.compile cannot compile this tower, leave out compiled=True (--compile): {first_line(error)}"
+            ) from error
+        return embeddings[:count].float()
 
     def _captions(self, texts: Sequence[str | None], width: int) -> Any:
         """The embeddings (B,E) fp32 of texts; zeros where there is none."""

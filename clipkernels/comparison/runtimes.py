@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clipkernels.exporting.embeddings import ImageEmbedding
 from clipkernels.exporting.graphs import graphs_of
 from clipkernels.exporting.images import noise
-from clipkernels.exporting.precision import write_image
+from clipkernels.exporting.precision import write_graph
 from clipkernels.exporting.towers import IMAGE_NAMES
 from clipkernels.measure.timing import Variant
 from clipkernels.methods import Dense, Method
@@ -53,7 +53,7 @@ def run_each(model: nn.Module, methods: Mapping[str, Method | None], runtime: st
             twin = copy.deepcopy(model).float()
             module = ImageEmbedding(twin if method is None else patch(twin, method)).eval()
             file = Path(folder) / f"{number}{graphs_of(to).SUFFIX}"
-            write_image(module, file, to, precision, IMAGE_NAMES, examples, None, None)
+            write_graph(module, examples, IMAGE_NAMES, file, to, precision)
             graph = dict(zip(names, IMAGE_NAMES, strict=True))
             run = load_engine(to, precision, file, graph, torch.get_num_threads())
             exact = method is not None and tower.pools_cls

@@ -80,13 +80,16 @@ def example_ids(model: nn.Module, tokenizer: Any) -> Tensor:
     Without a tokenizer they are arbitrary ids, the largest of which ends a text.
 
     Raises:
-        ValueError: neither the text tower nor a tokenizer has a length, or the tokenizer's ids are not of one length.
+        ValueError: neither the text tower nor a tokenizer has a length, or the tokenizer's ids are not of one length,
+            or longer than the text tower takes.
     """
     context = find_text_encoder(model).context
     if tokenizer is not None:
         ids = ids_of(tokenizer, list(TEXTS), context)
         if not torch.equal(ids_of(tokenizer, list(TEXTS[:1]), context), ids[:1]):
             raise ValueError("tokenizer must pad every text to one length, got one that pads to the longest of a call")
+        if context is not None and ids.shape[1] > context:
+            raise ValueError(f"tokenizer must give texts of at most {context} tokens, got {ids.shape[1]}")
         return ids
     if context is None:
         raise ValueError("expected tokenizer=, because the text tower does not say how long a text is, got None")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
 from clipkernels.adapters.logits import logits_of
-from clipkernels.arguments import check_choice, check_model, check_path, check_range, describe
+from clipkernels.arguments import check_callable, check_choice, check_model, check_path, check_range
 from clipkernels.artefacts.folders import check_replaceable, replaced_folder
 from clipkernels.artefacts.libraries import library_of
 from clipkernels.artefacts.weights import unwrapped
@@ -24,7 +24,7 @@ from clipkernels.classifier import eval_mode
 from clipkernels.exporting import immich
 from clipkernels.exporting.files import installed_versions, sizes_in, write_guide, write_requirements
 from clipkernels.exporting.graphs import RUNTIMES, check_slow, count_slow, graphs_of
-from clipkernels.exporting.header import EXPORTS, write_header
+from clipkernels.exporting.header import EXPORTS, check_config, write_header
 from clipkernels.exporting.images import Images, as_images, callable_preprocess, input_shape, noise, own_preprocess
 from clipkernels.exporting.memory import peak_memory
 from clipkernels.exporting.parity import BATCHES, Parity
@@ -33,6 +33,7 @@ from clipkernels.exporting.preprocess_steps import preprocess_record
 from clipkernels.exporting.report import Products, Report
 from clipkernels.exporting.towers import Tower, check_cosine, make_towers, prove_folder, prove_graph, record_tower
 from clipkernels.fingerprint import fingerprint
+from clipkernels.layered_class import unserved
 from clipkernels.method_names import short_name
 from clipkernels.methods import Dense, Method
 from clipkernels.patching import method_of
@@ -64,6 +65,7 @@ def export(
     config: str | Mapping[str, Any] | None = None,
     layout: str | None = None,
     check: Images | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> Report:
     """Write a model with the method that it is patched with to a folder that runs without torch and clipkernels.
 
@@ -91,14 +93,16 @@ def export(
             model's own.
         layout: "immich" for the files that immich reads, with normalised embeddings; to="onnx" alone.
         check: images of the comparison, as in `calibrate`. By default the calibration's, or 12 of noise.
+        progress: called with the name of each step before it starts, such as "image graph".
     Returns:
         Report.
     Raises:
         ValueError: a folder that holds something else; a precision that the runtime does not have; preprocessing or
-            tokenizer that cannot be written as data; or embeddings that differ from PyTorch's.
+            tokenizer that cannot be written as data; weights that are on the meta device or give NaN; or embeddings
+            that differ from PyTorch's.
         ImportError: a package of the runtime is not installed.
         UnsupportedTower: a model of another library.
-        TypeError: the model is no torch module, or the folder no path.
+        TypeError: the model is no torch module, the folder no path, or `progress` cannot be called.
         OSError: a file cannot be read or written.
         On any error the folder is as it was.
     """
@@ -110,8 +114,9 @@ def export(
     check_precision(to, precision, calibrate, layout)
     if min_cosine is not None:
         check_range("min_cosine", min_cosine, 0, 1)
-    if config is not None and not isinstance(config, str | Mapping):
-        raise TypeError(f"config must be a name, a dict or None, got {describe(config)}")
+    check_config(config)
+    check_callable(progress=progress)
+    tell = progress or (lambda step: None)
     target = Path(os.path.abspath(folder))
     check_replaceable(target, EXPORTS)
     model = unwrapped(model)
@@ -125,11 +130,14 @@ def export(
     default = noise(sum(BATCHES), shape) if calibration is None else calibration
     images = default if check is None else as_images("check", check, run_preprocess, shape)
     settings = Settings(to, precision, layout, min_cosine)
-    name = {"library": library, "model": type(model).__name__, "config": config if isinstance(config, str) else None}
+    name = {"library": library, "model": type(model).__name__, "config": config}
     method, plan = _method_and_plan(model)
-    with eval_mode(model), replaced_folder(target, EXPORTS) as temporary:
+    logits = logits_of(model)
+    with eval_mode(model), unserved(model), replaced_folder(target, EXPORTS) as temporary:
+        tell("embeddings of PyTorch")
         towers, tokens = make_towers(model, images, tokenizer, temporary, graphs_of(to).SUFFIX, layout)
-        products, seconds = _write_graphs(towers, temporary, settings, calibration)
+        products, seconds = _write_graphs(towers, temporary, settings, calibration, tell)
+        tell("comparison with PyTorch")
         parities, nodes = _prove_graphs(towers, temporary, settings, method)
         records = {kind: record_tower(tower) for kind, tower in towers.items()}
         if layout:
@@ -144,7 +152,6 @@ def export(
             str(target), to, precision, parities["image"], parities.get("text"), products, nodes, sizes_in(temporary),
             seconds, peak_memory(to, file, HINTS[precision], batch),
         )  # fmt: skip
-        logits = logits_of(model)
         header = {
             "runtime": to, "precision": precision, "layout": layout, "image": records["image"],
             "text": records.get("text"), "preprocess": steps, "tokenizer": tokens,
@@ -160,18 +167,23 @@ def export(
 
 
 def _write_graphs(
-    towers: Mapping[str, Tower], folder: Path, settings: Settings, calibration: Tensor | None
+    towers: Mapping[str, Tower],
+    folder: Path,
+    settings: Settings,
+    calibration: Tensor | None,
+    tell: Callable[[str], object],
 ) -> tuple[Products | None, dict[str, float]]:
     """Write the graphs of the towers; return the products of the image tower in INT8, and the seconds of each graph."""
     products, seconds = None, {}
     for kind, tower in towers.items():
+        tell(f"{kind} graph")
         start = time.perf_counter()
         file = folder / tower.file
         file.parent.mkdir(exist_ok=True)
         to, precision = settings.to, settings.precision
         if kind == "image":
-            inputs, limit = tower.inputs, settings.min_cosine
-            products = write_image(tower.module, file, to, precision, tower.names, inputs, calibration, limit)
+            comparison = (calibration, settings.min_cosine, tower.inputs, tower.expected)
+            products = write_image(tower.module, file, to, precision, tower.names, *comparison)
         else:
             write_text(tower.module, file, to, precision, tower.names, tower.inputs)
         seconds[kind] = time.perf_counter() - start
@@ -199,8 +211,14 @@ def _prove_graphs(
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
-    """The model, or a copy of it on the CPU in float32 if it is elsewhere or in another precision."""
+    """The model, or a copy of it on the CPU in float32 if it is elsewhere or in another precision.
+
+    Raises:
+        ValueError: it has no weights yet.
+    """
     tensors = [*model.parameters(), *model.buffers()]
+    if any(x.is_meta for x in tensors):
+        raise ValueError("expected a model with weights, got one on the meta device: load its weights first")
     if all(x.device.type == "cpu" and (not x.is_floating_point() or x.dtype == torch.float32) for x in tensors):
         return model
     return copy.deepcopy(model).float().cpu()

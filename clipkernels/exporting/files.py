@@ -14,15 +14,17 @@ RUNTIMES = ("nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "torchao")
 
 GUIDE = """\
 {model} of {library}{method}, in {precision} for {runtime}, exported by clipkernels.
-`pip install -r requirements.txt`, then `python runtime photo.jpg`; or `from runtime import Runtime` beside this file.
+With Python 3.10 or newer, `pip install -r requirements.txt`, then `python runtime photo.jpg`; or `from runtime import
+Runtime` beside this file.
 """
 
 
 def write_guide(folder: Path, name: dict[str, Any], method: str | None, runtime: str, precision: str) -> None:
     """Write README.md: the content of the folder and how to run it."""
     titles = {"onnx": "onnxruntime", "openvino": "OpenVINO", "pt2": "torch"}
+    model = name["config"] if isinstance(name["config"], str) else name["model"]
     text = GUIDE.format(
-        model=name["config"] or name["model"], library=name["library"], method=f" with {method}" if method else "",
+        model=model, library=name["library"], method=f" with {method}" if method else "",
         precision=precision, runtime=titles[runtime],
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -7,11 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clipkernels.arguments import describe
 from clipkernels.artefacts.folders import Kind
 from clipkernels.files import hash_of
 from clipkernels.runtime.manifest import FILE, FORMAT, digest_of, read_export
 
 EXPORTS = Kind("ck.export", FILE, lambda folder: read_export(folder)["files"])
+
+
+def check_config(config: Any) -> None:
+    """Raise TypeError unless a configuration is a name, a mapping or None, and ValueError if JSON cannot hold it."""
+    if config is not None and not isinstance(config, str | Mapping):
+        raise TypeError(f"config must be a name, a dict or None, got {describe(config)}")
+    try:
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"config must be what JSON can hold, got {describe(config)}: {error}") from error
 
 
 def write_header(folder: Path, content: Mapping[str, Any]) -> None:

@@ -51,6 +51,8 @@ def as_images(name: str, images: Images, preprocess: Callable[[Image.Image], Ten
         check_images_list(images)
         tensor = images if isinstance(images, Tensor) else torch.stack([torch.as_tensor(image) for image in images])
         check_images(tensor, (shape[1], shape[2]))
+        if not tensor.isfinite().all():
+            raise ValueError("images must be finite, got NaN or infinity")
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes that differ
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name}: {first_line(error)}") from error

@@ -16,7 +16,7 @@ SUFFIX = ".onnx"
 OPSET = 20
 MAX_BATCH = 1024
 """Bound of the free batch size in the trace; the graph itself has none."""
-REQUIREMENTS = ("onnxruntime>=1.17",)
+REQUIREMENTS = ("onnxruntime>=1.20",)
 
 
 def write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path, opset: int = OPSET) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from clipkernels.exporting.graphs import graphs_of
 from clipkernels.exporting.images import noise
-from clipkernels.exporting.parity import encode_all
 from clipkernels.exporting.report import Products
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -58,9 +57,10 @@ def write_image(
     to: str,
     precision: str,
     names: tuple[str, str],
-    images: Tensor,
     calibration: Tensor | None,
     min_cosine: float | None,
+    images: Tensor,
+    fp32: Tensor,
 ) -> Products | None:
     """Write the graph of an image tower.
 
@@ -69,28 +69,32 @@ def write_image(
         file: the file to write.
         to, precision: the runtime and the precision.
         names: of the input and the output.
-        images: (n,3,S,S) on which a graph in INT8 is compared with float32.
         calibration: (m,3,S,S) for INT8.
         min_cosine: least first percentile of the cosine that INT8 keeps, or None.
+        images: (n,3,S,S) on which a graph in INT8 is compared with float32.
+        fp32: (n,E) their embeddings in float32.
     Returns:
         The products of a graph in INT8, otherwise None.
     """
-    _write(module, noise(2, images.shape[1:]), names, file, to, precision)
+    write_graph(module, noise(2, images.shape[1:]), names, file, to, precision)
     if precision != "int8":
         return None
     assert calibration is not None
     quantise: Callable[..., Products] = import_module(f"clipkernels.exporting.int8_{to}").quantise
-    return quantise(file, calibration, min_cosine, images, encode_all(module, images))
+    return quantise(file, calibration, min_cosine, images, fp32)
 
 
 def write_text(module: nn.Module, file: Path, to: str, precision: str, names: tuple[str, str], ids: Tensor) -> None:
     """Write the graph of a text tower from ids (n,L). In INT8 its weights alone are INT8, because texts are few."""
-    _write(module, ids[:2], names, file, to, precision)
+    write_graph(module, ids[:2], names, file, to, precision)
     if precision == "int8":
         import_module(f"clipkernels.exporting.int8_{to}").compress(file)
 
 
-def _write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path, to: str, precision: str) -> None:
+def write_graph(
+    module: nn.Module, example: Tensor, names: tuple[str, str], file: Path, to: str, precision: str
+) -> None:
+    """Write the graph of a module from a batch like the example to a batch; INT8 begins as fp32."""
     graphs = graphs_of(to)
     if precision == "bf16" and to == "pt2":
         graphs.write(HalfPrecision(module), example, names, file)

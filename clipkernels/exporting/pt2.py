@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clipkernels.exporting.onnx import MAX_BATCH
-
 SUFFIX = ".pt2"
 REQUIREMENTS = (f"torch>={'.'.join(torch.__version__.split('.')[:2])}",)
 
 
 def write(module: nn.Module, example: Tensor, names: tuple[str, str], file: Path) -> None:
     """Write the program of a module from a batch to a batch; the arguments are those of ONNX."""
-    shapes = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
+    # Without a bound, which a program would check in every call.
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)

@@ -31,12 +31,13 @@ MIN_MEAN = 0.9
 
 
 class Tower(NamedTuple):
-    """A tower to export: its module, where its graph goes, and inputs (n,…) for the comparison."""
+    """A tower to export: its module, where its graph goes, and inputs (n,…) with their embeddings (n,E) in PyTorch."""
 
     module: nn.Module
     file: str
     names: tuple[str, str]
     inputs: Tensor
+    expected: Tensor
 
 
 def make_towers(
@@ -52,19 +53,32 @@ def make_towers(
         suffix: of the graphs.
         layout: "immich", or None.
     Raises:
-        ValueError: a tokenizer for a model without text, one that cannot be written, or a length that is not known.
+        ValueError: a tokenizer for a model without text, one that cannot be written, a length that is not known, or
+            embeddings that are not finite.
     """
     unit = layout is not None  # immich compares normalised embeddings
     file, names = (immich.IMAGE, immich.IMAGE_NAMES) if unit else (f"image{suffix}", IMAGE_NAMES)
-    towers = {"image": Tower(ImageEmbedding(model, unit), file, names, images)}
+    towers = {"image": _tower(ImageEmbedding(model, unit), file, names, images)}
     if not has_text(model):
         if tokenizer is not None:
             raise ValueError(f"tokenizer must be None for a model without text, got {describe(tokenizer)}")
         return towers, None
     ids = example_ids(model, tokenizer)
     file, names = (immich.TEXT, immich.TEXT_NAMES) if unit else (f"text{suffix}", TEXT_NAMES)
-    towers["text"] = Tower(TextEmbedding(model, unit), file, names, ids.int() if unit else ids)
+    towers["text"] = _tower(TextEmbedding(model, unit), file, names, ids.int() if unit else ids)
     return towers, None if tokenizer is None else tokenizer_record(tokenizer, ids.shape[1], folder)
+
+
+def _tower(module: nn.Module, file: str, names: tuple[str, str], inputs: Tensor) -> Tower:
+    """A tower with the embeddings of its inputs.
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    expected = encode_all(module, inputs)
+    if not expected.isfinite().all():
+        raise ValueError(f"expected finite {names[1]} of the model, got NaN or infinity: check its weights")
+    return Tower(module, file, names, inputs, expected)
 
 
 def prove_graph(tower: Tower, folder: Path, to: str, precision: str, reduced: bool) -> Parity:
@@ -76,7 +90,7 @@ def prove_graph(tower: Tower, folder: Path, to: str, precision: str, reduced: bo
     graph = {"input": tower.names[0], "output": tower.names[1]}
     run = load_engine(to, precision, folder / tower.file, graph, None)
     encode = lambda batch: torch.from_numpy(run(batch.numpy()))  # noqa: E731
-    parity = measure_parity(encode_all(encode, tower.inputs), encode_all(tower.module, tower.inputs))
+    parity = measure_parity(encode_all(encode, tower.inputs), tower.expected)
     fails = parity.near < MIN_NEAR[reduced] if precision == "fp32" else parity.cosine_mean < MIN_MEAN
     if fails:
         raise ValueError(
@@ -103,7 +117,7 @@ def prove_folder(
     }
     actual = {"image": runtime.encode_image(images)}
     if has_tokenizer:
-        expected["text"] = encode_all(towers["text"].module, towers["text"].inputs)
+        expected["text"] = towers["text"].expected
         actual["text"] = runtime.encode_text(list(TEXTS))
     for kind, embeddings in actual.items():
         cosine = measure_parity(torch.from_numpy(embeddings), expected[kind]).cosine_mean
@@ -124,10 +138,9 @@ def check_cosine(parity: Parity, min_cosine: float | None) -> None:
 
 def record_tower(tower: Tower) -> dict[str, Any]:
     """The entry of a graph in export.json."""
-    with torch.no_grad():
-        width = tower.module(tower.inputs[:1]).shape[1]
-    record = {"file": tower.file, "input": tower.names[0], "output": tower.names[1], "width": width}
+    file, (source, target), width = tower.file, tower.names, tower.expected.shape[1]
+    record = {"file": file, "input": source, "output": target, "width": width}
     if tower.inputs.is_floating_point():
         return {**record, "size": list(tower.inputs.shape[2:])}
     dtype = str(tower.inputs.dtype).removeprefix("torch.")
-    return {**record, "mask": None, "context_length": tower.inputs.shape[1], "dtype": dtype}
+    return {**record, "context_length": tower.inputs.shape[1], "dtype": dtype}

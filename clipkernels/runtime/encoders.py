@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from clipkernels.images.reader import Reader
-from clipkernels.messages import one_line, reason_of, skip_message
+from clipkernels.messages import join_sizes, one_line, reason_of, skip_message
 from clipkernels.runtime.engines import Engine, load_engine
 from clipkernels.runtime.manifest import check_files, read_export
 from clipkernels.runtime.preprocessing import preprocess
@@ -22,6 +22,11 @@ from clipkernels.runtime.tokenization import TextTokenizer
 
 DEFAULT_SCALE = 100.0
 """The scale of cosines for a model without one, as for heads in clipkernels."""
+PARTS = {
+    "text": ("text tower", "export a model with a text tower"),
+    "tokenizer": ("tokenizer", "export with tokenizer="),
+}
+"""The parts of a folder that texts need, by their names in export.json: nouns and remedies."""
 
 
 class Runtime:
@@ -35,13 +40,16 @@ class Runtime:
         info: the content of export.json.
         logit_scale, logit_bias: the scale and the bias of the model's logits, or None.
     Raises:
-        ValueError: no exported folder, one of a newer format, or one that has changed.
+        ValueError: no exported folder, one of a newer format, or one that has changed; or no number of threads.
         ImportError: the folder's runtime is not installed.
         OSError: a file cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True) -> None:
-        self.folder, self.threads = Path(folder), threads
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ValueError(f"threads must be at least 1, or None, got {threads!r:.40}")
+        # Absolute, because the text tower is read later and copies open the folder again.
+        self.folder, self.threads = Path(os.path.abspath(folder)), threads
         self.info = read_export(folder)
         if verify:
             check_files(folder, self.info)
@@ -68,10 +76,13 @@ class Runtime:
             errors: "skip" warns of an image that cannot be read and gives it a row of NaN.
         Raises:
             ValueError: an image that cannot be read, with its name.
+            TypeError: no images.
         """
         if errors not in ("raise", "skip"):
             raise ValueError(f'errors must be "raise" or "skip", got {errors!r:.40}')
         single = isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", 0) == 3
+        if not single and not isinstance(images, Iterable):
+            raise TypeError(f"images must be an image or a list of images, got {images!r:.80}")
         items = [images] if single else list(images)
         embeddings = np.full((len(items), self.info["image"]["width"]), np.nan, np.float32)
         for start in _starts(len(items), batch_size):
@@ -99,8 +110,15 @@ class Runtime:
         return _unit(embeddings) if normalize else embeddings
 
     def encode_ids(self, ids: Any, batch_size: int = 64) -> Any:
-        """The embeddings (n,E) float32 of token ids (n,L), of a folder with a text tower."""
-        text = self.info["text"]
+        """The embeddings (n,E) float32 of token ids (n,L), of a folder with a text tower.
+
+        Raises:
+            ValueError: the folder has no text tower, or ids of another shape or dtype.
+        """
+        text, ids = self._part("text"), np.asarray(ids)
+        length = text["context_length"]
+        if ids.ndim != 2 or ids.shape[1] != length or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"ids must be (n,{length}) of integers, got ({join_sizes(ids.shape)}) {ids.dtype}")
         embeddings = np.empty((len(ids), text["width"]), np.float32)
         for start in _starts(len(ids), batch_size):
             rows = slice(start, start + batch_size)
@@ -130,8 +148,10 @@ class Runtime:
             image = Image.fromarray(image)
         elif isinstance(image, bytes):
             image = self._reader.decode(io.BytesIO(image))
-        elif not isinstance(image, Image.Image):
+        elif isinstance(image, str | os.PathLike):
             image = self._reader.read(image)
+        elif not isinstance(image, Image.Image):
+            raise ValueError(f"expected a path, bytes, a PIL image or an array, got {image!r:.60}")
         pixels = preprocess(image, self.info["preprocess"]["steps"])
         if pixels.shape != (3, *size):
             raise ValueError(f"expected pixels (3,{size[0]},{size[1]}) from the preprocessing, got {pixels.shape}")
@@ -141,7 +161,14 @@ class Runtime:
         """The probabilities (n,K) of K texts for n images, by their embeddings (n,E) and (K,E).
 
         They are a softmax over the texts, or sigmoids if the model's logits have a bias, as SigLIP's.
+
+        Raises:
+            ValueError: embeddings of other shapes, or no text.
         """
+        images, texts = np.asarray(images), np.asarray(texts)
+        if images.ndim != 2 or texts.ndim != 2 or not len(texts) or images.shape[1] != texts.shape[1]:
+            shapes = f"({join_sizes(images.shape)}) and ({join_sizes(texts.shape)})"
+            raise ValueError(f"expected embeddings (n,E) of images and (K,E) of texts, K at least 1, got {shapes}")
         logits = (self.logit_scale or DEFAULT_SCALE) * (_unit(images) @ _unit(texts).T)
         if self.logit_bias is not None:
             return 1 / (1 + np.exp(-(logits + np.float32(self.logit_bias))))
@@ -162,11 +189,19 @@ class Runtime:
 
     @cached_property
     def _tokenizer(self) -> TextTokenizer:
-        for part, remedy in (("text", "export a model with a text tower"), ("tokenizer", "export with tokenizer=")):
-            if self.info[part] is None:
-                name = "text tower" if part == "text" else part
-                raise ValueError(f"expected a folder with a {name} for texts, got {self.folder} without: {remedy}")
-        return TextTokenizer(self.folder, self.info["tokenizer"])
+        self._part("text")
+        return TextTokenizer(self.folder, self._part("tokenizer"))
+
+    def _part(self, part: str) -> Any:
+        """The record of the text tower or the tokenizer.
+
+        Raises:
+            ValueError: the folder has none.
+        """
+        name, remedy = PARTS[part]
+        if self.info[part] is None:
+            raise ValueError(f"expected a folder with a {name} for texts, got {self.folder} without: {remedy}")
+        return self.info[part]
 
     def _engine(self, part: str) -> Engine:
         graph = self.info[part]

@@ -9,7 +9,7 @@ file holds the splitting and the marks. `zero_id` is an id that becomes 0, as op
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,14 @@ class TextTokenizer:
 
         Raises:
             TypeError: no list of texts.
+            ValueError: a text with half of a surrogate pair, as a file's name that is no UTF-8 has.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        items = list(texts) if isinstance(texts, Iterable) else [texts]
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in items):
             raise TypeError(f"texts must be a list of texts, got {texts!r:.80}")
-        encodings = self._tokenizer.encode_batch([self.clean(text) for text in texts])
-        ids = np.array([encoding.ids for encoding in encodings], np.int64).reshape(len(texts), self.context_length)
+        try:
+            encodings = self._tokenizer.encode_batch([self.clean(text) for text in items])
+        except TypeError as error:
+            raise ValueError(f"texts must be Unicode without lone surrogates, got {items!a:.80}") from error
+        ids = np.array([encoding.ids for encoding in encodings], np.int64).reshape(len(items), self.context_length)
         return ids if self.zero_id is None else np.where(ids == self.zero_id, 0, ids)

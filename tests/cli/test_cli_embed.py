@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clipkernels as ck
+from clipkernels import freezing
 from clipkernels.cli import embed as verb
 from clipkernels.cli import main
 from clipkernels.cli.parts import reporter
@@ -350,6 +351,19 @@ def test_a_compiled_tower_gives_the_same_neighbours(photos: Path, tmp_path: Path
     succeed("embed", photos, "--out", tmp_path / "plain", "--batch-size", 4, *FAST)
     succeed("embed", photos, "--out", tmp_path / "DIR", "--batch-size", 4, "--compile", *FAST)
     assert close_to(rows_of(tmp_path / "DIR"), rows_of(tmp_path / "plain"))
+
+
+def test_a_tower_that_cannot_be_compiled_is_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no compiler\nanywhere")
+
+    monkeypatch.setattr(freezing, "_compile_in_turn", refuse)
+    result = run("embed", photos, "--out", tmp_path / "DIR", "--batch-size", 4, "--compile", *FAST)
+    expected = "error: torch.compile cannot compile this tower, leave out compiled=True (--compile): "
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith(expected)
+    assert "no compiler anywhere" in result.stderr
 
 
 @contextmanager

@@ -42,6 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def export(model: Any, folder: str, **options: Any) -> Report:
         log.append({"model": model, "folder": folder, **options})
+        options["progress"]("image graph")
         products = Products(27, ("node_3",)) if options["precision"] == "int8" else None
         nodes = {"nodes": 40, "scatter": 0, "nonzero": 0, "loop": 0, "if": 0}
         sizes, seconds = {"image.xml": 2**20, "image.bin": 2**20}, {"image": 1.0}
@@ -92,6 +93,10 @@ def test_wrong_options_are_one_line(tmp_path: Path) -> None:
     assert "expected one --method, got dense and tome:4" in error(
         run("export", "--method", "dense", "--method", "tome:4", "--out", tmp_path / "out")
     )
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "export.json").write_text("{}")
+    line = error(run("export", "--model", tmp_path / "exported", "--out", tmp_path / "out"))
+    assert f"expected a model in PyTorch, got {tmp_path / 'exported'}, which is exported: name the model" in line
     assert not (tmp_path / "out").exists()
 
 

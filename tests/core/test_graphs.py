@@ -25,7 +25,8 @@ from torch.utils import _pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipkernels as ck
-from clipkernels import cuda_graph, graphs
+from clipkernels import compilation, cuda_graph, graphs
+from clipkernels.layered_class import unserved
 from clipkernels.testing import (
     open_clip_tower,
     openai_tower,
@@ -569,6 +570,44 @@ def test_new_graphs_replace_the_old_ones(tower, images, counts):
     assert counts.take() == ([], 1)
     ck.ungraphed(tower)
     assert not any(graphs.GRAPHS in vars(module) for module in tower.modules())
+
+
+@torch.no_grad()
+def test_graphs_replace_a_compilation_and_are_replaced_by_one(tiny, images, counts, monkeypatch):
+    class Forward:
+        cost = None
+
+        def __init__(self, function: Callable[[Tensor], Any], **options: Any) -> None:
+            self.function = function
+
+        def __call__(self, batch: Tensor) -> Any:
+            return self.function(batch) + 1
+
+    monkeypatch.setattr(compilation, "CompiledForward", Forward)
+    cls, expected = type(tiny.visual), tiny.encode_image(images)
+    assert torch.equal(ck.compile(tiny, freeze=True).encode_image(images), expected + 1)
+    counts.error = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ck.graphed(tiny, batch_sizes=[3])
+    assert torch.equal(tiny.encode_image(images), expected + 1)
+    counts.error = None
+    ck.graphed(tiny, batch_sizes=[3])
+    assert ck.compilation_of(tiny) is None and torch.equal(tiny.encode_image(images), expected)
+    assert counts.take() == ([3], 1)
+    ck.compile(tiny, freeze=True)
+    assert torch.equal(tiny.encode_image(images), expected + 1)
+    assert counts.take() == ([], 0)
+    assert type(ck.uncompile(tiny).visual) is cls
+
+
+@torch.no_grad()
+def test_calls_are_not_served_within_a_context_that_says_so(tower, images, counts):
+    with pytest.raises(KeyError), unserved(tower):
+        tower.encode_image(images)
+        raise KeyError
+    assert counts.take() == ([], 0)
+    tower.encode_image(images)
+    assert counts.take() == ([], 1)
 
 
 @torch.no_grad()

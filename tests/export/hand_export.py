@@ -67,7 +67,7 @@ def write_export(folder: Path, text: bool = True) -> Path:
         content[name] = {"file": f"{name}.onnx", "input": source, "output": target, "width": 128}
     content["image"]["size"] = [32, 32]
     if text:
-        content["text"] |= {"mask": None, "context_length": ids.shape[1], "dtype": "int64"}
+        content["text"] |= {"context_length": ids.shape[1], "dtype": "int64"}
     content |= {
         "preprocess": preprocess_record(preprocess),
         "tokenizer": tokenizer_record(tokenizer, None, folder) if text else None,

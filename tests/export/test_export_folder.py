@@ -69,7 +69,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     """A small model with EViT, the folder that it is exported to in ONNX, and the report."""
     model = ck.patch(small(), ck.EViT(0.5, blocks=(0,)))
     folder = tmp_path_factory.mktemp("export") / "out"
-    report = ck.export(model, folder, tokenizer=tokenizer(), preprocess=preprocess(), config="small")
+    steps: list[str] = []
+    parts = {"tokenizer": tokenizer(), "preprocess": preprocess(), "config": {"layers": 2}}
+    report = ck.export(model, folder, progress=steps.append, **parts)
+    assert steps == ["embeddings of PyTorch", "image graph", "text graph", "comparison with PyTorch"]
     return model, folder, report
 
 
@@ -93,10 +96,10 @@ def test_export_json_says_what_the_folder_holds(exported: tuple[Any, Path, Any])
         "file": "image.onnx", "input": "pixel_values", "output": "image_embeds", "width": 16, "size": [32, 32],
     }  # fmt: skip
     assert content["text"] == {
-        "file": "text.onnx", "input": "input_ids", "output": "text_embeds", "width": 16, "mask": None,
+        "file": "text.onnx", "input": "input_ids", "output": "text_embeds", "width": 16,
         "context_length": 16, "dtype": "int64",
     }  # fmt: skip
-    assert content["name"] == {"library": "open_clip", "model": "CLIP", "config": "small"}
+    assert content["name"] == {"library": "open_clip", "model": "CLIP", "config": {"layers": 2}}
     assert content["method"] == str(ck.EViT(0.5, blocks=(0,)))
     assert content["plan"]["tokens"] == [17, 10, 10]
     assert content["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
@@ -110,7 +113,7 @@ def test_export_json_says_what_the_folder_holds(exported: tuple[Any, Path, Any])
         "runtime/__init__.py",
         "text.onnx",
     }
-    assert (folder / "requirements.txt").read_text().split() == ["numpy", "onnxruntime>=1.17", "pillow", "tokenizers"]
+    assert (folder / "requirements.txt").read_text().split() == ["numpy", "onnxruntime>=1.20", "pillow", "tokenizers"]
 
 
 def test_the_report_has_parity_sizes_memory_and_no_slow_nodes(exported: tuple[Any, Path, Any]) -> None:
@@ -162,6 +165,9 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "immich": ({"to": "openvino", "layout": "immich"}, 'expected to="onnx" with layout="immich"'),
     "limit": ({"min_cosine": 1.5}, "min_cosine must be a number in [0, 1], got 1.5"),
     "no preprocess": ({"preprocess": None}, "expected preprocess=, because this model of open_clip carries none"),
+    "length": ({"tokenizer": tokenizer(20)}, "tokenizer must give texts of at most 16 tokens, got 20"),
+    "config": ({"config": {"a": float("nan")}}, "config must be what JSON can hold, got"),
+    "nan": ({"check": noise(2).log()}, "check: images must be finite, got NaN or infinity"),
     "size": ({"check": noise(2, 64)}, "images must be (B,3,32,32), got (2,3,64,64)"),
 }
 
@@ -171,6 +177,45 @@ def test_a_wrong_argument_is_one_line_and_no_folder(case: str, tmp_path: Path) -
     options, message = CALLS[case]
     with pytest.raises(ValueError, match=re.escape(message)):
         ck.export(small(), tmp_path / "out", **{"preprocess": preprocess(), **options})
+    assert not list(tmp_path.iterdir())
+
+
+WEIGHTS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "meta": (lambda model: model.to("meta"), "expected a model with weights, got one on the meta device: load"),
+    "image": (lambda model: model.visual.proj.data.fill_(torch.nan), "expected finite image_embeds of the model"),
+    "text": (
+        lambda model: model.text_projection.data.fill_(torch.inf),
+        "expected finite text_embeds of the model",
+    ),
+    "scale": (lambda model: model.logit_scale.data.fill_(torch.inf), "the model's logit_scale must be one finite"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_give_no_embeddings_are_refused_at_once(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "write_image", None)
+    model = small().train()
+    spoil, message = WEIGHTS[case]
+    spoil(model)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ck.export(model, tmp_path / "out", preprocess=preprocess())
+    assert not list(tmp_path.iterdir()) and model.training
+
+
+def test_a_compiled_model_is_exported_without_its_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = ck.compile(small()), []
+
+    def write(module: Any, file: Path, *_: Any) -> None:
+        calls.append(ck.compilation_of(model))
+        raise OSError("disk full")
+
+    monkeypatch.setattr(export_module, "write_image", write)
+    before = ck.compilation_of(model)
+    with pytest.raises(OSError, match="disk full"):
+        ck.export(model, tmp_path / "out", preprocess=preprocess())
+    assert calls == [None] and before is not None and ck.compilation_of(model) is before and not before.costs
     assert not list(tmp_path.iterdir())
 
 
@@ -297,6 +342,7 @@ def test_a_program_of_torch_gives_the_embeddings(precision: str, tmp_path: Path)
     actual = Runtime(tmp_path / "out").encode_image(list(noise(3).numpy()))
     expected = model.encode_image(noise(3)).numpy()
     assert np.abs(actual - expected).max() < (1e-5 if precision == "fp32" else 0.3) * np.abs(expected).max()
+    assert Runtime(tmp_path / "out").encode_image(noise(1500).numpy(), batch_size=1500).shape == (1500, 16)
 
 
 @pytest.mark.slow

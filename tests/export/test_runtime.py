@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -111,8 +114,46 @@ def test_arguments_are_checked(runtime: Runtime) -> None:
         runtime.encode_image([], errors="ignore")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         runtime.encode_image([], batch_size=0)
-    with pytest.raises(TypeError, match="texts must be a list of texts"):
-        runtime.encode_text([1])  # type: ignore[list-item]
+    for texts in ([1], None, 5, b"a"):
+        with pytest.raises(TypeError, match="texts must be a list of texts"):
+            runtime.encode_text(texts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"texts must be Unicode without lone surrogates, got \['a\\ud800'\]"):
+        runtime.encode_text(["a\ud800"])
+    with pytest.raises(TypeError, match="images must be an image or a list of images, got 5"):
+        runtime.encode_image(5)
+    for number in (0, None, [1]):  # 0 is the number of an open file
+        with pytest.raises(ValueError, match="got image 0: expected a path, bytes, a PIL image or an array, got "):
+            runtime.encode_image([number])
+    length = runtime.info["text"]["context_length"]
+    for ids, actual in (
+        ([1, 2], "(2) int64"),
+        (np.ones((1, 3), int), "(1,3) int64"),
+        (np.ones((1, length)), "float64"),
+    ):
+        with pytest.raises(ValueError, match=rf"ids must be \(n,{length}\) of integers, got .*{re.escape(actual)}"):
+            runtime.encode_ids(ids)
+    assert runtime.encode_ids([[1] * length]).shape == (1, 128)
+    images = runtime.encode_image(pictures())
+    for texts in (images[:0], images[0], images[:, :3]):
+        with pytest.raises(ValueError, match=r"expected embeddings \(n,E\) of images and \(K,E\) of texts"):
+            runtime.probabilities(images, texts)
+    assert runtime.encode_text(iter(["a", "b"])).shape == (2, 128)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
+def test_threads_are_a_positive_number(threads: Any, written: Path) -> None:
+    with pytest.raises(ValueError, match=r"threads must be at least 1, or None, got "):
+        Runtime(written, threads=threads)
+
+
+def test_a_folder_may_be_named_from_where_the_process_was(
+    written: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(written.parent)
+    relative = Runtime(written.name)
+    monkeypatch.chdir(tmp_path)
+    for one in (relative, pickle.loads(pickle.dumps(relative))):
+        assert np.array_equal(one.encode_text("a cat"), runtime.encode_text("a cat"))
 
 
 @torch.no_grad()
@@ -321,3 +362,56 @@ def test_the_command_line_prints_and_writes(
         assert status == 2 and not out and err.startswith("error: expected ") and err.count("\n") == 1
     status, _, err = command(capsys, str(written), photos[0], "--texts", "a", "--out", "x.npy")
     assert status == 2 and "expected --out or --texts, got both" in err
+
+
+def test_out_is_the_file_that_is_named_or_one_line(
+    written: Path, runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = [str(written.parent / f"{index % 3}.png") for index in range(70)]
+    expected = runtime.encode_image(photos)
+    assert command(capsys, str(written), *photos, "--out", str(tmp_path / "x.bin")) == (0, "", "")
+    assert np.allclose(np.load(tmp_path / "x.bin"), expected, atol=1e-6) and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(Runtime, "encode_image", None)  # a file that cannot be written costs no images
+    for wrong, message in (
+        (tmp_path / "none" / "x.npy", "file that can be written for --out, got {}: No such file or directory"),
+        (tmp_path, "file for --out, got {}"),
+        (os.devnull, "file for --out, got {}"),
+    ):
+        status, out, err = command(capsys, str(written), photos[0], "--out", str(wrong))
+        assert (status, out, err) == (2, "", f"error: expected a {message.format(wrong)}\n")
+
+
+def test_results_are_printed_as_they_come(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, lines = [str(written.parent / f"{index % 3}.png") for index in range(70)], []
+    encode = Runtime.encode_image
+
+    def watched(self: Runtime, *arguments: Any, **options: Any) -> Any:
+        lines.append(capsys.readouterr().out.count("\n"))
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(Runtime, "encode_image", watched)
+    status, out, _ = command(capsys, str(written), *photos)
+    assert (status, lines, out.count("\n")) == (0, [0, 32, 32], 6)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes")
+def test_a_reader_that_stops_ends_the_command_line_quietly(written: Path, tmp_path: Path) -> None:
+    photos = [str(written.parent / f"{index % 3}.png") for index in range(200)]
+    program = [sys.executable, str(written / "runtime"), *photos]
+    result = subprocess.run(
+        f"{shlex.join(program)} | head -n 1", shell=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.stderr == "" and json.loads(result.stdout)["path"] == photos[0]
+
+
+def test_a_package_that_is_missing_is_one_line(written: Path, tmp_path: Path) -> None:
+    for module in ("numpy", "onnxruntime"):
+        code = (
+            "import runpy, sys; sys.modules[sys.argv[1]] = None; folder = sys.argv[2]; sys.argv[1:] = ['photo.jpg']\n"
+            "sys.path.insert(0, ''); runpy.run_path(folder, run_name='__main__')"
+        )
+        result = run(["-c", code, module, str(written / "runtime")], None, tmp_path / "process")
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith(f"error: expected {module} to be installed"), result.stderr

@@ -77,9 +77,9 @@ def test_ids_of_bytes_are_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["clip", "letters"])
 def test_ids_of_transformers_are_equal(family: str, tmp_path: Path) -> None:
     tokenizer = save_clip_tokenizer(tmp_path / "saved") if family == "clip" else letter_tokenizer()
-    texts = odd_texts(300)
+    texts = odd_texts(1000)
     record, actual = ids(tokenizer, 24, tmp_path, texts)
-    assert np.array_equal(actual, ids_of(tokenizer, texts, 24).numpy()) and actual.shape == (300, 24)
+    assert np.array_equal(actual, ids_of(tokenizer, texts, 24).numpy()) and actual.shape == (1000, 24)
     assert record["kind"] == "huggingface" and record["pad_id"] == tokenizer.pad_token_id
 
     class Processor:
@@ -93,7 +93,7 @@ def test_ids_of_transformers_are_equal(family: str, tmp_path: Path) -> None:
 def test_open_clips_wrapper_of_transformers_is_read(clean: str, tmp_path: Path) -> None:
     letter_tokenizer(sep_token=".").save_pretrained(tmp_path / "saved")
     tokenizer = HFTokenizer(str(tmp_path / "saved"), context_length=30, clean=clean, strip_sep_token=True)
-    texts = odd_texts(300)
+    texts = odd_texts(1000)
     record, actual = ids(tokenizer, 30, tmp_path, texts)
     assert np.array_equal(actual, tokenizer(texts).numpy())
     assert record["clean"] == clean and record["zero_id"] == tokenizer.tokenizer.sep_token_id

@@ -18,6 +18,7 @@ from clipkernels.artefacts.save import save
 from clipkernels.artefacts.transformers import run_processor
 from clipkernels.cli.parts.models import load, load_clip, load_saved, load_transformers_tokenizer, loading
 from clipkernels.data import Preprocess
+from clipkernels.runtime.manifest import is_export
 
 
 class WholeModel(NamedTuple):
@@ -29,7 +30,11 @@ class WholeModel(NamedTuple):
 
 
 def load_whole(library: str, name: str | None, pretrained: str | None) -> WholeModel:
-    """Return a model and the parts that `ck.save` needs; errors as in `load`."""
+    """Return a model and the parts that `ck.save` needs; errors as in `load`.
+
+    Raises:
+        click.UsageError: also for an exported folder, which has no model in PyTorch.
+    """
     if name is None:
         model, preprocess, tokenizer = load_clip(library, name, pretrained)
         return WholeModel(model, preprocess, {"tokenizer": tokenizer})
@@ -37,6 +42,8 @@ def load_whole(library: str, name: str | None, pretrained: str | None) -> WholeM
         model, preprocess, tokenizer = load_saved(library, name, pretrained, text=False)
         config = _saved_config(Path(name), read_header(name).library)
         return WholeModel(model, preprocess, {"config": config, "tokenizer": tokenizer, **_processor(preprocess)})
+    if is_export(name):
+        raise click.UsageError(f"expected a model in PyTorch, got {name}, which is exported: name the model itself")
     model, preprocess, _ = load(library, name, pretrained)
     parts: dict[str, Any] = {}
     if library == "open_clip":
