@@ -8,10 +8,10 @@ KEY stands for the images, the method and the kinds of features.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -23,7 +23,7 @@ from clipkernels.data import Preprocess
 from clipkernels.encode import Encoded, encode_image, tower_weight
 from clipkernels.evaluation.datasets import Items
 from clipkernels.evaluation.plan import Model
-from clipkernels.formats import FLOATS, Count, Format, Line, TensorSpec
+from clipkernels.formats import Count, Format, Line, TensorSpec
 from clipkernels.images.batches import collate, image_shape
 from clipkernels.images.reader import preprocessed
 from clipkernels.messages import reason_of
@@ -40,25 +40,35 @@ class PartHeader(msgspec.Struct, forbid_unknown_fields=True):
 
     start, stop: places in the split.
     prefix: number of leading tokens that are not patches.
+    kinds: features besides embeddings; none without an image.
     unread: place and reason of each image without features.
     """
 
     start: Count
     stop: Count
     prefix: Count
+    kinds: list[Literal["tokens", "cls_path"]]
     unread: list[tuple[Count, Line]]
 
 
 def _tensors(header: PartHeader) -> dict[str, TensorSpec]:
+    shapes = {"tokens": "images* rows width*", "cls_path": "images* blocks channels"}
     return {
         "index": TensorSpec((torch.int64,), "images*", 0),
-        "embedding": TensorSpec(FLOATS, "images* width*"),
-        "tokens": TensorSpec(FLOATS, "images* rows width*", optional=True),
-        "cls_path": TensorSpec(FLOATS, "images* blocks channels", optional=True),
+        "embedding": TensorSpec((torch.float32,), "images* width*"),
+        **{kind: TensorSpec((torch.float32,), shapes[kind]) for kind in header.kinds},
     }
 
 
-FORMAT = Format("clipkernels.evaluation.features.1", "features of an evaluation", PartHeader, _tensors)
+def _check(header: PartHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless every image from start to stop has either features or a reason, in order."""
+    read, unread = tensors["index"].tolist(), [place for place, _ in header.unread]
+    in_order = read == sorted(read) and unread == sorted(unread)
+    if not in_order or sorted(read + unread) != list(range(header.start, header.stop)):
+        raise ValueError(f"features of other images than those from {header.start} to {header.stop}")
+
+
+FORMAT = Format("clipkernels.evaluation_features.1", "features of an evaluation", PartHeader, _tensors, _check)
 
 
 class Part(NamedTuple):
@@ -215,5 +225,8 @@ def _encode_part(
     tensors = {kind: torch.cat(values) for kind, values in columns.items() if values} or {
         "embedding": torch.empty(0, 0)
     }
-    header = {"start": places.start, "stop": places.stop, "prefix": prefix, "unread": sorted(unread)}
+    header = {
+        "start": places.start, "stop": places.stop, "prefix": prefix, "unread": sorted(unread),
+        "kinds": [kind for kind in KINDS if kind in tensors],
+    }  # fmt: skip
     write_state(file, FORMAT, header, {"index": torch.tensor(indices, dtype=torch.int64), **tensors})

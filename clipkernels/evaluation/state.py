@@ -19,8 +19,10 @@ from clipkernels.formats import Count, Fingerprint, Format, Line, Size
 from clipkernels.run_folder import RunFolder
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Spread = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 MAX_BYTES = 1 << 20
+ROUNDING = 1e-9
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,16 +39,23 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class ScoreRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The scores of one combination by metric: mean, lower and upper bound, spread over the runs, images."""
 
-    values: dict[Line, tuple[Share, Share, Share, Annotated[float, msgspec.Meta(ge=0)] | None, Size]]
+    values: Annotated[dict[Line, tuple[Share, Share, Share, Spread | None, Size]], msgspec.Meta(min_length=1)]
     runs: Size
     unread: Count
     weights: Line
+
+    def __post_init__(self) -> None:
+        for mean, low, high, spread, _ in self.values.values():
+            if not low - ROUNDING <= mean <= high + ROUNDING:
+                raise ValueError(f"a mean of {mean} outside of its interval {low} to {high}")
+            if (spread is None) != (self.runs == 1):
+                raise ValueError("a spread of one run, or several runs without one")
 
 
 class SpeedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """GMACs as executed, images/s, speed-up and η of each method, by its name."""
 
-    methods: dict[Line, tuple[Positive, Positive, Positive, Positive]]
+    methods: Annotated[dict[Line, tuple[Positive, Positive, Positive, Positive]], msgspec.Meta(min_length=1)]
 
 
 RUN_FORMAT = Format("clipkernels.evaluation.1", "the state of an evaluation", Settings, lambda header: {})

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 
 from clipkernels import formats, state_files
 from clipkernels.artefacts.header import FORMAT as ARTEFACT
+from clipkernels.evaluation import features as split_features
+from clipkernels.evaluation import state as evaluation
 from clipkernels.formats import Count, Format, Line, TensorSpec
 from clipkernels.heads import reservoir_entries, tda_entries
 from clipkernels.learn import calip_fs, tip_f
@@ -56,6 +58,8 @@ FORMATS: dict[str, Format] = {
     "schedule": schedule.FORMAT,
     **{"recovery": recovery.RUN_FORMAT, "recovery targets": recovery.PART_FORMAT},
     **{"recovery checkpoint": recovery.CHECKPOINT_FORMAT, "recovery best": recovery.BEST_FORMAT},
+    **{"evaluation": evaluation.RUN_FORMAT, "evaluation features": split_features.FORMAT},
+    **{"evaluation score": evaluation.SCORE_FORMAT, "evaluation speed": evaluation.SPEED_FORMAT},
     **{"tuning": tuning.RUN_FORMAT, "tuning evaluation": tuning.EVALUATION_FORMAT, "tuning speed": tuning.SPEED_FORMAT},
 }
 
