@@ -21,7 +21,7 @@ if _TYPE_CHECKING:
     from clipkernels.encode import Encoded, encode_image
     from clipkernels.exporting.export import export
     from clipkernels.graphs import graphed, ungraphed
-    from clipkernels.heads import CALIP, Reservoir, TipAdapter, TipX, ZeroShot
+    from clipkernels.heads import CALIP, TDA, Reservoir, TipAdapter, TipX, ZeroShot
     from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, ToMe
     from clipkernels.patching import method_of, patch, patched, tower_of, unpatch
     from clipkernels.pictures.show import show
@@ -45,6 +45,7 @@ __all__ = [
     "Reservoir",
     "Schedule",
     "TCA",
+    "TDA",
     "TipAdapter",
     "TipX",
     "ToMe",
@@ -92,7 +93,7 @@ _NAMES = {
     "encode": ("Encoded", "encode_image"),
     "exporting.export": ("export",),
     "graphs": ("graphed", "ungraphed"),
-    "heads": ("CALIP", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
+    "heads": ("CALIP", "TDA", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
     "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "ToMe"),
     "patching": ("method_of", "patch", "patched", "tower_of", "unpatch"),
     "pictures.show": ("show",),

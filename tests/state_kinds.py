@@ -13,6 +13,10 @@ import torch
 import clipkernels as ck
 from clipkernels.artefacts.header import read_header
 from clipkernels.artefacts.load import read_saved_method
+from clipkernels.evaluation import features as split_features
+from clipkernels.evaluation import state as evaluation
+from clipkernels.evaluation.results import read_rows, write_scores
+from clipkernels.evaluation.scores import Score
 from clipkernels.fingerprint import fingerprint
 from clipkernels.learn.calip_fs import FewShotCALIP
 from clipkernels.learn.distill import TeacherCache, feature_files
@@ -20,7 +24,9 @@ from clipkernels.learn.patch_ranking import Rankings, RankPredictor, VisualToken
 from clipkernels.learn.patch_ranking.rankings import RankingStore
 from clipkernels.learn.recovery import state as recovery
 from clipkernels.learn.recovery.results import Closeness, Evaluation
+from clipkernels.learn.tip_f import TipAdapterF
 from clipkernels.measure.timing import Band
+from clipkernels.state_files import read_json, read_state, write_json, write_state
 from clipkernels.support import Picture, SupportSet
 from clipkernels.support.features import Encoder, join_names, read_features, write_features
 from clipkernels.tuning import evaluations
@@ -42,6 +48,14 @@ def reservoir(folder: Path) -> Kind:
     )
 
 
+def tda(folder: Path) -> Kind:
+    generator, file = torch.Generator().manual_seed(0), folder / "tda.safetensors"
+    head = ck.TDA(torch.randn(3, 6, generator=generator), scale=5.0, entropy_range=(0.05, 0.65))
+    head(torch.randn(12, 6, generator=generator))
+    head.save(file)
+    return Kind(file, lambda: head.load(file))
+
+
 def rank_predictor(folder: Path) -> Kind:
     file = folder / "predictor.safetensors"
     RankPredictor(9, block=1, channels=4, token_hidden=3, channel_hidden=5, about={"tower": TOWER, "keep": 0.5}).save(
@@ -61,6 +75,14 @@ def few_shot(folder: Path) -> Kind:
         FewShotCALIP(torch.randn(3, 4, generator=torch.Generator().manual_seed(0))),
         folder / "calip.safetensors",
     )
+    head.save(file)
+    return Kind(file, lambda: head.load(file))
+
+
+def tip_f(folder: Path) -> Kind:
+    file, generator = folder / "tip_f.safetensors", torch.Generator().manual_seed(0)
+    text, support = (torch.randn(rows, 4, generator=generator) for rows in (3, 5))
+    head = TipAdapterF(text, support, torch.tensor([0, 0, 1, 1, 2]))
     head.save(file)
     return Kind(file, lambda: head.load(file))
 
@@ -287,13 +309,59 @@ def tuning_speed(folder: Path) -> Kind:
     return Kind(file, load, free=("plan.steps.arguments.seed",))
 
 
+EVALUATION = evaluation.Settings(
+    tower=TOWER, text_tower=TOWER, preprocess="Resize(32)", reader="1", precision="fp32", batch_size=8
+)
+
+
+def evaluation_run(folder: Path) -> Kind:
+    def load() -> None:
+        evaluation.FOLDER.open(folder / "state", EVALUATION).release()
+
+    load()
+    return Kind(folder / "state" / "run.json", load, ("tower.", "text_tower."))
+
+
+def evaluation_features(folder: Path) -> Kind:
+    generator, file = torch.Generator().manual_seed(0), folder / "features.safetensors"
+    tensors = {
+        "index": torch.tensor([0, 1, 3]),
+        "embedding": torch.randn(3, 4, generator=generator),
+        "tokens": torch.randn(3, 5, 4, generator=generator),
+        "cls_path": torch.randn(3, 2, 6, generator=generator),
+    }
+    header = {"start": 0, "stop": 4, "prefix": 1, "kinds": ["tokens", "cls_path"], "unread": [(2, "")]}
+    write_state(file, split_features.FORMAT, header, tensors)
+    return Kind(
+        file,
+        lambda: read_state(file, split_features.FORMAT),
+        unbounded=("embedding", "tokens", "cls_path"),
+    )
+
+
+def evaluation_score(folder: Path) -> Kind:
+    file = folder / "row.json"
+    write_scores(file, {"accuracy": Score(0.5, 0.25, 0.75, 0.125, 3, 90)}, 1, "published")
+    return Kind(file, lambda: list(read_rows(file, "scenes", "Dense()", "tda", 0)))
+
+
+def evaluation_speed(folder: Path) -> Kind:
+    file = folder / "speed.json"
+    record = evaluation.SpeedRecord(methods={"Dense()": (1.5, 20.0, 1.25, 0.75)})
+    write_json(file, evaluation.SPEED_FORMAT, record, evaluation.MAX_BYTES)
+    return Kind(file, lambda: read_json(file, evaluation.SPEED_FORMAT, evaluation.MAX_BYTES))
+
+
 KINDS: dict[str, Callable[[Path], Kind]] = {
-    **{"reservoir": reservoir, "predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
-    **{"CALIP-FS": few_shot, "features": collection, "teacher": teacher_cache},
+    **{"reservoir": reservoir, "TDA": tda},
+    **{"predictor": rank_predictor, "rankings": golden, "learnt tokens": learnt_tokens},
+    **{"CALIP-FS": few_shot, "Tip-Adapter-F": tip_f, "features": collection, "teacher": teacher_cache},
     **{"manifest": support_manifest, "support features": support_features, "artefact": artefact},
     **{"schedule": schedule, "schedule artefact": schedule_artefact},
     **{"cost table": cost_table},
     **{"recovery": recovery_run, "recovery targets": recovery_targets, "recovery checkpoint": recovery_checkpoint},
     **{"recovery best": recovery_best},
+    **{"evaluation": evaluation_run, "evaluation features": evaluation_features},
+    **{"evaluation score": evaluation_score, "evaluation speed": evaluation_speed},
     **{"tuning": tuning_run, "tuning evaluation": tuning_evaluation, "tuning speed": tuning_speed},
 }

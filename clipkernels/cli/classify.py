@@ -13,13 +13,13 @@ from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clipkernels.adapters import UnsupportedTower, find_exported
+from clipkernels.adapters import find_exported
 from clipkernels.classifier import Classifier
 from clipkernels.cli.parts.classes import choose_classes, read_labels, warn_of_one
 from clipkernels.cli.parts.guesses import Guess, guess_writer
-from clipkernels.cli.parts.heads import ReservoirFile, check_head, choose_head
+from clipkernels.cli.parts.heads import STREAM_HEADS, ReservoirFile, check_head, choose_head
 from clipkernels.cli.parts.images import close, exif_option, find, warn_of_sorted
-from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods, settle
+from clipkernels.cli.parts.methods import METHOD_HELP, is_supported, name_of, read_methods, settle
 from clipkernels.cli.parts.models import cast_towers, choose_device, load_clip, model_options
 from clipkernels.cli.parts.options import (
     FORMATS,
@@ -38,7 +38,7 @@ from clipkernels.cli.parts.options import (
 )
 from clipkernels.cli.parts.output import opened, progress, schedule
 from clipkernels.comparison.towers import DTYPES
-from clipkernels.heads import Reservoir
+from clipkernels.heads import TDA, Reservoir
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
 from clipkernels.images import Reader, draw_images
 from clipkernels.images.batches import Pictures, collate, image_shape
@@ -70,7 +70,7 @@ Example:
     "--method",
     "spec",
     metavar="SPEC",
-    help=f"{METHOD_HELP}  [default: dense; tca with --adapt; none where the tower is not supported]",
+    help=f"{METHOD_HELP}  [default: dense; tca with --adapt tca; none where the tower is not supported]",
 )
 @predictor_option
 @tokens_option
@@ -81,7 +81,9 @@ Example:
 )
 @click.option("--support", type=click.Path(exists=True, file_okay=False), help="The folder of support build.")
 @click.option(
-    "--adapt", type=click.Choice(["tca"]), help="Adapt to the images: cache the most confident ones of each class."
+    "--adapt",
+    type=click.Choice(list(STREAM_HEADS)),
+    help="Adapt to the images: cache the most confident ones of each class; tda also caches uncertain ones.",
 )
 @click.option(
     "--preset",
@@ -165,10 +167,10 @@ def classify(
         found = find(images)
         class_names = choose_classes(found.paths, classes, classes_file, folder_labels) if by_name else None
         paths = draw_images(found.paths, limit, shuffle)
-        if spec == "none" and adapt:
-            raise click.UsageError("expected any method but none with --adapt, got --method none")
+        if spec == "none" and adapt == "tca":
+            raise click.UsageError("expected any method but none with --adapt tca, got --method none")
         specified = read_methods([spec] if spec is not None else [], predictor, tokens)
-        [method] = specified or read_methods(["tca" if adapt else "dense"], None, None)
+        [method] = specified or read_methods(["tca" if adapt == "tca" else "dense"], None, None)
         where = choose_device(device)
         model, preprocess, tokenizer = load_clip(library, name, pretrained)
         model = cast_towers(model, where, DTYPES[precision])
@@ -216,15 +218,6 @@ def check_reader(support_set: SupportSet, reader: Reader) -> None:
         )
 
 
-def is_supported(model: nn.Module) -> bool:
-    """Return true if the model's tower can be patched."""
-    try:
-        tower_of(model)
-    except UnsupportedTower:
-        return False
-    return True
-
-
 @torch.inference_mode()
 def run(
     classifier: Classifier,
@@ -269,7 +262,7 @@ def run(
     summary = [f"{quantity(done, 'image')} in {seconds:.2f} s: {done / seconds:.1f} images/s end to end"]
     if done:
         summary[0] += f", {done / model_seconds:.1f} in the model"
-        if isinstance(classifier.head, Reservoir):
+        if isinstance(classifier.head, (Reservoir, TDA)):
             cached = int(classifier.head.counts.sum())
             summary.append(f"mean entropy {entropy / done:.3f}, {quantity(cached, 'image')} cached")
         if classifier.sigmoid:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from clipkernels.heads.calip import CALIP
 from clipkernels.heads.reservoir import Reservoir
+from clipkernels.heads.tda import TDA
 from clipkernels.heads.tip import TipAdapter, TipX
 from clipkernels.heads.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
 
-__all__ = ["CALIP", "Head", "Reservoir", "TipAdapter", "TipX", "ZeroShot"]
+__all__ = ["CALIP", "TDA", "Head", "Reservoir", "TipAdapter", "TipX", "ZeroShot"]
 
 
 class Head(Protocol):

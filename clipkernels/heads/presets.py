@@ -1,4 +1,4 @@
-"""Published settings of heads per data set: TCA's from its released code, CALIP's from that of SuS-X."""
+"""Published settings of heads per data set: TCA's and TDA's from their released code, CALIP's from that of SuS-X."""
 
 from __future__ import annotations
 
@@ -30,6 +30,32 @@ RESERVOIR_PRESETS = {
     "cars": ReservoirPreset(3, 0.1, 1.5, 8),
     "sun397": ReservoirPreset(3, 0.01, 4, 3),
     "ucf101": ReservoirPreset(3, 0.01, 6, 8),
+}
+
+
+class TDAPreset(NamedTuple):
+    """Weight (α) and sharpness (β) of the positive cache of `ck.TDA`."""
+
+    strength: float
+    beta: float
+
+
+TDA_PRESETS = {
+    "caltech101": TDAPreset(5, 5),
+    "dtd": TDAPreset(2, 3),
+    "eurosat": TDAPreset(4, 8),
+    "fgvc": TDAPreset(2, 2),
+    "food101": TDAPreset(1, 1),
+    "imagenet": TDAPreset(2, 5),
+    "imagenet_a": TDAPreset(2, 5),
+    "imagenet_r": TDAPreset(1, 8),
+    "imagenet_sketch": TDAPreset(2.363, 7.45),
+    "imagenet_v2": TDAPreset(1, 8),
+    "flowers": TDAPreset(1, 5),
+    "pets": TDAPreset(2, 7),
+    "cars": TDAPreset(1, 7),
+    "sun397": TDAPreset(2, 3),
+    "ucf101": TDAPreset(3, 8),
 }
 
 

@@ -154,25 +154,15 @@ class TipAdapter:
         Returns:
             The accuracy, 0 to 1.
         """
-        if not is_list(ends) or len(ends) != 2:
-            raise ValueError(f"grid must be the ends of the ranges of beta and alpha, got {describe(ends)}")
-        for name, end, start in (("beta", ends[0], lowest_beta), ("alpha", ends[1], 0.1)):
-            check_numbers(**{f"the end of the grid of {name}": end})
-            if end <= start:
-                raise ValueError(f"the grid of {name} must end above {start}, got {end}")
-        alphas = spaced(0.1, ends[1], 20)
+        betas, alphas = grid_of(ends, lowest_beta)
         with torch.no_grad():
             first = self.zero_shot(features)
             check_not_empty(len(first))
             labels = check_labels(labels, *first.shape).to(first.device)
-            queries, best, beta = self._queries(features), SearchResult(-1.0, 0.0, 0.0), self.beta
+            queries = self._queries(features)
             with autocast_disabled(queries):
                 trial = self._weight_search(first, queries, labels, alphas)
-                for candidate in spaced(lowest_beta, ends[0], 200).tolist():
-                    result = trial(self._votes(queries, candidate))
-                    if result.accuracy > best.accuracy:
-                        best, beta = result, candidate
-        self.beta = beta
+                self.beta, best = search_betas(lambda beta: trial(self._votes(queries, beta)), betas)
         self._set_weights(best)
         return best.accuracy
 
@@ -196,7 +186,7 @@ class TipAdapter:
         self, first: Tensor, queries: Tensor, labels: Tensor, alphas: Tensor
     ) -> Callable[[Tensor], SearchResult]:
         """A function from the votes (n,K) to the best of the weights other than beta."""
-        return lambda votes: search(first, torch.zeros_like(first), votes, labels, spaced(0, 1, 1), alphas)
+        return lambda votes: search_alphas(first, votes, labels, alphas)
 
     def _set_weights(self, result: SearchResult) -> None:
         self.alpha = result.second
@@ -213,6 +203,36 @@ class TipAdapter:
     def _votes(self, queries: Tensor, beta: float) -> Tensor:
         features, labels, offsets, *_ = self._support
         return ops.affinity(queries, features.to(queries.dtype), labels, len(offsets) - 1, beta, offsets=offsets)
+
+
+def grid_of(ends: tuple[float, float], lowest_beta: float) -> tuple[Tensor, Tensor]:
+    """The 200 values of beta from `lowest_beta` to ends[0], and the 20 of alpha from 0.1 to ends[1].
+
+    Raises:
+        ValueError: no two ends, or ends that are not finite and above the start.
+    """
+    if not is_list(ends) or len(ends) != 2:
+        raise ValueError(f"grid must be the ends of the ranges of beta and alpha, got {describe(ends)}")
+    for name, end, start in (("beta", ends[0], lowest_beta), ("alpha", ends[1], 0.1)):
+        check_numbers(**{f"the end of the grid of {name}": end})
+        if end <= start:
+            raise ValueError(f"the grid of {name} must end above {start}, got {end}")
+    return spaced(lowest_beta, ends[0], 200), spaced(0.1, ends[1], 20)
+
+
+def search_betas(trial: Callable[[float], SearchResult], betas: Tensor) -> tuple[float, SearchResult]:
+    """The beta with the best trial, the first one of equals, and that trial."""
+    best, beta = SearchResult(-1.0, 0.0, 0.0), float("nan")
+    for candidate in betas.tolist():
+        result = trial(candidate)
+        if result.accuracy > best.accuracy:
+            best, beta = result, candidate
+    return beta, best
+
+
+def search_alphas(first: Tensor, votes: Tensor, labels: Tensor, alphas: Tensor) -> SearchResult:
+    """The best weight of the votes (n,K) beside logits `first` (n,K), as the second weight of the result."""
+    return search(first, torch.zeros_like(first), votes, labels, spaced(0, 1, 1), alphas)
 
 
 class TipX(TipAdapter):

@@ -143,6 +143,7 @@ def test_precisions_are_those_that_are_measured() -> None:
         "bench",
         "check",
         "embed",
+        "evaluate",
         "show",
         "rank",
         "support build",
@@ -719,6 +720,30 @@ def test_a_stream_adapts_and_resumes_from_its_file(pictures: Path, tmp_path: Pat
     assert frozen.exit_code == 0 and file.read_bytes() == before
 
 
+def test_tda_adapts_to_a_stream_and_resumes_from_its_file(pictures: Path, tmp_path: Path) -> None:
+    file, options = tmp_path / "caches.safetensors", [word if word != "tca" else "tda" for word in STREAM]
+    first = run("classify", pictures / "digits", *options, "--reservoir", file, "--batch-size", 16)
+    assert first.exit_code == 0, first.output
+    cached = int(re.search(r"mean entropy [0-9.]+, (\d+) images cached", first.stderr)[1])
+    assert "Dense()" in first.stderr and 10 < cached <= 30
+    rows = [json.loads(line) for line in first.stdout.splitlines()]
+    model, preprocess, tokenizer = ck.bundled()
+    classifier = ck.Classifier(model, tokenizer, digits.CLASSES, head=ck.TDA)
+    with torch.inference_mode():
+        logits = classifier(torch.stack([preprocess(Image.open(row["path"])) for row in rows]))  # one batch
+    actual = [row["probability"] for row in rows]
+    assert actual == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-4)
+    second = run("classify", pictures / "digits", *options, "--reservoir", file, "--method", "none")
+    assert f"{file}: resumed: 60 images seen, {cached} cached" in second.stderr
+    head = ck.TDA(classifier.head.zero_shot.text).load(file)
+    assert head.seen == 120 and head.negative_counts.sum() > 0
+    before = file.read_bytes()
+    frozen = run("classify", pictures / "digits", *options, "--reservoir", file, "--frozen", "--preset", "dtd")
+    assert frozen.exit_code == 0 and file.read_bytes() == before
+    other = error(run("classify", pictures / "digits", *STREAM, "--reservoir", file))
+    assert f"expected a reservoir (clipkernels.reservoir.2), got {file} with format 'clipkernels.tda.1'" in other
+
+
 def test_an_interrupted_stream_keeps_its_reservoir(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -752,7 +777,7 @@ def test_an_interrupted_stream_keeps_its_reservoir(
         (("--adapt", "tca", "--reservoir", "."), "expected a file for --reservoir, got the folder ."),
         (("--adapt", "tca", "--reservoir", __file__), "expected a safetensors file, got"),
         (("--adapt", "tca", "--method", "tca:0.9"), "valid rates are"),
-        (("--adapt", "tca", "--method", "none"), "expected any method but none with --adapt, got --method none"),
+        (("--adapt", "tca", "--method", "none"), "expected any method but none with --adapt tca, got --method none"),
     ],
 )
 def test_a_wrong_option_of_a_stream_is_one_line(options: tuple[object, ...], message: str, pictures: Path) -> None:

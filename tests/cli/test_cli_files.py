@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSIFY = ("classify", "IMAGES", "--classes", "a,b,c")
 COMMANDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
     "reservoir": ((*CLASSIFY, "--adapt", "tca", "--reservoir", "FILE"), "seen", "unit"),
+    "TDA": ((*CLASSIFY, "--adapt", "tda", "--reservoir", "FILE"), "threshold", "negative.keys"),
     "predictor": ((*CLASSIFY, "--method", "patch-ranking", "--predictor", "FILE"), "prefix", "token_in.weight"),
     "learnt tokens": (
         (*CLASSIFY, "--method", "patch-ranking", "--predictor", "GOOD", "--tokens", "FILE"),
@@ -104,6 +105,7 @@ UNREADABLE = Path("/proc/self/mem")
     "command",
     [
         (*CLASSIFY, "--adapt", "tca", "--frozen", "--reservoir", UNREADABLE),
+        (*CLASSIFY, "--adapt", "tda", "--frozen", "--reservoir", UNREADABLE),
         (*CLASSIFY, "--method", "patch-ranking", "--predictor", UNREADABLE),
         ("bench", "IMAGES", "--method", "patch-ranking", "--predictor", UNREADABLE),
         ("train-predictor", UNREADABLE, "--output", "OUT"),

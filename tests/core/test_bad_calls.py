@@ -16,6 +16,7 @@ from clipkernels.data import digits, scenes
 from clipkernels.data.tokenizer import ByteTokenizer
 from clipkernels.learn import distill, patch_ranking, recovery
 from clipkernels.learn.calip_fs import FewShotCALIP
+from clipkernels.learn.tip_f import TipAdapterF
 from clipkernels.messages import quantity
 from tests.bad_values import BAD
 
@@ -29,6 +30,8 @@ NUMBERS = {
     "beta3",
     "gamma",
     "strength",
+    "negative_strength",
+    "negative_beta",
     "bias",
     "scale",
     "margin",
@@ -62,6 +65,7 @@ TAKEN = {
         "about", "anchors", "answers", "beta2", "beta3", "bias", "block", "blocks", "capacity", "device", "method",
         "prior", "progress", "seed", "signal", "temperature", "texts", "text_mask", "text_pooled", "visual_mask",
         "visual_pooled", "weight", "Reservoir.strength", "Reservoir.beta", "PatchRanking.tokens",
+        "TDA.strength", "TDA.beta", "TDA.from_views.keep",
         "TargetedDistillation.text", "TargetedDistillation.visual", "TargetedDistillation.__call__.text",
         "TargetedDistillation.__call__.visual", "Teacher.__call__.images", "TeacherCache.__call__.images",
         "TeacherFeatures.align.words", "TeacherFeatures.align.regions", "RankPredictor.__call__.prefix",
@@ -76,10 +80,10 @@ TAKEN = {
     },
     "True": FLAGS,
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps"},
-    "-1": {"TipAdapter.alpha", "TipX.alpha", "beta", "beta2", "beta3", "gamma", "Reservoir.strength", "bias", "scale",
-           "inflect", "minimum"},
+    "-1": {"TipAdapter.alpha", "TipAdapterF.alpha", "TipX.alpha", "beta", "beta2", "beta3", "gamma", "bias", "scale",
+           "Reservoir.strength", "TDA.strength", "negative_strength", "negative_beta", "inflect", "minimum"},
     "infinity": {"TargetedDistillation.temperature"},
-    "a list": {"grid"},
+    "a list": {"grid", "entropy_range"},
     "a tuple": {"fit_tokens.images", "golden_ranking.images"},  # three images and two labels
     "a dict": {"about", "classes", "texts", "answers", "fidelity", "export.config"},  # iterables of strings
     "a str": {"ByteTokenizer.__call__.texts"} | PATHS,
@@ -193,6 +197,16 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             },
         ),
         "Reservoir.__call__": (ck.Reservoir(text()), {"features": encoded()}),
+        "TDA": (
+            ck.TDA,
+            {
+                "text": text(), "preset": "dtd", "strength": 1.0, "beta": 1.0, "capacity": 3, "negative_strength": 0.1,
+                "negative_beta": 1.0, "negative_capacity": 2, "entropy_range": (0.2, 0.5), "threshold": 0.03,
+                "frozen": False, "scale": 9.0,
+            },
+        ),
+        "TDA.__call__": (ck.TDA(text()), {"features": normal(2, WIDTH)}),
+        "TDA.from_views": (ck.TDA(text()).from_views, {"embeddings": normal(2, 5, WIDTH), "keep": 1}),
         "TipAdapter": (ck.TipAdapter, tip()),
         "TipX": (ck.TipX, {**tip(), "gamma": 1.0, "tau": 0.5, "reduce": "mean"}),
         "TipAdapter.__call__": (ck.TipAdapter(**tip()), {"features": normal(2, WIDTH)}),
@@ -203,6 +217,14 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "FewShotCALIP": (FewShotCALIP, {"text": text(), "alpha": 0.5, "beta2": 1.0, "beta3": 1.0, "scale": 9.0}),
         "FewShotCALIP.__call__": (FewShotCALIP(text()), {"features": encoded()}),
         "FewShotCALIP.fit": (FewShotCALIP(text()).fit, training(features=encoded(), labels=labels())),
+        "TipAdapterF": (TipAdapterF, tip()),
+        "TipAdapterF.__call__": (TipAdapterF(**tip()), {"features": normal(2, WIDTH)}),
+        "TipAdapterF.fit": (
+            TipAdapterF(**tip()).fit, training(features=normal(3, WIDTH), labels=labels()),
+        ),
+        "TipAdapterF.search": (
+            TipAdapterF(**tip()).search, {"features": normal(3, WIDTH), "labels": labels(), "grid": (2.0, 2.0)},
+        ),
         "Classifier": (
             ck.Classifier,
             {
@@ -439,7 +461,7 @@ def test_a_bad_value_is_one_line_that_names_the_argument(every_call, bad):
 def test_embeddings_that_are_not_finite_are_refused(value):
     wrong = text()
     wrong[1, 2] = value
-    makers = (ck.ZeroShot, ck.CALIP, ck.Reservoir, FewShotCALIP, lambda x: ck.TipAdapter(x, x[:0], labels(0)))
+    makers = (ck.ZeroShot, ck.CALIP, ck.Reservoir, ck.TDA, FewShotCALIP, lambda x: ck.TipAdapter(x, x[:0], labels(0)))
     for make in makers:
         with pytest.raises(ValueError, match="text must be finite, got 1 of 3 rows that are not"):
             make(wrong)
@@ -458,6 +480,8 @@ def test_embeddings_that_are_not_finite_are_refused(value):
 def test_labels_are_int64_and_within_the_classes(wrong):
     for call, features in (
         (lambda f, y: ck.TipAdapter(text(), f, y), normal(3, WIDTH)),
+        (lambda f, y: TipAdapterF(text(), f, y), normal(3, WIDTH)),
+        (TipAdapterF(**tip()).fit, normal(3, WIDTH)),
         (ck.CALIP(text()).fit, encoded()),
         (FewShotCALIP(text()).fit, encoded()),
     ):

@@ -209,18 +209,19 @@ def test_a_graphed_tower_trains_and_moves():
         assert_alike(outer, expected)
 
 
+@pytest.mark.parametrize("head", [ck.Reservoir, ck.TDA])
 @torch.inference_mode()
-def test_a_reservoir_from_a_file_moves_to_the_models_device(tmp_path):
+def test_the_caches_of_a_file_move_to_the_models_device(head, tmp_path):
     pytest.importorskip("open_clip", reason="open_clip is not installed")
     model, _, tokenizer = ck.bundled()
     images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    on_cpu = ck.Classifier(model, tokenizer, ("cat", "dog"), method=ck.TCA(0.1), head=ck.Reservoir)
+    on_cpu = ck.Classifier(model, tokenizer, ("cat", "dog"), method=ck.TCA(0.1), head=head)
     for batch in images.split(8):
         on_cpu(batch)
-    on_cpu.head.save(tmp_path / "reservoir.safetensors")
+    on_cpu.head.save(tmp_path / "caches.safetensors")
     model.to(CUDA)
-    classifier = ck.Classifier(model, tokenizer, ("cat", "dog"), method=ck.TCA(0.1), head=ck.Reservoir)
-    classifier.head.load(tmp_path / "reservoir.safetensors")
+    classifier = ck.Classifier(model, tokenizer, ("cat", "dog"), method=ck.TCA(0.1), head=head)
+    classifier.head.load(tmp_path / "caches.safetensors")
     assert classifier(images[:8].to(CUDA)).isfinite().all() and classifier.head.seen == 32
 
 

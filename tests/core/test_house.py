@@ -67,6 +67,7 @@ LAYERS = (
     ("comparison",),
     ("collection",),
     ("tuning",),
+    ("evaluation",),
     ("cli",),
 )
 OPENERS = re.compile(r"(What|Whether|Which|Where|How|Why|Who|Of)\b")

@@ -145,6 +145,7 @@ HEADS: dict[str, Callable[..., Callable[[Tensor], Any]]] = {
     "TipAdapter": lambda **scale: lambda text: ck.TipAdapter(text, text, torch.arange(3), alpha=0, **scale),
     "TipX": lambda **scale: lambda text: ck.TipX(text, text, torch.arange(3), alpha=0, gamma=0, **scale),
     "Reservoir": lambda **scale: partial(ck.Reservoir, strength=0, **scale),
+    "TDA": lambda **scale: partial(ck.TDA, strength=0, negative_strength=0, **scale),
 }
 PUBLISHED = [name for name in HEADS if name != "ZeroShot"]
 
@@ -254,6 +255,7 @@ def test_reprs_show_the_scale(tokenizer: Any) -> None:
     weights = "alpha=1.17, beta=1, gamma=1, tau=0.5, reduce='mean'"
     assert repr(ck.TipX(text, text, labels)) == f"TipX(classes=3, scale=100, images=3, {weights})"
     assert repr(ck.Reservoir(text)) == "Reservoir(classes=3, scale=100, capacity=3, strength=3, beta=5, seen=0)"
+    assert repr(ck.TDA(text)) == "TDA(classes=3, scale=100, strength=2, beta=5, seen=0)"
     classifier = ck.Classifier(open_clip_model(), tokenizer, CLASSES, method=ck.Dense())
     expected = "Classifier(CLIP, classes=3, method=Dense(), head=ZeroShot(classes=3, scale=10, bias=-5))"
     assert repr(classifier) == expected

@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 
 from clipkernels import formats, state_files
 from clipkernels.artefacts.header import FORMAT as ARTEFACT
+from clipkernels.evaluation import features as split_features
+from clipkernels.evaluation import state as evaluation
 from clipkernels.formats import Count, Format, Line, TensorSpec
-from clipkernels.heads import reservoir_entries
-from clipkernels.learn import calip_fs
+from clipkernels.heads import reservoir_entries, tda_entries
+from clipkernels.learn import calip_fs, tip_f
 from clipkernels.learn.distill import TeacherCache, feature_files
 from clipkernels.learn.patch_ranking import predictor, rankings, tokens
 from clipkernels.learn.recovery import state as recovery
@@ -48,12 +50,16 @@ def refusal(kind: Kind) -> str:
 
 
 FORMATS: dict[str, Format] = {
-    **{"reservoir": reservoir_entries.FORMAT, "predictor": predictor.FORMAT, "rankings": rankings.FORMAT},
+    **{"reservoir": reservoir_entries.FORMAT, "TDA": tda_entries.FORMAT},
+    **{"predictor": predictor.FORMAT, "rankings": rankings.FORMAT},
+    **{"Tip-Adapter-F": tip_f.FORMAT},
     **{"learnt tokens": tokens.FORMAT, "CALIP-FS": calip_fs.FORMAT, "features": features.FORMAT},
     **{"teacher": feature_files.FORMAT, "manifest": manifest.FORMAT, "artefact": ARTEFACT, "cost table": COST},
     "schedule": schedule.FORMAT,
     **{"recovery": recovery.RUN_FORMAT, "recovery targets": recovery.PART_FORMAT},
     **{"recovery checkpoint": recovery.CHECKPOINT_FORMAT, "recovery best": recovery.BEST_FORMAT},
+    **{"evaluation": evaluation.RUN_FORMAT, "evaluation features": split_features.FORMAT},
+    **{"evaluation score": evaluation.SCORE_FORMAT, "evaluation speed": evaluation.SPEED_FORMAT},
     **{"tuning": tuning.RUN_FORMAT, "tuning evaluation": tuning.EVALUATION_FORMAT, "tuning speed": tuning.SPEED_FORMAT},
 }
 

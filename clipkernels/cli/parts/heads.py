@@ -1,4 +1,4 @@
-"""The heads of `clipkernels classify`: their options, and the file of a reservoir."""
+"""The heads of `clipkernels classify`: their options, and the file of a head that adapts to a stream."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import click
 from click.core import ParameterSource
 from torch import Tensor
 
-from clipkernels.heads import CALIP, Head, Reservoir, TipAdapter, TipX, ZeroShot
+from clipkernels.heads import CALIP, TDA, Head, Reservoir, TipAdapter, TipX, ZeroShot
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS
 from clipkernels.messages import quantity
 from clipkernels.support import SupportSet
 
 SAVE_EVERY = 30  # seconds
 SUPPORTED = ("tip", "tipx")  # the heads that read a support set
+STREAM_HEADS: dict[str, type[Reservoir] | type[TDA]] = {"tca": Reservoir, "tda": TDA}  # by --adapt; their presets agree
 
 
 def check_head(
@@ -51,7 +52,7 @@ def choose_head(
 ) -> Callable[[Tensor], Head]:
     """Return a function that makes the head of the options from class embeddings (K,E)."""
     if adapt:
-        return partial(Reservoir, preset=preset, frozen=frozen)
+        return partial(STREAM_HEADS[adapt], preset=preset, frozen=frozen)
     if head == "calip":
         return partial(CALIP, preset=preset)
     if support_set is not None:
@@ -81,9 +82,9 @@ class ReservoirFile:
 
         Raises:
             click.UsageError: a folder, or a file that cannot be read or written.
-            ValueError: a file that is not a reservoir, or one of other classes or another capacity.
+            ValueError: a file of another kind of head, or of other classes or another capacity.
         """
-        if self.path is None or not isinstance(self.head, Reservoir):
+        if self.path is None or not isinstance(self.head, (Reservoir, TDA)):
             return self
         path = Path(self.path)
         if path.is_dir():
@@ -114,7 +115,7 @@ class ReservoirFile:
         Raises:
             click.ClickException: the file cannot be written.
         """
-        if self.path is None or not isinstance(self.head, Reservoir) or self.head.seen <= self.seen:
+        if self.path is None or not isinstance(self.head, (Reservoir, TDA)) or self.head.seen <= self.seen:
             return
         try:
             self.head.save(self.path)

@@ -19,7 +19,7 @@ from clipkernels.measure.timing import HOST, gmacs_for, plan_for
 from clipkernels.messages import reason_of
 from clipkernels.method_names import short_name
 from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, ToMe
-from clipkernels.patching import method_of, unpatch
+from clipkernels.patching import method_of, tower_of, unpatch
 
 RANKING = "patch-ranking"
 DEFAULT_KEEP = 0.6  # of patch-ranking, for a predictor that does not say which share it was trained for
@@ -162,6 +162,15 @@ def settle(model: nn.Module, spec: str | None, method: Method | None) -> Method 
     if method is None:
         unpatch(model)
     return method
+
+
+def is_supported(model: nn.Module) -> bool:
+    """Return true if the model's tower can be patched."""
+    try:
+        tower_of(model)
+    except UnsupportedTower:
+        return False
+    return True
 
 
 def methods_for(

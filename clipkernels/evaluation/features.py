@@ -1,0 +1,232 @@
+"""Features of a split that are encoded once: parts on disk, from which a run that was killed goes on.
+
+features-KEY-N.safetensors  the features of 1,024 images or fewer, from image N on
+
+KEY stands for the images, the method and the kinds of features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from clipkernels.classifier import eval_mode
+from clipkernels.data import Preprocess
+from clipkernels.encode import Encoded, encode_image, tower_weight
+from clipkernels.evaluation.datasets import Items
+from clipkernels.evaluation.plan import Model
+from clipkernels.formats import Count, Format, Line, TensorSpec
+from clipkernels.images.batches import collate, image_shape
+from clipkernels.images.reader import preprocessed
+from clipkernels.messages import reason_of
+from clipkernels.state_files import read_state, write_state
+
+PART = 1024
+"""Images of a part, rounded to whole batches."""
+KINDS = ("tokens", "cls_path")
+NOT_FINITE = "the model's features are not finite"
+
+
+class PartHeader(msgspec.Struct, forbid_unknown_fields=True):
+    """The header of a part.
+
+    start, stop: places in the split.
+    prefix: number of leading tokens that are not patches.
+    kinds: features besides embeddings; none without an image.
+    unread: place and reason of each image without features.
+    """
+
+    start: Count
+    stop: Count
+    prefix: Count
+    kinds: list[Literal["tokens", "cls_path"]]
+    unread: list[tuple[Count, Line]]
+
+
+def _tensors(header: PartHeader) -> dict[str, TensorSpec]:
+    shapes = {"tokens": "images* rows width*", "cls_path": "images* blocks channels"}
+    return {
+        "index": TensorSpec((torch.int64,), "images*", 0),
+        "embedding": TensorSpec((torch.float32,), "images* width*"),
+        **{kind: TensorSpec((torch.float32,), shapes[kind]) for kind in header.kinds},
+    }
+
+
+def _check(header: PartHeader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless every image from start to stop has either features or a reason, in order."""
+    read, unread = tensors["index"].tolist(), [place for place, _ in header.unread]
+    in_order = read == sorted(read) and unread == sorted(unread)
+    if not in_order or sorted(read + unread) != list(range(header.start, header.stop)):
+        raise ValueError(f"features of other images than those from {header.start} to {header.stop}")
+
+
+FORMAT = Format("clipkernels.evaluation_features.1", "features of an evaluation", PartHeader, _tensors, _check)
+
+
+class Part(NamedTuple):
+    """A part on disk: its header, the rows before it, and its tensors, memory-mapped."""
+
+    header: dict[str, Any]
+    before: int
+    tensors: dict[str, Tensor]
+
+
+class Features:
+    """The features of the readable images of a split.
+
+    labels: (n,) int64.
+    places: (n,) int64, their places in the split.
+    embedding: (n,E) float32, not normalised.
+    unread: the names of the images without features, and why.
+    """
+
+    def __init__(self, parts: Sequence[Part], items: Items) -> None:
+        self.parts = [part for part in parts if len(part.tensors["index"])]
+        self.places = torch.cat([part.tensors["index"] for part in parts])
+        self.labels = torch.tensor(items.labels)[self.places]
+        self.embedding = torch.cat([part.tensors["embedding"] for part in self.parts or parts[:1]])
+        self.unread = {items.names[place]: reason for part in parts for place, reason in part.header["unread"]}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> Encoded:
+        """The features of the images at rows (m,), in their order."""
+        extras: dict[str, Tensor] = {}
+        for kind in KINDS:
+            if kind in self.parts[0].tensors:
+                extras[kind] = self._gather(kind, rows)
+        return Encoded(self.embedding[rows], **extras, prefix=self.parts[0].header["prefix"])
+
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[Encoded]:
+        """The features in batches, in an order (n,) of the rows or as they are."""
+        order = torch.arange(len(self)) if order is None else order
+        return (self.take(rows) for rows in order.split(size))
+
+    def _gather(self, kind: str, rows: Tensor) -> Tensor:
+        values: Tensor | None = None
+        for part in self.parts:
+            tensor = part.tensors[kind]
+            places = ((rows >= part.before) & (rows < part.before + len(tensor))).nonzero().flatten()
+            if len(places):
+                chosen = tensor[rows[places] - part.before]
+                values = chosen.new_empty(len(rows), *chosen.shape[1:]) if values is None else values
+                values[places] = chosen
+        assert values is not None
+        return values
+
+
+class Pictures(Dataset[tuple[int, "Tensor | str"]]):
+    """The preprocessed images of a split by place, or the reason why there is none."""
+
+    def __init__(self, items: Items, preprocess: Preprocess, shape: tuple[int, ...]) -> None:
+        self.items, self.preprocess, self.shape = items, preprocess, shape
+
+    def __len__(self) -> int:
+        return len(self.items.names)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor | str]:
+        try:
+            image = self.items.read(self.items.names[place])
+        except Exception as error:  # Pillow's decoders raise exceptions of many kinds
+            return place, reason_of(error)
+        return place, preprocessed(image, self.preprocess, self.shape)
+
+
+def key_of(*parts: object) -> str:
+    """Thirty-two characters that stand for values of JSON."""
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def encode(
+    model: Model,
+    items: Items,
+    kinds: Collection[str],
+    folder: Path,
+    method: str,
+    progress: Callable[[int, int], bool],
+) -> Features | None:
+    """The features of a split, those on disk and those of the rest, which are encoded and written in parts.
+
+    Args:
+        model: the model, which runs the method.
+        items: the images of the split.
+        kinds: what is kept besides embeddings: of "tokens" and "cls_path".
+        folder: the folder of the parts.
+        method: the method, in the key of the parts.
+        progress: called with the images that are done and all of them; a true result stops after the part.
+    Returns:
+        The features, or None if `progress` stopped it.
+    Raises:
+        ValueError: a part that is not as it was written, or no image that can be read.
+        OSError: a part cannot be written.
+    """
+    total, kinds = len(items.names), sorted(kinds)
+    size = -(-PART // model.batch_size) * model.batch_size
+    key = key_of(items.names, items.labels, method, kinds, size)
+    pictures = Pictures(items, model.preprocess, image_shape(model.model, model.preprocess))
+    parts: list[Part] = []
+    with eval_mode(model.model):
+        for start in range(0, total, size):
+            file = folder / f"features-{key}-{start}.safetensors"
+            if not file.exists():
+                stop = min(start + size, total)
+                _encode_part(model, pictures, range(start, stop), kinds, file, lambda done: progress(done, total))
+            header, tensors = read_state(file, FORMAT, copy=False)
+            parts.append(Part(header, sum(len(part.tensors["index"]) for part in parts), tensors))
+            if progress(header["stop"], total) and header["stop"] < total:
+                return None
+    features = Features(parts, items)
+    if not len(features):
+        name, reason = next(iter(features.unread.items()))
+        raise ValueError(f"expected images that can be read, got {total} that cannot, such as {name}: {reason}")
+    return features
+
+
+@torch.inference_mode()
+def _encode_part(
+    model: Model,
+    pictures: Pictures,
+    places: range,
+    kinds: Sequence[str],
+    file: Path,
+    progress: Callable[[int], object],
+) -> None:
+    """Write the features of the images at places of a split."""
+    weight = tower_weight(model.model)
+    loader: DataLoader[Any] = DataLoader(
+        Subset(pictures, list(places)), model.batch_size, collate_fn=collate, num_workers=model.workers
+    )
+    indices: list[int] = []
+    columns: dict[str, list[Tensor]] = {"embedding": [], **{kind: [] for kind in kinds}}
+    unread, prefix, done = [], 0, places.start
+    for batch in loader:
+        unread += batch.failed
+        done += len(batch.indices) + len(batch.failed)
+        if batch.images is not None:
+            encoded = encode_image(model.model, batch.images.to(weight), **dict.fromkeys(kinds, True))
+            prefix = encoded.prefix
+            finite = encoded.embedding.isfinite().all(1).cpu()
+            for kind in kinds:
+                finite &= getattr(encoded, kind).isfinite().flatten(1).all(1).cpu()
+            indices += [index for index, good in zip(batch.indices, finite.tolist(), strict=True) if good]
+            unread += [(i, NOT_FINITE) for i, good in zip(batch.indices, finite.tolist(), strict=True) if not good]
+            for kind, values in columns.items():
+                values.append(getattr(encoded, kind).float().cpu()[finite])
+        progress(done)
+    tensors = {kind: torch.cat(values) for kind, values in columns.items() if values} or {
+        "embedding": torch.empty(0, 0)
+    }
+    header = {
+        "start": places.start, "stop": places.stop, "prefix": prefix, "unread": sorted(unread),
+        "kinds": [kind for kind in KINDS if kind in tensors],
+    }  # fmt: skip
+    write_state(file, FORMAT, header, {"index": torch.tensor(indices, dtype=torch.int64), **tensors})

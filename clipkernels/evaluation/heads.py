@@ -1,0 +1,166 @@
+"""The heads of an evaluation: the features that they read, and how each is made and tuned.
+
+    zero-shot, calip        once
+    tda, reservoir          several orders of the stream
+    tip, tipx, tip-f, calip-fs   several draws of labelled images, for each number of shots
+
+Weights are searched on a validation split alone. Without one a head keeps the published weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipkernels.evaluation.features import Features
+from clipkernels.evaluation.shots import draw_order, draw_shots
+from clipkernels.heads import CALIP, TDA, Reservoir, TipAdapter, TipX, ZeroShot
+from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS, TDA_PRESETS
+from clipkernels.learn.calip_fs import FewShotCALIP
+from clipkernels.learn.tip_f import TipAdapterF
+
+PUBLISHED, VALIDATION = "published", "validation split"
+OTHER_DATA = "imagenet"
+"""The data set whose published settings are for other data, too."""
+NARROW_GRID, WIDE_GRID = (7.0, 3.0), (50.0, 50.0)
+"""Ends of Tip-Adapter's grid for ImageNet, and for other data."""
+
+
+class Data(NamedTuple):
+    """The features that heads of one data set and method read.
+
+    name: of the data set.
+    text: class embeddings (K,E).
+    test, train, val: features of the splits; train and val where a head reads them and they exist.
+    support: features (n,E) and labels (n,) of a support set, or None.
+    stream: for a method whose tokens depend on the anchors of a reservoir, a function from that head and an order (n,)
+        to predictions, which encodes the images anew.
+    """
+
+    name: str
+    text: Tensor
+    test: Features
+    train: Features | None
+    val: Features | None
+    support: tuple[Tensor, Tensor] | None = None
+    stream: Callable[[Any, Tensor], Tensor] | None = None
+
+
+class HeadKind(NamedTuple):
+    """A kind of head.
+
+    kinds: what it reads besides embeddings, as `ck.encode_image` names it.
+    predict: a function from the data, the shots, the seed and the batch size to the predicted classes (n,) of the test
+        split.
+    few_shot: it reads labelled images of the train split.
+    supported: it also reads a support set in their place, with shots of 0.
+    stream: its result depends on the order of the images.
+    tuned: its weights are searched on the validation split.
+    weighted: it has weights beside the cosines.
+    """
+
+    kinds: tuple[str, ...]
+    predict: Callable[[Data, int, int, int], Tensor]
+    few_shot: bool = False
+    supported: bool = False
+    stream: bool = False
+    tuned: bool = False
+    weighted: bool = True
+
+    def runs(self, shots: int, seeds: int) -> int:
+        """The number of runs: all seeds if results differ between them, else one."""
+        return seeds if self.stream or (self.few_shot and shots) else 1
+
+
+def weights_of(kind: HeadKind, data: Data) -> str:
+    """Return where the weights of a head come from, for a report."""
+    if not kind.weighted:
+        return ""
+    return f"{VALIDATION}, {len(data.val)} images" if kind.tuned and data.val is not None else PUBLISHED
+
+
+@torch.inference_mode()
+def predictions(head: Any, features: Features, batch: int, order: Tensor | None = None) -> Tensor:
+    """The predicted classes (n,) of a split, in its own order; a stream is given to the head in `order`."""
+    predicted = torch.empty(len(features), dtype=torch.int64)
+    order = torch.arange(len(features)) if order is None else order
+    for rows in order.split(batch):
+        predicted[rows] = head(features.take(rows)).argmax(1).cpu()
+    return predicted
+
+
+def _zero_shot(data: Data, shots: int, seed: int, batch: int) -> Tensor:
+    return predictions(ZeroShot(data.text), data.test, batch)
+
+
+def _calip(data: Data, shots: int, seed: int, batch: int) -> Tensor:
+    head = CALIP(data.text, preset=_preset(data, CALIP_PRESETS))
+    if data.val is not None:
+        head.fit(data.val.batches(batch), data.val.labels)
+    return predictions(head, data.test, batch)
+
+
+def _stream(make: Any, presets: Any, data: Data, shots: int, seed: int, batch: int) -> Tensor:
+    head, order = make(data.text, preset=_preset(data, presets)), draw_order(len(data.test), seed)
+    if make is Reservoir and data.stream is not None:
+        return data.stream(head, order)
+    return predictions(head, data.test, batch, order)
+
+
+def _tip(make: Any, data: Data, shots: int, seed: int, batch: int) -> Tensor:
+    head = make(data.text, *_support(data, shots, seed))
+    if data.val is not None:
+        head.fit(data.val.embedding, data.val.labels, WIDE_GRID if make is TipX else _grid(data))
+    return predictions(head, data.test, batch)
+
+
+def _tip_f(data: Data, shots: int, seed: int, batch: int) -> Tensor:
+    support = _support(data, shots, seed)
+    head = TipAdapterF(data.text, *support)
+    head.fit(*support, seed=seed)
+    if data.val is not None:
+        head.search(data.val.embedding, data.val.labels, _grid(data))
+    return predictions(head, data.test, batch)
+
+
+def _calip_fs(data: Data, shots: int, seed: int, batch: int) -> Tensor:
+    assert data.train is not None
+    rows = draw_shots(data.train.labels, len(data.text), shots, seed)
+    head = FewShotCALIP(data.text)
+    head.fit(data.train.take(rows), data.train.labels[rows], seed=seed)
+    return predictions(head, data.test, batch)
+
+
+def _support(data: Data, shots: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The features (n,E) and labels (n,) of labelled images, or of the support set with shots of 0."""
+    if not shots:
+        assert data.support is not None
+        return data.support
+    assert data.train is not None
+    rows = draw_shots(data.train.labels, len(data.text), shots, seed)
+    return data.train.embedding[rows], data.train.labels[rows]
+
+
+def _grid(data: Data) -> tuple[float, float]:
+    """The ends of Tip-Adapter's grid."""
+    return NARROW_GRID if data.name.startswith(OTHER_DATA) else WIDE_GRID
+
+
+def _preset(data: Data, presets: Any) -> str:
+    return data.name if data.name in presets else OTHER_DATA
+
+
+HEADS = {
+    "zero-shot": HeadKind((), _zero_shot, weighted=False),
+    "calip": HeadKind(("tokens",), _calip, tuned=True),
+    "tda": HeadKind((), partial(_stream, TDA, TDA_PRESETS), stream=True),
+    "reservoir": HeadKind(("cls_path",), partial(_stream, Reservoir, RESERVOIR_PRESETS), stream=True),
+    "tip": HeadKind((), partial(_tip, TipAdapter), few_shot=True, supported=True, tuned=True),
+    "tipx": HeadKind((), partial(_tip, TipX), few_shot=True, supported=True, tuned=True),
+    "tip-f": HeadKind((), _tip_f, few_shot=True, tuned=True),
+    "calip-fs": HeadKind(("tokens",), _calip_fs, few_shot=True),
+}
