@@ -92,9 +92,10 @@ Example:
     "modes",
     multiple=True,
     type=click.Choice(["none", *MODES]),
+    metavar="MODE",
     help="Add rows of compiled towers to the eager ones; may be repeated. freeze is ck.compile with frozen weights, "
-    "the fast way on a CPU; onnxruntime and openvino run the exported tower on a CPU; the others are modes of "
-    "torch.compile, of which reduce-overhead is CUDA graphs.  [default: none]",
+    "the fast way on a CPU; onnxruntime and openvino run the exported tower on a CPU; default, max-autotune and "
+    "reduce-overhead, which is CUDA graphs, are modes of torch.compile.  [default: none]",
 )
 @click.option(
     "--precision",
