@@ -137,13 +137,13 @@ def _read(file: Path) -> tuple[Pairs, str, list[str]]:
     if file.suffix.lower() == ".json":
         return _read_json(file)
     text = read_text(file, EXPECTED)
-    first = text.lstrip().partition("\n")[0]
+    first = next(iter(text.lstrip().splitlines()), "")
     if TOKEN.match(first):
         pairs = list(_token_pairs(text, file))
         count = len(dict.fromkeys(name for name, _ in pairs))
         note = f"all {quantity(count, 'image')} are one set: the published test split is that of dataset_flickr30k.json"
         return pairs, "Flickr30k token file", [note]
-    if {"image", "caption"} <= {cell.strip().lower() for cell in next(csv.reader([first]), [])}:
+    if {"image", "caption"} <= {cell.strip().strip('"').lower() for cell in first.split(",")}:
         return list(_csv_pairs(text, file)), "CSV image,caption", []
     raise ValueError(f"expected {EXPECTED}, got {file}, which begins with {first!r:.80}")
 
@@ -202,13 +202,13 @@ def _token_pairs(text: str, file: Path) -> Iterator[tuple[str, str]]:
 def _csv_pairs(text: str, file: Path) -> Iterator[tuple[str, str]]:
     reader = csv.reader(StringIO(text, newline=""))
     try:
-        header = [cell.strip().lower() for cell in next(reader)]
+        header = [cell.strip().lower() for cell in next(filter(None, reader))]
         image, caption = header.index("image"), header.index("caption")
         for row in reader:
             if not row:
                 continue
             if len(row) != len(header):
-                raise ValueError(f"{len(row)} cells instead of {len(header)}: quote captions with commas")
+                raise ValueError(f"{quantity(len(row), 'cell')} instead of {len(header)}: quote captions with commas")
             yield row[image].strip(), row[caption]
     except (csv.Error, ValueError) as error:
         raise ValueError(

@@ -48,7 +48,7 @@ def read_json(path: str | os.PathLike[str], expected: str, schema: type[Content]
     """
     try:
         return msgspec.json.decode(_read(path, expected), type=schema)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"expected {expected}, got {path}: {one_line(str(error)):.200}") from error
 
 

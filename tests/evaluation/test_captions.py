@@ -188,9 +188,11 @@ def test_other_json_is_refused(tmp_path: Path, content: Any, fault: str) -> None
         ("image,caption\na.jpg,A dog, asleep\n", "line 2 of {file} with 3 cells instead of 2: quote captions"),
         ("image,caption\n", "without captions"),
         ("image,caption\na.jpg,\n", "without captions"),
+        ("image\rx,caption\n", "which begins with 'image'"),
+        ("\nimage,caption\na.jpg,x\ry\n", "line 4 of {file} with 1 cell instead of 2"),
         ('image,caption\na.jpg,"' + "x" * 200_000 + '"\n', "field larger than field limit"),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_other_text_is_refused(tmp_path: Path, text: str, fault: str) -> None:
     file = tmp_path / "captions.txt"

@@ -176,7 +176,11 @@ def test_a_faulty_split_file_is_refused(tmp_path: Path, entries: Any, fault: str
     assert str(home / PETS[2]) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'{"test": ' + b"[" * 100_000], ids=range(5))
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{", b"\xff\xfe", b'{"test": [["\xff", 0, "cat"]]}', b'{"test": ' + b"[" * 100_000],
+    ids=range(6),
+)
 def test_a_split_file_of_other_content_is_refused(tmp_path: Path, content: bytes) -> None:
     home = pets(tmp_path)
     (home / PETS[2]).write_bytes(content)

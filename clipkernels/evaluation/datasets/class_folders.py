@@ -1,4 +1,4 @@
-"""Folders of images per class: their scan, and the reader of a plain folder of folders."""
+"""The reader of a plain folder: a folder of images per class, with or without train/, val/ and test/ around them."""
 
 from __future__ import annotations
 
