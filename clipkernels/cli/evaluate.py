@@ -44,7 +44,7 @@ from clipkernels.measure.timing import HOST
 from clipkernels.messages import quantity
 from clipkernels.methods import Method
 from clipkernels.patching import method_of, tower_of, unpatch
-from clipkernels.support import SupportSet
+from clipkernels.support import ENSEMBLE, SupportSet
 
 STATE = "state"
 NOTE = (
@@ -54,7 +54,8 @@ NOTE = (
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
-  clipkernels evaluate --data pictures --method tome:4 --heads zero-shot,calip --out results
+  clipkernels evaluate --data digits=pictures/digits --method tome:4 \\
+    --heads zero-shot,calip --out results
 """
 
 
@@ -89,6 +90,13 @@ Example:
 )
 @click.option(
     "--out", required=True, type=click.Path(file_okay=False), help="Folder of the results and of their state."
+)
+@once(
+    "--prompts",
+    type=click.Choice(["single", "ensemble"]),
+    default="single",
+    show_default=True,
+    help="Prompts of a class: the single template of the data set, or the seven of Tip-Adapter and SuS-X.",
 )
 @click.option("--method", "specs", multiple=True, metavar="SPEC", help=f"{METHOD_HELP} May be repeated.")
 @predictor_option
@@ -136,6 +144,7 @@ def evaluate(
     captioned: tuple[str, ...],
     images_folder: str | None,
     out: str,
+    prompts: str,
     specs: tuple[str, ...],
     predictor: str | None,
     tokens: str | None,
@@ -174,6 +183,8 @@ def evaluate(
         torch.set_num_threads(threads or before)
         chosen, counts = choose_heads(heads), choose_shots(shots)
         data = read_named(sources, read_dataset, "--data")
+        if prompts == "ensemble":
+            data = {each: content._replace(templates=ENSEMBLE) for each, content in data.items()}
         captions = read_named(captioned, partial(read_named_captions, images_folder), "--captions")
         where = choose_device(device)
         if name is None:
