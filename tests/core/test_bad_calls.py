@@ -248,7 +248,7 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             ck.export,
             {"model": model(), "folder": str(Path(folder, "exported")), "to": "pt2", "precision": "fp32",
              "tokenizer": None, "preprocess": ck.bundled()[1], "calibrate": None, "min_cosine": None, "config": None,
-             "layout": None, "check": images()},
+             "layout": None, "check": images(), "progress": None},
         ),
         "save": (
             ck.save,
