@@ -23,7 +23,7 @@ from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS, TDA_PRES
 from clipkernels.learn.calip_fs import FewShotCALIP
 from clipkernels.learn.tip_f import TipAdapterF
 
-PUBLISHED, VALIDATION = "published", "validation split"
+PUBLISHED, VALIDATION, TRAINED = "published", "validation split", "trained on the shots"
 OTHER_DATA = "imagenet"
 """The data set whose published settings are for other data, too."""
 NARROW_GRID, WIDE_GRID = (7.0, 3.0), (50.0, 50.0)
@@ -80,6 +80,8 @@ def weights_of(kind: HeadKind, data: Data) -> str:
     """Return where the weights of a head come from, for a report."""
     if not kind.weighted:
         return ""
+    if kind.few_shot and not kind.tuned:
+        return TRAINED
     return f"{VALIDATION}, {len(data.val)} images" if kind.tuned and data.val is not None else PUBLISHED
 
 
