@@ -212,7 +212,8 @@ def _encode_part(
         unread += batch.failed
         done += len(batch.indices) + len(batch.failed)
         if batch.images is not None:
-            encoded = encode_image(model.model, batch.images.to(weight), **dict.fromkeys(kinds, True))
+            extras: dict[str, Any] = dict.fromkeys(kinds, True)
+            encoded = encode_image(model.model, batch.images.to(weight), **extras)
             prefix = encoded.prefix
             finite = encoded.embedding.isfinite().all(1).cpu()
             for kind in kinds:

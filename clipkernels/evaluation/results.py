@@ -89,5 +89,6 @@ def read_rows(file: Path, data: str, method: str, head: str, shots: int) -> Iter
         ValueError: a file that is not as it was written.
     """
     record = read_json(file, SCORE_FORMAT, MAX_BYTES)
-    for metric, (*values, images) in record.values.items():
-        yield Row(data, method, head, metric, shots, Score(*values, record.runs, images), record.unread, record.weights)
+    for metric, (mean, low, high, spread, images) in record.values.items():
+        score = Score(mean, low, high, spread, record.runs, images)
+        yield Row(data, method, head, metric, shots, score, record.unread, record.weights)
