@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import signal
 import subprocess
@@ -148,7 +149,7 @@ def start(pause: float, scene_folder: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "tests" / "cli" / "evaluate_slowly.py"), str(pause), "evaluate"]
     command += ["--data", f"scenes={scene_folder}", "--method", "evit:0.7", *map(str, HEADS), *map(str, FAST)]
     return subprocess.Popen(
-        [*command, "--out", str(out)], cwd=ROOT, env=without_xdist(), text=True,
+        [*command, "--out", str(out)], cwd=ROOT, env=without_xdist(os.environ), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
