@@ -15,7 +15,7 @@ from torch import nn
 
 from clipkernels.cli.parts.evaluation_report import draw_scores, notes_of, records_of, write_report
 from clipkernels.cli.parts.methods import METHOD_HELP, is_supported, methods_for, name_of, read_methods
-from clipkernels.cli.parts.models import cast_towers, choose_device, load_clip, model_options
+from clipkernels.cli.parts.models import BUNDLED_NOTE, cast_towers, choose_device, load_clip, model_options
 from clipkernels.cli.parts.options import (
     batch_size_option,
     default_workers,
@@ -24,6 +24,7 @@ from clipkernels.cli.parts.options import (
     once,
     precision_option,
     predictor_option,
+    threads_option,
     tokens_option,
     workers_option,
 )
@@ -47,10 +48,6 @@ from clipkernels.patching import method_of, tower_of, unpatch
 from clipkernels.support import ENSEMBLE, SupportSet
 
 STATE = "state"
-NOTE = (
-    "note: without --model this is the bundled model for 32×32 images, a toy. It was trained on CIFAR-10's training "
-    "photographs, digits and drawn scenes: figures on those do not hold for images that are new to it"
-)
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
@@ -134,7 +131,7 @@ Example:
 @workers_option()
 @device_option
 @precision_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
+@threads_option
 @format_option
 @click.pass_context
 def evaluate(
@@ -188,7 +185,7 @@ def evaluate(
         captions = read_named(captioned, partial(read_named_captions, images_folder), "--captions")
         where = choose_device(device)
         if name is None:
-            click.echo(NOTE, err=True)
+            click.echo(BUNDLED_NOTE, err=True)
         loaded, preprocess, tokenizer = load_clip(library, name, pretrained)
         methods = choose_methods(loaded, specs, predictor, tokens)
         model = cast_towers(unpatch(loaded) if is_supported(loaded) else loaded, where, DTYPES[precision])
@@ -206,7 +203,7 @@ def evaluate(
             speeds = {}
             if rounds and not results.stopped and is_supported(model):
                 report.begin("timing")
-                speeds = measure_speeds(settings, methods, noise_batch(settings), rounds, folder / STATE, lambda: None)
+                speeds = measure_speeds(settings, methods, noise_batch(settings), rounds, folder / STATE)
     except (ValueError, ImportError) as error:
         raise click.UsageError(str(error)) from error
     finally:

@@ -17,7 +17,7 @@ from clipkernels.artefacts.folders import check_replaceable
 from clipkernels.artefacts.save import save
 from clipkernels.cli.parts.images import close, exif_option, find
 from clipkernels.cli.parts.methods import METHOD_HELP, name_of, read_methods, settle
-from clipkernels.cli.parts.models import choose_device, model_options
+from clipkernels.cli.parts.models import BUNDLED_NOTE, choose_device, model_options
 from clipkernels.cli.parts.options import (
     batch_size_option,
     default_workers,
@@ -27,6 +27,7 @@ from clipkernels.cli.parts.options import (
     once,
     predictor_option,
     seed_option,
+    threads_option,
     tokens_option,
     workers_option,
 )
@@ -44,10 +45,6 @@ from clipkernels.patching import patch
 
 MAX_NAMED = 10
 """Skipped files that are named."""
-NOTE = (
-    "note: without --model this is the bundled model for 32×32 images, a toy. It was trained on CIFAR-10's training "
-    "photographs, digits and drawn scenes: figures on those do not hold for images that are new to it"
-)
 EXAMPLE = """\b
 Example:
   clipkernels demo --quick --model none --save-images pictures
@@ -109,7 +106,7 @@ class ShareOrCount(click.ParamType):
 @exif_option
 @device_option
 @workers_option()
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
+@threads_option
 @format_option
 @click.pass_context
 def recover(
@@ -164,7 +161,7 @@ def recover(
             torch.set_num_threads(threads)
         model, preprocess, parts = load_whole(library, name, pretrained)
         if name is None:
-            click.echo(NOTE, err=True)
+            click.echo(BUNDLED_NOTE, err=True)
         model = model.to(where)
         method = settle(model, spec, method)
         if method is None or (spec is None and name_of(method) == "Dense()"):

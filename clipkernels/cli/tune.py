@@ -32,6 +32,7 @@ from clipkernels.cli.parts.options import (
     precision_option,
     seed_option,
     template_option,
+    threads_option,
     workers_option,
 )
 from clipkernels.cli.parts.output import check_file, opened, refuse_same
@@ -114,7 +115,7 @@ class Source(NamedTuple):
 @exif_option
 @device_option
 @workers_option()
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
+@threads_option
 @click.option("--state", type=click.Path(file_okay=False), help="Folder that keeps each forward.  [default: OUT.state]")
 @format_option
 @output_option

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from clipkernels.exporting.precision import write_graph
 from clipkernels.exporting.towers import IMAGE_NAMES
 from clipkernels.measure.timing import Variant
 from clipkernels.methods import Dense, Method
-from clipkernels.patching import patch, tower_of
+from clipkernels.patching import patched, tower_of
 from clipkernels.runtime.engines import load_engine
 
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}
@@ -46,14 +47,14 @@ def run_each(model: nn.Module, methods: Mapping[str, Method | None], runtime: st
         ImportError: a package of the runtime is not installed.
     """
     tower, to, precision = tower_of(model), RUNTIMES[runtime], PRECISIONS[next(model.parameters()).dtype]
+    whole = copy.deepcopy(model).float()
     examples, names, variants = noise(2, (3, *tower.image_size)), ("input", "output"), {}
     # Graphs may be mapped from their files as long as they run: not every system then deletes them.
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for number, (name, method) in enumerate(methods.items()):
-            twin = copy.deepcopy(model).float()
-            module = ImageEmbedding(twin if method is None else patch(twin, method)).eval()
             file = Path(folder) / f"{number}{graphs_of(to).SUFFIX}"
-            write_graph(module, examples, IMAGE_NAMES, file, to, precision)
+            with nullcontext() if method is None else patched(whole, method):
+                write_graph(ImageEmbedding(whole).eval(), examples, IMAGE_NAMES, file, to, precision)
             graph = dict(zip(names, IMAGE_NAMES, strict=True))
             run = load_engine(to, precision, file, graph, torch.get_num_threads())
             exact = method is not None and tower.pools_cls

@@ -15,7 +15,7 @@ from clipkernels.adapters import find_resnet
 from clipkernels.classifier import class_embeddings, eval_mode, prompts_of
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.evaluation.datasets import Dataset, Items
-from clipkernels.evaluation.features import Features, Pictures, key_of
+from clipkernels.evaluation.features import Features, Pictures, key_of, split_key
 from clipkernels.evaluation.heads import HEADS, Data, HeadKind, weights_of
 from clipkernels.evaluation.plan import Model
 from clipkernels.evaluation.results import Skip, read_rows, write_scores
@@ -67,7 +67,7 @@ def _file_of(run: Run, data: Dataset, method: Method | None, head: str, shots: i
     """The file of a score, whose name stands for all that it depends on besides the settings of the folder."""
     kind = HEADS[head]
     splits = ["test", *(["train"] if shots else []), *(["val"] if kind.tuned else [])]
-    images = {split: (items.names, items.labels) for split, items in data.splits.items() if split in splits}
+    images = {split: split_key(items.names, items.labels) for split, items in data.splits.items() if split in splits}
     runs = kind.runs(shots, run.combinations.seeds)
     support = run.combinations.supports.get(data.name) if kind.few_shot and not shots else None
     digests = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -141,6 +142,12 @@ class Pictures(Dataset[tuple[int, "Tensor | str"]]):
         return place, preprocessed(image, self.preprocess, self.shape)
 
 
+@lru_cache(maxsize=64)
+def split_key(names: tuple[str, ...], labels: tuple[int, ...]) -> str:
+    """The key of the images of a split, which may be a million names."""
+    return key_of(names, labels)
+
+
 def key_of(*parts: object) -> str:
     """Thirty-two characters that stand for values of JSON."""
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -171,7 +178,7 @@ def encode(
     """
     total, kinds = len(items.names), sorted(kinds)
     size = -(-PART // model.batch_size) * model.batch_size
-    key = key_of(items.names, items.labels, method, kinds, size)
+    key = key_of(split_key(items.names, items.labels), method, kinds, size)
     pictures = Pictures(items, model.preprocess, image_shape(model.model, model.preprocess))
     parts: list[Part] = []
     with eval_mode(model.model):

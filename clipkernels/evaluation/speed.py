@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,6 @@ def measure_speeds(
     images: Tensor,
     rounds: int,
     folder: Path,
-    progress: Callable[[], object],
 ) -> dict[str, Speed]:
     """The speed of every method on this device, from the folder if an earlier run measured it.
 
@@ -44,7 +43,6 @@ def measure_speeds(
         images: (B,3,S,S) preprocessed; they are moved to the model.
         rounds: timed runs of each method.
         folder: the folder of the state.
-        progress: called after every run, (rounds + 1) times for each method.
     """
     tower, images = tower_of(model.model), images.to(tower_weight(model.model))
     names = {name: repr(method) for name, method in methods.items()}
@@ -52,7 +50,7 @@ def measure_speeds(
     file = folder / f"speed-{key}.json"
     if not file.exists():
         variants = vary(model.model, methods)
-        times = time_variants(variants, [images], rounds, progress=progress)
+        times = time_variants(variants, [images], rounds)
         table = tabulate(times, variants, tower, len(images))
         speeds = {
             row.name: (row.gmacs_run, row.images_per_second, row.speedup.median, row.efficiency.median) for row in table

@@ -163,12 +163,7 @@ class Reservoir:
         """
         with torch.inference_mode(False):  # the entries may be used after the inference mode of this call
             header, tensors = read_state(path, FORMAT)
-        expected, text = self.zero_shot.text, tensors.pop("text")
-        if not self.zero_shot.matches(text):
-            raise ValueError(
-                f"expected a reservoir of the same classes, prompts and model, {tuple(expected.shape)}, got {path} "
-                f"with other text embeddings {tuple(text.shape)}"
-            )
+        self.zero_shot.check_file(tensors.pop("text"), path, "a reservoir of")
         entries = Entries(**tensors)
         k, m, depth, width = entries.unit.shape
         if m != self.capacity:

@@ -219,12 +219,7 @@ class TDA:
         """
         with torch.inference_mode(False):  # the entries may be used after the inference mode of this call
             header, tensors = read_state(path, FORMAT)
-        expected, text = self.zero_shot.text, tensors["text"]
-        if not self.zero_shot.matches(text):
-            raise ValueError(
-                f"expected caches of the same classes, prompts and model, {tuple(expected.shape)}, got {path} with "
-                f"other text embeddings {tuple(text.shape)}"
-            )
+        self.zero_shot.check_file(tensors["text"], path, "caches of")
         for name, value in self._settings().items():
             if header[name] != value:
                 raise ValueError(f"expected caches of {name} {value}, got {path} of {header[name]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -88,6 +89,14 @@ class ZeroShot:
         return text.shape == expected.shape and bool(
             (cosine_similarity(text.to(expected.dtype), expected) > 0.999).all()
         )
+
+    def check_file(self, text: Tensor, path: str | os.PathLike[str], content: str) -> None:
+        """Raise ValueError unless the class embeddings (K,E) in a file match; `content` is "a reservoir of", say."""
+        if not self.matches(text):
+            raise ValueError(
+                f"expected {content} the same classes, prompts and model, {tuple(self.text.shape)}, got {path} with "
+                f"other text embeddings {tuple(text.shape)}"
+            )
 
     def describe(self) -> str:
         """The number of classes, and the scale and the bias of the logits, for the repr of a head."""

@@ -179,11 +179,7 @@ class FewShotCALIP(nn.Module):
             OSError: the file cannot be read.
         """
         numbers, tensors = read_state(path, FORMAT)
-        if not ZeroShot(self.text).matches(tensors["text"]):
-            raise ValueError(
-                f"expected weights for the same classes, prompts and model, {tuple(self.text.shape)}, got {path} with "
-                f"other text embeddings {tuple(tensors['text'].shape)}"
-            )
+        ZeroShot(self.text).check_file(tensors["text"], path, "weights for")
         self.load_state_dict(tensors)
         self.__dict__.update(numbers)
         return self

@@ -238,11 +238,7 @@ class TipAdapterF(nn.Module):
         """
         with torch.inference_mode(False):  # the keys may be trained after the inference mode of this call
             numbers, tensors = read_state(path, FORMAT)
-        if not ZeroShot(self.text).matches(tensors["text"]):
-            raise ValueError(
-                f"expected keys for the same classes, prompts and model, {tuple(self.text.shape)}, got {path} with "
-                f"other text embeddings {tuple(tensors['text'].shape)}"
-            )
+        ZeroShot(self.text).check_file(tensors["text"], path, "keys for")
         with torch.inference_mode(False), torch.no_grad():
             labels = tensors["labels"].to(self.labels.device)
             self.keys = nn.Parameter(tensors["keys"].to(self.keys), self.keys.requires_grad)

@@ -74,7 +74,7 @@ def test_a_folder_gives_the_weights_of_the_library(pictures: Path, tmp_path: Pat
         **{"held_out": 4, "patience": 2, "lora": None, "seed": 3},
     }
     note, summary = result.stderr.splitlines()
-    assert note == verb.NOTE and summary.startswith("2 steps on 16 images in ")
+    assert note == verb.BUNDLED_NOTE and summary.startswith("2 steps on 16 images in ")
     assert summary.endswith(f"; the tower is in {out}") and os.listdir(tmp_path) == ["tower"]
 
 
@@ -135,7 +135,7 @@ def test_a_wrong_call_is_one_line_and_exit_two(
     result = run(
         "recover", "--epochs", 1, "--workers", 0, *(places.get(part, part) for part in arguments), "--out", out
     )
-    lines = [line for line in result.stderr.splitlines() if line != verb.NOTE]
+    lines = [line for line in result.stderr.splitlines() if line != verb.BUNDLED_NOTE]
     assert result.exit_code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]
     assert not out.exists() and not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
@@ -186,7 +186,7 @@ def test_a_signal_stops_after_the_batch_and_the_command_goes_on(
 def test_a_saved_tower_is_recovered_with_its_own_method(pictures: Path, tmp_path: Path) -> None:
     ck.save(ck.patch(ck.bundled()[0], ck.ToMe(8)), tmp_path / "tower")
     result = succeed("recover", pictures, "--model", tmp_path / "tower", "--out", tmp_path / "tower", *FAST)
-    assert verb.NOTE not in result.stderr and ck.method_of(ck.load(tmp_path / "tower").model) == ck.ToMe(8)
+    assert verb.BUNDLED_NOTE not in result.stderr and ck.method_of(ck.load(tmp_path / "tower").model) == ck.ToMe(8)
     model = ck.bundled()[0]
     ck.learn.recover(model, tensors_of(pictures), method=ck.ToMe(8), **OPTIONS)
     assert same_weights(ck.load(tmp_path / "tower").model, model)

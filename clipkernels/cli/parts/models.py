@@ -41,6 +41,12 @@ WEIGHTS_HELP = (
     "main, or local for the weights in a folder. Without it the weights are random."
 )
 
+BUNDLED_NOTE = (
+    "note: without --model this is the bundled model for 32×32 images, a toy. It was trained on CIFAR-10's training "
+    "photographs, digits and drawn scenes: figures on those do not hold for images that are new to it"
+)
+"""For verbs that give figures without --model."""
+
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that name a model, --library, --model and --pretrained, to a command."""

@@ -84,6 +84,7 @@ tokens_option = click.option(
 template_option = click.option(
     "--template", "templates", multiple=True, help="Prompt with {} for the class; may be repeated."
 )
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's]")
 device_option = click.option("--device", help="Device, such as cpu or cuda:1.  [default: cuda if available]")
 precision_option = once(
     "--precision",
