@@ -115,7 +115,7 @@ Example:
     metavar="N,…",
     default="0",
     show_default=True,
-    help="Labelled images per class, from the train split; 0 is for the heads that read none.",
+    help="Labelled images per class, from the train split; 0 is for tip and tipx with --support.",
 )
 @click.option(
     "--seeds",
@@ -170,11 +170,13 @@ def evaluate(
     that were not compared with their papers. --captions gives recall at 1, 5 and 10 between images and captions.
 
     Weights of heads are searched on the validation split alone; the column weights says so, and how many images it
-    has. Without that split they are the published ones. Few-shot draws are seeded and nested.
+    has. Without that split they are published ones, and the column says for which data. Few-shot draws are seeded and
+    nested. A second table has GMACs, images/s, speed-up and η of the methods.
 
-    OUT gets results.csv, results.json, results.md and accuracy.png. OUT/state keeps features and scores: the same
-    command goes on after Ctrl-C or a kill, and more data, methods, heads or shots add to what is there. The exit status
-    is 1 if an image could not be read, or if a combination has no score. Nothing is downloaded.
+    OUT gets results.csv, results.json, results.md and accuracy.png, with the rows of the last command. OUT/state keeps
+    features and scores: the same command goes on after Ctrl-C or a kill, and more data, methods, heads or shots are
+    scored beside what is there. The exit status is 1 if an image could not be read, or if a combination has no score.
+    Nothing is downloaded.
     """
     began, before = time.monotonic(), torch.get_num_threads()
     folder = Path(os.path.abspath(out))

@@ -4,12 +4,13 @@
     tda, reservoir          several orders of the stream
     tip, tipx, tip-f, calip-fs   several draws of labelled images, for each number of shots
 
-Weights are searched on a validation split alone. Without one a head keeps the published weights.
+Weights are searched on a validation split alone. Without one a head keeps the published weights of the data set, or
+those of ImageNet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS, TDA_PRES
 from clipkernels.learn.calip_fs import FewShotCALIP
 from clipkernels.learn.tip_f import TipAdapterF
 
-PUBLISHED, VALIDATION, TRAINED = "published", "validation split", "trained on the shots"
+PUBLISHED, DEFAULTS, VALIDATION, TRAINED = "published", "defaults", "validation split", "trained on the shots"
 OTHER_DATA = "imagenet"
 """The data set whose published settings are for other data, too."""
 WIDE_GRID = (50.0, 50.0)
@@ -67,6 +68,7 @@ class HeadKind(NamedTuple):
     stream: its result depends on the order of the images.
     tuned: its weights are searched on the validation split.
     weighted: it has weights beside the cosines.
+    presets: its published weights by data set; None if there are none, as of TIP-X, whose γ is ours.
     """
 
     kinds: tuple[str, ...]
@@ -76,6 +78,7 @@ class HeadKind(NamedTuple):
     stream: bool = False
     tuned: bool = False
     weighted: bool = True
+    presets: Mapping[str, Any] | None = None
 
     def runs(self, shots: int, seeds: int) -> int:
         """The number of runs: all seeds if results differ between them, else one."""
@@ -88,7 +91,11 @@ def weights_of(kind: HeadKind, data: Data) -> str:
         return ""
     if kind.few_shot and not kind.tuned:
         return TRAINED
-    return f"{VALIDATION}, {len(data.val)} images" if kind.tuned and data.val is not None else PUBLISHED
+    if kind.tuned and data.val is not None:
+        return f"{VALIDATION}, {len(data.val)} images"
+    if kind.presets is None:
+        return DEFAULTS
+    return PUBLISHED if data.name in kind.presets else f"{PUBLISHED} for {OTHER_DATA}"
 
 
 @torch.inference_mode()
@@ -177,11 +184,13 @@ def _preset(data: Data, presets: Any) -> str:
 
 HEADS = {
     "zero-shot": HeadKind((), _zero_shot, weighted=False),
-    "calip": HeadKind(("tokens",), _calip, tuned=True),
-    "tda": HeadKind((), partial(_stream, TDA, TDA_PRESETS), stream=True),
-    "reservoir": HeadKind(("cls_path",), partial(_stream, Reservoir, RESERVOIR_PRESETS), stream=True),
-    "tip": HeadKind((), partial(_tip, TipAdapter), few_shot=True, supported=True, tuned=True),
+    "calip": HeadKind(("tokens",), _calip, tuned=True, presets=CALIP_PRESETS),
+    "tda": HeadKind((), partial(_stream, TDA, TDA_PRESETS), stream=True, presets=TDA_PRESETS),
+    "reservoir": HeadKind(
+        ("cls_path",), partial(_stream, Reservoir, RESERVOIR_PRESETS), stream=True, presets=RESERVOIR_PRESETS
+    ),
+    "tip": HeadKind((), partial(_tip, TipAdapter), few_shot=True, supported=True, tuned=True, presets=TIP_PRESETS),
     "tipx": HeadKind((), partial(_tip, TipX), few_shot=True, supported=True, tuned=True),
-    "tip-f": HeadKind((), _tip_f, few_shot=True, tuned=True),
+    "tip-f": HeadKind((), _tip_f, few_shot=True, tuned=True, presets=TIP_PRESETS),
     "calip-fs": HeadKind(("tokens",), _calip_fs, few_shot=True),
 }

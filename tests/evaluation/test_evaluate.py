@@ -96,7 +96,7 @@ def test_a_stream_is_read_in_several_orders(results: tuple[Results, Path], scene
             shares.append(right / 90)
         row = by_name(results[0])[method, "reservoir", 0]
         assert row.score.mean == pytest.approx(sum(shares) / 2, abs=1e-12)
-        assert row.score.runs == 2 and row.score.spread is not None and row.weights == "published"
+        assert row.score.runs == 2 and row.score.spread is not None and row.weights == "published for imagenet"
 
 
 def test_weights_are_searched_on_the_validation_split(results: tuple[Results, Path], scene_folder: Path) -> None:
@@ -212,7 +212,7 @@ def test_heads_without_their_data_are_named(scene_folder: Path, tmp_path: Path) 
     shutil.copytree(scene_folder / "test", folder)
     plan = combinations(scene_folder, data=[read_dataset("plain", folder)], methods={"dense (host)": None})
     result = evaluate(plan._replace(heads=["zero-shot", "calip", "tip"]), bundled_model(), tmp_path / "state", never)
-    assert [(row.head, row.weights) for row in result.rows] == [("zero-shot", ""), ("calip", "published")]
+    assert [(row.head, row.weights) for row in result.rows] == [("zero-shot", ""), ("calip", "published for imagenet")]
     assert {(skip.head, skip.shots, skip.reason) for skip in result.skips} == {
         ("tip", shots, "the data set has no train split") for shots in (1, 4)
     }

@@ -14,7 +14,7 @@ import clipkernels as ck
 from clipkernels.evaluation import features
 from clipkernels.evaluation.datasets import Dataset, read_dataset
 from clipkernels.evaluation.evaluate import evaluate
-from clipkernels.evaluation.heads import WIDE_GRID, Data, _tip_preset
+from clipkernels.evaluation.heads import HEADS, WIDE_GRID, Data, _tip_preset, weights_of
 from clipkernels.evaluation.plan import Combinations, Model
 from clipkernels.evaluation.results import Progress, Results, Unread
 from clipkernels.evaluation.shots import shortage_note
@@ -231,3 +231,19 @@ def test_tip_adapter_takes_its_published_settings(name: str, alpha: float, grid:
     none: Any = None
     preset = _tip_preset(Data(name, none, none, none, none))
     assert (preset.alpha, preset.beta, preset.grid) == (alpha, 1, grid)
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "expected"),
+    [
+        ("zero-shot", "dtd", ""),
+        ("tda", "dtd", "published"),
+        ("reservoir", "photos", "published for imagenet"),
+        ("tip", "imagenet_a", "published for imagenet"),
+        ("tipx", "dtd", "defaults"),
+        ("calip-fs", "dtd", "trained on the shots"),
+    ],
+)
+def test_the_report_says_whose_weights_a_head_has(head: str, name: str, expected: str) -> None:
+    none: Any = None
+    assert weights_of(HEADS[head], Data(name, none, none, none, none)) == expected
