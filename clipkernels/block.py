@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from clipkernels import ops
 from clipkernels.ops import unchecked
 from clipkernels.ops.merge import merge_matched
-from clipkernels.plan import Condense, Merge, Predict, Prune, Step
+from clipkernels.plan import Condense, Merge, Predict, Prune, Rank, Step
 from clipkernels.reference import Norm
 
 
@@ -87,14 +87,27 @@ class TokenState(NamedTuple):
     rope: Tensor | None = None
 
 
-class BlockOutput(NamedTuple):
-    """The tokens that leave a block, and the `destination` row (B,N) of each entering row.
+class Ranking(NamedTuple):
+    """The scores (B,P) of the patches, a mean over heads, and their keys (B,P,D), a mean over heads."""
 
-    A destination is -1 for a dropped row. The field is None if rows are not tracked.
+    scores: Tensor
+    keys: Tensor
+
+
+class BlockOutput(NamedTuple):
+    """The tokens that leave a block.
+
+    state: the tokens.
+    destination: the row (B,N) of each entering row, -1 for a dropped one; None if rows are not tracked.
+    origin: the entering patch (B,P') whose position each leaving patch has; a fused token has that of the first
+        patch in it. None if it is not requested, or if no step moves a patch.
+    ranking: the scores and keys of a `Rank` step, else None.
     """
 
     state: TokenState
     destination: Tensor | None
+    origin: Tensor | None = None
+    ranking: Ranking | None = None
 
 
 def forward(
@@ -106,6 +119,7 @@ def forward(
     proportional: bool = False,
     rows: int | None = None,
     track: bool = False,
+    place: bool = False,
     next_norm: Norm | None = None,
     fused: bool = False,
     anchors: Tensor | None = None,
@@ -122,24 +136,26 @@ def forward(
         rows: compute only these leading rows; None for all. With `rows`, a step after attention is ignored,
             because it moves no prefix token.
         track: also return the destination of every row.
+        place: also return the origin of every patch.
         next_norm: norm1 of the next block, computed together with the last sum.
         fused: run sums, norms and activations as kernels, and every operation unchecked.
         anchors: (A,C) CLS tokens; rows of zeros do not count. The anchor most similar to an image's CLS token joins
             attention as one more token, and is dropped after it. None for no anchor.
         predictor: ranks the patches for a `Predict`.
     """
-    (x, normed, size, rope), destination = state, None
+    (x, normed, size, rope), destination, origin, ranking = state, None, None, None
     run: Any = unchecked if fused else ops
     add_norm = unchecked.add_norm if fused else partial(ops.add_norm, backend="reference")
     if isinstance(step, Predict):
         assert predictor is not None
         norm1 = parts.norm1 if fused else None
         prune = Prune(step.keep, fuse=False)
-        (x, normed, size, rope), destination = _prune(ops, state, predictor(x, prefix), prune, prefix, norm1, track)
+        pruned = _prune(ops, state, predictor(x, prefix), prune, prefix, norm1, track, place)
+        (x, normed, size, rope), destination, origin, _ = pruned
         step = None
     step = step if rows is None else None
     # Merging compares the keys themselves: their mean over heads is part of matching.
-    signal = step.signal if isinstance(step, (Prune, Condense)) else None
+    signal = step.signal if isinstance(step, (Prune, Condense, Rank)) else None
     weights = size if proportional else None
     if anchors is None:
         q, k, v = parts.qkv(x, normed, rows, rope)
@@ -150,6 +166,10 @@ def forward(
         weights = None if weights is None else torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
         out, scores = run.attention(q, k, v, weights, signal, prefix)
         out, scores = out[:, :, : x.shape[1]], None if scores is None else scores[..., :-1]
+    if isinstance(step, Rank):
+        assert scores is not None
+        scores = scores.mean(1) if scores.ndim == 3 else scores
+        ranking, step = Ranking(scores, k[:, :, prefix : x.shape[1]].mean(1).detach()), None
     norm2 = parts.norm2 if fused else None
     branch = parts.project(out, fused)
     residual = x if rows is None else x[:, :rows]
@@ -158,7 +178,7 @@ def forward(
         if scores is None:
             scores = _random_scores(x.shape[1] - prefix, step.seed, x.device).expand(x.shape[0], -1)
         state = TokenState(x, None, size, rope)
-        (x, normed, size, rope), destination = _prune(run, state, scores, step, prefix, norm2, track)
+        (x, normed, size, rope), destination, origin, _ = _prune(run, state, scores, step, prefix, norm2, track, place)
     elif isinstance(step, Condense):
         assert scores is not None
         condensed = run.condense_tokens(
@@ -166,6 +186,7 @@ def forward(
         )
         leading = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
         destination = torch.cat([leading, condensed.source], 1) if track else None
+        origin = _origin(condensed.index, condensed.source, prefix + step.keep + step.centers) if place else None
         rope = None if rope is None else gather_rope(rope, condensed.index, fused=True)
         size = None if size is None else _sizes_after_condensing(size, condensed, prefix)
         x, normed = condensed.tokens, condensed.normed
@@ -174,19 +195,20 @@ def forward(
         lead = max(prefix - 1, 0)
         match = run.match_tokens(k[:, :, lead:], step.r, prefix - lead)
         destination = _rows_after_merging(match, x.shape[1], lead) if track else None
-        if rope is not None:
-            rope = gather_rope(rope, _patches_after_merging(match, x.shape[1] - lead, prefix - lead))
+        if place or rope is not None:
+            origin = _patches_after_merging(match, x.shape[1] - lead, prefix - lead)
+            rope = None if rope is None else gather_rope(rope, origin)
         sizes = None if size is None else size[:, lead:]
         merge = unchecked.merge_tokens if fused else merge_matched
         merged = merge(x[:, lead:], match, sizes, None if lead else norm2)
         x, size, normed = merged if not lead else _prepend(x[:, :lead], merged)
     branch = parts.mlp(x, normed, fused)
     x, normed = add_norm(x, branch.y, branch.bias, branch.scale, next_norm)
-    return BlockOutput(TokenState(x, normed, size, rope), destination)
+    return BlockOutput(TokenState(x, normed, size, rope), destination, origin if place else None, ranking)
 
 
 def _prune(
-    run: Any, state: TokenState, scores: Tensor, step: Prune, prefix: int, norm: Norm | None, track: bool
+    run: Any, state: TokenState, scores: Tensor, step: Prune, prefix: int, norm: Norm | None, track: bool, place: bool
 ) -> BlockOutput:
     """The tokens after pruning by `run`, checked or unchecked, with `normed` computed by `norm`."""
     x, _, size, rope = state
@@ -197,7 +219,19 @@ def _prune(
     if size is not None:
         # A fused token counts as one patch from here on.
         size = torch.cat([size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(x.shape[0], fuse)], 1)
-    return BlockOutput(TokenState(pruned.tokens, pruned.normed, size, rope), destination)
+    origin = pruned.index
+    if place and fuse:
+        rows = _rows_after_pruning(pruned.index, keep, fuse, state.x.shape[1], prefix)
+        origin = _origin(pruned.index, rows[:, prefix:], prefix + keep)
+    return BlockOutput(TokenState(pruned.tokens, pruned.normed, size, rope), destination, origin)
+
+
+def _origin(index: Tensor, rows: Tensor, fused: int) -> Tensor:
+    """The patch (B,n+1) whose position each row has: those at index (B,n), and the first patch in the fused row.
+
+    rows (B,P): the row of each patch.
+    """
+    return torch.cat([index, (rows == fused).int().argmax(1, keepdim=True)], 1)
 
 
 def _prepend(leading: Tensor, merged: ops.Merged) -> tuple[Tensor, Tensor, None]:
