@@ -49,7 +49,8 @@ def planned(container: Any, patches: int, values: Mapping[str, Any]) -> int:
     # Index i of the hidden states is what leaves block i - 1.
     layers = [blocks] if layer is None else list(layer) if isinstance(layer, (list, tuple)) else [layer]
     last = max(index % (blocks + 1) for index in layers)
-    return extra + (plan.passes[last - 1][1] - plan.learnt if last else plan.entry) - plan.prefix
+    remaining = (plan.passes[last - 1][1] - plan.learnt if last else plan.entry) - plan.prefix
+    return extra + remaining // family_of(container).cell(container) ** 2
 
 
 def check_counts(container: Any, image_features: Any, values: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from clipkernels.messages import quantity
 from clipkernels.methods import Method, Select
 from clipkernels.plan import Condense, Plan, Prune
 from clipkernels.tower import SLOT
-from clipkernels.vlm.counts import check_counts, choose_packed, tower_of
+from clipkernels.vlm.counts import check_counts, choose_packed, method_of, tower_of
 from clipkernels.vlm.families import family_of, find_container
 from clipkernels.vlm.prompt import CacheState, Prompt, cache_of, make_prompt, set_state, state_of
 
@@ -75,13 +75,13 @@ def prepare(model: nn.Module, method: Method, plan: Plan) -> HandOver:
     """
     container = find_container(model)
     family = family_of(container)
-    if not isinstance(method, Select):
-        _check_steps(method, plan, family.takes_steps, family.title)
-        return HandOver(container, Marks())
     cell, side = family.cell(container), round((plan.entry - plan.prefix) ** 0.5)
     if side % cell:
         raise ValueError(f"expected a grid that squares of {cell} patches fill, got {side} × {side} patches")
-    return HandOver(container, Marks(method, cell, family.packs))
+    if isinstance(method, Select):
+        return HandOver(container, Marks(method, cell, family.packs))
+    _check_steps(method, plan, family.takes_steps, family.title)
+    return HandOver(container, Marks(cell=cell))
 
 
 def is_installed(container: Any) -> bool:
@@ -130,13 +130,15 @@ def _handed_over(base: Any) -> dict[str, Any]:
     def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
         values = _arguments(features, self, args, kwargs)
         as_tuple = values.pop("return_dict", None) is False
-        if family_of(self).packs:
+        if not family_of(self).packs:
+            outputs = base.get_image_features(self, **values, return_dict=True)
+            check_counts(self, outputs.pooler_output, values)
+        elif isinstance(method_of(self), Select):
             rankings: list[Any] = []
             outputs = base.get_image_features(self, **values, return_dict=True, ranking=rankings)
             choose_packed(self, outputs, rankings, values)
-        else:
+        else:  # Dense
             outputs = base.get_image_features(self, **values, return_dict=True)
-            check_counts(self, outputs.pooler_output, values)
         return outputs.to_tuple() if as_tuple else outputs
 
     @wraps(base.forward)
