@@ -25,6 +25,7 @@ from clipkernels.methods import Method
 from clipkernels.plan import Plan, Predict
 from clipkernels.tower import SLOT, Slot, WeakModule, make_plan, pool_of, run_patched
 from clipkernels.verify import refuse_replaced, verify
+from clipkernels.vlm.counts import tower_of as tower_in
 from clipkernels.vlm.families import find_container
 from clipkernels.vlm.hand_over import install, prepare, remove
 
@@ -63,7 +64,7 @@ def patch(model: Model, method: Method, *, hand_over: bool = False) -> Model:
     check_method(method)
     check_flags(hand_over=hand_over)
     if hand_over:
-        find_container(model)  # its error names more than that of the tower
+        tower_in(find_container(model))  # its error names more than that of the tower
     tower = adapters.find_tower(model)
     plan = make_plan(method, tower, tower.num_tokens)
     handing = prepare(model, method, plan) if hand_over else None

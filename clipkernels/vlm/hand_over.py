@@ -247,7 +247,9 @@ def _continued(self: Any, values: dict[str, Any], cache: Any, state: CacheState)
     start = state.length + cache.get_seq_length() - state.mask.shape[1]
     mask, positions = _mask_of(values), values.get("position_ids")
     # One token cannot overlap with what the cache holds.
-    follows = new == 1 or positions is None or mask is not None or bool((positions[..., 0] == _first(self, start)).all())
+    follows = (
+        new == 1 or positions is None or mask is not None or bool((positions[..., 0] == _first(self, start)).all())
+    )
     if batch != state.mask.shape[0] or (mask is not None and mask.shape[1] != start + new) or not follows:
         raise ValueError(
             f"expected {quantity(state.mask.shape[0], 'row')} of tokens that follow the {start} of the cache, got "

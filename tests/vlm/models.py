@@ -73,9 +73,7 @@ class Kind(NamedTuple):
 # An image of 96 × 128 pixels is cut to 6 × 8 patches of a tile of 2 × 2... see `tiles`.
 KINDS = {
     "Llava": Kind(lambda: _config("Llava", _clip(), _llama(), image_token_index=IMAGE), steps=True),
-    "PaliGemma": Kind(
-        lambda: transformers.PaliGemmaForConditionalGeneration(_paligemma_config()), steps=True
-    ),
+    "PaliGemma": Kind(lambda: transformers.PaliGemmaForConditionalGeneration(_paligemma_config()), steps=True),
     "LlavaNext": Kind(
         lambda: _config("LlavaNext", _clip(), _llama(), image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS),
         64 + 12 * 17,

@@ -70,7 +70,9 @@ def test_the_choice_equals_a_literal_loop(shape: tuple[int, int, int]) -> None:
 def test_cells_are_chosen_whole_and_patches_stay_in_place() -> None:
     x = torch.arange(2 * 37 * 3.0).view(2, 37, 3)
     assert torch.equal(patches_of(cells_of(x[:, 1:], 3), 3), x[:, 1:])
-    assert cells_of(x[:, 1:], 3)[0, 1, :, 0].tolist() == [3 * (1 + row * 6 + column) for row in (0, 1, 2) for column in (3, 4, 5)]
+    assert cells_of(x[:, 1:], 3)[0, 1, :, 0].tolist() == [
+        3 * (1 + row * 6 + column) for row in (0, 1, 2) for column in (3, 4, 5)
+    ]
     scores = torch.zeros(2, 36)
     scores[:, 6 * 4 + 4] = 1  # in the last of the four cells
     tokens, (other,) = choose(Marks(ck.Select(0.25, merge_rest=False), 3), Ranking(scores, x[:, 1:]), 1, [x, x + 1])
