@@ -32,12 +32,18 @@ class RunFolder:
         form: the format of run.json, whose schema is the settings.
         names: a pattern of the names of the other files.
         describe: how settings differ, given the names of those that do, the written ones and the wanted ones.
+        remedy: the advice for a run of other settings.
     """
 
     def __init__(
-        self, title: str, form: Format, names: str, describe: Callable[[Sequence[str], Any, Any], Sequence[str]]
+        self,
+        title: str,
+        form: Format,
+        names: str,
+        describe: Callable[[Sequence[str], Any, Any], Sequence[str]],
+        remedy: str = "repeat that call, or choose another state",
     ) -> None:
-        self.title, self.form, self.describe = title, form, describe
+        self.title, self.form, self.describe, self.remedy = title, form, describe, remedy
         self.names = re.compile(names)
         self.temporary = re.compile(rf"\.(run\.json|{names})\.[a-z0-9_]{{8}}")
 
@@ -104,5 +110,5 @@ class RunFolder:
         if names:
             raise ValueError(
                 f"expected the run that state {folder} began, got one with "
-                f"{', '.join(self.describe(names, written, settings))}: repeat that call, or choose another state"
+                f"{', '.join(self.describe(names, written, settings))}: {self.remedy}"
             )

@@ -111,13 +111,13 @@ def read_captions(
     if empty:
         notes.append(f"left out {quantity(empty, 'empty caption')}")
     if not texts:
-        raise ValueError(f"expected {EXPECTED}, got {file} without captions")
+        raise ValueError(f"expected {EXPECTED}, got {file} without captions: name another one")
     folders = _folders(file) if images is None else [Path(os.path.abspath(os.path.expanduser(images)))]
     found = _find(texts, folders)
     if not found:
         raise ValueError(
             f"expected the images of {file}, such as {next(iter(texts))!r}, in {list_items(map(str, folders))}, got "
-            "none of them: name their folder with images="
+            "none of them: name their folder (images=, --images)"
         )
     notes.append(missing_note(SPLIT, (name for name in texts if name not in found), len(texts)) or "")
     kept = {name: texts[name][:per_image] for name in found}

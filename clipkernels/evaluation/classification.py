@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from clipkernels.adapters import find_resnet
-from clipkernels.classifier import class_embeddings, eval_mode, prompts_of
+from clipkernels.classifier import eval_mode, prompts_of
 from clipkernels.encode import encode_image, tower_weight
 from clipkernels.evaluation.datasets import Dataset, Items
 from clipkernels.evaluation.features import Features, Pictures, key_of, split_key
-from clipkernels.evaluation.heads import HEADS, Data, HeadKind, weights_of
-from clipkernels.evaluation.plan import Model
+from clipkernels.evaluation.heads import HEADS, Data, HeadKind, Report, weights_of
+from clipkernels.evaluation.plan import Combinations, Model
 from clipkernels.evaluation.results import Skip, read_rows, write_scores
 from clipkernels.evaluation.run import Run
 from clipkernels.evaluation.scores import score
@@ -48,26 +48,28 @@ def _pairs(run: Run, data: Dataset, name: str) -> Iterator[tuple[str, int]]:
     has_cls = not resnet and tower_of(run.model.model).has_cls
     for head in run.combinations.heads:
         kind = HEADS[head]
-        for shots in run.combinations.shots:
-            supported = kind.supported and not shots
-            if kind.few_shot != bool(shots) and not (supported and data.name in run.combinations.supports):
-                continue
-            reason = None
+        supported = kind.supported and data.name in run.combinations.supports
+        counts = [shots for shots in run.combinations.shots if shots or supported] if kind.few_shot else [0]
+        if not counts:
+            reason = "no labelled images are chosen (shots of 1 or more), and no support set"
+            run.results.skips.append(Skip(data.name, name, head, 0, reason))
+        for shots in counts:
+            reason = ""
             if "cls_path" in kind.kinds and not has_cls:
                 reason = "the tower has no CLS token"
             elif shots and "train" not in data.splits:
                 reason = "the data set has no train split"
-            if reason is None:
-                yield head, shots
-            else:
+            if reason:
                 run.results.skips.append(Skip(data.name, name, head, shots, reason))
+            else:
+                yield head, shots
 
 
 def _file_of(run: Run, data: Dataset, method: Method | None, head: str, shots: int) -> Path:
     """The file of a score, whose name stands for all that it depends on besides the settings of the folder."""
     kind = HEADS[head]
-    splits = ["test", *(["train"] if shots else []), *(["val"] if kind.tuned else [])]
-    images = {split: split_key(items.names, items.labels) for split, items in data.splits.items() if split in splits}
+    splits = _splits_of(kind, shots)
+    images = {split: split_key(items) for split, items in data.splits.items() if split in splits}
     runs = kind.runs(shots, run.combinations.seeds)
     support = run.combinations.supports.get(data.name) if kind.few_shot and not shots else None
     digests = []
@@ -102,36 +104,56 @@ def _score(
     train = features("train", (HEADS[head] for head, shots in pairs if shots))
     val = features("val", (kind for kind in kinds if kind.tuned))
     assert test is not None
-    names = list(dict.fromkeys(data.classes))  # two classes may have one name
-    embed = getattr(getattr(method, "tokens", None), "class_embeddings", class_embeddings)
-    text = embed(model.model, model.tokenizer, prompts_of(names, data.templates)).float().cpu()
-    text = text[[names.index(each) for each in data.classes]]
     stream = partial(_stream, model, data.splits["test"], test) if anchored else None
-    support = _support_of(run, data)
-    read = Data(data.name, text, test, train, val, support, stream)
+    support = support_of(run.combinations, data)
+    read = Data(data.name, _text_of(run, data, method), test, train, val, support, stream)
+    splits = {"test": test, "train": train, "val": val}
+    unread = {split: each.unread for split, each in splits.items() if each is not None and each.unread is not None}
     for (head, shots), file in zip(pairs, files, strict=True):
         kind = HEADS[head]
         runs = kind.runs(shots, run.combinations.seeds)
         hits = []
         for seed in range(runs):
             phase = f"{data.name}, {name}, {head}" + (f" of {shots} shots" if shots else "")
-            run.report(phase, seed, runs, data.name)
-            hits.append(kind.predict(read, shots, seed, model.batch_size) == test.labels)
-        write_scores(file, {ACCURACY: score(torch.stack(hits))}, len(test.unread), weights_of(kind, read))
+            phase += f", run {seed + 1} of {runs}" if runs > 1 else ""
+            reported = read._replace(report=partial(run.report, phase))
+            hits.append(kind.predict(reported, shots, seed, model.batch_size) == test.labels)
+        used = {split: each for split, each in unread.items() if split in _splits_of(kind, shots)}
+        write_scores(file, {ACCURACY: score(torch.stack(hits))}, used, weights_of(kind, read))
 
 
-def _support_of(run: Run, data: Dataset) -> tuple[Tensor, Tensor] | None:
+def _splits_of(kind: HeadKind, shots: int) -> list[str]:
+    """The splits that a head reads."""
+    return ["test", *(["train"] if shots else []), *(["val"] if kind.tuned else [])]
+
+
+def _text_of(run: Run, data: Dataset, method: Method | None) -> Tensor:
+    """The class embeddings (K,E) of a data set, by the learnt tokens of a method that has them for texts."""
+    names, model = list(dict.fromkeys(data.classes)), run.model  # two classes may have one name
+    prompts = prompts_of(names, data.templates)
+    embed = getattr(getattr(method, "tokens", None), "class_embeddings", None)
+    if embed is None:
+        text = run.encode_texts(data.name, f"{data.name}, classes", "class", prompts)
+    else:
+        text = embed(model.model, model.tokenizer, prompts).float().cpu()
+    return text[[names.index(each) for each in data.classes]]
+
+
+def support_of(combinations: Combinations, data: Dataset) -> tuple[Tensor, Tensor] | None:
     """The features and labels of the support set of a data set, or None without one.
 
     Raises:
         ValueError: a set of other classes.
     """
-    support = run.combinations.supports.get(data.name)
+    support = combinations.supports.get(data.name)
     if support is None:
         return None
     if set(support.classes) != set(data.classes):
         other = min(set(support.classes) ^ set(data.classes))
-        raise ValueError(f"expected a support set of the classes of {data.name}, got one that differs in {other!r}")
+        raise ValueError(
+            f"expected a support set of the classes of {data.name}, got one that differs in {other!r}: build it from "
+            "these class names"
+        )
     places = torch.tensor([data.classes.index(name) for name in support.classes])
     return support.features.cpu(), places[support.labels.cpu()]
 
@@ -146,7 +168,7 @@ def _reads_anchors(model: nn.Module, method: Method | None) -> bool:
 
 
 @torch.inference_mode()
-def _stream(model: Model, items: Items, test: Features, head: Any, order: Tensor) -> Tensor:
+def _stream(model: Model, items: Items, test: Features, head: Any, order: Tensor, report: Report) -> Tensor:
     """The predicted classes (n,) of a test split, which a head with anchors reads in an order (n,)."""
     pictures = Pictures(items, model.preprocess, image_shape(model.model, model.preprocess))
     subset = Subset(pictures, test.places[order].tolist())
@@ -154,9 +176,12 @@ def _stream(model: Model, items: Items, test: Features, head: Any, order: Tensor
     weight, predicted, start = tower_weight(model.model), torch.empty(len(test), dtype=torch.int64), 0
     with eval_mode(model.model):
         for batch in loader:
+            report(start, len(test))
             if batch.failed:
                 place, reason = batch.failed[0]
-                raise ValueError(f"expected {items.names[place]} to be read as before, got an error: {reason}")
+                raise ValueError(
+                    f"expected {items.names[place]} to be read as before, got an error: {reason}: start again"
+                )
             encoded = encode_image(model.model, batch.images.to(weight), cls_path=True, anchors=head.anchors)
             rows = order[start : start + len(batch.indices)]
             predicted[rows] = head(encoded).argmax(1).cpu()

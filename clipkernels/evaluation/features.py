@@ -2,15 +2,18 @@
 
 features-KEY-N.safetensors  the features of 1,024 images or fewer, from image N on
 
-KEY stands for the images, the method and the kinds of features.
+KEY stands for the images, the method and the kinds of features. An image is known by its name, and by the size and the
+time of its file: one that changed is encoded anew.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +27,8 @@ from clipkernels.data import Preprocess
 from clipkernels.encode import Encoded, encode_image, tower_weight
 from clipkernels.evaluation.datasets import Items
 from clipkernels.evaluation.plan import Model
-from clipkernels.formats import Count, Format, Line, TensorSpec
+from clipkernels.evaluation.results import Unread
+from clipkernels.formats import REMEDY, Count, Format, Line, TensorSpec
 from clipkernels.images.batches import collate, image_shape
 from clipkernels.images.reader import preprocessed
 from clipkernels.messages import reason_of
@@ -86,7 +90,7 @@ class Features:
     labels: (n,) int64.
     places: (n,) int64, their places in the split.
     embedding: (n,E) float32, not normalised.
-    unread: the names of the images without features, and why.
+    unread: the images without features, or None.
     """
 
     def __init__(self, parts: Sequence[Part], items: Items) -> None:
@@ -94,7 +98,8 @@ class Features:
         self.places = torch.cat([part.tensors["index"] for part in parts])
         self.labels = torch.tensor(items.labels)[self.places]
         self.embedding = torch.cat([part.tensors["embedding"] for part in self.parts or parts[:1]])
-        self.unread = {items.names[place]: reason for part in parts for place, reason in part.header["unread"]}
+        faults = [(items.names[place], reason) for part in parts for place, reason in part.header["unread"]]
+        self.unread = Unread(len(faults), *faults[0]) if faults else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,10 +147,31 @@ class Pictures(Dataset[tuple[int, "Tensor | str"]]):
         return place, preprocessed(image, self.preprocess, self.shape)
 
 
+def split_key(items: Items) -> str:
+    """The key of the images of a split: their names and labels, and the sizes and times of their files.
+
+    It is kept, because a split may have a million images: call `forget_keys` when files may have changed.
+    """
+    return _split_key(items.names, items.labels, items.packed)
+
+
+def forget_keys() -> None:
+    """Forget the keys of splits."""
+    _split_key.cache_clear()
+
+
 @lru_cache(maxsize=64)
-def split_key(names: tuple[str, ...], labels: tuple[int, ...]) -> str:
-    """The key of the images of a split, which may be a million names."""
-    return key_of(names, labels)
+def _split_key(names: tuple[str, ...], labels: tuple[int, ...], packed: tuple[str, ...]) -> str:
+    return key_of(names, labels, packed, [_stamp(file) for file in packed or names])
+
+
+def _stamp(file: str) -> tuple[int, int] | None:
+    """The size and the time of a file, which tell a changed one; None for a missing one."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def key_of(*parts: object) -> str:
@@ -159,7 +185,7 @@ def encode(
     kinds: Collection[str],
     folder: Path,
     method: str,
-    progress: Callable[[int, int], bool],
+    progress: Callable[[int, int, int], bool],
 ) -> Features | None:
     """The features of a split, those on disk and those of the rest, which are encoded and written in parts.
 
@@ -169,7 +195,8 @@ def encode(
         kinds: what is kept besides embeddings: of "tokens" and "cls_path".
         folder: the folder of the parts.
         method: the method, in the key of the parts.
-        progress: called with the images that are done and all of them; a true result stops after the part.
+        progress: called with the images that are done, all of them, and those without features so far; a true result
+            stops after the part.
     Returns:
         The features, or None if `progress` stopped it.
     Raises:
@@ -178,24 +205,48 @@ def encode(
     """
     total, kinds = len(items.names), sorted(kinds)
     size = -(-PART // model.batch_size) * model.batch_size
-    key = key_of(split_key(items.names, items.labels), method, kinds, size)
+    starts = range(0, total, size)
+    images = split_key(items)
+    files = _parts_with(kinds, starts, lambda names: folder / f"features-{key_of(images, method, names, size)}")
     pictures = Pictures(items, model.preprocess, image_shape(model.model, model.preprocess))
     parts: list[Part] = []
+    unread = 0
     with eval_mode(model.model):
-        for start in range(0, total, size):
-            file = folder / f"features-{key}-{start}.safetensors"
+        for start, file in zip(starts, files, strict=True):
             if not file.exists():
                 stop = min(start + size, total)
-                _encode_part(model, pictures, range(start, stop), kinds, file, lambda done: progress(done, total))
-            header, tensors = read_state(file, FORMAT, copy=False)
+                _encode_part(
+                    model, pictures, range(start, stop), kinds, file,
+                    lambda done, faults, before=unread: progress(done, total, before + faults),  # type: ignore[misc]
+                )  # fmt: skip
+            header, tensors = _read_part(file, kinds)
             parts.append(Part(header, sum(len(part.tensors["index"]) for part in parts), tensors))
-            if progress(header["stop"], total) and header["stop"] < total:
+            unread += len(header["unread"])
+            if progress(header["stop"], total, unread) and header["stop"] < total:
                 return None
     features = Features(parts, items)
-    if not len(features):
-        name, reason = next(iter(features.unread.items()))
+    if features.unread is not None and not len(features):
+        _, name, reason = features.unread
         raise ValueError(f"expected images that can be read, got {total} that cannot, such as {name}: {reason}")
     return features
+
+
+def _parts_with(kinds: Sequence[str], starts: range, stem: Callable[[Sequence[str]], Path]) -> list[Path]:
+    """The files of the parts with these kinds of features: those with more kinds, if all of them are on disk."""
+    choices = [sorted({*kinds, *extra}) for count in range(len(KINDS) + 1) for extra in combinations(KINDS, count)]
+    files = [[Path(f"{stem(choice)}-{start}.safetensors") for start in starts] for choice in choices]
+    return next((parts for parts in files if all(part.exists() for part in parts)), files[0])
+
+
+def _read_part(file: Path, kinds: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the memory-mapped tensors of a part, of these kinds; ValueError unless they are those written."""
+    try:
+        header, tensors = read_state(file, FORMAT, ["index", "embedding", *kinds], copy=False)
+        _check(msgspec.convert(header, PartHeader), tensors)
+    except ValueError as error:
+        fault = str(error).removesuffix(f": {REMEDY}")
+        raise ValueError(f"{fault}: delete {file.name}, and its images are encoded again") from error
+    return header, tensors
 
 
 @torch.inference_mode()
@@ -205,9 +256,9 @@ def _encode_part(
     places: range,
     kinds: Sequence[str],
     file: Path,
-    progress: Callable[[int], object],
+    progress: Callable[[int, int], object],
 ) -> None:
-    """Write the features of the images at places of a split."""
+    """Write the features of the images at places of a split; `progress` gets those done and those without features."""
     weight = tower_weight(model.model)
     loader: DataLoader[Any] = DataLoader(
         Subset(pictures, list(places)), model.batch_size, collate_fn=collate, num_workers=model.workers
@@ -229,7 +280,7 @@ def _encode_part(
             unread += [(i, NOT_FINITE) for i, good in zip(batch.indices, finite.tolist(), strict=True) if not good]
             for kind, values in columns.items():
                 values.append(getattr(encoded, kind).float().cpu()[finite])
-        progress(done)
+        progress(done, len(unread))
     tensors = {kind: torch.cat(values) for kind, values in columns.items() if values} or {
         "embedding": torch.empty(0, 0)
     }

@@ -4,30 +4,35 @@
     tda, reservoir          several orders of the stream
     tip, tipx, tip-f, calip-fs   several draws of labelled images, for each number of shots
 
-Weights are searched on a validation split alone. Without one a head keeps the published weights.
+Weights are searched on a validation split alone. Without one a head keeps the published weights of the data set, or
+those of ImageNet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from clipkernels.encode import Encoded
 from clipkernels.evaluation.features import Features
 from clipkernels.evaluation.shots import draw_order, draw_shots
 from clipkernels.heads import CALIP, TDA, Reservoir, TipAdapter, TipX, ZeroShot
-from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS, TDA_PRESETS
+from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS, TDA_PRESETS, TIP_PRESETS, TipPreset
 from clipkernels.learn.calip_fs import FewShotCALIP
 from clipkernels.learn.tip_f import TipAdapterF
 
-PUBLISHED, VALIDATION, TRAINED = "published", "validation split", "trained on the shots"
+PUBLISHED, DEFAULTS, VALIDATION, TRAINED = "published", "defaults", "validation split", "trained on the shots"
 OTHER_DATA = "imagenet"
 """The data set whose published settings are for other data, too."""
-NARROW_GRID, WIDE_GRID = (7.0, 3.0), (50.0, 50.0)
-"""Ends of Tip-Adapter's grid for ImageNet, and for other data."""
+WIDE_GRID = (50.0, 50.0)
+"""Ends of TIP-X's grid, and of Tip-Adapter's for data without a published one."""
+
+
+Report = Callable[[int, int], None]
 
 
 class Data(NamedTuple):
@@ -37,8 +42,9 @@ class Data(NamedTuple):
     text: class embeddings (K,E).
     test, train, val: features of the splits; train and val where a head reads them and they exist.
     support: features (n,E) and labels (n,) of a support set, or None.
-    stream: for a method whose tokens depend on the anchors of a reservoir, a function from that head and an order (n,)
-        to predictions, which encodes the images anew.
+    stream: for a method whose tokens depend on the anchors of a reservoir, a function from that head, an order (n,) and
+        `report` to predictions, which encodes the images anew.
+    report: called with the images that a head has read in a pass, and those of the pass; it may raise to stop.
     """
 
     name: str
@@ -47,7 +53,8 @@ class Data(NamedTuple):
     train: Features | None
     val: Features | None
     support: tuple[Tensor, Tensor] | None = None
-    stream: Callable[[Any, Tensor], Tensor] | None = None
+    stream: Callable[[Any, Tensor, Report], Tensor] | None = None
+    report: Report = lambda done, total: None
 
 
 class HeadKind(NamedTuple):
@@ -61,6 +68,7 @@ class HeadKind(NamedTuple):
     stream: its result depends on the order of the images.
     tuned: its weights are searched on the validation split.
     weighted: it has weights beside the cosines.
+    presets: its published weights by data set; None if there are none, as of TIP-X, whose γ is ours.
     """
 
     kinds: tuple[str, ...]
@@ -70,6 +78,7 @@ class HeadKind(NamedTuple):
     stream: bool = False
     tuned: bool = False
     weighted: bool = True
+    presets: Mapping[str, Any] | None = None
 
     def runs(self, shots: int, seeds: int) -> int:
         """The number of runs: all seeds if results differ between them, else one."""
@@ -82,51 +91,66 @@ def weights_of(kind: HeadKind, data: Data) -> str:
         return ""
     if kind.few_shot and not kind.tuned:
         return TRAINED
-    return f"{VALIDATION}, {len(data.val)} images" if kind.tuned and data.val is not None else PUBLISHED
+    if kind.tuned and data.val is not None:
+        return f"{VALIDATION}, {len(data.val)} images"
+    if kind.presets is None:
+        return DEFAULTS
+    return PUBLISHED if data.name in kind.presets else f"{PUBLISHED} for {OTHER_DATA}"
 
 
 @torch.inference_mode()
-def predictions(head: Any, features: Features, batch: int, order: Tensor | None = None) -> Tensor:
-    """The predicted classes (n,) of a split, in its own order; a stream is given to the head in `order`."""
-    predicted = torch.empty(len(features), dtype=torch.int64)
-    order = torch.arange(len(features)) if order is None else order
-    for rows in order.split(batch):
-        predicted[rows] = head(features.take(rows)).argmax(1).cpu()
+def predictions(head: Any, data: Data, batch: int, order: Tensor | None = None) -> Tensor:
+    """The predicted classes (n,) of the test split, in its own order; a stream is given to the head in `order`."""
+    predicted = torch.empty(len(data.test), dtype=torch.int64)
+    order = torch.arange(len(data.test)) if order is None else order
+    for rows, features in zip(order.split(batch), batches(data, data.test, batch, order), strict=True):
+        predicted[rows] = head(features).argmax(1).cpu()
     return predicted
 
 
+def batches(data: Data, features: Features, size: int, order: Tensor | None = None) -> Iterator[Encoded]:
+    """The features of a split in batches, reported."""
+    done = 0
+    for batch in features.batches(size, order):
+        data.report(done, len(features))
+        yield batch
+        done += len(batch.embedding)
+
+
 def _zero_shot(data: Data, shots: int, seed: int, batch: int) -> Tensor:
-    return predictions(ZeroShot(data.text), data.test, batch)
+    return predictions(ZeroShot(data.text), data, batch)
 
 
 def _calip(data: Data, shots: int, seed: int, batch: int) -> Tensor:
     head = CALIP(data.text, preset=_preset(data, CALIP_PRESETS))
     if data.val is not None:
-        head.fit(data.val.batches(batch), data.val.labels)
-    return predictions(head, data.test, batch)
+        head.fit(batches(data, data.val, batch), data.val.labels)
+    return predictions(head, data, batch)
 
 
 def _stream(make: Any, presets: Any, data: Data, shots: int, seed: int, batch: int) -> Tensor:
     head, order = make(data.text, preset=_preset(data, presets)), draw_order(len(data.test), seed)
     if make is Reservoir and data.stream is not None:
-        return data.stream(head, order)
-    return predictions(head, data.test, batch, order)
+        return data.stream(head, order, data.report)
+    return predictions(head, data, batch, order)
 
 
 def _tip(make: Any, data: Data, shots: int, seed: int, batch: int) -> Tensor:
-    head = make(data.text, *_support(data, shots, seed))
+    head, preset = make(data.text, *_support(data, shots, seed)), _tip_preset(data)
     if data.val is not None:
-        head.fit(data.val.embedding, data.val.labels, WIDE_GRID if make is TipX else _grid(data))
-    return predictions(head, data.test, batch)
+        head.fit(data.val.embedding, data.val.labels, WIDE_GRID if make is TipX else preset.grid)
+    elif make is TipAdapter:
+        head.alpha, head.beta = preset.alpha, preset.beta
+    return predictions(head, data, batch)
 
 
 def _tip_f(data: Data, shots: int, seed: int, batch: int) -> Tensor:
-    support = _support(data, shots, seed)
-    head = TipAdapterF(data.text, *support)
+    support, preset = _support(data, shots, seed), _tip_preset(data)
+    head = TipAdapterF(data.text, *support, preset.alpha, preset.beta)
     head.fit(*support, seed=seed)
     if data.val is not None:
-        head.search(data.val.embedding, data.val.labels, _grid(data))
-    return predictions(head, data.test, batch)
+        head.search(data.val.embedding, data.val.labels, preset.grid)
+    return predictions(head, data, batch)
 
 
 def _calip_fs(data: Data, shots: int, seed: int, batch: int) -> Tensor:
@@ -134,7 +158,7 @@ def _calip_fs(data: Data, shots: int, seed: int, batch: int) -> Tensor:
     rows = draw_shots(data.train.labels, len(data.text), shots, seed)
     head = FewShotCALIP(data.text)
     head.fit(data.train.take(rows), data.train.labels[rows], seed=seed)
-    return predictions(head, data.test, batch)
+    return predictions(head, data, batch)
 
 
 def _support(data: Data, shots: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -147,9 +171,11 @@ def _support(data: Data, shots: int, seed: int) -> tuple[Tensor, Tensor]:
     return data.train.embedding[rows], data.train.labels[rows]
 
 
-def _grid(data: Data) -> tuple[float, float]:
-    """The ends of Tip-Adapter's grid."""
-    return NARROW_GRID if data.name.startswith(OTHER_DATA) else WIDE_GRID
+def _tip_preset(data: Data) -> TipPreset:
+    """Tip-Adapter's published settings; for other data ImageNet's weights, and the widest grid."""
+    published = TIP_PRESETS[OTHER_DATA]
+    other = published if data.name.startswith(OTHER_DATA) else published._replace(grid=WIDE_GRID)
+    return TIP_PRESETS.get(data.name, other)
 
 
 def _preset(data: Data, presets: Any) -> str:
@@ -158,11 +184,13 @@ def _preset(data: Data, presets: Any) -> str:
 
 HEADS = {
     "zero-shot": HeadKind((), _zero_shot, weighted=False),
-    "calip": HeadKind(("tokens",), _calip, tuned=True),
-    "tda": HeadKind((), partial(_stream, TDA, TDA_PRESETS), stream=True),
-    "reservoir": HeadKind(("cls_path",), partial(_stream, Reservoir, RESERVOIR_PRESETS), stream=True),
-    "tip": HeadKind((), partial(_tip, TipAdapter), few_shot=True, supported=True, tuned=True),
+    "calip": HeadKind(("tokens",), _calip, tuned=True, presets=CALIP_PRESETS),
+    "tda": HeadKind((), partial(_stream, TDA, TDA_PRESETS), stream=True, presets=TDA_PRESETS),
+    "reservoir": HeadKind(
+        ("cls_path",), partial(_stream, Reservoir, RESERVOIR_PRESETS), stream=True, presets=RESERVOIR_PRESETS
+    ),
+    "tip": HeadKind((), partial(_tip, TipAdapter), few_shot=True, supported=True, tuned=True, presets=TIP_PRESETS),
     "tipx": HeadKind((), partial(_tip, TipX), few_shot=True, supported=True, tuned=True),
-    "tip-f": HeadKind((), _tip_f, few_shot=True, tuned=True),
+    "tip-f": HeadKind((), _tip_f, few_shot=True, tuned=True, presets=TIP_PRESETS),
     "calip-fs": HeadKind(("tokens",), _calip_fs, few_shot=True),
 }

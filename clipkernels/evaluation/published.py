@@ -82,6 +82,20 @@ class Figure(NamedTuple):
     note: str
 
 
+OTHER_MODELS = {
+    "openai/clip-vit-base-patch16": "ViT-B-16 openai",
+    "ViT-B-16-quickgelu openai": "ViT-B-16 openai",
+    "RN50-quickgelu openai": "RN50 openai",
+}
+"""Other names of models with published figures: transformers', and those of open_clip's second configuration."""
+
+
+def published_model(name: str | None, pretrained: str | None) -> str:
+    """The name in published figures of a model, from the names of its architecture and weights."""
+    full = f"{name} {pretrained}"
+    return OTHER_MODELS.get(full) or OTHER_MODELS.get(name or "") or full
+
+
 @cache
 def published_figures() -> tuple[Figure, ...]:
     """Every published figure, in the order of the file.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from clipkernels.evaluation.scores import Score
 from clipkernels.evaluation.state import MAX_BYTES, SCORE_FORMAT, ScoreRecord
+from clipkernels.formats import REMEDY
 from clipkernels.state_files import read_json, write_json
 
 RETRIEVAL = "retrieval"
@@ -20,12 +21,22 @@ class Progress(NamedTuple):
     phase: the data set, the method, and the split or the head.
     done, total: the images of that phase, or its runs.
     errors: images without features so far.
+    item: the noun of what is counted.
     """
 
     phase: str
     done: int
     total: int
     errors: int
+    item: str = "image"
+
+
+class Unread(NamedTuple):
+    """Images of a split without features: their number, the name of the first, and why."""
+
+    images: int
+    name: str
+    reason: str
 
 
 class Row(NamedTuple):
@@ -35,7 +46,7 @@ class Row(NamedTuple):
     metric: "accuracy", or of captions "text to image R@1" and the like.
     shots: labelled images per class.
     score: mean, interval and spread over runs, which are draws of shots or orders of the stream.
-    unread: images of the split without features.
+    unread: by split, the images without features; a split that has all of them is absent.
     weights: where the head's weights come from.
     """
 
@@ -45,7 +56,7 @@ class Row(NamedTuple):
     metric: str
     shots: int
     score: Score
-    unread: int
+    unread: Mapping[str, Unread]
     weights: str
 
 
@@ -64,21 +75,22 @@ class Results(NamedTuple):
 
     rows: in the order of the data sets, methods, heads and shots.
     skips: combinations without a score.
-    unread: by data set, the images without features, and why.
+    notes: sentences for a report.
     stopped: the caller stopped it; the same call goes on.
     """
 
     rows: list[Row]
     skips: list[Skip]
-    unread: dict[str, dict[str, str]]
+    notes: list[str]
     stopped: bool = False
 
 
-def write_scores(file: Path, scores: Mapping[str, Score], unread: int, weights: str) -> None:
+def write_scores(file: Path, scores: Mapping[str, Score], unread: Mapping[str, Unread], weights: str) -> None:
     """Write the scores of one combination by metric, all of the same runs and images or of fewer."""
     runs = next(iter(scores.values())).runs
     values = {name: (each.mean, each.low, each.high, each.spread, each.images) for name, each in scores.items()}
-    record = ScoreRecord(values=values, runs=runs, unread=unread, weights=weights)
+    faults = {split: (each.images, each.name, each.reason) for split, each in unread.items()}
+    record = ScoreRecord(values=values, runs=runs, unread=faults, weights=weights)
     write_json(file, SCORE_FORMAT, record, MAX_BYTES)
 
 
@@ -88,7 +100,12 @@ def read_rows(file: Path, data: str, method: str, head: str, shots: int) -> Iter
     Raises:
         ValueError: a file that is not as it was written.
     """
-    record = read_json(file, SCORE_FORMAT, MAX_BYTES)
+    try:
+        record = read_json(file, SCORE_FORMAT, MAX_BYTES)
+    except ValueError as error:
+        fault = str(error).removesuffix(f": {REMEDY}")
+        raise ValueError(f"{fault}: delete {file.name}, and it is scored again") from error
+    unread = {split: Unread(*values) for split, values in record.unread.items()}
     for metric, (mean, low, high, spread, images) in record.values.items():
         score = Score(mean, low, high, spread, record.runs, images)
-        yield Row(data, method, head, metric, shots, score, record.unread, record.weights)
+        yield Row(data, method, head, metric, shots, score, unread, record.weights)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipkernels.classifier import prompt_embeddings
 from clipkernels.evaluation.captions import Captions
 from clipkernels.evaluation.datasets import Items
-from clipkernels.evaluation.features import key_of
+from clipkernels.evaluation.features import key_of, split_key
 from clipkernels.evaluation.results import RETRIEVAL, read_rows, write_scores
 from clipkernels.evaluation.run import Run
 from clipkernels.evaluation.scores import score
@@ -25,15 +24,14 @@ BLOCK = 1024
 
 def score_captions(run: Run, name: str, captions: Captions, method_name: str, method: Method | None) -> None:
     """Add the rows of a retrieval by one method to the results of a run; scores that are on disk are read."""
-    key = key_of(name, captions.names, captions.texts, captions.image_of, repr(method))
+    items = Items(captions.names, (0,) * len(captions.names), Reader().read)
+    key = key_of(name, split_key(items), captions.texts, captions.image_of, repr(method))
     file = run.folder / f"row-{key}.json"
     if not file.exists():
-        items = Items(captions.names, (0,) * len(captions.names), Reader().read)
         with run.as_method(method):
             images = run.features(name, "images", items, (), method_name, method)
-        run.report(f"{name}, {method_name}, captions", 0, len(captions.texts), name)
-        groups = prompt_embeddings(run.model.model, run.model.tokenizer, {name: list(captions.texts)})
-        texts = torch.cat(groups).cpu()
+        prompts = {f"caption {number}": [text] for number, text in enumerate(captions.texts, 1)}
+        texts = run.encode_texts(f"captions {name}", f"{name}, captions", "caption", prompts)
         row_of = torch.full((len(captions.names),), -1)
         row_of[images.places] = torch.arange(len(images))
         image_of = row_of[torch.tensor(captions.image_of)]
@@ -44,7 +42,7 @@ def score_captions(run: Run, name: str, captions: Captions, method_name: str, me
             for direction, find in directions.items()
             for rank, hits in zip(RANKS, find(images.embedding, texts[readable], image_of[readable]), strict=True)
         }
-        write_scores(file, scores, len(images.unread), "")
+        write_scores(file, scores, {"images": images.unread} if images.unread else {}, "")
     run.results.rows.extend(read_rows(file, name, method_name, RETRIEVAL, 0))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from clipkernels.arguments import check_int
+from clipkernels.messages import quantity
 
 
 def draw_shots(labels: Tensor, classes: int, shots: int, seed: int) -> Tensor:
@@ -27,6 +30,18 @@ def draw_shots(labels: Tensor, classes: int, shots: int, seed: int) -> Tensor:
         members = (labels == label).nonzero().flatten()
         chosen.append(members[torch.randperm(len(members), generator=generator)[:shots]])
     return torch.cat(chosen)
+
+
+def shortage_note(labels: Sequence[int], classes: int, shots: int) -> str | None:
+    """The sentence about classes that have fewer images than `shots`; None if there are enough."""
+    counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=classes)
+    few = int((counts < shots).sum())
+    if not few:
+        return None
+    return (
+        f"{few} of the {quantity(classes, 'class')} have fewer than {shots} images to draw from, the least "
+        f"{int(counts.min())}: they give all of them"
+    )
 
 
 def draw_order(n: int, seed: int) -> Tensor:

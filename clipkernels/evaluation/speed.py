@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from clipkernels.encode import tower_weight
 from clipkernels.evaluation.features import key_of
 from clipkernels.evaluation.plan import Model
+from clipkernels.evaluation.results import Progress
+from clipkernels.evaluation.run import Stopped
 from clipkernels.evaluation.state import MAX_BYTES, SPEED_FORMAT, SpeedRecord
 from clipkernels.measure.timing import tabulate, time_variants, vary
 from clipkernels.methods import Method
@@ -34,8 +37,9 @@ def measure_speeds(
     images: Tensor,
     rounds: int,
     folder: Path,
-) -> dict[str, Speed]:
-    """The speed of every method on this device, from the folder if an earlier run measured it.
+    progress: Callable[[Progress], bool],
+) -> dict[str, Speed] | None:
+    """The speed of every method on this device, from the folder if an earlier run measured it; None if it is stopped.
 
     Args:
         model: the model, unpatched.
@@ -43,6 +47,7 @@ def measure_speeds(
         images: (B,3,S,S) preprocessed; they are moved to the model.
         rounds: timed runs of each method.
         folder: the folder of the state.
+        progress: called after every forward; a true result stops.
     """
     tower, images = tower_of(model.model), images.to(tower_weight(model.model))
     names = {name: repr(method) for name, method in methods.items()}
@@ -50,7 +55,16 @@ def measure_speeds(
     file = folder / f"speed-{key}.json"
     if not file.exists():
         variants = vary(model.model, methods)
-        times = time_variants(variants, [images], rounds)
+        forwards, total = count(1), (rounds + 1) * len(methods)
+
+        def advance() -> None:
+            if progress(Progress("timing", next(forwards), total, 0, "forward")):
+                raise Stopped
+
+        try:
+            times = time_variants(variants, [images], rounds, progress=advance)
+        except Stopped:
+            return None
         table = tabulate(times, variants, tower, len(images))
         speeds = {
             row.name: (row.gmacs_run, row.images_per_second, row.speedup.median, row.efficiency.median) for row in table

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import msgspec
 
-from clipkernels.formats import Count, Fingerprint, Format, Line, Size
+from clipkernels.formats import Fingerprint, Format, Line, Size
 from clipkernels.run_folder import RunFolder
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -37,11 +37,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class ScoreRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The scores of one combination by metric: mean, lower and upper bound, spread over the runs, images."""
+    """The scores of one combination by metric: mean, lower and upper bound, spread over the runs, images.
+
+    unread: by split, the number of images without features, the name of the first and the reason.
+    """
 
     values: Annotated[dict[Line, tuple[Share, Share, Share, Spread | None, Size]], msgspec.Meta(min_length=1)]
     runs: Size
-    unread: Count
+    unread: dict[Line, tuple[Size, str, str]]
     weights: Line
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class SpeedRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 RUN_FORMAT = Format("clipkernels.evaluation.1", "the state of an evaluation", Settings, lambda header: {})
-SCORE_FORMAT = Format("clipkernels.evaluation_score.1", "a score of an evaluation", ScoreRecord, lambda header: {})
+SCORE_FORMAT = Format("clipkernels.evaluation_score.2", "a score of an evaluation", ScoreRecord, lambda header: {})
 SPEED_FORMAT = Format("clipkernels.evaluation_speed.1", "speeds of an evaluation", SpeedRecord, lambda header: {})
 
 
@@ -74,5 +77,9 @@ def _differences(names: Sequence[str], written: Settings, settings: Settings) ->
 
 
 FOLDER = RunFolder(
-    "an evaluation", RUN_FORMAT, r"features-[0-9a-f]{32}-\d+\.safetensors|(row|speed)-[0-9a-f]{32}\.json", _differences
+    "an evaluation",
+    RUN_FORMAT,
+    r"features-[0-9a-f]{32}-\d+\.safetensors|(row|speed)-[0-9a-f]{32}\.json",
+    _differences,
+    "repeat it as it was, or choose another folder (--out)",
 )

@@ -49,7 +49,7 @@ def read_json(path: str | os.PathLike[str], expected: str, schema: type[Content]
     try:
         return msgspec.json.decode(_read(path, expected), type=schema)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"expected {expected}, got {path}: {one_line(str(error)):.200}") from error
+        raise ValueError(f"expected {expected}, got {path}: {one_line(str(error)):.200}: get that file anew") from error
 
 
 def _read(path: str | os.PathLike[str], expected: str) -> bytes:

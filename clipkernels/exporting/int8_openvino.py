@@ -16,6 +16,7 @@ from clipkernels.exporting.openvino import compiled, save
 from clipkernels.exporting.packages import needed
 from clipkernels.exporting.parity import encode_all, first_percentile
 from clipkernels.exporting.report import Products
+from clipkernels.runtime.engines import openvino_core
 
 PRODUCTS = ("MatMul", "Convolution")
 PASSED = ("Convert", "FakeQuantize", "Multiply", "Reshape", "Subtract", "Transpose")
@@ -42,8 +43,8 @@ def quantise(file: Path, calibration: Tensor, min_cosine: float | None, images: 
         ImportError: nncf or openvino is not installed.
         ValueError: the limit cannot be kept, or the graph has other operations in INT8.
     """
-    openvino, _ = needed("openvino", "nncf")
-    model = openvino.Core().read_model(str(file))
+    needed("openvino", "nncf")
+    model = openvino_core().read_model(str(file))
     limit = DEFAULT_LIMIT if min_cosine is None else min_cosine
 
     def cosine(quantised: Any) -> float:
@@ -92,8 +93,8 @@ def _quantised(model: Any, calibration: Tensor, smooth: bool) -> Any:
 
 def compress(file: Path) -> None:
     """Replace a graph of fp32 by one whose weights are stored in INT8, and whose products compute in float."""
-    openvino, nncf = needed("openvino", "nncf")
-    model = openvino.Core().read_model(str(file))
+    _, nncf = needed("openvino", "nncf")
+    model = openvino_core().read_model(str(file))
     with quietly():
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     save(model, file)
@@ -199,7 +200,7 @@ def _constant(node: Any) -> Any:
     """A new constant with the value of a constant expression."""
     (openvino,) = needed("openvino")
     value = openvino.Model([node.output(0)], [], "constant")
-    request = openvino.compile_model(value, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = openvino_core().compile_model(value, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return openvino.opset13.constant(request([])[0].copy())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipkernels.exporting import onnx as onnx_graphs
 from clipkernels.exporting.packages import needed
-from clipkernels.runtime.engines import HINTS
+from clipkernels.runtime.engines import HINTS, openvino_core
 
 SUFFIX = ".xml"
 REQUIREMENTS = ("openvino>=2026.1",)
@@ -54,14 +54,14 @@ def save(model: Any, file: Path, half: bool = False) -> None:
 
 def compiled(model: Any, precision: str) -> Callable[[Tensor], Tensor]:
     """The function of an OpenVINO model on the CPU, run as an export in a precision is."""
-    (openvino,) = needed("openvino")
-    run = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": HINTS[precision]})
+    needed("openvino")
+    run = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": HINTS[precision]})
     return lambda batch: torch.from_numpy(run(batch.numpy())[0].copy())
 
 
 def operators(file: Path) -> Counter[str]:
     """The number of operations of a graph by kind, those of its branches included."""
-    (openvino,) = needed("openvino")
+    needed("openvino")
 
     def walk(model: Any) -> Counter[str]:
         kinds = Counter(operation.get_type_name() for operation in model.get_ops())
@@ -76,4 +76,4 @@ def operators(file: Path) -> Counter[str]:
                     kinds += walk(body)
         return kinds
 
-    return walk(openvino.Core().read_model(str(file)))
+    return walk(openvino_core().read_model(str(file)))

@@ -1,4 +1,4 @@
-"""Published settings of heads per data set: TCA's and TDA's from their released code, CALIP's from that of SuS-X."""
+"""Published settings of heads per data set, from released code: TCA's, TDA's, Tip-Adapter's, and CALIP's in SuS-X's."""
 
 from __future__ import annotations
 
@@ -80,3 +80,27 @@ CALIP_PRESETS = {
     "sun397": CALIPPreset(0.43, 0.01),
     "ucf101": CALIPPreset(1.28, 0.01),
 }
+
+
+class TipPreset(NamedTuple):
+    """Tip-Adapter's α and β, with which Tip-Adapter-F also trains, and the ends of the searched grid of β and α."""
+
+    alpha: float
+    beta: float
+    grid: tuple[float, float]
+
+
+TIP_PRESETS = {
+    "caltech101": TipPreset(3, 1, (12, 5)),
+    "dtd": TipPreset(2, 1, (13, 13)),
+    "eurosat": TipPreset(2, 1, (12, 10)),
+    "fgvc": TipPreset(5, 1, (30, 30)),
+    "flowers": TipPreset(10, 1, (50, 50)),
+    "food101": TipPreset(1.17, 1, (10, 10)),
+    "imagenet": TipPreset(1.17, 1, (7, 3)),
+    "pets": TipPreset(1.17, 1, (7, 3)),
+    "cars": TipPreset(3, 1, (20, 10)),
+    "sun397": TipPreset(1.17, 1, (12, 10)),
+    "ucf101": TipPreset(3, 1, (7, 3)),
+}
+"""configs/*.yaml of the released code of Tip-Adapter."""

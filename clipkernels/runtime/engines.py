@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def load_engine(runtime: str, precision: str, file: Path, graph: Mapping[str, An
         raise ValueError(f"expected a graph that {runtime} loads, got {file}: {first_line(error)}") from error
 
 
+@cache
+def openvino_core() -> Any:
+    """The core of this process, which is never deleted.
+
+    OpenVINO's CPU plugin gives its thread another stack for signals, and frees it with the core that loaded the plugin.
+    With a second core the thread then keeps a stack that is freed, and the next signal, such as Ctrl-C, ends the process.
+
+    Raises:
+        ImportError: openvino is not installed.
+    """
+    core = required("openvino").Core()
+    core.get_versions("CPU")  # loads the plugin, before any other core does
+    return core
+
+
 def _onnx(file: Path, hint: str, source: str, target: str, threads: int | None) -> Engine:
     onnxruntime = required("onnxruntime")
     options = onnxruntime.SessionOptions()
@@ -52,11 +68,10 @@ def _onnx(file: Path, hint: str, source: str, target: str, threads: int | None) 
 
 
 def _openvino(file: Path, hint: str, source: str, target: str, threads: int | None) -> Engine:
-    openvino = required("openvino")
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    compiled = openvino.Core().compile_model(str(file), "CPU", options)
+    compiled = openvino_core().compile_model(str(file), "CPU", options)
     output = compiled.output(target)
     # A request of its own for each call, because threads may not share one.
     return lambda batch: compiled.infer_new_request({source: batch})[output].copy()

@@ -6,16 +6,24 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from clipkernels.cli.parts.evaluation_report import published_of, records_of
+from clipkernels.data import scenes
+from clipkernels.evaluation.published import published_model
+from clipkernels.evaluation.results import Results, Row
+from clipkernels.evaluation.scores import Score
+from clipkernels.folder_lock import Lock
 from tests.cli.commands import error_after_notes, run, save_a_digit_per_class, succeed
 from tests.evaluation.scene_files import scenes_in
 from tests.subprocesses import without_xdist
@@ -125,11 +133,18 @@ def test_captions_give_recalls(scene_folder: Path, tmp_path: Path) -> None:
     [
         ([], "expected --data or --captions, got neither"),
         (["--data", "nowhere"], "nowhere"),
-        (["--data", "a=x", "--data", "a=y"], ""),
+        (["--data", "a=DATA", "--data", "a=DATA"], "expected different names with --data, got a twice"),
+        (["--data", "DATA="], "expected a folder"),
+        (["--data", "photos="], "expected --data of NAME=PATH or a path, got 'photos='"),
+        (["--data", "=DATA"], "expected --data of NAME=PATH or a path, got '="),
+        (["--data", "DATA", "--images", "DATA"], "expected --captions with --images"),
+        (["--data", "DATA", "--heads", "tip"], "expected --shots of 1 or more, or --support, with --heads tip"),
+        (["--data", "x=DATA", "--support", "x=DATA"], "expected --heads tip or tipx and 0 in --shots with --support"),
+        (["--data", "x=DATA", "--support", "y=DATA", "--heads", "tip"], "expected --support of a data set in --data"),
+        (["--data", "x=DATA", "--support", "x=DATA", "--heads", "tip"], "without manifest.json"),
         (["--data", "DATA", "--heads", "tip,tap"], "expected --heads of"),
         (["--data", "DATA", "--shots", "few"], "expected --shots of numbers such as 0,1,4,16, got 'few'"),
         (["--data", "DATA", "--method", "evit:2"], "expected a method such as evit"),
-        (["--data", "DATA", "--support", "other=DATA"], "support"),
         (["--data", "DATA", "--library", "timm", "--model", "vit_tiny_patch16_224"], "timm has no text tower"),
     ],
 )
@@ -190,3 +205,116 @@ def test_a_run_that_is_killed_five_times_ends_with_the_same_rows(
     process.communicate(timeout=300)
     assert process.returncode == 0
     assert scores_of(tmp_path / "out") == scores_of(complete)
+
+
+def test_the_costs_of_methods_are_in_the_tables(complete: Path, scene_folder: Path) -> None:
+    text = (complete / "results.md").read_text(encoding="utf-8")
+    assert "| method | GMACs | images/s | speed-up | η |" in text
+    assert text.count("\n| dense (host) | ") == text.count("\n| EViT(keep=0.7) | ") == 1
+    assert "- GMACs: of an image, as executed." in text
+    assert "published | difference" not in text  # no figure is known of these scenes
+    assert (
+        f"- scenes: folder of folders in train/, val/, test/, {len(scenes.SEEN[:6])} classes, 'a photo of a {{}}.'"
+        in text
+    )
+
+
+def test_images_that_cannot_be_read_are_named_in_every_run(scene_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(scene_folder / "test", tmp_path / "photos")
+    broken = sorted(folder.rglob("*.png"))[0]
+    broken.write_bytes(b"no image")
+    for _ in range(2):
+        result = run("evaluate", "--data", folder, *FAST, "--rounds", 0, "--out", tmp_path / "out")
+        assert result.exit_code == 1
+        assert f"photos, test: 1 image left out by dense (host), such as {broken}: not an image" in result.stdout
+
+
+def test_captions_without_their_image_are_counted(scene_folder: Path, tmp_path: Path) -> None:
+    files = sorted((scene_folder / "test").rglob("*.png"))[:12]
+    names = [str(file.relative_to(scene_folder / "test")) for file in files]
+    images = [{"id": number, "file_name": name} for number, name in enumerate([*names, "missing.png", names[0] + "x"])]
+    notes = [{"image_id": number, "caption": "a drawing"} for number in range(13)]
+    file = tmp_path / "captions_test.json"
+    file.write_text(json.dumps({"images": images, "annotations": notes}), encoding="utf-8")
+    options = ("--captions", file, "--images", scene_folder / "test", "--rounds", 0)
+    result = succeed("evaluate", *options, *FAST, "--out", tmp_path / "out")
+    for note in (
+        "captions_test.json: COCO captions JSON, 12 images with 12 captions",
+        "captions_test.json: left out 1 image without captions",
+        "captions_test.json: 1 of the 13 files of the test split are missing, the first 'missing.png'",
+    ):
+        assert note in result.stdout.splitlines()
+
+
+def test_results_of_another_command_are_kept(scene_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("mine", encoding="utf-8")
+    line = error_after_notes(run("evaluate", "--data", f"scenes={scene_folder}", *FAST, "--out", tmp_path))
+    assert "with results.csv and no state/run.json: choose another one, or move that file" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_two_runs_at_once_are_refused(complete: Path, scene_folder: Path) -> None:
+    settings = (complete / "state" / "run.json").read_bytes()
+    lock = Lock(complete / "state")
+    try:
+        arguments = ("--data", f"scenes={scene_folder}", *FAST, "--out", complete)
+        process = subprocess.run(
+            [sys.executable, "-m", "clipkernels", "evaluate", *map(str, arguments)],
+            env=without_xdist(os.environ), text=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+    finally:
+        lock.release()
+    assert process.returncode == 2 and "to have one writer, got process" in process.stderr
+    assert (complete / "state" / "run.json").read_bytes() == settings
+
+
+def test_another_batch_size_is_refused_with_a_remedy(complete: Path, scene_folder: Path) -> None:
+    line = error_after_notes(
+        run("evaluate", "--data", f"scenes={scene_folder}", *FAST, "--batch-size", 8, "--out", complete)
+    )
+    assert "batch_size 16 instead of 8: repeat it as it was, or choose another folder (--out)" in line
+
+
+def test_a_resnet_runs_its_heads(scene_folder: Path, tmp_path: Path, resnet: str) -> None:
+    heads = ("--heads", "zero-shot,calip,reservoir", "--model", resnet)
+    result = run("evaluate", "--data", f"scenes={scene_folder}", *heads, *FAST, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert [row["head"] for row in rows_of(tmp_path / "out")] == ["zero-shot", "calip"]
+    assert "no score, scenes: the tower has no CLS token: reservoir by dense (host)." in result.stdout
+    only = ("--heads", "reservoir", "--model", resnet, *FAST, "--out", tmp_path / "none")
+    result = run("evaluate", "--data", f"scenes={scene_folder}", *only)
+    assert result.exit_code == 2
+    assert "a head that some data set has a score for, got none: the tower has no CLS token" in result.stderr
+    assert not (tmp_path / "none" / "results.csv").exists()
+
+
+def row(data: str, score: float, spread: float | None = None) -> Row:
+    return Row(
+        data, "dense (host)", "tda", "accuracy", 0, Score(score, score - 0.03, score + 0.04, spread, 3, 50), {}, ""
+    )
+
+
+def test_a_mean_combines_intervals_and_figures() -> None:
+    results = Results([row("dtd", 0.5, 0.03), row("pets", 0.9, 0.04)], [], [])
+    published = partial(published_of, published_model("ViT-B-16-quickgelu", "openai"))
+    dtd, pets, mean = records_of(results, {}, published)
+    assert (dtd["published"], dtd["difference"], pets["published"]) == (0.474, 0.026, 0.8863)
+    assert dtd["published_prompts"].startswith("TDA's released code")
+    assert (mean["data"], mean["score"], mean["published"], mean["verified"]) == ("mean of 2", 0.7, 0.68015, True)
+    assert mean["low"] == pytest.approx(0.7 - (2 * 0.03**2) ** 0.5 / 2, abs=1e-6)
+    assert mean["high"] == pytest.approx(0.7 + (2 * 0.04**2) ** 0.5 / 2, abs=1e-6)
+    assert mean["spread"] == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "expected"),
+    [
+        ("ViT-B-16", "openai", "ViT-B-16 openai"),
+        ("RN50-quickgelu", "openai", "RN50 openai"),
+        ("openai/clip-vit-base-patch16", None, "ViT-B-16 openai"),
+        ("ViT-B-16", "laion2b_s34b_b88k", "ViT-B-16 laion2b_s34b_b88k"),
+        (None, None, "None None"),
+    ],
+)
+def test_models_have_the_names_of_published_figures(name: str | None, pretrained: str | None, expected: str) -> None:
+    assert published_model(name, pretrained) == expected

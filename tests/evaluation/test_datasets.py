@@ -341,6 +341,7 @@ def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
     assert data.splits["test"].names == (str(tmp_path / "cat/0.JPEG"), str(tmp_path / "dog/0.JPEG"))
     assert data.notes == (
         "left out 1 image outside of the classes' folders",
+        "left out 1 folder without images, the first 'empty'",
         "there is no train and no val split",
         "skipped 1 .txt: not images",
     )

@@ -278,6 +278,54 @@ def test_every_runtime_gives_the_embeddings_of_its_graph(name: str, tmp_path: Pa
         assert np.allclose(actual, 2 * batch.mean((2, 3)), atol=1e-6) and actual.dtype == np.float32
 
 
+SIGNALS = """
+import gc, os, signal, sys
+from pathlib import Path
+import numpy, openvino
+from openvino import opset13
+from clipkernels.exporting.openvino import compiled, operators
+from clipkernels.runtime.engines import load_engine
+import torch
+
+received = []
+signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
+entry = opset13.parameter([1, 4], numpy.float32)
+entry.output(0).set_names({"images"})
+result = opset13.relu(entry)
+result.output(0).set_names({"embeddings"})
+model, file = openvino.Model([result], [entry], "model"), Path(sys.argv[1])
+openvino.save_model(model, str(file))
+
+
+def load():
+    return load_engine("openvino", "fp32", file, {"input": "images", "output": "embeddings"}, None)
+
+
+makers = (load, lambda: compiled(model, "fp32"), lambda: operators(file), load, lambda: openvino.compile_model(model))
+alive = []
+for make in makers * 2:
+    alive.append(make())
+    if len(alive) > 2:
+        alive.pop(0)
+    gc.collect()
+    os.kill(os.getpid(), signal.SIGUSR1)
+alive.clear()
+gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+print(len(received))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGUSR1")
+def test_a_signal_after_several_openvino_models_is_handled(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    command = [sys.executable, "-c", SIGNALS, str(tmp_path / "graph.xml")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(ck.__file__).parents[1])}
+    )
+    assert (result.returncode, result.stdout) == (0, "11\n"), result.stderr
+
+
 def run(arguments: Sequence[str], path: Path | None, blocked: Path) -> subprocess.CompletedProcess[str]:
     """Run Python in a process where torch and msgspec cannot be imported, nor clipkernels without a path to it."""
     modules = ("torch", "msgspec", "open_clip", *(() if path else ("clipkernels",)))

@@ -41,6 +41,7 @@ class Reporter:
 
     def __init__(self, stop: list[int], activity: str, item: str = "image", first: str | None = None) -> None:
         self.stop, self.activity, self.item, self.before = stop, activity, item, first or activity
+        self.usual = activity
         self.last: State | None = None
         self.started = self.shown = self.began = time.monotonic()
         self.first: tuple[float, int] | None = None
@@ -75,7 +76,9 @@ class Reporter:
         if self.bar.disable and now - self.shown >= SECONDS_BETWEEN_LINES:
             self.shown = now
             left = duration((state.total - state.done) / rate if rate else 0.0)
-            click.echo(f"{state.done} of {quantity(state.total, self.item)}, {speed}{notes}, {left} left", err=True)
+            lead = "" if self.activity == self.usual else f"{self.activity}: "
+            counts = f"{state.done} of {quantity(state.total, self.item)}"
+            click.echo(f"{lead}{counts}, {speed}{notes}, {left} left", err=True)
         return bool(self.stop)
 
     def rate(self, state: State, now: float) -> float:

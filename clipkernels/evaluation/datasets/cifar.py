@@ -92,7 +92,8 @@ class CIFAR:
             found = self._labels(home / file)
             names += [f"{file}#{index}" for index in range(len(found))]
             labels += found
-        return Items(tuple(names), tuple(labels), Records(str(home), self.label_bytes))
+        packed = tuple(str(home / file) for file in files)
+        return Items(tuple(names), tuple(labels), Records(str(home), self.label_bytes), packed)
 
     def _labels(self, path: Path) -> list[int]:
         """The labels of a file's images; raises ValueError for a file of another size or with other labels."""

@@ -61,20 +61,22 @@ def read_class_folders(request: Request, template: str = PHOTO) -> Dataset:
     if not wanted:
         raise ValueError(f"expected a split {list_names(request.splits)}, got {describe_folder(root)}")
     others: Counter[str] = Counter()
-    items, classes = _read_splits(request, splits, wanted, others)
+    items, classes, empty = _read_splits(request, splits, wanted, others)
     if strays:
         notes.append(f"left out {list_names(strays)} in {root.name}/, which are no splits")
     loose = sum(is_image_name(name) for folder in splits.values() for name in names_in(str(folder)))
     if loose:
         notes.append(f"left out {quantity(loose, 'image')} outside of the classes' folders")
+    if empty:
+        notes.append(f"left out {quantity(len(empty), 'folder')} without images, the first {empty[0]!r}")
     notes += [absence_note(splits), Found([], others).note]
     return Dataset(request.name, classes, (template,), items, layout, tuple(note for note in notes if note))
 
 
 def _read_splits(
     request: Request, folders: Mapping[str, Path], wanted: Sequence[str], others: Counter[str]
-) -> tuple[dict[str, Items], tuple[str, ...]]:
-    """The images of the wanted splits, and the classes of all."""
+) -> tuple[dict[str, Items], tuple[str, ...], list[str]]:
+    """The images of the wanted splits, the classes of all, and the names of folders without images in any."""
     content = {split: _class_folders(folder) for split, folder in folders.items()}
     found: dict[str, dict[str, list[str]]] = {split: {} for split in wanted}
     for split in wanted:
@@ -87,6 +89,7 @@ def _read_splits(
     rest = {(split, name) for split, by_name in content.items() for name in by_name if split not in wanted}
     names |= {name for split, name in rest if name not in names and images_below(str(content[split][name])).paths}
     order = sorted(names)
+    empty = sorted({name for by_name in content.values() for name in by_name} - names)
     classes = _class_names(order, request.path)
     items = {}
     for split, by_name in found.items():
@@ -99,8 +102,11 @@ def _read_splits(
         paths, labels = zip(*pairs, strict=True)
         items[split] = Items(paths, labels, FileReader(request.reader))
     if len(classes) < 2:
-        raise ValueError(f"expected two or more classes in {str(request.path)!r}, got {list_names(classes)}")
-    return items, classes
+        raise ValueError(
+            f"expected two or more classes in {str(request.path)!r}, got {list_names(classes)}: make a folder of "
+            "images for each class"
+        )
+    return items, classes, empty
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:

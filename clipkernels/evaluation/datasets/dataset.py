@@ -34,11 +34,13 @@ class Items(NamedTuple):
     labels: an index into the classes for each.
     read: gives the image of a name, in mode RGB; it can be pickled. It raises ValueError, OSError and whatever Pillow
         raises for a broken file.
+    packed: paths of the packed files that hold the images; () where each name is the path of a file.
     """
 
     names: tuple[str, ...]
     labels: tuple[int, ...]
     read: Callable[[str], Image.Image]
+    packed: tuple[str, ...] = ()
 
 
 class Dataset(NamedTuple):

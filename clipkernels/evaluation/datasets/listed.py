@@ -75,7 +75,7 @@ class SplitFile:
         try:
             listing = _check(content)
         except ValueError as error:
-            raise ValueError(f"expected CoOp's split file, got {home / self.file} with {error}") from error
+            raise ValueError(f"expected CoOp's split file, got {home / self.file} with {error}: get it anew") from error
         folders = dict.fromkeys([home / self.images, home])
         return listed_dataset(request, listing, list(folders), self.template, f"CoOp {self.file}")
 
