@@ -19,6 +19,14 @@ from clipkernels.ops import unchecked
 from clipkernels.ops.merge import merge_matched
 from clipkernels.plan import Condense, Merge, Predict, Prune, Rank, Step
 from clipkernels.reference import Norm
+from clipkernels.row_places import (
+    append_identity,
+    gather_rope,
+    origin_of,
+    patches_after_merging,
+    rows_after_merging,
+    rows_after_pruning,
+)
 
 
 class Branch(NamedTuple):
@@ -162,7 +170,7 @@ def forward(
         out, scores = run.attention(q, k, v, weights, signal, prefix)
     else:
         anchored = torch.cat([x, _nearest_anchor(anchors, x[:, 0])[:, None].to(x.dtype)], 1)
-        q, k, v = parts.qkv(anchored, None, rows, None if rope is None else _append_identity(rope))
+        q, k, v = parts.qkv(anchored, None, rows, None if rope is None else append_identity(rope))
         weights = None if weights is None else torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
         out, scores = run.attention(q, k, v, weights, signal, prefix)
         out, scores = out[:, :, : x.shape[1]], None if scores is None else scores[..., :-1]
@@ -186,7 +194,7 @@ def forward(
         )
         leading = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
         destination = torch.cat([leading, condensed.source], 1) if track else None
-        origin = _origin(condensed.index, condensed.source, prefix + step.keep + step.centers) if place else None
+        origin = origin_of(condensed.index, condensed.source, prefix + step.keep + step.centers) if place else None
         rope = None if rope is None else gather_rope(rope, condensed.index, fused=True)
         size = None if size is None else _sizes_after_condensing(size, condensed, prefix)
         x, normed = condensed.tokens, condensed.normed
@@ -194,9 +202,9 @@ def forward(
         # Sources and targets alternate. Only CLS may be among them: registers would end up between patches.
         lead = max(prefix - 1, 0)
         match = run.match_tokens(k[:, :, lead:], step.r, prefix - lead)
-        destination = _rows_after_merging(match, x.shape[1], lead) if track else None
+        destination = rows_after_merging(match, x.shape[1], lead) if track else None
         if place or rope is not None:
-            origin = _patches_after_merging(match, x.shape[1] - lead, prefix - lead)
+            origin = patches_after_merging(match, x.shape[1] - lead, prefix - lead)
             rope = None if rope is None else gather_rope(rope, origin)
         sizes = None if size is None else size[:, lead:]
         merge = unchecked.merge_tokens if fused else merge_matched
@@ -214,24 +222,16 @@ def _prune(
     x, _, size, rope = state
     keep, fuse = step.keep, step.fuse
     pruned = run.prune_tokens(x, scores, keep, fuse, "mean", prefix, norm)
-    destination = _rows_after_pruning(pruned.index, keep, fuse, x.shape[1], prefix) if track else None
+    destination = rows_after_pruning(pruned.index, keep, fuse, x.shape[1], prefix) if track else None
     rope = None if rope is None else gather_rope(rope, pruned.index, fuse)
     if size is not None:
         # A fused token counts as one patch from here on.
         size = torch.cat([size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(x.shape[0], fuse)], 1)
     origin = pruned.index
     if place and fuse:
-        rows = _rows_after_pruning(pruned.index, keep, fuse, state.x.shape[1], prefix)
-        origin = _origin(pruned.index, rows[:, prefix:], prefix + keep)
+        rows = rows_after_pruning(pruned.index, keep, fuse, state.x.shape[1], prefix)
+        origin = origin_of(pruned.index, rows[:, prefix:], prefix + keep)
     return BlockOutput(TokenState(pruned.tokens, pruned.normed, size, rope), destination, origin)
-
-
-def _origin(index: Tensor, rows: Tensor, fused: int) -> Tensor:
-    """The patch (B,n+1) whose position each row has: those at index (B,n), and the first patch in the fused row.
-
-    rows (B,P): the row of each patch.
-    """
-    return torch.cat([index, (rows == fused).int().argmax(1, keepdim=True)], 1)
 
 
 def _prepend(leading: Tensor, merged: ops.Merged) -> tuple[Tensor, Tensor, None]:
@@ -253,50 +253,6 @@ def _sizes_after_condensing(size: Tensor, condensed: ops.Condensed, prefix: int)
     members = torch.arange(condensed.tokens.shape[1] - 1, device=size.device)[:, None] == condensed.source[:, None]
     patches = (members * size[:, None, prefix:]).sum(2)[:, prefix:]
     return torch.cat([size[:, :prefix], patches, torch.ones_like(size[:, :1])], 1)
-
-
-def _append_identity(rope: Tensor) -> Tensor:
-    """A rotary table (…,P,2·D) and an extra row, the rotation by 0, for a token without a position."""
-    sines, cosines = rope[..., :1, :].chunk(2, -1)
-    return torch.cat([rope, torch.cat([torch.zeros_like(sines), torch.ones_like(cosines)], -1)], -2)
-
-
-def gather_rope(rope: Tensor, index: Tensor, fused: bool = False) -> Tensor:
-    """The rows (B,·,P',2·D) of a rotary table (…,P,2·D) for the patches at index (B,P').
-
-    With `fused`, an extra row follows: the rotation by 0, for a fused token.
-    """
-    batch = index.shape[0]  # len() would become a constant in an exported graph
-    rope = rope.expand(batch, *rope.shape[-3:]) if rope.ndim > 2 else rope.expand(batch, 1, *rope.shape)
-    rows = rope.gather(2, index[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
-    return _append_identity(rows) if fused else rows
-
-
-def _rows_after_pruning(index: Tensor, keep: int, fuse: bool, tokens: int, prefix: int) -> Tensor:
-    """The row (B,N) of each token after pruning. A token not kept gets the fused token's row, or -1."""
-    rows = index.new_full((index.shape[0], tokens), prefix + keep if fuse else -1)
-    rows[:, :prefix] = torch.arange(prefix, device=index.device)
-    patches = torch.arange(prefix, prefix + keep, device=index.device).expand_as(index)
-    return rows.scatter(1, index + prefix, patches)
-
-
-def _rows_after_merging(match: ops.Match, tokens: int, lead: int) -> Tensor:
-    """The row (B,N) of each token after merging. A merged token gets its target's row; the first `lead` rows stay."""
-    batch, survivors = match.kept.shape
-    device, odd = match.kept.device, (tokens - lead) // 2
-    rows = [torch.arange(survivors, device=device).expand(batch, -1), survivors + match.target]
-    # Kept and merged tokens are a permutation of the even ones. Its inverse avoids a scatter, which is slow in ONNX.
-    even = torch.cat(rows, 1).gather(1, torch.cat([match.kept, match.source], 1).argsort(1))
-    odds = torch.arange(survivors, survivors + odd, device=device).expand(batch, -1)
-    pairs = torch.stack([even[:, :odd], odds], 2).flatten(1)
-    leading = torch.arange(-lead, 0, device=device).expand(batch, -1)
-    return torch.cat([leading, pairs, even[:, odd:]], 1) + lead
-
-
-def _patches_after_merging(match: ops.Match, tokens: int, prefix: int) -> Tensor:
-    """The patch (B,M-prefix) whose position each row takes after merging; a merged token takes its target's."""
-    odd = torch.arange(1, tokens, 2, device=match.kept.device).expand(match.kept.shape[0], -1)
-    return torch.cat([2 * match.kept[:, prefix:], odd], 1) - prefix
 
 
 def _random_scores(patches: int, seed: int, device: torch.device) -> Tensor:

@@ -23,7 +23,8 @@ from clipkernels.arguments import check_flags, describe
 from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
 from clipkernels.methods import Method
 from clipkernels.plan import Plan, Predict
-from clipkernels.tower import SLOT, Slot, WeakModule, make_plan, pool_of, run_patched
+from clipkernels.slot import SLOT, Slot, WeakModule
+from clipkernels.tower import make_plan, pool_of, run_patched
 from clipkernels.verify import refuse_replaced, verify
 from clipkernels.vlm.counts import tower_of as tower_in
 from clipkernels.vlm.families import find_container
@@ -176,7 +177,8 @@ def tower_of(model: nn.Module) -> Tower:
 def _refuse_dropped_patches(model: nn.Module, tower: Tower, method: Method, plan: Plan) -> None:
     """Raise ValueError unless the model around a tower can use a plan.
 
-    A plan that only ranks patches is for a prompt. A vision-language model that configures an image token has one in its text for each patch, or pools a whole grid.
+    A plan that only ranks patches is for a prompt. A vision-language model that configures an image token has one in its
+    text for each patch, or pools a whole grid.
     """
     if plan.ranks:
         raise ValueError(

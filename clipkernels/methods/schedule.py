@@ -40,7 +40,8 @@ class Schedule:
         prefix: number of leading tokens (CLS, registers) that no step touches.
     Raises:
         ValueError: a step that keeps or merges more patches than its block has; a `ck.Predict` step, which needs a
-            trained predictor; a `ck.Rank` step, which changes no token; a number that is no int in range; or, from `plan`, another tower.
+            trained predictor; a `ck.Rank` step, which changes no token; a number that is no int in range; or, from
+            `plan`, another tower.
         TypeError: steps are no sequence of steps.
     """
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from clipkernels.vlm.counts import method_of, pack, planned, tiles_of, tower_of
 from clipkernels.vlm.families import family_of, find_container
-from clipkernels.vlm.hand_over import KEPT, is_installed
+from clipkernels.vlm.hand_over import is_installed
+from clipkernels.vlm.prompt import KEPT
 
 __all__ = ["image_tokens", "kept"]
 

@@ -16,7 +16,8 @@ from clipkernels.layered_class import host_of
 from clipkernels.marks import choose_slots
 from clipkernels.messages import quantity
 from clipkernels.methods import Method, Select
-from clipkernels.tower import SLOT, make_plan
+from clipkernels.slot import SLOT
+from clipkernels.tower import make_plan
 from clipkernels.vlm.families import family_of
 
 

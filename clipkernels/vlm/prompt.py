@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 STATE = "_clipkernels_prompt"
+KEPT = "_clipkernels_kept"
+"""Attribute of image outputs: true (B,N) for a token of the prompt that the language model got."""
 
 
 class Prompt(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import clipkernels as ck
-from clipkernels.vlm.hand_over import KEPT
+from clipkernels.vlm.prompt import KEPT
 from tests.vlm.models import IMAGE, KINDS, build, prompts
 from tests.vlm.test_generation import host_values
 

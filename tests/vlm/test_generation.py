@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import clipkernels as ck
-from clipkernels.vlm.hand_over import KEPT
+from clipkernels.vlm.prompt import KEPT
 from tests.vlm.models import IMAGE, KINDS, build, prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

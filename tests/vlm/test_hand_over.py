@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import clipkernels as ck
 from clipkernels.testing import patch_ranking, randomized
-from clipkernels.vlm.hand_over import KEPT
+from clipkernels.vlm.prompt import KEPT
 from tests.vlm.models import IMAGE, KINDS, SIDE, TEXT, VISION, _llama, _paligemma_config, build, prompts, transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")

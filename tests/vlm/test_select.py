@@ -109,7 +109,7 @@ def test_bad_arguments_are_refused() -> None:
             ck.Select(**arguments)
     with pytest.raises(ValueError, match="layer must be one of 4 blocks, -4 to 3, got Select"):
         ck.Select(layer=4).plan(65, 4)
-    with pytest.raises(ValueError, match="a Rank step: use ck.Select"):
+    with pytest.raises(ValueError, match=r"a Rank step: use ck\.Select"):
         ck.Schedule.from_plan(ck.Select().plan(65, 4))
     model = transformers_tower("CLIPModel", 2, hidden_size=64, num_attention_heads=2, image_size=64)
     with pytest.raises(ValueError, match="chooses tokens of a prompt: patch a vision-language model"):
