@@ -13,7 +13,7 @@ from clipkernels.methods import Method, Select
 from clipkernels.plan import Condense, Plan, Prune
 from clipkernels.slot import SLOT
 from clipkernels.vlm.counts import tower_of
-from clipkernels.vlm.families import family_of, find_container
+from clipkernels.vlm.families import Family, family_of, find_container
 from clipkernels.vlm.forward import handed_over
 
 
@@ -66,7 +66,7 @@ def prepare(model: nn.Module, method: Method, plan: Plan) -> HandOver:
         raise ValueError(f"expected a grid that squares of {cell} patches fill, got {side} × {side} patches")
     if isinstance(method, Select):
         return HandOver(container, Marks(method, cell, family.packs))
-    _check_steps(method, plan, family.takes_steps, family.title)
+    _check_steps(method, plan, family)
     return HandOver(container, Marks(cell=cell))
 
 
@@ -75,12 +75,13 @@ def is_installed(container: Any) -> bool:
     return has_layer(container, handed_over)
 
 
-def _check_steps(method: Method, plan: Plan, takes_steps: bool, title: str) -> None:
+def _check_steps(method: Method, plan: Plan, family: Family) -> None:
     """Raise ValueError unless every token that a plan leaves has a position of its own in the prompt."""
-    if any(plan.steps) and not takes_steps:
+    if any(plan.steps) and not family.takes_steps:
+        reason = "crops padding when it packs its tiles" if family.packs else "pools the grid of a whole tower"
         raise ValueError(
-            f"{title} pools the grid of a whole tower, so that steps in the tower cannot shorten its prompt: use "
-            f"ck.Select, or ck.ToMe without hand_over, got {method!r}"
+            f"{family.title} {reason}, so that steps in the tower cannot shorten its prompt: use ck.Select, or ck.ToMe "
+            f"without hand_over, got {method!r}"
         )
     tokens = plan.entry
     for block, step in enumerate(plan.steps):
