@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from clipkernels import backend, data, heads, learn, measure, ops, support, testing
+    from clipkernels import backend, data, heads, learn, measure, ops, support, testing, vlm
     from clipkernels.adapters import UnsupportedTower
     from clipkernels.artefacts.load import load, load_method
     from clipkernels.artefacts.save import save
@@ -22,10 +22,10 @@ if _TYPE_CHECKING:
     from clipkernels.exporting.export import export
     from clipkernels.graphs import graphed, ungraphed
     from clipkernels.heads import CALIP, TDA, Reservoir, TipAdapter, TipX, ZeroShot
-    from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, ToMe
+    from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, Select, ToMe
     from clipkernels.patching import method_of, patch, patched, tower_of, unpatch
     from clipkernels.pictures.show import show
-    from clipkernels.plan import Condense, Merge, Plan, Predict, Prune
+    from clipkernels.plan import Condense, Merge, Plan, Predict, Prune, Rank
     from clipkernels.tuning.tune import tune
 
 __version__ = "0.1.0"
@@ -42,8 +42,10 @@ __all__ = [
     "Plan",
     "Predict",
     "Prune",
+    "Rank",
     "Reservoir",
     "Schedule",
+    "Select",
     "TCA",
     "TDA",
     "TipAdapter",
@@ -79,6 +81,7 @@ __all__ = [
     "uncompile",
     "ungraphed",
     "unpatch",
+    "vlm",
 ]
 
 _NAMES = {
@@ -94,10 +97,10 @@ _NAMES = {
     "exporting.export": ("export",),
     "graphs": ("graphed", "ungraphed"),
     "heads": ("CALIP", "TDA", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
-    "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "ToMe"),
+    "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "Select", "ToMe"),
     "patching": ("method_of", "patch", "patched", "tower_of", "unpatch"),
     "pictures.show": ("show",),
-    "plan": ("Condense", "Merge", "Plan", "Predict", "Prune"),
+    "plan": ("Condense", "Merge", "Plan", "Predict", "Prune", "Rank"),
     "tuning.tune": ("tune",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

@@ -17,8 +17,16 @@ from torch.nn.functional import normalize
 from clipkernels import ops
 from clipkernels.ops import unchecked
 from clipkernels.ops.merge import merge_matched
-from clipkernels.plan import Condense, Merge, Predict, Prune, Step
+from clipkernels.plan import Condense, Merge, Predict, Prune, Rank, Step
 from clipkernels.reference import Norm
+from clipkernels.row_places import (
+    append_identity,
+    gather_rope,
+    origin_of,
+    patches_after_merging,
+    rows_after_merging,
+    rows_after_pruning,
+)
 
 
 class Branch(NamedTuple):
@@ -87,14 +95,27 @@ class TokenState(NamedTuple):
     rope: Tensor | None = None
 
 
-class BlockOutput(NamedTuple):
-    """The tokens that leave a block, and the `destination` row (B,N) of each entering row.
+class Ranking(NamedTuple):
+    """The scores (B,P) of the patches, a mean over heads, and their keys (B,P,D), a mean over heads."""
 
-    A destination is -1 for a dropped row. The field is None if rows are not tracked.
+    scores: Tensor
+    keys: Tensor
+
+
+class BlockOutput(NamedTuple):
+    """The tokens that leave a block.
+
+    state: the tokens.
+    destination: the row (B,N) of each entering row, -1 for a dropped one; None if rows are not tracked.
+    origin: the entering patch (B,P') whose position each leaving patch has; a fused token has that of the first
+        patch in it. None if it is not requested, or if no step moves a patch.
+    ranking: the scores and keys of a `Rank` step, else None.
     """
 
     state: TokenState
     destination: Tensor | None
+    origin: Tensor | None = None
+    ranking: Ranking | None = None
 
 
 def forward(
@@ -106,6 +127,7 @@ def forward(
     proportional: bool = False,
     rows: int | None = None,
     track: bool = False,
+    place: bool = False,
     next_norm: Norm | None = None,
     fused: bool = False,
     anchors: Tensor | None = None,
@@ -122,34 +144,40 @@ def forward(
         rows: compute only these leading rows; None for all. With `rows`, a step after attention is ignored,
             because it moves no prefix token.
         track: also return the destination of every row.
+        place: also return the origin of every patch.
         next_norm: norm1 of the next block, computed together with the last sum.
         fused: run sums, norms and activations as kernels, and every operation unchecked.
         anchors: (A,C) CLS tokens; rows of zeros do not count. The anchor most similar to an image's CLS token joins
             attention as one more token, and is dropped after it. None for no anchor.
         predictor: ranks the patches for a `Predict`.
     """
-    (x, normed, size, rope), destination = state, None
+    (x, normed, size, rope), destination, origin, ranking = state, None, None, None
     run: Any = unchecked if fused else ops
     add_norm = unchecked.add_norm if fused else partial(ops.add_norm, backend="reference")
     if isinstance(step, Predict):
         assert predictor is not None
         norm1 = parts.norm1 if fused else None
         prune = Prune(step.keep, fuse=False)
-        (x, normed, size, rope), destination = _prune(ops, state, predictor(x, prefix), prune, prefix, norm1, track)
+        pruned = _prune(ops, state, predictor(x, prefix), prune, prefix, norm1, track, place)
+        (x, normed, size, rope), destination, origin, _ = pruned
         step = None
     step = step if rows is None else None
     # Merging compares the keys themselves: their mean over heads is part of matching.
-    signal = step.signal if isinstance(step, (Prune, Condense)) else None
+    signal = step.signal if isinstance(step, (Prune, Condense, Rank)) else None
     weights = size if proportional else None
     if anchors is None:
         q, k, v = parts.qkv(x, normed, rows, rope)
         out, scores = run.attention(q, k, v, weights, signal, prefix)
     else:
         anchored = torch.cat([x, _nearest_anchor(anchors, x[:, 0])[:, None].to(x.dtype)], 1)
-        q, k, v = parts.qkv(anchored, None, rows, None if rope is None else _append_identity(rope))
+        q, k, v = parts.qkv(anchored, None, rows, None if rope is None else append_identity(rope))
         weights = None if weights is None else torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
         out, scores = run.attention(q, k, v, weights, signal, prefix)
         out, scores = out[:, :, : x.shape[1]], None if scores is None else scores[..., :-1]
+    if isinstance(step, Rank):
+        assert scores is not None
+        scores = scores.mean(1) if scores.ndim == 3 else scores
+        ranking, step = Ranking(scores, k[:, :, prefix : x.shape[1]].mean(1).detach()), None
     norm2 = parts.norm2 if fused else None
     branch = parts.project(out, fused)
     residual = x if rows is None else x[:, :rows]
@@ -158,7 +186,7 @@ def forward(
         if scores is None:
             scores = _random_scores(x.shape[1] - prefix, step.seed, x.device).expand(x.shape[0], -1)
         state = TokenState(x, None, size, rope)
-        (x, normed, size, rope), destination = _prune(run, state, scores, step, prefix, norm2, track)
+        (x, normed, size, rope), destination, origin, _ = _prune(run, state, scores, step, prefix, norm2, track, place)
     elif isinstance(step, Condense):
         assert scores is not None
         condensed = run.condense_tokens(
@@ -166,6 +194,7 @@ def forward(
         )
         leading = torch.arange(prefix, device=x.device).expand(x.shape[0], -1)
         destination = torch.cat([leading, condensed.source], 1) if track else None
+        origin = origin_of(condensed.index, condensed.source, prefix + step.keep + step.centers) if place else None
         rope = None if rope is None else gather_rope(rope, condensed.index, fused=True)
         size = None if size is None else _sizes_after_condensing(size, condensed, prefix)
         x, normed = condensed.tokens, condensed.normed
@@ -173,31 +202,36 @@ def forward(
         # Sources and targets alternate. Only CLS may be among them: registers would end up between patches.
         lead = max(prefix - 1, 0)
         match = run.match_tokens(k[:, :, lead:], step.r, prefix - lead)
-        destination = _rows_after_merging(match, x.shape[1], lead) if track else None
-        if rope is not None:
-            rope = gather_rope(rope, _patches_after_merging(match, x.shape[1] - lead, prefix - lead))
+        destination = rows_after_merging(match, x.shape[1], lead) if track else None
+        if place or rope is not None:
+            origin = patches_after_merging(match, x.shape[1] - lead, prefix - lead)
+            rope = None if rope is None else gather_rope(rope, origin)
         sizes = None if size is None else size[:, lead:]
         merge = unchecked.merge_tokens if fused else merge_matched
         merged = merge(x[:, lead:], match, sizes, None if lead else norm2)
         x, size, normed = merged if not lead else _prepend(x[:, :lead], merged)
     branch = parts.mlp(x, normed, fused)
     x, normed = add_norm(x, branch.y, branch.bias, branch.scale, next_norm)
-    return BlockOutput(TokenState(x, normed, size, rope), destination)
+    return BlockOutput(TokenState(x, normed, size, rope), destination, origin if place else None, ranking)
 
 
 def _prune(
-    run: Any, state: TokenState, scores: Tensor, step: Prune, prefix: int, norm: Norm | None, track: bool
+    run: Any, state: TokenState, scores: Tensor, step: Prune, prefix: int, norm: Norm | None, track: bool, place: bool
 ) -> BlockOutput:
     """The tokens after pruning by `run`, checked or unchecked, with `normed` computed by `norm`."""
     x, _, size, rope = state
     keep, fuse = step.keep, step.fuse
     pruned = run.prune_tokens(x, scores, keep, fuse, "mean", prefix, norm)
-    destination = _rows_after_pruning(pruned.index, keep, fuse, x.shape[1], prefix) if track else None
+    destination = rows_after_pruning(pruned.index, keep, fuse, x.shape[1], prefix) if track else None
     rope = None if rope is None else gather_rope(rope, pruned.index, fuse)
     if size is not None:
         # A fused token counts as one patch from here on.
         size = torch.cat([size[:, :prefix], size.gather(1, pruned.index + prefix), size.new_ones(x.shape[0], fuse)], 1)
-    return BlockOutput(TokenState(pruned.tokens, pruned.normed, size, rope), destination)
+    origin = pruned.index
+    if place and fuse:
+        rows = rows_after_pruning(pruned.index, keep, fuse, state.x.shape[1], prefix)
+        origin = origin_of(pruned.index, rows[:, prefix:], prefix + keep)
+    return BlockOutput(TokenState(pruned.tokens, pruned.normed, size, rope), destination, origin)
 
 
 def _prepend(leading: Tensor, merged: ops.Merged) -> tuple[Tensor, Tensor, None]:
@@ -219,50 +253,6 @@ def _sizes_after_condensing(size: Tensor, condensed: ops.Condensed, prefix: int)
     members = torch.arange(condensed.tokens.shape[1] - 1, device=size.device)[:, None] == condensed.source[:, None]
     patches = (members * size[:, None, prefix:]).sum(2)[:, prefix:]
     return torch.cat([size[:, :prefix], patches, torch.ones_like(size[:, :1])], 1)
-
-
-def _append_identity(rope: Tensor) -> Tensor:
-    """A rotary table (…,P,2·D) and an extra row, the rotation by 0, for a token without a position."""
-    sines, cosines = rope[..., :1, :].chunk(2, -1)
-    return torch.cat([rope, torch.cat([torch.zeros_like(sines), torch.ones_like(cosines)], -1)], -2)
-
-
-def gather_rope(rope: Tensor, index: Tensor, fused: bool = False) -> Tensor:
-    """The rows (B,·,P',2·D) of a rotary table (…,P,2·D) for the patches at index (B,P').
-
-    With `fused`, an extra row follows: the rotation by 0, for a fused token.
-    """
-    batch = index.shape[0]  # len() would become a constant in an exported graph
-    rope = rope.expand(batch, *rope.shape[-3:]) if rope.ndim > 2 else rope.expand(batch, 1, *rope.shape)
-    rows = rope.gather(2, index[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
-    return _append_identity(rows) if fused else rows
-
-
-def _rows_after_pruning(index: Tensor, keep: int, fuse: bool, tokens: int, prefix: int) -> Tensor:
-    """The row (B,N) of each token after pruning. A token not kept gets the fused token's row, or -1."""
-    rows = index.new_full((index.shape[0], tokens), prefix + keep if fuse else -1)
-    rows[:, :prefix] = torch.arange(prefix, device=index.device)
-    patches = torch.arange(prefix, prefix + keep, device=index.device).expand_as(index)
-    return rows.scatter(1, index + prefix, patches)
-
-
-def _rows_after_merging(match: ops.Match, tokens: int, lead: int) -> Tensor:
-    """The row (B,N) of each token after merging. A merged token gets its target's row; the first `lead` rows stay."""
-    batch, survivors = match.kept.shape
-    device, odd = match.kept.device, (tokens - lead) // 2
-    rows = [torch.arange(survivors, device=device).expand(batch, -1), survivors + match.target]
-    # Kept and merged tokens are a permutation of the even ones. Its inverse avoids a scatter, which is slow in ONNX.
-    even = torch.cat(rows, 1).gather(1, torch.cat([match.kept, match.source], 1).argsort(1))
-    odds = torch.arange(survivors, survivors + odd, device=device).expand(batch, -1)
-    pairs = torch.stack([even[:, :odd], odds], 2).flatten(1)
-    leading = torch.arange(-lead, 0, device=device).expand(batch, -1)
-    return torch.cat([leading, pairs, even[:, odd:]], 1) + lead
-
-
-def _patches_after_merging(match: ops.Match, tokens: int, prefix: int) -> Tensor:
-    """The patch (B,M-prefix) whose position each row takes after merging; a merged token takes its target's."""
-    odd = torch.arange(1, tokens, 2, device=match.kept.device).expand(match.kept.shape[0], -1)
-    return torch.cat([2 * match.kept[:, prefix:], odd], 1) - prefix
 
 
 def _random_scores(patches: int, seed: int, device: torch.device) -> Tensor:

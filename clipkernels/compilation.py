@@ -25,8 +25,8 @@ from clipkernels.freezing import CompiledForward, Cost, Mode
 from clipkernels.graphs import check_batch_sizes, graphed, ungraphed
 from clipkernels.layered_class import add_server, remove_server
 from clipkernels.messages import first_line, join_sizes
+from clipkernels.slot import WeakModule
 from clipkernels.snapshot import COMPILATION, RANKS, Snapshot, is_plain_call
-from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -13,7 +13,8 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.arguments import check_flags, check_floating, check_tensors, describe, shape_of
 from clipkernels.methods import Dense
 from clipkernels.plan import Plan
-from clipkernels.tower import SLOT, TowerInput, decide_reads, make_plan, run, unmerge_for_pool
+from clipkernels.slot import SLOT
+from clipkernels.tower import TowerInput, decide_reads, make_plan, run, unmerge_for_pool
 from clipkernels.verify import refuse_replaced
 
 

@@ -22,8 +22,8 @@ from clipkernels import adapters, cuda_graph
 from clipkernels.arguments import check_flags, check_model, describe
 from clipkernels.layered_class import add_server, remove_server
 from clipkernels.messages import first_line, join_sizes, list_items
+from clipkernels.slot import WeakModule
 from clipkernels.snapshot import COMPILATION, GRAPHS, RANKS, Snapshot, is_plain_call
-from clipkernels.tower import WeakModule
 from clipkernels.verify import refuse_replaced
 
 Model = TypeVar("Model", bound=nn.Module)

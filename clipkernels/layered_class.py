@@ -39,6 +39,12 @@ def has_layer(module: nn.Module, make: Callable[..., Any], *arguments: Hashable)
     return len(_layers_without(module, make, *arguments)) < len(_layers_of(module))
 
 
+def host_of(module: nn.Module) -> type[nn.Module]:
+    """The host's class of a module, without layers."""
+    host: type[nn.Module] = vars(type(module)).get("_host", type(module))
+    return host
+
+
 def add_layer(module: nn.Module, layer: Layer) -> None:
     """Add a layer to the class of a module, in place of the one of the same rank."""
     others = [each for each in _layers_of(module) if each.rank != layer.rank]
@@ -122,7 +128,7 @@ def _layers_without(module: nn.Module, make: Callable[..., Any], *arguments: Has
 
 def _set_layers(module: Any, layers: list[Layer]) -> None:
     """Make the class of a module that of its host with these layers."""
-    module.__class__ = _subclass(vars(type(module)).get("_host", type(module)), tuple(layers))
+    module.__class__ = _subclass(host_of(module), tuple(layers))
 
 
 @cache

@@ -19,17 +19,21 @@ from clipkernels import adapters
 from clipkernels.adapters import Tower, UnsupportedTower
 from clipkernels.adapters.blocks import BlockCache
 from clipkernels.adapters.packing import pack, unpack
-from clipkernels.arguments import describe
+from clipkernels.arguments import check_flags, describe
 from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
 from clipkernels.methods import Method
 from clipkernels.plan import Plan, Predict
-from clipkernels.tower import SLOT, Slot, WeakModule, make_plan, pool_of, run_patched
+from clipkernels.slot import SLOT, Slot, WeakModule
+from clipkernels.tower import make_plan, pool_of, run_patched
 from clipkernels.verify import refuse_replaced, verify
+from clipkernels.vlm.counts import tower_of as tower_in
+from clipkernels.vlm.families import find_container
+from clipkernels.vlm.hand_over import install, prepare, remove
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model, method: Method) -> Model:
+def patch(model: Model, method: Method, *, hand_over: bool = False) -> Model:
     """Patch a model in place so that its image tower runs `method`, and return it. Patching again replaces the method.
 
     If the pool reads only CLS and the tower returns no other token, the last block computes only the CLS row;
@@ -47,18 +51,26 @@ def patch(model: Model, method: Method) -> Model:
         method: `Dense`, `EViT`, `ToMe` or any object with a `plan` like theirs. The method's weights (`PatchRanking`)
             are used directly if they match the tower's device and dtype; otherwise copies are, and are renewed when the
             tower moves.
+        hand_over: of a vision-language model of transformers, shorten the prompt of the language model too: only the
+            tokens that the method leaves go into it, each once. `ck.vlm` and docs/vlm.md say more.
     Raises:
         UnsupportedTower: the tower is not supported, or a block's output differs from that of its parts.
         ValueError: the method does not fit the tower, or its weights were made for another tower; or it drops patches
-            and the model has one image token in its text for each of them, as LLaVA has.
+            and the model has one image token in its text for each of them, as LLaVA has, and does not hand over; or its
+            tokens cannot be handed over.
         TypeError: the model is not a torch module, or the method has no `plan`.
         On any error the model is left unchanged.
     Warns if the tower cannot do what the method asks for, such as to merge more tokens than it has.
     """
     check_method(method)
+    check_flags(hand_over=hand_over)
+    if hand_over:
+        tower_in(find_container(model))  # its error names more than that of the tower
     tower = adapters.find_tower(model)
     plan = make_plan(method, tower, tower.num_tokens)
-    _refuse_dropped_patches(model, tower, method, plan)
+    handing = prepare(model, method, plan) if hand_over else None
+    if handing is None:
+        _refuse_dropped_patches(model, tower, method, plan)
     check: Any = getattr(method, "check_tower", None)
     if check is not None:
         check(tower)
@@ -73,7 +85,10 @@ def patch(model: Model, method: Method) -> Model:
     root = WeakModule(tower.root)
     try:
         pool, kind = pool_of(tower), tower.__class__
-        _install(tower, Slot(method, weights, plan, pool, tower.attention, kind, root, BlockCache()))
+        slot = Slot(method, weights, plan, pool, tower.attention, kind, root, BlockCache())
+        if handing is not None:
+            slot = slot._replace(marks=handing.marks, container=WeakModule(handing.container))
+        _install(tower, slot)
     except BaseException:  # most likely out of memory
         unpatch(model)
         if previous is not None:
@@ -92,11 +107,13 @@ def check_method(method: Any) -> None:
 def _install(tower: Tower, slot: Slot) -> None:
     """Make a tower run the method of a slot, and pack its separate projections."""
     owner: Any = tower.owner
+    remove(owner)
     if SLOT not in owner.__dict__:
         # A hook may have left the class's own forward in the instance, where it would hide the new class's.
         owner.__dict__.pop("forward", None)
         add_layer(owner, Layer(0, _patched_loop, (tower.__class__,)))
     owner.__dict__[SLOT] = slot
+    install(owner)
     for host in tower.blocks:
         pack(tower.projections(host))
 
@@ -114,6 +131,7 @@ def unpatch(model: Model) -> Model:
             raise UnsupportedTower(f"the class of the tower was changed after patching, to {type(owner).__name__}")
         refuse_replaced(tower)
         owner.__dict__.pop("forward", None)
+        remove(owner)
         remove_layer(owner, _patched_loop)
         del owner.__dict__[SLOT]
         for host in tower.blocks:
@@ -157,17 +175,23 @@ def tower_of(model: nn.Module) -> Tower:
 
 
 def _refuse_dropped_patches(model: nn.Module, tower: Tower, method: Method, plan: Plan) -> None:
-    """Raise ValueError if a plan drops patches and a model around the tower needs all of them.
+    """Raise ValueError unless the model around a tower can use a plan.
 
-    A vision-language model that configures an image token has one in its text for each patch, or pools a whole grid.
+    A plan that only ranks patches is for a prompt. A vision-language model that configures an image token has one in its
+    text for each patch, or pools a whole grid.
     """
+    if plan.ranks:
+        raise ValueError(
+            f"{method!r} chooses tokens of a prompt: patch a vision-language model of transformers with hand_over=True"
+        )
     for holder in model.modules() if plan.prunes else ():
         config = getattr(holder, "config", None)
         tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
         if any(token is not None for token in tokens) and any(part is tower.owner for part in holder.modules()):
             raise ValueError(
                 f"{type(holder).__name__} needs every patch, because its text has a fixed number of image tokens: use "
-                f"ck.Dense(), ck.ToMe or ck.TCA, which leave a row for each patch, got {method!r}"
+                "ck.Dense(), ck.ToMe or ck.TCA, which leave a row for each patch, or hand_over=True for a shorter "
+                f"prompt, got {method!r}"
             )
 
 

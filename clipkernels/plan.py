@@ -118,7 +118,25 @@ class Predict:
         return prefix + self.keep
 
 
-Step = Prune | Merge | Condense | Predict
+@dataclass(frozen=True)
+class Rank:
+    """Rank the patches by this block's attention, and leave the tokens as they are: what follows the tower chooses.
+
+    Args:
+        signal: as in `Prune`.
+    """
+
+    signal: Literal["cls", "received"] = "cls"
+
+    def __post_init__(self) -> None:
+        check_choice("signal", self.signal, "cls", "received")
+
+    def leaves(self, tokens: int, prefix: int) -> int:
+        """The number of tokens after the step, of `tokens` before it."""
+        return tokens
+
+
+Step = Prune | Merge | Condense | Predict | Rank
 
 
 @dataclass(frozen=True)
@@ -184,6 +202,11 @@ class Plan:
         return (*(in_attention for in_attention, _ in passes), passes[-1][1] - self.learnt if passes else self.entry)
 
     @property
+    def ranks(self) -> bool:
+        """True if a step ranks the patches and leaves them."""
+        return any(isinstance(step, Rank) for step in self.steps)
+
+    @property
     def merges(self) -> bool:
         """True if a step merges tokens, so that a row may stand for several patches."""
         return any(isinstance(step, (Merge, Condense)) for step in self.steps)
@@ -208,7 +231,7 @@ class Plan:
         return replace(
             self,
             steps=tuple(
-                replace(step, signal=signal) if isinstance(step, (Prune, Condense)) and step.signal else step
+                replace(step, signal=signal) if isinstance(step, (Prune, Condense, Rank)) and step.signal else step
                 for step in self.steps
             ),
         )

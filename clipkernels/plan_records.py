@@ -12,9 +12,9 @@ import msgspec
 
 from clipkernels.formats import Count, Line, Size
 from clipkernels.messages import list_names
-from clipkernels.plan import Condense, Merge, Plan, Predict, Prune, Step
+from clipkernels.plan import Condense, Merge, Plan, Predict, Prune, Rank, Step
 
-STEPS: dict[str, Any] = {cls.__name__: cls for cls in (Condense, Merge, Predict, Prune)}
+STEPS: dict[str, Any] = {cls.__name__: cls for cls in (Condense, Merge, Predict, Prune, Rank)}
 
 
 class StepRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

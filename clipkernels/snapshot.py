@@ -20,7 +20,8 @@ from clipkernels.adapters import Tower
 from clipkernels.adapters.hooks import has_global_hooks
 from clipkernels.backend import requested_backend, transform_obstacle
 from clipkernels.custom_ops import can_skip_dispatcher
-from clipkernels.tower import SLOT, pool_of
+from clipkernels.slot import SLOT
+from clipkernels.tower import pool_of
 
 GRAPHS = "_clipkernels_graphs"
 COMPILATION = "_clipkernels_compilation"

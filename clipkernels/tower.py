@@ -6,9 +6,7 @@ All state of a forward is local to it, so that threads can share a model.
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Collection, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,59 +19,12 @@ from clipkernels.adapters import Tower
 from clipkernels.adapters.blocks import BlockCache, read_blocks
 from clipkernels.adapters.hooks import forward_with_hooks
 from clipkernels.backend import use_kernels
-from clipkernels.block import TokenState
+from clipkernels.block import Ranking, TokenState
+from clipkernels.marks import choose, place_rows, unmerge
 from clipkernels.messages import quantity
 from clipkernels.methods import Method
 from clipkernels.plan import Condense, Plan, Predict
-
-SLOT = "_clipkernels"
-
-
-class WeakModule:
-    """A weak reference to a module that survives copies and pickles.
-
-    An owner refers to its tower by it, because a cycle would keep a deleted model alive.
-    """
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.ref = (lambda: None) if module is None else weakref.ref(module)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeakModule:
-        module = self.ref()
-        return self if module is None else WeakModule(memo.get(id(module), module))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return WeakModule, (self.ref(),)
-
-
-class Slot(NamedTuple):
-    """The configuration in the `__dict__` of a patched owner.
-
-    method: the method that it runs.
-    weights: the modules of the method, by their parameter names in `run`.
-    plan: the plan for the tower's usual number of tokens.
-    pool: `pool_of` the tower when the plan was made.
-    attention: the host's choice of an attention implementation when the tower was patched, or None.
-    tower: the class of the adapter.
-    root: the whole image tower, which contains the owner.
-    cache: the blocks as the last forward read them.
-    """
-
-    method: Method
-    weights: Mapping[str, nn.Module]
-    plan: Plan
-    pool: tuple[bool, bool]
-    attention: str | None
-    tower: Any
-    root: WeakModule
-    cache: BlockCache
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The modules of the method that a forward runs with."""
-        if not torch.jit.is_tracing():
-            return self.weights
-        # They are no part of the traced module, so the trace holds them as constants, which must need no gradient.
-        return {name: deepcopy(module).requires_grad_(False) for name, module in self.weights.items()}
+from clipkernels.slot import SLOT
 
 
 class TowerInput(NamedTuple):
@@ -98,7 +49,8 @@ class Reads(NamedTuple):
     patches: patch rows are read, so that merged tokens must be copied back to the positions of their patches.
     track: return the row that holds each patch after each step, or -1.
     path: return the CLS row after every block.
-    take_indices: return the tokens after these blocks, each patch at its position (needs `track`).
+    take_indices: return the tokens after these blocks, each patch at its position (needs `track` or `place`).
+    place: return every token once, at the position of its patch, and NaN at the other positions.
     """
 
     rows: int | None = None
@@ -106,6 +58,7 @@ class Reads(NamedTuple):
     track: bool = False
     path: bool = False
     take_indices: Collection[int] = ()
+    place: bool = False
 
 
 class ForwardOutput(NamedTuple):
@@ -115,12 +68,14 @@ class ForwardOutput(NamedTuple):
     sources: the row (B,P) int64 that holds each patch after each step.
     path: the CLS row (B,C) after each block.
     intermediates: the tokens (B,N,C) after each block of `take_indices`.
+    ranking: the scores and keys of the plan's `Rank` step, or None.
     """
 
     x: Tensor
     sources: list[Tensor]
     path: list[Tensor]
     intermediates: list[Tensor]
+    ranking: Ranking | None
 
 
 ALL_ROWS = Reads()
@@ -184,7 +139,9 @@ def run(
     sources: list[Tensor] = []
     path: list[Tensor] = []
     intermediates: list[Tensor] = []
-    source = None
+    source = position = ranking = None
+    if reads.place:
+        position = torch.arange(x.shape[1] - plan.prefix, device=x.device).expand(x.shape[0], -1)
     if reads.track:
         source = torch.arange(x.shape[1] + plan.learnt, device=x.device).expand(x.shape[0], -1)
     hosts = list(tower.blocks)[:blocks]
@@ -205,6 +162,7 @@ def run(
             "proportional": proportional,
             "rows": reads.rows if index == last and not hooked[index] else None,
             "track": reads.track,
+            "place": reads.place,
             "next_norm": parts[follows].norm1 if fused and same else None,
             "fused": fused,
             "anchors": table,
@@ -218,12 +176,19 @@ def run(
         if source is not None and output.destination is not None:
             source = torch.where(source < 0, source, output.destination.gather(1, source.clamp_min(0)))
             sources.append(source[:, prefix:])
+        if position is not None and output.origin is not None:
+            position = position.gather(1, output.origin)
+        ranking = ranking if output.ranking is None else output.ranking
         if reads.path:
             path.append(state.x[:, 0])
-        if index in reads.take_indices:
+        if index in reads.take_indices and position is None:
             intermediates.append(_without_learnt(unmerge(state.x, sources, prefix), plan))
+        elif index in reads.take_indices:
+            intermediates.append(place_rows(_without_learnt(state.x, plan), position, plan.prefix, plan.entry))
     sources = [source - plan.learnt * (source >= 0) for source in sources] if plan.learnt else sources
-    return ForwardOutput(_without_learnt(state.x, plan), sources, path, intermediates)
+    x = _without_learnt(state.x, plan)
+    x = x if position is None else place_rows(x, position, plan.prefix, plan.entry)
+    return ForwardOutput(x, sources, path, intermediates, ranking)
 
 
 def run_patched(
@@ -234,6 +199,7 @@ def run_patched(
     take_indices: Collection[int] = (),
     blocks: int | None = None,
     patches: bool = False,
+    rankings: list[Ranking] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the blocks of a patched owner.
 
@@ -245,9 +211,10 @@ def run_patched(
         take_indices: the blocks whose output is returned too.
         blocks: number of blocks to run, or None for all.
         patches: the caller reads the patches, even if the pool reads only CLS.
+        rankings: a list that gets the ranking of a hand-over that chooses after the tower, or None.
     Returns:
         The tokens that the host continues with, and those after each block of `take_indices`, each patch at its
-        position.
+        position. With marks, rows of patches that are not passed on are NaN.
     """
     slot = owner.__dict__[SLOT]
     tower, plan = slot.tower(slot.root.ref(), owner), slot.plan
@@ -265,9 +232,17 @@ def run_patched(
         _refuse_padding(visible, plan)
         visible = None
     patches = patches or not adapters.outputs_only_cls(tower)
-    hooked = bool(owner._forward_hooks)  # a hook may read any row
-    reads = decide_reads(plan, patches=patches, every_row=hooked, take_indices=take_indices)
+    if slot.marks is not None:
+        reads = Reads(take_indices=take_indices, place=any(plan.steps) and not plan.ranks)
+    else:
+        hooked = bool(owner._forward_hooks)  # a hook may read any row
+        reads = decide_reads(plan, patches=patches, every_row=hooked, take_indices=take_indices)
     output = run(tower, TowerInput(x, rope, visible), plan, reads, blocks=blocks, cache=slot.cache, **slot.modules())
+    if output.ranking is not None and slot.marks is not None:
+        if slot.marks.after and rankings is not None:
+            rankings.append(output.ranking)
+        if not slot.marks.after:
+            return choose(slot.marks, output.ranking, plan.prefix, [output.x, *output.intermediates])
     return unmerge_for_pool(output, plan, reads), output.intermediates
 
 
@@ -299,16 +274,6 @@ def pool_of(tower: Tower) -> tuple[bool, bool]:
 def unmerge_for_pool(output: ForwardOutput, plan: Plan, reads: Reads) -> Tensor:
     """The tokens for the pool. Merged tokens are copied back to the positions of their patches if those are read."""
     return unmerge(output.x, output.sources, plan.prefix) if plan.merges and reads.patches else output.x
-
-
-def unmerge(x: Tensor, sources: list[Tensor], prefix: int) -> Tensor:
-    """Tokens (B,N,C) with every patch at its position: a copy of the row that holds it, zeros if it is gone."""
-    if not sources:
-        return x
-    source = sources[-1]
-    patches = x[torch.arange(x.shape[0], device=x.device)[:, None], source.clamp_min(0)]
-    patches = patches.masked_fill((source < 0)[..., None], 0)
-    return torch.cat([x[:, :prefix], patches], 1)
 
 
 def _with_learnt(x: Tensor, learnt: Tensor, plan: Plan, replace: bool) -> Tensor:

@@ -54,9 +54,9 @@ def forward_with_hooks(
         return (y,) if tower.returns_tuple(host) else y
 
     returned = _call_with_hooks(host, forward, tower.layout(state.x), tower.ignores_hook)
-    leaving, destination = outputs[0]
+    leaving = outputs[0].state
     x = _tokens_from_hook(tower, index, returned, leaving.x)
-    return block.BlockOutput(TokenState(x, None, leaving.size, leaving.rope), destination)
+    return outputs[0]._replace(state=TokenState(x, None, leaving.size, leaving.rope))
 
 
 def _tokens_from_hook(tower: Tower, index: int, returned: Any, like: Tensor) -> Tensor:

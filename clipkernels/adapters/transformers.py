@@ -229,7 +229,11 @@ class TransformersTower:
             collect = _is_requested(self, "output_hidden_states", output_hidden_states)
             take_indices = range(len(self.layers)) if collect else ()
             x, intermediates = run(
-                self, inputs_embeds, visible=_visible_keys(attention_mask), take_indices=take_indices
+                self,
+                inputs_embeds,
+                visible=_visible_keys(attention_mask),
+                take_indices=take_indices,
+                rankings=kwargs.get("ranking"),
             )
             states = (inputs_embeds, *intermediates) if collect else None
             if states is not None:

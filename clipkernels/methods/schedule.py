@@ -16,7 +16,7 @@ from clipkernels.arguments import check_path, describe
 from clipkernels.formats import Format, to_struct
 from clipkernels.messages import quantity
 from clipkernels.methods.counts import check_sequence
-from clipkernels.plan import Plan, Predict, Step
+from clipkernels.plan import Plan, Predict, Rank, Step
 from clipkernels.plan_records import PlanRecord, read_plan, record_plan
 from clipkernels.state_files import read_json, write_json
 
@@ -40,7 +40,8 @@ class Schedule:
         prefix: number of leading tokens (CLS, registers) that no step touches.
     Raises:
         ValueError: a step that keeps or merges more patches than its block has; a `ck.Predict` step, which needs a
-            trained predictor; a number that is no int in range; or, from `plan`, another tower.
+            trained predictor; a `ck.Rank` step, which changes no token; a number that is no int in range; or, from
+            `plan`, another tower.
         TypeError: steps are no sequence of steps.
     """
 
@@ -58,6 +59,8 @@ class Schedule:
                 raise ValueError(
                     f"steps[{block}] must need no predictor, got a Predict step: use ck.PatchRanking, which has one"
                 )
+            if isinstance(step, Rank):
+                raise ValueError(f"steps[{block}] must change the tokens, got a Rank step: use ck.Select")
         self._plan()
 
     @classmethod

@@ -11,7 +11,7 @@ from clipkernels.reference.ranking import Heads, reduce_heads
 from clipkernels.reference.targeted_l1 import may_be_true
 
 # Rows of attention computed at once for the signal "received".
-ROWS = 128
+ROWS = 64
 # Up to this many keys CPUs run bf16 attention faster as bmm + softmax than as SDPA. In fp16 that is slower, and it
 # overflows.
 MAX_BMM_KEYS = 600
@@ -42,7 +42,7 @@ def probabilities(q: Tensor, k: Tensor, size: Tensor | None) -> Tensor:
     """Return the attention (B,H,M,N) of query rows (B,H,M,D), in fp32 (fp64 for fp64 inputs)."""
     k, (bias, empty) = hide_absent(k, size), _bias(size, q)
     with autocast_disabled(q):
-        logits = upcast(q) @ upcast(k).mT * q.shape[-1] ** -0.5
+        logits = (upcast(q) * q.shape[-1] ** -0.5) @ upcast(k).mT
     if bias is None or empty is None:
         return torch.softmax(logits, -1)
     return torch.softmax(logits + bias, -1).masked_fill(empty, 0)

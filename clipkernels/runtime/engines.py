@@ -47,7 +47,7 @@ def openvino_core() -> Any:
     """The core of this process, which is never deleted.
 
     OpenVINO's CPU plugin gives its thread another stack for signals, and frees it with the core that loaded the plugin.
-    With a second core the thread then keeps a stack that is freed, and the next signal, such as Ctrl-C, ends the process.
+    With a second core the thread then keeps a freed stack, and the next signal, such as Ctrl-C, ends the process.
 
     Raises:
         ImportError: openvino is not installed.

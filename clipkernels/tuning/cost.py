@@ -17,7 +17,7 @@ from clipkernels.adapters import Tower, outputs_only_cls
 from clipkernels.adapters.blocks import read_blocks
 from clipkernels.arguments import check_callable, check_int, check_model, describe, is_list
 from clipkernels.backend import use_kernels
-from clipkernels.block import Branch, Parts, TokenState, gather_rope
+from clipkernels.block import Branch, Parts, TokenState
 from clipkernels.classifier import eval_mode
 from clipkernels.encode import tower_weight
 from clipkernels.measure.timing import Clock, Times, gmacs_for, measure, plan_for, vary
@@ -26,6 +26,7 @@ from clipkernels.ops import unchecked
 from clipkernels.patching import patched, tower_of
 from clipkernels.plan import Condense, Merge, Plan, Prune, Step
 from clipkernels.reference import Norm
+from clipkernels.row_places import gather_rope
 from clipkernels.tuning.cost_table import Conditions, CostTable, conditions_of
 
 __all__ = ["CostTable", "gmacs_as_executed", "isotonic", "measure_cost"]

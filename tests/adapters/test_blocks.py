@@ -15,8 +15,8 @@ pytest.importorskip("open_clip", reason="open_clip is not installed, which defin
 import clipkernels as ck
 from clipkernels.adapters.blocks import Blocks
 from clipkernels.adapters.modules import linear_of, norm_of
+from clipkernels.slot import SLOT
 from clipkernels.testing import open_clip_tower, randomized, timm_tower, transformers_tower
-from clipkernels.tower import SLOT
 
 SMALL = {"width": 64, "image_size": 32, "patch_size": 16}
 EVA = {"embed_dim": 64, "num_heads": 2, "img_size": 32, "num_classes": 24, "init_values": 0.5}

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import clipkernels as ck
+from clipkernels.marks import unmerge
 from clipkernels.testing import open_clip_tower, openai_tower, randomized, timm_tower, transformers_tower
-from clipkernels.tower import Reads, TowerInput, run, unmerge
+from clipkernels.tower import Reads, TowerInput, run
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
 NARROW = {"embed_dim": 64, "num_heads": 2, "img_size": 64, "num_classes": 24}

@@ -16,6 +16,7 @@ from clipkernels.adapters.hooks import fires_hooks
 from clipkernels.backend import use_kernels
 from clipkernels.plan import Plan
 from clipkernels.reference import Norm
+from clipkernels.row_places import gather_rope
 from clipkernels.tower import Reads, TowerInput, run
 
 
@@ -79,7 +80,7 @@ def embed_subsets(tower: Tower, block_input: BlockInput, image: Tensor, tokens: 
     q, k, v = (part[index, :, tokens].transpose(1, 2) for part in (block_input.q, block_input.k, block_input.v))
     if rope is not None:
         table = rope[image] if rope.ndim > 3 and rope.shape[0] > 1 else rope
-        rope = block.gather_rope(table, tokens[:, tower.prefix :] - tower.prefix)
+        rope = gather_rope(table, tokens[:, tower.prefix :] - tower.prefix)
     parts: Any = PrecomputedQKV(tower.parts(tower.blocks[block_input.block]), q, k, v)
     rows = tower.prefix if tower.pools_cls else None
     after, last = block_input.block + 1, block_input.block == len(tower.blocks) - 1

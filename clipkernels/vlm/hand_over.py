@@ -1,0 +1,109 @@
+"""Hand image tokens over to the language model: the patch of a vision-language model beside that of its tower."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
+from clipkernels.marks import Marks, marked_rows
+from clipkernels.messages import quantity
+from clipkernels.methods import Method, Select
+from clipkernels.plan import Condense, Plan, Prune
+from clipkernels.slot import SLOT
+from clipkernels.vlm.counts import tower_of
+from clipkernels.vlm.families import Family, family_of, find_container
+from clipkernels.vlm.forward import handed_over
+
+
+class HandOver(NamedTuple):
+    """A hand-over that fits: the container, and the marks that its tower sets."""
+
+    container: Any
+    marks: Marks
+
+
+def install(owner: nn.Module) -> None:
+    """Add the layers of the container of a patched owner, if it has one, and of the modules after the blocks."""
+    container, marks = _container_of(owner)
+    if container is not None:
+        add_layer(container, Layer(0, handed_over))
+        for module in _modules_after_blocks(container):
+            cell = marks.cell if module is _projector_of(container) else 1
+            add_layer(module, Layer(0, marked_rows, (cell,)))
+
+
+def remove(owner: nn.Module) -> None:
+    """Undo `install`."""
+    container, _ = _container_of(owner)
+    if container is not None:
+        remove_layer(container, handed_over)
+        for module in _modules_after_blocks(container):
+            remove_layer(module, marked_rows)
+
+
+def _container_of(owner: nn.Module) -> tuple[Any, Any]:
+    """The container that a patched owner refers to, None if it does not hold this owner, and the marks."""
+    slot = owner.__dict__.get(SLOT)
+    container = None if slot is None else slot.container.ref()
+    # A copy of the tower alone refers to the container of the original.
+    own = container is not None and tower_of(container).owner is owner
+    return (container, slot.marks) if own else (None, None)
+
+
+def prepare(model: nn.Module, method: Method, plan: Plan) -> HandOver:
+    """The hand-over of a method's tokens in a vision-language model.
+
+    Raises:
+        UnsupportedTower: the model is of no family, or transformers is too old.
+        ValueError: the method's tokens cannot be handed over.
+    """
+    container = find_container(model)
+    family = family_of(container)
+    cell, side = family.cell(container), round((plan.entry - plan.prefix) ** 0.5)
+    if side % cell:
+        raise ValueError(f"expected a grid that squares of {cell} patches fill, got {side} × {side} patches")
+    if isinstance(method, Select):
+        return HandOver(container, Marks(method, cell, family.packs))
+    _check_steps(method, plan, family)
+    return HandOver(container, Marks(cell=cell))
+
+
+def is_installed(container: Any) -> bool:
+    """Return true if a container hands tokens over."""
+    return has_layer(container, handed_over)
+
+
+def _check_steps(method: Method, plan: Plan, family: Family) -> None:
+    """Raise ValueError unless every token that a plan leaves has a position of its own in the prompt."""
+    if any(plan.steps) and not family.takes_steps:
+        reason = "crops padding when it packs its tiles" if family.packs else "pools the grid of a whole tower"
+        raise ValueError(
+            f"{family.title} {reason}, so that steps in the tower cannot shorten its prompt: use ck.Select, or ck.ToMe "
+            f"without hand_over, got {method!r}"
+        )
+    tokens = plan.entry
+    for block, step in enumerate(plan.steps):
+        patches = tokens - plan.prefix
+        if isinstance(step, Prune) and step.fuse:
+            raise ValueError(
+                f"a fused token has no position in a prompt: use fuse=False, got {method!r}, whose block {block} fuses"
+            )
+        if isinstance(step, Condense) and step.keep + step.merge == patches:
+            raise ValueError(
+                f"a fused token without patches has no position in a prompt: block {block} keeps and merges all of "
+                f"{quantity(patches, 'patch')}, got {method!r}"
+            )
+        tokens = step.leaves(tokens, plan.prefix) if step else tokens
+
+
+def _projector_of(container: Any) -> nn.Module:
+    projector: nn.Module = getattr(container, family_of(container).projector)
+    return projector
+
+
+def _modules_after_blocks(container: Any) -> list[nn.Module]:
+    """The modules that rows go through between the tower's blocks and the prompt."""
+    vision: Any = tower_of(container).root
+    return [vision.post_layernorm, _projector_of(container)]
