@@ -177,8 +177,8 @@ def tower_of(model: nn.Module) -> Tower:
 def _refuse_dropped_patches(model: nn.Module, tower: Tower, method: Method, plan: Plan) -> None:
     """Raise ValueError unless the model around a tower can use a plan.
 
-    A plan that only ranks patches is for a prompt. A vision-language model that configures an image token has one in its
-    text for each patch, or pools a whole grid.
+    A plan that only ranks patches is for a prompt. A vision-language model that configures an image token has one in
+    its text for each patch, or pools a whole grid.
     """
     if plan.ranks:
         raise ValueError(
