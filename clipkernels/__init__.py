@@ -21,7 +21,7 @@ if _TYPE_CHECKING:
     from clipkernels.encode import Encoded, encode_image
     from clipkernels.exporting.export import export
     from clipkernels.graphs import graphed, ungraphed
-    from clipkernels.heads import CALIP, TDA, Reservoir, TipAdapter, TipX, ZeroShot
+    from clipkernels.heads import CALIP, TDA, MultiView, Reservoir, TipAdapter, TipX, ZeroShot
     from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, ToMe
     from clipkernels.patching import method_of, patch, patched, tower_of, unpatch
     from clipkernels.pictures.show import show
@@ -38,6 +38,7 @@ __all__ = [
     "Encoded",
     "Merge",
     "Method",
+    "MultiView",
     "PatchRanking",
     "Plan",
     "Predict",
@@ -93,7 +94,7 @@ _NAMES = {
     "encode": ("Encoded", "encode_image"),
     "exporting.export": ("export",),
     "graphs": ("graphed", "ungraphed"),
-    "heads": ("CALIP", "TDA", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
+    "heads": ("CALIP", "TDA", "MultiView", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
     "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "ToMe"),
     "patching": ("method_of", "patch", "patched", "tower_of", "unpatch"),
     "pictures.show": ("show",),
