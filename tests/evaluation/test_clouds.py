@@ -204,7 +204,7 @@ def test_clouds_without_a_depth_map_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got all 150 in one place"):
         items.read("ply_data_test0.h5#1:2")
     items.read("ply_data_test0.h5#2:6")
-    with pytest.raises(ValueError, match="expected cloud 3 in .*, got a file without it"):
+    with pytest.raises(ValueError, match=r"expected cloud 3 in .*, got a file without it"):
         items.read("ply_data_test0.h5#3:1")
 
 
