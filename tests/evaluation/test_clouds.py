@@ -63,6 +63,11 @@ def test_the_validation_split_is_a_seeded_part_of_train(tmp_path: Path) -> None:
     assert alone.splits == {"val": val}
 
 
+def test_classes_of_few_clouds_are_not_split(tmp_path: Path) -> None:
+    data = read_dataset("modelnet40", modelnet40(tmp_path, train=4))
+    assert list(data.splits) == ["train", "test"] and data.notes[-1] == "there is no val split"
+
+
 def test_modelnet40_without_its_lists_is_read_by_name(tmp_path: Path) -> None:
     home = modelnet40(tmp_path)
     expected = read_dataset("modelnet40", home)

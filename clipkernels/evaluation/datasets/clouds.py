@@ -139,8 +139,8 @@ def _cloud_dataset(
         )
     views = f"a cloud gives {request.views} depth maps of {SIDE}×{SIDE} pixels"
     held = f"the val split is a seeded part of the training clouds, {len(held_out)} of {len(train)}"
-    absent = absence_note([] if not files["train"] else ["train", "val"])
-    sentences = (views, *notes, held if held_out else None, absent)
+    existing = ["train", *(["val"] if held_out or not train else [])] if files["train"] else []
+    sentences = (views, *notes, held if held_out else None, absence_note(existing))
     return Dataset(
         request.name, tuple(classes), (DEPTH_MAP,), splits, layout, tuple(note for note in sentences if note)
     )
