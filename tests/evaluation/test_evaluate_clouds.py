@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clipkernels as ck
 from clipkernels.encode import Encoded
@@ -153,6 +154,26 @@ def test_clouds_that_cannot_be_read_are_counted_as_one(tmp_path: Path) -> None:
     expected = {"test": Unread(1, "ply_data_test0.h5#1:1", reason)}
     results = evaluate(plan, bundled_model(), tmp_path / "state", never)
     assert [(row.score.images, row.unread) for row in results.rows] == [(3, expected)] * 2
+
+
+def test_a_cloud_without_one_of_its_views_is_left_out(home: Path, tmp_path: Path) -> None:
+    data, broken = read_dataset("modelnet40", home), "ply_data_test0.h5#2:5"
+    test = data.splits["test"]
+
+    def read(name: str) -> Image.Image:
+        if name == broken:
+            raise ValueError("torn")
+        return test.read(name)
+
+    torn = data._replace(splits={**data.splits, "test": test._replace(read=read)})
+    results = evaluate(combinations(torn, heads=["zero-shot", "calip"]), bundled_model(), tmp_path / "torn", never)
+    kept = [place for place in range(len(test.names)) if place // 6 != 2]
+    names, labels = (tuple(column[place] for place in kept) for column in (test.names, test.labels))
+    rest = data._replace(splits={**data.splits, "test": test._replace(names=names, labels=labels)})
+    expected = evaluate(combinations(rest, heads=["zero-shot", "calip"]), bundled_model(), tmp_path / "rest", never)
+    assert [row.unread for row in results.rows] == [{"test": Unread(1, broken, "torn")}] * 2
+    assert [row.score for row in results.rows] == [row.score for row in expected.rows]
+    assert results.rows[0].score.images == 14
 
 
 def test_shortages_count_clouds(home: Path, tmp_path: Path) -> None:
