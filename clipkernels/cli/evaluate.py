@@ -10,8 +10,10 @@ from pathlib import Path
 import click
 import torch
 
+from clipkernels.cli.parts.cloud_sheet import draw_clouds
 from clipkernels.cli.parts.evaluation_options import (
     STATE,
+    check_clouds,
     check_combinations,
     check_out,
     choose_heads,
@@ -50,6 +52,7 @@ from clipkernels.evaluation.speed import measure_speeds, noise_batch
 from clipkernels.measure.environment import environment
 from clipkernels.messages import quantity
 from clipkernels.patching import unpatch
+from clipkernels.pictures.files import check_suffix, save_picture
 from clipkernels.support import ENSEMBLE, SupportSet
 
 EXAMPLE = """\b
@@ -93,11 +96,23 @@ Example:
     "--out", required=True, type=click.Path(file_okay=False), help="Folder of the results and of their state."
 )
 @once(
+    "--views",
+    type=click.Choice(["6", "10"]),
+    help="Depth maps of each point cloud, of modelnet40 and scanobjectnn.  [default: 6]",
+)
+@once(
+    "--picture",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Draw the views of the first point clouds of every set.",
+)
+@once(
     "--prompts",
     type=click.Choice(["single", "ensemble"]),
     default="single",
     show_default=True,
-    help="Prompts of a class: the single template of the data set, or the seven of Tip-Adapter and SuS-X.",
+    help="Prompts of a class: the single template of the data set, or the seven of Tip-Adapter and SuS-X. Point clouds "
+    "keep their template.",
 )
 @click.option("--method", "specs", multiple=True, metavar="SPEC", help=f"{METHOD_HELP} May be repeated.")
 @predictor_option
@@ -145,6 +160,8 @@ def evaluate(
     captioned: tuple[str, ...],
     images_folder: str | None,
     out: str,
+    views: str | None,
+    picture: str | None,
     prompts: str,
     specs: tuple[str, ...],
     predictor: str | None,
@@ -173,6 +190,9 @@ def evaluate(
     has. Without that split they are published ones, and the column says for which data. Few-shot draws are seeded and
     nested. A second table has GMACs, images/s, speed-up and η of the methods.
 
+    modelnet40 and scanobjectnn hold point clouds. The heads zero-shot, calip and tip read the depth maps of a cloud and
+    add up their logits, with weights of the views that are searched on a part of the training clouds.
+
     OUT gets results.csv, results.json, results.md and accuracy.png, with the rows of the last command. OUT/state keeps
     features and scores: the same command goes on after Ctrl-C or a kill, and more data, methods, heads or shots are
     scored beside what is there. The exit status is 1 if an image could not be read, or if a combination has no score.
@@ -188,9 +208,14 @@ def evaluate(
             raise click.UsageError(f"expected --captions with --images {images_folder}, got none: add it")
         check_out(folder)
         chosen, counts = choose_heads(heads), choose_shots(shots)
-        data = read_named(sources, read_dataset, "--data")
+        if picture is not None:
+            check_suffix(picture)
+        data = read_named(sources, partial(read_dataset, views=int(views or 6)), "--data")
+        clouds = [content for content in data.values() if content.views > 1]
+        check_clouds(clouds, views, picture)
         if prompts == "ensemble":
-            data = {each: content._replace(templates=ENSEMBLE) for each, content in data.items()}
+            photos = {each: content for each, content in data.items() if content.views == 1}
+            data |= {each: content._replace(templates=ENSEMBLE) for each, content in photos.items()}
         if data:
             names = [value.partition("=")[0] for value in supported]
             check_combinations(chosen, counts, data.keys(), names)
@@ -208,6 +233,8 @@ def evaluate(
         supports = read_named(supported, lambda _, path: SupportSet.load(path, model), "--support")
         plan = Combinations(list(data.values()), supports, captions, scored, chosen, counts, seeds)
         folder.mkdir(parents=True, exist_ok=True)
+        if picture is not None:
+            save_picture(draw_clouds(clouds), picture)
         with stopping("part") as stop, Reporter(stop, "evaluating") as report:
             results = evaluate_model(plan, settings, folder / STATE, lambda progress: show(report, progress))
             if not results.stopped and not results.rows:

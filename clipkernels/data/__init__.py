@@ -1,4 +1,4 @@
-"""The small bundled CLIP, and the code that draws and loads its images."""
+"""The small bundled CLIP, the code that draws and loads its images, and depth maps of point clouds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from clipkernels.data.point_clouds import depth_maps
 from clipkernels.data.tokenizer import ByteTokenizer
+
+__all__ = ["ByteTokenizer", "Preprocess", "bundled", "depth_maps"]
 
 Preprocess = Callable[[Image.Image], Tensor]
 

@@ -22,12 +22,14 @@ from clipkernels.evaluation.results import Skip, read_rows, write_scores
 from clipkernels.evaluation.run import Run
 from clipkernels.evaluation.scores import score
 from clipkernels.images.batches import collate, image_shape
+from clipkernels.messages import list_items
 from clipkernels.methods import Method
 from clipkernels.patching import tower_of
 from clipkernels.plan import Condense
 from clipkernels.tower import make_plan
 
 ACCURACY = "accuracy"
+_HEADS_OF_VIEWS = [name for name, kind in HEADS.items() if kind.of_views]
 
 
 def score_data(run: Run, data: Dataset, name: str, method: Method | None) -> None:
@@ -55,7 +57,9 @@ def _pairs(run: Run, data: Dataset, name: str) -> Iterator[tuple[str, int]]:
             run.results.skips.append(Skip(data.name, name, head, 0, reason))
         for shots in counts:
             reason = ""
-            if "cls_path" in kind.kinds and not has_cls:
+            if data.views > 1 and not kind.of_views:
+                reason = f"the head reads no views of point clouds, {list_items(_HEADS_OF_VIEWS)} do"
+            elif "cls_path" in kind.kinds and not has_cls:
                 reason = "the tower has no CLS token"
             elif shots and "train" not in data.splits:
                 reason = "the data set has no train split"
@@ -68,7 +72,7 @@ def _pairs(run: Run, data: Dataset, name: str) -> Iterator[tuple[str, int]]:
 def _file_of(run: Run, data: Dataset, method: Method | None, head: str, shots: int) -> Path:
     """The file of a score, whose name stands for all that it depends on besides the settings of the folder."""
     kind = HEADS[head]
-    splits = _splits_of(kind, shots)
+    splits = _splits_of(kind, shots, data.views)
     images = {split: split_key(items) for split, items in data.splits.items() if split in splits}
     runs = kind.runs(shots, run.combinations.seeds)
     support = run.combinations.supports.get(data.name) if kind.few_shot and not shots else None
@@ -102,7 +106,7 @@ def _score(
     kinds = [HEADS[head] for head, _ in pairs]
     test = features("test", kinds)
     train = features("train", (HEADS[head] for head, shots in pairs if shots))
-    val = features("val", (kind for kind in kinds if kind.tuned))
+    val = features("val", (kind for kind in kinds if kind.tuned or data.views > 1))
     assert test is not None
     stream = partial(_stream, model, data.splits["test"], test) if anchored else None
     support = support_of(run.combinations, data)
@@ -118,13 +122,13 @@ def _score(
             phase += f", run {seed + 1} of {runs}" if runs > 1 else ""
             reported = read._replace(report=partial(run.report, phase))
             hits.append(kind.predict(reported, shots, seed, model.batch_size) == test.labels)
-        used = {split: each for split, each in unread.items() if split in _splits_of(kind, shots)}
+        used = {split: each for split, each in unread.items() if split in _splits_of(kind, shots, data.views)}
         write_scores(file, {ACCURACY: score(torch.stack(hits))}, used, weights_of(kind, read))
 
 
-def _splits_of(kind: HeadKind, shots: int) -> list[str]:
-    """The splits that a head reads."""
-    return ["test", *(["train"] if shots else []), *(["val"] if kind.tuned else [])]
+def _splits_of(kind: HeadKind, shots: int, views: int) -> list[str]:
+    """The splits that a head reads; the weights of several views are searched on the validation split, too."""
+    return ["test", *(["train"] if shots else []), *(["val"] if kind.tuned or views > 1 else [])]
 
 
 def _text_of(run: Run, data: Dataset, method: Method | None) -> Tensor:

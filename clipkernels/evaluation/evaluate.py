@@ -69,6 +69,6 @@ def _shortages(combinations: Combinations, data: Dataset) -> Iterator[str]:
     """The sentence about classes with too few images for the shots, if a head reads them."""
     shots = max(combinations.shots, default=0)
     if shots and "train" in data.splits and any(HEADS[head].few_shot for head in combinations.heads):
-        note = shortage_note(data.splits["train"].labels, len(data.classes), shots)
+        note = shortage_note(data.splits["train"].labels[:: data.views], len(data.classes), shots)
         if note is not None:
             yield f"{data.name}: {note}"

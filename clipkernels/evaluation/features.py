@@ -85,35 +85,54 @@ class Part(NamedTuple):
 
 
 class Features:
-    """The features of the readable images of a split.
+    """The features of the readable objects of a split: images, or clouds of V images each that can all be read.
 
-    labels: (n,) int64.
-    places: (n,) int64, their places in the split.
-    embedding: (n,E) float32, not normalised.
-    unread: the images without features, or None.
+    labels: (n,) int64, of the objects.
+    places: (n·V,) int64, the places of their images in the split.
+    embedding: (n·V,E) float32, not normalised.
+    views: V.
+    unread: the objects without features, or None.
     """
 
     def __init__(self, parts: Sequence[Part], items: Items) -> None:
         self.parts = [part for part in parts if len(part.tensors["index"])]
-        self.places = torch.cat([part.tensors["index"] for part in parts])
-        self.labels = torch.tensor(items.labels)[self.places]
-        self.embedding = torch.cat([part.tensors["embedding"] for part in self.parts or parts[:1]])
-        faults = [(items.names[place], reason) for part in parts for place, reason in part.header["unread"]]
-        self.unread = Unread(len(faults), *faults[0]) if faults else None
+        self.views = items.views
+        places = torch.cat([part.tensors["index"] for part in parts])
+        objects, total = places // self.views, len(items.names) // self.views
+        self.rows = (torch.bincount(objects, minlength=total)[objects] == self.views).nonzero().flatten()
+        self.places = places[self.rows]
+        self.labels = torch.tensor(items.labels)[self.places[:: self.views]]
+        embedding = torch.cat([part.tensors["embedding"] for part in self.parts or parts[:1]])
+        self.embedding = embedding if len(self.rows) == len(embedding) else embedding[self.rows]
+        faults = [(place, reason) for part in parts for place, reason in part.header["unread"]]
+        self.unread = None
+        if faults:
+            place, reason = faults[0]
+            self.unread = Unread(total - len(self.labels), items.names[place], reason)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def image_labels(self) -> Tensor:
+        """The labels (n·V,) of the images."""
+        return self.labels.repeat_interleave(self.views)
+
+    def images_of(self, rows: Tensor) -> Tensor:
+        """The places (m·V,) in `embedding` of the images of the objects at rows (m,)."""
+        return (rows[:, None] * self.views + torch.arange(self.views)).flatten()
+
     def take(self, rows: Tensor) -> Encoded:
-        """The features of the images at rows (m,), in their order."""
+        """The features of the images (m·V) of the objects at rows (m,), in their order."""
+        images = self.images_of(rows)
         extras: dict[str, Tensor] = {}
         for kind in KINDS:
             if kind in self.parts[0].tensors:
-                extras[kind] = self._gather(kind, rows)
-        return Encoded(self.embedding[rows], **extras, prefix=self.parts[0].header["prefix"])
+                extras[kind] = self._gather(kind, self.rows[images])
+        return Encoded(self.embedding[images], **extras, prefix=self.parts[0].header["prefix"])
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Encoded]:
-        """The features in batches, in an order (n,) of the rows or as they are."""
+        """The features of `size` objects at a time, in an order (n,) of the objects or as they are."""
         order = torch.arange(len(self)) if order is None else order
         return (self.take(rows) for rows in order.split(size))
 

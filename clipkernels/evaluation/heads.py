@@ -4,6 +4,7 @@
     tda, reservoir          several orders of the stream
     tip, tipx, tip-f, calip-fs   several draws of labelled images, for each number of shots
 
+For point clouds zero-shot, calip and tip read every view as an image, and `MultiView` weighs the views.
 Weights are searched on a validation split alone. Without one a head keeps the published weights of the data set, or
 those of ImageNet.
 """
@@ -20,12 +21,13 @@ from torch import Tensor
 from clipkernels.encode import Encoded
 from clipkernels.evaluation.features import Features
 from clipkernels.evaluation.shots import draw_order, draw_shots
-from clipkernels.heads import CALIP, TDA, Reservoir, TipAdapter, TipX, ZeroShot
+from clipkernels.heads import CALIP, TDA, MultiView, Reservoir, TipAdapter, TipX, ZeroShot
 from clipkernels.heads.presets import CALIP_PRESETS, RESERVOIR_PRESETS, TDA_PRESETS, TIP_PRESETS, TipPreset
 from clipkernels.learn.calip_fs import FewShotCALIP
 from clipkernels.learn.tip_f import TipAdapterF
 
 PUBLISHED, DEFAULTS, VALIDATION, TRAINED = "published", "defaults", "validation split", "trained on the shots"
+EQUAL_VIEWS = "equal views"
 OTHER_DATA = "imagenet"
 """The data set whose published settings are for other data, too."""
 WIDE_GRID = (50.0, 50.0)
@@ -69,6 +71,7 @@ class HeadKind(NamedTuple):
     tuned: its weights are searched on the validation split.
     weighted: it has weights beside the cosines.
     presets: its published weights by data set; None if there are none, as of TIP-X, whose γ is ours.
+    of_views: it also serves objects of several views.
     """
 
     kinds: tuple[str, ...]
@@ -79,6 +82,7 @@ class HeadKind(NamedTuple):
     tuned: bool = False
     weighted: bool = True
     presets: Mapping[str, Any] | None = None
+    of_views: bool = False
 
     def runs(self, shots: int, seeds: int) -> int:
         """The number of runs: all seeds if results differ between them, else one."""
@@ -86,7 +90,15 @@ class HeadKind(NamedTuple):
 
 
 def weights_of(kind: HeadKind, data: Data) -> str:
-    """Return where the weights of a head come from, for a report."""
+    """Return where the weights of a head and of the views come from, for a report."""
+    if data.test.views == 1:
+        return _weights_of_head(kind, data)
+    if data.val is not None:
+        return f"{VALIDATION}, {len(data.val)} clouds"
+    return ", ".join(part for part in (_weights_of_head(kind, data), EQUAL_VIEWS) if part)
+
+
+def _weights_of_head(kind: HeadKind, data: Data) -> str:
     if not kind.weighted:
         return ""
     if kind.few_shot and not kind.tuned:
@@ -117,15 +129,25 @@ def batches(data: Data, features: Features, size: int, order: Tensor | None = No
         done += len(batch.embedding)
 
 
+def over_views(head: Any, data: Data, batch: int) -> Any:
+    """The head itself for images; for clouds the head over their views, weighed on the validation split if there is."""
+    if data.test.views == 1:
+        return head
+    multi_view = MultiView(head, views=data.test.views)
+    if data.val is not None:
+        multi_view.fit(batches(data, data.val, batch), data.val.labels)
+    return multi_view
+
+
 def _zero_shot(data: Data, shots: int, seed: int, batch: int) -> Tensor:
-    return predictions(ZeroShot(data.text), data, batch)
+    return predictions(over_views(ZeroShot(data.text), data, batch), data, batch)
 
 
 def _calip(data: Data, shots: int, seed: int, batch: int) -> Tensor:
     head = CALIP(data.text, preset=_preset(data, CALIP_PRESETS))
     if data.val is not None:
-        head.fit(batches(data, data.val, batch), data.val.labels)
-    return predictions(head, data, batch)
+        head.fit(batches(data, data.val, batch), data.val.image_labels)
+    return predictions(over_views(head, data, batch), data, batch)
 
 
 def _stream(make: Any, presets: Any, data: Data, shots: int, seed: int, batch: int) -> Tensor:
@@ -138,10 +160,10 @@ def _stream(make: Any, presets: Any, data: Data, shots: int, seed: int, batch: i
 def _tip(make: Any, data: Data, shots: int, seed: int, batch: int) -> Tensor:
     head, preset = make(data.text, *_support(data, shots, seed)), _tip_preset(data)
     if data.val is not None:
-        head.fit(data.val.embedding, data.val.labels, WIDE_GRID if make is TipX else preset.grid)
+        head.fit(data.val.embedding, data.val.image_labels, WIDE_GRID if make is TipX else preset.grid)
     elif make is TipAdapter:
         head.alpha, head.beta = preset.alpha, preset.beta
-    return predictions(head, data, batch)
+    return predictions(over_views(head, data, batch), data, batch)
 
 
 def _tip_f(data: Data, shots: int, seed: int, batch: int) -> Tensor:
@@ -162,13 +184,14 @@ def _calip_fs(data: Data, shots: int, seed: int, batch: int) -> Tensor:
 
 
 def _support(data: Data, shots: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The features (n,E) and labels (n,) of labelled images, or of the support set with shots of 0."""
+    """The features (n,E) and labels (n,) of labelled images, every view one, or of the support set with shots of 0."""
     if not shots:
         assert data.support is not None
         return data.support
     assert data.train is not None
     rows = draw_shots(data.train.labels, len(data.text), shots, seed)
-    return data.train.embedding[rows], data.train.labels[rows]
+    images = data.train.images_of(rows)
+    return data.train.embedding[images], data.train.image_labels[images]
 
 
 def _tip_preset(data: Data) -> TipPreset:
@@ -183,13 +206,15 @@ def _preset(data: Data, presets: Any) -> str:
 
 
 HEADS = {
-    "zero-shot": HeadKind((), _zero_shot, weighted=False),
-    "calip": HeadKind(("tokens",), _calip, tuned=True, presets=CALIP_PRESETS),
+    "zero-shot": HeadKind((), _zero_shot, weighted=False, of_views=True),
+    "calip": HeadKind(("tokens",), _calip, tuned=True, presets=CALIP_PRESETS, of_views=True),
     "tda": HeadKind((), partial(_stream, TDA, TDA_PRESETS), stream=True, presets=TDA_PRESETS),
     "reservoir": HeadKind(
         ("cls_path",), partial(_stream, Reservoir, RESERVOIR_PRESETS), stream=True, presets=RESERVOIR_PRESETS
     ),
-    "tip": HeadKind((), partial(_tip, TipAdapter), few_shot=True, supported=True, tuned=True, presets=TIP_PRESETS),
+    "tip": HeadKind(
+        *((), partial(_tip, TipAdapter)), few_shot=True, supported=True, tuned=True, presets=TIP_PRESETS, of_views=True
+    ),
     "tipx": HeadKind((), partial(_tip, TipX), few_shot=True, supported=True, tuned=True),
     "tip-f": HeadKind((), _tip_f, few_shot=True, tuned=True, presets=TIP_PRESETS),
     "calip-fs": HeadKind(("tokens",), _calip_fs, few_shot=True),

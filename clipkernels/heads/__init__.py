@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from clipkernels.heads.calip import CALIP
+from clipkernels.heads.multi_view import MultiView
 from clipkernels.heads.reservoir import Reservoir
 from clipkernels.heads.tda import TDA
 from clipkernels.heads.tip import TipAdapter, TipX
@@ -15,7 +16,7 @@ from clipkernels.heads.zero_shot import ZeroShot
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
 
-__all__ = ["CALIP", "TDA", "Head", "Reservoir", "TipAdapter", "TipX", "ZeroShot"]
+__all__ = ["CALIP", "TDA", "Head", "MultiView", "Reservoir", "TipAdapter", "TipX", "ZeroShot"]
 
 
 class Head(Protocol):

@@ -40,7 +40,7 @@ TWO = [("a.jpg", 0, "cat"), ("b.jpg", 1, "dog")]
 
 def test_every_preset_names_a_set() -> None:
     assert set(RESERVOIR_PRESETS) | set(CALIP_PRESETS) <= set(DATASETS)
-    assert set(DATASETS) == set(RESERVOIR_PRESETS) | {"cifar10", "cifar100"}
+    assert set(DATASETS) == set(RESERVOIR_PRESETS) | {"cifar10", "cifar100", "modelnet40", "scanobjectnn"}
 
 
 @pytest.mark.parametrize(("name", "folder", "images", "file", "template"), COOP, ids=[row[0] for row in COOP])

@@ -13,6 +13,7 @@ from torch import nn
 from clipkernels.cli.parts.evaluation_tables import FILES
 from clipkernels.cli.parts.methods import is_supported, methods_for
 from clipkernels.evaluation.captions import Captions, read_captions
+from clipkernels.evaluation.datasets import Dataset
 from clipkernels.evaluation.heads import HEADS
 from clipkernels.measure.timing import HOST
 from clipkernels.methods import Method
@@ -99,6 +100,16 @@ def check_combinations(
         raise click.UsageError(
             f"expected --shots of 1 or more, or --support, with --heads {few_shot[0]}, got --shots 0: add one of them"
         )
+
+
+def check_clouds(clouds: Sequence[Dataset], views: str | None, picture: str | None) -> None:
+    """Raise click.UsageError for options about point clouds that no data set has."""
+    for option, value in (("--views", views), ("--picture", picture)):
+        if value is not None and not clouds:
+            raise click.UsageError(
+                f"expected --data of modelnet40 or scanobjectnn with {option} {value}, got none: add it, or leave "
+                f"{option} out"
+            )
 
 
 def check_out(folder: Path) -> None:

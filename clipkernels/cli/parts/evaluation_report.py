@@ -168,4 +168,5 @@ def method_name(spec: str) -> str | None:
 def describe(data: Dataset) -> dict[str, Any]:
     """Return what JSON says of a data set."""
     images = {split: len(items.names) for split, items in data.splits.items()}
-    return {"layout": data.layout, "classes": len(data.classes), "templates": data.templates, "images": images}
+    views = {"views": data.views} if data.views > 1 else {}
+    return {"layout": data.layout, "classes": len(data.classes), "templates": data.templates, "images": images, **views}

@@ -35,12 +35,14 @@ class Items(NamedTuple):
     read: gives the image of a name, in mode RGB; it can be pickled. It raises ValueError, OSError and whatever Pillow
         raises for a broken file.
     packed: paths of the packed files that hold the images; () where each name is the path of a file.
+    views: the number of successive images that are the views of one object.
     """
 
     names: tuple[str, ...]
     labels: tuple[int, ...]
     read: Callable[[str], Image.Image]
     packed: tuple[str, ...] = ()
+    views: int = 1
 
 
 class Dataset(NamedTuple):
@@ -61,14 +63,20 @@ class Dataset(NamedTuple):
     layout: str
     notes: tuple[str, ...]
 
+    @property
+    def views(self) -> int:
+        """The number of images of an object: 1, or that of the views of a point cloud."""
+        return next((items.views for items in self.splits.values()), 1)
+
 
 class Request(NamedTuple):
-    """A set to read: its name, the folder, the splits that are wanted, and the reader of image files."""
+    """A set to read: its name, the folder, the wanted splits, the reader of image files, and the views of a cloud."""
 
     name: str
     path: Path
     splits: tuple[str, ...]
     reader: Reader
+    views: int = 6
 
 
 class Source(Protocol):

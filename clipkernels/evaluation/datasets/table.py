@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from clipkernels.arguments import check_path, describe
+from clipkernels.data.point_clouds import TURNS
 from clipkernels.evaluation.datasets.cifar import CIFAR
 from clipkernels.evaluation.datasets.class_folders import PHOTO, read_class_folders
+from clipkernels.evaluation.datasets.clouds import ModelNet40, ScanObjectNN
 from clipkernels.evaluation.datasets.dataset import SPLITS, Dataset, Request, Source
 from clipkernels.evaluation.datasets.imagenet import ImageNetFolders
 from clipkernels.evaluation.datasets.listed import Aircraft, SplitFile
@@ -56,6 +58,8 @@ DATASETS: dict[str, Source] = {
         files={"train": ("train.bin",), "test": ("test.bin",)},
         pickles=("cifar-100-python", "meta"),
     ),
+    "modelnet40": ModelNet40(),
+    "scanobjectnn": ScanObjectNN(),
 }
 """The published sets, by the names that the heads' presets have."""
 OTHER_NAMES = {
@@ -67,7 +71,12 @@ OTHER_NAMES = {
 
 
 def read_dataset(
-    name: str, path: str | os.PathLike[str], *, splits: Sequence[str] = SPLITS, reader: Reader | None = None
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    splits: Sequence[str] = SPLITS,
+    reader: Reader | None = None,
+    views: int = 6,
 ) -> Dataset:
     """The images, labels, class names and prompt of a set on disk.
 
@@ -82,8 +91,10 @@ def read_dataset(
             where that is unambiguous.
         splits: the splits to read, of "train", "val" and "test"; the others are not listed on disk.
         reader: opens the image files; None is `Reader()`.
+        views: the depth maps of a point cloud, 6 or 10; each is an image of the set.
     Raises:
         TypeError: arguments of another type.
+        ImportError: point clouds without h5py.
         ValueError: another layout, a faulty file, a path that leaves the folder, a split without any image. The message
             says what was expected where.
         OSError: a file or folder cannot be read.
@@ -92,6 +103,8 @@ def read_dataset(
     wanted = _check_splits(splits)
     if reader is not None and not isinstance(reader, Reader):
         raise TypeError(f"reader must be a clipkernels.images.Reader, got {describe(reader)}")
+    if isinstance(views, bool) or not isinstance(views, int) or views not in TURNS:
+        raise ValueError(f"views must be 6 or 10, got {describe(views)}")
     if not isinstance(name, str) or not name.strip() or one_line(name) != name:
         raise ValueError(f"name must be the name of a set in one line, got {describe(name)}")
     folder = Path(os.path.abspath(os.path.expanduser(path)))
@@ -100,7 +113,7 @@ def read_dataset(
             f"expected a folder for {name}, got {str(folder)!r}, which "
             f"{'is a file: name its folder, and unpack archives' if folder.exists() else 'does not exist'}"
         )
-    request = Request(name, folder, wanted, reader or Reader())
+    request = Request(name, folder, wanted, reader or Reader(), views)
     if name in DATASETS:
         return DATASETS[name].read(request)
     known = OTHER_NAMES.get("".join(filter(str.isalnum, name.casefold())))
