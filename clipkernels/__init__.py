@@ -21,13 +21,8 @@ if _TYPE_CHECKING:
     from clipkernels.encode import Encoded, encode_image
     from clipkernels.exporting.export import export
     from clipkernels.graphs import graphed, ungraphed
-<<<<<<< HEAD
-    from clipkernels.heads import CALIP, TDA, Reservoir, TipAdapter, TipX, ZeroShot
-    from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, Select, ToMe
-=======
     from clipkernels.heads import CALIP, TDA, MultiView, Reservoir, TipAdapter, TipX, ZeroShot
-    from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, ToMe
->>>>>>> clouds
+    from clipkernels.methods import TCA, Dense, EViT, Method, PatchRanking, Schedule, Select, ToMe
     from clipkernels.patching import method_of, patch, patched, tower_of, unpatch
     from clipkernels.pictures.show import show
     from clipkernels.plan import Condense, Merge, Plan, Predict, Prune, Rank
@@ -102,13 +97,8 @@ _NAMES = {
     "encode": ("Encoded", "encode_image"),
     "exporting.export": ("export",),
     "graphs": ("graphed", "ungraphed"),
-<<<<<<< HEAD
-    "heads": ("CALIP", "TDA", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
-    "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "Select", "ToMe"),
-=======
     "heads": ("CALIP", "TDA", "MultiView", "Reservoir", "TipAdapter", "TipX", "ZeroShot"),
-    "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "ToMe"),
->>>>>>> clouds
+    "methods": ("TCA", "Dense", "EViT", "Method", "PatchRanking", "Schedule", "Select", "ToMe"),
     "patching": ("method_of", "patch", "patched", "tower_of", "unpatch"),
     "pictures.show": ("show",),
     "plan": ("Condense", "Merge", "Plan", "Predict", "Prune", "Rank"),
