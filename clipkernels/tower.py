@@ -181,10 +181,10 @@ def run(
         ranking = ranking if output.ranking is None else output.ranking
         if reads.path:
             path.append(state.x[:, 0])
-        if index in reads.take_indices and position is None:
-            intermediates.append(_without_learnt(unmerge(state.x, sources, prefix), plan))
-        elif index in reads.take_indices:
+        if index in reads.take_indices and position is not None:
             intermediates.append(place_rows(_without_learnt(state.x, plan), position, plan.prefix, plan.entry))
+        elif index in reads.take_indices:
+            intermediates.append(_without_learnt(unmerge(state.x, sources, prefix), plan))
     sources = [source - plan.learnt * (source >= 0) for source in sources] if plan.learnt else sources
     x = _without_learnt(state.x, plan)
     x = x if position is None else place_rows(x, position, plan.prefix, plan.entry)

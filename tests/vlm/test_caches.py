@@ -77,7 +77,7 @@ def test_a_copied_cache_goes_on_by_itself() -> None:
 @torch.no_grad()
 def test_caches_that_cannot_hold_a_cut_prompt_are_refused(name: str) -> None:
     model, values = patched(name), prompts(name, [1, 2], [12, 7])
-    with pytest.raises(ValueError, match=r'got a static one: omit cache_implementation="static"'):
+    with pytest.raises(ValueError, match=r'got a static one: omit cache_implementation'):
         model.generate(**values, **GREEDY, cache_implementation="static")
     with pytest.raises(ValueError, match=r"images belong in the first forward .* omit prefill_chunk_size"):
         model.generate(**values, **GREEDY, prefill_chunk_size=8)
