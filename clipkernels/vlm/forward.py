@@ -161,7 +161,7 @@ def _continued(self: Any, values: dict[str, Any], cache: Any, state: CacheState)
     after = cache.get_seq_length() - state.mask.shape[1]
     if -after > state.tail:
         raise ValueError(
-            f"expected a cache without at most the last {quantity(state.tail, 'token')} of its prompt, got one that was "
+            f"expected a cache cropped by at most the last {quantity(state.tail, 'token')} of its prompt, got one "
             f"cropped by {-after}: start a new cache"
         )
     state = state.cropped(max(-after, 0))

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers", "5.23", reason="transformers 5.23 or later is not installed")
 
-from bench import vlm  # noqa: E402  # it needs transformers
+from bench import vlm  # it needs transformers
 
 
 @pytest.mark.usefixtures("one_thread")
