@@ -56,11 +56,12 @@ class Lock:
 
     def release(self) -> None:
         """Remove the file and release the lock; a forked child leaves both as they are."""
-        if self.number in _open_numbers and os.getpid() == self.pid:
-            _open_numbers.discard(self.number)
+        number, self.number = self.number, -1  # another lock may have the number by a second call
+        if number in _open_numbers and os.getpid() == self.pid:
+            _open_numbers.discard(number)
             with suppress(FileNotFoundError):
                 os.unlink(self.file)
-            os.close(self.number)
+            os.close(number)
 
     def _acquire(self) -> int:
         while True:

@@ -39,10 +39,9 @@ def has_layer(module: nn.Module, make: Callable[..., Any], *arguments: Hashable)
     return len(_layers_without(module, make, *arguments)) < len(_layers_of(module))
 
 
-def host_of(module: nn.Module) -> type[nn.Module]:
+def host_of(module: nn.Module) -> Any:
     """The host's class of a module, without layers."""
-    host: type[nn.Module] = vars(type(module)).get("_host", type(module))
-    return host
+    return vars(type(module)).get("_host", type(module))
 
 
 def add_layer(module: nn.Module, layer: Layer) -> None:

@@ -181,13 +181,11 @@ def run(
         ranking = ranking if output.ranking is None else output.ranking
         if reads.path:
             path.append(state.x[:, 0])
-        if index in reads.take_indices and position is not None:
-            intermediates.append(place_rows(_without_learnt(state.x, plan), position, plan.prefix, plan.entry))
-        elif index in reads.take_indices:
-            intermediates.append(_without_learnt(unmerge(state.x, sources, prefix), plan))
+        if index in reads.take_indices:
+            restored = unmerge(state.x, sources, prefix) if position is None else state.x
+            intermediates.append(_placed(_without_learnt(restored, plan), position, plan))
     sources = [source - plan.learnt * (source >= 0) for source in sources] if plan.learnt else sources
-    x = _without_learnt(state.x, plan)
-    x = x if position is None else place_rows(x, position, plan.prefix, plan.entry)
+    x = _placed(_without_learnt(state.x, plan), position, plan)
     return ForwardOutput(x, sources, path, intermediates, ranking)
 
 
@@ -280,6 +278,11 @@ def _with_learnt(x: Tensor, learnt: Tensor, plan: Plan, replace: bool) -> Tensor
     """Tokens with learnt ones (T,C) after the prefix; with `replace`, in place of those already there."""
     patches = x[:, plan.prefix + plan.learnt if replace else plan.prefix :]
     return torch.cat([x[:, : plan.prefix], learnt.to(x.dtype).expand(x.shape[0], -1, -1), patches], 1)
+
+
+def _placed(x: Tensor, position: Tensor | None, plan: Plan) -> Tensor:
+    """Tokens, each at the position of its patch, or as they are without positions."""
+    return x if position is None else place_rows(x, position, plan.prefix, plan.entry)
 
 
 def _without_learnt(x: Tensor, plan: Plan) -> Tensor:

@@ -56,8 +56,9 @@ def _container_of(owner: nn.Module) -> tuple[Any, Any]:
     slot: Any = owner.__dict__.get(SLOT)
     container: Any = None if slot is None else slot.container.ref()
     # A copy of the tower alone refers to the container of the original.
-    own = container is not None and tower_of(container).owner is owner
-    return (container, slot.marks) if own else (None, None)
+    if slot is None or container is None or tower_of(container).owner is not owner:
+        return None, None
+    return container, slot.marks
 
 
 def prepare(model: nn.Module, method: Method, plan: Plan) -> HandOver:

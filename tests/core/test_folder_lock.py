@@ -67,6 +67,20 @@ def test_a_child_of_a_killed_writer_does_not_keep_the_lock(tmp_path: Path) -> No
         holder.stdout.close()
 
 
+def test_a_lock_that_is_released_twice_leaves_other_locks(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    first = Lock(folders[0])
+    first.release()
+    second = Lock(folders[1])  # with the number of the first
+    first.release()
+    with pytest.raises(ValueError, match="to have one writer"):
+        Lock(folders[1])
+    second.release()
+    assert not (folders[1] / ".lock").exists()
+
+
 def test_a_second_lock_of_one_process_is_refused(tmp_path: Path) -> None:
     first = Lock(tmp_path)
     with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
