@@ -192,3 +192,17 @@ def test_rows_of_a_cache_are_selected_repeated_and_reordered() -> None:
         ("batch_repeat_interleave", 2, [0, 0, 1, 1]),
     ):
         torch.testing.assert_close(decoded(rows, change, argument), expected[rows], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_among_new_tokens_is_hidden() -> None:
+    model, values, tokens = patched("Llava"), prompts("Llava", [1, 2], [12, 7]), torch.tensor([[0, 7], [8, 9]])
+    mask, first = values["attention_mask"], positions_of(model, values["attention_mask"])[:, -1:] + 1
+    cache = model(**values, use_cache=True).cache
+    padded = torch.cat([mask, torch.tensor([[0, 1], [1, 1]])], 1)
+    positions = torch.cat([first, first + torch.tensor([[0], [1]])], 1)
+    actual = model(input_ids=tokens, attention_mask=padded, position_ids=positions, cache=cache).logits[0, 1]
+    cache = model(**values, use_cache=True).cache
+    whole = torch.cat([mask, mask.new_ones(2, 1)], 1)
+    expected = model(input_ids=tokens[:, 1:], attention_mask=whole, position_ids=first, cache=cache).logits[0, 0]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))

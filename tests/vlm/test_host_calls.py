@@ -10,6 +10,7 @@ import torch
 
 import clipkernels as ck
 from clipkernels.testing import randomized
+from clipkernels.vlm.prompt import make_prompt
 from tests.vlm.models import IMAGE, KINDS, _clip, _llama, _siglip, build, prompts, transformers
 from tests.vlm.test_generation import host_values
 
@@ -138,3 +139,15 @@ def test_options_reach_the_tower_but_for_attentions() -> None:
     ck.patch(model, ck.Select(0.25), hand_over=True)
     outputs = model(**prompts("Llava", [1], [9]), output_attentions=True, output_hidden_states=True)
     assert outputs.attentions[0].shape[-2:] == (26, 26) and outputs.hidden_states[0].shape[1] == 26
+
+
+def test_slots_that_are_cut_repeat_the_row_before_them_or_the_first() -> None:
+    #  padding, a cut slot, a token, a cut slot, a token; and a row without padding
+    dropped = torch.tensor([[0, 0, 1, 0, 1, 0], [0, 0, 1, 1, 0, 0]]).bool()
+    visible = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
+    prompt = make_prompt(dropped, visible)
+    assert prompt.mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]] and prompt.order[1].tolist() == [0, 1, 4, 5]
+    assert prompt.slots.tolist() == [[2, 2, 2, 2, 2, 3], [0, 1, 1, 1, 2, 3]] and prompt.tail == 1
+    mirrored = make_prompt(dropped.flip(1), visible.flip(1))  # padding on the right
+    assert mirrored.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and mirrored.tail == 0
+    assert mirrored.slots.tolist() == [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 3]]
