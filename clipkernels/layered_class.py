@@ -127,7 +127,8 @@ def _layers_without(module: nn.Module, make: Callable[..., Any], *arguments: Has
 
 def _set_layers(module: Any, layers: list[Layer]) -> None:
     """Make the class of a module that of its host with these layers."""
-    module.__class__ = _subclass(host_of(module), tuple(layers))
+    host: Any = host_of(module)
+    module.__class__ = _subclass(host, tuple(layers))
 
 
 @cache

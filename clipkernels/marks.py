@@ -98,13 +98,26 @@ def choose(marks: Marks, ranking: Ranking, prefix: int, tokens: Sequence[Tensor]
 
 
 def cells_of(x: Tensor, cell: int) -> Tensor:
-    """Patches (B,P,C) of a square grid as cells (B,S,cell²,C)."""
+    """Patches (B,P,C) as cells (B,S,cell²,C), of a square grid if a cell has several.
+
+    Raises:
+        ValueError: cells do not fill the grid.
+    """
+    if cell == 1:
+        return x[:, :, None]
     side = round(x.shape[1] ** 0.5) // cell
+    if (side * cell) ** 2 != x.shape[1]:
+        raise ValueError(
+            f"expected a square grid that squares of {cell} × {cell} patches fill, got {x.shape[1]} patches: resize "
+            "the images"
+        )
     return x.unflatten(1, (side, cell, side, cell)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def patches_of(x: Tensor, cell: int) -> Tensor:
     """Cells (B,S,cell²,C) as patches (B,P,C), which undoes `cells_of`."""
+    if cell == 1:
+        return x[:, :, 0]
     side = round(x.shape[1] ** 0.5)
     return x.unflatten(2, (cell, cell)).unflatten(1, (side, side)).transpose(2, 3).flatten(1, 4)
 
@@ -131,7 +144,7 @@ def marked_rows(base: Any, cell: int) -> dict[str, Any]:
 
     @wraps(base.forward)
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        marked = x[..., :1].isnan()
+        marked = x.isnan().any(-1, keepdim=True)  # of several layers in a row, the last may have fewer tokens
         y = base.forward(self, x.masked_fill(marked, 0), *args, **kwargs)
         if cell > 1:
             marked = cells_of(marked, cell).any(2)

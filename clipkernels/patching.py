@@ -23,7 +23,7 @@ from clipkernels.arguments import check_flags, describe
 from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
 from clipkernels.methods import Method
 from clipkernels.plan import Plan, Predict
-from clipkernels.slot import SLOT, Slot, WeakModule
+from clipkernels.slot import SLOT, Slot, WeakContainer, WeakModule
 from clipkernels.tower import make_plan, pool_of, run_patched
 from clipkernels.verify import refuse_replaced, verify
 from clipkernels.vlm.counts import tower_of as tower_in
@@ -87,7 +87,7 @@ def patch(model: Model, method: Method, *, hand_over: bool = False) -> Model:
         pool, kind = pool_of(tower), tower.__class__
         slot = Slot(method, weights, plan, pool, tower.attention, kind, root, BlockCache())
         if handing is not None:
-            slot = slot._replace(marks=handing.marks, container=WeakModule(handing.container))
+            slot = slot._replace(marks=handing.marks, container=WeakContainer(handing.container))
         _install(tower, slot)
     except BaseException:  # most likely out of memory
         unpatch(model)
@@ -107,7 +107,7 @@ def check_method(method: Any) -> None:
 def _install(tower: Tower, slot: Slot) -> None:
     """Make a tower run the method of a slot, and pack its separate projections."""
     owner: Any = tower.owner
-    remove(owner)
+    remove(tower)
     if SLOT not in owner.__dict__:
         # A hook may have left the class's own forward in the instance, where it would hide the new class's.
         owner.__dict__.pop("forward", None)
@@ -130,8 +130,8 @@ def unpatch(model: Model) -> Model:
         if not has_layer(owner, _patched_loop):
             raise UnsupportedTower(f"the class of the tower was changed after patching, to {type(owner).__name__}")
         refuse_replaced(tower)
+        remove(tower)
         owner.__dict__.pop("forward", None)
-        remove(owner)
         remove_layer(owner, _patched_loop)
         del owner.__dict__[SLOT]
         for host in tower.blocks:
@@ -140,7 +140,7 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, method: Method) -> Iterator[Model]:
+def patched(model: Model, method: Method, *, hand_over: bool = False) -> Iterator[Model]:
     """Patch the model for the length of a `with` block, then restore its previous state or method.
 
     The patch is the model's, not the thread's: other threads that use the model meanwhile run the method too, and two
@@ -148,7 +148,7 @@ def patched(model: Model, method: Method) -> Iterator[Model]:
     `copy.deepcopy`, or patch once before the threads start; running a patched model is safe in any number of threads.
     """
     previous = adapters.find_tower(model).owner.__dict__.get(SLOT)
-    patch(model, method)
+    patch(model, method, hand_over=hand_over)
     try:
         yield model
     finally:

@@ -29,10 +29,20 @@ class WeakModule:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeakModule:
         module = self.ref()
-        return self if module is None else WeakModule(memo.get(id(module), module))
+        return self if module is None else type(self)(memo.get(id(module), module))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WeakModule, (self.ref(),)
+
+
+class WeakContainer(WeakModule):
+    """A weak reference to a module around the tower, which a pickle of the tower alone leaves out.
+
+    The container sets it again when it is unpickled.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WeakContainer, (None,)
 
 
 class Slot(NamedTuple):
@@ -59,7 +69,7 @@ class Slot(NamedTuple):
     root: WeakModule
     cache: BlockCache
     marks: Marks | None = None
-    container: WeakModule = WeakModule(None)
+    container: WeakContainer = WeakContainer(None)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The modules of the method that a forward runs with."""

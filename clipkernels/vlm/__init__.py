@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkernels.vlm.counts import method_of, pack, planned, tiles_of, tower_of
+from clipkernels.arguments import check_int
+from clipkernels.vlm.counts import chosen, method_of, pack, planned, tiles_of, tower_of
 from clipkernels.vlm.families import family_of, find_container
 from clipkernels.vlm.hand_over import is_installed
 from clipkernels.vlm.prompt import KEPT
@@ -26,9 +27,10 @@ def image_tokens(model: nn.Module, image_size: tuple[int, int] | None = None) ->
     Args:
         model: a model that is patched with `hand_over=True`.
         image_size: height and width of the image in pixels, for models that divide it into tiles: LLaVA-NeXT and
-            LLaVA-OneVision. Newlines count. For other models the number is that of one tile, and is the same for all.
+            LLaVA-OneVision. Newlines count. The image is alone in its text, because LLaVA-OneVision does not divide
+            others. For other models the number is that of one tile, and is the same for all.
     Raises:
-        ValueError: the model is not patched, or a size is missing.
+        ValueError: the model is not patched, or a size is missing or out of range.
         UnsupportedTower: no vision-language model that can hand tokens over.
     """
     container = find_container(model)
@@ -39,12 +41,14 @@ def image_tokens(model: nn.Module, image_size: tuple[int, int] | None = None) ->
         return planned(container, tower.num_tokens - tower.prefix, {})
     if image_size is None:
         raise ValueError(f"expected image_size=(height, width), because {family_of(container).title} divides an image")
-    values = {"image_sizes": torch.tensor([image_size])}
+    height, width = image_size if isinstance(image_size, (tuple, list)) and len(image_size) == 2 else (image_size, None)
+    check_int("height in image_size=(height, width)", height, 1)
+    check_int("width in image_size=(height, width)", width, 1)
+    values = {"image_sizes": torch.tensor([[height, width]])}
     patches = torch.zeros(tiles_of(container, values["image_sizes"])[0], tower.num_tokens - tower.prefix, 1)
     (packed,) = pack(container, patches, values, 1.0)
     newlines = int(packed.sum())
-    select: Any = method_of(container)
-    return newlines + sum(select.counts(len(packed) - newlines))
+    return newlines + chosen(method_of(container), len(packed) - newlines)
 
 
 def kept(outputs: Any) -> list[Tensor]:

@@ -33,6 +33,31 @@ def method_of(container: Any) -> Method:
     return method
 
 
+def prefix_of(container: Any, values: Mapping[str, Any]) -> int:
+    """The number of rows before the patches that the host passes on.
+
+    Args:
+        container: the module that owns tower, projector and language model.
+        values: arguments of the host's `get_image_features`, which may name a strategy.
+    Raises:
+        ValueError: the host would take a patch for CLS.
+    """
+    strategy = _option(container, values, "vision_feature_select_strategy")
+    if strategy is None:
+        return 0
+    tower = tower_of(container)
+    if strategy == "default" and not tower.prefix:
+        raise ValueError(
+            'expected vision_feature_select_strategy="full" for a tower without CLS, got "default", which drops a patch'
+        )
+    return tower.prefix - (strategy == "default")
+
+
+def chosen(method: Method, tokens: int) -> int:
+    """The number that a method leaves of the image tokens of a tower that stays whole."""
+    return sum(method.counts(tokens)) if isinstance(method, Select) else tokens
+
+
 def planned(container: Any, patches: int, values: Mapping[str, Any]) -> int:
     """The number of image tokens that the patches of one image become, those of CLS included if the host passes it on.
 
@@ -42,16 +67,13 @@ def planned(container: Any, patches: int, values: Mapping[str, Any]) -> int:
         values: arguments of the host's `get_image_features`, which may name a layer and a strategy.
     """
     tower, method = tower_of(container), method_of(container)
-    extra = tower.prefix if _option(container, values, "vision_feature_select_strategy") == "full" else 0
-    if isinstance(method, Select):
-        return extra + sum(method.counts(patches // family_of(container).cell(container) ** 2))
     plan = make_plan(method, tower, tower.prefix + patches)
     blocks, layer = len(plan.steps), _option(container, values, "vision_feature_layer")
     # Index i of the hidden states is what leaves block i - 1.
     layers = [blocks] if layer is None else list(layer) if isinstance(layer, (list, tuple)) else [layer]
     last = max(index % (blocks + 1) for index in layers)
     remaining = (plan.passes[last - 1][1] - plan.learnt if last else plan.entry) - plan.prefix
-    return extra + remaining // family_of(container).cell(container) ** 2
+    return prefix_of(container, values) + chosen(method, remaining // family_of(container).cell(container) ** 2)
 
 
 def check_counts(container: Any, image_features: Any, values: Mapping[str, Any]) -> None:
@@ -62,16 +84,11 @@ def check_counts(container: Any, image_features: Any, values: Mapping[str, Any])
         image_features: rows (B,S,C), or a sequence of rows (n·S,C) of n tiles; NaN in each that is not handed over.
         values: arguments of the host's `get_image_features`.
     """
-    tower, cell = tower_of(container), family_of(container).cell(container)
-    extra = tower.prefix if _option(container, values, "vision_feature_select_strategy") == "full" else 0
-    tile = getattr(container, "image_seq_len", None)
-    actual, expected = [], []
-    for rows in image_features:
-        slots = len(rows) - extra if tile is None else tile
-        expected.append((len(rows) - extra) // slots * planned(container, slots * cell**2, values))
-        actual.append((~rows[:, 0].isnan()).sum())
-    counts = torch.stack(actual).tolist() if actual else []
-    _check(counts, expected)
+    height, width = (int(side) // tower_of(container).patch for side in values["pixel_values"].shape[-2:])
+    slots = prefix_of(container, values) + height * width // family_of(container).cell(container) ** 2
+    plan = planned(container, height * width, values)
+    actual = [(~rows[:, 0].isnan()).sum() for rows in image_features]
+    _check(torch.stack(actual).tolist() if actual else [], [len(rows) // slots * plan for rows in image_features])
 
 
 def _check(actual: Sequence[int], expected: Sequence[int]) -> None:

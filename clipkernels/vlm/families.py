@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.arguments import check_model
 from clipkernels.layered_class import host_of
 
 NEEDED = (5, 23)
@@ -33,6 +34,7 @@ class Family(NamedTuple):
     projector: attribute of the module that maps the tower's rows to image tokens.
     cell: the side in patches of the square that becomes one image token, of a container.
     takes_steps: the tower's rows are image tokens one by one, so that steps in the tower can shorten the prompt.
+    passes_options: the host's forward passes arguments that it does not name to the tower as well.
     packs: tiles of an image are packed with newlines after the projector, so that the choice comes after.
     first_position: position of the first token of a prompt.
     """
@@ -41,12 +43,13 @@ class Family(NamedTuple):
     projector: str = "multi_modal_projector"
     cell: Callable[[Any], int] = _one
     takes_steps: bool = False
+    passes_options: bool = False
     packs: bool = False
     first_position: int = 0
 
 
 FAMILIES = {
-    "LlavaModel": Family("LLaVA", takes_steps=True),
+    "LlavaModel": Family("LLaVA", takes_steps=True, passes_options=True),
     "PaliGemmaModel": Family("PaliGemma and ColPali", takes_steps=True, first_position=1),
     "LlavaNextModel": Family("LLaVA-NeXT", packs=True),
     "Idefics3Model": Family("Idefics 3", "connector", _shuffled),
@@ -61,7 +64,9 @@ def find_container(model: nn.Module) -> Any:
 
     Raises:
         UnsupportedTower: the model is of no family, or transformers is too old; the message names what came.
+        TypeError: the model is not a torch module.
     """
+    check_model(model)
     holders = [module for module in model.modules() if hasattr(type(module), "get_image_features")]
     containers = [module for module in holders if host_of(module).__name__ in FAMILIES]
     if len(containers) == 1:

@@ -9,6 +9,7 @@ Only the host's own methods are called. The state of a prompt is in the cache th
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from functools import wraps
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from clipkernels.messages import quantity
 from clipkernels.methods import Select
-from clipkernels.vlm.counts import check_counts, choose_packed, method_of
+from clipkernels.slot import SLOT, WeakContainer
+from clipkernels.vlm.counts import check_counts, choose_packed, method_of, tower_of
 from clipkernels.vlm.families import family_of
 from clipkernels.vlm.prompt import KEPT, CacheState, Prompt, cache_of, make_prompt, set_state, state_of
 
@@ -46,10 +48,13 @@ def handed_over(base: Any) -> dict[str, Any]:
     @wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         values = _arguments(signature, self, args, kwargs)
-        images = values.get("mm_encoder_outputs") or {}
+        pixels, images = values.get("pixel_values"), values.get("mm_encoder_outputs", {})
+        both = pixels is not None and "mm_encoder_outputs" in values
+        if both or not isinstance(images, Mapping) or ("input_ids" in values) == ("inputs_embeds" in values):
+            return base.forward(self, **values)  # which refuses them
         if values.get("pixel_values_videos") is not None or images.get("video") is not None:
             raise ValueError("hand_over=True takes images, got a video: patch without hand_over")
-        shows = values.get("pixel_values") is not None or images.get("image") is not None
+        shows = (pixels is not None and len(pixels) > 0) or images.get("image") is not None
         cache = cache_of(values)
         state = state_of(cache)
         if not shows and state is None:
@@ -63,7 +68,12 @@ def handed_over(base: Any) -> dict[str, Any]:
             outputs = _begin(self, base, features, values)
         return outputs if as_dict else outputs.to_tuple()
 
-    return {"get_image_features": get_image_features, "forward": forward}
+    def __setstate__(self: Any, state: Any) -> None:
+        base.__setstate__(self, state)
+        slots = vars(tower_of(self).owner)
+        slots[SLOT] = slots[SLOT]._replace(container=WeakContainer(self))
+
+    return {"get_image_features": get_image_features, "forward": forward, "__setstate__": __setstate__}
 
 
 def _arguments(signature: inspect.Signature, self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -78,8 +88,7 @@ def _check_cache(cache: Any, shows: bool) -> None:
     """Raise ValueError for a cache that cannot hold a cut prompt."""
     if cache is not None and getattr(cache, "is_compileable", False):
         raise ValueError(
-            "a prompt with fewer image tokens takes a cache that grows, got a static one: omit "
-            'cache_implementation="static"'
+            "a prompt with fewer image tokens takes a cache that grows, got a static one: omit cache_implementation"
         )
     length = 0 if cache is None else cache.get_seq_length()
     if shows and length:
@@ -94,8 +103,12 @@ def _begin(self: Any, base: Any, features: inspect.Signature, values: dict[str, 
     visible = _mask_of(values)
     images = dict(values.pop("mm_encoder_outputs", None) or {})
     if images.get("image") is None:
-        names = [name for name in features.parameters if name in values and name != "self"]
+        names = [name for name in features.parameters if name in values]
+        if family_of(self).passes_options:  # a patched tower returns no attentions
+            named = {"output_attentions", *inspect.signature(base.forward).parameters}
+            names += [name for name in values if name not in (*names, *named)]
         images["image"] = self.get_image_features(**{name: values[name] for name in names}, return_dict=True)
+    images["image"] = copy.copy(images["image"])  # the same may be given with several prompts
     for name in features.parameters:
         values.pop(name, None)
     embeds = values.get("inputs_embeds")
@@ -103,7 +116,8 @@ def _begin(self: Any, base: Any, features: inspect.Signature, values: dict[str, 
     merged = _merge(self, values.get("input_ids"), embeds, images["image"].pooler_output)
     batch, length = merged.shape[:2]
     visible = torch.ones(batch, length, dtype=torch.bool, device=merged.device) if visible is None else visible.bool()
-    dropped = merged[..., 0].isnan() & ~embeds[..., 0].isnan()
+    slots = values["input_ids"] == self.config.image_token_id if "input_ids" in values else ~embeds[..., 0].isnan()
+    dropped = merged[..., 0].isnan() & slots
     if not bool(dropped.any()):
         setattr(images["image"], KEPT, visible)
         return base.forward(self, **values, mm_encoder_outputs=images, return_dict=True)
@@ -132,7 +146,7 @@ def _restored(outputs: Any, image_outputs: Any, prompt: Prompt, length: int) -> 
     """The outputs at full length, with those of the images, and their cache with the state of the prompt."""
     cache = cache_of(outputs)
     if cache is not None:
-        set_state(cache, CacheState(prompt.mask, length))
+        set_state(cache, CacheState(prompt.mask, length, prompt.tail))
     outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
     outputs.image_outputs = image_outputs
     return outputs
@@ -142,11 +156,18 @@ def _continued(self: Any, values: dict[str, Any], cache: Any, state: CacheState)
     """The arguments of a forward that continues a cut prompt.
 
     Raises:
-        ValueError: other tokens than those that follow what the cache holds.
+        ValueError: other tokens than those that follow what the cache holds, or a cache without the whole prompt.
     """
+    after = cache.get_seq_length() - state.mask.shape[1]
+    if -after > state.tail:
+        raise ValueError(
+            f"expected a cache cropped by at most the last {quantity(state.tail, 'token')} of its prompt, got one "
+            f"cropped by {-after}: start a new cache"
+        )
+    state = state.cropped(max(-after, 0))
     tokens = values["inputs_embeds"] if "input_ids" not in values else values["input_ids"]
     batch, new = tokens.shape[:2]
-    start = state.length + cache.get_seq_length() - state.mask.shape[1]
+    start = state.length + max(after, 0)
     mask, positions = _mask_of(values), values.get("position_ids")
     # One token cannot overlap with what the cache holds.
     follows = (

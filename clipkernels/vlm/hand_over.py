@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from clipkernels.adapters import Tower, UnsupportedTower
+from clipkernels.adapters.modules import is_forward_replaced
 from clipkernels.layered_class import Layer, add_layer, has_layer, remove_layer
 from clipkernels.marks import Marks, marked_rows
 from clipkernels.messages import quantity
 from clipkernels.methods import Method, Select
 from clipkernels.plan import Condense, Plan, Prune
 from clipkernels.slot import SLOT
-from clipkernels.vlm.counts import tower_of
+from clipkernels.vlm.counts import prefix_of, tower_of
 from clipkernels.vlm.families import Family, family_of, find_container
 from clipkernels.vlm.forward import handed_over
 
@@ -34,19 +36,25 @@ def install(owner: nn.Module) -> None:
             add_layer(module, Layer(0, marked_rows, (cell,)))
 
 
-def remove(owner: nn.Module) -> None:
-    """Undo `install`."""
-    container, _ = _container_of(owner)
+def remove(tower: Tower) -> None:
+    """Undo `install`, also in a copy of the tower alone, and in modules that were wrapped after it.
+
+    Raises:
+        UnsupportedTower: a forward was replaced after patching.
+    """
+    container, _ = _container_of(tower.owner)
     if container is not None:
-        remove_layer(container, handed_over)
-        for module in _modules_after_blocks(container):
-            remove_layer(module, marked_rows)
+        _refuse_replaced(container)
+    for module in list((tower.root if container is None else container).modules()):
+        for make in (handed_over, marked_rows):
+            if has_layer(module, make):
+                remove_layer(module, make)
 
 
 def _container_of(owner: nn.Module) -> tuple[Any, Any]:
     """The container that a patched owner refers to, None if it does not hold this owner, and the marks."""
-    slot = owner.__dict__.get(SLOT)
-    container = None if slot is None else slot.container.ref()
+    slot: Any = owner.__dict__.get(SLOT)
+    container: Any = None if slot is None else slot.container.ref()
     # A copy of the tower alone refers to the container of the original.
     if slot is None or container is None or tower_of(container).owner is not owner:
         return None, None
@@ -57,10 +65,12 @@ def prepare(model: nn.Module, method: Method, plan: Plan) -> HandOver:
     """The hand-over of a method's tokens in a vision-language model.
 
     Raises:
-        UnsupportedTower: the model is of no family, or transformers is too old.
+        UnsupportedTower: the model is of no family, transformers is too old, or a forward was replaced.
         ValueError: the method's tokens cannot be handed over.
     """
     container = find_container(model)
+    _refuse_replaced(container)
+    prefix_of(container, {})
     family = family_of(container)
     cell, side = family.cell(container), round((plan.entry - plan.prefix) ** 0.5)
     if side % cell:
@@ -97,6 +107,13 @@ def _check_steps(method: Method, plan: Plan, family: Family) -> None:
                 f"{quantity(patches, 'patch')}, got {method!r}"
             )
         tokens = step.leaves(tokens, plan.prefix) if step else tokens
+
+
+def _refuse_replaced(container: Any) -> None:
+    """Raise UnsupportedTower if the forward of a module with a layer is not its class's, which would hide the layer."""
+    for module in (container, *_modules_after_blocks(container)):
+        if is_forward_replaced(module):
+            raise UnsupportedTower(f"the forward of {type(module).__name__} was replaced: patch the model first")
 
 
 def _projector_of(container: Any) -> nn.Module:

@@ -201,13 +201,15 @@ def test_a_merged_token_has_the_position_of_its_target():
     tower = ck.tower_of(model)
     x, rope = tower.embed(images)
     state = one_block.TokenState(x, rope=rope)
-    merged, to = one_block.forward(tower.parts(tower.blocks[0]), state, ck.Merge(5), 1, track=True)
+    output = one_block.forward(tower.parts(tower.blocks[0]), state, ck.Merge(5), 1, track=True, place=True)
+    merged, to, origin = output.state, output.destination, output.origin
     for image in range(2):
         for row in range(1, merged.x.shape[1]):
             members = (to[image] == row).nonzero()[:, 0]
             # Targets are at odd positions; a token that did not merge is alone in its row.
             target = members[members % 2 == 1] if len(members) > 1 else members
             assert torch.equal(merged.rope[image, 0, row - 1], rope[target[0] - 1])
+            assert origin[image, row - 1] == target[0] - 1
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_clip_224", "eva02_base_patch16_clip_224"])

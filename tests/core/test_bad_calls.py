@@ -78,10 +78,11 @@ TAKEN = {
         "lora", "recover.state", "tune.labels", "tune.classes", "tune.captions", "tune.caption_ids", "tune.cost",
         "tune.state",
     },
-    "True": FLAGS,
+    "True": FLAGS | {"merge_rest"},
     "1.5": NUMBERS | {"lr", "tau", "temperature", "mlp_ratio", "eps", "distance"},
     "-1": {"TipAdapter.alpha", "TipAdapterF.alpha", "TipX.alpha", "beta", "beta2", "beta3", "gamma", "bias", "scale",
-           "Reservoir.strength", "TDA.strength", "negative_strength", "negative_beta", "inflect", "minimum"},
+           "Reservoir.strength", "TDA.strength", "negative_strength", "negative_beta", "inflect", "minimum",
+           "Select.layer"},
     "infinity": {"TargetedDistillation.temperature"},
     "a list": {"grid", "entropy_range"},
     "a tuple": {"fit_tokens.images", "golden_ranking.images"},  # three images and two labels
@@ -168,17 +169,19 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             ck.TCA, {"rate": 0.1, "blocks": (1,), "centers": 2, "score": "rank", "seed": 0, "multiple": 1},
         ),
         "ToMe": (ck.ToMe, {"r": 3, "inflect": 0.0, "proportional": True}),
+        "Select": (ck.Select, {"keep": 0.5, "score": "cls", "layer": -2, "merge_rest": True}),
         "PatchRanking": (
             ck.PatchRanking, {"predictor": predictor, "keep": 0.5, "block": 3, "tokens": None, "multiple": 1},
         ),
         **{f"{type(method).__name__}.plan": (method.plan, sequence) for method in (
-            ck.Dense(), ck.EViT(0.5), ck.TCA(0.1), ck.ToMe(3), ck.PatchRanking(predictor), schedule)},
+            ck.Dense(), ck.EViT(0.5), ck.TCA(0.1), ck.ToMe(3), ck.Select(), ck.PatchRanking(predictor), schedule)},
         "Schedule": (ck.Schedule, {"steps": [ck.Merge(3), None], "tokens": 9, "prefix": 1}),
         "Schedule.from_plan": (ck.Schedule.from_plan, {"plan": ck.Plan((None,), 9)}),
         "Prune": (ck.Prune, {"keep": 3, "fuse": True, "signal": "cls", "seed": 0}),
         "Merge": (ck.Merge, {"r": 3, "proportional": True, "signal": "keys"}),
         "Condense": (ck.Condense, {"keep": 3, "merge": 3, "centers": 2, "heads": "mean", "first": 0, "signal": "cls"}),
         "Predict": (ck.Predict, {"keep": 3, "macs": 0}),
+        "Rank": (ck.Rank, {"signal": "cls"}),
         "Plan": (ck.Plan, {"steps": (None,), "entry": 9, "prefix": 1, "learnt": 0}),
         "Plan.gmacs": (
             ck.Plan((None,), 9).gmacs, {"width": 8, "patch": 8, "out": 8, "exact": False, "mlp_ratio": 4.0},
@@ -241,7 +244,7 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
                 "anchors": None,
             },
         ),
-        "patch": (ck.patch, {"model": model(), "method": ck.Dense()}),
+        "patch": (ck.patch, {"model": model(), "method": ck.Dense(), "hand_over": False}),
         **{name: (getattr(ck, name), {"model": model()}) for name in (
             "unpatch", "method_of", "tower_of", "ungraphed", "uncompile", "compilation_of")},
         "export": (
@@ -267,8 +270,8 @@ def calls(folder: str) -> dict[str, tuple[Any, dict[str, Any]]]:
             },
         ),
         "graphed": (ck.graphed, {"model": model(), "batch_sizes": [1], "pad": True}),
-        "patched": (lambda model, method: ck.patched(model, method).__enter__(), {
-            "model": model(), "method": ck.Dense(),
+        "patched": (lambda model, method, hand_over: ck.patched(model, method, hand_over=hand_over).__enter__(), {
+            "model": model(), "method": ck.Dense(), "hand_over": False,
         }),
         "RankPredictor": (
             patch_ranking.RankPredictor,

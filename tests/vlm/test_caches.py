@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import clipkernels as ck
-from tests.vlm.models import KINDS, build, prompts
-from tests.vlm.test_generation import GREEDY, host_values
+from tests.vlm.models import KINDS, _llama, build, prompts, transformers
+from tests.vlm.test_generation import GREEDY, host_values, positions_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["Llava", "PaliGemma", "Gemma3"]
@@ -38,6 +39,15 @@ def test_assisted_decoding_gives_the_same_tokens(name: str) -> None:
     model, values = patched(name), prompts(name, [1], [12])
     expected = model.generate(**values, **GREEDY)
     assert torch.equal(model.generate(**values, **GREEDY, prompt_lookup_num_tokens=2), expected)
+
+
+@torch.no_grad()
+def test_an_assistant_gives_the_same_tokens() -> None:
+    model, values = patched("Llava"), prompts("Llava", [1], [12])
+    expected = model.generate(**values, **GREEDY)
+    text = transformers.LlamaForCausalLM(_llama()).eval()
+    for assistant in (patched("Llava", 0.5), text):
+        assert torch.equal(model.generate(**values, **GREEDY, assistant_model=assistant), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,7 +87,7 @@ def test_a_copied_cache_goes_on_by_itself() -> None:
 @torch.no_grad()
 def test_caches_that_cannot_hold_a_cut_prompt_are_refused(name: str) -> None:
     model, values = patched(name), prompts(name, [1, 2], [12, 7])
-    with pytest.raises(ValueError, match=r'got a static one: omit cache_implementation="static"'):
+    with pytest.raises(ValueError, match=r"got a static one: omit cache_implementation"):
         model.generate(**values, **GREEDY, cache_implementation="static")
     with pytest.raises(ValueError, match=r"images belong in the first forward .* omit prefill_chunk_size"):
         model.generate(**values, **GREEDY, prefill_chunk_size=8)
@@ -126,3 +136,73 @@ def test_embedded_prompts_and_encoded_images_are_taken() -> None:
     as_tuple = model.model(**values, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], model.model(**values).last_hidden_state)
     assert isinstance(model.model.get_image_features(values["pixel_values"], return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("way", ["reset", "crop"])
+@torch.no_grad()
+def test_an_emptied_cache_takes_other_prompts(way: str) -> None:
+    model, values, ids = patched("Llava"), prompts("Llava", [1], [9]), torch.tensor([[1, 5, 6]])
+    cache = transformers.DynamicCache(config=model.config)
+    expected, text = model(**values).logits, model(input_ids=ids).logits
+    for _ in range(2):
+        assert torch.equal(model(**values, cache=cache).logits, expected)
+        cache.reset() if way == "reset" else cache.crop(-cache.get_seq_length())
+    parts = [model(input_ids=part, cache=cache).logits for part in (ids[:, :1], ids[:, 1:])]
+    torch.testing.assert_close(torch.cat(parts, 1), text, rtol=1e-5, atol=1e-5 * float(text.std()))
+
+
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_where_no_slot_is_cut() -> None:
+    model, values, more = patched("Llava"), prompts("Llava", [1, 2], [12, 7]), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    values["position_ids"] = positions_of(model, values["attention_mask"])
+    length = values["input_ids"].shape[1]
+    mask = torch.cat([values["attention_mask"], torch.ones_like(more)], 1)
+    last = values["position_ids"][:, -1:]
+    for removed in (1, 2, 4):  # candidates, and then a token of the prompt
+        cache = model(**values, use_cache=True).cache
+        positions = last + torch.arange(1, 4)
+        expected = model(input_ids=more, attention_mask=mask, position_ids=positions, cache=cache).logits
+        cache.crop(-removed)
+        rest, positions = torch.cat([values["input_ids"], more], 1)[:, -removed:], last + torch.arange(4 - removed, 4)
+        actual = model(input_ids=rest, attention_mask=mask, position_ids=positions, cache=cache).logits
+        tail = min(removed, 3)
+        torch.testing.assert_close(actual[:, -tail:], expected[:, -tail:], rtol=1e-4, atol=1e-4 * float(expected.std()))
+    cache = model(**values, use_cache=True).cache
+    cache.crop(-8)  # into the image of a row
+    with pytest.raises(ValueError, match=r"by at most the last 5 tokens .*, got one cropped by 8: start a new cache"):
+        model(input_ids=values["input_ids"][:, -8:], attention_mask=torch.ones(2, length), cache=cache)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_selected_repeated_and_reordered() -> None:
+    model, values, token = patched("Llava"), prompts("Llava", [1, 2], [12, 7]), torch.tensor([[7], [8]])
+
+    def decoded(rows: list[int], change: str = "", *arguments: Any) -> Tensor:
+        cache = model(**values, use_cache=True).cache
+        if change:
+            getattr(cache, change)(*arguments)
+        logits: Tensor = model(input_ids=token[rows], cache=cache).logits
+        return logits
+
+    expected = decoded([0, 1])
+    for change, argument, rows in (
+        ("batch_select_indices", torch.tensor([1, 0]), [1, 0]),
+        ("reorder_cache", torch.tensor([1, 1]), [1, 1]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1]),
+    ):
+        torch.testing.assert_close(decoded(rows, change, argument), expected[rows], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_among_new_tokens_is_hidden() -> None:
+    model, values, tokens = patched("Llava"), prompts("Llava", [1, 2], [12, 7]), torch.tensor([[0, 7], [8, 9]])
+    mask, first = values["attention_mask"], positions_of(model, values["attention_mask"])[:, -1:] + 1
+    cache = model(**values, use_cache=True).cache
+    padded = torch.cat([mask, torch.tensor([[0, 1], [1, 1]])], 1)
+    positions = torch.cat([first, first + torch.tensor([[0], [1]])], 1)
+    actual = model(input_ids=tokens, attention_mask=padded, position_ids=positions, cache=cache).logits[0, 1]
+    cache = model(**values, use_cache=True).cache
+    whole = torch.cat([mask, mask.new_ones(2, 1)], 1)
+    expected = model(input_ids=tokens[:, 1:], attention_mask=whole, position_ids=first, cache=cache).logits[0, 0]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))

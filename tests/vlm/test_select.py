@@ -117,6 +117,43 @@ def test_bad_arguments_are_refused() -> None:
     assert ck.method_of(model) is None
 
 
+@pytest.mark.parametrize("merge_rest", [True, False])
+@pytest.mark.parametrize(("score", "layer"), [("cls", -2), ("received", -3), ("cls", 0)])
+@torch.no_grad()
+def test_a_tower_hands_over_what_its_own_attention_ranks_first(score: Any, layer: int, merge_rest: bool) -> None:
+    models = pytest.importorskip("tests.vlm.models", reason="transformers 5.23 or later is not installed")
+    model, pixels = models.build("Llava"), models.prompts("Llava", [2], [9])["pixel_values"]
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    outputs = tower(pixels, output_attentions=True, output_hidden_states=True)
+    attention = outputs.attentions[layer].mean(1)
+    scores = (attention[:, 0] if score == "cls" else attention.mean(1))[:, 1:]
+    block = tower.encoder.layers[layer]
+    entering = outputs.hidden_states[layer - 1 if layer < 0 else layer]
+    keys = block.self_attn.k_proj(block.layer_norm1(entering)).unflatten(2, (4, -1)).mean(2)[:, 1:]
+    counts, rows = ck.Select(0.25, merge_rest=merge_rest).counts(64), outputs.hidden_states[-2][:, 1:]
+    chosen = [literal_choice(*image, *counts) for image in zip(rows, scores, keys, strict=True)]
+    expected = model.model.multi_modal_projector(torch.stack(chosen))
+    ck.patch(model, ck.Select(0.25, score, layer, merge_rest), hand_over=True)
+    actual = torch.stack(list(model.model.get_image_features(pixels).pooler_output))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(rows.std()), equal_nan=True)
+    assert int(actual[..., 0].isnan().sum()) == 2 * (64 - 16)
+
+
+@torch.no_grad()
+def test_a_tower_without_cls_ranks_by_received_attention() -> None:
+    models = pytest.importorskip("tests.vlm.models", reason="transformers 5.23 or later is not installed")
+    model, pixels = models.build("Gemma3"), models.prompts("Gemma3", [2], [9])["pixel_values"]
+    model.model.vision_tower.set_attn_implementation("eager")
+    attention = model.model.vision_tower(pixels, output_attentions=True).attentions[-2]
+    squares = attention.mean((1, 2)).view(2, 4, 2, 4, 2).mean((2, 4)).flatten(1)
+    ck.patch(model, ck.Select(0.25, merge_rest=False), hand_over=True)
+    rows = model.model.get_image_features(pixels).pooler_output
+    assert [(~image[:, 0].isnan()).nonzero()[:, 0].tolist() for image in rows] == squares.topk(
+        4
+    ).indices.sort().values.tolist()
+
+
 class _Peak(TorchDispatchMode):
     """The largest number of bytes of tensors that were made inside and are alive at once."""
 
