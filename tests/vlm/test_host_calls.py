@@ -12,7 +12,7 @@ import clipkernels as ck
 from clipkernels.testing import randomized
 from clipkernels.vlm.prompt import make_prompt
 from tests.vlm.models import IMAGE, KINDS, _clip, _llama, _siglip, build, prompts, transformers
-from tests.vlm.test_generation import host_values
+from tests.vlm.test_generation import GREEDY, host_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,3 +151,25 @@ def test_slots_that_are_cut_repeat_the_row_before_them_or_the_first() -> None:
     mirrored = make_prompt(dropped.flip(1), visible.flip(1))  # padding on the right
     assert mirrored.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and mirrored.tail == 0
     assert mirrored.slots.tolist() == [[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("name", ["LlavaNext", "LlavaOnevision"])
+@torch.no_grad()
+def test_images_of_different_sizes_share_a_text(name: str) -> None:
+    model, sizes = build(name), torch.tensor([[96, 128], [64, 128]])
+    host = copy.deepcopy(model)
+    images = {"pixel_values": torch.randn(2, 5, 3, 64, 64), "image_sizes": sizes}
+    if name == "LlavaOnevision":  # which divides only images that are alone
+        images["batch_num_images"] = torch.tensor([2])
+    lengths = [len(rows) for rows in host.model.get_image_features(**images).pooler_output]
+    ids = torch.tensor([[1, *[IMAGE] * lengths[0], 9, *[IMAGE] * lengths[1], 8]])
+    values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+    ck.patch(model, ck.Select(0.25), hand_over=True)
+    expected, stays = host_values(host, model, values)
+    if name == "LlavaNext":
+        alone = [ck.vlm.image_tokens(model, (height, width)) for height, width in sizes.tolist()]
+        assert alone == [64 // 4 + 12 * 17 - 12 * 12, 64 // 4 + 8 * 17 - 8 * 12] and int(stays.sum()) == 3 + sum(alone)
+    else:
+        newlines = sum(lengths) - 2 * 64
+        assert int(stays.sum()) == 3 + 2 * 16 + newlines
+    assert torch.equal(model.generate(**values, **GREEDY), host.generate(**expected, **GREEDY))
