@@ -176,7 +176,8 @@ class ExampleBatches:
             found = self.cached(images, distilled)
             found = found.align(words=self.tokens.words(distilled, tokens.shape[2]), regions=self.regions)
             wanted = [text for example in examples for text in self.candidate_texts(example)]
-            batch = batch._replace(features=found._replace(answers=self._embed(wanted).view(count, -1, found_width(found))))
+            answered = self._embed(wanted).view(count, -1, self.cached.width)
+            batch = batch._replace(features=found._replace(answers=answered))
         if texts:
             embedding = self.cached(images, regions=False).image
             assert embedding is not None
@@ -191,9 +192,3 @@ class ExampleBatches:
         embeddings = self.cached.read(list(row_of), False).text
         assert embeddings is not None
         return embeddings.float().cpu()[[row_of[text] for text in texts]]
-
-
-def found_width(features: TeacherFeatures) -> int:
-    """The width E of the teacher's embeddings."""
-    assert features.image is not None
-    return features.image.shape[1]

@@ -13,16 +13,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
-from clipkernels.support.features import encoder_of
 from clipkernels.data import Preprocess
 from clipkernels.fingerprint import fingerprint
 from clipkernels.images import Reader
@@ -39,6 +39,7 @@ from clipkernels.questions.state import ImagesRecord, ScoreRecord, Settings, Sta
 from clipkernels.questions.student import StudentTask, check_student, find_student
 from clipkernels.questions.subsets import low_shot, split_by_value
 from clipkernels.questions.training import TrainingSettings, predict, steps_for, train
+from clipkernels.support.features import encoder_of
 
 METHODS = (NONE, "finetune", "plain", "targeted")
 DISTILLED = ("plain", "targeted")
@@ -246,11 +247,12 @@ class Protocol:
                 if head:
                     short.update(dict.fromkeys(source.texts_of(example)))
         total = len(detailed) + len(short)
-        for texts, words, before in ((detailed, True, 0), (short, False, len(detailed))):
-            cached.add(
-                texts=texts, words=words,
-                progress=lambda _, done, __, before=before: self._report("encoding texts", before + done, total, "text"),
-            )  # fmt: skip
+
+        def report(before: int, kind: str, done: int, new: int) -> None:
+            self._report("encoding texts", before + done, total, "text")
+
+        cached.add(texts=detailed, words=True, progress=partial(report, 0))
+        cached.add(texts=short, words=False, progress=partial(report, len(detailed)))
 
     def _readable(self, examples: ExampleSet, split: str, state: State, cached: TeacherCache) -> ExampleSet:
         """The examples whose images can be read; their features are in the cache."""
@@ -264,9 +266,7 @@ class Protocol:
         failed = record.failed
         return examples._replace(examples=tuple(each for each in examples.examples if each.image not in failed))
 
-    def _read_images(
-        self, examples: ExampleSet, split: str, regions: bool, cached: TeacherCache
-    ) -> dict[str, str]:
+    def _read_images(self, examples: ExampleSet, split: str, regions: bool, cached: TeacherCache) -> dict[str, str]:
         """Encode all images of a split; the reasons for those that cannot be read."""
         paths = list(dict.fromkeys(example.image for example in examples.examples))
         pictures = Pictures(paths, self.pictures.preprocess, self.pictures.shape)

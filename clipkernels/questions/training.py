@@ -173,7 +173,9 @@ def _seeded_step(seed: int, step: int, device: torch.device) -> Iterator[None]:
 
 
 def _read_buffers(learner: nn.Module) -> Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *(b.detach().flatten().double().cpu() for b in learner.buffers())])
+    return torch.cat(
+        [torch.zeros(0, dtype=torch.float64), *(b.detach().flatten().double().cpu() for b in learner.buffers())]
+    )
 
 
 @torch.no_grad()

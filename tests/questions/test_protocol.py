@@ -1,4 +1,4 @@
-"""CLIP-TD's protocol: every task trains and scores, a stopped run ends with the same figures, other runs are refused."""
+"""CLIP-TD's protocol: every task is scored, a stopped run ends with the same figures, other runs are refused."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import pytest
 import torch
 
 import clipkernels as ck
-from clipkernels.questions import protocol as module
-from clipkernels.questions import state as states
-from clipkernels.questions import training
 from clipkernels.questions.examples import read_examples, vqa_classes
 from clipkernels.questions.protocol import METHODS, Options, Plan, run_protocol
-from clipkernels.questions.results import Progress, Results
+from clipkernels.questions.results import Results
 from clipkernels.questions.vqa import read_vqa
 from tests.questions.annotation_folders import SPLITS, write_colours
 
@@ -70,3 +67,98 @@ def test_every_task_is_trained_and_scored(
     weights = {row.method: row.weight for row in results.rows}
     assert weights["none"] is None is weights["finetune"] and weights["plain"] == 1
     assert weights["targeted"] is not None and 0 < weights["targeted"] < 1
+
+
+def test_a_run_that_is_stopped_everywhere_ends_with_the_same_figures(folders: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_of(folders["snli-ve"], "snli-ve", ("none", "targeted"), (1.0,))
+    expected = run(plan, tmp_path / "whole")
+    phases = set()
+    for _ in range(100):
+        seen: list[Progress] = []
+
+        def stop_at_the_second(progress: Progress, seen: list[Progress] = seen) -> bool:
+            seen.append(progress)
+            return len(seen) == 2
+
+        results = run(plan, tmp_path / "out", progress=stop_at_the_second)
+        phases.add(seen[-1].item if seen else "")
+        if not results.stopped:
+            break
+        assert len(results.rows) < len(expected.rows)
+    assert {"text", "image", "step"} <= phases
+    assert figures(results) == figures(expected)
+    assert not (tmp_path / "out" / "state" / states.CHECKPOINT).exists()
+
+
+def test_more_methods_are_added_and_other_settings_refused(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    first = run(plan_of(folders["snli-ve"], "snli-ve", ("none",), (0.5,)), out)
+    steps = []
+    train = training.train
+    monkeypatch.setattr(module, "train", lambda *rest, **options: steps.append(rest[1]) or train(*rest, **options))
+    both = run(plan_of(folders["snli-ve"], "snli-ve", ("none", "plain"), (0.5, 1.0)), out)
+    assert steps == [12, 24, 24] and figures(both)[: len(first.rows)] == figures(first)
+    with pytest.raises(ValueError, match=r"got one with steps 4 instead of 5: repeat it as it was"):
+        run(plan_of(folders["snli-ve"], "snli-ve", ("none",)), out, FAST._replace(steps=5))
+    with pytest.raises(ValueError, match="got one with .*another train split"):
+        run(plan_of(folders["vcr"], "vcr", ("none",)), out)
+
+
+def test_students_share_first_weights_and_labels_with_all_methods(folders: dict[str, Path]) -> None:
+    plan = plan_of(folders["vqa"], "vqa")
+    protocol = module.Protocol(plan, *ck.bundled(), FAST, lambda progress: False)
+    learners = [protocol._learner(module.Training(method, 1.0, 3)) for method in ("none", "plain", "targeted")]
+    states = [learner.student.state_dict() for learner in learners]  # type: ignore[union-attr]
+    assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
+    objective = learners[1].objective  # type: ignore[union-attr]
+    assert (objective.keep, objective.weight) == (1.0, None)  # type: ignore[union-attr]
+    subsets = [
+        protocol._subset(plan.train, module.Training(method, share, 3))[0].examples
+        for method, share in (("none", 0.5), ("finetune", 0.5), ("none", 1.0))
+    ]
+    assert subsets[0] == subsets[1] and set(subsets[0]) < set(subsets[2])
+
+
+def test_images_that_are_missing_or_broken_are_left_out(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_colours(tmp_path, "snli-ve", 12)
+    (tmp_path / "images" / "1.jpg").unlink()
+    (tmp_path / "images" / "2.jpg").write_bytes(b"no image")
+    (tmp_path / "images" / "13.jpg").write_bytes(b"no image")
+    results = run(plan_of(tmp_path, "snli-ve", ("none", "finetune"), (1.0,)), tmp_path / "out")
+    assert results.unread == 2
+    assert {(row.train, row.scored) for row in results.rows} == {(10, 11)}
+    assert "1 of the 12 files of the train split are missing, the first '1.jpg': left out 1 annotation" in str(
+        results.notes
+    )
+    again = run(plan_of(tmp_path, "snli-ve", ("none", "finetune"), (1.0,)), tmp_path / "out")
+    assert again.unread == 2 and again.rows == results.rows
+
+
+def test_a_domain_that_is_held_out_is_scored_apart(folders: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_of(folders["vcr"], "vcr", ("none",), (1.0,), field="source", held_out=("lsmdc",))
+    results = run(plan, tmp_path)
+    assert [(row.split, row.metric, row.train, row.scored) for row in results.rows] == [
+        (split, metric, 12, 12) for split in ("same", "shifted") for metric in ("Q→A", "QA→R", "Q→AR")
+    ]
+    assert "held out by source: lsmdc" in results.notes
+
+
+def test_a_student_learns_colours_and_clip_whole_is_tuned(folders: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_of(folders["vqa"], "vqa", ("none",), (1.0,))
+    results = run(plan, tmp_path / "student", FAST._replace(steps=150, batch_size=24, lr=3e-3))
+    scores = {row.metric: row.score for row in results.rows}
+    assert scores["accuracy (yes/no)"] == pytest.approx(1.0) and scores["accuracy (other)"] > 0.9
+    tuned = run(plan._replace(methods=("finetune",)), tmp_path / "clip", FAST._replace(tuned="full", steps=2))
+    assert {row.steps for row in tuned.rows} == {2}
+
+
+def test_answers_outside_of_the_vocabulary_are_no_labels(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = folders["vqa"]
+    classes = vqa_classes(read_vqa(folder, "train2014"), 2)
+    assert classes == ("yes", "blue")
+    train, test = (read_examples("vqa", folder, folder / "images", split, classes) for split in SPLITS["vqa"])
+    results = run(Plan(train, test, ("none",), (1.0,), 1), tmp_path)
+    assert {(row.train, row.classes, row.scored) for row in results.rows} == {(16, 2, 24)}
+    assert "train: 8 annotations whose answer is no class, left out" in results.notes
