@@ -9,7 +9,6 @@ import torch
 
 import clipkernels as ck
 from clipkernels.learn.distill import Teacher
-from clipkernels.questions.batches import TextTokens
 from clipkernels.questions.protocol import Protocol
 from clipkernels.questions.student import Student, StudentTask, check_student, find_student
 from tests.questions.test_protocol import FAST, folders, plan_of, run
@@ -90,16 +89,15 @@ def test_a_student_by_import_path_reads_its_own_words(
     options = FAST._replace(student="users_student:Words")
     protocol = Protocol(plan, *ck.bundled(), options, lambda progress: False)
     assert (protocol.width, protocol.grid) == (16, (2, 2))
-    model, _, tokenizer = ck.bundled()
-    text = "is it red?"
-    teacher = Teacher(model, tokenizer)
-    tokens = TextTokens(tokenizer, 64, 0, protocol.tokens.student, teacher.pieces)
-    pieces = teacher.pieces(text) if hasattr(tokenizer, "decoder") else None
-    assert tokens.ids([text, "is"]).shape == (2, 3) and pieces is None
     with pytest.raises(ValueError, match="a tokenizer with convert_ids_to_tokens or a decoder"):
         run(plan, tmp_path / "out", options)
-    results = run(plan._replace(methods=("none",)), tmp_path / "none", options)
-    assert len(results.rows) == 3
+    # The bundled tokenizer of bytes has no pieces; here each letter is one, between the start and the end.
+    monkeypatch.setattr(Teacher, "pieces", lambda self, text: ["", *text.lower(), ""])
+    tokens = protocol.tokens._replace(pieces=protocol.teacher.pieces)
+    assert tokens.ids(["is it red?", "is"]).shape == (2, 3)
+    assert tokens.words(["is it red?", "is"], 3).tolist() == [[1, 4, 7], [1, -1, -1]]
+    results = run(plan, tmp_path / "out", options)
+    assert [row.method for row in results.rows[::3]] == ["none", "targeted"]
 
 
 @pytest.mark.parametrize(
