@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from clipkernels.adapters.tokenizers import ids_of
 from clipkernels.images.batches import Pictures
 from clipkernels.images.loaders import Loader
 from clipkernels.learn.distill import TeacherCache, TeacherFeatures, align_grid, align_words
-from clipkernels.questions.examples import Example, ExampleSet, candidates_of, kinds_of
+from clipkernels.questions.examples import AnswerKinds, Example, ExampleSet, candidates_of
 
 
 class Batch(NamedTuple):
@@ -100,7 +100,7 @@ class ExampleBatches:
         cached: the teacher's features.
         grids: rows and columns of the student's patches, and of the teacher's.
         workers: loader processes; 0 reads in this process.
-        kinds: of VQA, the type of each class.
+        kinds: of VQA's classes.
     """
 
     def __init__(
@@ -111,11 +111,10 @@ class ExampleBatches:
         cached: TeacherCache,
         grids: tuple[tuple[int, int], tuple[int, int]],
         workers: int,
-        kinds: Mapping[int, str] | None = None,
+        kinds: AnswerKinds,
     ) -> None:
         self.examples, self.pictures, self.tokens, self.cached = examples, pictures, tokens, cached
-        self.regions, self.workers = align_grid(*grids), workers
-        self.kinds = kinds_of(examples) if kinds is None else kinds
+        self.regions, self.workers, self.kinds = align_grid(*grids), workers, kinds
 
     def read(self, indices: Sequence[Tensor], features: bool = False, texts: bool = False) -> Iterator[Batch]:
         """Yield the batches at indices.

@@ -8,11 +8,10 @@ vcr      two choices of a question: its answer, and the reason for the right ans
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
-
-import torch
 
 from clipkernels.messages import quantity
 from clipkernels.questions import snli_ve, vcr, vqa
@@ -153,7 +152,29 @@ def score_examples(examples: ExampleSet, predictions: Sequence[int]) -> dict[str
     return score_classes(list(predictions), [example.label for example, _ in pairs], examples.classes)
 
 
-def candidates_of(examples: ExampleSet, example: Example, kinds: Mapping[int, str]) -> tuple[list[int], int]:
+class AnswerKinds(NamedTuple):
+    """The types of VQA's classes: that of each class, and the classes of each type; empty for the other tasks."""
+
+    kind_of: Mapping[int, str]
+    members: Mapping[str, Sequence[int]]
+
+
+def kinds_of(examples: ExampleSet) -> AnswerKinds:
+    """The type of each class of VQA: the most frequent one of its questions; "" without a question."""
+    if examples.task != "vqa":
+        return AnswerKinds({}, {})
+    counts: dict[int, Counter[str]] = {index: Counter() for index in range(len(examples.classes))}
+    for example in examples.examples:
+        if example.label >= 0:
+            counts[example.label][examples.items[example.item].answer_type] += 1
+    kind_of = {index: count.most_common(1)[0][0] if count else "" for index, count in counts.items()}
+    members: dict[str, list[int]] = {}
+    for index, kind in kind_of.items():
+        members.setdefault(kind, []).append(index)
+    return AnswerKinds(kind_of, members)
+
+
+def candidates_of(examples: ExampleSet, example: Example, kinds: AnswerKinds) -> tuple[list[int], int]:
     """The answers among which confidences are compared, as indices, and the place of the right one among them.
 
     All of them, but of VQA's thousands of classes the right one and three others, drawn by the question's number: of
@@ -162,27 +183,19 @@ def candidates_of(examples: ExampleSet, example: Example, kinds: Mapping[int, st
     Args:
         examples: the set of the example.
         example: an example with a label.
-        kinds: of VQA, the type of each class.
+        kinds: of the classes.
     """
-    count = len(example.choices) or len(examples.classes)
+    count, label = len(example.choices) or len(examples.classes), example.label
     if examples.task != "vqa" or count <= CANDIDATES:
-        return list(range(count)), example.label
-    generator = torch.Generator().manual_seed(examples.items[example.item].number)
-    order = torch.randperm(count, generator=generator).tolist()
-    others = [index for index in order if index != example.label]
-    others.sort(key=lambda index: kinds[index] != kinds[example.label])  # stable, so the order stays random
-    chosen = sorted([example.label, *others[: CANDIDATES - 1]])
-    return chosen, chosen.index(example.label)
-
-
-def kinds_of(examples: ExampleSet) -> dict[int, str]:
-    """Of VQA, the most frequent type of answer of each class; "" for one without a question."""
-    counts: dict[int, Counter[str]] = {index: Counter() for index in range(len(examples.classes))}
-    if examples.task == "vqa":
-        for example in examples.examples:
-            if example.label >= 0:
-                counts[example.label][examples.items[example.item].answer_type] += 1
-    return {index: count.most_common(1)[0][0] if count else "" for index, count in counts.items()}
+        return list(range(count)), label
+    generator = random.Random(examples.items[example.item].number)
+    alike = kinds.members[kinds.kind_of[label]]
+    chosen: list[int] = []
+    for pool in (alike, range(count)):
+        drawn = generator.sample(pool, min(2 * CANDIDATES, len(pool)))
+        chosen += [index for index in drawn if index != label and index not in chosen]
+    answers = sorted([label, *chosen[: CANDIDATES - 1]])
+    return answers, answers.index(label)
 
 
 def _majority(answers: Sequence[str]) -> str:
