@@ -25,7 +25,7 @@ from clipkernels.cli.parts.output import opened, write_results
 from clipkernels.cli.parts.reporter import Reporter, duration
 from clipkernels.cli.parts.stopping import stopping
 from clipkernels.measure.environment import environment
-from clipkernels.messages import list_items, quantity
+from clipkernels.messages import list_items, quantity, skip_message
 from clipkernels.questions.examples import FIELDS, SPLITS, TASKS, ExampleSet, read_examples, vqa_classes
 from clipkernels.questions.learners import Tuned
 from clipkernels.questions.protocol import METHODS, Options, Plan, run_protocol
@@ -35,6 +35,8 @@ from clipkernels.questions.vqa import read_vqa
 from clipkernels.run_folder import RUN
 
 STATE = "state"
+MAX_NAMED = 10
+"""Images that cannot be read and are named."""
 EXAMPLE = """\b
 Example:
   clipkernels distill snli_ve --task snli-ve --images snli_ve/images \\
@@ -183,11 +185,15 @@ def distill(
     if results.stopped:
         click.echo(f"stopped in {report.activity}; the same command goes on", err=True)
         context.exit(128 + stop[0])
+    for path, reason in list(results.unread.items())[:MAX_NAMED]:
+        click.echo(skip_message(path, reason), err=True)
+    if len(results.unread) > MAX_NAMED:
+        click.echo(f"skipped {len(results.unread) - MAX_NAMED} more", err=True)
     records = records_of(results.rows)
     notes = [
         *results.notes, *subset_notes(results.rows),
         "mean: over seeds. gain: over none, seed by seed. The objective is a reconstruction of CLIP-TD's.",
-        *([f"left out {quantity(results.unread, 'image')} that cannot be read"] if results.unread else []),
+        *([f"left out {quantity(len(results.unread), 'image')} that cannot be read"] if results.unread else []),
     ]  # fmt: skip
     title = f"{task}, teacher {name or 'the bundled CLIP'}, student {student or 'the small transformer'}"
     document: dict[str, Any] = {

@@ -174,11 +174,11 @@ class Protocol:
             batch_size=options.batch_size, lr=options.lr, strength=options.strength, keep=options.keep,
             temperature=options.temperature,
         )  # fmt: skip
-        self.errors = 0
+        self.unread: dict[str, str] = {}
 
     def run(self, state: State, cached: TeacherCache) -> Results:
         """Train and score everything that the state does not have."""
-        results = Results([], [*self._notes()], 0)
+        results = Results([], [*self._notes()], self.unread)
         trainings = [
             Training(method, share, seed)
             for seed in range(self.plan.seeds)
@@ -190,7 +190,6 @@ class Protocol:
                 self._read_texts(cached)
             train_set = self._readable(self.plan.train, "train", state, cached)
             test_set = self._readable(self.plan.test, "test", state, cached)
-            results = results._replace(unread=self.errors)
             for number, training in enumerate(trainings, 1):
                 record = state.score(training.name)
                 if record is None:
@@ -229,7 +228,7 @@ class Protocol:
             yield f"held out by {self.plan.field}: {', '.join(self.plan.held_out)}"
 
     def _report(self, phase: str, done: int, total: int, item: str) -> None:
-        if self.progress(Progress(phase, done, total, self.errors, item)):
+        if self.progress(Progress(phase, done, total, len(self.unread), item)):
             raise Stopped
 
     def _read_texts(self, cached: TeacherCache) -> None:
@@ -262,7 +261,7 @@ class Protocol:
             record = ImagesRecord(self._read_images(examples, split, regions, cached), regions)
             state.save_images(split, record)
         else:
-            self.errors += len(record.failed)
+            self.unread |= record.failed
         failed = record.failed
         return examples._replace(examples=tuple(each for each in examples.examples if each.image not in failed))
 
@@ -277,9 +276,9 @@ class Protocol:
         done = 0
         for batch in loader:
             failed |= {paths[index]: reason for index, reason in batch.failed}
+            self.unread |= failed
             if batch.images is not None:
                 cached.add(images=[batch.images], regions=regions)
-            self.errors += len(batch.failed)
             done += len(batch.indices) + len(batch.failed)
             self._report(f"encoding {split} images", done, len(paths), "image")
         return failed
@@ -355,7 +354,7 @@ class Protocol:
             return before + time.monotonic() - began
 
         def report(step: int, loss: float) -> bool:
-            return self.progress(Progress(label, step, settings.steps, self.errors, "step"))
+            return self.progress(Progress(label, step, settings.steps, len(self.unread), "step"))
 
         trained = train(
             learner, count,
@@ -385,7 +384,7 @@ class Protocol:
         batches = source.read(torch.arange(count).split(self.options.batch_size), texts=learner.needs_texts)
 
         def report(done: int) -> bool:
-            return self.progress(Progress(f"scoring {label}", done, count, self.errors, "example"))
+            return self.progress(Progress(f"scoring {label}", done, count, len(self.unread), "example"))
 
         learner.eval()
         predictions = predict(learner, batches, report)

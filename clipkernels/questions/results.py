@@ -61,13 +61,13 @@ class Results(NamedTuple):
 
     rows: by seed, share and method.
     notes: sentences for a report.
-    unread: images that cannot be read.
+    unread: the reasons for images that cannot be read, by path.
     stopped: the caller stopped it; the same call goes on.
     """
 
     rows: list[Row]
     notes: list[str]
-    unread: int
+    unread: Mapping[str, str]
     stopped: bool = False
 
 

@@ -110,6 +110,8 @@ def test_an_image_that_cannot_be_read_ends_with_1(tmp_path: Path) -> None:
     folders = ("--task", "vqa", "--images", tmp_path / "images", "--out", tmp_path / "out")
     result = run("distill", tmp_path, *folders, *options, *FAST)
     assert result.exit_code == 1 and "left out 1 image that cannot be read" in result.stdout
+    broken = tmp_path / "images" / "COCO_train2014_000000000001.jpg"
+    assert f"skipped {broken}: not an image (no format that is read)" in result.stderr
     assert {(row["split"], row["scored"]) for row in rows_of(tmp_path / "out")} == {("same", 4), ("shifted", 4)}
     picture(tmp_path / "images" / "x.jpg", (1, 2, 3))
     message = error(run("distill", tmp_path, *folders[:4], "--out", tmp_path / "b", *FAST, "--shift", "answer_type=x"))
