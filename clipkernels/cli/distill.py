@@ -28,13 +28,16 @@ from clipkernels.measure.environment import environment
 from clipkernels.messages import list_items, quantity, skip_message
 from clipkernels.questions.examples import FIELDS, SPLITS, TASKS, ExampleSet, read_examples, vqa_classes
 from clipkernels.questions.learners import Tuned
-from clipkernels.questions.protocol import METHODS, Options, Plan, run_protocol
+from clipkernels.questions.plan import METHODS, Options, Plan
+from clipkernels.questions.protocol import run_protocol
 from clipkernels.questions.results import Progress
 from clipkernels.questions.subsets import held_out_values
 from clipkernels.questions.vqa import read_vqa
 from clipkernels.run_folder import RUN
 
 STATE = "state"
+POSITIVE = click.FloatRange(min=0, min_open=True)
+SHARE = click.FloatRange(min=0, max=1, min_open=True)
 MAX_NAMED = 10
 """Images that cannot be read and are named."""
 EXAMPLE = """\b
@@ -98,10 +101,12 @@ Example:
 )
 @click.option("--steps", type=click.IntRange(min=1), default=600, show_default=True, help="Most steps of a training.")
 @batch_size_option(64, "Annotations per step.")
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Largest learning rate of students and heads.")
-@click.option("--strength", type=float, default=1.0, show_default=True, help="Weight λ of the distillation.")
-@click.option("--keep", type=float, default=0.4, show_default=True, help="targeted: share κ of the tokens.")
-@click.option("--temperature", type=float, default=0.07, show_default=True, help="targeted: t of the relevance.")
+@click.option("--lr", type=POSITIVE, default=1e-3, show_default=True, help="Largest learning rate but of CLIP whole.")
+@click.option(
+    "--strength", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Weight λ of the distillation."
+)
+@click.option("--keep", type=SHARE, default=0.4, show_default=True, help="targeted: share κ of the tokens.")
+@click.option("--temperature", type=POSITIVE, default=0.07, show_default=True, help="targeted: t of the relevance.")
 @model_options
 @workers_option()
 @device_option

@@ -1,10 +1,5 @@
 """CLIP-TD's protocol: every method on every share of the labels and every seed, scored on the test split.
 
-none      the student alone
-finetune  CLIP with a head, on frozen features or trained whole
-plain     naive distillation: all tokens, of equal relevance, weight 1
-targeted  CLIP-TD: the relevant tokens, weighted by the teacher's confidence against the student's
-
 All methods of a seed share labels and order, and the students their first weights and dropout.
 """
 
@@ -12,11 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,79 +20,24 @@ from clipkernels.adapters import UnsupportedTower
 from clipkernels.data import Preprocess
 from clipkernels.fingerprint import fingerprint
 from clipkernels.images import Reader
-from clipkernels.images.batches import Pictures, collate, image_shape
-from clipkernels.images.loaders import Loader
+from clipkernels.images.batches import Pictures, image_shape
 from clipkernels.learn.checkpoints import seeded
 from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache
 from clipkernels.messages import quantity
 from clipkernels.questions.batches import ExampleBatches, TextTokens
 from clipkernels.questions.examples import ExampleSet, kinds_of, score_examples
-from clipkernels.questions.learners import ClipLearner, Learner, StudentLearner, Tuned
-from clipkernels.questions.results import NONE, Progress, Results, Row
+from clipkernels.questions.learners import ClipLearner, Learner, StudentLearner
+from clipkernels.questions.plan import DISTILLED, Options, Plan, Training
+from clipkernels.questions.preparation import encode_images, encode_texts
+from clipkernels.questions.results import Progress, Results, Row
 from clipkernels.questions.state import ImagesRecord, ScoreRecord, Settings, State
 from clipkernels.questions.student import StudentTask, check_student, find_student
 from clipkernels.questions.subsets import low_shot, split_by_value
 from clipkernels.questions.training import TrainingSettings, predict, steps_for, train
 from clipkernels.support.features import encoder_of
 
-METHODS = (NONE, "finetune", "plain", "targeted")
-DISTILLED = ("plain", "targeted")
 SAME, SHIFTED, TEST = "same", "shifted", "test"
 FEATURES = "features"
-
-
-class Plan(NamedTuple):
-    """The trainings of a run and their data.
-
-    train, test: the examples.
-    methods, shares: names and shares of the labels.
-    seeds: number of seeds.
-    field, held_out: a field of the annotations, and the values of it that are not trained on; "" and () for no shift.
-    """
-
-    train: ExampleSet
-    test: ExampleSet
-    methods: Sequence[str]
-    shares: Sequence[float]
-    seeds: int
-    field: str = ""
-    held_out: Sequence[str] = ()
-
-
-class Options(NamedTuple):
-    """The settings of the trainings.
-
-    student: import path "module:Class"; None is the student that ships.
-    tuned: how CLIP is fine-tuned.
-    steps, batch_size, lr: most steps, examples per step, largest learning rate.
-    full_lr: of CLIP trained whole.
-    strength, keep, temperature: λ, κ and t of the objective.
-    workers: loader processes.
-    """
-
-    student: str | None = None
-    tuned: Tuned = "mlp"
-    steps: int = 600
-    batch_size: int = 64
-    lr: float = 1e-3
-    full_lr: float = 1e-5
-    strength: float = 1.0
-    keep: float = 0.4
-    temperature: float = 0.07
-    workers: int = 0
-
-
-class Training(NamedTuple):
-    """One training: its method, its share of the labels and its seed."""
-
-    method: str
-    share: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The name in progress and in the state."""
-        return f"{self.method}, {100 * self.share:g} %, seed {self.seed}"
 
 
 class Stopped(Exception):
@@ -187,7 +126,8 @@ class Protocol:
         ]
         try:
             if any(state.score(training.name) is None for training in trainings):
-                self._read_texts(cached)
+                first, second = (self._batches(part, cached, self.tokens) for part in (self.plan.train, self.plan.test))
+                encode_texts(self.plan, self.options, first, second, cached, self._report)
             train_set = self._readable(self.plan.train, "train", state, cached)
             test_set = self._readable(self.plan.test, "test", state, cached)
             for number, training in enumerate(trainings, 1):
@@ -231,57 +171,20 @@ class Protocol:
         if self.progress(Progress(phase, done, total, len(self.unread), item)):
             raise Stopped
 
-    def _read_texts(self, cached: TeacherCache) -> None:
-        """Encode the texts that the methods need."""
-        distil = any(method in DISTILLED for method in self.plan.methods)
-        head = "finetune" in self.plan.methods and self.options.tuned != "full"
-        detailed: dict[str, None] = {}
-        short: dict[str, None] = {}
-        for examples, trained in ((self.plan.train, True), (self.plan.test, False)):
-            source = self._batches(examples, cached, self.tokens)
-            for example in examples.examples:
-                if distil and trained and example.label >= 0:
-                    detailed[source.distilled_text(example)] = None
-                    short.update(dict.fromkeys(source.candidate_texts(example)))
-                if head:
-                    short.update(dict.fromkeys(source.texts_of(example)))
-        total = len(detailed) + len(short)
-
-        def report(before: int, kind: str, done: int, new: int) -> None:
-            self._report("encoding texts", before + done, total, "text")
-
-        cached.add(texts=detailed, words=True, progress=partial(report, 0))
-        cached.add(texts=short, words=False, progress=partial(report, len(detailed)))
-
     def _readable(self, examples: ExampleSet, split: str, state: State, cached: TeacherCache) -> ExampleSet:
         """The examples whose images can be read; their features are in the cache."""
-        regions = split == "train" and any(method in DISTILLED for method in self.plan.methods)
+        regions = split == "train" and self.plan.distils
         record = state.images(split)
         if record is None or (regions and not record.regions):
-            record = ImagesRecord(self._read_images(examples, split, regions, cached), regions)
+            paths = list(dict.fromkeys(example.image for example in examples.examples))
+            pictures = Pictures(paths, self.pictures.preprocess, self.pictures.shape)
+            failed = encode_images(pictures, split, regions, self.options, cached, self.unread, self._report)
+            record = ImagesRecord(dict(failed), regions)
             state.save_images(split, record)
         else:
             self.unread |= record.failed
-        failed = record.failed
-        return examples._replace(examples=tuple(each for each in examples.examples if each.image not in failed))
-
-    def _read_images(self, examples: ExampleSet, split: str, regions: bool, cached: TeacherCache) -> dict[str, str]:
-        """Encode all images of a split; the reasons for those that cannot be read."""
-        paths = list(dict.fromkeys(example.image for example in examples.examples))
-        pictures = Pictures(paths, self.pictures.preprocess, self.pictures.shape)
-        loader: Loader[Any] = Loader(
-            pictures, self.options.workers, batch_size=self.options.batch_size, collate_fn=collate
-        )
-        failed: dict[str, str] = {}
-        done = 0
-        for batch in loader:
-            failed |= {paths[index]: reason for index, reason in batch.failed}
-            self.unread |= failed
-            if batch.images is not None:
-                cached.add(images=[batch.images], regions=regions)
-            done += len(batch.indices) + len(batch.failed)
-            self._report(f"encoding {split} images", done, len(paths), "image")
-        return failed
+        unread = record.failed
+        return examples._replace(examples=tuple(each for each in examples.examples if each.image not in unread))
 
     def _batches(self, examples: ExampleSet, cached: TeacherCache, tokens: TextTokens) -> ExampleBatches:
         grids = (self.grid, self.task.grid)

@@ -12,7 +12,8 @@ import clipkernels as ck
 from clipkernels.questions import protocol as module
 from clipkernels.questions import state as states
 from clipkernels.questions.examples import read_examples, vqa_classes
-from clipkernels.questions.protocol import METHODS, Options, Plan, run_protocol
+from clipkernels.questions.plan import METHODS, Options, Plan, Training
+from clipkernels.questions.protocol import run_protocol
 from clipkernels.questions.results import Progress, Results
 from clipkernels.questions.vqa import read_vqa
 from tests.questions.annotation_folders import SPLITS, write_colours
@@ -112,13 +113,13 @@ def test_more_methods_are_added_and_other_settings_refused(
 def test_students_share_first_weights_and_labels_with_all_methods(folders: dict[str, Path]) -> None:
     plan = plan_of(folders["vqa"], "vqa")
     protocol = module.Protocol(plan, *ck.bundled(), FAST, lambda progress: False)
-    learners = [protocol._learner(module.Training(method, 1.0, 3)) for method in ("none", "plain", "targeted")]
+    learners = [protocol._learner(Training(method, 1.0, 3)) for method in ("none", "plain", "targeted")]
     states = [learner.student.state_dict() for learner in learners]  # type: ignore[union-attr]
     assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
     objective = learners[1].objective  # type: ignore[union-attr]
     assert (objective.keep, objective.weight) == (1.0, None)  # type: ignore[union-attr]
     subsets = [
-        protocol._subset(plan.train, module.Training(method, share, 3))[0].examples
+        protocol._subset(plan.train, Training(method, share, 3))[0].examples
         for method, share in (("none", 0.5), ("finetune", 0.5), ("none", 1.0))
     ]
     few, same, every = ({example.item for example in subset} for subset in subsets)
