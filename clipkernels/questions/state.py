@@ -75,6 +75,10 @@ class ScoreRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     weight: Share | None
     seconds: Annotated[float, msgspec.Meta(ge=0)]
 
+    def __post_init__(self) -> None:
+        if not self.scores or self.scores.keys() != self.counts.keys() or not all(self.scores.values()):
+            raise ValueError(f"scores of {', '.join(self.scores) or 'no split'} and counts of {', '.join(self.counts)}")
+
 
 class ImagesRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The images of a split that cannot be read, with the reasons; true if the others' regions are in the cache."""
