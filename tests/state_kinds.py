@@ -384,7 +384,7 @@ def distillation_score(folder: Path) -> Kind:
             assert state.score("none, 1 %, seed 0") is not None
 
     [file] = (folder / "state").glob("score-*")
-    return Kind(file, load, ("scores.test.",))
+    return Kind(file, load, ("scores.test.",), ("weight",))
 
 
 def distillation_images(folder: Path) -> Kind:
