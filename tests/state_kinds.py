@@ -15,7 +15,7 @@ from clipkernels.artefacts.header import read_header
 from clipkernels.artefacts.load import read_saved_method
 from clipkernels.evaluation import features as split_features
 from clipkernels.evaluation import state as evaluation
-from clipkernels.evaluation.results import read_rows, write_scores
+from clipkernels.evaluation.results import Unread, write_scores
 from clipkernels.evaluation.scores import Score
 from clipkernels.fingerprint import fingerprint
 from clipkernels.learn.calip_fs import FewShotCALIP
@@ -26,6 +26,8 @@ from clipkernels.learn.recovery import state as recovery
 from clipkernels.learn.recovery.results import Closeness, Evaluation
 from clipkernels.learn.tip_f import TipAdapterF
 from clipkernels.measure.timing import Band
+from clipkernels.questions import state as distillation
+from clipkernels.questions.training import Checkpoint
 from clipkernels.state_files import read_json, read_state, write_json, write_state
 from clipkernels.support import Picture, SupportSet
 from clipkernels.support.features import Encoder, join_names, read_features, write_features
@@ -340,9 +342,10 @@ def evaluation_features(folder: Path) -> Kind:
 
 
 def evaluation_score(folder: Path) -> Kind:
-    file = folder / "row.json"
-    write_scores(file, {"accuracy": Score(0.5, 0.25, 0.75, 0.125, 3, 90)}, 1, "published")
-    return Kind(file, lambda: list(read_rows(file, "scenes", "Dense()", "tda", 0)))
+    file, unread = folder / "row.json", {"test": Unread(1, "a.png", "not an image")}
+    write_scores(file, {"accuracy": Score(0.5, 0.25, 0.75, 0.125, 3, 90)}, unread, "published")
+    # As `read_rows` reads it, whose message has another remedy.
+    return Kind(file, lambda: read_json(file, evaluation.SCORE_FORMAT, evaluation.MAX_BYTES), free=("unread.",))
 
 
 def evaluation_speed(folder: Path) -> Kind:
@@ -350,6 +353,66 @@ def evaluation_speed(folder: Path) -> Kind:
     record = evaluation.SpeedRecord(methods={"Dense()": (1.5, 20.0, 1.25, 0.75)})
     write_json(file, evaluation.SPEED_FORMAT, record, evaluation.MAX_BYTES)
     return Kind(file, lambda: read_json(file, evaluation.SPEED_FORMAT, evaluation.MAX_BYTES))
+
+
+DISTILLATION = distillation.Settings(
+    task="vcr", tower=TOWER, text_tower=TOWER, method="host", reader="1", preprocess="Resize(32)", train="ab" * 32,
+    test="cd" * 32, held_out=["source", "lsmdc"], student="", tuned="mlp", steps=600, batch_size=64, lr=0.5,
+    strength=1.0, keep=0.25, temperature=0.125,
+)  # fmt: skip
+
+
+def distillation_run(folder: Path) -> Kind:
+    def load() -> None:
+        with distillation.State(folder / "state", DISTILLATION):
+            pass
+
+    load()
+    return Kind(folder / "state" / "run.json", load, ("tower.", "text_tower.", "held_out."))
+
+
+def distillation_score(folder: Path) -> Kind:
+    record = distillation.ScoreRecord(
+        scores={"test": {"Q→A": 0.5, "QA→R": 0.25, "Q→AR": 0.125}}, counts={"test": 40}, train=30, classes=4, steps=600,
+        weight=0.5, seconds=1.5,
+    )  # fmt: skip
+    with distillation.State(folder / "state", DISTILLATION) as state:
+        state.save_score("none, 1 %, seed 0", record)
+
+    def load() -> None:
+        with distillation.State(folder / "state", DISTILLATION) as state:
+            assert state.score("none, 1 %, seed 0") is not None
+
+    [file] = (folder / "state").glob("score-*")
+    return Kind(file, load, ("scores.test.",), ("weight",))
+
+
+def distillation_images(folder: Path) -> Kind:
+    record = distillation.ImagesRecord({"a.jpg": "not an image"}, True)
+    with distillation.State(folder / "state", DISTILLATION) as state:
+        state.save_images("train", record)
+
+    def load() -> None:
+        with distillation.State(folder / "state", DISTILLATION) as state:
+            assert state.images("train") is not None
+
+    return Kind(folder / "state" / "images-train.json", load, ("failed.",), ("failed.",))
+
+
+def distillation_checkpoint(folder: Path) -> Kind:
+    weights, first, second = torch.rand(3, 7, generator=torch.Generator().manual_seed(0))
+    checkpoint = Checkpoint(6, 1.5, 3, weights, first, second, torch.rand(2).double())
+    with distillation.State(folder / "state", DISTILLATION) as state:
+        state.save_checkpoint("none", lambda: checkpoint, 2.5, at_once=True)
+
+    def load() -> None:
+        with distillation.State(folder / "state", DISTILLATION) as state:
+            read = state.checkpoint("none")
+        assert read is not None and read[1] == 2.5 and read[0][:3] == checkpoint[:3]
+        assert all(map(torch.equal, read[0][3:], checkpoint[3:]))
+
+    unbounded = ("weights", "first", "second", "buffers")
+    return Kind(folder / "state" / "checkpoint.safetensors", load, unbounded=unbounded, separate=("buffers",))
 
 
 KINDS: dict[str, Callable[[Path], Kind]] = {
@@ -363,5 +426,7 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
     **{"recovery best": recovery_best},
     **{"evaluation": evaluation_run, "evaluation features": evaluation_features},
     **{"evaluation score": evaluation_score, "evaluation speed": evaluation_speed},
+    **{"distillation": distillation_run, "distillation score": distillation_score},
+    **{"distillation images": distillation_images, "distillation checkpoint": distillation_checkpoint},
     **{"tuning": tuning_run, "tuning evaluation": tuning_evaluation, "tuning speed": tuning_speed},
 }

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +30,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 import clipkernels as ck
-from bench.result_files import deviation, header_of, resume, save, write
+from bench.result_files import header_of, resume, save, write
 from bench.studies.questions import MASKED, NOISE, Question, QuestionSet, ask, masked, questions_of, shifted
 from bench.studies.ranking import preprocess_photos
 from bench.studies.tiny_clip import read
@@ -44,15 +43,19 @@ from clipkernels.data.tokenizer import END, PAD, VOCABULARY
 from clipkernels.learn.checkpoints import seeded
 from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache, TeacherFeatures, align_grid
 from clipkernels.measure.environment import environment
+from clipkernels.questions.batches import Batch
+from clipkernels.questions.learners import StudentLearner
+from clipkernels.questions.results import summarize
+from clipkernels.questions.scores import ACCURACY, score_classes
+from clipkernels.questions.student import DROPOUT, HEADS, LAYERS, WIDTH, Student, StudentTask
+from clipkernels.questions.subsets import low_shot
+from clipkernels.questions.training import EPOCHS, FEWEST_STEPS, TrainingSettings, predict, steps_for
+from clipkernels.questions.training import train as train_learner
 
 BATCH = 64
 SHARES = (0.01, 0.05, 0.2, 1.0)
 SPLITS = ("clean", "shifted")
-LR, WARMUP = 1e-3, 0.05  # share of the steps
-EPOCHS, FEWEST = 60, 300  # most epochs (with few labels), fewest steps
 MISSING = 0.05  # share of letters masked in training, for every method, so that the student knows masked letters
-SIDE = 4  # patches per side of the student, half the teacher's
-WIDTH, LAYERS, HEADS, DROPOUT = 64, 2, 2, 0.1
 LETTERS = (1 + ord("a"), 1 + ord("z"))
 MASK = END + 1
 TEMPLATE = "a photo of a {}."
@@ -64,40 +67,6 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "targeted, weight 1": {"strength": STRENGTH, "weight": None},
     "targeted": {"strength": STRENGTH},
 }
-
-
-class Student(nn.Module):
-    """One transformer over patches and letters that answers (B,2) from a token before them."""
-
-    def __init__(self, patch: int, length: int) -> None:
-        super().__init__()
-        self.patches = SIDE**2
-        self.embed = nn.Conv2d(3, WIDTH, patch, patch)
-        self.letters = nn.Embedding(VOCABULARY + 1, WIDTH)
-        self.places = nn.Parameter(0.02 * torch.randn(1 + self.patches + length, WIDTH))
-        self.first = nn.Parameter(0.02 * torch.randn(WIDTH))
-        self.drop = nn.Dropout(DROPOUT)
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
-        self.answer = nn.Linear(WIDTH, 2)
-
-    def forward(self, images: Tensor, tokens: Tensor) -> StudentOutput:
-        patches = self.embed(images).flatten(2).mT
-        first = self.first.expand(len(images), 1, -1)
-        x = torch.cat([first, patches, self.letters(tokens)], 1) + self.places
-        padding = pad(tokens == PAD, (1 + self.patches, 0))
-        x = self.blocks(self.drop(x), src_key_padding_mask=padding)
-        visual, text = x[:, 1 : 1 + self.patches], x[:, 1 + self.patches :]
-        return StudentOutput(self.answer(x[:, 0]), x[:, 0], visual, text)
-
-
-class StudentOutput(NamedTuple):
-    """A student's logits (B,2), first token (B,C), patches (B,P,C) and letters (B,T,C)."""
-
-    logits: Tensor
-    pooled: Tensor
-    visual: Tensor
-    text: Tensor
 
 
 class Run(NamedTuple):
@@ -116,6 +85,7 @@ class StudyData(NamedTuple):
     questions: all questions.
     tokens: (q,T) letters of the questions.
     answers: (q,2,E) the teacher's embeddings of their answers.
+    task: the shape of the student's task.
     """
 
     training: QuestionSet
@@ -123,6 +93,7 @@ class StudyData(NamedTuple):
     questions: list[Question]
     tokens: Tensor
     answers: Tensor
+    task: StudentTask
 
 
 def main() -> None:
@@ -150,10 +121,11 @@ def main() -> None:
 
 
 def settings() -> dict[str, Any]:
-    """Return the module's constants that figures depend on."""
-    names = ("BATCH", "LR", "WARMUP", "EPOCHS", "FEWEST", "MISSING", "SIDE", "WIDTH", "LAYERS", "HEADS", "DROPOUT")
-    values = {name.lower(): globals()[name] for name in names}
-    return {**values, "masked": MASKED, "noise": NOISE, "methods": repr(METHODS)}
+    """Return the constants that figures depend on, the package's included."""
+    training = {name: value for name, value in TrainingSettings(0)._asdict().items() if name not in ("steps", "seed")}
+    values = {**training, "batch_size": BATCH, "epochs": EPOCHS, "fewest_steps": FEWEST_STEPS, "missing": MISSING}
+    shape = {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "dropout": DROPOUT}
+    return {**values, **shape, "masked": MASKED, "noise": NOISE, "methods": repr(METHODS)}
 
 
 def parse() -> argparse.Namespace:
@@ -202,13 +174,22 @@ def load_data(images: Path, pool: Path, limit: int, labelled: int) -> StudyData:
     tokens = tokenizer([question.text for question in questions])
     captions = support.class_embeddings(model, tokenizer, support.photo(classes, (TEMPLATE,)))
     means = [torch.stack([captions[list(answer)].mean(0) for answer in question.says]) for question in questions]
+    tokens = tokens[:, : int((tokens != PAD).sum(1).max())]
     return StudyData(
         ask(training_photos.images, training_photos.labels, questions, seed=0),
         ask(evaluation_photos.images, evaluation_photos.labels, questions, seed=1),
         questions,
-        tokens[:, : int((tokens != PAD).sum(1).max())],
+        tokens,
         torch.stack(means),
+        task_of(tokens),
     )
+
+
+def task_of(tokens: Tensor) -> StudentTask:
+    """Return the shape of the student's task: two answers to the letters (q,T) of a question, one of them masked."""
+    tower = ck.tower_of(ck.bundled()[0])
+    grid = (tower.image_size[0] // tower.patch, tower.image_size[1] // tower.patch)
+    return StudentTask(2, tower.image_size, grid, VOCABULARY + 1, tokens.shape[1], PAD)
 
 
 @cache
@@ -257,79 +238,65 @@ def rows_of(run: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def train(run: Run, data: StudyData, cached: TeacherCache, steps: int) -> tuple[Student, float | None]:
+def train(run: Run, data: StudyData, cached: TeacherCache, steps: int) -> tuple[StudentLearner, float | None]:
     """Return a trained student, and the mean weight of the distances; None without distillation."""
-    generator = torch.Generator().manual_seed(run.seed)
-    training, tower = data.training, ck.tower_of(ck.bundled()[0])
-    grid = tower.image_size[0] // tower.patch
-    places = align_grid((SIDE, SIDE), (grid, grid))
-    labelled = training.take(
-        torch.randperm(len(training.labels), generator=generator)[: round(run.share * len(training.labels))]
-    )
-    steps = min(steps, max(FEWEST, EPOCHS * math.ceil(len(labelled.labels) / BATCH)))
+    labels = data.training.labels
+    labelled = data.training.take(low_shot(labels.tolist(), run.share, run.seed))
     with seeded(run.seed):
-        student = Student(tower.image_size[0] // SIDE, data.tokens.shape[1])
-        options, weights = METHODS[run.method], []
-        distil = None if options is None else TargetedDistillation(cached, text=WIDTH, visual=WIDTH, **options)
-        torch.manual_seed(run.seed)  # the same dropout, whichever modules were created
-        parts = [part for part in (student, distil) if part is not None]
-        optimizer = torch.optim.AdamW(
-            [parameter for part in parts for parameter in part.parameters()], LR, weight_decay=0.05
-        )
-        for step, index in zip(range(steps), batches(len(labelled.labels), generator), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = LR * min(1, (step + 1) / (WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            batch = labelled.take(index)
-            answered = student(batch.images, masked(data.tokens[batch.questions], MASK, LETTERS, MISSING, generator))
-            loss = cross_entropy(answered.logits, batch.labels)
-            if distil is not None:
-                states = {"visual": answered.visual, "text": answered.text}
-                states |= {"visual_pooled": answered.pooled, "text_pooled": answered.pooled, "logits": answered.logits}
-                distilled = distil(teacher_features(cached, data, batch, places), **states, labels=batch.labels)
-                weights.append(float(distilled.weight.mean()))
-                loss = loss + distilled.loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return student.eval(), round(statistics.mean(weights), 3) if weights else None
+        student = Student(data.task)
+        options = METHODS[run.method]
+        objective = None if options is None else TargetedDistillation(cached, student.width, student.width, **options)
+    learner = StudentLearner(student, objective)
+    places, generator = align_grid(student.grid, data.task.grid), torch.Generator().manual_seed(run.seed)
+
+    def batches(indices: Sequence[Tensor]) -> Iterator[Batch]:
+        for index in indices:
+            part = labelled.take(index)
+            tokens = masked(data.tokens[part.questions], MASK, LETTERS, MISSING, generator)
+            features = None if objective is None else teacher_features(cached, data, part, places)
+            yield batch_of(part, tokens, features)
+
+    count = len(labelled.labels)
+    settings = TrainingSettings(steps_for(count, BATCH, steps), BATCH, seed=run.seed)
+    trained = train_learner(learner, count, batches, settings)
+    return learner, None if trained.weight is None else round(trained.weight, 3)
 
 
-def teacher_features(cached: TeacherCache, data: StudyData, batch: QuestionSet, places: Tensor) -> TeacherFeatures:
+def batch_of(part: QuestionSet, tokens: Tensor, features: TeacherFeatures | None = None) -> Batch:
+    """Return questions with two answers as a batch."""
+    targets, candidates = one_hot(part.labels, 2).float(), torch.arange(2).expand(len(tokens), 2)
+    return Batch(
+        part.images, tokens[:, None], targets, part.labels, candidates, part.labels, features or TeacherFeatures()
+    )
+
+
+def teacher_features(cached: TeacherCache, data: StudyData, part: QuestionSet, places: Tensor) -> TeacherFeatures:
     """Return the teacher's features of a batch, aligned with the student's letters and patches."""
-    features = cached(batch.images, [data.questions[at].text for at in batch.questions.tolist()])
+    features = cached(part.images, [data.questions[at].text for at in part.questions.tolist()])
     features = features.align(words=torch.arange(data.tokens.shape[1]), regions=places)
-    return features._replace(answers=data.answers[batch.questions])
+    return features._replace(answers=data.answers[part.questions])
 
 
-def batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches of indices below `count` forever, in a new random order for each pass."""
-    while True:
-        yield from torch.randperm(count, generator=generator).split(BATCH)
-
-
-@torch.inference_mode()
-def correct(student: Student, images: Tensor, tokens: Tensor, labels: Tensor) -> float:
+def correct(learner: StudentLearner, images: Tensor, tokens: Tensor, labels: Tensor) -> float:
     """Return the share of correctly answered questions."""
-    parts = zip(images.split(500), tokens.split(500), strict=True)
-    return float((torch.cat([student(*part).logits.argmax(1) for part in parts]) == labels).double().mean())
+    parts = zip(images.split(500), tokens.split(500), labels.split(500), strict=True)
+    batches = (batch_of(QuestionSet(each, answers, answers), ids) for each, ids, answers in parts)
+    predictions = predict(learner, batches)
+    assert predictions is not None
+    return score_classes(predictions, labels.tolist(), ())[ACCURACY]
 
 
 def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows with mean and standard deviation over seeds of the accuracy, and of its gain over no distillation."""
-    rows = []
-    accuracy = {(row["split"], row["share"], row["method"], row["seed"]): row["accuracy"] for row in records}
-    for split, share, method in dict.fromkeys(key[:3] for key in accuracy):
-        seeds = sorted(key[3] for key in accuracy if key[:3] == (split, share, method))
-        values = [accuracy[split, share, method, seed] for seed in seeds]
-        base = [accuracy.get((split, share, NONE, seed), math.nan) for seed in seeds]
-        over = [a - b for a, b in zip(values, base, strict=True)]
-        rows.append(
-            {
-                **{"split": split, "share": share, "method": method, "seeds": len(seeds)},
-                **{"accuracy": statistics.mean(values), "accuracy_sd": deviation(values)},
-                **{"over": statistics.mean(over), "over_sd": deviation(over)},
-            }
-        )
+    scores = [{**row, "metric": ACCURACY, "score": row["accuracy"]} for row in records]
+    rows = [
+        {
+            **{name: row[name] for name in ("split", "share", "method", "seeds")},
+            **{"accuracy": row["score"], "accuracy_sd": row["sd"] or 0.0},
+            **{"over": math.nan if row["gain"] is None else row["gain"], "over_sd": row["gain_sd"] or 0.0},
+        }
+        for row in summarize(scores, NONE)
+    ]
     return sorted(rows, key=lambda row: (SPLITS.index(row["split"]), row["share"], list(METHODS).index(row["method"])))
 
 

@@ -27,6 +27,7 @@ SHORT_HELPS = {
     "search": "Search a collection with a text or an image.",
     "dedup": "Find the duplicates of a collection.",
     "recover": "Train a reduced tower to its own dense embeddings.",
+    "distill": "Distil a CLIP into students that answer questions.",
     "evaluate": "Score methods and heads on labelled data sets.",
     "export": "Export a model for runtimes without torch.",
     "tune": "Find the cheapest schedule that keeps a budget.",

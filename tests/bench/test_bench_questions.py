@@ -52,14 +52,14 @@ def test_a_shift_masks_only_letters_and_blurs_images() -> None:
     assert shifted_images.shape == images.shape and 0 < (shifted_images - images).std() < 2 * images.std()
 
 
-def test_a_training_does_not_depend_on_earlier_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_training_does_not_depend_on_earlier_ones(tmp_path: Path) -> None:
     every = questions.questions_of(CLASSES)
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     question_set = questions.ask(images, torch.arange(4).repeat(3), every, seed=0)
     tokens = ck.bundled()[2]([question.text for question in every])
-    data = distill.StudyData(question_set, question_set, every, tokens, torch.randn(len(every), 2, 128))
+    answers = torch.randn(len(every), 2, 128)
+    data = distill.StudyData(question_set, question_set, every, tokens, answers, distill.task_of(tokens))
     cached = distill.cache_of(tmp_path)
-    monkeypatch.setattr(distill, "FEWEST", 3)
     states = []
     for method in (distill.NONE, "targeted", "targeted"):
         torch.manual_seed(len(states))

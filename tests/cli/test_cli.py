@@ -36,6 +36,7 @@ from clipkernels.images import readable_formats
 from clipkernels.measure import environment
 from clipkernels.measure.timing import Times, gmacs_for, plan_for
 from tests.cli.commands import error, run, succeed
+from tests.questions.annotation_folders import write_colours
 
 DIGITS = ",".join(digits.CLASSES)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,6 +175,8 @@ def test_the_examples_of_a_help_run(verb: str, tmp_path: Path, monkeypatch: pyte
     if verb == "export":
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     monkeypatch.chdir(tmp_path)
+    if verb == "distill":  # annotations are the user's: no verb writes some
+        write_colours(tmp_path / "snli_ve", "snli-ve", 12)
     commands = list(examples(verb))
     assert commands[-1][:2] == ["clipkernels", verb]
     for _, *arguments in commands:

@@ -19,7 +19,7 @@ import clipkernels.learn.distill
 import clipkernels.learn.patch_ranking
 import clipkernels.learn.recovery
 import clipkernels.testing
-from clipkernels import learn
+from clipkernels import learn, questions
 from clipkernels.cli import SHORT_HELPS, main
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +72,7 @@ LAYERS = (
     ("collection",),
     ("tuning",),
     ("evaluation",),
+    ("questions",),
     ("cli",),
 )
 OPENERS = re.compile(r"(What|Whether|Which|Where|How|Why|Who|Of)\b")
@@ -198,7 +199,7 @@ def undocumented(source: str, name: str) -> list[str]:
     return [path for path, definition in [(name, node), *members] if not ast.get_docstring(definition)]
 
 
-PUBLIC = [ck, ck.ops, ck.support, ck.heads, ck.testing, learn.distill, learn.patch_ranking, learn.recovery]
+PUBLIC = [ck, ck.ops, ck.support, ck.heads, ck.testing, learn.distill, learn.patch_ranking, learn.recovery, questions]
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import clipkernels as ck
+from clipkernels.learn.adamw import generator_of, rate_at
 from clipkernels.learn.patch_ranking import RankPredictor
 from clipkernels.learn.recovery import Progress, recover
 from clipkernels.learn.recovery.results import closeness_of
-from clipkernels.learn.recovery.training import generator_of, rate_at
 from clipkernels.testing import openai_tower, randomized, timm_tower
 from tests.learn.recovering import OPTIONS, noise, run, small_tower, state_of
 from tests.local_transformers import clip_model, siglip_model

@@ -27,13 +27,14 @@ from clipkernels.arguments import check_int, check_path, check_range
 from clipkernels.classifier import eval_mode
 from clipkernels.encode import check_images_list
 from clipkernels.fingerprint import digest_of, fingerprint, fingerprinted_module
+from clipkernels.learn.adamw import flatten, generator_of, write
 from clipkernels.learn.checkpoints import check_training
 from clipkernels.learn.recovery.batches import Images, is_present
 from clipkernels.learn.recovery.results import Closeness, Progress, Recovered, best_of
 from clipkernels.learn.recovery.state import Settings, State
 from clipkernels.learn.recovery.targets import Targets, dense_targets
-from clipkernels.learn.recovery.training import Run, Trained, evaluate, generator_of, train
-from clipkernels.learn.recovery.weights import Adapters, flatten, image_weights, original_flags, write
+from clipkernels.learn.recovery.training import Run, Trained, evaluate, train
+from clipkernels.learn.recovery.weights import Adapters, image_weights, original_flags
 from clipkernels.messages import quantity
 from clipkernels.methods import Dense, Method
 from clipkernels.patching import check_method, method_of, patch, patched

@@ -4,27 +4,23 @@
 
 z is the reduced and d the dense embedding of an image, D the dense embeddings of the batch, τ = 0.01 as in CLIP. The
 second term moves z away from the neighbours of d, whose cosines may differ in the third decimal.
-
-The order of an epoch depends on the seed and the number of the epoch alone, and the learning rate on the step alone, so
-a checkpoint holds weights, moments and counts, and no state of a generator.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from clipkernels.learn.adamw import adamw, flatten, generator_of, moments, rate_at, restore, write
 from clipkernels.learn.recovery.batches import Images, read_batches
 from clipkernels.learn.recovery.results import Closeness, Evaluation, Progress, best_of, closeness_of
 from clipkernels.learn.recovery.state import Checkpoint, Settings, State
 from clipkernels.learn.recovery.targets import Targets
-from clipkernels.learn.recovery.weights import flatten, write
 
 TEMPERATURE = 0.01
 MAX_NORM = 1.0
@@ -75,18 +71,18 @@ def train(run: Run) -> Trained:
     settings, errors = run.settings, len(run.images) - len(run.train) - len(run.held_out)
     per_epoch = math.ceil(len(run.train) / settings.batch_size)
     total = settings.epochs * per_epoch
-    optimizer = _optimizer(run.weights, settings)
+    optimizer = adamw(run.weights, settings.lr, settings.weight_decay)
     step, loss, losses, history = 0, 0.0, 0, list[Evaluation]()
     earlier = run.state.checkpoint()
     if earlier is not None:
         step, loss, losses, history = earlier.step, earlier.loss, earlier.losses, earlier.history
         write(earlier.weights, run.weights)
         if step:
-            _restore(optimizer, run.weights, earlier)
+            restore(optimizer, run.weights, earlier.first, earlier.second, earlier.step)
 
     def save() -> None:
-        moments = (flatten(_moments(optimizer, run.weights, name)) for name in ("exp_avg", "exp_avg_sq"))
-        content = Checkpoint(step, loss, losses, history, flatten(run.weights), *moments)
+        first, second = (flatten(moments(optimizer, run.weights, name)) for name in ("exp_avg", "exp_avg_sq"))
+        content = Checkpoint(step, loss, losses, history, flatten(run.weights), first, second)
         run.state.save(content, best_of(history).step)
 
     while True:
@@ -153,20 +149,6 @@ def objective(reduced: Tensor, dense: Tensor, contrast: float) -> Tensor:
     return loss + contrast * cross_entropy(reduced @ dense.T / TEMPERATURE, own)
 
 
-def rate_at(step: int, total: int, warmup: float) -> float:
-    """The share of the learning rate in a step, from 0: linear up to 1 in the warm-up, then half a cosine to 0."""
-    warm = round(warmup * total)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-
-def generator_of(seed: int, purpose: str) -> torch.Generator:
-    """A generator that depends on a seed and a purpose alone."""
-    digest = sha256(f"{purpose} of {seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def _step(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, dense: Tensor, step: int) -> float:
     """Make one step, and return its mean loss."""
     reduced = run.encode(images)
@@ -183,29 +165,3 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, images: Tensor, dense: Ten
 
 def _not_finite(lr: float, what: str) -> str:
     return f"lr must keep all numbers finite, got {lr}, which makes {what} infinite or NaN: lower it"
-
-
-def _optimizer(weights: Sequence[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """AdamW, whose weight decay is for matrices alone."""
-    decayed = [weight for weight in weights if weight.ndim > 1]
-    others = [weight for weight in weights if weight.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
-
-
-def _moments(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], name: str) -> list[Tensor]:
-    """A moment of AdamW of each weight; zeros before the first step."""
-    return [optimizer.state[weight].get(name, torch.zeros_like(weight)) for weight in weights]
-
-
-def _restore(optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], checkpoint: Checkpoint) -> None:
-    """Set the moments and the step of an optimizer to those of a checkpoint."""
-    for name, vector in (("exp_avg", checkpoint.first), ("exp_avg_sq", checkpoint.second)):
-        moments = [torch.zeros_like(weight) for weight in weights]
-        write(vector, moments)
-        for weight, moment in zip(weights, moments, strict=True):
-            optimizer.state[weight][name] = moment
-            optimizer.state[weight]["step"] = torch.tensor(float(checkpoint.step))

@@ -57,18 +57,6 @@ def image_weights(model: nn.Module) -> list[nn.Parameter]:
     return trained
 
 
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """The values of tensors as one vector on the CPU."""
-    return torch.cat([tensor.detach().flatten().cpu() for tensor in tensors])
-
-
-@torch.no_grad()
-def write(vector: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write the values of a vector to tensors, as `flatten` reads them."""
-    for tensor, values in zip(tensors, vector.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(values.view(tensor.shape))
-
-
 class Adapters:
     """LoRA adapters, of peft, on the plain linear layers of a tower's blocks.
 

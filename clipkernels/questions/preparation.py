@@ -1,0 +1,79 @@
+"""The teacher's features of everything that a run reads, in its cache before the first training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from clipkernels.images.batches import Pictures, collate
+from clipkernels.images.loaders import Loader
+from clipkernels.learn.distill import TeacherCache
+from clipkernels.questions.batches import ExampleBatches
+from clipkernels.questions.plan import Options, Plan
+
+Report = Callable[[str, int, int, str], None]
+"""Called with the phase, the items that are done, all items and the noun of what is counted; it may raise."""
+
+
+def encode_texts(
+    plan: Plan, options: Options, train: ExampleBatches, test: ExampleBatches, cached: TeacherCache, report: Report
+) -> None:
+    """Encode the texts that the methods of a plan need.
+
+    Args:
+        plan, options: the trainings and their settings.
+        train, test: both sets, which make the texts.
+        cached: the teacher's cache.
+        report: the progress.
+    """
+    head = "finetune" in plan.methods and options.tuned != "full"
+    detailed: dict[str, None] = {}
+    short: dict[str, None] = {}
+    for source in (train, test):
+        for example in source.examples.examples:
+            if plan.distils and source is train and example.label >= 0:
+                detailed[source.distilled_text(example)] = None
+                short.update(dict.fromkeys(source.candidate_texts(example)))
+            if head:
+                short.update(dict.fromkeys(source.texts_of(example)))
+    total = len(detailed) + len(short)
+
+    def count(before: int, kind: str, done: int, new: int) -> None:
+        report("encoding texts", before + done, total, "text")
+
+    cached.add(texts=detailed, words=True, progress=partial(count, 0))
+    cached.add(texts=short, words=False, progress=partial(count, len(detailed)))
+
+
+def encode_images(
+    pictures: Pictures,
+    split: str,
+    regions: bool,
+    options: Options,
+    cached: TeacherCache,
+    unread: dict[str, str],
+    report: Report,
+) -> Mapping[str, str]:
+    """Encode images; return the reasons for those that cannot be read, by path.
+
+    Args:
+        pictures: the images.
+        split: their name in the progress.
+        regions: also encode their patches.
+        options: the size of a batch, and the loader processes.
+        cached: the teacher's cache.
+        unread: gets the images that cannot be read, as they are met.
+        report: the progress.
+    """
+    loader: Loader[Any] = Loader(pictures, options.workers, batch_size=options.batch_size, collate_fn=collate)
+    failed: dict[str, str] = {}
+    done = 0
+    for batch in loader:
+        failed |= {pictures.paths[index]: reason for index, reason in batch.failed}
+        unread |= failed
+        if batch.images is not None:
+            cached.add(images=[batch.images], regions=regions)
+        done += len(batch.indices) + len(batch.failed)
+        report(f"encoding {split} images", done, len(pictures), "image")
+    return failed
