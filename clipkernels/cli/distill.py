@@ -43,7 +43,7 @@ MAX_NAMED = 10
 EXAMPLE = """\b
 Example:
   clipkernels distill snli_ve --task snli-ve --images snli_ve/images \\
-    --shares 10,100 --seeds 1 --methods none,targeted --steps 20 --out distilled
+    --shares 10,100 --seeds 1 --methods none,targeted --steps 20 --out out
 """
 
 

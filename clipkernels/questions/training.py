@@ -25,6 +25,10 @@ EPOCHS, FEWEST_STEPS = 60, 300
 """Most epochs, but not fewer steps than these, so that few labels are trained on for long enough."""
 
 
+FEWEST_BATCHES = 256
+"""Batches that loader processes read before they end, at least."""
+
+
 class TrainingSettings(NamedTuple):
     """The settings of a training.
 
@@ -113,11 +117,8 @@ def train(
         return Checkpoint(step, weight, weighed, flatten(weights), first, second, _read_buffers(learner))
 
     learner.train()
-    per_epoch = math.ceil(count / settings.batch_size)
     while step < settings.steps:
-        order = torch.randperm(count, generator=generator_of(settings.seed, f"epoch {step // per_epoch}"))
-        indices = order.split(settings.batch_size)[step % per_epoch :][: settings.steps - step]
-        for batch in batches(indices):
+        for batch in batches(_next_batches(count, settings, step)):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * rate_at(step, settings.steps, settings.warmup)
             with _seeded_step(settings.seed, step, device):
@@ -161,6 +162,21 @@ def predict(
         if progress(len(predictions)):
             return None
     return predictions
+
+
+def _next_batches(count: int, settings: TrainingSettings, step: int) -> list[Tensor]:
+    """The indices of the batches from a step on: to the end of an epoch, of several if they are short.
+
+    Loader processes start with each such list.
+    """
+    per_epoch = math.ceil(count / settings.batch_size)
+    indices: list[Tensor] = []
+    while len(indices) < FEWEST_BATCHES and step < settings.steps:
+        order = torch.randperm(count, generator=generator_of(settings.seed, f"epoch {step // per_epoch}"))
+        epoch = order.split(settings.batch_size)[step % per_epoch :][: settings.steps - step]
+        indices.extend(epoch)
+        step += len(epoch)
+    return indices
 
 
 @contextmanager
