@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,4 +247,5 @@ def test_tip_adapter_takes_its_published_settings(name: str, alpha: float, grid:
 )
 def test_the_report_says_whose_weights_a_head_has(head: str, name: str, expected: str) -> None:
     none: Any = None
-    assert weights_of(HEADS[head], Data(name, none, none, none, none)) == expected
+    images: Any = SimpleNamespace(views=1)
+    assert weights_of(HEADS[head], Data(name, none, images, none, none)) == expected
