@@ -16,7 +16,7 @@ from clipkernels.arguments import check_int
 from clipkernels.vlm.counts import chosen, method_of, pack, planned, tiles_of, tower_of
 from clipkernels.vlm.families import family_of, find_container
 from clipkernels.vlm.hand_over import is_installed
-from clipkernels.vlm.prompt import KEPT
+from clipkernels.vlm.prompt import stays_of
 
 __all__ = ["image_tokens", "kept"]
 
@@ -63,7 +63,7 @@ def kept(outputs: Any) -> list[Tensor]:
     Raises:
         ValueError: outputs without images, or without either of the two.
     """
-    stays = getattr(getattr(outputs, "image_outputs", None), KEPT, None)
+    stays = stays_of(outputs)
     rows = getattr(outputs, "embeddings", None)
     rows = getattr(outputs, "last_hidden_state", None) if rows is None else rows
     if stays is None or rows is None:

@@ -23,7 +23,7 @@ from clipkernels.methods import Select
 from clipkernels.slot import SLOT, WeakContainer
 from clipkernels.vlm.counts import check_counts, choose_packed, method_of, tower_of
 from clipkernels.vlm.families import family_of
-from clipkernels.vlm.prompt import KEPT, CacheState, Prompt, cache_of, make_prompt, set_state, state_of
+from clipkernels.vlm.prompt import CacheState, Prompt, cache_of, make_prompt, set_state, set_stays, state_of
 
 
 def handed_over(base: Any) -> dict[str, Any]:
@@ -119,10 +119,10 @@ def _begin(self: Any, base: Any, features: inspect.Signature, values: dict[str, 
     slots = values["input_ids"] == self.config.image_token_id if "input_ids" in values else ~embeds[..., 0].isnan()
     dropped = merged[..., 0].isnan() & slots
     if not bool(dropped.any()):
-        setattr(images["image"], KEPT, visible)
-        return base.forward(self, **values, mm_encoder_outputs=images, return_dict=True)
+        outputs = base.forward(self, **values, mm_encoder_outputs=images, return_dict=True)
+        set_stays(outputs, images["image"], visible)
+        return outputs
     prompt = make_prompt(dropped, visible)
-    setattr(images["image"], KEPT, prompt.stays)
     positions = values.pop("position_ids", None)
     if positions is None:
         positions = torch.arange(length, device=merged.device)[None] + family_of(self).first_position
@@ -148,7 +148,7 @@ def _restored(outputs: Any, image_outputs: Any, prompt: Prompt, length: int) -> 
     if cache is not None:
         set_state(cache, CacheState(prompt.mask, length, prompt.tail))
     outputs.last_hidden_state = prompt.restore(outputs.last_hidden_state)
-    outputs.image_outputs = image_outputs
+    set_stays(outputs, image_outputs, prompt.stays)
     return outputs
 
 

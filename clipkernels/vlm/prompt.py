@@ -132,3 +132,24 @@ def followed(base: Any) -> dict[str, Any]:
 def _selected(mask: Tensor, rows: Any) -> Tensor:
     """The rows of a mask at an index."""
     return mask[rows.to(mask.device) if isinstance(rows, Tensor) else rows]
+
+
+def set_stays(outputs: Any, images: Any, stays: Tensor) -> None:
+    """Set the outputs of the images, and the tokens (B,N) of the prompt that the language model got.
+
+    Transformers 5.23 has the rows of the images in place of their outputs.
+    """
+    if "image_outputs" in type(outputs).__dataclass_fields__:
+        setattr(images, KEPT, stays)
+        outputs.image_outputs = images
+    else:
+        rows = images.pooler_output
+        outputs.image_hidden_states = rows.clone() if isinstance(rows, Tensor) else torch.cat(list(rows))
+        setattr(outputs.image_hidden_states, KEPT, stays)
+
+
+def stays_of(outputs: Any) -> Tensor | None:
+    """The tokens that `set_stays` has set, of outputs or of those that another module made of them."""
+    images = outputs.get("image_outputs") if isinstance(outputs, dict) else None
+    images = outputs.get("image_hidden_states") if images is None and isinstance(outputs, dict) else images
+    return getattr(images, KEPT, None)

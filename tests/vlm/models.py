@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from clipkernels.testing import randomized
 transformers = pytest.importorskip("transformers", "5.23", reason="transformers 5.23 or later is not installed")
 
 SIDE, IMAGE = 64, 199
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlavaModel.forward).parameters else "past_key_values"
+"""The argument of a cache, whose name transformers 5.24 changed."""
 VISION = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
 VISION |= {"patch_size": 8, "image_size": SIDE}
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

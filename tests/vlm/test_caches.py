@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import clipkernels as ck
-from tests.vlm.models import KINDS, _llama, build, prompts, transformers
+from clipkernels.vlm.prompt import cache_of
+from tests.vlm.models import CACHE, KINDS, _llama, build, prompts, transformers
 from tests.vlm.test_generation import GREEDY, host_values, positions_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,13 +64,13 @@ def test_decoding_by_hand_needs_neither_mask_nor_positions(name: str) -> None:
     if name == "PaliGemma":  # its prefix sees itself alone, so that later tokens change nothing of it
         kinds["token_type_ids"][:, values["input_ids"].shape[1] :] = 1
     expected = model(input_ids=whole, **images, **kinds).logits
-    for cache_name in ("cache", "past_key_values"):
+    for cache_name in {CACHE, "past_key_values"}:
         outputs = model(**values, use_cache=True)
         logits = [outputs.logits]
         for start, stop in ((-3, -1), (-1, None)):  # two tokens, then one
             tokens = whole[:, start:stop]
             more = {"token_type_ids": torch.zeros_like(tokens)} if name == "Gemma3" else {}
-            outputs = model(input_ids=tokens, **{cache_name: outputs.cache}, **more)
+            outputs = model(input_ids=tokens, **{cache_name: cache_of(outputs)}, **more)
             logits.append(outputs.logits)
         torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-5, atol=1e-5 * float(expected.std()))
 
@@ -77,10 +78,10 @@ def test_decoding_by_hand_needs_neither_mask_nor_positions(name: str) -> None:
 @torch.no_grad()
 def test_a_copied_cache_goes_on_by_itself() -> None:
     model, values = patched("Llava"), prompts("Llava", [1], [9])
-    cache = model(**values, use_cache=True).cache
+    cache = cache_of(model(**values, use_cache=True))
     other, token = copy.deepcopy(cache), torch.tensor([[7]])
-    first = model(input_ids=token, cache=cache).logits
-    assert torch.equal(model(input_ids=token, cache=other).logits, first)
+    first = model(input_ids=token, **{CACHE: cache}).logits
+    assert torch.equal(model(input_ids=token, **{CACHE: other}).logits, first)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,15 +92,15 @@ def test_caches_that_cannot_hold_a_cut_prompt_are_refused(name: str) -> None:
         model.generate(**values, **GREEDY, cache_implementation="static")
     with pytest.raises(ValueError, match=r"images belong in the first forward .* omit prefill_chunk_size"):
         model.generate(**values, **GREEDY, prefill_chunk_size=8)
-    cache = model(**values, use_cache=True).cache
+    cache = cache_of(model(**values, use_cache=True))
     with pytest.raises(ValueError, match="images belong in the first forward of a cache, got a cache that holds"):
-        model(**values, cache=cache)
+        model(**values, **{CACHE: cache})
     text = {key: value for key, value in values.items() if key in ("input_ids", "attention_mask")}
     longer = {key: torch.cat([value, value[:, -2:]], 1) for key, value in text.items()}
     with pytest.raises(ValueError, match=r"that follow the \d+ of the cache, got 2 × \d+ tokens: .* start a new cache"):
-        model.generate(**longer, **GREEDY, cache=cache)
+        model.generate(**longer, **GREEDY, **{CACHE: cache})
     with pytest.raises(ValueError, match="expected 2 rows of tokens that follow"):
-        model(input_ids=torch.tensor([[5]]), cache=cache)
+        model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"takes an attention mask \(B,N\), got one of 4 dimensions"):
         model(**{**values, "attention_mask": torch.zeros(2, 1, 3, 3)})
 
@@ -107,10 +108,10 @@ def test_caches_that_cannot_hold_a_cut_prompt_are_refused(name: str) -> None:
 @torch.no_grad()
 def test_a_cache_that_goes_on_without_a_mask_is_refused() -> None:
     model, values = patched("Llava"), prompts("Llava", [1], [9])  # without padding generate passes no mask
-    cache = model(**values, use_cache=True).cache
+    cache = cache_of(model(**values, use_cache=True))
     ids = torch.cat([values["input_ids"], torch.tensor([[5, 6, 7]])], 1)
     with pytest.raises(ValueError, match="start a new cache"):
-        model.generate(input_ids=ids, **GREEDY, cache=cache)
+        model.generate(input_ids=ids, **GREEDY, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -145,9 +146,9 @@ def test_an_emptied_cache_takes_other_prompts(way: str) -> None:
     cache = transformers.DynamicCache(config=model.config)
     expected, text = model(**values).logits, model(input_ids=ids).logits
     for _ in range(2):
-        assert torch.equal(model(**values, cache=cache).logits, expected)
+        assert torch.equal(model(**values, **{CACHE: cache}).logits, expected)
         cache.reset() if way == "reset" else cache.crop(-cache.get_seq_length())
-    parts = [model(input_ids=part, cache=cache).logits for part in (ids[:, :1], ids[:, 1:])]
+    parts = [model(input_ids=part, **{CACHE: cache}).logits for part in (ids[:, :1], ids[:, 1:])]
     torch.testing.assert_close(torch.cat(parts, 1), text, rtol=1e-5, atol=1e-5 * float(text.std()))
 
 
@@ -159,18 +160,18 @@ def test_a_cropped_cache_goes_on_where_no_slot_is_cut() -> None:
     mask = torch.cat([values["attention_mask"], torch.ones_like(more)], 1)
     last = values["position_ids"][:, -1:]
     for removed in (1, 2, 4):  # candidates, and then a token of the prompt
-        cache = model(**values, use_cache=True).cache
+        cache = cache_of(model(**values, use_cache=True))
         positions = last + torch.arange(1, 4)
-        expected = model(input_ids=more, attention_mask=mask, position_ids=positions, cache=cache).logits
+        expected = model(input_ids=more, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits
         cache.crop(-removed)
         rest, positions = torch.cat([values["input_ids"], more], 1)[:, -removed:], last + torch.arange(4 - removed, 4)
-        actual = model(input_ids=rest, attention_mask=mask, position_ids=positions, cache=cache).logits
+        actual = model(input_ids=rest, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits
         tail = min(removed, 3)
         torch.testing.assert_close(actual[:, -tail:], expected[:, -tail:], rtol=1e-4, atol=1e-4 * float(expected.std()))
-    cache = model(**values, use_cache=True).cache
+    cache = cache_of(model(**values, use_cache=True))
     cache.crop(-8)  # into the image of a row
     with pytest.raises(ValueError, match=r"by at most the last 5 tokens .*, got one cropped by 8: start a new cache"):
-        model(input_ids=values["input_ids"][:, -8:], attention_mask=torch.ones(2, length), cache=cache)
+        model(input_ids=values["input_ids"][:, -8:], attention_mask=torch.ones(2, length), **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -178,10 +179,10 @@ def test_rows_of_a_cache_are_selected_repeated_and_reordered() -> None:
     model, values, token = patched("Llava"), prompts("Llava", [1, 2], [12, 7]), torch.tensor([[7], [8]])
 
     def decoded(rows: list[int], change: str = "", *arguments: Any) -> Tensor:
-        cache = model(**values, use_cache=True).cache
+        cache = cache_of(model(**values, use_cache=True))
         if change:
             getattr(cache, change)(*arguments)
-        logits: Tensor = model(input_ids=token[rows], cache=cache).logits
+        logits: Tensor = model(input_ids=token[rows], **{CACHE: cache}).logits
         return logits
 
     expected = decoded([0, 1])
@@ -198,11 +199,11 @@ def test_rows_of_a_cache_are_selected_repeated_and_reordered() -> None:
 def test_padding_among_new_tokens_is_hidden() -> None:
     model, values, tokens = patched("Llava"), prompts("Llava", [1, 2], [12, 7]), torch.tensor([[0, 7], [8, 9]])
     mask, first = values["attention_mask"], positions_of(model, values["attention_mask"])[:, -1:] + 1
-    cache = model(**values, use_cache=True).cache
+    cache = cache_of(model(**values, use_cache=True))
     padded = torch.cat([mask, torch.tensor([[0, 1], [1, 1]])], 1)
     positions = torch.cat([first, first + torch.tensor([[0], [1]])], 1)
-    actual = model(input_ids=tokens, attention_mask=padded, position_ids=positions, cache=cache).logits[0, 1]
-    cache = model(**values, use_cache=True).cache
+    actual = model(input_ids=tokens, attention_mask=padded, position_ids=positions, **{CACHE: cache}).logits[0, 1]
+    cache = cache_of(model(**values, use_cache=True))
     whole = torch.cat([mask, mask.new_ones(2, 1)], 1)
-    expected = model(input_ids=tokens[:, 1:], attention_mask=whole, position_ids=first, cache=cache).logits[0, 0]
+    expected = model(input_ids=tokens[:, 1:], attention_mask=whole, position_ids=first, **{CACHE: cache}).logits[0, 0]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))

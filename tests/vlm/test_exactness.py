@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import clipkernels as ck
-from clipkernels.vlm.prompt import KEPT
+from clipkernels.vlm.prompt import cache_of, stays_of
 from tests.vlm.models import IMAGE, KINDS, build, prompts
 from tests.vlm.test_generation import host_values
 
@@ -72,7 +72,7 @@ def test_loss_and_gradients_are_those_of_the_cut_prompt(name: str) -> None:
     outputs.loss.backward()
     # Without hand-over every row goes through the projector, and rows are cut by hand.
     with torch.no_grad():
-        stays = getattr(model.model(**values).image_outputs, KEPT)
+        stays = stays_of(model.model(**values))
     text = text_of(values)
     images = {key: value for key, value in values.items() if key not in text}
     rows = torch.cat([part.flatten(0, -2) for part in by_hand.model.get_image_features(**images).pooler_output])
@@ -111,7 +111,7 @@ def test_keeping_everything_gives_the_logits_of_the_host(name: str, method: Any)
     ck.patch(model, method, hand_over=True)
     outputs = model(**values)
     torch.testing.assert_close(outputs.logits, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
-    assert outputs.cache.get_seq_length() == values["input_ids"].shape[1]
+    assert cache_of(outputs).get_seq_length() == values["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import clipkernels as ck
-from clipkernels.vlm.prompt import KEPT
+from clipkernels.vlm.prompt import stays_of
 from tests.vlm.models import IMAGE, KINDS, build, prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,7 +47,7 @@ def host_values(host: Any, model: Any, values: dict[str, Tensor]) -> tuple[dict[
     whole = [row.nan_to_num(0) for row in rows]
     outputs.pooler_output = torch.stack(whole) if isinstance(rows, Tensor) else whole
     with torch.no_grad():
-        stays = getattr(model.model(**values).image_outputs, KEPT)
+        stays = stays_of(model.model(**values))
     positions = positions_of(host, text["attention_mask"])
     text |= {"attention_mask": stays.long(), "position_ids": positions}
     return {**text, "mm_encoder_outputs": {"image": outputs}}, stays

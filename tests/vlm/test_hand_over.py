@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import clipkernels as ck
 from clipkernels.testing import patch_ranking, randomized
-from clipkernels.vlm.prompt import KEPT
+from clipkernels.vlm.prompt import cache_of, stays_of
 from tests.vlm.models import IMAGE, KINDS, SIDE, TEXT, VISION, _llama, _paligemma_config, build, prompts, transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -183,7 +183,7 @@ def test_a_patch_inside_a_patch_is_undone() -> None:
     ck.patch(model, ck.Select(0.25), hand_over=True)
     expected = model(**values).logits
     with ck.patched(model, ck.ToMe(4)):  # which leaves every slot
-        assert model(**values).cache.get_seq_length() == values["input_ids"].shape[1]
+        assert cache_of(model(**values)).get_seq_length() == values["input_ids"].shape[1]
     assert torch.equal(model(**values).logits, expected)
     with pytest.raises(ValueError, match="fuse=False"):
         ck.patch(model, ck.EViT(0.5), hand_over=True)
@@ -247,7 +247,7 @@ def test_a_step_of_lora_is_that_of_the_cut_prompt() -> None:
     ck.patch(actual, ck.Select(0.25, merge_rest=False), hand_over=True)
     rows = torch.cat(host.model.get_image_features(values["pixel_values"]).pooler_output)
     with torch.no_grad():
-        stays = getattr(actual.base_model.model.model(**values).image_outputs, KEPT)
+        stays = stays_of(actual.base_model.model.model(**values))
     embeds = host.get_input_embeddings()(values["input_ids"])
     embeds = embeds.masked_scatter((values["input_ids"] == IMAGE)[..., None], rows)
 

@@ -10,7 +10,7 @@ import torch
 
 import clipkernels as ck
 from clipkernels.testing import randomized
-from clipkernels.vlm.prompt import make_prompt
+from clipkernels.vlm.prompt import cache_of, make_prompt
 from tests.vlm.models import IMAGE, KINDS, _clip, _llama, _siglip, build, prompts, transformers
 from tests.vlm.test_generation import GREEDY, host_values
 
@@ -47,7 +47,7 @@ def test_images_of_other_sizes_are_counted(name: str, height: int, width: int) -
             model(**values)
         return
     outputs = model(**values)
-    assert outputs.cache.get_seq_length() == 4 + -(-slots // 4)
+    assert cache_of(outputs).get_seq_length() == 4 + -(-slots // 4)
     expected, stays = host_values(host, model, values)
     wanted = host(**expected).logits[stays]
     torch.testing.assert_close(outputs.logits[stays], wanted, rtol=1e-5, atol=1e-5 * float(wanted.std()))
@@ -72,7 +72,7 @@ def test_a_strategy_that_drops_a_patch_is_refused() -> None:
     assert ck.method_of(model) is None
     model = ck.patch(llava(_siglip(), vision_feature_select_strategy="full"), ck.Select(0.25), hand_over=True)
     values = prompts("Llava", [1], [9])
-    assert ck.vlm.image_tokens(model) == 16 and model(**values).cache.get_seq_length() == 26
+    assert ck.vlm.image_tokens(model) == 16 and cache_of(model(**values)).get_seq_length() == 26
     with pytest.raises(ValueError, match=message):
         model(**values, vision_feature_select_strategy="default")
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import clipkernels as ck
+from clipkernels.vlm.prompt import cache_of
 from tests.vlm.models import build, prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +83,7 @@ def test_a_block_of_code_may_hand_over() -> None:
     model, values = build("Llava"), prompts("Llava", [1], [5])
     dense = model(**values).logits
     with ck.patched(model, ck.Select(0.25), hand_over=True):
-        assert model(**values).cache.get_seq_length() == 22
+        assert cache_of(model(**values)).get_seq_length() == 22
     assert torch.equal(model(**values).logits, dense) and not layered(model)
 
 
