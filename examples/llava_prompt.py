@@ -51,8 +51,7 @@ def generate(model: torch.nn.Module, processor: object, inputs: dict, share: str
     start = time.perf_counter()
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False, return_dict_in_generate=True)
     seconds, new = time.perf_counter() - start, output.sequences[0, inputs["input_ids"].shape[1] :]
-    cache = output.get("cache", output.get("past_key_values"))  # transformers 5.24, 5.23
-    tokens = cache.get_seq_length() + 1 - len(new)
+    tokens = output.get("cache", output.get("past_key_values")).get_seq_length() + 1 - len(new)
     answer = processor.decode(new, skip_special_tokens=True) if processor else new.tolist()
     print(f"{share} image tokens: a prompt of {tokens} tokens, {seconds:.2f} s: {answer}")
 
