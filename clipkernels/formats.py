@@ -23,6 +23,8 @@ MAX_HEADER_ITEMS = 1 << 21
 # Types of header fields. JSON has no infinities and no NaN, so a float is finite.
 Size = Annotated[int, Meta(ge=1, le=1 << 20)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Positive = Annotated[float, Meta(gt=0)]
 Line = Annotated[str, Meta(max_length=1 << 16)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Precision = Annotated[str, Meta(pattern=r"^(float32|float16|bfloat16)\Z")]

@@ -64,11 +64,12 @@ def patch(model: Model, method: Method, *, hand_over: bool = False) -> Model:
     """
     check_method(method)
     check_flags(hand_over=hand_over)
-    if hand_over:
-        tower_in(find_container(model))  # its error names more than that of the tower
+    container = find_container(model) if hand_over else None
+    if container is not None:
+        tower_in(container)  # its error names more than that of the model's tower
     tower = adapters.find_tower(model)
     plan = make_plan(method, tower, tower.num_tokens)
-    handing = prepare(model, method, plan) if hand_over else None
+    handing = None if container is None else prepare(container, method, plan)
     if handing is None:
         _refuse_dropped_patches(model, tower, method, plan)
     check: Any = getattr(method, "check_tower", None)

@@ -10,10 +10,11 @@ from typing import Any, get_args
 import click
 import torch
 
-from clipkernels.cli.parts.distill_report import FILES, draw, records_of, subset_notes, write_report
+from clipkernels.cli.parts.distill_report import FILES, draw, markdown, records_of, subset_notes
 from clipkernels.cli.parts.models import BUNDLED_NOTE, choose_device, load_clip, model_options
 from clipkernels.cli.parts.options import (
     batch_size_option,
+    choose_names,
     default_workers,
     device_option,
     format_option,
@@ -21,7 +22,7 @@ from clipkernels.cli.parts.options import (
     threads_option,
     workers_option,
 )
-from clipkernels.cli.parts.output import opened, write_results
+from clipkernels.cli.parts.output import check_out, opened, write_report_files, write_results
 from clipkernels.cli.parts.reporter import Reporter, duration
 from clipkernels.cli.parts.stopping import stopping
 from clipkernels.measure.environment import environment
@@ -161,8 +162,8 @@ def distill(
     folder = Path(os.path.abspath(out))
     try:
         torch.set_num_threads(threads or before)
-        check_out(folder)
-        chosen, parts = choose_methods(methods), choose_shares(shares)
+        check_out(folder, FILES, f"{STATE}/{RUN}", "a distillation")
+        chosen, parts = choose_names(methods, "--methods", METHODS), choose_shares(shares)
         count = default_workers() if workers is None else workers
         options = Options(
             student, tuned, steps, batch_size, lr, strength=strength, keep=keep, temperature=temperature, workers=count
@@ -206,32 +207,13 @@ def distill(
         "pretrained": pretrained, "library": library, "options": options._asdict(), "vocabulary": vocabulary,
         "held_out": {field: list(held_out)} if held_out else {}, "notes": notes, "rows": records,
     }  # fmt: skip
-    write_report(folder, records, document, notes, title)
+    write_report_files(folder, records, document, markdown(records, notes, title))
     with opened(None) as stream:
         write_results(form, stream, records, document, lambda: draw(records, notes, title))
     trained = quantity(len(chosen) * len(parts) * seeds, "training")
     click.echo(f"{trained} in {duration(time.monotonic() - began)}: {folder / 'results.md'}", err=True)
     if results.unread:
         context.exit(1)
-
-
-def check_out(folder: Path) -> None:
-    """Raise click.UsageError for a folder with results that no state in it accounts for, as of another command."""
-    found = [name for name in FILES if os.path.lexists(folder / name)]
-    if found and not (folder / STATE / RUN).exists():
-        raise click.UsageError(
-            f"expected --out to be a new folder, or that of a distillation, got {folder} with {found[0]} and no "
-            f"{STATE}/{RUN}: choose another one, or move that file"
-        )
-
-
-def choose_methods(text: str) -> list[str]:
-    """Return the names of --methods; click.UsageError for an unknown one."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [each for each in names if each not in METHODS]
-    if unknown:
-        raise click.UsageError(f"expected --methods of {', '.join(METHODS)}, got {unknown[0]!r}")
-    return names
 
 
 def choose_shares(text: str) -> list[float]:

@@ -15,19 +15,18 @@ from clipkernels.cli.parts.evaluation_options import (
     STATE,
     check_clouds,
     check_combinations,
-    check_out,
-    choose_heads,
     choose_methods,
     choose_shots,
     read_named,
     read_named_captions,
 )
 from clipkernels.cli.parts.evaluation_report import describe, notes_of, published_of, records_of
-from clipkernels.cli.parts.evaluation_tables import draw, write_report
+from clipkernels.cli.parts.evaluation_tables import FILES, draw, write_report
 from clipkernels.cli.parts.methods import METHOD_HELP, is_supported
 from clipkernels.cli.parts.models import BUNDLED_NOTE, cast_towers, choose_device, load_clip, model_options
 from clipkernels.cli.parts.options import (
     batch_size_option,
+    choose_names,
     default_workers,
     device_option,
     format_option,
@@ -38,7 +37,7 @@ from clipkernels.cli.parts.options import (
     tokens_option,
     workers_option,
 )
-from clipkernels.cli.parts.output import opened, write_results
+from clipkernels.cli.parts.output import check_out, opened, write_results
 from clipkernels.cli.parts.reporter import Reporter, duration
 from clipkernels.cli.parts.stopping import stopping
 from clipkernels.comparison.towers import DTYPES
@@ -53,6 +52,7 @@ from clipkernels.measure.environment import environment
 from clipkernels.messages import quantity
 from clipkernels.patching import unpatch
 from clipkernels.pictures.files import check_suffix, save_picture
+from clipkernels.run_folder import RUN
 from clipkernels.support import ENSEMBLE, SupportSet
 
 EXAMPLE = """\b
@@ -206,8 +206,8 @@ def evaluate(
         torch.set_num_threads(threads or before)
         if images_folder is not None and not captioned:
             raise click.UsageError(f"expected --captions with --images {images_folder}, got none: add it")
-        check_out(folder)
-        chosen, counts = choose_heads(heads), choose_shots(shots)
+        check_out(folder, FILES, f"{STATE}/{RUN}", "an evaluation")
+        chosen, counts = choose_names(heads, "--heads", HEADS), choose_shots(shots)
         if picture is not None:
             check_suffix(picture)
         data = read_named(sources, partial(read_dataset, views=int(views or 6)), "--data")

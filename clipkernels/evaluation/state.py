@@ -15,12 +15,10 @@ from typing import Annotated
 
 import msgspec
 
-from clipkernels.formats import Fingerprint, Format, Line, Size
+from clipkernels.formats import Fingerprint, Format, Line, Positive, Share, Size
 from clipkernels.run_folder import RunFolder
 
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Spread = Annotated[float, msgspec.Meta(ge=0)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 MAX_BYTES = 1 << 20
 ROUNDING = 1e-9
 

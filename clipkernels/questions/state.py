@@ -20,7 +20,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from clipkernels.formats import FLOATS, Count, Digest, Fingerprint, Format, Line, Size, TensorSpec
+from clipkernels.formats import FLOATS, Count, Digest, Fingerprint, Format, Line, Positive, Share, Size, TensorSpec
 from clipkernels.questions.training import Checkpoint
 from clipkernels.run_folder import RunFolder
 from clipkernels.state_files import read_json, read_state, write_json, write_state
@@ -29,8 +29,6 @@ CHECKPOINT = "checkpoint.safetensors"
 MAX_BYTES = 1 << 24
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 """At least; and ten times as long as a checkpoint takes to be written."""
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

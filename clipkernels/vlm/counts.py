@@ -116,16 +116,16 @@ def choose_packed(container: Any, outputs: Any, rankings: Sequence[Ranking], val
     select: Any = method_of(container)
     scores = pack(container, rankings[0].scores[..., None], values, float("inf"))
     keys = pack(container, rankings[0].keys, values, 0.0)
-    chosen, actual, expected = [], [], []
+    handed, actual, expected = [], [], []
     for rows, score, key in zip(outputs.pooler_output, scores, keys, strict=True):
         places = (~score[:, 0].isposinf()).nonzero()[:, 0]
         counts = select.counts(len(places))
         choice = choose_slots(Ranking(score[places, 0][None], key[places][None]), *counts)
-        chosen.append(rows.index_copy(0, places, choice.apply(rows[places][None])[0]))
-        actual.append((~chosen[-1][:, 0].isnan()).sum())
+        handed.append(rows.index_copy(0, places, choice.apply(rows[places][None])[0]))
+        actual.append((~handed[-1][:, 0].isnan()).sum())
         expected.append(len(rows) - len(places) + sum(counts))
     _check(torch.stack(actual).tolist() if actual else [], expected)
-    outputs.pooler_output = chosen
+    outputs.pooler_output = handed
 
 
 def pack(container: Any, rows: Tensor, values: Mapping[str, Any], newline: float) -> list[Tensor]:

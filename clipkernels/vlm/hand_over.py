@@ -15,7 +15,7 @@ from clipkernels.methods import Method, Select
 from clipkernels.plan import Condense, Plan, Prune
 from clipkernels.slot import SLOT
 from clipkernels.vlm.counts import prefix_of, tower_of
-from clipkernels.vlm.families import Family, family_of, find_container
+from clipkernels.vlm.families import Family, family_of
 from clipkernels.vlm.forward import handed_over
 
 
@@ -61,14 +61,13 @@ def _container_of(owner: nn.Module) -> tuple[Any, Any]:
     return container, slot.marks
 
 
-def prepare(model: nn.Module, method: Method, plan: Plan) -> HandOver:
-    """The hand-over of a method's tokens in a vision-language model.
+def prepare(container: Any, method: Method, plan: Plan) -> HandOver:
+    """The hand-over of a method's tokens in a container.
 
     Raises:
-        UnsupportedTower: the model is of no family, transformers is too old, or a forward was replaced.
+        UnsupportedTower: a forward was replaced.
         ValueError: the method's tokens cannot be handed over.
     """
-    container = find_container(model)
     _refuse_replaced(container)
     prefix_of(container, {})
     family = family_of(container)

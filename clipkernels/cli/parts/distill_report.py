@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from clipkernels.files import atomic_write, write_csv
 from clipkernels.questions.results import NONE, Row, summarize
 
 FILES = ("results.csv", "results.json", "results.md")
@@ -78,15 +75,3 @@ def markdown(records: Sequence[Mapping[str, Any]], notes: Sequence[str], title: 
     lines = [f"# {title}", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(row)} |" for row in cells_of(records)]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
-
-
-def write_report(
-    folder: Path, records: Sequence[Mapping[str, Any]], document: Mapping[str, Any], notes: Sequence[str], title: str
-) -> None:
-    """Write results.csv, with a row per training, split and score, results.json and results.md."""
-    with atomic_write(folder / "results.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        write_csv(records, file)
-    with atomic_write(folder / "results.json") as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1)
-    with atomic_write(folder / "results.md") as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(markdown(records, notes, title))

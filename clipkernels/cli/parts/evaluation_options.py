@@ -10,7 +10,6 @@ from typing import Any
 import click
 from torch import nn
 
-from clipkernels.cli.parts.evaluation_tables import FILES
 from clipkernels.cli.parts.methods import is_supported, methods_for
 from clipkernels.evaluation.captions import Captions, read_captions
 from clipkernels.evaluation.datasets import Dataset
@@ -18,7 +17,6 @@ from clipkernels.evaluation.heads import HEADS
 from clipkernels.measure.timing import HOST
 from clipkernels.methods import Method
 from clipkernels.patching import method_of, tower_of
-from clipkernels.run_folder import RUN
 
 STATE = "state"
 
@@ -38,15 +36,6 @@ def choose_methods(
     if specs:
         raise click.UsageError(f"expected no --method for a {type(model.visual).__name__}, got {specs[0]}")
     return {HOST: None}
-
-
-def choose_heads(text: str) -> list[str]:
-    """Return the names of --heads; click.UsageError for an unknown one."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [each for each in names if each not in HEADS]
-    if unknown:
-        raise click.UsageError(f"expected --heads of {', '.join(HEADS)}, got {unknown[0]!r}")
-    return names
 
 
 def choose_shots(text: str) -> list[int]:
@@ -110,13 +99,3 @@ def check_clouds(clouds: Sequence[Dataset], views: str | None, picture: str | No
                 f"expected --data of modelnet40 or scanobjectnn with {option} {value}, got none: add it, or leave "
                 f"{option} out"
             )
-
-
-def check_out(folder: Path) -> None:
-    """Raise click.UsageError for a folder with results that no state in it accounts for, as of another command."""
-    results = [name for name in FILES if os.path.lexists(folder / name)]
-    if results and not (folder / STATE / RUN).exists():
-        raise click.UsageError(
-            f"expected --out to be a new folder, or that of an evaluation, got {folder} with {results[0]} and no "
-            f"{STATE}/{RUN}: choose another one, or move that file"
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from clipkernels.cli.parts.evaluation_report import UNVERIFIED
-from clipkernels.cli.parts.output import quietly
+from clipkernels.cli.parts.output import quietly, write_report_files
 from clipkernels.evaluation.classification import ACCURACY
-from clipkernels.files import atomic_write, write_csv
+from clipkernels.files import atomic_write
 
 PANELS = 4
 """Panels of the picture in a row."""
@@ -133,12 +132,7 @@ def write_report(
     folder: Path, records: Sequence[Mapping[str, Any]], document: Mapping[str, Any], notes: Sequence[str], title: str
 ) -> None:
     """Write results.csv, results.json and results.md, and accuracy.png where matplotlib is installed."""
-    with atomic_write(folder / "results.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        write_csv(records, file)
-    with atomic_write(folder / "results.json") as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1)
-    with atomic_write(folder / "results.md") as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(markdown(records, notes, title))
+    write_report_files(folder, records, document, markdown(records, notes, title))
     drawn = any(row["metric"] == ACCURACY and row["gmacs_run"] is not None for row in records)
     if drawn and importlib.util.find_spec("matplotlib") is not None:
         with atomic_write(folder / "accuracy.png") as temporary, open(temporary, "wb") as picture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import click
@@ -28,6 +28,15 @@ def _single(context: click.Context, option: click.Parameter, values: tuple[str, 
         listed = f"{', '.join(values[:-1])} and {values[-1]}"
         raise click.UsageError(f"expected one {option.opts[0]}, got {listed}")
     return values[0] if values else None
+
+
+def choose_names(text: str, option: str, known: Collection[str]) -> list[str]:
+    """Return the names of an option like --heads, each once; click.UsageError for an unknown one."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [each for each in names if each not in known]
+    if unknown:
+        raise click.UsageError(f"expected {option} of {', '.join(known)}, got {unknown[0]!r}")
+    return names
 
 
 def limit_option(default: int | None = None) -> Decorator:

@@ -141,6 +141,35 @@ def write_results(
                 stream.write(f"{part}\n")
 
 
+def check_out(folder: Path, files: Sequence[str], run: str, kind: str) -> None:
+    """Raise click.UsageError for a folder with results that no run in it accounts for, as of another command.
+
+    Args:
+        folder: the folder of --out.
+        files: names of the results.
+        run: the file of a run in the folder.
+        kind: the run, for people.
+    """
+    results = [name for name in files if os.path.lexists(folder / name)]
+    if results and not (folder / run).exists():
+        raise click.UsageError(
+            f"expected --out to be a new folder, or that of {kind}, got {folder} with {results[0]} and no {run}: "
+            "choose another one, or move that file"
+        )
+
+
+def write_report_files(
+    folder: Path, records: Sequence[Mapping[str, Any]], document: Mapping[str, Any], markdown: str
+) -> None:
+    """Write results.csv, results.json and results.md to a folder, each atomically."""
+    with atomic_write(folder / "results.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        write_csv(records, file)
+    with atomic_write(folder / "results.json") as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1)
+    with atomic_write(folder / "results.md") as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(markdown)
+
+
 def method_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Return a table with a row per method, whose name comes first and alone is folded where there is no room."""
     table = Table(title=title, title_justify="left")

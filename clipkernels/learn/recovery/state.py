@@ -22,7 +22,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from clipkernels.formats import FLOATS, Count, Fingerprint, Format, Line, Size, TensorSpec
+from clipkernels.formats import FLOATS, Count, Fingerprint, Format, Line, Positive, Share, Size, TensorSpec
 from clipkernels.learn.recovery.results import Evaluation
 from clipkernels.run_folder import RunFolder
 from clipkernels.state_files import read_state, write_state
@@ -31,8 +31,6 @@ CHECKPOINT = "checkpoint.safetensors"
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 """At least; and ten times as long as a checkpoint takes to be written."""
 BEST = re.compile(r"best-(\d+)\.safetensors")
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
