@@ -42,15 +42,16 @@ ARTEFACTS = Kind("ck.save", FILE, lambda folder: read_header(folder).files)
 def check_replaceable(folder: Path, kind: Kind = ARTEFACTS) -> None:
     """Raise ValueError unless a folder is new, empty, or one of a kind that holds nothing else.
 
-    Caches of Python beside the listed files do not count.
+    A link stands for the folder it points to. Caches of Python beside the listed files do not count.
 
     Raises:
         OSError: the folder cannot be read.
     """
+    folder = _target(folder)
     if not os.path.lexists(folder):
         return
     expected = f"expected a new or empty folder, or one that {kind.writer} wrote"
-    if folder.is_symlink() or not folder.is_dir():
+    if not folder.is_dir():
         raise ValueError(f"{expected}, got {folder}, which is no folder: choose another one")
     names = set(os.listdir(folder))
     if not names:
@@ -60,6 +61,11 @@ def check_replaceable(folder: Path, kind: Kind = ARTEFACTS) -> None:
     others = _paths_in(folder) - {kind.header, *kind.files(folder)}
     if others:
         raise ValueError(f"{expected}, got {folder} with {min(others)!r} too: move it, or choose another folder")
+
+
+def _target(folder: Path) -> Path:
+    """The folder that a path names, behind every link; it need not exist."""
+    return Path(os.path.realpath(folder))
 
 
 def _paths_in(folder: Path) -> set[str]:
@@ -78,12 +84,14 @@ def replaced_folder(folder: Path, kind: Kind = ARTEFACTS) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`, which takes its place on success and is deleted on error.
 
     A folder of the kind that is there moves aside first, and back if the new one cannot take its place. What killed
-    writers left beside it is removed first; a folder that one had moved aside returns if its place is free.
+    writers left beside it is removed first; a folder that one had moved aside returns if its place is free. A link stays,
+    and the folder it points to is replaced.
 
     Raises:
         ValueError: as `check_replaceable`.
         OSError: no folder can be made there.
     """
+    folder = _target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder, kind)
     check_replaceable(folder, kind)

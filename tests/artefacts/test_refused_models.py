@@ -145,8 +145,25 @@ def test_a_folder_with_other_files_is_left_alone(tiny: Any, tmp_path: Path) -> N
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="which is no folder"):
         ck.save(tiny, tmp_path / "file")
-    os.symlink(folder, tmp_path / "link")
+    os.symlink("loop", tmp_path / "loop")
     with pytest.raises(ValueError, match="which is no folder"):
+        ck.save(tiny, tmp_path / "loop")
+
+
+def test_a_link_stays_and_its_folder_is_replaced(tiny: Any, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for target in ("tower", "new"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        os.symlink(disk / target, tmp_path / "link")  # to no folder at first
+        for method in (None, ck.ToMe(4)):
+            ck.save(tiny if method is None else ck.patch(tiny, method), tmp_path / "link")
+            assert ck.method_of(ck.load(tmp_path / "link").model) == ck.method_of(ck.load(disk / target).model) == method
+        ck.unpatch(tiny)
+        assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["disk", "link"]
+    assert sorted(os.listdir(disk)) == ["new", "tower"]
+    (disk / "new" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="new with 'notes.txt' too"):
         ck.save(tiny, tmp_path / "link")
 
 
