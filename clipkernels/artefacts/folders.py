@@ -84,8 +84,8 @@ def replaced_folder(folder: Path, kind: Kind = ARTEFACTS) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`, which takes its place on success and is deleted on error.
 
     A folder of the kind that is there moves aside first, and back if the new one cannot take its place. What killed
-    writers left beside it is removed first; a folder that one had moved aside returns if its place is free. A link stays,
-    and the folder it points to is replaced.
+    writers left beside it is removed first; a folder that one had moved aside returns if its place is free. A link
+    stays, and the folder it points to is replaced.
 
     Raises:
         ValueError: as `check_replaceable`.
