@@ -357,8 +357,8 @@ def evaluation_speed(folder: Path) -> Kind:
 
 DISTILLATION = distillation.Settings(
     task="vcr", tower=TOWER, text_tower=TOWER, method="host", reader="1", preprocess="Resize(32)", train="ab" * 32,
-    test="cd" * 32, held_out=["source", "lsmdc"], student="", tuned="mlp", steps=600, batch_size=64, lr=0.5,
-    strength=1.0, keep=0.25, temperature=0.125,
+    test="cd" * 32, held_out=["source", "lsmdc"], student="", student_source="", tuned="mlp", steps=600,
+    batch_size=64, lr=0.5, strength=1.0, keep=0.25, temperature=0.125,
 )  # fmt: skip
 
 
@@ -388,7 +388,9 @@ def distillation_score(folder: Path) -> Kind:
 
 
 def distillation_images(folder: Path) -> Kind:
-    record = distillation.ImagesRecord({"a.jpg": "not an image"}, True)
+    record = distillation.ImagesRecord(
+        failed={"a.jpg": "not an image"}, regions=True, files="ab" * 32, content="cd" * 32, cut=3
+    )
     with distillation.State(folder / "state", DISTILLATION) as state:
         state.save_images("train", record)
 

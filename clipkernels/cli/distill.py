@@ -98,7 +98,7 @@ Example:
     "--shift",
     metavar="FIELD[=VALUE,…]",
     help="Hold a domain out of the training and score it apart: question_type or answer_type of vqa, movie or source "
-    "of vcr. Without values, some are drawn that have a quarter of the annotations.",
+    "of vcr. Without values, some are drawn that have at least a quarter of the annotations.",
 )
 @click.option("--steps", type=click.IntRange(min=1), default=600, show_default=True, help="Most steps of a training.")
 @batch_size_option(64, "Annotations per step.")
@@ -153,10 +153,10 @@ def distill(
     relevant, weighted by its confidence against the student's (CLIP-TD, a reconstruction); finetune, CLIP itself with
     a head. Shares of one seed are nested and keep every class as far as they can. The gains are against none.
 
-    OUT gets results.csv, results.json and results.md. OUT/state keeps scores and a checkpoint, at least once a minute,
-    OUT/features the teacher's features: the same command goes on after Ctrl-C or a kill, and more shares, seeds or
-    methods are added to what is there. An image that is missing or cannot be read is left out with its annotations;
-    the exit status is 1 if one cannot be read.
+    OUT gets results.csv, results.json and results.md with the trainings of this command. OUT/state keeps every score
+    and a checkpoint, at least once a minute, OUT/features the teacher's features: the same command goes on after
+    Ctrl-C or a kill, and with more shares, seeds or methods it trains only what is new. An image that is missing or
+    cannot be read is left out with its annotations; the exit status is 1 if one cannot be read.
     """
     began, before = time.monotonic(), torch.get_num_threads()
     folder = Path(os.path.abspath(out))

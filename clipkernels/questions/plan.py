@@ -75,4 +75,5 @@ class Training(NamedTuple):
     @property
     def name(self) -> str:
         """The name in progress and in the state."""
-        return f"{self.method}, {100 * self.share:g} %, seed {self.seed}"
+        # Ten digits, because the name identifies the training in the state; %g rounds to six.
+        return f"{self.method}, {100 * self.share:.10g} %, seed {self.seed}"

@@ -17,21 +17,22 @@ from torch import nn
 
 from clipkernels import adapters
 from clipkernels.adapters import UnsupportedTower
+from clipkernels.arguments import check_range
 from clipkernels.data import Preprocess
 from clipkernels.fingerprint import fingerprint
 from clipkernels.images import Reader
 from clipkernels.images.batches import Pictures, image_shape
 from clipkernels.learn.checkpoints import seeded
 from clipkernels.learn.distill import TargetedDistillation, Teacher, TeacherCache
-from clipkernels.messages import quantity
+from clipkernels.messages import quantity, skip_message
 from clipkernels.questions.batches import ExampleBatches, TextTokens
 from clipkernels.questions.examples import ExampleSet, kinds_of, score_examples
 from clipkernels.questions.learners import ClipLearner, Learner, StudentLearner
 from clipkernels.questions.plan import DISTILLED, Options, Plan, Training
-from clipkernels.questions.preparation import encode_images, encode_texts
+from clipkernels.questions.preparation import count_cut, encode_images, encode_texts, files_digest
 from clipkernels.questions.results import Progress, Results, Row
 from clipkernels.questions.state import ImagesRecord, ScoreRecord, Settings, State
-from clipkernels.questions.student import StudentTask, check_student, find_student
+from clipkernels.questions.student import StudentTask, find_student, make_student, source_of
 from clipkernels.questions.subsets import low_shot, split_by_value
 from clipkernels.questions.training import TrainingSettings, predict, steps_for, train
 from clipkernels.support.features import encoder_of
@@ -89,16 +90,19 @@ class Protocol:
         progress: Callable[[Progress], bool],
     ) -> None:
         self.plan, self.model, self.options, self.progress = plan, model, options, progress
+        self.unread: dict[str, str] = {}
         self.teacher = Teacher(model, tokenizer)
         shape = image_shape(model, preprocess)
         self.pictures = Pictures((), preprocess, shape)
         self.size = (shape[1], shape[2])
         self.kinds = kinds_of(plan.train)
-        self.make_student = find_student(options.student)
+        for name, ends in (("lr", "()"), ("strength", "[)"), ("temperature", "()")):
+            check_range(name, getattr(options, name), 0, math.inf, ends)
+        self._check_left(plan.train, plan.test)
+        self.student_class = find_student(options.student)
         self.task = self._task()
         with seeded(0):
-            probe: Any = self.make_student(self.task)
-        check_student(probe, self.task)
+            probe: Any = make_student(self.student_class, self.task)
         self.width, self.grid = probe.width, tuple(probe.grid)
         own = probe if hasattr(probe, "tokenize") else None
         reads, marks = self.teacher.reads, self.teacher.marks
@@ -109,11 +113,10 @@ class Protocol:
             task=plan.train.task, tower=fingerprint(model), text_tower=fingerprint(model, "text"),
             method=self.teacher.method, reader=encoder.reader, preprocess=encoder.preprocess,
             train=_digest_of(plan.train), test=_digest_of(plan.test), held_out=[plan.field, *plan.held_out],
-            student=options.student or "", tuned=options.tuned, steps=options.steps,
-            batch_size=options.batch_size, lr=options.lr, strength=options.strength, keep=options.keep,
-            temperature=options.temperature,
+            student=options.student or "", student_source=source_of(self.student_class), tuned=options.tuned,
+            steps=options.steps, batch_size=options.batch_size, lr=options.lr, strength=options.strength,
+            keep=options.keep, temperature=options.temperature,
         )  # fmt: skip
-        self.unread: dict[str, str] = {}
 
     def run(self, state: State, cached: TeacherCache) -> Results:
         """Train and score everything that the state does not have."""
@@ -128,8 +131,9 @@ class Protocol:
             if any(state.score(training.name) is None for training in trainings):
                 first, second = (self._batches(part, cached, self.tokens) for part in (self.plan.train, self.plan.test))
                 encode_texts(self.plan, self.options, first, second, cached, self._report)
-            train_set = self._readable(self.plan.train, "train", state, cached)
-            test_set = self._readable(self.plan.test, "test", state, cached)
+            train_set = self._readable(self.plan.train, "train", state, cached, results.notes)
+            test_set = self._readable(self.plan.test, "test", state, cached, results.notes)
+            self._check_left(train_set, test_set)
             for number, training in enumerate(trainings, 1):
                 record = state.score(training.name)
                 if record is None:
@@ -164,6 +168,8 @@ class Protocol:
             if outside:
                 how = "left out" if name == "train" else "scored by the votes of their annotators"
                 yield f"{name}: {quantity(outside, 'annotation')} whose answer is no class, {how}"
+        if self.unread:
+            yield f"{quantity(len(self.unread), 'image')} cannot be read"
         if self.plan.held_out:
             yield f"held out by {self.plan.field}: {', '.join(self.plan.held_out)}"
 
@@ -171,18 +177,35 @@ class Protocol:
         if self.progress(Progress(phase, done, total, len(self.unread), item)):
             raise Stopped
 
-    def _readable(self, examples: ExampleSet, split: str, state: State, cached: TeacherCache) -> ExampleSet:
-        """The examples whose images can be read; their features are in the cache."""
+    def _readable(
+        self, examples: ExampleSet, split: str, state: State, cached: TeacherCache, notes: list[str]
+    ) -> ExampleSet:
+        """The examples whose images can be read; their features are in the cache.
+
+        Raises:
+            ValueError: images whose content is not that with which the run began.
+        """
         regions = split == "train" and self.plan.distils
-        record = state.images(split)
-        if record is None or (regions and not record.regions):
-            paths = list(dict.fromkeys(example.image for example in examples.examples))
+        paths = list(dict.fromkeys(example.image for example in examples.examples))
+        files, record = files_digest(paths), state.images(split)
+        if record is None or record.files != files or (regions and not record.regions):
+            if record is None:
+                batches = self._batches(examples, cached, self.clip_tokens)
+                cut = count_cut(batches, self.clip_tokens, self.task.length, split, self._report)
+            else:
+                cut, regions = record.cut, regions or record.regions
             pictures = Pictures(paths, self.pictures.preprocess, self.pictures.shape)
-            failed = encode_images(pictures, split, regions, self.options, cached, self.unread, self._report)
-            record = ImagesRecord(dict(failed), regions)
+            failed, content = encode_images(pictures, split, regions, self.options, cached, self.unread, self._report)
+            if record is not None and record.content != content:
+                raise ValueError(
+                    f"expected the {split} images with which {state.folder} began, got other ones: put them back, or "
+                    "choose another folder (--out)"
+                )
+            record = ImagesRecord(failed=failed, regions=regions, files=files, content=content, cut=cut)
             state.save_images(split, record)
-        else:
-            self.unread |= record.failed
+        self.unread |= record.failed
+        if record.cut:
+            notes.append(f"{split}: {quantity(record.cut, 'text')} cut, because CLIP reads {self.task.length} tokens")
         unread = record.failed
         return examples._replace(examples=tuple(each for each in examples.examples if each.image not in unread))
 
@@ -190,23 +213,27 @@ class Protocol:
         grids = (self.grid, self.task.grid)
         return ExampleBatches(examples, self.pictures, tokens, cached, grids, self.options.workers, self.kinds)
 
-    def _subset(self, examples: ExampleSet, training: Training) -> tuple[ExampleSet, int]:
-        """The examples of a share of the labels outside of the domain that is held out, and their classes.
-
-        Raises:
-            ValueError: none.
-        """
-        usable = examples._replace(examples=tuple(each for each in examples.examples if each.label >= 0))
-        pool = sorted({example.item for example in usable.examples})
+    def _pool(self, examples: ExampleSet) -> list[int]:
+        """The annotations that have a label and are outside of the domain that is held out, as indices."""
+        pool = sorted({example.item for example in examples.examples if example.label >= 0})
         if self.plan.held_out:
-            values = usable.values(self.plan.field)
+            values = examples.values(self.plan.field)
             pool = [pool[index] for index in split_by_value([values[item] for item in pool], self.plan.held_out)[0]]
-        if not pool:
-            raise ValueError("expected annotations to train on, got none that can be used: see the counts")
-        labels = usable.labels
+        return pool
+
+    def _check_left(self, train_set: ExampleSet, test_set: ExampleSet) -> None:
+        """Raise ValueError, with the counts, unless there are annotations to train on and to score."""
+        for name, left in (("train on", self._pool(train_set)), ("score", test_set.examples)):
+            if not left:
+                counts = [*self._notes(), *(skip_message(*item) for item in list(self.unread.items())[:1])]
+                raise ValueError(f"expected annotations to {name}, got none that can be used: {'; '.join(counts)}")
+
+    def _subset(self, examples: ExampleSet, training: Training) -> tuple[ExampleSet, int]:
+        """The examples of a share of the labels outside of the domain that is held out, and their classes."""
+        pool, labels = self._pool(examples), examples.labels
         chosen = low_shot([labels[item] for item in pool], training.share, training.seed).tolist()
         items = [pool[index] for index in chosen]
-        return usable.take(items), len({labels[item] for item in items})
+        return examples.take(items), len({labels[item] for item in items})
 
     def _learner(self, training: Training) -> Learner:
         options, device = self.options, self.teacher.device
@@ -217,7 +244,7 @@ class Protocol:
                     self.task.padding,
                 )  # fmt: skip
                 return clip.to(device)
-            student: Any = self.make_student(self.task)
+            student: Any = self.student_class(self.task)
             objective = None
             if training.method in DISTILLED:
                 plain: dict[str, Any] = {"keep": 1.0, "temperature": math.inf, "weight": None}
@@ -281,8 +308,6 @@ class Protocol:
     ) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
         """The scores of a learner by split, and the number of annotations of each."""
         count = len(test_set.examples)
-        if not count:
-            raise ValueError("expected annotations to score, got none whose image can be read")
         source = self._batches(test_set, cached, tokens)
         batches = source.read(torch.arange(count).split(self.options.batch_size), texts=learner.needs_texts)
 

@@ -1,7 +1,7 @@
 """The folder of the state of `clipkernels distill`, from which a run that was killed goes on, and later runs add to.
 
 run.json                the teacher, the data and the settings that every figure depends on, signed
-images-SPLIT.json       the images of a split that cannot be read
+images-SPLIT.json       the images of a split: those that cannot be read, and digests of all
 score-KEY.json          the scores of one training: a method, a share of the labels and a seed
 checkpoint.safetensors  the training that is under way
 
@@ -44,6 +44,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     test: Digest
     held_out: list[Line]
     student: Line
+    student_source: Line
     tuned: Line
     steps: Size
     batch_size: Size
@@ -66,9 +67,9 @@ class ScoreRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """
 
     scores: dict[Line, dict[Line, Share]]
-    counts: dict[Line, Size]
-    train: Size
-    classes: Size
+    counts: dict[Line, Count]
+    train: Count
+    classes: Count
     steps: Size
     weight: Share | None
     seconds: Annotated[float, msgspec.Meta(ge=0)]
@@ -78,11 +79,21 @@ class ScoreRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise ValueError(f"scores of {', '.join(self.scores) or 'no split'} and counts of {', '.join(self.counts)}")
 
 
-class ImagesRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The images of a split that cannot be read, with the reasons; true if the others' regions are in the cache."""
+class ImagesRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The images of a split, and the texts beside them.
+
+    failed: the images that cannot be read, with the reasons.
+    regions: true if the regions of the others are in the cache.
+    files: a digest of the paths, sizes and times of the files: as long as it stays, they are not read again.
+    content: a digest of the preprocessed images.
+    cut: distinct texts whose end the teacher's tokenizer cuts off.
+    """
 
     failed: dict[Line, Line]
     regions: bool
+    files: Digest
+    content: Digest
+    cut: Count
 
 
 class CheckpointHeader(msgspec.Struct, forbid_unknown_fields=True):
@@ -109,7 +120,7 @@ CHECKPOINT_FORMAT = Format(
         "buffers": TensorSpec((torch.float64,), "buffers*"),
     },
 )
-OPAQUE = ("tower", "text_tower", "preprocess", "train", "test")
+OPAQUE = ("tower", "text_tower", "preprocess", "train", "test", "student_source")
 """Settings whose values say little to people."""
 
 
@@ -156,13 +167,13 @@ class State:
         self._lock.release()
 
     def images(self, split: str) -> ImagesRecord | None:
-        """The images of a split that cannot be read; None if they were not all tried yet."""
+        """The record of the images of a split; None if they were not all tried yet."""
         file = self.folder / f"images-{split}.json"
         record: ImagesRecord | None = read_json(file, IMAGES_FORMAT, MAX_BYTES) if file.exists() else None
         return record
 
     def save_images(self, split: str, record: ImagesRecord) -> None:
-        """Keep the images of a split that cannot be read, once all were tried."""
+        """Keep the record of the images of a split, once all were tried."""
         write_json(self.folder / f"images-{split}.json", IMAGES_FORMAT, record, MAX_BYTES)
 
     def score(self, key: str) -> ScoreRecord | None:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from clipkernels.files import hash_of
+from clipkernels.messages import first_line
+
 WIDTH, LAYERS, HEADS, DROPOUT = 64, 2, 2, 0.1
 
 
@@ -114,12 +117,28 @@ def find_student(path: str | None) -> Callable[[StudentTask], Any]:
         sys.path.insert(0, here)
     try:
         found = getattr(import_module(module), name, None)
-    except Exception as error:  # a module may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"expected a student that can be imported, got {path}: {reason:.200}") from error
+    except (Exception, SystemExit) as error:  # a module may raise anything
+        raise ValueError(f"expected a student that can be imported, got {path}: {first_line(error)}") from error
     if not callable(found):
         raise ValueError(f"expected a class in the module {module}, got none with the name {name!r}")
     student: Callable[[StudentTask], Any] = found
+    return student
+
+
+def make_student(student_class: Callable[[StudentTask], Any], task: StudentTask) -> Any:
+    """A student for a task, which `check_student` accepts.
+
+    Raises:
+        ValueError: as of `check_student`, or a class that cannot be made with a `StudentTask` alone.
+    """
+    try:
+        student = student_class(task)
+    except (Exception, SystemExit) as error:  # a class may raise anything
+        raise ValueError(
+            f"expected a student that is made with a StudentTask alone, got {_raised(error)} from "
+            f"{getattr(student_class, '__name__', student_class)}"
+        ) from error
+    check_student(student, task)
     return student
 
 
@@ -127,13 +146,24 @@ def check_student(student: Any, task: StudentTask) -> None:
     """Raise ValueError unless a student takes a batch of a task and returns states of the right shapes."""
     kind = type(student).__name__
     missing = [name for name in ("width", "grid", "state_dict") if not hasattr(student, name)]
-    if missing:
-        raise ValueError(f"expected a student that is a module with width and grid, got {kind} without {missing[0]}")
-    images = torch.zeros(2, 3, *task.image_size)
-    tokens = student.tokenize(["a", "b"]) if hasattr(student, "tokenize") else torch.ones(2, task.length).long()
+    is_module = isinstance(student, nn.Module)  # a name, because mypy narrows Any to a module without width
+    if missing or not is_module:
+        actual = f"{kind} without {missing[0]}" if missing else f"{kind}, which is no torch.nn.Module"
+        raise ValueError(f"expected a student that is a module with width and grid, got {actual}")
+    sizes = (student.width, *student.grid) if isinstance(student.grid, (tuple, list)) else ()
+    if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(
+            f"expected {kind} to have an int width and a grid of two ints, got width {student.width!r:.80} and grid "
+            f"{student.grid!r:.80}"
+        )
+    if hasattr(student, "tokenize") != hasattr(student, "pieces"):
+        raise ValueError(f"expected {kind} to have tokenize and pieces, or none of them, got one")
     student.eval()
-    with torch.no_grad():
-        output = student(images, tokens)
+    try:
+        tokens = student.tokenize(["a", "b"]) if hasattr(student, "tokenize") else torch.ones(2, task.length).long()
+        output = student(torch.zeros(2, 3, *task.image_size), tokens)
+    except Exception as error:  # a module may raise anything
+        raise ValueError(f"expected {kind} to answer a batch of two texts, got {_raised(error)}") from error
     shapes = {
         "logits": (2, task.answers),
         "pooled": (2, student.width),
@@ -142,6 +172,18 @@ def check_student(student: Any, task: StudentTask) -> None:
     }
     for name, shape in shapes.items():
         value = getattr(output, name, None)
-        actual = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if actual != shape:
+        actual = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+        if actual != str(shape):
             raise ValueError(f"expected {kind}'s {name} to be {shape}, got {actual}")
+    if not output.logits.requires_grad:
+        raise ValueError(f"expected {kind}'s logits to depend on weights that are trained, got some without a gradient")
+
+
+def source_of(student_class: Any) -> str:
+    """The SHA-256 of the file of a student's class; "" for the student that ships, and for a class without a file."""
+    file = getattr(sys.modules.get(getattr(student_class, "__module__", "")), "__file__", None)
+    return "" if student_class is Student or file is None else hash_of(file)
+
+
+def _raised(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
 
-from clipkernels.arguments import check_int, check_range
+from clipkernels.arguments import check_int, check_range, describe
 from clipkernels.messages import list_names
+
+MAX_SEED = 2**40
 
 
 def low_shot_order(labels: Sequence[int], seed: int) -> Tensor:
@@ -19,13 +22,18 @@ def low_shot_order(labels: Sequence[int], seed: int) -> Tensor:
     if m is at least the number of classes; of a share t of the items, a class of c items has about t·c.
 
     Args:
-        labels: the class of each item.
+        labels: the class of each item, an int.
         seed: seed of the order.
+    Raises:
+        ValueError: another label than an int, or a seed out of its range.
     """
-    check_int("seed", seed, 0)
+    check_int("seed", seed, 0, MAX_SEED)
     members: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        members.setdefault(label, []).append(index)
+    for place, label in enumerate(labels):
+        try:
+            members.setdefault(index(label), []).append(place)
+        except TypeError as error:
+            raise ValueError(f"labels must be ints, got {describe(label)}") from error
     keys = []
     for label, items in members.items():
         # A generator for each class, because its order must not change with the size of another one.
@@ -45,10 +53,10 @@ def low_shot(labels: Sequence[int], share: float, seed: int) -> Tensor:
         share: in (0, 1].
         seed: seed of the draw; draws of one seed are nested.
     Raises:
-        ValueError: no item, or a share out of its range.
+        ValueError: no item, another label than an int, or a share out of its range.
     """
     check_range("share", share, 0, 1, "(]")
-    if not labels:
+    if not len(labels):
         raise ValueError("expected items to draw from, got none")
     return low_shot_order(labels, seed)[: max(1, round(share * len(labels)))].sort().values
 
@@ -70,16 +78,16 @@ def held_out_values(values: Sequence[str], share: float, seed: int) -> tuple[str
         raise ValueError(f"expected a field with two different values or more, got {list_names(names) or 'none'}")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen: list[str] = []
-    for index in order[:-1]:
+    for place in order[:-1]:
         if sum(counts[name] for name in chosen) >= share * len(values):
             break
-        chosen.append(names[index])
+        chosen.append(names[place])
     return tuple(sorted(chosen))
 
 
 def split_by_value(values: Sequence[str], held_out: Collection[str]) -> tuple[list[int], list[int]]:
     """The indices of the items with other values, and of those with the values that are held out."""
     sides: tuple[list[int], list[int]] = ([], [])
-    for index, value in enumerate(values):
-        sides[value in held_out].append(index)
+    for place, value in enumerate(values):
+        sides[value in held_out].append(place)
     return sides

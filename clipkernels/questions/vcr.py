@@ -1,6 +1,6 @@
 """VCR: a question about a film still with four answers, and four reasons for the right one.
 
-{split}.jsonl    a question in each line: img_fn, metadata_fn, objects, question, answer_choices, answer_label,
+{split}.jsonl    a question in each line: img_fn, objects, question, answer_choices, answer_label,
                  rationale_choices, rationale_label
 {img_fn}         the images
 
@@ -63,13 +63,12 @@ class VCRQuestion(NamedTuple):
 
 class _Question(msgspec.Struct):
     img_fn: str
-    metadata_fn: str
     objects: list[str]
     question: Words
     answer_choices: Choices
-    answer_label: Label
     rationale_choices: Choices
-    rationale_label: Label
+    answer_label: Label | None = None
+    rationale_label: Label | None = None
     annot_id: str = ""
     movie: str = ""
 
@@ -81,13 +80,19 @@ def read_vcr(folder: str | os.PathLike[str], split: str) -> Annotations:
         folder: the folder of the file.
         split: "train" or "val"; the labels of the test split are not public.
     Raises:
-        ValueError: a faulty line, such as a reference to an object that is not there; the message names the file and
-            the line.
+        ValueError: a faulty line, such as a reference to an object that is not there, or one without a label; the
+            message names the file and the line.
         OSError: the file cannot be read.
     """
     file = Path(folder) / FILE.format(split)
     items = []
     for number, line in read_json_lines(file, EXPECTED, _Question):
+        if line.answer_label is None or line.rationale_label is None:
+            missing = "answer_label" if line.answer_label is None else "rationale_label"
+            raise ValueError(
+                f"expected {EXPECTED} with their labels, got line {number} of {file} without {missing}; VCR's test "
+                "split has no public labels: take train or val"
+            )
         try:
             image = relative_path(line.img_fn)
             question = plain_text(line.question, line.objects)

@@ -79,11 +79,17 @@ def read_vqa(folder: str | os.PathLike[str], split: str) -> Annotations:
         folder: the folder of both files.
         split: "train2014" or "val2014"; the answers of the test splits are not public.
     Raises:
-        ValueError: a faulty file, two questions of one id, or questions and annotations that do not belong together.
+        ValueError: a faulty file, questions without the file of their answers, two questions of one id, or questions
+            and annotations that do not belong together.
         OSError: a file cannot be read.
     """
     file, other = (Path(folder) / name.format(split) for name in (QUESTIONS, ANNOTATIONS))
     questions = read_json(file, "VQA v2's questions", _Questions).questions
+    if not other.exists():
+        raise ValueError(
+            f"expected the answers to {file} in {other}, got no such file; VQA's test splits have no public answers: "
+            "take train2014 or val2014"
+        )
     annotations = read_json(other, "VQA v2's annotations", _Annotations).annotations
     by_number = {annotation.question_id: annotation for annotation in annotations}
     for path, count, distinct in (

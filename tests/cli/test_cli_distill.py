@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from clipkernels.cli.distill import choose_domain, choose_shares
+from clipkernels.questions.examples import ExampleSet
+from clipkernels.questions.vcr import VCRQuestion
 from tests.cli.commands import error, error_after_notes, run, succeed
 from tests.questions.annotation_folders import picture, write_colours
 from tests.subprocesses import without_xdist
@@ -87,6 +92,8 @@ def test_the_same_command_trains_nothing_again_in_any_format(annotations: Path, 
         (("--shift", "source"), "expected no --shift, because its files have no field for it for snli-ve"),
         (("--train", "dev"), "snli_ve_dev.jsonl"),
         (("--student", "nothing"), "expected a student as module:Class, got 'nothing'"),
+        (("--student", "math:sqrt"), "is made with a StudentTask alone, got TypeError: must be real number"),
+        (("--lr", "inf"), "lr must be a number in (0, inf), got inf"),
     ],
 )
 def test_wrong_options_are_one_line(annotations: Path, tmp_path: Path, options: Any, message: str) -> None:
@@ -116,6 +123,38 @@ def test_an_image_that_cannot_be_read_ends_with_1(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "x.jpg", (1, 2, 3))
     message = error(run("distill", tmp_path, *folders[:4], "--out", tmp_path / "b", *FAST, "--shift", "answer_type=x"))
     assert "expected values of answer_type in the test split, such as other, yes/no, got 'x'" in message
+
+
+def test_values_that_are_drawn_occur_in_both_splits() -> None:
+    def set_of(*movies: str) -> ExampleSet:
+        items = [VCRQuestion(str(n), "a.jpg", "", (), 0, (), 0, movie, "lsmdc") for n, movie in enumerate(movies)]
+        return ExampleSet("vcr", tuple(items), (), (), ())
+
+    train, test = set_of("a", "a", "b", "c", "c", "c"), set_of("a", "c", "d")
+    field, values = choose_domain("movie", "vcr", train, test)
+    assert field == "movie" and values in (("a",), ("c",))
+    assert choose_domain("movie=d, a,a", "vcr", train, test) == ("movie", ("d", "a"))
+    assert choose_domain(None, "vcr", train, test) == ("", ())
+    with pytest.raises(click.UsageError, match="expected movie or source for vcr, got --shift text"):
+        choose_domain("text", "vcr", train, test)
+    with pytest.raises(click.UsageError, match="such as a, c, d, got 'b'"):
+        choose_domain("movie=b", "vcr", train, test)
+    with pytest.raises(ValueError, match="two different values or more, got 'a'"):
+        choose_domain("movie", "vcr", train, set_of("a", "d"))
+
+
+def test_shares_are_percents_in_ascending_order() -> None:
+    assert choose_shares("100, 5,.5,5.0") == [0.005, 0.05, 1.0]
+
+
+def test_results_have_the_trainings_of_the_last_command(annotations: Path, complete: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(complete, out)
+    whole = rows_of(out)
+    succeed(*arguments_of(annotations, out)[:7], "--shares", 50, "--seeds", 1, "--methods", "plain", *FAST)
+    assert {(row["method"], row["share"], row["seed"]) for row in rows_of(out)} == {("plain", 0.5, 0)}
+    succeed(*arguments_of(annotations, out))
+    assert rows_of(out) == whole
 
 
 def start(pause: float, annotations: Path, out: Path) -> subprocess.Popen[str]:

@@ -476,6 +476,17 @@ def test_the_rate_is_that_of_the_batches_after_the_first(monkeypatch: pytest.Mon
     assert rates == pytest.approx([32 / 60, 32, 48])
 
 
+def test_the_rate_of_a_new_activity_counts_from_the_last_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(reporter.time, "monotonic", lambda: clock[0])
+    with reporter.Reporter([], "embedding") as counter:
+        clock[0] += 7
+        counter(Progress(1000, 1000, 0))
+        clock[0] += 4
+        counter.begin("training")
+        assert counter.rate(Progress(2, 10, 0), clock[0]) == pytest.approx(2 / 4)
+
+
 def test_a_terminal_has_a_bar(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pty
 

@@ -137,12 +137,20 @@ def test_vcr_refuses_faulty_lines(tmp_path: Path, changes: dict[str, Any], fault
     assert f"line 2 of {file}" in str(caught.value) and fault in str(caught.value)
 
 
-def test_a_test_split_without_labels_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", ["answer_label", "rationale_label"])
+def test_a_test_split_of_vcr_without_labels_is_refused(tmp_path: Path, label: str) -> None:
     line = vcr_question(0, "lsmdc_F/1.jpg")
-    del line["answer_label"]
+    del line[label]
     write_lines(tmp_path / "test.jsonl", [line])
-    with pytest.raises(ValueError, match=r"line 1 of .* missing required field `answer_label`"):
+    with pytest.raises(ValueError, match=rf"line 1 of .* without {label}; VCR's test split has no public labels: take"):
         read_vcr(tmp_path, "test")
+
+
+def test_a_test_split_of_vqa_without_answers_is_refused(tmp_path: Path) -> None:
+    write_vqa(tmp_path, "test2015", [vqa_entry(1, "Is it?", ["yes"] * 10)])
+    (tmp_path / "v2_mscoco_test2015_annotations.json").unlink()
+    with pytest.raises(ValueError, match="no such file; VQA's test splits have no public answers: take train2014 or"):
+        read_vqa(tmp_path, "test2015")
 
 
 def test_missing_images_are_counted_and_the_first_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from clipkernels.questions.plan import METHODS, Options, Plan, Training
 from clipkernels.questions.protocol import run_protocol
 from clipkernels.questions.results import Progress, Results
 from clipkernels.questions.vqa import read_vqa
-from tests.questions.annotation_folders import SPLITS, write_colours
+from tests.questions.annotation_folders import SPLITS, snli_ve_pair, write_colours, write_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = Options(steps=4, batch_size=8)
@@ -140,6 +142,75 @@ def test_images_that_are_missing_or_broken_are_left_out(folders: dict[str, Path]
     )
     again = run(plan_of(tmp_path, "snli-ve", ("none", "finetune"), (1.0,)), tmp_path / "out")
     assert again.unread == results.unread and again.rows == results.rows
+
+
+def test_images_that_changed_since_the_run_began_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_colours(tmp_path, "snli-ve", 12)
+    image, other = (tmp_path / "images" / name for name in ("2.jpg", "3.jpg"))
+    plan = plan_of(tmp_path, "snli-ve", ("none",), (0.5, 1.0))
+    first = run(plan._replace(shares=(0.5,)), tmp_path / "out")
+    os.utime(image, ns=(5, 5))  # another time alone is no other image
+    assert figures(run(plan, tmp_path / "out"))[: len(first.rows)] == figures(first)
+    content = image.read_bytes()
+    image.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=r"expected the train images with which .* began, got other ones: put them"):
+        run(plan, tmp_path / "out")
+    image.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="expected the train images with which"):
+        run(plan, tmp_path / "out")
+    image.write_bytes(content)
+    assert figures(run(plan._replace(shares=(0.5,)), tmp_path / "out")) == figures(first)
+
+
+def test_broken_images_are_left_out_from_a_folder_that_moved(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_colours(tmp_path / "a", "snli-ve", 12)
+    (tmp_path / "a" / "images" / "2.jpg").write_bytes(b"no image")
+    first = run(plan_of(tmp_path / "a", "snli-ve", ("none",), (0.5,)), tmp_path / "out")
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = run(plan_of(tmp_path / "b", "snli-ve", ("none",), (0.5, 1.0)), tmp_path / "out")
+    assert figures(again)[: len(first.rows)] == figures(first)
+    assert [*again.unread] == [str(tmp_path / "b" / "images" / "2.jpg")] and again.rows[-1].train == 11
+
+
+def test_texts_that_are_cut_are_counted(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_colours(tmp_path, "snli-ve", 12)
+    # The bundled CLIP reads 62 letters between the start and the end.
+    texts = ["x" * 62, "x" * 63, "y" * 63, "y" * 63]
+    pairs = [snli_ve_pair(number, "1", text, "neutral") for number, text in enumerate(texts)]
+    write_lines(tmp_path / "snli_ve_train.jsonl", pairs)
+    plan = plan_of(tmp_path, "snli-ve", ("none",), (1.0,))
+    for _ in range(2):
+        notes = run(plan, tmp_path / "out").notes
+        assert "train: 2 texts cut, because CLIP reads 64 tokens" in notes and "test: " not in str(notes[2:])
+
+
+def test_nothing_left_to_train_on_or_to_score_is_said_with_the_counts(folders: dict[str, Path], tmp_path: Path) -> None:
+    everything = plan_of(folders["vcr"], "vcr", ("none",), field="source", held_out=("lsmdc", "movieclips"))
+    message = "expected annotations to train on, got none that can be used: .*held out by source: lsmdc, movieclips"
+    with pytest.raises(ValueError, match=message):
+        run(everything, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write_colours(tmp_path, "snli-ve", 6)
+    for number in range(7, 13):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(b"no image")
+    phases = []
+    with pytest.raises(ValueError, match=r"to score, got none .*; 6 images cannot be read; skipped .*7\.jpg: not an"):
+        run(plan_of(tmp_path, "snli-ve", ("none",)), tmp_path / "out", progress=lambda p: phases.append(p.phase))
+    assert not any(phase.startswith("training") for phase in phases)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", math.inf), ("strength", math.nan), ("temperature", math.inf)])
+def test_settings_that_are_not_finite_are_refused(
+    folders: dict[str, Path], tmp_path: Path, name: str, value: float
+) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a number in .*0, inf"):
+        run(plan_of(folders["vcr"], "vcr"), tmp_path / "out", FAST._replace(**{name: value}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_shares_that_differ_have_names_that_differ() -> None:
+    assert Training("none", 0.29, 0).name == "none, 29 %, seed 0"
+    assert Training("none", 0.3333333, 0).name != Training("none", 0.3333334, 0).name
 
 
 def test_a_domain_that_is_held_out_is_scored_apart(folders: dict[str, Path], tmp_path: Path) -> None:

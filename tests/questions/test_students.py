@@ -10,7 +10,7 @@ import torch
 import clipkernels as ck
 from clipkernels.learn.distill import Teacher
 from clipkernels.questions.protocol import Protocol
-from clipkernels.questions.student import Student, StudentTask, check_student, find_student
+from clipkernels.questions.student import Student, StudentTask, check_student, find_student, make_student
 from tests.questions.test_protocol import FAST, folders, plan_of, run
 
 __all__ = ["folders"]
@@ -18,6 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TASK = StudentTask(3, (32, 32), (8, 8), 259, 64, 0)
 
 WORDS = '''
+import sys
+
 import torch
 from torch import nn
 
@@ -54,8 +56,49 @@ class Narrow(Words):
     width = 8
 
 
-def broken(task):
-    raise RuntimeError("no\\nweights")
+class Broken(Words):
+    def __init__(self, task):
+        raise RuntimeError("no\\nweights")
+
+
+class Leaving(Words):
+    def __init__(self, task):
+        sys.exit("bye")
+
+
+class OfOneArgument(Words):
+    def forward(self, images):
+        return None
+
+
+class OfLists(Words):
+    def tokenize(self, texts):
+        return [[1, 2]] * len(texts)
+
+
+class OfOneSize(Words):
+    grid = 4
+
+
+class WithoutPieces(Words):
+    pieces = property()
+
+
+class Detached(Words):
+    def forward(self, images, tokens):
+        return StudentOutput(*(state.detach() for state in super().forward(images, tokens)))
+
+
+class OfTuples(Words):
+    def forward(self, images, tokens):
+        return tuple(super().forward(images, tokens))
+
+
+class NoModule:
+    width, grid = 16, (2, 2)
+
+    def __init__(self, task):
+        self.state_dict = dict
 '''
 
 
@@ -100,6 +143,19 @@ def test_a_student_by_import_path_reads_its_own_words(
     assert [row.method for row in results.rows[::3]] == ["none", "targeted"]
 
 
+def test_a_student_whose_file_has_changed_is_another_one(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "changing_student.py"
+    file.write_text(WORDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    plan, options = plan_of(folders["vcr"], "vcr", ("none",), (1.0,)), FAST._replace(student="changing_student:Words")
+    run(plan, tmp_path / "out", options)
+    file.write_text(WORDS.replace("visual.mean(1)", "visual.amax(1)"))
+    with pytest.raises(ValueError, match="got one with another student source: repeat it as it was, or choose"):
+        run(plan, tmp_path / "out", options)
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -114,10 +170,31 @@ def test_a_student_that_is_not_there_is_refused(path: str, message: str) -> None
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_student_of_other_shapes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Narrow", "expected Narrow's pooled to be (2, 8), got (2, 16)"),
+        ("Broken", "is made with a StudentTask alone, got RuntimeError: no weights from Broken"),
+        ("Leaving", "is made with a StudentTask alone, got SystemExit: bye from Leaving"),
+        ("OfOneArgument", "expected OfOneArgument to answer a batch of two texts, got TypeError: "),
+        ("OfLists", "expected OfLists to answer a batch of two texts, got TypeError: "),
+        ("OfOneSize", "expected OfOneSize to have an int width and a grid of two ints, got width 16 and grid 4"),
+        ("WithoutPieces", "expected WithoutPieces to have tokenize and pieces, or none of them, got one"),
+        ("Detached", "expected Detached's logits to depend on weights that are trained"),
+        ("OfTuples", "expected OfTuples's logits to be (2, 3), got NoneType"),
+        ("NoModule", "with width and grid, got NoModule, which is no torch.nn.Module"),
+    ],
+)
+def test_a_student_that_does_not_work_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
     (tmp_path / "other_student.py").write_text(WORDS)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"expected Narrow's pooled to be \(2, 8\), got \(2, 16\)"):
-        check_student(find_student("other_student:Narrow")(TASK), TASK)
+    with pytest.raises(ValueError) as caught:
+        make_student(find_student(f"other_student:{name}"), TASK)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_student_without_width_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a student that is a module with width and grid, got Linear without"):
         check_student(torch.nn.Linear(2, 2), TASK)

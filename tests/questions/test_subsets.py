@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from typing import Any
 
 import pytest
+import torch
 
 from clipkernels.questions.subsets import held_out_values, low_shot, low_shot_order, split_by_value
 
@@ -48,6 +51,21 @@ def test_a_share_out_of_range_is_refused(share: float) -> None:
     assert low_shot([5], 0.01, 0).tolist() == [0]
     with pytest.raises(ValueError, match="got none"):
         low_shot([], 0.5, 0)
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf, True, "0.5"])
+def test_a_share_that_is_no_number_is_refused(share: Any) -> None:
+    with pytest.raises(ValueError, match=r"share must be a number in \(0, 1\]"):
+        low_shot(LABELS, share, 0)
+
+
+def test_labels_and_seeds_that_no_generator_takes_are_refused() -> None:
+    with pytest.raises(ValueError, match="labels must be ints, got 'cat'"):
+        low_shot(["cat", "dog"], 0.5, 0)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="seed must be an int from 0 to 1099511627776"):
+        low_shot(LABELS, 0.5, 10**14)
+    of_tensor = low_shot(torch.tensor(LABELS), 0.1, 0)  # type: ignore[arg-type]
+    assert of_tensor.equal(low_shot(LABELS, 0.1, 0))
 
 
 def test_a_domain_shift_holds_out_whole_values() -> None:

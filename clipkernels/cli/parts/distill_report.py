@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from clipkernels.messages import quantity
 from clipkernels.questions.results import NONE, Row, summarize
 
 FILES = ("results.csv", "results.json", "results.md")
@@ -56,7 +57,7 @@ def subset_notes(rows: Sequence[Row]) -> list[str]:
         classes = sorted({row.classes for row in of_share})
         count = max(row.train for row in of_share)
         spread = str(classes[0]) if len(classes) == 1 else f"{classes[0]} to {classes[-1]}"
-        notes.append(f"{100 * share:g} % of the labels: {count} annotations, {spread} of their classes")
+        notes.append(f"{100 * share:g} % of the labels: {quantity(count, 'annotation')}, {spread} of their classes")
     return notes
 
 

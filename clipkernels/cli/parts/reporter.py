@@ -43,7 +43,7 @@ class Reporter:
         self.stop, self.activity, self.item, self.before = stop, activity, item, first or activity
         self.usual = activity
         self.last: State | None = None
-        self.started = self.shown = self.began = time.monotonic()
+        self.started = self.shown = self.began = self.updated = time.monotonic()
         self.first: tuple[float, int] | None = None
 
     def __enter__(self) -> Reporter:
@@ -56,9 +56,9 @@ class Reporter:
         self.bar.stop()
 
     def begin(self, activity: str) -> None:
-        """Start another activity, whose rate is counted from now."""
+        """Start another activity; its rate counts from the last state, because its first batch may be done by now."""
         if activity != self.activity:
-            self.activity, self.first, self.began = activity, None, time.monotonic()
+            self.activity, self.first, self.began = activity, None, self.updated
 
     def line(self, text: str) -> None:
         """Write a line above the bar."""
@@ -67,7 +67,7 @@ class Reporter:
     def __call__(self, state: State, note: str = "") -> bool:
         now = time.monotonic()
         rate = self.rate(state, now)
-        self.last = state
+        self.last, self.updated = state, now
         notes = f", {quantity(state.errors, 'error')}" if state.errors else ""
         notes += f", {note}" if note else ""
         speed = f"{rate:.1f} {self.item}s/s"
