@@ -91,6 +91,7 @@ def _bytes(good: bytes, draw: random.Random) -> tuple[str, bytes]:
     place = draw.randrange(len(good) if draw.random() < 0.5 else min(len(good), 2000))
     form = draw.randrange(10)
     if form == 0:
+        place = min(place, len(good.rstrip()) - 1)  # JSON without the newline at its end is whole
         return f"cut at {place}", good[:place]
     if form == 1:
         return f"{place} bytes more", good + bytes(place + 1)
