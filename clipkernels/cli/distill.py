@@ -235,7 +235,7 @@ def choose_domain(
 ) -> tuple[str, tuple[str, ...]]:
     """Return the field of --shift and the values of it that are held out; "" and () without it.
 
-    Values that are drawn occur in both splits.
+    Values that are drawn occur in both splits. They are sorted, because a run is the same in any order of its values.
 
     Raises:
         click.UsageError: no such field or value.
@@ -251,7 +251,7 @@ def choose_domain(
     common = [value for value in train_set.values(field) if value in tested]
     if not values:
         return field, held_out_values(common, 0.25, 0)
-    chosen = tuple(dict.fromkeys(value.strip() for value in values.split(",")))
+    chosen = tuple(sorted({value.strip() for value in values.split(",")}))
     unknown = [value for value in chosen if value not in tested]
     if unknown:
         raise click.UsageError(

@@ -18,7 +18,7 @@ from typing import Any
 import click
 import pytest
 
-from clipkernels.cli.distill import choose_domain, choose_shares
+from clipkernels.cli.distill import choose_domain, choose_shares, distill
 from clipkernels.questions.examples import ExampleSet
 from clipkernels.questions.vcr import VCRQuestion
 from tests.cli.commands import error, error_after_notes, run, succeed
@@ -133,7 +133,7 @@ def test_values_that_are_drawn_occur_in_both_splits() -> None:
     train, test = set_of("a", "a", "b", "c", "c", "c"), set_of("a", "c", "d")
     field, values = choose_domain("movie", "vcr", train, test)
     assert field == "movie" and values in (("a",), ("c",))
-    assert choose_domain("movie=d, a,a", "vcr", train, test) == ("movie", ("d", "a"))
+    assert choose_domain("movie=d, a,a", "vcr", train, test) == ("movie", ("a", "d"))
     assert choose_domain(None, "vcr", train, test) == ("", ())
     with pytest.raises(click.UsageError, match="expected movie or source for vcr, got --shift text"):
         choose_domain("text", "vcr", train, test)
@@ -141,6 +141,12 @@ def test_values_that_are_drawn_occur_in_both_splits() -> None:
         choose_domain("movie=b", "vcr", train, test)
     with pytest.raises(ValueError, match="two different values or more, got 'a'"):
         choose_domain("movie", "vcr", train, set_of("a", "d"))
+
+
+def test_the_shares_and_methods_are_those_of_the_protocol_by_default() -> None:
+    defaults = {option.name: option.default for option in distill.params}
+    assert choose_shares(defaults["shares"]) == [0.01, 0.05, 0.1, 0.2, 0.5, 1.0]
+    assert defaults["methods"] == "none,finetune,plain,targeted"
 
 
 def test_shares_are_percents_in_ascending_order() -> None:

@@ -119,13 +119,22 @@ def test_students_share_first_weights_and_labels_with_all_methods(folders: dict[
     states = [learner.student.state_dict() for learner in learners]  # type: ignore[union-attr]
     assert all(torch.equal(state[name], states[0][name]) for state in states for name in states[0])
     objective = learners[1].objective  # type: ignore[union-attr]
-    assert (objective.keep, objective.weight) == (1.0, None)  # type: ignore[union-attr]
+    assert (objective.keep, objective.temperature, objective.weight) == (1.0, math.inf, None)  # type: ignore[union-attr]
     subsets = [
         protocol._subset(plan.train, Training(method, share, 3))[0].examples
         for method, share in (("none", 0.5), ("finetune", 0.5), ("none", 1.0))
     ]
     few, same, every = ({example.item for example in subset} for subset in subsets)
     assert few == same and few < every and len(few) == 12
+
+
+def test_no_example_of_the_domain_that_is_held_out_is_trained_on(folders: dict[str, Path]) -> None:
+    plan = plan_of(folders["vcr"], "vcr", field="source", held_out=("lsmdc",))
+    protocol = module.Protocol(plan, *ck.bundled(), FAST, lambda progress: False)
+    for share, count in ((0.5, 6), (1.0, 12)):
+        examples = protocol._subset(plan.train, Training("none", share, 0))[0].examples
+        sources = [plan.train.items[example.item].source for example in examples]
+        assert sources == ["movieclips"] * 2 * count  # an answer and a reason of each annotation
 
 
 def test_images_that_are_missing_or_broken_are_left_out(folders: dict[str, Path], tmp_path: Path) -> None:
