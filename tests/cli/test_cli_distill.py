@@ -145,8 +145,8 @@ def test_values_that_are_drawn_occur_in_both_splits() -> None:
 
 def test_the_shares_and_methods_are_those_of_the_protocol_by_default() -> None:
     defaults = {option.name: option.default for option in distill.params}
-    assert choose_shares(defaults["shares"]) == [0.01, 0.05, 0.1, 0.2, 0.5, 1.0]
-    assert defaults["methods"] == "none,finetune,plain,targeted"
+    assert choose_shares(*defaults["shares"]) == [0.01, 0.05, 0.1, 0.2, 0.5, 1.0]
+    assert defaults["methods"] == ("none,finetune,plain,targeted",)
 
 
 def test_shares_are_percents_in_ascending_order() -> None:
