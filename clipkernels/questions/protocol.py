@@ -134,6 +134,8 @@ class Protocol:
             train_set = self._readable(self.plan.train, "train", state, cached, results.notes)
             test_set = self._readable(self.plan.test, "test", state, cached, results.notes)
             self._check_left(train_set, test_set)
+            absent = [name for name, side in self._sides(test_set).items() if not side]
+            results.notes.extend(f"test: no annotation is left for the split {name}" for name in absent)
             for number, training in enumerate(trainings, 1):
                 record = state.score(training.name)
                 if record is None:
@@ -235,6 +237,14 @@ class Protocol:
         items = [pool[index] for index in chosen]
         return examples.take(items), len({labels[item] for item in items})
 
+    def _sides(self, examples: ExampleSet) -> dict[str, list[int]]:
+        """The examples of each split that is scored, as indices: one, or two beside a domain that is held out."""
+        if not self.plan.held_out:
+            return {TEST: list(range(len(examples.examples)))}
+        values = examples.values(self.plan.field)
+        sides = split_by_value([values[example.item] for example in examples.examples], self.plan.held_out)
+        return dict(zip((SAME, SHIFTED), sides, strict=True))
+
     def _learner(self, training: Training) -> Learner:
         options, device = self.options, self.teacher.device
         with seeded(training.seed):
@@ -318,13 +328,10 @@ class Protocol:
         predictions = predict(learner, batches, report)
         if predictions is None:
             raise Stopped
-        sides = {TEST: list(range(count))}
-        if self.plan.held_out:
-            values = test_set.values(self.plan.field)
-            both = split_by_value([values[example.item] for example in test_set.examples], self.plan.held_out)
-            sides = {name: side for name, side in zip((SAME, SHIFTED), both, strict=True) if side}
         scores, counts = {}, {}
-        for name, side in sides.items():
+        for name, side in self._sides(test_set).items():
+            if not side:
+                continue
             part = test_set._replace(examples=tuple(test_set.examples[index] for index in side))
             scores[name] = score_examples(part, [predictions[index] for index in side])
             counts[name] = len({example.item for example in part.examples})

@@ -14,7 +14,7 @@ import clipkernels.cli.check as check
 import clipkernels.cli.parts.bench_tables as bench_tables
 from clipkernels.cli.parts import demo_tables
 from clipkernels.cli.parts.guesses import Guess, guess_writer
-from clipkernels.cli.parts.output import PathCell, shorten, write_table
+from clipkernels.cli.parts.output import PathCell, markdown_table, shorten, write_table
 from clipkernels.comparison.towers import Row
 from clipkernels.images import draw_images
 from clipkernels.measure.fidelity import Fidelity
@@ -115,3 +115,12 @@ def test_a_larger_draw_adds_to_a_smaller_one() -> None:
     assert draw_images(paths, None, None) == paths
     assert draw_images(paths, 5, None) == draw_images(paths, 20, 0)[:5] != paths[:5]
     assert sorted(draw_images(paths, None, 3)) == sorted(paths) != draw_images(paths, None, 3)
+
+
+def test_a_cell_cannot_break_a_row_of_markdown() -> None:
+    assert markdown_table(["data", "score"], [["a|b\nc", "1"], ["d", "2"]]) == [
+        "| data | score |",
+        "|---|---|",
+        r"| a\|b c | 1 |",
+        "| d | 2 |",
+    ]

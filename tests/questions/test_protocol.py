@@ -231,6 +231,15 @@ def test_a_domain_that_is_held_out_is_scored_apart(folders: dict[str, Path], tmp
     assert "held out by source: lsmdc" in results.notes
 
 
+def test_a_split_without_annotations_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_of(folders["vcr"], "vcr", ("none",), (1.0,), field="source", held_out=("lsmdc",))
+    values = plan.test.values("source")
+    others = tuple(example for example in plan.test.examples if values[example.item] != "lsmdc")
+    results = run(plan._replace(test=plan.test._replace(examples=others)), tmp_path)
+    assert {row.split for row in results.rows} == {"same"}
+    assert "test: no annotation is left for the split shifted" in results.notes
+
+
 def test_a_student_learns_colours_and_clip_whole_is_tuned(folders: dict[str, Path], tmp_path: Path) -> None:
     plan = plan_of(folders["vqa"], "vqa", ("none",), (1.0,))
     results = run(plan, tmp_path / "student", FAST._replace(steps=80, batch_size=24, lr=5e-3))

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from clipkernels.cli.parts.output import markdown_table
 from clipkernels.messages import quantity
 from clipkernels.questions.results import NONE, Row, summarize
 
@@ -73,6 +74,5 @@ def draw(records: Sequence[Mapping[str, Any]], notes: Sequence[str], title: str)
 
 def markdown(records: Sequence[Mapping[str, Any]], notes: Sequence[str], title: str) -> str:
     """Return the table of means and the notes as Markdown."""
-    lines = [f"# {title}", "", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(row)} |" for row in cells_of(records)]
+    lines = [f"# {title}", "", *markdown_table(COLUMNS, cells_of(records))]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"

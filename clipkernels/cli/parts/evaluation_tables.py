@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipkernels.cli.parts.evaluation_report import UNVERIFIED
-from clipkernels.cli.parts.output import quietly, write_report_files
+from clipkernels.cli.parts.output import markdown_table, quietly, write_report_files
 from clipkernels.evaluation.classification import ACCURACY
 from clipkernels.files import atomic_write
 
@@ -90,9 +90,7 @@ def markdown(records: Sequence[Mapping[str, Any]], notes: Sequence[str], title: 
     """Return the tables and the notes as Markdown."""
     lines, grids = [f"# {title}", ""], grids_of(records)
     for columns, rows in grids:
-        lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-        lines.append("")
+        lines += [*markdown_table(columns, rows), ""]
     return "\n".join([*lines, *(f"- {note}" for note in [*([COST_NOTE] if len(grids) > 1 else []), *notes])]) + "\n"
 
 

@@ -170,6 +170,13 @@ def write_report_files(
         file.write(markdown)
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown; a cell cannot break its row."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    cells = ([" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows)
+    return [*lines, *(f"| {' | '.join(row)} |" for row in cells)]
+
+
 def method_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Return a table with a row per method, whose name comes first and alone is folded where there is no room."""
     table = Table(title=title, title_justify="left")
