@@ -7,9 +7,9 @@ A cloud is moved and scaled to the unit ball, turned for each view, and seen in 
 A point covers the pixels that bilinear interpolation at its place would read, at most four. The nearest point wins.
 
 The released code gives the views, d, the grids, the perspective and far points as the bright ones; so its pictures are
-mirrored: what is right-handed looks left-handed. It differs in three places, because there density changes a picture: a
-point covers the nearest pixel alone, a pixel is the harmonic mean of all its points, those of the back included, and
-its grid is half a pixel off centre. It does not divide by d + 1, and it leaves clouds where they are.
+mirrored: what is right-handed looks left-handed. It differs in five places: a point covers the nearest pixel alone; a
+pixel is the harmonic mean of all its points, those of the back included, so density changes it; its grid is half a
+pixel off centre; it does not divide by d + 1; and it leaves clouds where they are.
 """
 
 from __future__ import annotations
@@ -146,10 +146,15 @@ def _check(points: Any, views: Any, size: Any, grid: Any, distance: Any) -> None
         return
     faulty = (~points.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if faulty:
-        raise ValueError(f"points must be finite, got NaN or infinity in cloud {faulty[0]}: leave such points out")
+        raise ValueError(f"points must be finite, got NaN or infinity{_place(faulty, points)}: leave such points out")
     flat = (points.amax(1) == points.amin(1)).all(1).nonzero().flatten().tolist()
     if flat:
         raise ValueError(
-            f"points must hold at least two different points of each cloud, got all {points.shape[1]} in one place in "
-            f"cloud {flat[0]}: leave it out"
+            f"points must hold at least two different points of each cloud, got all {points.shape[1]} in one place"
+            f"{_place(flat, points)}: leave it out"
         )
+
+
+def _place(clouds: list[int], points: Tensor) -> str:
+    """The first of several clouds, in the words of a message; nothing if the batch has no other."""
+    return f" in cloud {clouds[0]}" if len(points) > 1 else ""

@@ -150,7 +150,9 @@ class MultiView:
             labels = check_labels(labels, len(logits), logits.shape[2]).to(logits.device)
             faulty = int((~logits.isfinite().flatten(1).all(1)).sum())
             if faulty:
-                raise ValueError(f"logits must be finite, got {faulty} of {quantity(len(logits), 'object')} that are not")
+                raise ValueError(
+                    f"logits must be finite, got {faulty} of {quantity(len(logits), 'object')} that are not"
+                )
             # In units of the largest, because a scale changes no prediction and may leave the range of fp64.
             accuracy, weights = _search_views(logits, labels, torch.tensor(grid, dtype=torch.float64) / grid[-1])
         self.weights = tuple(weight / sum(weights) for weight in weights)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import interpolate, max_pool2d
 
 import clipkernels as ck
 from clipkernels.data.point_clouds import DISTANCES, _nearest, view_matrices
@@ -207,6 +207,20 @@ def test_nearer_points_hide_those_behind() -> None:
     assert float(back.max()) == pytest.approx(1.6 / 2.6, abs=1e-6)  # alone, the plate is the centre
 
 
+@pytest.mark.parametrize(("views", "grid"), [(6, 128), (10, 224)])
+def test_the_grid_of_the_released_code_is_resized_bilinearly(views: int, grid: int) -> None:
+    points = cloud(300)
+    small = ck.data.depth_maps(points, views, grid, grid=grid)[0, :, :1]
+    expected = small if grid == 224 else interpolate(small, scale_factor=224 / grid, mode="bilinear")
+    assert torch.equal(ck.data.depth_maps(points, views)[0, :, :1], expected)
+
+
+def test_pictures_are_on_the_device_of_the_points() -> None:
+    points = torch.empty(2, 9, 3, device="meta", dtype=torch.bfloat16)
+    pictures = ck.data.depth_maps(points, 10, 8)
+    assert (pictures.device.type, pictures.dtype, pictures.shape) == ("meta", torch.bfloat16, (2, 10, 3, 8, 8))
+
+
 def test_gradients_are_those_of_the_depths() -> None:
     points = cloud(40).requires_grad_()
     weights = torch.randn(6, 24, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -227,13 +241,16 @@ def test_they_compile_in_one_graph() -> None:
     ("points", "message"),
     [
         (torch.zeros(2, 0, 3), r"at least two different points of each cloud, got \(2,0,3\)"),
-        (torch.ones(1, 1, 3), "got all 1 in one place in cloud 0: leave it out"),
+        (torch.ones(1, 1, 3), "got all 1 in one place: leave it out"),
         (torch.cat([torch.rand(1, 9, 3), torch.full((1, 9, 3), 0.1)]), "got all 9 in one place in cloud 1"),
-        (torch.full((1, 4, 3), math.nan), "must be finite, got NaN or infinity in cloud 0"),
-        (torch.cat([torch.rand(1, 1, 3), torch.full((1, 1, 3), math.inf)], 1), "NaN or infinity in cloud 0"),
+        (torch.full((1, 4, 3), math.nan), "must be finite, got NaN or infinity: leave such points out"),
+        (
+            torch.cat([torch.rand(1, 1, 3), torch.full((1, 1, 3), math.inf)]).repeat(1, 2, 1),
+            "NaN or infinity in cloud 1",
+        ),
         (torch.rand(4, 3), r"points must be \(B,n,3\), got \(4,3\)"),
         (torch.rand(1, 4, 4), r"points must be \(B,n,3\), got \(1,4,4\)"),
-        (torch.ones(1, 4, 3, dtype=torch.int64), "points must be float32, float16, bfloat16 or float64, got torch.int64"),
+        (torch.ones(1, 4, 3).long(), "points must be float32, float16, bfloat16 or float64, got torch.int64"),
         (torch.rand(1, 4, 3).to(torch.float8_e5m2), "bfloat16 or float64, got torch.float8_e5m2"),
     ],
 )

@@ -194,7 +194,7 @@ def test_heads_that_read_no_single_image_are_refused() -> None:
     for head in (ck.TDA, ck.Reservoir):
         with pytest.raises(ValueError, match=f"got {head.__name__}, which remembers images: take ck.ZeroShot"):
             ck.MultiView(head(classes()))
-    with pytest.raises(ValueError, match="got MultiView, which reads several images at once: take ck.ZeroShot"):
+    with pytest.raises(ValueError, match="got MultiView, which reads several images at once: take"):
         ck.MultiView(ck.MultiView(ck.ZeroShot(classes()), views=2))
     for wrong in (None, ck.ZeroShot, torch.nn.Identity()):
         with pytest.raises(TypeError, match="head must be a finished head with an attribute needs, got"):
