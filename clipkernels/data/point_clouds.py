@@ -7,9 +7,9 @@ A cloud is moved and scaled to the unit ball, turned for each view, and seen in 
 A point covers the pixels that bilinear interpolation at its place would read, at most four. The nearest point wins.
 
 The released code gives the views, d, the grids, the perspective and far points as the bright ones; so its pictures are
-mirrored: what is right-handed looks left-handed. It differs in three places, because there density changes a picture: a
-point covers the nearest pixel alone, a pixel is the harmonic mean of all its points, those of the back included, and
-its grid is half a pixel off centre. It does not divide by d + 1, and it leaves clouds where they are.
+mirrored: what is right-handed looks left-handed. It differs in five places: a point covers the nearest pixel alone; a
+pixel is the harmonic mean of all its points, those of the back included, so density changes it; its grid is half a
+pixel off centre; it does not divide by d + 1; and it leaves clouds where they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from clipkernels.arguments import check_int, check_numbers, check_tensors, describe, shape_of
+from clipkernels.arguments import check_floating, check_int, check_range, check_tensors, describe, shape_of
 
 # The turns of a view about the first and the second axis, in eighths of a turn.
 TURNS = {
@@ -30,6 +30,8 @@ TURNS = {
 }
 GRIDS = {6: 128, 10: 224}
 DISTANCES = {6: 1.6, 10: 1.4}
+FARTHEST = 10_000
+"""The largest distance of the camera; there fp32 resolves a thousandth of the radius of a cloud."""
 
 
 def depth_maps(
@@ -42,12 +44,13 @@ def depth_maps(
     not normalised for a model; the three channels are equal and share memory.
 
     Args:
-        points: (B,n,3) of a floating dtype, at any place and scale; half precisions are computed in fp32.
+        points: (B,n,3) fp32, fp64, fp16 or bf16, at any place and scale; half precisions are computed in fp32.
         views: V, 6 or 10.
         size: S, the height and width of the pictures in pixels.
         grid: the height and width in pixels of the grid that the points are splatted on, which is then resized
             bilinearly; at most `size`. None is 128 for six views and 224 for ten, or `size` if that is smaller.
-        distance: distance of the camera from the centre, above 1. None is 1.6 for six views and 1.4 for ten.
+        distance: distance of the camera from the centre, above 1 and at most 10⁴. None is 1.6 for six views and 1.4
+            for ten.
     Returns:
         (B,V,3,S,S) in the dtype and on the device of the points.
     Raises:
@@ -55,9 +58,9 @@ def depth_maps(
         ValueError: another shape or dtype; clouds that are empty, not finite, or without extent, as of one point; views
             other than 6 and 10; a size, grid or distance outside of its range. The values of the points are read, which
             waits for a GPU, unless in a graph.
-    Guarantees: deterministic; the order of the points does not matter but for rounding; a cloud gives the same
-        pictures in any batch. Differentiable in the depths of the points that win a pixel; the choice of pixels and
-        points carries no gradient.
+    Guarantees: deterministic, except for gradients through the resizing on a GPU; the order of the points does not
+        matter but for rounding; a cloud gives the same pictures in any batch. Differentiable in the depths of the
+        points that win a pixel; the choice of pixels and points carries no gradient.
     Source: PointCLIP, arXiv 2112.02413, section 3.1, and its released code; this module says what differs.
     """
     _check(points, views, size, grid, distance)
@@ -94,12 +97,14 @@ def view_matrices(views: int) -> Tensor:
 def _to_unit_ball(points: Tensor) -> Tensor:
     """The clouds, their centroids in the origin and their farthest points at radius 1, in fp32 or wider."""
     wide = points.double()
-    extent = (wide.amax(1, keepdim=True) - wide.amin(1, keepdim=True)).amax(2, keepdim=True)
+    largest = wide.detach().abs().amax((1, 2), keepdim=True)
+    # Divided by a power of two, which is exact, so that neither sums nor squares leave the range of fp64.
+    wide = wide / (largest / (2 * largest.frexp().mantissa))
     total = wide
     while total.shape[1] > 1:  # halves are added up, because the order of a reduction may depend on the batch
         half = total.shape[1] // 2
         total = torch.cat([total[:, :half] + total[:, half : 2 * half], total[:, 2 * half :]], 1)
-    centred = (wide - total / wide.shape[1]) / extent
+    centred = wide - total / wide.shape[1]
     x, y, z = (centred * centred).unbind(2)
     radius = (x + y + z).amax(1)[:, None, None].sqrt()
     return (centred / radius).to(torch.promote_types(points.dtype, torch.float32))
@@ -115,8 +120,9 @@ def _nearest(row: Tensor, column: Tensor, depth: Tensor, grid: int) -> Tensor:
             covered = (y >= 0) & (y < grid) & (x >= 0) & (x < grid)
             # A weight of zero covers nothing: a point on the centre of a row has no second row.
             covered &= ((y - row).abs() < 1) & ((x - column).abs() < 1)
-            indices.append(torch.where(covered, y * grid + x, outside))
-    index = torch.stack(indices, 2).flatten(2).long()  # [B, V, 4·n]
+            # As integers, because fp32 does not hold every index of a grid above 4096.
+            indices.append(torch.where(covered, y.long() * grid + x.long(), outside))
+    index = torch.cat(indices, 2)  # [B, V, 4·n]
     nearest = depth.new_full((*depth.shape[:2], outside + 1), math.inf)
     nearest = nearest.scatter_reduce(2, index, depth.repeat(1, 1, 4), "amin")[..., :outside]
     return torch.where(nearest.isinf(), 0.0, nearest).unflatten(2, (grid, grid))
@@ -126,27 +132,29 @@ def _check(points: Any, views: Any, size: Any, grid: Any, distance: Any) -> None
     check_tensors(points=points)
     if points.ndim != 3 or points.shape[2] != 3:
         raise ValueError(f"points must be (B,n,3), got {shape_of(points)}")
-    if not points.is_floating_point():
-        raise ValueError(f"points must be of a floating dtype, got {points.dtype}")
+    check_floating(points=points)
     if isinstance(views, bool) or not isinstance(views, int) or views not in TURNS:
         raise ValueError(f"views must be 6 or 10, got {describe(views)}")
     check_int("size", size, 1)
     if grid is not None:
         check_int("grid", grid, 1, size, "size")
     if distance is not None:
-        check_numbers(distance=distance)
-        if distance <= 1:
-            raise ValueError(f"distance must be above 1, the radius of the cloud, got {distance}")
+        check_range("distance", distance, 1, FARTHEST, "(]")
     if not points.shape[1]:
         raise ValueError(f"points must hold at least two different points of each cloud, got {shape_of(points)}")
     if not points.numel() or points.is_meta or torch.compiler.is_compiling():
         return
     faulty = (~points.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if faulty:
-        raise ValueError(f"points must be finite, got NaN or infinity in cloud {faulty[0]}: leave such points out")
+        raise ValueError(f"points must be finite, got NaN or infinity{_place(faulty, points)}: leave such points out")
     flat = (points.amax(1) == points.amin(1)).all(1).nonzero().flatten().tolist()
     if flat:
         raise ValueError(
-            f"points must hold at least two different points of each cloud, got all {points.shape[1]} in one place in "
-            f"cloud {flat[0]}: leave it out"
+            f"points must hold at least two different points of each cloud, got all {points.shape[1]} in one place"
+            f"{_place(flat, points)}: leave it out"
         )
+
+
+def _place(clouds: list[int], points: Tensor) -> str:
+    """The first of several clouds, in the words of a message; nothing if the batch has no other."""
+    return f" in cloud {clouds[0]}" if len(points) > 1 else ""

@@ -16,6 +16,7 @@ from clipkernels.arguments import check_int, check_numbers, check_positive, desc
 from clipkernels.heads.arguments import check_batches, check_labels, check_not_empty
 from clipkernels.heads.weight_search import search
 from clipkernels.heads.zero_shot import ZeroShot
+from clipkernels.messages import quantity
 
 if TYPE_CHECKING:
     from clipkernels.encode import Encoded
@@ -37,18 +38,19 @@ class MultiView:
         views: V; None is the number of weights, or 6 without them.
     Raises:
         TypeError: a head that is not callable or has no attribute `needs`.
-        ValueError: a head that remembers images, as `ck.Reservoir` and `ck.TDA`; weights that are no list of finite
-            numbers, or not as many as views.
+        ValueError: a head that remembers images, as `ck.Reservoir` and `ck.TDA`, or reads several, as this one; weights
+            that are no list of finite numbers, or not as many as views.
     Source: PointCLIP, arXiv 2112.02413, section 3.2.
     """
 
     def __init__(self, head: Any, weights: Sequence[float] | None = None, *, views: int | None = None) -> None:
         if not callable(head) or isinstance(head, type) or not hasattr(head, "needs"):
             raise TypeError(f"head must be a finished head with an attribute needs, got {describe(head)}")
-        if hasattr(head, "reset"):
+        if hasattr(head, "reset") or isinstance(head, MultiView):
+            reads = "reads several images at once" if isinstance(head, MultiView) else "remembers images"
             raise ValueError(
-                f"head must read each image by itself, got {type(head).__name__}, which remembers images: take "
-                "ck.ZeroShot, ck.CALIP or ck.TipAdapter"
+                f"head must read each image by itself, got {type(head).__name__}, which {reads}: take ck.ZeroShot, "
+                "ck.CALIP or ck.TipAdapter"
             )
         if views is not None:
             check_int("views", views, 1)
@@ -85,7 +87,9 @@ class MultiView:
             features: embeddings (B·V,E) or (B,V,E), or an `Encoded` of B·V images; the views of an object are
                 successive.
         Raises:
-            ValueError: features that are not of V views per object, or as the head raises it.
+            TypeError: features of another type.
+            ValueError: features that are not of V views per object, a head that does not give logits of each image, or
+                as the head raises it.
         """
         logits = self.logits_of_views(features)
         total = self.weights[0] * logits[:, 0]
@@ -97,15 +101,22 @@ class MultiView:
         """The head's logits (B,V,K) of each view, before their weights."""
         expected = f"(B·V,E), (B,V,E) or an Encoded of B·V images, with V = {self.views}"
         rows: Any = features
-        if isinstance(features, Tensor) and features.ndim == 3:
-            if features.shape[1] != self.views:
+        if isinstance(features, Tensor):
+            if features.ndim not in (2, 3) or (features.ndim == 3 and features.shape[1] != self.views):
                 raise ValueError(f"features must be {expected}, got {shape_of(features)}")
-            rows = features.flatten(0, 1)
+            rows = features if features.ndim == 2 else features.flatten(0, 1)
         images = rows if isinstance(rows, Tensor) else getattr(rows, "embedding", None)
-        if isinstance(images, Tensor) and images.ndim and len(images) % self.views:
-            raise ValueError(f"features must be {expected}, got {len(images)} images")
+        if not isinstance(images, Tensor):
+            raise TypeError(f"features must be {expected}, got {describe(features)}")
+        if images.ndim != 2 or len(images) % self.views:
+            raise ValueError(f"features must be {expected}, got embeddings {shape_of(images)}")
         logits = self.head(rows)
-        return logits.unflatten(0, (len(logits) // self.views, self.views))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+            raise ValueError(
+                f"head must give logits (B·V,K) with B·V = {len(images)}, got {describe(logits)} from "
+                f"{type(self.head).__name__}"
+            )
+        return logits.unflatten(0, (len(images) // self.views, self.views))
 
     def fit(
         self, features: Tensor | Encoded | Iterable[Encoded], labels: Tensor, grid: Sequence[float] = GRID
@@ -124,7 +135,7 @@ class MultiView:
         Returns:
             The accuracy on these objects, 0 to 1. Equal weights stay if no others are better.
         Raises:
-            ValueError: labels that do not fit, no object, or another grid.
+            ValueError: labels that do not fit, no object, logits that are not finite, or another grid.
         """
         if not is_list(grid) or not grid:
             raise ValueError(f"grid must be a list of weights, got {describe(grid)}")
@@ -137,7 +148,13 @@ class MultiView:
             check_not_empty(sum(map(len, views)))
             logits = torch.cat(views).double()
             labels = check_labels(labels, len(logits), logits.shape[2]).to(logits.device)
-            accuracy, weights = _search_views(logits, labels, torch.tensor(grid, dtype=torch.float64))
+            faulty = int((~logits.isfinite().flatten(1).all(1)).sum())
+            if faulty:
+                raise ValueError(
+                    f"logits must be finite, got {faulty} of {quantity(len(logits), 'object')} that are not"
+                )
+            # In units of the largest, because a scale changes no prediction and may leave the range of fp64.
+            accuracy, weights = _search_views(logits, labels, torch.tensor(grid, dtype=torch.float64) / grid[-1])
         self.weights = tuple(weight / sum(weights) for weight in weights)
         return accuracy
 

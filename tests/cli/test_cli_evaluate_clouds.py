@@ -33,7 +33,8 @@ def test_clouds_have_rows_notes_and_a_picture(tmp_path: Path) -> None:
     assert "'point cloud depth map of a {}.'" in result.stdout and "7 prompts" not in result.stdout
     assert "modelnet40: a cloud gives 6 depth maps of 224×224 pixels" in result.stdout
     document = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
-    assert document["data"]["modelnet40"]["views"] == 6
+    described = document["data"]["modelnet40"]
+    assert (described["views"], described["images"]) == (6, {"train": 24, "val": 6, "test": 6})
     with Image.open(sheet) as picture:
         layout = Layout(128, 128)
         assert picture.size[0] == layout.at(0, 6)[0] + 2 and picture.size[1] > layout.at(5, 0)[1] + 128

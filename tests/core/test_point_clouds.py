@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import interpolate, max_pool2d
 
 import clipkernels as ck
-from clipkernels.data.point_clouds import DISTANCES, view_matrices
+from clipkernels.data.point_clouds import DISTANCES, _nearest, view_matrices
 
 GRID = 64
 
@@ -141,8 +141,11 @@ def test_place_and_scale_do_not_matter() -> None:
     points = cloud(300)
     expected = ck.data.depth_maps(points, 10, 32)
     assert torch.equal(ck.data.depth_maps(points * 2.0**20, 10, 32), expected)
-    for other in (points * 1e-30, points * 1e200, points * 3 + torch.tensor([5.0, -7.0, 2.0])):
+    largest = points / points.abs().max() * 1.7e308  # its extent and its sums are above the range of fp64
+    for other in (points * 1e-30, points * 1e200, largest, points * 3 + torch.tensor([5.0, -7.0, 2.0])):
         torch.testing.assert_close(ck.data.depth_maps(other, 10, 32), expected)
+    smallest = torch.tensor([[[0.0, 0, 0], [0, 0, 1]]], dtype=torch.float64)
+    assert torch.equal(ck.data.depth_maps(smallest * 5e-324, 6, 8), ck.data.depth_maps(smallest, 6, 8))
 
 
 def test_a_batch_equals_its_items() -> None:
@@ -183,6 +186,15 @@ def test_a_point_on_a_pixel_covers_it_alone() -> None:
     assert (picture[:, 2] > 0).sum() == 5 and (picture[:, [0, 1, 3, 4]] == 0).all()
 
 
+def test_single_precision_holds_every_pixel_of_a_large_grid() -> None:
+    grid = 4999  # fp32 does not hold every index above 2²⁴
+    row, column, depth = torch.tensor([4000.5, 4998.0]), torch.tensor([4997.5, 17.25]), torch.tensor([1.0, 2.0])
+    picture = _nearest(row[None, None], column[None, None], depth[None, None], grid)[0, 0]
+    pixels = [[4000, 4997], [4000, 4998], [4001, 4997], [4001, 4998], [4998, 17], [4998, 18]]
+    assert picture.nonzero().tolist() == pixels
+    assert picture[tuple(torch.tensor(pixels).T)].tolist() == [1.0] * 4 + [2.0] * 2
+
+
 def test_nearer_points_hide_those_behind() -> None:
     plate = torch.stack(torch.meshgrid(*[torch.linspace(-0.5, 0.5, 60)] * 2, indexing="ij"), 2).flatten(0, 1)
     near, far = torch.nn.functional.pad(plate, (0, 1), value=-0.5), torch.nn.functional.pad(plate, (0, 1), value=0.5)
@@ -193,6 +205,20 @@ def test_nearer_points_hide_those_behind() -> None:
     assert picture.unique().tolist() == pytest.approx([0, expected], abs=1e-6)
     back = ck.data.depth_maps(far[None].repeat(1, 2, 1) * torch.tensor([1, 1, 1.0]), 6, 32)[0, 0, 0]
     assert float(back.max()) == pytest.approx(1.6 / 2.6, abs=1e-6)  # alone, the plate is the centre
+
+
+@pytest.mark.parametrize(("views", "grid"), [(6, 128), (10, 224)])
+def test_the_grid_of_the_released_code_is_resized_bilinearly(views: int, grid: int) -> None:
+    points = cloud(300)
+    small = ck.data.depth_maps(points, views, grid, grid=grid)[0, :, :1]
+    expected = small if grid == 224 else interpolate(small, scale_factor=224 / grid, mode="bilinear")
+    assert torch.equal(ck.data.depth_maps(points, views)[0, :, :1], expected)
+
+
+def test_pictures_are_on_the_device_of_the_points() -> None:
+    points = torch.empty(2, 9, 3, device="meta", dtype=torch.bfloat16)
+    pictures = ck.data.depth_maps(points, 10, 8)
+    assert (pictures.device.type, pictures.dtype, pictures.shape) == ("meta", torch.bfloat16, (2, 10, 3, 8, 8))
 
 
 def test_gradients_are_those_of_the_depths() -> None:
@@ -215,13 +241,17 @@ def test_they_compile_in_one_graph() -> None:
     ("points", "message"),
     [
         (torch.zeros(2, 0, 3), r"at least two different points of each cloud, got \(2,0,3\)"),
-        (torch.ones(1, 1, 3), "got all 1 in one place in cloud 0: leave it out"),
+        (torch.ones(1, 1, 3), "got all 1 in one place: leave it out"),
         (torch.cat([torch.rand(1, 9, 3), torch.full((1, 9, 3), 0.1)]), "got all 9 in one place in cloud 1"),
-        (torch.full((1, 4, 3), math.nan), "must be finite, got NaN or infinity in cloud 0"),
-        (torch.cat([torch.rand(1, 1, 3), torch.full((1, 1, 3), math.inf)], 1), "NaN or infinity in cloud 0"),
+        (torch.full((1, 4, 3), math.nan), "must be finite, got NaN or infinity: leave such points out"),
+        (
+            torch.cat([torch.rand(1, 1, 3), torch.full((1, 1, 3), math.inf)]).repeat(1, 2, 1),
+            "NaN or infinity in cloud 1",
+        ),
         (torch.rand(4, 3), r"points must be \(B,n,3\), got \(4,3\)"),
         (torch.rand(1, 4, 4), r"points must be \(B,n,3\), got \(1,4,4\)"),
-        (torch.ones(1, 4, 3, dtype=torch.int64), "points must be of a floating dtype, got torch.int64"),
+        (torch.ones(1, 4, 3).long(), "points must be float32, float16, bfloat16 or float64, got torch.int64"),
+        (torch.rand(1, 4, 3).to(torch.float8_e5m2), "bfloat16 or float64, got torch.float8_e5m2"),
     ],
 )
 def test_faulty_clouds_are_refused(points: Tensor, message: str) -> None:
@@ -238,8 +268,9 @@ def test_faulty_clouds_are_refused(points: Tensor, message: str) -> None:
         ({"views": 6.0}, "views must be 6 or 10, got 6.0"),
         ({"size": 0}, "size must be an int of at least 1, got 0"),
         ({"size": 32, "grid": 33}, "grid must be an int from 1 to size = 32, got 33"),
-        ({"distance": 1.0}, "distance must be above 1, the radius of the cloud, got 1.0"),
-        ({"distance": math.nan}, "distance must be a finite number"),
+        ({"distance": 1.0}, r"distance must be a number in \(1, 10000\], got 1\.0"),
+        ({"distance": math.nan}, r"distance must be a number in \(1, 10000\], got nan"),
+        ({"distance": 1e30}, r"distance must be a number in \(1, 10000\], got 1e\+30"),
     ],
 )
 def test_faulty_settings_are_refused(options: dict[str, Any], message: str) -> None:

@@ -109,7 +109,9 @@ def test_scanobjectnn_is_read(tmp_path: Path, place: str) -> None:
 def test_variants_of_scanobjectnn_are_told_apart(tmp_path: Path) -> None:
     hardest, other = "objectdataset_augmentedrot_scale75.h5", "objectdataset_augmented25rot.h5"
     home = scanobjectnn(tmp_path, hardest)
-    assert read_dataset("scanobjectnn", home).layout == f"main_split, {hardest}"
+    data = read_dataset("scanobjectnn", home)
+    assert data.layout == f"main_split, {hardest}"
+    assert data.notes[1] == "a perturbed variant holds several clouds of an object, which may fall into train and val"
     scanobjectnn(tmp_path, other)
     with pytest.raises(ValueError, match=r"expected test_objectdataset\.h5 or one variant alone in .*: move the files"):
         read_dataset("scanobjectnn", home)
@@ -117,6 +119,7 @@ def test_variants_of_scanobjectnn_are_told_apart(tmp_path: Path) -> None:
     data = read_dataset("scanobjectnn", home)
     assert data.layout == "main_split, objectdataset.h5"
     assert data.notes[1] == f"left out the variants '{other}', '{hardest}'"
+    assert not any("perturbed" in note for note in data.notes)
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
@@ -137,6 +140,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         ({"data": np.zeros((3, POINTS, 2), np.float32)}, r"with data \(3,150,2\) float32 instead of floats"),
         ({"data": np.zeros((3, 1, 3), np.float32)}, r"with data \(3,1,3\) float32"),
         ({"data": np.zeros((3, POINTS, 3), np.int32)}, r"with data \(3,150,3\) int32"),
+        ({"data": np.zeros((1, 2**20 + 1, 3), np.float16)}, r"with data \(1,1048577,3\) of more than 1048576"),
         ({"data": np.zeros((4, POINTS, 3), np.float32)}, r"with label \(3,1\) uint8 instead of integers \(4,1\)"),
         ({"label": np.zeros((3, 1), np.float32)}, r"with label \(3,1\) float32"),
         ({"label": np.array([[0], [1], [3]])}, "with labels from 0 to 3 for 3 classes"),
@@ -193,6 +197,12 @@ def test_faulty_lists_and_names_are_refused(tmp_path: Path) -> None:
     (home / "test_files.txt").write_text("../ply_data_test0.h5\n")
     with pytest.raises(ValueError, match=r"expected a list of ModelNet40's files, got .* with the path"):
         read_dataset("modelnet40", home)
+    for split, file in (("test", "test0"), ("test", "train1"), ("train", "train0")):
+        modelnet40(tmp_path)
+        with open(home / f"{split}_files.txt", "a") as lines:
+            lines.write(f"data/other_folder/ply_data_{file}.h5\n")
+        with pytest.raises(ValueError, match=rf"expected every file once .* got 'ply_data_{file}\.h5' again: splits"):
+            read_dataset("modelnet40", home)
     (home / "shape_names.txt").write_text("ball\nball\n")
     with pytest.raises(ValueError, match="expected two or more distinct class names, a line each, got"):
         read_dataset("modelnet40", home)
@@ -206,11 +216,33 @@ def test_clouds_without_a_depth_map_are_errors(tmp_path: Path) -> None:
     items = read_dataset("modelnet40", home).splits["test"]
     with pytest.raises(ValueError, match="points must be finite"):
         items.read("ply_data_test0.h5#0:1")
-    with pytest.raises(ValueError, match="got all 150 in one place"):
+    with pytest.raises(ValueError, match="got all 150 in one place: leave it out"):
         items.read("ply_data_test0.h5#1:2")
     items.read("ply_data_test0.h5#2:6")
     with pytest.raises(ValueError, match=r"expected cloud 3 in .*, got a file without it"):
         items.read("ply_data_test0.h5#3:1")
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8"])
+def test_every_width_of_floats_is_read(tmp_path: Path, dtype: str) -> None:
+    home = modelnet40(tmp_path)
+    data = np.stack([shape(label, label) for label in (0, 1, 2)]).astype(dtype)
+    data += 1e8 if dtype.endswith("8") else 0  # where fp32 is in steps of 8
+    write_clouds(home / "ply_data_test0.h5", [0, 1, 2], data=data)
+    image = read_dataset("modelnet40", home).splits["test"].read("ply_data_test0.h5#1:1")
+    expected = depth_maps(torch.from_numpy(data[1].astype(data.dtype.newbyteorder("=")))[None])[0, 0, 0] * 255
+    # A picture in fp16 has steps of 1/2048, an eighth of a grey level.
+    np.testing.assert_allclose(np.array(image)[..., 0], expected.float().numpy(), atol=0.63)
+    assert (np.array(image) > 0).mean() > 0.005
+
+
+def test_labels_of_a_small_file_of_many_clouds_are_refused(tmp_path: Path) -> None:
+    home = modelnet40(tmp_path)
+    with h5py.File(home / "ply_data_test0.h5", "w") as file:  # values that were never written take no room
+        file.create_dataset("data", (10**11, 10, 3), np.float32, chunks=(1, 10, 3))
+        file.create_dataset("label", (10**11,), np.uint8, chunks=(1000,))
+    with pytest.raises(ValueError, match=rf"{FAULT} with data \(100000000000,10,3\) of more than 1048576 clouds"):
+        read_dataset("modelnet40", home)
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_clouds_that_cannot_be_read_are_counted_as_one(tmp_path: Path) -> None:
     data[1, 0, 0] = np.inf
     write_clouds(home / "ply_data_test0.h5", [0, 1, 2, 1], data=data)
     plan = combinations(read_dataset("modelnet40", home), heads=["zero-shot", "calip"])
-    reason = "points must be finite, got NaN or infinity in cloud 0: leave such points out"
+    reason = "points must be finite, got NaN or infinity: leave such points out"
     expected = {"test": Unread(1, "ply_data_test0.h5#1:1", reason)}
     results = evaluate(plan, bundled_model(), tmp_path / "state", never)
     assert [(row.score.images, row.unread) for row in results.rows] == [(3, expected)] * 2

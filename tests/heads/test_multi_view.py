@@ -194,6 +194,8 @@ def test_heads_that_read_no_single_image_are_refused() -> None:
     for head in (ck.TDA, ck.Reservoir):
         with pytest.raises(ValueError, match=f"got {head.__name__}, which remembers images: take ck.ZeroShot"):
             ck.MultiView(head(classes()))
+    with pytest.raises(ValueError, match="got MultiView, which reads several images at once: take"):
+        ck.MultiView(ck.MultiView(ck.ZeroShot(classes()), views=2))
     for wrong in (None, ck.ZeroShot, torch.nn.Identity()):
         with pytest.raises(TypeError, match="head must be a finished head with an attribute needs, got"):
             ck.MultiView(wrong)  # type: ignore[arg-type]
@@ -202,16 +204,38 @@ def test_heads_that_read_no_single_image_are_refused() -> None:
 def test_features_of_other_views_are_refused() -> None:
     multi = ck.MultiView(ck.ZeroShot(classes()))
     expected = r"features must be \(B·V,E\), \(B,V,E\) or an Encoded of B·V images, with V = 6, got "
-    with pytest.raises(ValueError, match=rf"{expected}7 images"):
+    with pytest.raises(ValueError, match=rf"{expected}embeddings \(7,12\)"):
         multi(torch.rand(7, WIDTH))
-    with pytest.raises(ValueError, match=rf"{expected}\(2,10,12\)"):
-        multi(torch.rand(2, 10, WIDTH))
-    with pytest.raises(ValueError, match="got 7 images"):
-        multi(ck.Encoded(torch.rand(7, WIDTH)))
-    with pytest.raises(TypeError, match="features must be"):
+    for shape in ((2, 10, WIDTH), (2, 2, 6, WIDTH), (WIDTH,), ()):
+        with pytest.raises(ValueError, match=rf"{expected}\({','.join(map(str, shape))}\)"):
+            multi(torch.rand(shape))
+    for shape in ((7, WIDTH), (2, 6, WIDTH)):
+        with pytest.raises(ValueError, match=rf"{expected}embeddings \({','.join(map(str, shape))}\)"):
+            multi(ck.Encoded(torch.rand(shape)))
+    with pytest.raises(TypeError, match=rf"{expected}None"):
         multi(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"features must be an Encoded with tokens"):
         ck.MultiView(HEADS["calip"]())(torch.rand(6, WIDTH))
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(3, CLASSES), torch.zeros(6), None])
+def test_a_head_with_other_logits_is_refused(logits: Any) -> None:
+    class Head:
+        needs = ()
+
+        def __call__(self, features: Any) -> Any:
+            return logits
+
+    with pytest.raises(ValueError, match=r"head must give logits \(B·V,K\) with B·V = 6, got .* from Head"):
+        ck.MultiView(Head())(torch.rand(6, WIDTH))
+
+
+@pytest.mark.parametrize("scale", [1e308, 1e-300])
+def test_the_scale_of_the_grid_does_not_matter(scale: float) -> None:
+    features, labels = labelled(100, {0: 0.5, 1: 0.3, 2: 0.2}, 3)
+    one, other = (ck.MultiView(ck.ZeroShot(classes()), views=3) for _ in range(2))
+    assert one.fit(features, labels) == other.fit(features, labels, [scale * each for each in (0.25, 0.5, 0.75, 1.0)])
+    assert len(set(one.weights)) > 1 and other.weights == pytest.approx(one.weights)
 
 
 def test_faulty_searches_are_refused_and_change_nothing() -> None:
@@ -228,6 +252,9 @@ def test_faulty_searches_are_refused_and_change_nothing() -> None:
         multi.fit(features, torch.zeros(24, dtype=torch.int64))
     with pytest.raises(ValueError, match="features must be of at least one image, got none"):
         multi.fit(features[:0], labels[:0])
+    features[7] = float("nan")
+    with pytest.raises(ValueError, match="logits must be finite, got 1 of 4 objects that are not"):
+        multi.fit(features, labels)
     assert multi.weights == WEIGHTS
 
 

@@ -167,6 +167,6 @@ def method_name(spec: str) -> str | None:
 
 def describe(data: Dataset) -> dict[str, Any]:
     """Return what JSON says of a data set."""
-    images = {split: len(items.names) for split, items in data.splits.items()}
+    images = {split: len(items.names) // items.views for split, items in data.splits.items()}  # a cloud counts as one
     views = {"views": data.views} if data.views > 1 else {}
     return {"layout": data.layout, "classes": len(data.classes), "templates": data.templates, "images": images, **views}

@@ -19,6 +19,8 @@ from clipkernels.files import open_named
 from clipkernels.messages import first_line, join_sizes
 
 MAX_BYTES = 4 << 30
+MAX_COUNT = 1 << 20
+"""The most clouds of a file, and points of a cloud: compressed files are small at any number."""
 SIDE = 224
 """Height and width in pixels of a picture."""
 
@@ -28,7 +30,8 @@ def read_labels(path: Path, classes: int) -> list[int]:
 
     Raises:
         ImportError: h5py is not installed.
-        ValueError: no HDF5 file, or one without clouds "data" (n,points,3) and their labels "label" (n) or (n,1).
+        ValueError: no HDF5 file, or one without clouds "data" (n,points,3) and their labels "label" (n) or (n,1), or
+            with more than `MAX_COUNT` clouds or points of a cloud.
         OSError: the file cannot be read.
     """
     with _opened(path) as file:
@@ -36,6 +39,8 @@ def read_labels(path: Path, classes: int) -> list[int]:
         shape = data.shape
         if len(shape) != 3 or shape[2] != 3 or shape[1] < 2 or data.dtype.kind != "f":
             raise _fault(path, f"data ({join_sizes(shape)}) {data.dtype} instead of floats (n,points,3)")
+        if max(shape) > MAX_COUNT:
+            raise _fault(path, f"data ({join_sizes(shape)}) of more than {MAX_COUNT} clouds or points of a cloud")
         if label.shape not in ((shape[0],), (shape[0], 1)) or label.dtype.kind not in "iu":
             raise _fault(path, f"label ({join_sizes(label.shape)}) {label.dtype} instead of integers ({shape[0]},1)")
         labels = np.asarray(label[()], np.int64).flatten()
@@ -74,9 +79,11 @@ def _pictures(path: str, stamp: tuple[int, int], cloud: int, views: int) -> np.n
     """The depth maps (V,224,224) uint8 of a cloud; its views are asked for one after another."""
     with _opened(path) as file:
         data = _dataset(file, "data", path)
-        if data.ndim != 3 or cloud >= len(data):
+        if data.ndim != 3 or cloud >= len(data) or data.shape[1] > MAX_COUNT:
             raise ValueError(f"expected cloud {cloud} in {path}, got a file without it")
-        points = torch.from_numpy(np.asarray(data[cloud], np.float32))
+        # Coordinates in fp64 may be far from the origin, where fp32 does not tell points apart.
+        wide = np.float64 if data.dtype.itemsize > 4 else np.float32
+        points = torch.from_numpy(np.asarray(data[cloud], wide))
     maps = depth_maps(points[None], views, SIDE)[0, :, 0]
     array: np.ndarray = (maps * 255).round().byte().numpy()
     return array

@@ -6,6 +6,7 @@ split lacks them; the released code of PointCLIP searches its weights on the tes
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -29,30 +30,39 @@ HELD_OUT = 5
 class ModelNet40:
     """ModelNet40 as 2,048 points per object, in the folder that its archive unpacks to.
 
+    names: names of that folder in a folder of sets.
+    class_file: the file of the class names in it.
     Source: the folder modelnet40_ply_hdf5_2048 that PointCLIP's code reads: shape_names.txt, and train_files.txt and
     test_files.txt, which list HDF5 files.
     """
 
     template: str = DEPTH_MAP
     names: tuple[str, ...] = ("modelnet40_ply_hdf5_2048",)
-    classes: str = "shape_names.txt"
+    class_file: str = "shape_names.txt"
 
     def read(self, request: Request) -> Dataset:
         """The set; raises ValueError for another layout or faulty files, ImportError without h5py."""
-        home = find_home(request.path, lambda folder: (folder / self.classes).is_file(), self.names)
+        home = find_home(request.path, lambda folder: (folder / self.class_file).is_file(), self.names)
         if home is None:
             raise ValueError(
-                f"expected {self.classes} in {str(request.path)!r} or in a folder {list_items(self.names)} there, got "
-                f"{describe_folder(request.path)}: unpack modelnet40_ply_hdf5_2048.zip"
+                f"expected {self.class_file} in {str(request.path)!r} or in a folder {list_items(self.names)} there, "
+                f"got {describe_folder(request.path)}: unpack modelnet40_ply_hdf5_2048.zip"
             )
-        names = tuple(line.replace("_", " ") for _, line in read_lines(home / self.classes, "ModelNet40's class names"))
-        if len(set(names)) < max(len(names), 2):
-            raise ValueError(f"expected two or more distinct class names, a line each, got {home / self.classes}")
+        file = home / self.class_file
+        classes = tuple(line.replace("_", " ") for _, line in read_lines(file, "ModelNet40's class names"))
+        if len(set(classes)) < max(len(classes), 2):
+            raise ValueError(f"expected two or more distinct class names, a line each, got {file}")
         listed = {split: _listed(home, split) for split in ("train", "test")}
+        repeated = [name for name, count in Counter(path.name for path in chain(*listed.values())).items() if count > 1]
+        if repeated:
+            raise ValueError(
+                f"expected every file once in train_files.txt and test_files.txt in {str(home)!r}, got "
+                f"{list_names(repeated)} again: splits must not overlap"
+            )
         files = {split: [file for file in paths if file.is_file()] for split, paths in listed.items()}
         missing = [file.name for file in chain(*listed.values()) if not file.is_file()]
         notes = [f"there is no {list_names(missing)}"] if missing else []
-        return _cloud_dataset(request, names, home, files, f"HDF5 files of {home.name}", notes)
+        return _cloud_dataset(request, self.template, classes, home, files, f"HDF5 files of {home.name}", notes)
 
 
 def _listed(home: Path, split: str) -> list[Path]:
@@ -72,8 +82,11 @@ class ScanObjectNN:
     """ScanObjectNN, objects cut from scans, in the folder h5_files/main_split or another split beside it.
 
     Without another choice the set is OBJ_BG, or OBJ_ONLY in main_split_nobg; a folder with the files of one of the
-    perturbed variants alone is that variant.
+    perturbed variants alone is that variant. Its files do not say which clouds are of one object, so the validation
+    split shares objects with the train split; the test split shares none.
 
+    names: names of the folder in a folder of sets.
+    classes: the class names, which no file holds.
     Source: README.md and training_data/shape_names_ext.txt of github.com/hkust-vgd/scanobjectnn, arXiv 1908.04616.
     """
 
@@ -101,13 +114,16 @@ class ScanObjectNN:
                 "move the files of one into a folder"
             )
         notes = [f"left out the variants {list_names(others)}"] if others else []
+        if chosen != "objectdataset.h5":
+            notes.append("a perturbed variant holds several clouds of an object, which may fall into train and val")
         files = {"train": [home / f"training_{chosen}"], "test": [home / f"test_{chosen}"]}
         files = {split: [file for file in paths if file.is_file()] for split, paths in files.items()}
-        return _cloud_dataset(request, self.classes, home, files, f"{home.name}, {chosen}", notes)
+        return _cloud_dataset(request, self.template, self.classes, home, files, f"{home.name}, {chosen}", notes)
 
 
 def _cloud_dataset(
     request: Request,
+    template: str,
     classes: Sequence[str],
     home: Path,
     files: Mapping[str, Sequence[Path]],
@@ -141,9 +157,7 @@ def _cloud_dataset(
     held = f"the val split is a seeded part of the training clouds, {len(held_out)} of {len(train)}"
     existing = ["train", *(["val"] if held_out or not train else [])] if files["train"] else []
     sentences = (views, *notes, held if held_out else None, absence_note(existing))
-    return Dataset(
-        request.name, tuple(classes), (DEPTH_MAP,), splits, layout, tuple(note for note in sentences if note)
-    )
+    return Dataset(request.name, tuple(classes), (template,), splits, layout, tuple(note for note in sentences if note))
 
 
 def _clouds(files: Sequence[Path], classes: int) -> Iterator[tuple[str, int, int]]:
