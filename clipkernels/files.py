@@ -95,10 +95,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the name of a temporary file next to `path`, which replaces `path` on success and is deleted on error.
 
     Raises:
-        OSError: no file can be created there.
+        OSError: no file can be created there; it names `path`.
     """
     target = Path(path)
-    number, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        number, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
     os.close(number)
     try:
         yield temporary

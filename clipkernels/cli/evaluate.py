@@ -37,7 +37,7 @@ from clipkernels.cli.parts.options import (
     tokens_option,
     workers_option,
 )
-from clipkernels.cli.parts.output import check_out, opened, write_results
+from clipkernels.cli.parts.output import check_file, check_out, opened, write_results
 from clipkernels.cli.parts.reporter import Reporter, duration
 from clipkernels.cli.parts.stopping import stopping
 from clipkernels.comparison.towers import DTYPES
@@ -234,6 +234,7 @@ def evaluate(
         plan = Combinations(list(data.values()), supports, captions, scored, chosen, counts, seeds)
         folder.mkdir(parents=True, exist_ok=True)
         if picture is not None:
+            check_file(picture, "--picture")  # only now, because it may be in OUT
             save_picture(draw_clouds(clouds), picture)
         with stopping("part") as stop, Reporter(stop, "evaluating") as report:
             results = evaluate_model(plan, settings, folder / STATE, lambda progress: show(report, progress))

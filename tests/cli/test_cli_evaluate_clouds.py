@@ -52,11 +52,13 @@ def test_ten_views_are_drawn(tmp_path: Path) -> None:
     write_clouds(home / "test_objectdataset.h5", [0, 1], data=data)
     (home / "training_objectdataset.h5").unlink()
     command = ("evaluate", "--data", f"scanobjectnn={home}", *FAST, "--out", tmp_path / "out")
-    result = run(*command, "--views", 10, "--picture", tmp_path / "views.png")
+    refused = error_after_notes(run(*command, "--picture", tmp_path / "none" / "views.png"))
+    assert f"can be written for --picture, got {tmp_path / 'none' / 'views.png'}: No such file" in refused
+    result = run(*command, "--views", 10, "--picture", tmp_path / "out" / "views.png")
     assert result.exit_code == 1  # a cloud cannot be read
     assert [(row["images"], row["weights"]) for row in rows_of(tmp_path / "out")] == [(1, "equal views")]
     assert "1 image left out by dense (host), such as test_objectdataset.h5#1:1: points must be finite" in result.stdout
-    with Image.open(tmp_path / "views.png") as picture:
+    with Image.open(tmp_path / "out" / "views.png") as picture:
         assert picture.size[0] > Layout(128, 128).at(0, 9)[0] + 128
 
 

@@ -272,3 +272,10 @@ def test_limits_leave_room_for_large_sets() -> None:
     image = '{"sha256": "' + "a" * 64 + '", "file": "0000-abcdefgh.jpg", "source": "' + "p" * 100 + '"},\n'
     assert 1000 * (100 * (len(image) + 12) + 50 * 80) < manifest.MAX_BYTES
     assert 1000 * (100 * image.count(",") + 50) < formats.MAX_HEADER_ITEMS
+
+
+def test_a_file_that_cannot_be_made_is_named_by_the_error(tmp_path: Path) -> None:
+    file = tmp_path / "none" / "state"
+    with pytest.raises(FileNotFoundError) as raised:
+        write_state(file, SMALL, {"name": "a", "count": 1}, {"x": torch.zeros(1, 2)})
+    assert raised.value.filename == str(file)
