@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -18,7 +20,24 @@ Backend = Literal["auto", "triton", "reference"]
 MAX_PATCHES = 4096
 MAX_WIDTH = 8192
 
+# Earlier compilers fail on some kernels, or abort the process: 3.2 and 3.3 on attention, affinity, cross-attention and
+# prediction for compute capability 9.0, and on some of them for 8.0.
+OLDEST_TRITON = (3, 4)
+
+
+def _triton_version() -> tuple[int, int] | None:
+    """The major and minor version of the installed triton, from its metadata; None if they do not say."""
+    for name in ("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"):
+        try:
+            match = re.match(r"(\d+)\.(\d+)", version(name))
+        except PackageNotFoundError:
+            continue
+        return (int(match[1]), int(match[2])) if match else None
+    return None
+
+
 _HAS_TRITON = find_spec("triton") is not None
+_TRITON_VERSION = _triton_version()
 
 
 def choose(
@@ -139,6 +158,9 @@ def _obstacle(device: torch.device) -> str | None:
         return "the tensors are on the CPU: move them to a GPU, or set TRITON_INTERPRET=1 before the first import"
     if device.type not in ("cpu", "cuda"):
         return f"triton kernels run on cuda (NVIDIA, AMD) tensors, got {device.type}"
+    if device.type == "cuda" and _TRITON_VERSION is not None and _TRITON_VERSION < OLDEST_TRITON:
+        found, needed = (".".join(map(str, each)) for each in (_TRITON_VERSION, OLDEST_TRITON))
+        return f"the kernels need triton {needed}, which comes with torch 2.8, got {found}: install a newer torch"
     if device.type == "cuda" and not torch.compiler.is_compiling():
         return _too_old(device)
     return None

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,27 @@ from clipkernels.state_files import read_json, write_json
 
 RUN = "run.json"
 MAX_BYTES = 1 << 22
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+"""At least; and ten times as long as a checkpoint takes to be written."""
+
+
+class CheckpointClock:
+    """The time of the next checkpoint: once a minute, or later where writing takes long."""
+
+    def __init__(self) -> None:
+        self._written, self._seconds = time.monotonic(), 0.0
+
+    def is_due(self) -> bool:
+        """Return true if a checkpoint is worth its time."""
+        return time.monotonic() - self._written >= max(SECONDS_BETWEEN_CHECKPOINTS, 10 * self._seconds)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Time the writing of a checkpoint; the next one is due from its end."""
+        began = time.monotonic()
+        yield
+        self._written = time.monotonic()
+        self._seconds = self._written - began
 
 
 class RunFolder:

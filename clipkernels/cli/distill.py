@@ -154,7 +154,7 @@ def distill(
     a head. Shares of one seed are nested and keep every class as far as they can. The gains are against none.
 
     OUT gets results.csv, results.json and results.md with the trainings of this command. OUT/state keeps every score
-    and a checkpoint, at least once a minute, OUT/features the teacher's features: the same command goes on after
+    and a checkpoint, about once a minute, OUT/features the teacher's features: the same command goes on after
     Ctrl-C or a kill, and with more shares, seeds or methods it trains only what is new. An image that is missing or
     cannot be read is left out with its annotations; the exit status is 1 if one cannot be read.
     """

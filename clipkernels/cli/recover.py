@@ -143,7 +143,7 @@ def recover(
     The images that are held out decide which epoch is kept, and give the figures before and after. OUT is a folder of
     ck.save: pass it as --model to any verb.
 
-    Checkpoints are written to OUT.state at least once a minute and with every epoch. The same command goes on after
+    Checkpoints are written to OUT.state about once a minute and with every epoch. The same command goes on after
     Ctrl-C or a kill, and ends with the same bits; OUT.state is removed when OUT is there. A file that cannot be read
     as an image is reported on stderr and skipped, and the exit status is then 1.
     """

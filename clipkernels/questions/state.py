@@ -10,7 +10,6 @@ A run may have other shares, seeds and methods than the one before: what is ther
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -22,13 +21,11 @@ from torch import Tensor
 
 from clipkernels.formats import FLOATS, Count, Digest, Fingerprint, Format, Line, Positive, Share, Size, TensorSpec
 from clipkernels.questions.training import Checkpoint
-from clipkernels.run_folder import RunFolder
+from clipkernels.run_folder import CheckpointClock, RunFolder
 from clipkernels.state_files import read_json, read_state, write_json, write_state
 
 CHECKPOINT = "checkpoint.safetensors"
 MAX_BYTES = 1 << 24
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
-"""At least; and ten times as long as a checkpoint takes to be written."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -157,7 +154,7 @@ class State:
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
-        self.written, self.seconds = time.monotonic(), 0.0
+        self._clock = CheckpointClock()
         self._lock = FOLDER.open(folder, settings)
 
     def __enter__(self) -> State:
@@ -203,15 +200,13 @@ class State:
 
     def save_checkpoint(self, key: str, make: Callable[[], Checkpoint], seconds: float, at_once: bool) -> None:
         """Write a checkpoint if that is worth its time, or at once."""
-        if not at_once and time.monotonic() - self.written < max(SECONDS_BETWEEN_CHECKPOINTS, 10 * self.seconds):
+        if not at_once and not self._clock.is_due():
             return
-        began = time.monotonic()
-        content: dict[str, Any] = make()._asdict()
-        header = {"key": key, "seconds": seconds}
-        header |= {name: content.pop(name) for name in ("step", "weight", "weighed")}
-        write_state(self.folder / CHECKPOINT, CHECKPOINT_FORMAT, header, content)
-        self.written = time.monotonic()
-        self.seconds = self.written - began
+        with self._clock.writing():
+            content: dict[str, Any] = make()._asdict()
+            header = {"key": key, "seconds": seconds}
+            header |= {name: content.pop(name) for name in ("step", "weight", "weighed")}
+            write_state(self.folder / CHECKPOINT, CHECKPOINT_FORMAT, header, content)
 
     def _score_file(self, key: str) -> Path:
         return self.folder / f"score-{sha256(key.encode()).hexdigest()[:32]}.json"

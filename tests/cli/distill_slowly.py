@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
+from clipkernels import run_folder
 from clipkernels.cli import main
-from clipkernels.questions import state
 from clipkernels.questions.learners import StudentLearner
 
 if __name__ == "__main__":
@@ -20,5 +20,5 @@ if __name__ == "__main__":
         return loss(*arguments)
 
     StudentLearner.loss = lose_slowly  # type: ignore[method-assign]
-    state.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    run_folder.SECONDS_BETWEEN_CHECKPOINTS = 0.0
     main()

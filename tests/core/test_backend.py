@@ -22,6 +22,7 @@ def test_auto_is_the_reference_on_the_cpu_under_the_interpreter_too(monkeypatch)
 
 def test_auto_is_triton_on_cuda_where_a_kernel_exists(monkeypatch):
     monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(backend, "_TRITON_VERSION", (3, 4))
     assert choose("auto", CUDA) == "triton"
     assert choose("auto", CUDA, refusal="takes 1 row, got 2") == "reference"
     assert choose("auto", CUDA, torch.float64) == "reference"
@@ -31,6 +32,24 @@ def test_auto_on_cuda_without_triton_warns_and_uses_the_reference(monkeypatch):
     monkeypatch.setattr(backend, "_HAS_TRITON", False)
     with pytest.warns(UserWarning, match="triton is not installed.*slower reference"):
         assert choose("auto", CUDA) == "reference"
+
+
+@pytest.mark.parametrize("version", [(3, 2), (3, 3)])
+def test_a_triton_that_cannot_compile_the_kernels_is_left_out(monkeypatch, version):
+    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(backend, "_TRITON_VERSION", version)
+    message = f"the kernels need triton 3.4, which comes with torch 2.8, got 3.{version[1]}: install a newer torch"
+    with pytest.warns(UserWarning, match=f"{message}; until then, CUDA tensors take the slower reference"):
+        assert choose("auto", CUDA) == "reference"
+    with pytest.raises(RuntimeError, match=message):
+        choose("triton", CUDA)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("triton") == "triton"  # the interpreter compiles nothing
+
+
+def test_the_version_of_triton_is_that_of_the_package():
+    triton = pytest.importorskip("triton", reason="triton is not installed: it exists only on Linux")
+    assert ".".join(map(str, backend._TRITON_VERSION)) == ".".join(triton.__version__.split(".")[:2])
 
 
 def test_an_explicit_triton_never_falls_back(monkeypatch):

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import clipkernels as ck
-from clipkernels.learn.recovery import Recovered, recover, state, targets
+from clipkernels import run_folder
+from clipkernels.learn.recovery import Recovered, recover, targets
 from clipkernels.testing import open_clip_tower, randomized
 
 OPTIONS: dict[str, Any] = {"epochs": 3, "batch_size": 8, "held_out": 6, "lr": 1e-3, "contrast": 0.0, "seed": 1}
@@ -44,7 +45,7 @@ def run(model: Any, **options: Any) -> Recovered:
 if __name__ == "__main__":
     folder, file, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
     torch.set_num_threads(1)
-    state.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    run_folder.SECONDS_BETWEEN_CHECKPOINTS = 0.0
     targets.PART_ROWS = 8
     tower = small_tower()
     print("started", flush=True)

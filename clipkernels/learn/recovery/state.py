@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -24,12 +23,10 @@ from torch import Tensor
 
 from clipkernels.formats import FLOATS, Count, Fingerprint, Format, Line, Positive, Share, Size, TensorSpec
 from clipkernels.learn.recovery.results import Evaluation
-from clipkernels.run_folder import RunFolder
+from clipkernels.run_folder import CheckpointClock, RunFolder
 from clipkernels.state_files import read_state, write_state
 
 CHECKPOINT = "checkpoint.safetensors"
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
-"""At least; and ten times as long as a checkpoint takes to be written."""
 BEST = re.compile(r"best-(\d+)\.safetensors")
 
 
@@ -155,8 +152,7 @@ class State:
     def __init__(self, folder: Path | None, settings: Settings) -> None:
         self.folder = folder
         self._best: tuple[int, Tensor] | None = None
-        self._written = time.monotonic()
-        self._seconds = 0.0
+        self._clock = CheckpointClock()
         self._lock = None if folder is None else FOLDER.open(folder, settings)
 
     def __enter__(self) -> State:
@@ -194,23 +190,20 @@ class State:
 
     def is_due(self) -> bool:
         """Return true if a checkpoint is worth its time."""
-        wait = max(SECONDS_BETWEEN_CHECKPOINTS, 10 * self._seconds)
-        return self.folder is not None and time.monotonic() - self._written >= wait
+        return self.folder is not None and self._clock.is_due()
 
     def save(self, checkpoint: Checkpoint, best: int) -> None:
         """Write a checkpoint, and remove the weights that were best before the step `best`."""
         if self.folder is None:
             return
-        began = time.monotonic()
-        content = checkpoint._asdict()
-        header = {name: content.pop(name) for name in ("step", "loss", "losses", "history")}
-        write_state(self.folder / CHECKPOINT, CHECKPOINT_FORMAT, header, content)
-        for name in os.listdir(self.folder):
-            match = BEST.fullmatch(name)
-            if match and int(match[1]) != best:
-                os.unlink(self.folder / name)
-        self._written = time.monotonic()
-        self._seconds = self._written - began
+        with self._clock.writing():
+            content = checkpoint._asdict()
+            header = {name: content.pop(name) for name in ("step", "loss", "losses", "history")}
+            write_state(self.folder / CHECKPOINT, CHECKPOINT_FORMAT, header, content)
+            for name in os.listdir(self.folder):
+                match = BEST.fullmatch(name)
+                if match and int(match[1]) != best:
+                    os.unlink(self.folder / name)
 
     def save_best(self, step: int, weights: Tensor) -> None:
         """Keep the weights after a step, the best so far; the checkpoint that follows refers to them."""
