@@ -137,6 +137,8 @@ class Rank:
 
 
 Step = Prune | Merge | Condense | Predict | Rank
+STEPS = (Prune, Merge, Condense, Predict, Rank)
+"""The classes of `Step`, because torch.compile of torch 2.6 does not take a union."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Plan:
             raise TypeError(f"steps must be a tuple of one step or None per block, got {describe(self.steps)}")
         tokens = self.entry
         for block, step in enumerate(self.steps):
-            if step is not None and not isinstance(step, Step):
+            if step is not None and not isinstance(step, STEPS):
                 raise TypeError(f"steps[{block}] must be a step such as ck.Prune(9) or None, got {describe(step)}")
             patches = tokens - self.prefix
             tokens = step.leaves(tokens, self.prefix) if step else tokens

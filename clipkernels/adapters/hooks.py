@@ -56,7 +56,9 @@ def forward_with_hooks(
     returned = _call_with_hooks(host, forward, tower.layout(state.x), tower.ignores_hook)
     leaving = outputs[0].state
     x = _tokens_from_hook(tower, index, returned, leaving.x)
-    return outputs[0]._replace(state=TokenState(x, None, leaving.size, leaving.rope))
+    # Field by field, because torch.compile of torch 2.6 takes neither _replace nor a starred argument.
+    _, destination, origin, ranking = outputs[0]
+    return block.BlockOutput(TokenState(x, None, leaving.size, leaving.rope), destination, origin, ranking)
 
 
 def _tokens_from_hook(tower: Tower, index: int, returned: Any, like: Tensor) -> Tensor:

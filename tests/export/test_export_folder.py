@@ -446,3 +446,11 @@ print(json.dumps([folder.encode_image([sys.argv[2]]).tolist(), folder.encode_tex
         expected = model.encode_image(preprocess()(Image.open(tmp_path / "photo.png"))[None])
         assert np.abs(np.array(image) - expected.numpy()).max() < 1e-5
         assert np.abs(np.array(text) - model.encode_text(tokenizer()(["a cat"])).numpy()).max() < 1e-5
+
+
+def test_torch_2_6_does_not_write_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    model, preprocess, _ = ck.bundled()
+    with pytest.raises(ValueError, match=r"expected a newer torch than 2\.6 for pt2, got 2\.6\.0\+cpu: take onnx"):
+        ck.export(model, tmp_path / "out", to="pt2", preprocess=preprocess)
+    assert not list(tmp_path.iterdir())
