@@ -1,4 +1,4 @@
-"""The trainings of CLIP-TD's protocol and their settings.
+"""The trainings of CLIP-TD's protocol, their annotations and their settings.
 
 none      the student alone
 finetune  CLIP with a head, on frozen features or trained whole
@@ -8,15 +8,19 @@ targeted  CLIP-TD: the relevant tokens, weighted by the teacher's confidence aga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from clipkernels.messages import quantity
 from clipkernels.questions.examples import ExampleSet
 from clipkernels.questions.learners import Tuned
 from clipkernels.questions.results import NONE
+from clipkernels.questions.subsets import low_shot, split_by_value
 
 METHODS = (NONE, "finetune", "plain", "targeted")
 DISTILLED = ("plain", "targeted")
+SAME, SHIFTED, TEST = "same", "shifted", "test"
+"""The splits that are scored: beside a domain that is held out the first two, otherwise the last."""
 
 
 class Plan(NamedTuple):
@@ -40,6 +44,45 @@ class Plan(NamedTuple):
     def distils(self) -> bool:
         """True if a method needs the teacher's words and regions."""
         return any(method in DISTILLED for method in self.methods)
+
+    def pool(self, examples: ExampleSet) -> list[int]:
+        """The annotations that have a label and are outside of the domain that is held out, as indices."""
+        pool = sorted({example.item for example in examples.examples if example.label >= 0})
+        if self.held_out:
+            values = examples.values(self.field)
+            outside, _ = split_by_value([values[item] for item in pool], self.held_out)
+            pool = [pool[index] for index in outside]
+        return pool
+
+    def subset(self, examples: ExampleSet, training: Training) -> tuple[ExampleSet, int]:
+        """The examples of a share of the labels outside of the domain that is held out, and their classes."""
+        pool, labels = self.pool(examples), examples.labels
+        chosen = low_shot([labels[item] for item in pool], training.share, training.seed).tolist()
+        items = [pool[index] for index in chosen]
+        return examples.take(items), len({labels[item] for item in items})
+
+    def sides(self, examples: ExampleSet) -> dict[str, list[int]]:
+        """The examples of each split that is scored, as indices: one, or two beside a domain that is held out."""
+        if not self.held_out:
+            return {TEST: list(range(len(examples.examples)))}
+        values = examples.values(self.field)
+        sides = split_by_value([values[example.item] for example in examples.examples], self.held_out)
+        return dict(zip((SAME, SHIFTED), sides, strict=True))
+
+    def notes(self, unread: int = 0) -> Iterator[str]:
+        """The counts of annotations, classes and unreadable images, and the domain that is held out, for people."""
+        for name, examples in (("train", self.train), ("test", self.test)):
+            classes = f" of {quantity(len(examples.classes), 'class')}" if examples.classes else ""
+            yield f"{name}: {quantity(len(examples.items), 'annotation')}{classes}"
+            yield from (f"{name}: {note}" for note in examples.notes)
+            outside = sum(example.label < 0 for example in examples.examples)
+            if outside:
+                how = "left out" if name == "train" else "scored by the votes of their annotators"
+                yield f"{name}: {quantity(outside, 'annotation')} whose answer is no class, {how}"
+        if unread:
+            yield f"{quantity(unread, 'image')} cannot be read"
+        if self.held_out:
+            yield f"held out by {self.field}: {', '.join(self.held_out)}"
 
 
 class Options(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,9 @@ from clipkernels.questions.preparation import count_cut, encode_images, encode_t
 from clipkernels.questions.results import Progress, Results, Row
 from clipkernels.questions.state import ImagesRecord, ScoreRecord, Settings, State
 from clipkernels.questions.student import StudentTask, find_student, make_student, source_of
-from clipkernels.questions.subsets import low_shot, split_by_value
 from clipkernels.questions.training import TrainingSettings, predict, steps_for, train
 from clipkernels.support.features import encoder_of
 
-SAME, SHIFTED, TEST = "same", "shifted", "test"
 FEATURES = "features"
 
 
@@ -120,7 +118,7 @@ class Protocol:
 
     def run(self, state: State, cached: TeacherCache) -> Results:
         """Train and score everything that the state does not have."""
-        results = Results([], [*self._notes()], self.unread)
+        results = Results([], [*self.plan.notes()], self.unread)
         trainings = [
             Training(method, share, seed)
             for seed in range(self.plan.seeds)
@@ -134,7 +132,7 @@ class Protocol:
             train_set = self._readable(self.plan.train, "train", state, cached, results.notes)
             test_set = self._readable(self.plan.test, "test", state, cached, results.notes)
             self._check_left(train_set, test_set)
-            absent = [name for name, side in self._sides(test_set).items() if not side]
+            absent = [name for name, side in self.plan.sides(test_set).items() if not side]
             results.notes.extend(f"test: no annotation is left for the split {name}" for name in absent)
             for number, training in enumerate(trainings, 1):
                 record = state.score(training.name)
@@ -160,20 +158,6 @@ class Protocol:
         embeddings = [module.num_embeddings for module in self.model.modules() if isinstance(module, nn.Embedding)]
         vocabulary = max([*embeddings, int(self.teacher.probe.max()) + 1])
         return StudentTask(shared or 1, self.size, grid, vocabulary, context, self.teacher.marks.padding)
-
-    def _notes(self) -> Iterable[str]:
-        for name, examples in (("train", self.plan.train), ("test", self.plan.test)):
-            classes = f" of {quantity(len(examples.classes), 'class')}" if examples.classes else ""
-            yield f"{name}: {quantity(len(examples.items), 'annotation')}{classes}"
-            yield from (f"{name}: {note}" for note in examples.notes)
-            outside = sum(example.label < 0 for example in examples.examples)
-            if outside:
-                how = "left out" if name == "train" else "scored by the votes of their annotators"
-                yield f"{name}: {quantity(outside, 'annotation')} whose answer is no class, {how}"
-        if self.unread:
-            yield f"{quantity(len(self.unread), 'image')} cannot be read"
-        if self.plan.held_out:
-            yield f"held out by {self.plan.field}: {', '.join(self.plan.held_out)}"
 
     def _report(self, phase: str, done: int, total: int, item: str) -> None:
         if self.progress(Progress(phase, done, total, len(self.unread), item)):
@@ -215,35 +199,15 @@ class Protocol:
         grids = (self.grid, self.task.grid)
         return ExampleBatches(examples, self.pictures, tokens, cached, grids, self.options.workers, self.kinds)
 
-    def _pool(self, examples: ExampleSet) -> list[int]:
-        """The annotations that have a label and are outside of the domain that is held out, as indices."""
-        pool = sorted({example.item for example in examples.examples if example.label >= 0})
-        if self.plan.held_out:
-            values = examples.values(self.plan.field)
-            pool = [pool[index] for index in split_by_value([values[item] for item in pool], self.plan.held_out)[0]]
-        return pool
-
     def _check_left(self, train_set: ExampleSet, test_set: ExampleSet) -> None:
         """Raise ValueError, with the counts, unless there are annotations to train on and to score."""
-        for name, left in (("train on", self._pool(train_set)), ("score", test_set.examples)):
+        for name, left in (("train on", self.plan.pool(train_set)), ("score", test_set.examples)):
             if not left:
-                counts = [*self._notes(), *(skip_message(*item) for item in list(self.unread.items())[:1])]
+                counts = [
+                    *self.plan.notes(len(self.unread)),
+                    *(skip_message(*item) for item in list(self.unread.items())[:1]),
+                ]
                 raise ValueError(f"expected annotations to {name}, got none that can be used: {'; '.join(counts)}")
-
-    def _subset(self, examples: ExampleSet, training: Training) -> tuple[ExampleSet, int]:
-        """The examples of a share of the labels outside of the domain that is held out, and their classes."""
-        pool, labels = self._pool(examples), examples.labels
-        chosen = low_shot([labels[item] for item in pool], training.share, training.seed).tolist()
-        items = [pool[index] for index in chosen]
-        return examples.take(items), len({labels[item] for item in items})
-
-    def _sides(self, examples: ExampleSet) -> dict[str, list[int]]:
-        """The examples of each split that is scored, as indices: one, or two beside a domain that is held out."""
-        if not self.plan.held_out:
-            return {TEST: list(range(len(examples.examples)))}
-        values = examples.values(self.plan.field)
-        sides = split_by_value([values[example.item] for example in examples.examples], self.plan.held_out)
-        return dict(zip((SAME, SHIFTED), sides, strict=True))
 
     def _learner(self, training: Training) -> Learner:
         options, device = self.options, self.teacher.device
@@ -276,7 +240,7 @@ class Protocol:
     ) -> ScoreRecord:
         """Train and score one learner."""
         options = self.options
-        examples, classes = self._subset(train_set, training)
+        examples, classes = self.plan.subset(train_set, training)
         learner = self._learner(training)
         tokens = self.clip_tokens if isinstance(learner, ClipLearner) else self.tokens
         source = self._batches(examples, cached, tokens)
@@ -329,7 +293,7 @@ class Protocol:
         if predictions is None:
             raise Stopped
         scores, counts = {}, {}
-        for name, side in self._sides(test_set).items():
+        for name, side in self.plan.sides(test_set).items():
             if not side:
                 continue
             part = test_set._replace(examples=tuple(test_set.examples[index] for index in side))

@@ -121,7 +121,7 @@ def test_students_share_first_weights_and_labels_with_all_methods(folders: dict[
     objective = learners[1].objective  # type: ignore[union-attr]
     assert (objective.keep, objective.temperature, objective.weight) == (1.0, math.inf, None)  # type: ignore[union-attr]
     subsets = [
-        protocol._subset(plan.train, Training(method, share, 3))[0].examples
+        plan.subset(plan.train, Training(method, share, 3))[0].examples
         for method, share in (("none", 0.5), ("finetune", 0.5), ("none", 1.0))
     ]
     few, same, every = ({example.item for example in subset} for subset in subsets)
@@ -130,9 +130,8 @@ def test_students_share_first_weights_and_labels_with_all_methods(folders: dict[
 
 def test_no_example_of_the_domain_that_is_held_out_is_trained_on(folders: dict[str, Path]) -> None:
     plan = plan_of(folders["vcr"], "vcr", field="source", held_out=("lsmdc",))
-    protocol = module.Protocol(plan, *ck.bundled(), FAST, lambda progress: False)
     for share, count in ((0.5, 6), (1.0, 12)):
-        examples = protocol._subset(plan.train, Training("none", share, 0))[0].examples
+        examples = plan.subset(plan.train, Training("none", share, 0))[0].examples
         sources = [plan.train.items[example.item].source for example in examples]
         assert sources == ["movieclips"] * 2 * count  # an answer and a reason of each annotation
 
