@@ -76,6 +76,17 @@ def _check_regular(status: os.stat_result, limit: int | None) -> None:
         raise ValueError(f"larger than {limit // 2**20} MiB")
 
 
+def stamp_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """The size of a file and the time of its last change in nanoseconds, which tell a changed one.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a name that no file can have.
+    """
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
 def hash_of(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, hexadecimal.
 

@@ -9,7 +9,6 @@ time of its file: one that changed is encoded anew.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
@@ -28,6 +27,7 @@ from clipkernels.encode import Encoded, encode_image, tower_weight
 from clipkernels.evaluation.datasets import Items
 from clipkernels.evaluation.plan import Model
 from clipkernels.evaluation.results import Unread
+from clipkernels.files import stamp_of
 from clipkernels.formats import REMEDY, Count, Format, Line, TensorSpec
 from clipkernels.images.batches import collate, image_shape
 from clipkernels.images.reader import preprocessed
@@ -187,10 +187,9 @@ def _split_key(names: tuple[str, ...], labels: tuple[int, ...], packed: tuple[st
 def _stamp(file: str) -> tuple[int, int] | None:
     """The size and the time of a file, which tell a changed one; None for a missing one."""
     try:
-        status = os.stat(file)
+        return stamp_of(file)
     except (OSError, ValueError):
         return None
-    return status.st_size, status.st_mtime_ns
 
 
 def key_of(*parts: object) -> str:

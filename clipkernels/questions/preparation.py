@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
@@ -10,6 +9,7 @@ from typing import Any
 
 from clipkernels.adapters.tokenizers import find_cut, ids_of
 from clipkernels.classifier import PROMPTS_PER_BATCH
+from clipkernels.files import stamp_of
 from clipkernels.images.batches import Pictures, collate
 from clipkernels.images.loaders import Loader
 from clipkernels.learn.distill import TeacherCache
@@ -94,8 +94,7 @@ def files_digest(paths: Sequence[str]) -> str:
     """A digest of the paths, sizes and times of files, which changes when one is written anew."""
     digest = sha256()
     for path in paths:
-        status = os.stat(path)
-        digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+        digest.update(repr((path, *stamp_of(path))).encode())
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from clipkernels.collection.sources.image_columns import (
     read_cell,
     row_keys,
 )
-from clipkernels.collection.sources.items import BATCH_ROWS, Answers, Item, make_batch, stamp_of
+from clipkernels.collection.sources.items import BATCH_ROWS, Answers, Item, known_stamp, make_batch
 from clipkernels.messages import first_line, printable, reason_of
 
 if TYPE_CHECKING:
@@ -164,5 +164,5 @@ class DatasetSource:
         if self.id_column is not None:
             check_id_column(where, schema, self.id_column)
         image = find_image_column(where, schema, self.image_column, first_text)
-        stamps = [stamp_of(file["filename"]) for file in rows.cache_files]
+        stamps = [known_stamp(file["filename"]) for file in rows.cache_files]
         return Split(plain, image, sum(size for size, _ in stamps), max((time for _, time in stamps), default=0))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from clipkernels.collection.layout import listing_schema
 from clipkernels.collection.packages import pyarrow
+from clipkernels.files import stamp_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,20 +89,19 @@ def batches_of_files(root: str, names: Iterable[str]) -> Iterator[pa.RecordBatch
     """Batches of a listing of files, whose ids are their `names`, relative to `root`."""
     names = iter(names)
     while chunk := list(islice(names, BATCH_ROWS)):
-        stamps = [stamp_of(os.path.join(root, name)) for name in chunk]
+        stamps = [known_stamp(os.path.join(root, name)) for name in chunk]
         ids, places = list(map(escape, chunk)), [NAMED_BY_ID] * len(chunk)
         if ids != chunk:
             places = [NAMED_BY_ID if name == key else ESCAPED for name, key in zip(chunk, ids, strict=True)]
         yield make_batch(ids, places, [size for size, _ in stamps], [time for _, time in stamps])
 
 
-def stamp_of(path: str) -> tuple[int, int]:
-    """The size of a file and the time of its last change in nanoseconds."""
+def known_stamp(path: str) -> tuple[int, int]:
+    """The stamp of a file, or UNKNOWN for both numbers."""
     try:
-        status = os.stat(path)
+        return stamp_of(path)
     except (OSError, ValueError):  # no such file; a name that no file can have
         return UNKNOWN, UNKNOWN
-    return status.st_size, status.st_mtime_ns
 
 
 def escape(name: str) -> str:

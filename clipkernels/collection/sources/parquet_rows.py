@@ -16,7 +16,7 @@ from clipkernels.collection.sources.image_columns import (
     ids_of,
     row_keys,
 )
-from clipkernels.collection.sources.items import BATCH_ROWS, stamp_of
+from clipkernels.collection.sources.items import BATCH_ROWS, known_stamp
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -84,7 +84,7 @@ class ParquetRows:
     def stamps(self, paths: Sequence[str | None]) -> list[tuple[int, int]]:
         """The stamps of the images that the file names."""
         folder = os.path.dirname(self.path)
-        return [stamp_of(os.path.join(folder, path or "\0")) for path in paths]
+        return [known_stamp(os.path.join(folder, path or "\0")) for path in paths]
 
     def read(self, row: int) -> tuple[str, Any, dict[str, Any]]:
         """The id, the image's cell and the other columns' values of a row."""

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from clipkernels.data import depth_maps
-from clipkernels.files import open_named
+from clipkernels.files import open_named, stamp_of
 from clipkernels.messages import first_line, join_sizes
 
 MAX_BYTES = 4 << 30
@@ -69,8 +69,7 @@ class CloudViews:
         file, _, place = name.rpartition("#")
         cloud, _, view = place.partition(":")
         path = os.path.join(self.folder, file)
-        status = os.stat(path)
-        pictures = _pictures(path, (status.st_size, status.st_mtime_ns), int(cloud), self.views)
+        pictures = _pictures(path, stamp_of(path), int(cloud), self.views)
         return Image.fromarray(pictures[int(view) - 1]).convert("RGB")
 
 
