@@ -16,7 +16,9 @@ TABLE = ROOT / "bench" / "results" / "launches.csv"
 
 
 def run_host(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    pytest.importorskip("triton", "3.4", reason="triton 3.4 or later is not installed: 3.2 cannot compile the kernels")
+    pytest.importorskip(
+        "triton", "3.4", reason="no triton from 3.4 on is installed; earlier ones cannot compile the kernels"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "COLUMNS": "120"}
     command = [sys.executable, "-m", "bench.cost.host", *options]
